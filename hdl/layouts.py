@@ -1,0 +1,146 @@
+"""Payloads that travel between blocks; every width follows from the configuration."""
+
+from amaranth.hdl import signed, unsigned
+from amaranth.lib import data, wiring
+from amaranth.lib.wiring import In, Out
+from amaranth.utils import ceil_log2
+
+from moeaccel.config import BLOCK, AcceleratorConfig
+
+EXPONENT_BITS = 12
+"""Signed exponents of internal floats and block floats: no product of the chain leaves this range."""
+
+FORMAT_BITS = 2
+"""Weight format codes (moeaccel.formats)."""
+
+
+def internal_float() -> data.StructLayout:
+    """Return the internal float: 18-bit signed mantissa (zero, or 17 magnitude bits) and exponent."""
+    return data.StructLayout({"mantissa": signed(18), "exponent": signed(EXPONENT_BITS)})
+
+
+def lane(config: AcceleratorConfig) -> data.StructLayout:
+    """Return one token lane's block of 32: mantissas of one plane, element 0 least significant, and the block shift."""
+    return data.StructLayout({"mantissas": data.ArrayLayout(signed(8), BLOCK), "shift": unsigned(4)})
+
+
+def lane_address_bits(config: AcceleratorConfig) -> int:
+    """Return the bits of (group, step) in a lane buffer bank: group * 2**ceil_log2(max_steps) + step."""
+    return ceil_log2(config.token_groups) + ceil_log2(config.max_steps)
+
+
+def slot_bits(config: AcceleratorConfig) -> int:
+    """Return the bits of a slot, the index of a token within a pass."""
+    return ceil_log2(config.max_slots)
+
+
+def token_bits(config: AcceleratorConfig) -> int:
+    """Return the bits of a token index."""
+    return max(1, ceil_log2(config.max_tokens))
+
+
+def element_bits(config: AcceleratorConfig) -> int:
+    """Return the bits of an element index along d_model or d_expert."""
+    return ceil_log2(config.max_dim)
+
+
+def steps_bits(config: AcceleratorConfig) -> int:
+    """Return the bits of a count of blocks, 1 to max_steps."""
+    return (config.max_steps).bit_length()
+
+
+def read_request(config: AcceleratorConfig) -> data.StructLayout:
+    """Return a linear read or write: byte address (a multiple of the port's width) and beats (1 or more)."""
+    return data.StructLayout({"address": config.address_bits, "beats": 16})
+
+
+def read_data(config: AcceleratorConfig) -> data.StructLayout:
+    """Return one beat of a read; ``last`` marks the request's last."""
+    return data.StructLayout({"data": 8 * config.port_bytes, "last": 1})
+
+
+class ReadClientSignature(wiring.Signature):
+    """One reader of the memory port, seen from the reader.
+
+    ``request`` is a stream. ``valid``/``data``/``last`` bring its beats in order and *cannot be refused*: a reader asks only for
+    what it has room for.
+    """
+
+    def __init__(self, config: AcceleratorConfig):
+        from amaranth.lib import stream
+
+        super().__init__({
+            "request": Out(stream.Signature(read_request(config))),
+            "valid": In(1),
+            "data": In(8 * config.port_bytes),
+            "last": In(1),
+        })
+
+
+class WriteClientSignature(wiring.Signature):
+    """One writer of the memory port, seen from the writer.
+
+    ``request`` announces a linear write of ``beats`` full beats; ``data`` brings them. ``done`` pulses when memory has
+    acknowledged all of it; the next request may be raised only after that.
+    """
+
+    def __init__(self, config: AcceleratorConfig):
+        from amaranth.lib import stream
+
+        super().__init__({
+            "request": Out(stream.Signature(read_request(config))),
+            "data": Out(stream.Signature(8 * config.port_bytes)),
+            "done": In(1),
+        })
+
+
+def job(config: AcceleratorConfig) -> data.StructLayout:
+    """Return a checked EXPERTS or GEMM command with its layer, as the command processor hands it to the engine."""
+    address = config.address_bits
+    return data.StructLayout({
+        "linear": 1,
+        "format": FORMAT_BITS,
+        "two_planes": 1,
+        "num_experts": config.max_experts.bit_length(),
+        "steps_in": steps_bits(config),
+        "steps_hidden": steps_bits(config),
+        "steps_out": steps_bits(config),
+        "grid_exponent": signed(8),
+        "stride": 32,
+        "image_address": address,
+        "gate_up_words": 32,
+        "down_words": 32,
+        "tokens": config.max_tokens.bit_length(),
+        "top_k": 5,
+        "x_address": address,
+        "ids_address": address,
+        "weights_address": address,
+        "y_address": address,
+        "workspace_address": address,
+    })
+
+
+def section(config: AcceleratorConfig) -> data.StructLayout:
+    """Return the shape of one section of an image (moeaccel.image.Section)."""
+    return data.StructLayout({
+        "format": FORMAT_BITS,
+        "steps": steps_bits(config),
+        "tiles": (2 * config.max_dim).bit_length(),
+    })
+
+
+def slot(config: AcceleratorConfig) -> data.StructLayout:
+    """Return one entry of the slot table: a token-expert pair of the pass.
+
+    ``first``: no partial sum of this token is in the workspace yet. ``last``: no later pass touches the token.
+    """
+    return data.StructLayout({
+        "token": token_bits(config), "weight": internal_float(), "first": 1, "last": 1,
+    })
+
+
+def element(config: AcceleratorConfig) -> data.StructLayout:
+    """Return one value on its way from the array: the slot it belongs to, its row, the value."""
+    return data.StructLayout({
+        "slot": slot_bits(config), "row": element_bits(config) + 1, "value": internal_float(),
+    })

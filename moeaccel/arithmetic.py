@@ -1,0 +1,209 @@
+"""The device's arithmetic as integer functions on NumPy arrays: what the hardware computes, bit for bit.
+
+Two representations carry every value between exact integer dot products (DESIGN section 3):
+
+* **block floats**: 32 mantissas of 8 bits (``a8``) or two planes of 8 bits (``a16``), a 4-bit shift for each block and
+  a base exponent for each token;
+* the **internal float**: an 18-bit signed mantissa with ``2**16 <= |m| < 2**17`` (or zero) and an exponent;
+  the value is ``m * 2**e``. Zero is ``m == 0`` with ``e == 0``.
+
+Every rounding is half to even on the magnitude.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeaccel.config import BLOCK
+
+Ints = NDArray[np.int64]
+
+MANTISSA_BITS = 17
+"""Magnitude bits of the internal float's mantissa."""
+
+ELEMENT_BITS = 24
+"""Magnitude bits of an element that enters the quantiser (float32's significand)."""
+
+EXPONENT_RANGE = 10
+"""A block's exponent is at most this far below the token's largest."""
+
+RAISE_THRESHOLD = 16711424
+"""Least 24-bit significand that rounds to more than 32639 = 127 * 256 + 127, the largest balanced ``a16`` mantissa."""
+
+
+@dataclass(frozen=True)
+class InternalFloat:
+    """Arrays of internal floats: ``mantissa * 2**exponent``, elementwise (int64)."""
+
+    mantissa: Ints
+    exponent: Ints
+
+    def to_float64(self) -> NDArray[np.float64]:
+        """Return the exact values."""
+        return np.ldexp(self.mantissa.astype(np.float64), self.exponent.astype(np.int32))
+
+    def __getitem__(self, key: object) -> InternalFloat:
+        return InternalFloat(self.mantissa[key], self.exponent[key])  # type: ignore[index]
+
+
+@dataclass(frozen=True)
+class BlockFloat:
+    """Quantised activations of ``n`` tokens.
+
+    Parameters
+    ----------
+    mantissa : int64 array, (n, K)
+        In [-127, 127] (``a8``) or [-32639, 32639] (``a16``).
+    shift : int64 array, (n, K / 32)
+        Block shifts, 0 to 11.
+    base : int64 array, (n,)
+        Exponent of the token: an element's value is ``mantissa * 2**(shift + base)``.
+    planes : :class:`int`
+        1 (``a8``) or 2 (``a16``).
+    """
+
+    mantissa: Ints
+    shift: Ints
+    base: Ints
+    planes: int
+
+    def to_float64(self) -> NDArray[np.float64]:
+        """Return the exact values, (n, K)."""
+        exponent = np.repeat(self.shift, BLOCK, axis=1) + self.base[:, None]
+        return np.ldexp(self.mantissa.astype(np.float64), exponent.astype(np.int32))
+
+    def plane_mantissas(self) -> list[Ints]:
+        """Return the 8-bit planes, most significant first; ``a16``: ``[hi, lo]`` with ``m = 256 * hi + lo``."""
+        if self.planes == 1:
+            return [self.mantissa]
+        low = ((self.mantissa + 128) & 255) - 128
+        return [(self.mantissa - low) >> 8, low]
+
+
+def bit_length(value: Ints) -> Ints:
+    """Return the bit length of ``|value|``, |value| < 2**63 (0 for 0)."""
+    magnitude = np.abs(value).astype(np.uint64)
+    high = (magnitude >> np.uint64(32)).astype(np.float64)
+    low = (magnitude & np.uint64(0xFFFFFFFF)).astype(np.float64)
+    return np.where(high > 0, np.frexp(high)[1] + 32, np.frexp(low)[1]).astype(np.int64)
+
+
+def round_shift(value: Ints, shift: Ints | int) -> Ints:
+    """Return ``value / 2**shift`` rounded half to even on the magnitude, for any shift >= 0 (|value| < 2**62)."""
+    magnitude = np.abs(value)
+    shift = np.asarray(np.broadcast_to(shift, magnitude.shape), dtype=np.int64)
+    s = np.minimum(shift, 63)
+    quotient = np.where(s >= 63, 0, magnitude >> np.minimum(s, 62))
+    remainder = magnitude - np.where(s >= 63, 0, quotient << np.minimum(s, 62))
+    half = np.where(s > 0, np.int64(1) << np.clip(s - 1, 0, 62), np.int64(1) << 62)
+    up = (remainder > half) | ((remainder == half) & (quotient & 1 == 1))
+    return np.where(value < 0, -(quotient + up), quotient + up)
+
+
+def normalise(value: Ints, exponent: Ints | int) -> InternalFloat:
+    """Round integers to internal floats: ``value * 2**exponent``, |value| < 2**62."""
+    value = np.asarray(value, dtype=np.int64)
+    shift = bit_length(value) - MANTISSA_BITS
+    rounded = round_shift(value, np.maximum(shift, 0)) << np.maximum(-shift, 0)
+    carry = np.abs(rounded) == 1 << MANTISSA_BITS
+    mantissa = np.where(carry, rounded >> 1, rounded)
+    zero = mantissa == 0
+    return InternalFloat(mantissa, np.where(zero, 0, exponent + shift + carry))
+
+
+def multiply(a: InternalFloat, b: InternalFloat) -> InternalFloat:
+    """Return the product, rounded once."""
+    return normalise(a.mantissa * b.mantissa, a.exponent + b.exponent)
+
+
+def split_float32(values: NDArray[np.float32]) -> tuple[Ints, Ints, NDArray[np.bool_]]:
+    """Split float32 into (signed 24-bit significand, exponent, is not finite); subnormals and non-finites are zero.
+
+    A nonzero value is ``significand * 2**exponent`` with ``2**23 <= |significand| < 2**24``.
+    """
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32).astype(np.int64)
+    field = (bits >> 23) & 255
+    nonfinite = field == 255
+    significand = np.where((field == 0) | nonfinite, 0, (bits & 0x7FFFFF) | 0x800000)
+    return np.where(bits >> 31, -significand, significand), np.where(significand == 0, 0, field - 150), nonfinite
+
+
+def float32_to_internal(values: NDArray[np.float32]) -> InternalFloat:
+    """Round float32 to internal floats (routing weights); subnormals and non-finite values count as zero."""
+    significand, exponent, _ = split_float32(values)
+    return normalise(significand, exponent)
+
+
+def quantise_elements(significand: Ints, exponent: Ints, planes: int) -> BlockFloat:
+    """Quantise elements to block floats; the source is DESIGN section 3 after OCP Microscaling v1.0.
+
+    Parameters
+    ----------
+    significand, exponent : int64 arrays, (n, K)
+        Elements ``significand * 2**exponent``, each zero or with ``2**23 <= |significand| < 2**24``.
+    planes : :class:`int`
+        1: 8-bit mantissas in [-127, 127]. 2: 16-bit mantissas in [-32639, 32639].
+    """
+    n, k = significand.shape
+    significand = significand.reshape(n, k // BLOCK, BLOCK)
+    top = exponent.reshape(n, k // BLOCK, BLOCK) + (ELEMENT_BITS - 1)  # floor(log2 |element|)
+    never = np.int64(-(1 << 20))
+    top = np.where(significand == 0, never, top)
+    block_top = top.max(axis=2)
+    token_top = block_top.max(axis=1)
+    token_top = np.where(token_top == never, EXPONENT_RANGE, token_top)
+    floor = (token_top - EXPONENT_RANGE)[:, None]
+    mantissa_top = 6 if planes == 1 else 14
+    shift = np.maximum(block_top - floor, 0)
+    if planes == 2:  # raise the exponent of a block whose largest mantissa would round beyond balanced digits
+        largest = np.where(top == block_top[:, :, None], np.abs(significand), 0).max(axis=2)
+        shift = shift + ((block_top >= floor) & (largest >= RAISE_THRESHOLD))
+    right = (shift + floor)[:, :, None] - top + (ELEMENT_BITS - 1 - mantissa_top)
+    mantissa = round_shift(significand, np.clip(right, 0, 62))
+    if planes == 1:
+        mantissa = np.clip(mantissa, -127, 127)
+    base = token_top - EXPONENT_RANGE - mantissa_top
+    return BlockFloat(mantissa.reshape(n, k), shift, base, planes)
+
+
+def quantise_float32(values: NDArray[np.float32], planes: int) -> tuple[BlockFloat, NDArray[np.bool_]]:
+    """Quantise float32 activations, (n, K); also return which tokens hold a NaN or an infinity, (n,)."""
+    significand, exponent, nonfinite = split_float32(values)
+    return quantise_elements(significand, exponent, planes), nonfinite.any(axis=1)
+
+
+def quantise_internal(values: InternalFloat, planes: int) -> BlockFloat:
+    """Quantise internal floats, (n, K)."""
+    widen = ELEMENT_BITS - MANTISSA_BITS
+    return quantise_elements(values.mantissa << widen, values.exponent - widen, planes)
+
+
+# -- exact combination ---------------------------------------------------------------------------------------------------
+TERM_BITS = 43
+"""Magnitude bits of one weighted output on the grid: 16 of them cannot overflow the 48-bit sum."""
+
+
+def weighted_output(output: InternalFloat, weight: InternalFloat, grid_exponent: int) -> tuple[Ints, Ints]:
+    """Round ``output * weight`` once to the grid of ``2**grid_exponent``.
+
+    Returns
+    -------
+    (term, overflow)
+        ``term`` fits 43 bits and a sign; where it would not, it is zero and ``overflow`` is 1.
+    """
+    product = output.mantissa * weight.mantissa
+    shift = output.exponent + weight.exponent - grid_exponent
+    overflow = (product != 0) & (bit_length(product) + shift > TERM_BITS)
+    term = np.where(shift < 0, round_shift(product, np.maximum(-shift, 0)),
+                    product << np.clip(shift, 0, TERM_BITS - 2 * (MANTISSA_BITS - 1)))
+    return np.where(overflow, 0, term), overflow.astype(np.int64)
+
+
+def grid_to_float32(total: Ints, grid_exponent: int) -> NDArray[np.float32]:
+    """Convert 48-bit grid sums to float32, rounded once (half to even; overflow gives infinity)."""
+    shift = np.maximum(bit_length(total) - ELEMENT_BITS, 0)
+    rounded = round_shift(total, shift)  # at most 2**24: exact in float32
+    return np.ldexp(rounded.astype(np.float64), (shift + grid_exponent).astype(np.int32)).astype(np.float32)

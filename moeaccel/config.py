@@ -1,0 +1,196 @@
+"""The accelerator's configuration: what is chosen, and every width that follows from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import zlib
+from dataclasses import dataclass
+
+from moeaccel.errors import ConfigurationError
+
+BLOCK = 32
+"""Elements of K in one block (OCP Microscaling): 32 mantissas share one power-of-two exponent."""
+
+ACTIVATION_SHIFT_MAX = 11
+"""Largest block shift of an activation: 10 below the token's largest, plus one for a raised exponent."""
+
+PLANE_BITS = 8
+"""Mantissa bits of one activation plane; ``a16`` is two planes, ``256 * hi + lo``."""
+
+TOP_K_MAX = 16
+"""Largest number of experts per token (DESIGN: the combination cannot overflow below it)."""
+
+
+def _is_power_of_two(value: int) -> bool:
+    return value > 0 and value & (value - 1) == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class AcceleratorConfig:
+    """Parameters of one accelerator; validated on creation, immutable after it.
+
+    Parameters
+    ----------
+    name : :class:`str`
+        Name of the configuration, for reports.
+    port_bytes : :class:`int`
+        Bytes of one beat of the memory port: 8, 16, 32 or 64.
+    row_multipliers : :class:`int`
+        Multiplier rows of the array; each computes one row of an 8-bit format, or two of a 4-bit format.
+        A power of two from 2 to 16 (a gate row and its up row are always in the same tile).
+    token_lanes : :class:`int`
+        Tokens (``a8``) or half tokens (``a16``) multiplied in one cycle; a power of two from 2 to 64.
+    token_groups : :class:`int`
+        Groups of tokens over which a tile of weights is replayed, P; a power of two from 1 to 64.
+    max_dim : :class:`int`
+        Largest d_model and d_expert; a multiple of 32 from 64 to 32768.
+    max_experts, max_tokens, max_assignments : :class:`int`
+        Limits of one command: experts in a layer, tokens, and tokens times top-k. Powers of two.
+    read_ahead_beats : :class:`int`
+        Beats of weights that may be requested ahead; a power of two, at least two full bursts.
+    tile_words : :class:`int`
+        Depth of the row-tile buffer in array words; a power of two, at least ``max_dim / 32``.
+    quantiser_lanes : :class:`int`
+        Elements quantised, and outputs drained, in one cycle; a power of two, at most ``port_bytes / 4``.
+    address_bits : :class:`int`
+        Width of device addresses, 16 to 64.
+
+    Raises
+    ------
+    ConfigurationError
+        Naming the field, its value and what it must be.
+    """
+
+    name: str
+    port_bytes: int
+    row_multipliers: int = 2
+    token_lanes: int = 2
+    token_groups: int = 8
+    max_dim: int = 1024
+    max_experts: int = 64
+    max_tokens: int = 256
+    max_assignments: int = 1024
+    read_ahead_beats: int = 256
+    tile_words: int = 64
+    quantiser_lanes: int = 2
+    address_bits: int = 40
+
+    def __post_init__(self) -> None:
+        def require(field: str, ok: bool, what: str) -> None:
+            if not ok:
+                raise ConfigurationError(f"{field} must be {what}, not {getattr(self, field)!r}")
+
+        def power(field: str, low: int, high: int) -> None:
+            value = getattr(self, field)
+            require(field, isinstance(value, int) and _is_power_of_two(value) and low <= value <= high,
+                    f"a power of two from {low} to {high}")
+
+        power("port_bytes", 8, 64)
+        power("row_multipliers", 2, 16)
+        power("token_lanes", 2, 64)
+        power("token_groups", 1, 64)
+        power("max_experts", 2, 1024)
+        power("max_tokens", 1, 1 << 16)
+        power("max_assignments", TOP_K_MAX, 1 << 17)
+        power("quantiser_lanes", 1, self.port_bytes // 4)
+        power("read_ahead_beats", 2 * self.max_burst_beats, 1 << 16)
+        require("max_dim", isinstance(self.max_dim, int) and self.max_dim % BLOCK == 0
+                and 64 <= self.max_dim <= 32768, "a multiple of 32 from 64 to 32768")
+        power("tile_words", 16, 1 << 16)
+        require("tile_words", self.tile_words >= self.max_steps, f"at least max_dim / 32 = {self.max_steps}")
+        require("address_bits", isinstance(self.address_bits, int) and 16 <= self.address_bits <= 64,
+                "from 16 to 64")
+
+    def replace(self, **changes: object) -> AcceleratorConfig:
+        """Return this configuration with some fields changed."""
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+    # -- shape ---------------------------------------------------------------------------------------------------------
+    @property
+    def multipliers(self) -> int:
+        """Multipliers in the array: K (32) x row multipliers x token lanes."""
+        return BLOCK * self.row_multipliers * self.token_lanes
+
+    @property
+    def rows(self) -> int:
+        """Rows of the array in a 4-bit format (half of them are used in an 8-bit format)."""
+        return 2 * self.row_multipliers
+
+    @property
+    def word_bytes(self) -> int:
+        """Bytes of one array word: the weights of one tile for one block of 32, in any format."""
+        return BLOCK * self.row_multipliers
+
+    @property
+    def max_steps(self) -> int:
+        """Blocks of 32 along the largest K."""
+        return self.max_dim // BLOCK
+
+    @property
+    def max_slots(self) -> int:
+        """Tokens resident in one pass in ``a8`` (half of it in ``a16``)."""
+        return self.token_groups * self.token_lanes
+
+    @property
+    def max_burst_beats(self) -> int:
+        """Beats of the longest AXI burst: up to one 4 KiB page, at most 64 beats."""
+        return min(64, 4096 // self.port_bytes)
+
+    @property
+    def beats_per_word(self) -> int:
+        """Memory beats of one array word (1 when the port is wider than a word)."""
+        return max(1, self.word_bytes // self.port_bytes)
+
+    # -- widths --------------------------------------------------------------------------------------------------------
+    @property
+    def accumulator_bits(self) -> int:
+        """Bits of one plane's accumulator, sign included (DESIGN section 3: at most 53 and a sign)."""
+        from moeaccel.formats import FORMATS
+
+        growth = (self.max_steps - 1).bit_length()
+        return 1 + growth + ACTIVATION_SHIFT_MAX + max(f.scaled_block_bits for f in FORMATS.values())
+
+    @property
+    def joined_bits(self) -> int:
+        """Bits of two joined planes, ``256 * hi + lo``, sign included."""
+        return self.accumulator_bits + PLANE_BITS + 1
+
+    @property
+    def digest(self) -> int:
+        """32-bit digest of every field: the CONFIG_HASH register."""
+        fields = dataclasses.asdict(self)
+        del fields["name"]
+        return zlib.crc32(json.dumps(fields, sort_keys=True).encode())
+
+
+PRESETS: dict[str, AcceleratorConfig] = {
+    config.name: config
+    for config in (
+        AcceleratorConfig(name="tiny", port_bytes=8, token_groups=2, max_dim=256, max_experts=16, max_tokens=64,
+                          max_assignments=256, read_ahead_beats=128, tile_words=16, quantiser_lanes=2),
+        AcceleratorConfig(name="small", port_bytes=64, token_lanes=4, token_groups=8, max_dim=1024, max_experts=128,
+                          max_tokens=256, max_assignments=2048, read_ahead_beats=256, tile_words=128,
+                          quantiser_lanes=8),
+        AcceleratorConfig(name="ulx3s", port_bytes=8, token_groups=4, max_dim=2048, max_experts=64, max_tokens=256,
+                          max_assignments=1024, read_ahead_beats=256, tile_words=128, quantiser_lanes=2,
+                          address_bits=32),
+        AcceleratorConfig(name="wide512", port_bytes=64, token_groups=8, max_dim=16384, max_experts=1024,
+                          max_tokens=2048, max_assignments=16384, read_ahead_beats=512, tile_words=1024,
+                          quantiser_lanes=8),
+        AcceleratorConfig(name="peer256", port_bytes=16, token_lanes=4, token_groups=4, max_dim=4096,
+                          max_experts=64, max_tokens=1024, max_assignments=4096, read_ahead_beats=512,
+                          tile_words=256, quantiser_lanes=4),
+    )
+}
+"""Named configurations, smallest first."""
+
+
+def preset(name: str | AcceleratorConfig) -> AcceleratorConfig:
+    """Return the preset of that name (a configuration is returned as it is)."""
+    if isinstance(name, AcceleratorConfig):
+        return name
+    try:
+        return PRESETS[name]
+    except KeyError:
+        raise ConfigurationError(f"config must be one of {', '.join(PRESETS)}, not {name!r}") from None

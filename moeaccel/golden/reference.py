@@ -1,0 +1,49 @@
+"""Float references: what exact arithmetic gives, and what a float model with the same quantisers gives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeaccel.arithmetic import quantise_elements, quantise_float32, split_float32
+from moeaccel.image import Expert
+from moeaccel.tables import exact_logistic
+
+Floats = NDArray[np.float64]
+
+
+def swiglu_float64(gate: Floats, up: Floats) -> Floats:
+    """Return ``silu(gate) * up``."""
+    return gate * exact_logistic(gate) * up
+
+
+def experts_float64(x: Floats, ids: NDArray[np.integer], weights: Floats, gate_up: Sequence[Floats],
+                    down: Sequence[Floats]) -> Floats:
+    """Return the MoE layer in float64: ``gate_up[e]`` (2 I, H) as ``[gate; up]``, ``down[e]`` (H, I)."""
+    x = np.asarray(x, np.float64)
+    y = np.zeros((x.shape[0], down[0].shape[0]))
+    for e in np.unique(ids[(ids >= 0) & (ids < len(down))]):
+        tokens, slots = np.nonzero(ids == e)
+        projected = x[tokens] @ np.asarray(gate_up[e], np.float64).T
+        half = projected.shape[1] // 2
+        out = swiglu_float64(projected[:, :half], projected[:, half:]) @ np.asarray(down[e], np.float64).T
+        np.add.at(y, tokens, out * np.asarray(weights, np.float64)[tokens, slots][:, None])
+    return y
+
+
+def quantised_float_experts(x: NDArray[np.float32], ids: NDArray[np.integer], weights: NDArray[np.float32],
+                            layer: Sequence[Expert], *, planes: int) -> Floats:
+    """Return the layer in float64 with the device's operand quantisers and nothing else of its arithmetic."""
+    x_hat = quantise_float32(x, planes)[0].to_float64()
+    y = np.zeros((x.shape[0], layer[0].down.integers.shape[0]))
+    for e in np.unique(ids[(ids >= 0) & (ids < len(layer))]):
+        tokens, slots = np.nonzero(ids == e)
+        projected = x_hat[tokens] @ layer[e].gate_up.dequantise().T
+        hidden = swiglu_float64(projected[:, 0::2], projected[:, 1::2])
+        significand, exponent, _ = split_float32(hidden.astype(np.float32))
+        h_hat = quantise_elements(significand, exponent, planes).to_float64()
+        out = h_hat @ layer[e].down.dequantise().T
+        np.add.at(y, tokens, out * weights[tokens, slots].astype(np.float64)[:, None])
+    return y

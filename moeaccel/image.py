@@ -1,0 +1,270 @@
+"""Expert images: an expert's weights in the order in which the device consumes them.
+
+An image is a header, then the gate/up rows, then the down rows. Everything after the header is a sequence of *array words*
+of ``32 * row_multipliers`` bytes. A tile is ``R`` consecutive rows (R = 2 * row_multipliers in 4-bit formats, else
+row_multipliers); gate and up rows alternate (g0, u0, g1, u1, ...), so that a pair is always in one tile. For each section::
+
+    for tile in tiles:
+        if tile % tiles_per_row_word == 0:             a row word: R int16 row exponents for each of the next tiles
+        for step in range(K / 32):
+            if step % steps_per_group == 0:
+                if entry % entries_per_scale_word == 0:  a scale word: R scales for each of the next groups
+                entry += 1
+            the weight word: R x 32 weights
+
+Inside a weight word, byte ``rm * 32 + k`` holds column k of row rm (8-bit), or of rows 2 rm (low nibble) and 2 rm + 1 (high
+nibble). Entries of row and scale words are packed from the least significant bit, row 0 first; numbers are little-endian.
+Padding at the end of a section is zero.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeaccel.config import BLOCK
+from moeaccel.errors import ImageError
+from moeaccel.formats import FORMATS, QuantisedMatrix, WeightFormat, check_dims, encode_integers, quantise, weight_format
+
+MAGIC = 0x4558_4F4D  # "MOXE" in memory order
+VERSION = 1
+HEADER = struct.Struct("<IHBBIIIII")
+HEADER_BYTES = 64
+ALIGNMENT = 4096
+"""Images start on a page, so that their bursts are whole."""
+
+Bytes = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Section:
+    """Shape of one section: ``rows`` output rows of ``k`` inputs each.
+
+    Parameters
+    ----------
+    format : :class:`WeightFormat`
+    rows, k : :class:`int`
+        Multiples of 32.
+    row_multipliers : :class:`int`
+        Of the array that will read it.
+    """
+
+    format: WeightFormat
+    rows: int
+    k: int
+    row_multipliers: int
+
+    @property
+    def word_bytes(self) -> int:
+        """Bytes of an array word."""
+        return BLOCK * self.row_multipliers
+
+    @property
+    def tile_rows(self) -> int:
+        """Rows of a tile, R."""
+        return self.format.rows(self.row_multipliers)
+
+    @property
+    def tiles(self) -> int:
+        """Tiles in the section."""
+        return self.rows // self.tile_rows
+
+    @property
+    def steps(self) -> int:
+        """Weight words of a tile."""
+        return self.k // BLOCK
+
+    @property
+    def tiles_per_row_word(self) -> int:
+        """Tiles whose row exponents share a word."""
+        return 8 * self.word_bytes // (16 * self.tile_rows)
+
+    @property
+    def entries_per_scale_word(self) -> int:
+        """Scale entries (one group of each row of a tile) in a word."""
+        return 8 * self.word_bytes // (self.format.scale_bits * self.tile_rows)
+
+    @property
+    def groups(self) -> int:
+        """Scale entries of a tile."""
+        return -(-self.steps // self.format.steps_per_group)
+
+    @property
+    def row_words(self) -> int:
+        """Row words of the section."""
+        return -(-self.tiles // self.tiles_per_row_word)
+
+    @property
+    def scale_words(self) -> int:
+        """Scale words of the section."""
+        return -(-self.tiles * self.groups // self.entries_per_scale_word)
+
+    @property
+    def words(self) -> int:
+        """Array words of the section."""
+        return self.row_words + self.scale_words + self.tiles * self.steps
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of weights, scales and row exponents without padding (DESIGN section 6)."""
+        weights = self.rows * self.k * self.format.weight_bits // 8
+        return weights + self.rows * self.groups * self.format.scale_bits // 8 + 2 * self.rows
+
+    def kinds(self) -> NDArray[np.uint8]:
+        """Return the kind of each word in order: 0 row, 1 scale, 2 weight."""
+        step = np.full((self.tiles, self.steps, 3), 255, np.uint8)
+        step[:, :, 2] = 2
+        step[:: self.tiles_per_row_word, 0, 0] = 0
+        entry = np.arange(self.tiles * self.groups) % self.entries_per_scale_word == 0
+        step[:, :: self.format.steps_per_group, 1] = np.where(entry, 1, 255).reshape(self.tiles, self.groups)
+        flat = step.reshape(-1)
+        return flat[flat != 255]
+
+
+@dataclass(frozen=True)
+class ExpertShape:
+    """Shape of an expert: the two sections of its image."""
+
+    format: WeightFormat
+    d_model: int
+    d_expert: int
+    row_multipliers: int
+
+    def __post_init__(self) -> None:
+        check_dims(d_model=self.d_model, d_expert=self.d_expert)
+
+    @property
+    def gate_up(self) -> Section:
+        """Rows g0, u0, g1, u1, ... of d_model inputs."""
+        return Section(self.format, 2 * self.d_expert, self.d_model, self.row_multipliers)
+
+    @property
+    def down(self) -> Section:
+        """d_model rows of d_expert inputs."""
+        return Section(self.format, self.d_model, self.d_expert, self.row_multipliers)
+
+    @property
+    def header_bytes(self) -> int:
+        """Bytes before the first word."""
+        return max(HEADER_BYTES, BLOCK * self.row_multipliers)
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of the whole image."""
+        return self.header_bytes + (self.gate_up.words + self.down.words) * self.gate_up.word_bytes
+
+    @property
+    def stride(self) -> int:
+        """Bytes from one expert's image to the next."""
+        return -(-self.image_bytes // ALIGNMENT) * ALIGNMENT
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of weights, scales and row exponents without padding."""
+        return self.gate_up.stored_bytes + self.down.stored_bytes
+
+
+def _pack_entries(values: NDArray[np.integer], bits: int, per_word: int, word_bytes: int) -> Bytes:
+    """Pack rows of 8- or 16-bit values into words of ``per_word`` rows each, zero padded."""
+    entries = values.astype(np.uint8 if bits == 8 else "<u2").reshape(values.shape[0], -1)
+    words = -(-len(entries) // per_word)
+    out = np.zeros((words * per_word, entries.shape[1]), entries.dtype)
+    out[: len(entries)] = entries
+    return np.ascontiguousarray(out).view(np.uint8).reshape(words, word_bytes)
+
+
+def pack_section(matrix: QuantisedMatrix, row_multipliers: int) -> Bytes:
+    """Return the words of one section as bytes, for a matrix whose rows are in image order."""
+    fmt = matrix.format
+    section = Section(fmt, *matrix.integers.shape, row_multipliers)
+    tiles, steps, tile_rows = section.tiles, section.steps, section.tile_rows
+    codes = encode_integers(fmt, matrix.integers).reshape(tiles, tile_rows, steps, BLOCK).transpose(0, 2, 1, 3)
+    if fmt.packed:
+        codes = codes[:, :, 0::2] | codes[:, :, 1::2] << 4
+    weights = np.ascontiguousarray(codes).reshape(tiles * steps, section.word_bytes)
+
+    scales = matrix.shift.astype(np.int32)
+    if fmt.real_scale:
+        scales = scales << 11 | matrix.significand
+    scales = scales.reshape(tiles, tile_rows, section.groups).transpose(0, 2, 1).reshape(-1, tile_rows)
+    rows = matrix.row_exponent.reshape(tiles, tile_rows).view(np.uint16)
+
+    kinds = section.kinds()
+    out = np.zeros((section.words, section.word_bytes), np.uint8)
+    out[kinds == 0] = _pack_entries(rows, 16, section.tiles_per_row_word, section.word_bytes)
+    out[kinds == 1] = _pack_entries(scales, fmt.scale_bits, section.entries_per_scale_word, section.word_bytes)
+    out[kinds == 2] = weights
+    return out.reshape(-1)
+
+
+def interleave_gate_up(gate_up: NDArray[np.floating]) -> NDArray[np.floating]:
+    """Reorder ``[gate; up]`` rows, (2 I, H), to g0, u0, g1, u1, ..."""
+    half = gate_up.shape[0] // 2
+    return np.stack([gate_up[:half], gate_up[half:]], axis=1).reshape(gate_up.shape)
+
+
+def build_image(gate_up: QuantisedMatrix, down: QuantisedMatrix, row_multipliers: int) -> Bytes:
+    """Return the image of one expert, header included.
+
+    Parameters
+    ----------
+    gate_up : :class:`QuantisedMatrix`
+        (2 d_expert, d_model), rows interleaved (:func:`interleave_gate_up`).
+    down : :class:`QuantisedMatrix`
+        (d_model, d_expert).
+    """
+    shape = ExpertShape(gate_up.format, gate_up.integers.shape[1], down.integers.shape[1], row_multipliers)
+    payload = np.concatenate([pack_section(gate_up, row_multipliers), pack_section(down, row_multipliers)])
+    return np.concatenate([header(shape, payload), payload])
+
+
+def header(shape: ExpertShape, payload: Bytes) -> Bytes:
+    """Return an image's header for its payload."""
+    raw = HEADER.pack(MAGIC, VERSION, shape.format.code, shape.row_multipliers, shape.d_model, shape.d_expert,
+                      shape.gate_up.words, shape.down.words, zlib.crc32(payload.data))
+    return np.frombuffer(raw.ljust(shape.header_bytes, b"\0"), np.uint8)
+
+
+def check_image(image: Bytes) -> ExpertShape:
+    """Check an image's header and CRC-32 and return its shape.
+
+    Raises
+    ------
+    ImageError
+        Naming what is wrong.
+    """
+    if len(image) < HEADER_BYTES:
+        raise ImageError(f"image must be at least {HEADER_BYTES} bytes, not {len(image)}")
+    magic, version, code, row_multipliers, d_model, d_expert, gate_up, down, crc = HEADER.unpack_from(image.tobytes())
+    if magic != MAGIC:
+        raise ImageError(f"image must start with {MAGIC:#010x}, not {magic:#010x}; this is no expert image")
+    if version != VERSION:
+        raise ImageError(f"image version must be {VERSION}, not {version}; build the image again")
+    fmt = next((f for f in FORMATS.values() if f.code == code), None)
+    if fmt is None:
+        raise ImageError(f"image format code must be one of {[f.code for f in FORMATS.values()]}, not {code}")
+    shape = ExpertShape(fmt, d_model, d_expert, row_multipliers)
+    if (gate_up, down) != (shape.gate_up.words, shape.down.words) or len(image) < shape.image_bytes:
+        raise ImageError(f"image must be {shape.image_bytes} bytes for its header, not {len(image)}; it is truncated")
+    found = zlib.crc32(np.ascontiguousarray(image[shape.header_bytes : shape.image_bytes]).data)
+    if found != crc:
+        raise ImageError(f"image CRC-32 must be {crc:#010x}, not {found:#010x}; it was damaged, load it again")
+    return shape
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One quantised expert: what an image holds, before packing."""
+
+    gate_up: QuantisedMatrix
+    down: QuantisedMatrix
+
+    @classmethod
+    def quantise(cls, gate_up: NDArray[np.floating], down: NDArray[np.floating], name: str | WeightFormat) -> Expert:
+        """Quantise float weights: ``gate_up`` (2 I, H) as ``[gate; up]``, ``down`` (H, I)."""
+        fmt = weight_format(name)
+        return cls(quantise(interleave_gate_up(gate_up), fmt), quantise(down, fmt))

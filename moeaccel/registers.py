@@ -1,0 +1,115 @@
+"""The register map, described once: hardware, driver, JSON, C header and documentation come from it.
+
+Registers are 32 bits wide; 64-bit values are two registers, low word first.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+
+class Access(enum.Enum):
+    """What a host may do with a register."""
+
+    RO = "ro"
+    """Driven by the hardware."""
+    RW = "rw"
+    """Holds what was written."""
+    W1P = "w1p"
+    """Writing 1 gives a one-cycle pulse; reads 0."""
+    W1C = "w1c"
+    """Set by the hardware, cleared by writing 1."""
+
+
+@dataclass(frozen=True)
+class RegisterField:
+    """Bits ``[offset, offset + bits)`` of a register."""
+
+    name: str
+    offset: int
+    bits: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Register:
+    """One 32-bit register at a byte address."""
+
+    name: str
+    address: int
+    access: Access
+    text: str
+    fields: tuple[RegisterField, ...] = ()
+    reset: int = 0
+
+
+ID_VALUE = 0x4145_4F4D  # "MOEA" in memory order
+VERSION_VALUE = 0x0001_0000
+ADDRESS_BITS = 12
+
+
+def _fields(*rows: tuple[str, int, int, str]) -> tuple[RegisterField, ...]:
+    return tuple(RegisterField(*row) for row in rows)
+
+
+COUNTERS: tuple[tuple[str, str], ...] = (
+    ("busy", "Cycles in which the array started a step."),
+    ("starved_weights", "Cycles with work in which the array waited for weights."),
+    ("starved_activations", "Cycles with work in which the array waited for x or h."),
+    ("stalled_output", "Cycles with work in which the array waited for room behind it."),
+    ("idle", "Cycles without work for the array; the five add up to all cycles since reset."),
+    ("bytes_read_weights", "Bytes of expert images read."),
+    ("bytes_read_other", "All other bytes read."),
+    ("bytes_written", "Bytes written."),
+    ("tokens", "Tokens of finished commands."),
+    ("expert_passes", "Passes over an expert's weights."),
+    ("assignments", "Token-expert pairs computed."),
+    ("overflows", "Weighted outputs beyond the grid."),
+    ("commands", "Commands completed."),
+)
+"""Event counters, 48 bits wide, two registers each from COUNTERS_BASE on."""
+
+COUNTERS_BASE = 0x100
+
+_PLAIN: tuple[Register, ...] = (
+    Register("ID", 0x000, Access.RO, "Reads 0x41454F4D.", reset=ID_VALUE),
+    Register("VERSION", 0x004, Access.RO, "Interface version, major in the high half.", reset=VERSION_VALUE),
+    Register("CONFIG_HASH", 0x008, Access.RO, "AcceleratorConfig.digest of this build."),
+    Register("CONTROL", 0x010, Access.W1P, "Requests.", _fields(
+        ("soft_reset", 0, 1, "Drop all work, drain the memory port, empty the rings."),
+        ("abort", 1, 1, "End the running command with ABORTED; later ones run."))),
+    Register("ENABLE", 0x014, Access.RW, "Fetch submissions.", _fields(("enable", 0, 1, "1: fetch and execute."))),
+    Register("STATUS", 0x018, Access.RO, "State.", _fields(
+        ("busy", 0, 1, "A command is being executed."),
+        ("draining", 1, 1, "Waiting for memory to answer before a reset."))),
+    Register("IRQ_STATUS", 0x020, Access.W1C, "Pending interrupts.", _fields(
+        ("completion", 0, 1, "A completion was written."),
+        ("reset_done", 1, 1, "A soft reset has finished."))),
+    Register("IRQ_ENABLE", 0x024, Access.RW, "Interrupts that drive irq.", _fields(
+        ("completion", 0, 1, "See IRQ_STATUS."), ("reset_done", 1, 1, "See IRQ_STATUS."))),
+    Register("SQ_BASE_LO", 0x030, Access.RW, "Submission ring, 64-byte aligned."),
+    Register("SQ_BASE_HI", 0x034, Access.RW, "Submission ring, high word."),
+    Register("CQ_BASE_LO", 0x038, Access.RW, "Completion ring, 64-byte aligned."),
+    Register("CQ_BASE_HI", 0x03C, Access.RW, "Completion ring, high word."),
+    Register("RING_LOG2", 0x040, Access.RW, "log2 of the entries of both rings, 1 to 8.", reset=1),
+    Register("SQ_TAIL", 0x044, Access.RW, "Doorbell: index behind the last valid submission."),
+    Register("CQ_HEAD", 0x048, Access.RW, "Doorbell: index of the first completion not yet consumed."),
+    Register("SQ_HEAD", 0x04C, Access.RO, "Index of the next submission to fetch."),
+    Register("CQ_TAIL", 0x050, Access.RO, "Index of the next completion to write."),
+    Register("WINDOW_BASE_LO", 0x058, Access.RW, "First byte that bursts may touch."),
+    Register("WINDOW_BASE_HI", 0x05C, Access.RW, "High word."),
+    Register("WINDOW_LIMIT_LO", 0x060, Access.RW, "First byte behind the window; 0 at reset: nothing is allowed."),
+    Register("WINDOW_LIMIT_HI", 0x064, Access.RW, "High word."),
+    Register("WATCHDOG", 0x068, Access.RW, "Cycles without progress until a command is ended; 0: never."),
+)
+
+_COUNTERS = tuple(
+    Register(f"{name.upper()}_{half}", COUNTERS_BASE + 8 * i + 4 * j, Access.RO,
+             text if j == 0 else "High word; read high, low, high.")
+    for i, (name, text) in enumerate(COUNTERS)
+    for j, half in enumerate(("LO", "HI"))
+)
+
+REGISTERS: dict[str, Register] = {register.name: register for register in _PLAIN + _COUNTERS}
+"""Every register by name, in address order."""

@@ -1,0 +1,85 @@
+"""Activation tables shared by the golden model and the RTL.
+
+Every gated activation here has the form ``act(g) = g * f(g)`` (SiLU: f is the logistic function). ``f`` is tabulated on
+[-16, 16) in 2048 segments of 1/64 with linear interpolation; below it is 0, above it is 1. An entry holds the value at the
+segment's left end as a normalised 17-bit mantissa with its own exponent, so that the error is *relative* also where ``f``
+is tiny, and the difference to the right end in the same units.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeaccel.arithmetic import InternalFloat, Ints, multiply, normalise
+
+SEGMENTS = 2048
+SEGMENT_BITS = 6
+"""A segment is ``2**-6`` wide."""
+FRACTION_BITS = 12
+"""Bits of the position inside a segment; the argument is truncated to ``2**-18``."""
+VALUE_BITS = 17
+SLOPE_BITS = 13
+EXPONENT_BITS = 5
+LIMIT_EXPONENT = 4
+"""The table covers ``[-2**4, 2**4)``."""
+
+MAX_RELATIVE_ERROR = 2.0**-14
+"""Stated bound on the relative error of ``f`` over [-16, 16) (tested at every argument)."""
+
+
+@dataclass(frozen=True)
+class ActivationTable:
+    """One table: ``f(left) = value * 2**-(16 + exponent)``; ``slope`` is the step to the right end in the same units."""
+
+    value: Ints
+    slope: Ints
+    exponent: Ints
+
+    def packed(self) -> list[int]:
+        """Return the ROM's words: value (17 bits), slope (13), exponent (5), least significant first."""
+        return [int(v) | int(s) << VALUE_BITS | int(x) << (VALUE_BITS + SLOPE_BITS)
+                for v, s, x in zip(self.value, self.slope, self.exponent, strict=True)]
+
+
+@cache
+def silu_table() -> ActivationTable:
+    """Return the table of the logistic function, the gate of SiLU (Elfwing et al., 2017)."""
+    left = (np.arange(SEGMENTS) - SEGMENTS // 2) / 2.0**SEGMENT_BITS
+    value, right = (1 / (1 + np.exp(-x)) for x in (left, left + 2.0**-SEGMENT_BITS))
+    exponent = -(np.frexp(value)[1]).astype(np.int64) + 1
+    scale = np.ldexp(1.0, (VALUE_BITS - 1 + exponent).astype(np.int32))
+    mantissa = np.rint(value * scale).astype(np.int64)
+    carry = mantissa >> VALUE_BITS
+    mantissa, exponent, scale = mantissa >> carry, exponent - carry, scale / 2.0**carry
+    return ActivationTable(mantissa, np.rint(right * scale).astype(np.int64) - mantissa, exponent)
+
+
+def gate(g: InternalFloat, table: ActivationTable) -> InternalFloat:
+    """Return ``f(g)`` by the table."""
+    shift = g.exponent + SEGMENT_BITS + FRACTION_BITS
+    limit = 1 << (LIMIT_EXPONENT + SEGMENT_BITS + FRACTION_BITS)
+    position = np.where(shift >= 0, g.mantissa << np.clip(shift, 0, 8), g.mantissa >> np.clip(-shift, 0, 62))
+    above = (g.mantissa > 0) & ((shift > 8) | (position >= limit))
+    below = (g.mantissa < 0) & ((shift > 8) | (position < -limit))
+    position = np.where(above | below, 0, position)
+    index = (position >> FRACTION_BITS) + SEGMENTS // 2
+    fraction = position & ((1 << FRACTION_BITS) - 1)
+    value = (table.value[index] << FRACTION_BITS) + table.slope[index] * fraction
+    f = normalise(value, -(VALUE_BITS - 1) - FRACTION_BITS - table.exponent[index])
+    one = 1 << (VALUE_BITS - 1)
+    return InternalFloat(np.where(above, one, np.where(below, 0, f.mantissa)),
+                         np.where(above, -(VALUE_BITS - 1), np.where(below, 0, f.exponent)))
+
+
+def swiglu(g: InternalFloat, u: InternalFloat) -> InternalFloat:
+    """Return ``silu(g) * u`` (Shazeer, 2020): table, then two products, each rounded once."""
+    return multiply(multiply(g, gate(g, silu_table())), u)
+
+
+def exact_logistic(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the logistic function in float64, for error statements."""
+    return 1 / (1 + np.exp(-x))
