@@ -1,0 +1,1 @@
+"""Boards, synthesis, bitstreams and reports."""

@@ -1,0 +1,1 @@
+"""RTL of the accelerator in Amaranth, one public component per file."""

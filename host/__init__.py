@@ -1,0 +1,1 @@
+"""Driver and runtime: transports, devices, queues, memory and hybrid inference."""

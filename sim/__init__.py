@@ -1,0 +1,1 @@
+"""Simulation: Verilator build, C++ co-simulation, DRAM model and bus models."""
