@@ -1,0 +1,25 @@
+"""Typed errors: each names the thing, its value, what was expected and what to do."""
+
+
+class MoeAccelError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class ConfigurationError(MoeAccelError, ValueError):
+    """A configuration's field is out of range."""
+
+
+class FormatError(MoeAccelError, ValueError):
+    """Weights or dimensions that a weight format cannot hold."""
+
+
+class ImageError(MoeAccelError, ValueError):
+    """An expert image that is damaged or of another kind."""
+
+
+class ToolMissingError(MoeAccelError):
+    """A program that a job needs is not on this machine."""
+
+
+class CommandError(MoeAccelError, ValueError):
+    """A command's field does not fit."""
