@@ -1,0 +1,421 @@
+"""Which tokens go to which expert: counting sort, passes, slot tables."""
+
+from amaranth import *
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.memory import Memory
+from amaranth.lib.wiring import In, Out
+from amaranth.utils import ceil_log2, exact_log2
+
+from moeaccel.config import AcceleratorConfig
+from moeaccel.hdl import layouts
+
+
+class Dispatcher(wiring.Component):
+    """Sort the assignments of a command by expert and hand them out as passes.
+
+    ::
+
+        i_job --> fetch ids, weights --> count --> prefix --> scatter --> for each expert with tokens:
+                                                                weights, sections, slot table, x, pass
+
+    A stable counting sort by expert id over at most ``max_assignments`` token-expert pairs. Ids that are negative or not
+    below ``num_experts`` are skipped; a token without any pair is announced on ``o_zero``. A pass takes at most as many
+    pairs as there are slots (``max_slots``, half of it in ``a16``); consecutive passes over the very same tokens keep x and y
+    on the chip (``same``). At most one pass is prepared while another runs.
+
+    Cycles: 3 for each pair to count and 3 to scatter, 2 for each expert, then about 6 for each slot of a pass.
+    GEMM (``linear``) needs no ids: every token goes to image 0 with weight 1.
+
+    Parameters
+    ----------
+    config : :class:`AcceleratorConfig`
+
+    Members
+    -------
+    i_job : :py:`In(stream.Signature(layouts.job(config)))`
+        Accepted when idle; the job's fields are held on ``o_job`` until the next one.
+    reader : :py:`Out(layouts.ReadClientSignature(config))`
+        Fetches ids and weights.
+    o_weights : :py:`Out(stream.Signature(weight_request(config)))`
+        Image of each pass, for the weight streamer.
+    o_section : :py:`Out(stream.Signature(layouts.section(config)))`
+        Shape of each section, for the tile buffer.
+    o_load : :py:`Out(stream.Signature(load_request(config)))`
+        Asks for the x of a new set of tokens.
+    o_pass : :py:`Out(stream.Signature(pass_descriptor(config)))`
+        The pass, once its slot table is complete.
+    o_zero : :py:`Out(stream.Signature(token))`
+        A token without any expert.
+    i_retired : :py:`In(1)`
+        Pulse: the oldest pass has left the machine; its slot table may be overwritten.
+    slot_w_en, slot_w_address, slot_w_data
+        Write port of the slot table; address {bank, slot}.
+    o_assignments : :py:`Out(1)`
+        Pulse for each pair put into a pass.
+    o_done : :py:`Out(1)`
+        High when every pass of the command has been handed out.
+    """
+
+    def __init__(self, config: AcceleratorConfig):
+        self._config = config
+        super().__init__({
+            "i_job": In(stream.Signature(layouts.job(config))),
+            "o_job": Out(layouts.job(config)),
+            "reader": Out(layouts.ReadClientSignature(config)),
+            "o_weights": Out(stream.Signature(weight_request(config))),
+            "o_section": Out(stream.Signature(layouts.section(config))),
+            "o_load": Out(stream.Signature(load_request(config))),
+            "o_pass": Out(stream.Signature(pass_descriptor(config))),
+            "o_zero": Out(stream.Signature(layouts.token_bits(config))),
+            "i_retired": In(1),
+            "slot_w_en": Out(1),
+            "slot_w_address": Out(1 + layouts.slot_bits(config)),
+            "slot_w_data": Out(layouts.slot(config)),
+            "o_assignments": Out(1),
+            "o_done": Out(1),
+        })
+
+    def elaborate(self, platform):
+        m = Module()
+        config = self._config
+        pairs_bits = config.max_assignments.bit_length()
+        index_bits = ceil_log2(config.max_assignments)
+        expert_bits = max(1, ceil_log2(config.max_experts))
+        per_beat = config.port_bytes // 4
+        lane_bits = exact_log2(per_beat)
+        beats = config.max_assignments // per_beat
+
+        job = Signal(layouts.job(config))
+        m.d.comb += self.o_job.eq(job)
+        two = job.two_planes
+
+        # -- storage -------------------------------------------------------------------------------------------------------
+        def memory(name, shape, depth):
+            m.submodules[name] = mem = Memory(shape=shape, depth=depth, init=[])
+            return mem.write_port(), mem.read_port()
+
+        ids_w, ids_r = memory("ids", 8 * config.port_bytes, beats)
+        weights_w, weights_r = memory("weights", 8 * config.port_bytes, beats)
+        count_w, count_r = memory("counts", pairs_bits, config.max_experts)
+        cursor_w, cursor_r = memory("cursors", pairs_bits, config.max_experts)
+        pair = data.StructLayout({"token": layouts.token_bits(config), "index": index_bits})
+        sorted_w, sorted_r = memory("sorted", pair, config.max_assignments)
+        total_w, total_r = memory("totals", 5, config.max_tokens)
+        done_w, done_r = memory("done", 5, config.max_tokens)
+        resident = data.StructLayout({"token": layouts.token_bits(config), "first": 1})
+        resident_w, resident_r = memory("resident", resident, config.max_slots)
+
+        # -- walking over the pairs in token order ---------------------------------------------------------------------------
+        pairs = Signal(pairs_bits)
+        index = Signal(pairs_bits)
+        k = Signal(5)
+        token = Signal(config.max_tokens.bit_length())
+        valid_of_token = Signal(5)
+        raw_id = Signal(32)
+        m.d.comb += [
+            ids_r.addr.eq(index >> lane_bits),
+            raw_id.eq(ids_r.data.word_select(index[:lane_bits], 32)),
+        ]
+        expert_id = Signal(expert_bits)
+        id_valid = Signal()
+        with m.If(job.linear):
+            m.d.comb += id_valid.eq(1)
+        with m.Else():
+            m.d.comb += [id_valid.eq(raw_id < job.num_experts), expert_id.eq(raw_id)]
+
+        def next_pair():
+            m.d.sync += index.eq(index + 1)
+            with m.If(k + 1 == job.top_k):
+                m.d.sync += [k.eq(0), token.eq(token + 1)]
+            with m.Else():
+                m.d.sync += k.eq(k + 1)
+
+        rewind = [index.eq(0), k.eq(0), token.eq(0), valid_of_token.eq(0)]
+
+        # -- fetch -------------------------------------------------------------------------------------------------------
+        fetch_beat = Signal(ceil_log2(beats) if beats > 1 else 1)
+        fetching_weights = Signal()
+        m.d.comb += [
+            self.reader.request.p.address.eq(Mux(fetching_weights, job.weights_address, job.ids_address)),
+            self.reader.request.p.beats.eq((pairs + (per_beat - 1)) >> lane_bits),
+            ids_w.addr.eq(fetch_beat), ids_w.data.eq(self.reader.data),
+            weights_w.addr.eq(fetch_beat), weights_w.data.eq(self.reader.data),
+            ids_w.en.eq(self.reader.valid & ~fetching_weights),
+            weights_w.en.eq(self.reader.valid & fetching_weights),
+        ]
+        ids_arrived, weights_arrived = Signal(), Signal()
+        with m.If(self.i_job.valid & self.i_job.ready):
+            m.d.sync += [ids_arrived.eq(0), weights_arrived.eq(self.i_job.p.linear)]
+        with m.If(self.reader.valid):
+            with m.If(self.reader.last & fetching_weights):
+                m.d.sync += weights_arrived.eq(1)
+            with m.If(self.reader.last & ~fetching_weights):
+                m.d.sync += ids_arrived.eq(1)
+            m.d.sync += fetch_beat.eq(Mux(self.reader.last, 0, fetch_beat + 1))
+
+        # -- passes ------------------------------------------------------------------------------------------------------
+        ahead = Signal(2)  # passes handed out and not retired
+        passed = Signal()
+        m.d.sync += ahead.eq(ahead + passed - self.i_retired)
+        walk = Signal(expert_bits + 1)
+        image = Signal(config.address_bits)
+        left = Signal(pairs_bits)  # pairs of this expert not yet in a pass
+        position = Signal(pairs_bits)
+        remaining = Signal(pairs_bits)  # pairs of the command not yet in a pass
+        slots = Signal(range(config.max_slots + 1))
+        slot = Signal(range(config.max_slots + 1))
+        capacity = Mux(two, config.max_slots // 2, config.max_slots)
+        resident_count = Signal(range(config.max_slots + 1))
+        same = Signal()
+        slot_bank = Signal()
+        x_bank = Signal()
+        prefix = Signal(pairs_bits)
+
+        tile_rows_log2 = Mux(job.format == 0, exact_log2(config.row_multipliers), exact_log2(config.rows))
+        m.d.comb += [
+            self.o_weights.p.address.eq(image),
+            self.o_weights.p.words.eq(job.gate_up_words + job.down_words),
+            self.o_section.p.format.eq(job.format),
+            self.o_load.p.bank.eq(x_bank),
+            self.o_load.p.slot_bank.eq(slot_bank),
+            self.o_load.p.count.eq(slots),
+            self.o_pass.p.slot_bank.eq(slot_bank),
+            self.o_pass.p.x_bank.eq(x_bank),
+            self.o_pass.p.count.eq(slots),
+            self.o_pass.p.same.eq(same),
+            self.o_pass.p.last.eq(remaining == slots),
+        ]
+
+        # Weight of a pair: float32 to internal float (arithmetic.float32_to_internal).
+        entry = Signal(pair)
+        raw_weight = Signal(32)
+        m.d.comb += [
+            weights_r.addr.eq(entry.index >> lane_bits),
+            raw_weight.eq(weights_r.data.word_select(entry.index[:lane_bits], 32)),
+        ]
+        weight = Signal(layouts.internal_float())
+        magnitude = Signal(18)
+        field = raw_weight[23:31]
+        round_up = raw_weight[6] & (raw_weight[:6].any() | raw_weight[7])
+        with m.If(job.linear):
+            m.d.comb += [weight.mantissa.eq(1 << 16), weight.exponent.eq(-16)]
+        with m.Elif((field != 0) & (field != 255)):
+            m.d.comb += magnitude.eq(Cat(raw_weight[7:23], 1) + round_up)
+            carried = Mux(magnitude[17], 1 << 16, magnitude[:17])
+            m.d.comb += [
+                weight.mantissa.eq(Mux(raw_weight[31], -carried, carried)),
+                weight.exponent.eq(field.as_unsigned() - 143 + magnitude[17]),
+            ]
+
+        first = Signal()
+        m.d.comb += [
+            total_r.addr.eq(entry.token), done_r.addr.eq(entry.token),
+            first.eq(Mux(same, resident_r.data.first, done_r.data == 0)),
+            resident_r.addr.eq(slot), resident_w.addr.eq(slot),
+            resident_w.data.token.eq(entry.token), resident_w.data.first.eq(first),
+            self.slot_w_address.eq(Cat(slot[:layouts.slot_bits(config)], slot_bank)),
+            self.slot_w_data.token.eq(entry.token),
+            self.slot_w_data.weight.eq(weight),
+            self.slot_w_data.first.eq(first),
+            self.slot_w_data.last.eq(done_r.data + 1 == total_r.data),
+            sorted_r.addr.eq(position + slot),
+            sorted_w.data.token.eq(token), sorted_w.data.index.eq(index),
+        ]
+        running = Signal()
+        m.d.comb += self.o_done.eq(~running)
+
+        with m.FSM():
+            with m.State("IDLE"):
+                m.d.comb += self.i_job.ready.eq(1)
+                with m.If(self.i_job.valid):
+                    m.d.sync += [job.eq(self.i_job.payload), running.eq(1), walk.eq(0)]
+                    m.next = "PREPARE"
+            with m.State("PREPARE"):
+                m.d.sync += [pairs.eq(job.tokens * job.top_k), fetching_weights.eq(0), resident_count.eq(0), remaining.eq(0)]
+                m.next = "CLEAR"
+                with m.If(~job.linear):
+                    m.next = "REQUEST_IDS"
+            with m.State("REQUEST_IDS"):
+                m.d.comb += self.reader.request.valid.eq(1)
+                with m.If(self.reader.request.ready):
+                    m.next = "CLEAR"
+            with m.State("CLEAR"):  # while the ids are on their way
+                m.d.comb += [count_w.en.eq(1), count_w.addr.eq(walk), count_w.data.eq(0)]
+                m.d.sync += walk.eq(walk + 1)
+                with m.If(walk + 1 == job.num_experts):
+                    m.next = "COUNT_START"
+                    with m.If(~job.linear):
+                        m.next = "WAIT_IDS"
+            with m.State("WAIT_IDS"):
+                with m.If(ids_arrived):
+                    m.d.sync += fetching_weights.eq(1)
+                    m.next = "REQUEST_WEIGHTS"
+            with m.State("REQUEST_WEIGHTS"):
+                m.d.comb += self.reader.request.valid.eq(1)
+                with m.If(self.reader.request.ready):
+                    m.next = "COUNT_START"
+            with m.State("COUNT_START"):
+                m.d.sync += rewind
+                m.next = "COUNT_ID"
+            with m.State("COUNT_ID"):
+                m.next = "COUNT_READ"
+            with m.State("COUNT_READ"):
+                m.d.comb += count_r.addr.eq(expert_id)
+                m.next = "COUNT_WRITE"
+            with m.State("COUNT_WRITE"):
+                last_of_token = k + 1 == job.top_k
+                now_valid = Signal(5)
+                m.d.comb += [
+                    count_w.addr.eq(expert_id), count_w.data.eq(count_r.data + 1), count_w.en.eq(id_valid),
+                    now_valid.eq(valid_of_token + id_valid),
+                    total_w.addr.eq(token), total_w.data.eq(now_valid), total_w.en.eq(last_of_token),
+                    done_w.addr.eq(token), done_w.en.eq(last_of_token),
+                    self.o_zero.payload.eq(token), self.o_zero.valid.eq(last_of_token & (now_valid == 0)),
+                ]
+                with m.If(~self.o_zero.valid | self.o_zero.ready):
+                    next_pair()
+                    m.d.sync += [
+                        valid_of_token.eq(Mux(last_of_token, 0, now_valid)),
+                        remaining.eq(remaining + id_valid),
+                        walk.eq(0), prefix.eq(0),
+                    ]
+                    m.next = "COUNT_ID"
+                    with m.If(index + 1 == pairs):
+                        m.next = "PREFIX_READ"
+                with m.Else():
+                    m.d.comb += count_w.en.eq(0)
+            with m.State("PREFIX_READ"):
+                m.d.comb += count_r.addr.eq(walk)
+                m.next = "PREFIX_WRITE"
+            with m.State("PREFIX_WRITE"):
+                m.d.comb += [cursor_w.addr.eq(walk), cursor_w.data.eq(prefix), cursor_w.en.eq(1)]
+                m.d.sync += [prefix.eq(prefix + count_r.data), walk.eq(walk + 1)]
+                m.next = "PREFIX_READ"
+                with m.If(walk + 1 == job.num_experts):
+                    m.d.sync += rewind
+                    m.next = "SCATTER_ID"
+            with m.State("SCATTER_ID"):
+                m.next = "SCATTER_READ"
+            with m.State("SCATTER_READ"):
+                m.d.comb += cursor_r.addr.eq(expert_id)
+                m.next = "SCATTER_WRITE"
+            with m.State("SCATTER_WRITE"):
+                m.d.comb += [
+                    sorted_w.addr.eq(cursor_r.data), sorted_w.en.eq(id_valid),
+                    cursor_w.addr.eq(expert_id), cursor_w.data.eq(cursor_r.data + 1), cursor_w.en.eq(id_valid),
+                ]
+                next_pair()
+                m.next = "SCATTER_ID"
+                with m.If(index + 1 == pairs):
+                    m.d.sync += [walk.eq(0), position.eq(0), image.eq(job.image_address)]
+                    m.next = "EXPERT_READ"
+            with m.State("EXPERT_READ"):
+                m.d.comb += count_r.addr.eq(walk)
+                m.next = "EXPERT"
+                with m.If(remaining == 0):
+                    m.d.sync += running.eq(0)
+                    m.next = "IDLE"
+            with m.State("EXPERT"):
+                m.d.sync += left.eq(count_r.data)
+                with m.If(count_r.data == 0):
+                    m.d.sync += [walk.eq(walk + 1), image.eq(image + job.stride)]
+                    m.next = "EXPERT_READ"
+                with m.Else():
+                    m.next = "PASS"
+            with m.State("PASS"):  # one pass runs, one is prepared; weights are asked for at once
+                m.d.comb += self.o_weights.valid.eq(ahead < 2)
+                m.d.sync += [slots.eq(Mux(left > capacity, capacity, left)), slot.eq(0), same.eq(1)]
+                with m.If(self.o_weights.valid & self.o_weights.ready):
+                    m.next = "SECTION_DOWN"
+                    with m.If(~job.linear):
+                        m.next = "SECTION_GATE_UP"
+            with m.State("SECTION_GATE_UP"):
+                m.d.comb += [
+                    self.o_section.valid.eq(1),
+                    self.o_section.p.steps.eq(job.steps_in),
+                    self.o_section.p.tiles.eq((job.steps_hidden << 6) >> tile_rows_log2),
+                ]
+                with m.If(self.o_section.ready):
+                    m.next = "SECTION_DOWN"
+            with m.State("SECTION_DOWN"):
+                m.d.comb += [
+                    self.o_section.valid.eq(1),
+                    self.o_section.p.steps.eq(job.steps_hidden),
+                    self.o_section.p.tiles.eq((job.steps_out << 5) >> tile_rows_log2),
+                ]
+                with m.If(self.o_section.ready):
+                    m.d.sync += same.eq(slots == resident_count)
+                    m.next = "COMPARE_READ"
+            with m.State("COMPARE_READ"):
+                m.next = "COMPARE"
+                with m.If(~same):
+                    m.d.sync += slot.eq(0)
+                    m.next = "FILL_START"
+            with m.State("COMPARE"):
+                m.d.sync += [slot.eq(slot + 1), same.eq(sorted_r.data.token == resident_r.data.token)]
+                m.next = "COMPARE_READ"
+                with m.If(slot + 1 == slots):
+                    m.d.sync += slot.eq(0)
+                    m.next = "FILL_START"
+            with m.State("FILL_START"):
+                with m.If(weights_arrived):  # asked for long before, but memory may be slow
+                    with m.If(~same):
+                        m.d.sync += x_bank.eq(~x_bank)
+                    m.next = "FILL_SORTED"
+            with m.State("FILL_SORTED"):
+                m.next = "FILL_ENTRY"
+            with m.State("FILL_ENTRY"):
+                m.d.sync += entry.eq(sorted_r.data)
+                m.next = "FILL_LOOKUP"
+            with m.State("FILL_LOOKUP"):
+                m.next = "FILL_WRITE"
+            with m.State("FILL_WRITE"):
+                m.d.comb += [
+                    self.slot_w_en.eq(1), resident_w.en.eq(1), self.o_assignments.eq(1),
+                    done_w.addr.eq(entry.token), done_w.data.eq(done_r.data + 1), done_w.en.eq(1),
+                ]
+                m.d.sync += slot.eq(slot + 1)
+                m.next = "FILL_SORTED"
+                with m.If(slot + 1 == slots):
+                    m.d.sync += resident_count.eq(slots)
+                    m.next = "PASS_OUT"
+                    with m.If(~same):
+                        m.next = "LOAD"
+            with m.State("LOAD"):
+                m.d.comb += self.o_load.valid.eq(1)
+                with m.If(self.o_load.ready):
+                    m.next = "PASS_OUT"
+            with m.State("PASS_OUT"):
+                m.d.comb += self.o_pass.valid.eq(1)
+                with m.If(self.o_pass.ready):
+                    m.d.comb += passed.eq(1)
+                    m.d.sync += [
+                        left.eq(left - slots), position.eq(position + slots), remaining.eq(remaining - slots),
+                        slot_bank.eq(~slot_bank),
+                    ]
+                    m.next = "PASS"
+                    with m.If(left == slots):
+                        m.d.sync += [walk.eq(walk + 1), image.eq(image + job.stride)]
+                        m.next = "EXPERT_READ"
+
+        return m
+
+
+def weight_request(config: AcceleratorConfig) -> data.StructLayout:
+    """Return a linear read of array words."""
+    return data.StructLayout({"address": config.address_bits, "words": 32})
+
+
+def load_request(config: AcceleratorConfig) -> data.StructLayout:
+    """Return a request for the x of the first ``count`` slots of a slot table."""
+    return data.StructLayout({"bank": 1, "slot_bank": 1, "count": range(config.max_slots + 1)})
+
+
+def pass_descriptor(config: AcceleratorConfig) -> data.StructLayout:
+    """Return a pass: one expert over ``count`` slots.
+
+    ``same``: the tokens of the pass before, in the same slots. ``last``: the command's last pass.
+    """
+    return data.StructLayout({
+        "slot_bank": 1, "x_bank": 1, "count": range(config.max_slots + 1), "same": 1, "last": 1,
+    })

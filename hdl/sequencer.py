@@ -1,0 +1,280 @@
+"""What the array does in every cycle: sections, tiles, groups, steps."""
+
+from amaranth import *
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.wiring import In, Out
+from amaranth.utils import ceil_log2, exact_log2
+
+from moeaccel.config import AcceleratorConfig
+from moeaccel.hdl import layouts
+from moeaccel.hdl.dispatcher import pass_descriptor
+
+
+def step(config: AcceleratorConfig) -> data.StructLayout:
+    """Return one step of the array as the sequencer starts it."""
+    return data.StructLayout({
+        "first": 1,
+        "last": 1,
+        "hidden": 1,
+        "x_bank": 1,
+        "lane_address": layouts.lane_address_bits(config),
+    })
+
+
+def drain_request(config: AcceleratorConfig) -> data.StructLayout:
+    """Return a request to empty the y buffer: the slot table of the set's last pass, and how many slots."""
+    return data.StructLayout({"slot_bank": 1, "count": range(config.max_slots + 1)})
+
+
+class Sequencer(wiring.Component):
+    """Start at most one array step a cycle, in the order tile, group, step.
+
+    A step starts when its weight word is in the tile buffer, its x or h is in the lane buffer and, for the first step of a
+    (tile, group), the result has a place behind the array. Gate/up of the next pass runs while the results of this one are
+    combined and drained; its down section waits until the y buffer is free (``retired``).
+
+    ::
+
+        i_pass --> [gate/up section] --> [hidden: quantise h] --> [down section] --> retire: results in, drain, i_retired
+
+    Throughput: one step per cycle. Nothing is lost between tiles, groups or, while weights last, sections, but for the
+    latency from the last gate/up step to the first quantised h.
+
+    Parameters
+    ----------
+    config : :class:`AcceleratorConfig`
+
+    Members
+    -------
+    i_job : :py:`In(layouts.job(config))`
+        Constant while passes of the command are in the machine.
+    i_pass : :py:`In(stream.Signature(pass_descriptor(config)))`
+    o_pass, o_pass_start : current pass; pulse when it starts
+    i_available, o_take, o_tile_end, o_rewind
+        Read side of the tile buffer.
+    o_step : :py:`Out(step(config))`
+        Valid with ``o_take``.
+    o_tag : :py:`Out(layouts.result_tag(config))`
+        Of the step, valid with ``o_take``.
+    i_free : results that have a place behind the array
+    i_result : pulse, a result has arrived there
+    i_loaded : pulse, the x of a set of tokens is in the lane buffer
+    o_hidden_start, i_slots_ready
+        Quantiser of h.
+    i_down_done : pulse, the last output of a pass is in the y buffer
+    o_drain, i_drained
+        Y buffer.
+    o_retired : pulse, the pass has left the machine; its slot table is free
+    o_active, o_starved_weights, o_starved_activations, o_stalled_output
+        For the counters; with ``o_take`` they are exclusive.
+    """
+
+    def __init__(self, config: AcceleratorConfig):
+        self._config = config
+        slots = range(config.max_slots + 1)
+        super().__init__({
+            "i_job": In(layouts.job(config)),
+            "i_pass": In(stream.Signature(pass_descriptor(config))),
+            "o_pass": Out(pass_descriptor(config)),
+            "o_pass_start": Out(1),
+            "i_available": In(1),
+            "o_take": Out(1),
+            "o_tile_end": Out(1),
+            "o_rewind": Out(1),
+            "o_step": Out(step(config)),
+            "o_tag": Out(layouts.result_tag(config)),
+            "i_free": In(4),
+            "i_result": In(1),
+            "i_loaded": In(1),
+            "o_hidden_start": Out(1),
+            "i_slots_ready": In(slots),
+            "i_down_done": In(1),
+            "o_drain": Out(stream.Signature(drain_request(config))),
+            "i_drained": In(1),
+            "o_retired": Out(1),
+            "o_active": Out(1),
+            "o_starved_weights": Out(1),
+            "o_starved_activations": Out(1),
+            "o_stalled_output": Out(1),
+        })
+
+    def elaborate(self, platform):
+        m = Module()
+        config = self._config
+        job = self.i_job
+        lanes = config.token_lanes
+        lanes_log2 = exact_log2(lanes)
+        packed = job.format != 0
+        tile_rows_log2 = Mux(packed, exact_log2(config.rows), exact_log2(config.row_multipliers))
+        count_shape = range(config.max_slots + 1)
+
+        current = Signal(pass_descriptor(config))
+        fresh = Signal()  # the first pass over these tokens: y is stored, not added
+        m.d.comb += self.o_pass.eq(current)
+
+        # -- position: tile, group, step -------------------------------------------------------------------------------------
+        tiles_left = Signal((2 * config.max_dim).bit_length())
+        groups = Signal(range(config.token_groups + 1))
+        group = Signal(range(config.token_groups))
+        steps = Signal(layouts.steps_bits(config))
+        position = Signal(layouts.steps_bits(config))
+        slots_left = Signal(count_shape)  # slots of this and later groups
+        slots_through = Signal(range(config.max_slots + lanes + 1))  # slots up to the end of this group
+        row = Signal(range(2 * config.max_dim + 1))
+        per_group = Signal(range(lanes + 1))
+        down = Signal()
+        in_section = Signal()
+
+        last_step = Signal()
+        last_group = Signal()
+        m.d.comb += [
+            per_group.eq(Mux(job.two_planes, lanes // 2, lanes)),
+            last_step.eq(position + 1 == steps),
+            last_group.eq(group + 1 == groups),
+        ]
+
+        # -- may the step start? ---------------------------------------------------------------------------------------------
+        in_flight = Signal(range(32))
+        started = Signal()
+        m.d.sync += in_flight.eq(in_flight + started - self.i_result)
+        room = Signal()
+        m.d.comb += room.eq((position != 0) | (in_flight < self.i_free))
+        operand = Signal()
+        slots_reached = (self.i_slots_ready == current.count) | (self.i_slots_ready >= slots_through)
+        loads = Signal(2)
+        retired = Signal(init=1)  # every pass before the current one has retired
+        y_free = Signal()
+        m.d.comb += [
+            y_free.eq(retired),
+            operand.eq(Mux(down, y_free & (job.linear | slots_reached), 1)),
+            self.o_take.eq(in_section & self.i_available & operand & room),
+            self.o_tile_end.eq(last_step),
+            self.o_rewind.eq(last_step & ~last_group),
+            started.eq(self.o_take & (position == 0)),
+            self.o_step.first.eq(position == 0),
+            self.o_step.last.eq(last_step),
+            self.o_step.hidden.eq(down & ~job.linear),
+            self.o_step.x_bank.eq(current.x_bank),
+            self.o_step.lane_address.eq(Cat(position[:ceil_log2(config.max_steps)], group)),
+            self.o_tag.group.eq(group),
+            self.o_tag.row.eq(row),
+            self.o_tag.last_group.eq(last_group),
+            self.o_tag.slots.eq(Mux(slots_left > per_group, per_group, slots_left)),
+            self.o_tag.down.eq(down),
+            self.o_tag.linear.eq(job.linear),
+            self.o_tag.two_planes.eq(job.two_planes),
+            self.o_tag.packed.eq(packed),
+            self.o_tag.x_bank.eq(current.x_bank),
+            self.o_tag.slot_bank.eq(current.slot_bank),
+            self.o_tag.fresh.eq(fresh),
+            self.o_tag.last.eq(last_group & (tiles_left == 1)),
+        ]
+        section_end = Signal()
+        first_group = [group.eq(0), slots_left.eq(current.count), slots_through.eq(per_group)]
+        with m.If(self.o_take):
+            m.d.sync += position.eq(position + 1)
+            with m.If(last_step):
+                m.d.sync += [
+                    position.eq(0), group.eq(group + 1), slots_left.eq(slots_left - per_group),
+                    slots_through.eq(slots_through + per_group),
+                ]
+                with m.If(last_group):
+                    m.d.sync += [*first_group, tiles_left.eq(tiles_left - 1), row.eq(row + (1 << tile_rows_log2))]
+                    m.d.comb += section_end.eq(tiles_left == 1)
+
+        waiting_x = Signal()
+        m.d.comb += [
+            self.o_active.eq(in_section | waiting_x),
+            self.o_starved_activations.eq(waiting_x | (in_section & ~operand)),
+            self.o_starved_weights.eq(in_section & operand & ~self.i_available),
+            self.o_stalled_output.eq(in_section & operand & self.i_available & ~room),
+        ]
+
+        # -- sections --------------------------------------------------------------------------------------------------------
+        begin_down = [
+            *first_group, in_section.eq(1), down.eq(1), position.eq(0), row.eq(0), steps.eq(job.steps_hidden),
+            tiles_left.eq((job.steps_out << 5) >> tile_rows_log2),
+        ]
+        taken_load = Signal()
+        m.d.sync += loads.eq(loads + self.i_loaded - taken_load)
+        finished = Signal()  # the last step of a pass has started
+        with m.FSM(name="issue"):
+            with m.State("PASS"):
+                m.d.comb += self.i_pass.ready.eq(1)
+                m.d.sync += [current.eq(self.i_pass.payload)]
+                with m.If(self.i_pass.valid):
+                    m.next = "X"
+            with m.State("X"):
+                m.d.comb += waiting_x.eq(1)
+                m.d.sync += groups.eq((current.count + per_group - 1) >> Mux(
+                    job.two_planes, lanes_log2 - 1, lanes_log2))
+                with m.If(current.same | (loads != 0)):
+                    m.d.comb += [taken_load.eq(~current.same), self.o_pass_start.eq(1)]
+                    m.d.sync += fresh.eq(~current.same)
+                    with m.If(job.linear):
+                        m.d.sync += begin_down
+                        m.next = "DOWN"
+                    with m.Else():
+                        m.d.sync += [
+                            *first_group, in_section.eq(1), down.eq(0), position.eq(0), row.eq(0),
+                            steps.eq(job.steps_in), tiles_left.eq((job.steps_hidden << 6) >> tile_rows_log2),
+                        ]
+                        m.next = "GATE_UP"
+            with m.State("GATE_UP"):
+                with m.If(section_end):
+                    m.d.sync += in_section.eq(0)
+                    m.next = "HIDDEN"
+            with m.State("HIDDEN"):
+                m.d.comb += [self.o_hidden_start.eq(1), waiting_x.eq(1)]
+                m.next = "HIDDEN_STARTED"
+            with m.State("HIDDEN_STARTED"):  # i_slots_ready is of this pass from the next cycle on
+                m.d.comb += waiting_x.eq(1)
+                m.d.sync += begin_down
+                m.next = "DOWN"
+            with m.State("DOWN"):
+                with m.If(section_end):
+                    m.d.comb += finished.eq(1)
+                    m.d.sync += [in_section.eq(0), retired.eq(0)]
+                    m.next = "PASS"
+
+        # -- retiring --------------------------------------------------------------------------------------------------------
+        leaving = Signal(pass_descriptor(config))
+        has_next, next_same = Signal(), Signal()
+        held = Signal()  # the issue FSM already holds the pass behind the leaving one
+        with m.If(finished):
+            m.d.sync += held.eq(0)
+        with m.Elif(self.i_pass.valid & self.i_pass.ready):
+            m.d.sync += held.eq(1)
+        m.d.comb += [
+            has_next.eq(held | self.i_pass.valid),
+            next_same.eq(Mux(held, current.same, self.i_pass.p.same)),
+            self.o_drain.p.slot_bank.eq(leaving.slot_bank),
+            self.o_drain.p.count.eq(leaving.count),
+        ]
+        with m.FSM(name="retire"):
+            with m.State("IDLE"):
+                m.d.sync += leaving.eq(current)
+                with m.If(finished):
+                    m.next = "RESULTS"
+            with m.State("RESULTS"):
+                with m.If(self.i_down_done):
+                    m.next = "DECIDE"
+            with m.State("DECIDE"):
+                with m.If(leaving.last):
+                    m.next = "DRAIN"
+                with m.Elif(has_next):
+                    m.next = "DRAIN"
+                    with m.If(next_same):
+                        m.next = "RETIRE"
+            with m.State("DRAIN"):
+                m.d.comb += self.o_drain.valid.eq(1)
+                with m.If(self.o_drain.ready):
+                    m.next = "DRAINING"
+            with m.State("DRAINING"):
+                with m.If(self.i_drained):
+                    m.next = "RETIRE"
+            with m.State("RETIRE"):
+                m.d.comb += self.o_retired.eq(1)
+                m.d.sync += retired.eq(1)
+                m.next = "IDLE"
+        return m

@@ -1,0 +1,107 @@
+import numpy as np
+import pytest
+
+from moeaccel import golden
+from moeaccel.arithmetic import quantise_float32
+from moeaccel.formats import FORMATS
+from moeaccel.golden.experts import matvec
+from moeaccel.golden.reference import experts_float64, quantised_float_experts
+from moeaccel.image import Expert
+
+
+def relative(a, b):
+    return np.linalg.norm(a - b) / np.linalg.norm(b)
+
+
+@pytest.fixture(scope="module")
+def gaussian():
+    rng = np.random.default_rng(1)
+    d_model, d_expert, tokens = 2048, 1024, 16
+    gate_up = (rng.standard_normal((2 * d_expert, d_model)) / np.sqrt(d_model)).astype(np.float32)
+    down = (rng.standard_normal((d_model, d_expert)) / np.sqrt(d_expert)).astype(np.float32)
+    x = rng.standard_normal((tokens, d_model)).astype(np.float32)
+    return x, gate_up, down
+
+
+WEIGHT_ERROR = {"mxint8": 0.015, "int4_g32": 0.18, "int4_g128": 0.22, "mxfp4": 0.22}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_error_budget_on_gaussian_data(gaussian, name):
+    x, gate_up, down = gaussian
+    ids, weights = np.zeros((len(x), 1), np.int64), np.ones((len(x), 1), np.float32)
+    layer = [Expert.quantise(gate_up, down, name)]
+    rows = layer[0].gate_up.dequantise()
+    same_weights = experts_float64(x, ids, weights, [np.concatenate([rows[0::2], rows[1::2]])],
+                                   [layer[0].down.dequantise()])
+    exact = experts_float64(x, ids, weights, [gate_up], [down])
+    assert relative(same_weights, exact) <= WEIGHT_ERROR[name]
+    for planes, bound, machine in ((1, 0.02, 0.001), (2, 0.0002, 0.0005)):
+        y = golden.experts(x, ids, weights, layer, planes=planes).y
+        assert relative(y, same_weights) <= bound
+        assert relative(y, quantised_float_experts(x, ids, weights, layer, planes=planes)) <= machine
+
+
+def test_dot_products_are_exact_integers():
+    rng = np.random.default_rng(2)
+    from moeaccel.formats import quantise
+
+    w = quantise(rng.standard_normal((32, 2880)).astype(np.float32), "int4_g128")
+    x, _ = quantise_float32((rng.standard_normal((3, 2880)) * 100.0).astype(np.float32), 2)
+    got = matvec(x, w)
+    total = np.zeros((3, 32), object)
+    scale = np.repeat(w.significand.astype(int) << w.shift.astype(int), 4, axis=1)[:, :90]
+    for n in range(3):
+        for r in range(32):
+            block = (x.mantissa[n].astype(object) * w.integers[r].astype(int)).reshape(90, 32).sum(axis=1)
+            total[n, r] = int((block * (scale[r].astype(object) << x.shift[n].astype(object))).sum())
+    exponent = x.base[:, None] + w.row_exponent[None, :].astype(int)
+    for n in range(3):
+        for r in range(32):
+            error = abs(got.to_float64()[n, r] - float(total[n, r]) * 2.0 ** exponent[n, r])
+            assert error <= 2.0**-17 * abs(float(total[n, r])) * 2.0 ** exponent[n, r]
+
+
+def small_layer(rng, experts=4, d_model=64, d_expert=32, name="int4_g32"):
+    return [Expert.quantise(rng.standard_normal((2 * d_expert, d_model)).astype(np.float32),
+                            rng.standard_normal((d_model, d_expert)).astype(np.float32), name) for _ in range(experts)]
+
+
+def test_bits_do_not_depend_on_batch_or_order():
+    rng = np.random.default_rng(3)
+    layer = small_layer(rng)
+    x = rng.standard_normal((9, 64)).astype(np.float32)
+    ids = rng.integers(0, 4, (9, 3))
+    weights = rng.random((9, 3)).astype(np.float32)
+    whole = golden.experts(x, ids, weights, layer).y
+    for t in range(9):
+        alone = golden.experts(x[t : t + 1], ids[t : t + 1], weights[t : t + 1], layer).y
+        assert (alone == whole[t]).all()
+    order = [2, 0, 1]
+    assert (golden.experts(x, ids[:, order], weights[:, order], layer).y == whole).all()
+
+
+def test_skipped_ids_nonfinite_and_overflow():
+    rng = np.random.default_rng(4)
+    layer = small_layer(rng)
+    x = rng.standard_normal((3, 64)).astype(np.float32)
+    ids = np.array([[-1, 4], [0, -7], [1, 1]])
+    weights = np.ones((3, 2), np.float32)
+    result = golden.experts(x, ids, weights, layer)
+    assert (result.y[0] == 0).all() and result.nonfinite_tokens == [] and result.overflows == 0
+    twice = golden.experts(x[2:], np.array([[1]]), np.array([[2.0]], np.float32), layer).y
+    assert np.allclose(result.y[2], twice[0], rtol=1e-4, atol=1e-6)
+    x[0, 0] = x[1, 5] = np.inf
+    result = golden.experts(x, ids, weights, layer)
+    assert result.nonfinite_tokens == [1]  # token 0 is routed nowhere
+    assert golden.experts(x[2:] * np.float32(1e12), ids[2:], weights[2:], layer).overflows == 2 * 64
+
+
+def test_gemm():
+    rng = np.random.default_rng(5)
+    from moeaccel.formats import quantise
+
+    w = rng.standard_normal((96, 64)).astype(np.float32)
+    x = rng.standard_normal((5, 64)).astype(np.float32)
+    q = quantise(w, "mxint8")
+    assert relative(golden.gemm(x, q).y, x.astype(np.float64) @ q.dequantise().T) <= 2e-4

@@ -1,0 +1,55 @@
+import pytest
+
+from moeaccel.config import PRESETS, AcceleratorConfig, preset
+from moeaccel.errors import ConfigurationError
+from moeaccel.formats import FORMATS
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_accumulator_holds_the_largest_sum(name):
+    config = PRESETS[name]
+    for fmt in FORMATS.values():
+        scale = (2047 if fmt.real_scale else 1) << fmt.max_shift
+        largest = config.max_steps * 32 * 128 * fmt.max_integer * scale << 11
+        assert largest < 1 << (config.accumulator_bits - 1)
+        assert largest <= 1 << 53  # a float64 product of integers never rounds
+
+
+def test_widths_close_at_the_largest_dimension():
+    config = PRESETS["wide512"].replace(max_dim=32768, tile_words=1024)
+    assert config.accumulator_bits <= 54
+
+
+@pytest.mark.parametrize(("field", "value", "expected"), [
+    ("port_bytes", 12, "a power of two from 8 to 64"),
+    ("row_multipliers", 1, "a power of two from 2 to 16"),
+    ("token_lanes", 3, "a power of two from 2 to 64"),
+    ("max_dim", 100, "a multiple of 32 from 64 to 32768"),
+    ("quantiser_lanes", 32, "a power of two from 1 to 2"),
+    ("tile_words", 4, "a power of two from 16"),
+    ("address_bits", 8, "from 16 to 64"),
+])
+def test_bad_field_is_named(field, value, expected):
+    with pytest.raises(ConfigurationError, match=f"{field} must be {expected}.*not {value}"):
+        PRESETS["tiny"].replace(**{field: value})
+
+
+def test_unknown_preset_lists_the_known_ones():
+    with pytest.raises(ConfigurationError, match="tiny, small, ulx3s, wide512, peer256, not 'huge'"):
+        preset("huge")
+
+
+def test_digest_depends_on_every_field_but_the_name():
+    config = PRESETS["tiny"]
+    assert config.replace(name="other").digest == config.digest
+    changed = {"port_bytes": 16, "row_multipliers": 4, "token_lanes": 4, "token_groups": 4, "max_dim": 512,
+               "max_experts": 32, "max_tokens": 128, "max_assignments": 512, "read_ahead_beats": 256,
+               "tile_words": 32, "quantiser_lanes": 1, "address_bits": 32}
+    digests = {config.replace(**{field: value}).digest for field, value in changed.items()}
+    assert len(digests) == len(changed) and config.digest not in digests
+
+
+def test_configuration_is_immutable():
+    with pytest.raises(AttributeError):
+        PRESETS["tiny"].port_bytes = 64  # type: ignore[misc]
+    assert isinstance(PRESETS["tiny"], AcceleratorConfig)
