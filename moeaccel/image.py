@@ -28,7 +28,16 @@ from numpy.typing import NDArray
 
 from moeaccel.config import BLOCK
 from moeaccel.errors import ImageError
-from moeaccel.formats import FORMATS, QuantisedMatrix, WeightFormat, check_dims, encode_integers, quantise, weight_format
+from moeaccel.formats import (
+    FORMATS,
+    QuantisedMatrix,
+    WeightFormat,
+    check_dims,
+    decode_integers,
+    encode_integers,
+    quantise,
+    weight_format,
+)
 
 MAGIC = 0x4558_4F4D  # "MOXE" in memory order
 VERSION = 1
@@ -168,6 +177,44 @@ class ExpertShape:
         return self.gate_up.stored_bytes + self.down.stored_bytes
 
 
+@dataclass(frozen=True)
+class LinearShape:
+    """Shape of a linear layer's image: one section, ``d_out`` rows of ``d_in`` inputs each."""
+
+    format: WeightFormat
+    d_out: int
+    d_in: int
+    row_multipliers: int
+
+    def __post_init__(self) -> None:
+        check_dims(d_out=self.d_out, d_in=self.d_in)
+
+    @property
+    def section(self) -> Section:
+        """The only section."""
+        return Section(self.format, self.d_out, self.d_in, self.row_multipliers)
+
+    @property
+    def header_bytes(self) -> int:
+        """Bytes before the first word."""
+        return max(HEADER_BYTES, BLOCK * self.row_multipliers)
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of the whole image."""
+        return self.header_bytes + self.section.words * self.section.word_bytes
+
+    @property
+    def stride(self) -> int:
+        """Bytes that the image occupies, a multiple of a page."""
+        return -(-self.image_bytes // ALIGNMENT) * ALIGNMENT
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of weights, scales and row exponents without padding."""
+        return self.section.stored_bytes
+
+
 def _pack_entries(values: NDArray[np.integer], bits: int, per_word: int, word_bytes: int) -> Bytes:
     """Pack rows of 8- or 16-bit values into words of ``per_word`` rows each, zero padded."""
     entries = values.astype(np.uint8 if bits == 8 else "<u2").reshape(values.shape[0], -1)
@@ -201,6 +248,60 @@ def pack_section(matrix: QuantisedMatrix, row_multipliers: int) -> Bytes:
     return out.reshape(-1)
 
 
+def unpack_section(words: Bytes, section: Section) -> QuantisedMatrix:
+    """Return the matrix of a section from its words: the inverse of :func:`pack_section`.
+
+    What the words do not hold is not restored: ``coarsened`` is 0.
+
+    Raises
+    ------
+    ImageError
+        If the bytes are not as many as the section has.
+    """
+    fmt, tile_rows, tiles = section.format, section.tile_rows, section.tiles
+    if words.size != section.words * section.word_bytes:
+        raise ImageError(f"section must be {section.words * section.word_bytes} bytes, "
+                         f"not {words.size}")
+    words = words.reshape(section.words, section.word_bytes)
+    kinds = section.kinds()
+
+    exponents = np.ascontiguousarray(words[kinds == 0]).view("<i2").reshape(-1, tile_rows)
+    scales = np.ascontiguousarray(words[kinds == 1]).view("<u2" if fmt.scale_bits == 16 else "u1")
+    scales = scales.reshape(-1, tile_rows)[: tiles * section.groups]
+    scales = scales.reshape(tiles, section.groups, tile_rows).transpose(0, 2, 1)
+    scales = scales.reshape(section.rows, section.groups)
+
+    codes = words[kinds == 2].reshape(tiles, section.steps, section.row_multipliers, BLOCK)
+    if fmt.packed:
+        codes = np.stack([codes & 15, codes >> 4], axis=3)
+    codes = codes.reshape(tiles, section.steps, tile_rows, BLOCK).transpose(0, 2, 1, 3)
+    integers = decode_integers(fmt, np.ascontiguousarray(codes).reshape(section.rows, section.k))
+    return QuantisedMatrix(
+        fmt, integers,
+        (scales & 2047 if fmt.real_scale else np.ones_like(scales)).astype(np.int16),
+        (scales >> 11 if fmt.real_scale else scales).astype(np.int8),
+        exponents[:tiles].reshape(-1).astype(np.int16), 0)
+
+
+def unpack_expert(payload: Bytes, shape: ExpertShape) -> Expert:
+    """Return the expert of an image without its header, as the device sees it: nothing is checked."""
+    split = shape.gate_up.words * shape.gate_up.word_bytes
+    return Expert(unpack_section(payload[:split], shape.gate_up),
+                  unpack_section(payload[split:], shape.down))
+
+
+def unpack_image(image: Bytes) -> Expert:
+    """Check an expert's image and return the expert: the inverse of :func:`build_image`.
+
+    Raises
+    ------
+    ImageError
+        Naming what is wrong.
+    """
+    shape = check_image(image)
+    return unpack_expert(image[shape.header_bytes : shape.image_bytes], shape)
+
+
 def interleave_gate_up(gate_up: NDArray[np.floating]) -> NDArray[np.floating]:
     """Reorder ``[gate; up]`` rows, (2 I, H), to g0, u0, g1, u1, ..."""
     half = gate_up.shape[0] // 2
@@ -220,6 +321,16 @@ def build_image(gate_up: QuantisedMatrix, down: QuantisedMatrix, row_multipliers
     shape = ExpertShape(gate_up.format, gate_up.integers.shape[1], down.integers.shape[1], row_multipliers)
     payload = np.concatenate([pack_section(gate_up, row_multipliers), pack_section(down, row_multipliers)])
     return np.concatenate([header(shape, payload), payload])
+
+
+def build_linear_image(matrix: QuantisedMatrix, row_multipliers: int) -> Bytes:
+    """Return the image of one linear layer, (d_out, d_in), header included."""
+    shape = LinearShape(matrix.format, *matrix.integers.shape, row_multipliers)
+    payload = pack_section(matrix, row_multipliers)
+    raw = HEADER.pack(MAGIC, VERSION, shape.format.code, row_multipliers, shape.d_out, shape.d_in,
+                      0, shape.section.words, zlib.crc32(payload.data))
+    head = np.frombuffer(raw.ljust(shape.header_bytes, b"\0"), np.uint8)
+    return np.concatenate([head, payload])
 
 
 def header(shape: ExpertShape, payload: Bytes) -> Bytes:
