@@ -58,22 +58,24 @@ class Dispatcher(wiring.Component):
 
     def __init__(self, config: AcceleratorConfig):
         self._config = config
-        super().__init__({
-            "i_job": In(stream.Signature(layouts.job(config))),
-            "o_job": Out(layouts.job(config)),
-            "reader": Out(layouts.ReadClientSignature(config)),
-            "o_weights": Out(stream.Signature(weight_request(config))),
-            "o_section": Out(stream.Signature(layouts.section(config))),
-            "o_load": Out(stream.Signature(load_request(config))),
-            "o_pass": Out(stream.Signature(pass_descriptor(config))),
-            "o_zero": Out(stream.Signature(layouts.token_bits(config))),
-            "i_retired": In(1),
-            "slot_w_en": Out(1),
-            "slot_w_address": Out(1 + layouts.slot_bits(config)),
-            "slot_w_data": Out(layouts.slot(config)),
-            "o_assignments": Out(1),
-            "o_done": Out(1),
-        })
+        super().__init__(
+            {
+                "i_job": In(stream.Signature(layouts.job(config))),
+                "o_job": Out(layouts.job(config)),
+                "reader": Out(layouts.ReadClientSignature(config)),
+                "o_weights": Out(stream.Signature(weight_request(config))),
+                "o_section": Out(stream.Signature(layouts.section(config))),
+                "o_load": Out(stream.Signature(load_request(config))),
+                "o_pass": Out(stream.Signature(pass_descriptor(config))),
+                "o_zero": Out(stream.Signature(layouts.token_bits(config))),
+                "i_retired": In(1),
+                "slot_w_en": Out(1),
+                "slot_w_address": Out(1 + layouts.slot_bits(config)),
+                "slot_w_data": Out(layouts.slot(config)),
+                "o_assignments": Out(1),
+                "o_done": Out(1),
+            }
+        )
 
     def elaborate(self, platform):
         m = Module()
@@ -136,10 +138,14 @@ class Dispatcher(wiring.Component):
         fetch_beat = Signal(ceil_log2(beats) if beats > 1 else 1)
         fetching_weights = Signal()
         m.d.comb += [
-            self.reader.request.p.address.eq(Mux(fetching_weights, job.weights_address, job.ids_address)),
+            self.reader.request.p.address.eq(
+                Mux(fetching_weights, job.weights_address, job.ids_address)
+            ),
             self.reader.request.p.beats.eq((pairs + (per_beat - 1)) >> lane_bits),
-            ids_w.addr.eq(fetch_beat), ids_w.data.eq(self.reader.data),
-            weights_w.addr.eq(fetch_beat), weights_w.data.eq(self.reader.data),
+            ids_w.addr.eq(fetch_beat),
+            ids_w.data.eq(self.reader.data),
+            weights_w.addr.eq(fetch_beat),
+            weights_w.data.eq(self.reader.data),
             ids_w.en.eq(self.reader.valid & ~fetching_weights),
             weights_w.en.eq(self.reader.valid & fetching_weights),
         ]
@@ -171,7 +177,9 @@ class Dispatcher(wiring.Component):
         x_bank = Signal()
         prefix = Signal(pairs_bits)
 
-        tile_rows_log2 = Mux(job.format == 0, exact_log2(config.row_multipliers), exact_log2(config.rows))
+        tile_rows_log2 = Mux(
+            job.format == 0, exact_log2(config.row_multipliers), exact_log2(config.rows)
+        )
         m.d.comb += [
             self.o_weights.p.address.eq(image),
             self.o_weights.p.words.eq(job.gate_up_words + job.down_words),
@@ -209,17 +217,21 @@ class Dispatcher(wiring.Component):
 
         first = Signal()
         m.d.comb += [
-            total_r.addr.eq(entry.token), done_r.addr.eq(entry.token),
+            total_r.addr.eq(entry.token),
+            done_r.addr.eq(entry.token),
             first.eq(Mux(same, resident_r.data.first, done_r.data == 0)),
-            resident_r.addr.eq(slot), resident_w.addr.eq(slot),
-            resident_w.data.token.eq(entry.token), resident_w.data.first.eq(first),
-            self.slot_w_address.eq(Cat(slot[:layouts.slot_bits(config)], slot_bank)),
+            resident_r.addr.eq(slot),
+            resident_w.addr.eq(slot),
+            resident_w.data.token.eq(entry.token),
+            resident_w.data.first.eq(first),
+            self.slot_w_address.eq(Cat(slot[: layouts.slot_bits(config)], slot_bank)),
             self.slot_w_data.token.eq(entry.token),
             self.slot_w_data.weight.eq(weight),
             self.slot_w_data.first.eq(first),
             self.slot_w_data.last.eq(done_r.data + 1 == total_r.data),
             sorted_r.addr.eq(position + slot),
-            sorted_w.data.token.eq(token), sorted_w.data.index.eq(index),
+            sorted_w.data.token.eq(token),
+            sorted_w.data.index.eq(index),
         ]
         running = Signal()
         m.d.comb += self.o_done.eq(~running)
@@ -231,7 +243,12 @@ class Dispatcher(wiring.Component):
                     m.d.sync += [job.eq(self.i_job.payload), running.eq(1), walk.eq(0)]
                     m.next = "PREPARE"
             with m.State("PREPARE"):
-                m.d.sync += [pairs.eq(job.tokens * job.top_k), fetching_weights.eq(0), resident_count.eq(0), remaining.eq(0)]
+                m.d.sync += [
+                    pairs.eq(job.tokens * job.top_k),
+                    fetching_weights.eq(0),
+                    resident_count.eq(0),
+                    remaining.eq(0),
+                ]
                 m.next = "CLEAR"
                 with m.If(~job.linear):
                     m.next = "REQUEST_IDS"
@@ -266,18 +283,25 @@ class Dispatcher(wiring.Component):
                 last_of_token = k + 1 == job.top_k
                 now_valid = Signal(5)
                 m.d.comb += [
-                    count_w.addr.eq(expert_id), count_w.data.eq(count_r.data + 1), count_w.en.eq(id_valid),
+                    count_w.addr.eq(expert_id),
+                    count_w.data.eq(count_r.data + 1),
+                    count_w.en.eq(id_valid),
                     now_valid.eq(valid_of_token + id_valid),
-                    total_w.addr.eq(token), total_w.data.eq(now_valid), total_w.en.eq(last_of_token),
-                    done_w.addr.eq(token), done_w.en.eq(last_of_token),
-                    self.o_zero.payload.eq(token), self.o_zero.valid.eq(last_of_token & (now_valid == 0)),
+                    total_w.addr.eq(token),
+                    total_w.data.eq(now_valid),
+                    total_w.en.eq(last_of_token),
+                    done_w.addr.eq(token),
+                    done_w.en.eq(last_of_token),
+                    self.o_zero.payload.eq(token),
+                    self.o_zero.valid.eq(last_of_token & (now_valid == 0)),
                 ]
                 with m.If(~self.o_zero.valid | self.o_zero.ready):
                     next_pair()
                     m.d.sync += [
                         valid_of_token.eq(Mux(last_of_token, 0, now_valid)),
                         remaining.eq(remaining + id_valid),
-                        walk.eq(0), prefix.eq(0),
+                        walk.eq(0),
+                        prefix.eq(0),
                     ]
                     m.next = "COUNT_ID"
                     with m.If(index + 1 == pairs):
@@ -301,8 +325,11 @@ class Dispatcher(wiring.Component):
                 m.next = "SCATTER_WRITE"
             with m.State("SCATTER_WRITE"):
                 m.d.comb += [
-                    sorted_w.addr.eq(cursor_r.data), sorted_w.en.eq(id_valid),
-                    cursor_w.addr.eq(expert_id), cursor_w.data.eq(cursor_r.data + 1), cursor_w.en.eq(id_valid),
+                    sorted_w.addr.eq(cursor_r.data),
+                    sorted_w.en.eq(id_valid),
+                    cursor_w.addr.eq(expert_id),
+                    cursor_w.data.eq(cursor_r.data + 1),
+                    cursor_w.en.eq(id_valid),
                 ]
                 next_pair()
                 m.next = "SCATTER_ID"
@@ -352,7 +379,10 @@ class Dispatcher(wiring.Component):
                     m.d.sync += slot.eq(0)
                     m.next = "FILL_START"
             with m.State("COMPARE"):
-                m.d.sync += [slot.eq(slot + 1), same.eq(sorted_r.data.token == resident_r.data.token)]
+                m.d.sync += [
+                    slot.eq(slot + 1),
+                    same.eq(sorted_r.data.token == resident_r.data.token),
+                ]
                 m.next = "COMPARE_READ"
                 with m.If(slot + 1 == slots):
                     m.d.sync += slot.eq(0)
@@ -371,8 +401,12 @@ class Dispatcher(wiring.Component):
                 m.next = "FILL_WRITE"
             with m.State("FILL_WRITE"):
                 m.d.comb += [
-                    self.slot_w_en.eq(1), resident_w.en.eq(1), self.o_assignments.eq(1),
-                    done_w.addr.eq(entry.token), done_w.data.eq(done_r.data + 1), done_w.en.eq(1),
+                    self.slot_w_en.eq(1),
+                    resident_w.en.eq(1),
+                    self.o_assignments.eq(1),
+                    done_w.addr.eq(entry.token),
+                    done_w.data.eq(done_r.data + 1),
+                    done_w.en.eq(1),
                 ]
                 m.d.sync += slot.eq(slot + 1)
                 m.next = "FILL_SORTED"
@@ -390,7 +424,9 @@ class Dispatcher(wiring.Component):
                 with m.If(self.o_pass.ready):
                     m.d.comb += passed.eq(1)
                     m.d.sync += [
-                        left.eq(left - slots), position.eq(position + slots), remaining.eq(remaining - slots),
+                        left.eq(left - slots),
+                        position.eq(position + slots),
+                        remaining.eq(remaining - slots),
                         slot_bank.eq(~slot_bank),
                     ]
                     m.next = "PASS"
@@ -416,6 +452,12 @@ def pass_descriptor(config: AcceleratorConfig) -> data.StructLayout:
 
     ``same``: the tokens of the pass before, in the same slots. ``last``: the command's last pass.
     """
-    return data.StructLayout({
-        "slot_bank": 1, "x_bank": 1, "count": range(config.max_slots + 1), "same": 1, "last": 1,
-    })
+    return data.StructLayout(
+        {
+            "slot_bank": 1,
+            "x_bank": 1,
+            "count": range(config.max_slots + 1),
+            "same": 1,
+            "last": 1,
+        }
+    )

@@ -12,13 +12,15 @@ from moeaccel.hdl.dispatcher import pass_descriptor
 
 def step(config: AcceleratorConfig) -> data.StructLayout:
     """Return one step of the array as the sequencer starts it."""
-    return data.StructLayout({
-        "first": 1,
-        "last": 1,
-        "hidden": 1,
-        "x_bank": 1,
-        "lane_address": layouts.lane_address_bits(config),
-    })
+    return data.StructLayout(
+        {
+            "first": 1,
+            "last": 1,
+            "hidden": 1,
+            "x_bank": 1,
+            "lane_address": layouts.lane_address_bits(config),
+        }
+    )
 
 
 def drain_request(config: AcceleratorConfig) -> data.StructLayout:
@@ -72,31 +74,33 @@ class Sequencer(wiring.Component):
     def __init__(self, config: AcceleratorConfig):
         self._config = config
         slots = range(config.max_slots + 1)
-        super().__init__({
-            "i_job": In(layouts.job(config)),
-            "i_pass": In(stream.Signature(pass_descriptor(config))),
-            "o_pass": Out(pass_descriptor(config)),
-            "o_pass_start": Out(1),
-            "i_available": In(1),
-            "o_take": Out(1),
-            "o_tile_end": Out(1),
-            "o_rewind": Out(1),
-            "o_step": Out(step(config)),
-            "o_tag": Out(layouts.result_tag(config)),
-            "i_free": In(4),
-            "i_result": In(1),
-            "i_loaded": In(1),
-            "o_hidden_start": Out(1),
-            "i_slots_ready": In(slots),
-            "i_down_done": In(1),
-            "o_drain": Out(stream.Signature(drain_request(config))),
-            "i_drained": In(1),
-            "o_retired": Out(1),
-            "o_active": Out(1),
-            "o_starved_weights": Out(1),
-            "o_starved_activations": Out(1),
-            "o_stalled_output": Out(1),
-        })
+        super().__init__(
+            {
+                "i_job": In(layouts.job(config)),
+                "i_pass": In(stream.Signature(pass_descriptor(config))),
+                "o_pass": Out(pass_descriptor(config)),
+                "o_pass_start": Out(1),
+                "i_available": In(1),
+                "o_take": Out(1),
+                "o_tile_end": Out(1),
+                "o_rewind": Out(1),
+                "o_step": Out(step(config)),
+                "o_tag": Out(layouts.result_tag(config)),
+                "i_free": In(4),
+                "i_result": In(1),
+                "i_loaded": In(1),
+                "o_hidden_start": Out(1),
+                "i_slots_ready": In(slots),
+                "i_down_done": In(1),
+                "o_drain": Out(stream.Signature(drain_request(config))),
+                "i_drained": In(1),
+                "o_retired": Out(1),
+                "o_active": Out(1),
+                "o_starved_weights": Out(1),
+                "o_starved_activations": Out(1),
+                "o_stalled_output": Out(1),
+            }
+        )
 
     def elaborate(self, platform):
         m = Module()
@@ -119,7 +123,9 @@ class Sequencer(wiring.Component):
         steps = Signal(layouts.steps_bits(config))
         position = Signal(layouts.steps_bits(config))
         slots_left = Signal(count_shape)  # slots of this and later groups
-        slots_through = Signal(range(config.max_slots + lanes + 1))  # slots up to the end of this group
+        slots_through = Signal(
+            range(config.max_slots + lanes + 1)
+        )  # slots up to the end of this group
         row = Signal(range(2 * config.max_dim + 1))
         per_group = Signal(range(lanes + 1))
         down = Signal()
@@ -140,7 +146,9 @@ class Sequencer(wiring.Component):
         room = Signal()
         m.d.comb += room.eq((position != 0) | (in_flight < self.i_free))
         operand = Signal()
-        slots_reached = (self.i_slots_ready == current.count) | (self.i_slots_ready >= slots_through)
+        slots_reached = (self.i_slots_ready == current.count) | (
+            self.i_slots_ready >= slots_through
+        )
         loads = Signal(2)
         retired = Signal(init=1)  # every pass before the current one has retired
         y_free = Signal()
@@ -155,7 +163,7 @@ class Sequencer(wiring.Component):
             self.o_step.last.eq(last_step),
             self.o_step.hidden.eq(down & ~job.linear),
             self.o_step.x_bank.eq(current.x_bank),
-            self.o_step.lane_address.eq(Cat(position[:ceil_log2(config.max_steps)], group)),
+            self.o_step.lane_address.eq(Cat(position[: ceil_log2(config.max_steps)], group)),
             self.o_tag.group.eq(group),
             self.o_tag.row.eq(row),
             self.o_tag.last_group.eq(last_group),
@@ -175,11 +183,17 @@ class Sequencer(wiring.Component):
             m.d.sync += position.eq(position + 1)
             with m.If(last_step):
                 m.d.sync += [
-                    position.eq(0), group.eq(group + 1), slots_left.eq(slots_left - per_group),
+                    position.eq(0),
+                    group.eq(group + 1),
+                    slots_left.eq(slots_left - per_group),
                     slots_through.eq(slots_through + per_group),
                 ]
                 with m.If(last_group):
-                    m.d.sync += [*first_group, tiles_left.eq(tiles_left - 1), row.eq(row + (1 << tile_rows_log2))]
+                    m.d.sync += [
+                        *first_group,
+                        tiles_left.eq(tiles_left - 1),
+                        row.eq(row + (1 << tile_rows_log2)),
+                    ]
                     m.d.comb += section_end.eq(tiles_left == 1)
 
         waiting_x = Signal()
@@ -192,7 +206,12 @@ class Sequencer(wiring.Component):
 
         # -- sections --------------------------------------------------------------------------------------------------------
         begin_down = [
-            *first_group, in_section.eq(1), down.eq(1), position.eq(0), row.eq(0), steps.eq(job.steps_hidden),
+            *first_group,
+            in_section.eq(1),
+            down.eq(1),
+            position.eq(0),
+            row.eq(0),
+            steps.eq(job.steps_hidden),
             tiles_left.eq((job.steps_out << 5) >> tile_rows_log2),
         ]
         taken_load = Signal()
@@ -206,8 +225,10 @@ class Sequencer(wiring.Component):
                     m.next = "X"
             with m.State("X"):
                 m.d.comb += waiting_x.eq(1)
-                m.d.sync += groups.eq((current.count + per_group - 1) >> Mux(
-                    job.two_planes, lanes_log2 - 1, lanes_log2))
+                m.d.sync += groups.eq(
+                    (current.count + per_group - 1)
+                    >> Mux(job.two_planes, lanes_log2 - 1, lanes_log2)
+                )
                 with m.If(current.same | (loads != 0)):
                     m.d.comb += [taken_load.eq(~current.same), self.o_pass_start.eq(1)]
                     m.d.sync += fresh.eq(~current.same)
@@ -216,8 +237,13 @@ class Sequencer(wiring.Component):
                         m.next = "DOWN"
                     with m.Else():
                         m.d.sync += [
-                            *first_group, in_section.eq(1), down.eq(0), position.eq(0), row.eq(0),
-                            steps.eq(job.steps_in), tiles_left.eq((job.steps_hidden << 6) >> tile_rows_log2),
+                            *first_group,
+                            in_section.eq(1),
+                            down.eq(0),
+                            position.eq(0),
+                            row.eq(0),
+                            steps.eq(job.steps_in),
+                            tiles_left.eq((job.steps_hidden << 6) >> tile_rows_log2),
                         ]
                         m.next = "GATE_UP"
             with m.State("GATE_UP"):

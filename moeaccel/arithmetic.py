@@ -128,7 +128,11 @@ def split_float32(values: NDArray[np.float32]) -> tuple[Ints, Ints, NDArray[np.b
     field = (bits >> 23) & 255
     nonfinite = field == 255
     significand = np.where((field == 0) | nonfinite, 0, (bits & 0x7FFFFF) | 0x800000)
-    return np.where(bits >> 31, -significand, significand), np.where(significand == 0, 0, field - 150), nonfinite
+    return (
+        np.where(bits >> 31, -significand, significand),
+        np.where(significand == 0, 0, field - 150),
+        nonfinite,
+    )
 
 
 def float32_to_internal(values: NDArray[np.float32]) -> InternalFloat:
@@ -158,7 +162,9 @@ def quantise_elements(significand: Ints, exponent: Ints, planes: int) -> BlockFl
     floor = (token_top - EXPONENT_RANGE)[:, None]
     mantissa_top = 6 if planes == 1 else 14
     shift = np.maximum(block_top - floor, 0)
-    if planes == 2:  # raise the exponent of a block whose largest mantissa would round beyond balanced digits
+    if (
+        planes == 2
+    ):  # raise the exponent of a block whose largest mantissa would round beyond balanced digits
         largest = np.where(top == block_top[:, :, None], np.abs(significand), 0).max(axis=2)
         shift = shift + ((block_top >= floor) & (largest >= RAISE_THRESHOLD))
     right = (shift + floor)[:, :, None] - top + (ELEMENT_BITS - 1 - mantissa_top)
@@ -169,7 +175,9 @@ def quantise_elements(significand: Ints, exponent: Ints, planes: int) -> BlockFl
     return BlockFloat(mantissa.reshape(n, k), shift, base, planes)
 
 
-def quantise_float32(values: NDArray[np.float32], planes: int) -> tuple[BlockFloat, NDArray[np.bool_]]:
+def quantise_float32(
+    values: NDArray[np.float32], planes: int
+) -> tuple[BlockFloat, NDArray[np.bool_]]:
     """Quantise float32 activations, (n, K); also return which tokens hold a NaN or an infinity, (n,)."""
     significand, exponent, nonfinite = split_float32(values)
     return quantise_elements(significand, exponent, planes), nonfinite.any(axis=1)
@@ -186,7 +194,9 @@ TERM_BITS = 43
 """Magnitude bits of one weighted output on the grid: 16 of them cannot overflow the 48-bit sum."""
 
 
-def weighted_output(output: InternalFloat, weight: InternalFloat, grid_exponent: int) -> tuple[Ints, Ints]:
+def weighted_output(
+    output: InternalFloat, weight: InternalFloat, grid_exponent: int
+) -> tuple[Ints, Ints]:
     """Round ``output * weight`` once to the grid of ``2**grid_exponent``.
 
     Returns
@@ -197,8 +207,11 @@ def weighted_output(output: InternalFloat, weight: InternalFloat, grid_exponent:
     product = output.mantissa * weight.mantissa
     shift = output.exponent + weight.exponent - grid_exponent
     overflow = (product != 0) & (bit_length(product) + shift > TERM_BITS)
-    term = np.where(shift < 0, round_shift(product, np.maximum(-shift, 0)),
-                    product << np.clip(shift, 0, TERM_BITS - 2 * (MANTISSA_BITS - 1)))
+    term = np.where(
+        shift < 0,
+        round_shift(product, np.maximum(-shift, 0)),
+        product << np.clip(shift, 0, TERM_BITS - 2 * (MANTISSA_BITS - 1)),
+    )
     return np.where(overflow, 0, term), overflow.astype(np.int64)
 
 
@@ -206,4 +219,6 @@ def grid_to_float32(total: Ints, grid_exponent: int) -> NDArray[np.float32]:
     """Convert 48-bit grid sums to float32, rounded once (half to even; overflow gives infinity)."""
     shift = np.maximum(bit_length(total) - ELEMENT_BITS, 0)
     rounded = round_shift(total, shift)  # at most 2**24: exact in float32
-    return np.ldexp(rounded.astype(np.float64), (shift + grid_exponent).astype(np.int32)).astype(np.float32)
+    return np.ldexp(rounded.astype(np.float64), (shift + grid_exponent).astype(np.int32)).astype(
+        np.float32
+    )

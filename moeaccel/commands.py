@@ -83,18 +83,35 @@ class Field:
         return self.offset // 32
 
 
-def _fields(*rows: tuple[str, int, int, int, str] | tuple[str, int, int, int, str, bool]) -> tuple[Field, ...]:
-    return tuple(Field(name, 32 * word + bit, bits, text, *rest) for name, word, bit, bits, text, *rest in rows)
+def _fields(
+    *rows: tuple[str, int, int, int, str] | tuple[str, int, int, int, str, bool],
+) -> tuple[Field, ...]:
+    return tuple(
+        Field(name, 32 * word + bit, bits, text, *rest)
+        for name, word, bit, bits, text, *rest in rows
+    )
 
 
 SUBMISSION = _fields(
     ("opcode", 0, 0, 8, "What to do (Opcode)."),
     ("tag", 0, 16, 16, "Returned in the completion."),
     ("tokens", 1, 0, 32, "Tokens, 1 to max_tokens."),
-    ("top_k", 2, 0, 32, "Experts of a token, 1 to 16; tokens * top_k at most max_assignments. GEMM: 1."),
+    (
+        "top_k",
+        2,
+        0,
+        32,
+        "Experts of a token, 1 to 16; tokens * top_k at most max_assignments. GEMM: 1.",
+    ),
     ("layer_address", 4, 0, 64, "Layer descriptor; 64-byte aligned."),
     ("x_address", 6, 0, 64, "float32 (tokens, d_in), rows contiguous; 64-byte aligned."),
-    ("ids_address", 8, 0, 64, "int32 (tokens, top_k); negative or >= num_experts: skipped. 64-byte aligned."),
+    (
+        "ids_address",
+        8,
+        0,
+        64,
+        "int32 (tokens, top_k); negative or >= num_experts: skipped. 64-byte aligned.",
+    ),
     ("weights_address", 10, 0, 64, "float32 (tokens, top_k); 64-byte aligned."),
     ("y_address", 12, 0, 64, "float32 (tokens, d_out), written; 64-byte aligned."),
     ("workspace_address", 14, 0, 64, "8 * tokens * d_out bytes for partial sums; 64-byte aligned."),
@@ -107,7 +124,13 @@ LAYER = _fields(
     ("activation", 0, 24, 8, "Activation."),
     ("num_experts", 1, 0, 32, "Experts, 1 to max_experts. LINEAR: 1."),
     ("d_in", 2, 0, 32, "Elements of x; a multiple of 32, at most max_dim."),
-    ("d_expert", 3, 0, 32, "Elements of h; a multiple of 32, at most max_dim. LINEAR: equal to d_in."),
+    (
+        "d_expert",
+        3,
+        0,
+        32,
+        "Elements of h; a multiple of 32, at most max_dim. LINEAR: equal to d_in.",
+    ),
     ("d_out", 4, 0, 32, "Elements of y; a multiple of 32, at most max_dim."),
     ("grid_exponent", 5, 0, 32, "LSB of the output grid is 2**grid_exponent; -100 to 60.", True),
     ("stride", 6, 0, 32, "Bytes from one image to the next; a multiple of 64."),
@@ -138,7 +161,11 @@ def encode(fields: tuple[Field, ...], values: Mapping[str, int]) -> bytes:
         field = by_name.get(name)
         if field is None:
             raise CommandError(f"field must be one of {', '.join(by_name)}, not {name!r}")
-        low, high = (-(1 << (field.bits - 1)), 1 << (field.bits - 1)) if field.signed else (0, 1 << field.bits)
+        low, high = (
+            (-(1 << (field.bits - 1)), 1 << (field.bits - 1))
+            if field.signed
+            else (0, 1 << field.bits)
+        )
         if not low <= value < high:
             raise CommandError(f"{name} must be from {low} to {high - 1}, not {value}")
         word |= (int(value) & ((1 << field.bits) - 1)) << field.offset
@@ -151,5 +178,7 @@ def decode(fields: tuple[Field, ...], data: bytes) -> dict[str, int]:
     out = {}
     for field in fields:
         value = word >> field.offset & ((1 << field.bits) - 1)
-        out[field.name] = value - (1 << field.bits) if field.signed and value >> (field.bits - 1) else value
+        out[field.name] = (
+            value - (1 << field.bits) if field.signed and value >> (field.bits - 1) else value
+        )
     return out

@@ -83,8 +83,11 @@ class AcceleratorConfig:
 
         def power(field: str, low: int, high: int) -> None:
             value = getattr(self, field)
-            require(field, isinstance(value, int) and _is_power_of_two(value) and low <= value <= high,
-                    f"a power of two from {low} to {high}")
+            require(
+                field,
+                isinstance(value, int) and _is_power_of_two(value) and low <= value <= high,
+                f"a power of two from {low} to {high}",
+            )
 
         power("port_bytes", 8, 64)
         power("row_multipliers", 2, 16)
@@ -95,12 +98,24 @@ class AcceleratorConfig:
         power("max_assignments", TOP_K_MAX, 1 << 17)
         power("quantiser_lanes", 1, self.port_bytes // 4)
         power("read_ahead_beats", 2 * self.max_burst_beats, 1 << 16)
-        require("max_dim", isinstance(self.max_dim, int) and self.max_dim % BLOCK == 0
-                and 64 <= self.max_dim <= 32768, "a multiple of 32 from 64 to 32768")
+        require(
+            "max_dim",
+            isinstance(self.max_dim, int)
+            and self.max_dim % BLOCK == 0
+            and 64 <= self.max_dim <= 32768,
+            "a multiple of 32 from 64 to 32768",
+        )
         power("tile_words", 16, 1 << 16)
-        require("tile_words", self.tile_words >= self.max_steps, f"at least max_dim / 32 = {self.max_steps}")
-        require("address_bits", isinstance(self.address_bits, int) and 16 <= self.address_bits <= 64,
-                "from 16 to 64")
+        require(
+            "tile_words",
+            self.tile_words >= self.max_steps,
+            f"at least max_dim / 32 = {self.max_steps}",
+        )
+        require(
+            "address_bits",
+            isinstance(self.address_bits, int) and 16 <= self.address_bits <= 64,
+            "from 16 to 64",
+        )
 
     def replace(self, **changes: object) -> AcceleratorConfig:
         """Return this configuration with some fields changed."""
@@ -149,7 +164,9 @@ class AcceleratorConfig:
         from moeaccel.formats import FORMATS
 
         growth = (self.max_steps - 1).bit_length()
-        return 1 + growth + ACTIVATION_SHIFT_MAX + max(f.scaled_block_bits for f in FORMATS.values())
+        return (
+            1 + growth + ACTIVATION_SHIFT_MAX + max(f.scaled_block_bits for f in FORMATS.values())
+        )
 
     @property
     def joined_bits(self) -> int:
@@ -167,20 +184,69 @@ class AcceleratorConfig:
 PRESETS: dict[str, AcceleratorConfig] = {
     config.name: config
     for config in (
-        AcceleratorConfig(name="tiny", port_bytes=8, token_groups=2, max_dim=256, max_experts=16, max_tokens=64,
-                          max_assignments=256, read_ahead_beats=128, tile_words=16, quantiser_lanes=2),
-        AcceleratorConfig(name="small", port_bytes=64, token_lanes=4, token_groups=8, max_dim=1024, max_experts=128,
-                          max_tokens=256, max_assignments=2048, read_ahead_beats=256, tile_words=128,
-                          quantiser_lanes=8),
-        AcceleratorConfig(name="ulx3s", port_bytes=8, token_groups=4, max_dim=2048, max_experts=64, max_tokens=256,
-                          max_assignments=1024, read_ahead_beats=256, tile_words=128, quantiser_lanes=2,
-                          address_bits=32),
-        AcceleratorConfig(name="wide512", port_bytes=64, token_groups=8, max_dim=16384, max_experts=1024,
-                          max_tokens=2048, max_assignments=16384, read_ahead_beats=512, tile_words=1024,
-                          quantiser_lanes=8),
-        AcceleratorConfig(name="peer256", port_bytes=16, token_lanes=4, token_groups=4, max_dim=4096,
-                          max_experts=64, max_tokens=1024, max_assignments=4096, read_ahead_beats=512,
-                          tile_words=256, quantiser_lanes=4),
+        AcceleratorConfig(
+            name="tiny",
+            port_bytes=8,
+            token_groups=2,
+            max_dim=256,
+            max_experts=16,
+            max_tokens=64,
+            max_assignments=256,
+            read_ahead_beats=128,
+            tile_words=16,
+            quantiser_lanes=2,
+        ),
+        AcceleratorConfig(
+            name="small",
+            port_bytes=64,
+            token_lanes=4,
+            token_groups=8,
+            max_dim=1024,
+            max_experts=128,
+            max_tokens=256,
+            max_assignments=2048,
+            read_ahead_beats=256,
+            tile_words=128,
+            quantiser_lanes=8,
+        ),
+        AcceleratorConfig(
+            name="ulx3s",
+            port_bytes=8,
+            token_groups=4,
+            max_dim=2048,
+            max_experts=64,
+            max_tokens=256,
+            max_assignments=1024,
+            read_ahead_beats=256,
+            tile_words=128,
+            quantiser_lanes=2,
+            address_bits=32,
+        ),
+        AcceleratorConfig(
+            name="wide512",
+            port_bytes=64,
+            token_groups=8,
+            max_dim=16384,
+            max_experts=1024,
+            max_tokens=2048,
+            max_assignments=16384,
+            read_ahead_beats=512,
+            tile_words=1024,
+            quantiser_lanes=8,
+        ),
+        AcceleratorConfig(
+            name="peer256",
+            port_bytes=16,
+            token_lanes=4,
+            token_groups=4,
+            max_dim=4096,
+            max_experts=64,
+            max_tokens=1024,
+            max_assignments=4096,
+            read_ahead_beats=512,
+            tile_words=256,
+            quantiser_lanes=4,
+        ),
     )
 }
 """Named configurations, smallest first."""
@@ -193,4 +259,6 @@ def preset(name: str | AcceleratorConfig) -> AcceleratorConfig:
     try:
         return PRESETS[name]
     except KeyError:
-        raise ConfigurationError(f"config must be one of {', '.join(PRESETS)}, not {name!r}") from None
+        raise ConfigurationError(
+            f"config must be one of {', '.join(PRESETS)}, not {name!r}"
+        ) from None

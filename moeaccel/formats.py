@@ -69,7 +69,9 @@ class WeightFormat:
     @property
     def scaled_block_bits(self) -> int:
         """Magnitude bits of a block's sum times its scale, before the activation's shift."""
-        block = BLOCK * 128 * self.max_integer * ((1 << SIGNIFICAND_BITS) - 1 if self.real_scale else 1)
+        block = (
+            BLOCK * 128 * self.max_integer * ((1 << SIGNIFICAND_BITS) - 1 if self.real_scale else 1)
+        )
         return block.bit_length() + self.max_shift
 
     def rows(self, row_multipliers: int) -> int:
@@ -99,7 +101,9 @@ def weight_format(name: str | WeightFormat) -> WeightFormat:
     try:
         return FORMATS[name]
     except (KeyError, TypeError):
-        raise FormatError(f"weight_format must be one of {', '.join(FORMATS)}, not {name!r}") from None
+        raise FormatError(
+            f"weight_format must be one of {', '.join(FORMATS)}, not {name!r}"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -129,9 +133,13 @@ class QuantisedMatrix:
 
     def dequantise(self) -> NDArray[np.float64]:
         """Return the exact weights, (n, K) float64."""
-        scale = np.ldexp(self.significand.astype(np.float64),
-                         self.shift.astype(np.int32) + self.row_exponent[:, None].astype(np.int32))
-        return self.integers * np.repeat(scale, self.format.group, axis=1)[:, : self.integers.shape[1]]
+        scale = np.ldexp(
+            self.significand.astype(np.float64),
+            self.shift.astype(np.int32) + self.row_exponent[:, None].astype(np.int32),
+        )
+        return (
+            self.integers * np.repeat(scale, self.format.group, axis=1)[:, : self.integers.shape[1]]
+        )
 
     def relative_error(self, weights: NDArray[np.floating]) -> float:
         """Return the relative Frobenius error against the float weights it came from."""
@@ -142,7 +150,9 @@ def check_dims(**dims: int) -> None:
     """Raise :class:`FormatError` unless every named dimension is a positive multiple of 32."""
     for name, value in dims.items():
         if value <= 0 or value % BLOCK:
-            raise FormatError(f"{name} must be a positive multiple of {BLOCK}, not {value}; pad the weights with zeros")
+            raise FormatError(
+                f"{name} must be a positive multiple of {BLOCK}, not {value}; pad the weights with zeros"
+            )
 
 
 def quantise(weights: NDArray[np.floating], name: str | WeightFormat) -> QuantisedMatrix:
@@ -159,13 +169,19 @@ def quantise(weights: NDArray[np.floating], name: str | WeightFormat) -> Quantis
     fmt = weight_format(name)
     weights = np.asarray(weights, dtype=np.float32)
     if weights.ndim != 2:
-        raise FormatError(f"weights must be a matrix (rows, K), not an array of shape {weights.shape}")
+        raise FormatError(
+            f"weights must be a matrix (rows, K), not an array of shape {weights.shape}"
+        )
     n, k = weights.shape
     check_dims(K=k)
     if not np.isfinite(weights).all():
         raise FormatError("weights must be finite; the tensor holds NaN or infinity")
     groups = -(-k // fmt.group)
-    padded = weights if groups * fmt.group == k else np.pad(weights, ((0, 0), (0, groups * fmt.group - k)))
+    padded = (
+        weights
+        if groups * fmt.group == k
+        else np.pad(weights, ((0, 0), (0, groups * fmt.group - k)))
+    )
     grouped = padded.reshape(n, groups, fmt.group)
     amax = np.maximum(grouped.max(axis=2), -grouped.min(axis=2)).astype(np.float64)
     significand, exponent = _scales(fmt, amax)
@@ -180,16 +196,26 @@ def quantise(weights: NDArray[np.floating], name: str | WeightFormat) -> Quantis
     shift = np.maximum(exponent - row_exponent[:, None], 0)
     significand = np.where(amax > 0, significand, 0 if fmt.real_scale else 1)
     shift = np.where(amax > 0, shift, 0)
-    scale = np.ldexp(significand.astype(np.float64), (shift + row_exponent[:, None]).astype(np.int32))
+    scale = np.ldexp(
+        significand.astype(np.float64), (shift + row_exponent[:, None]).astype(np.int32)
+    )
     with np.errstate(divide="ignore", over="ignore"):
         inverse = np.where(scale > 0, 1 / scale, 0)
     integers = _INTEGERS[fmt.name]((grouped * inverse[:, :, None]).astype(np.float64, copy=False))
     integers = integers.reshape(n, groups * fmt.group)[:, :k]
-    return QuantisedMatrix(fmt, np.ascontiguousarray(integers), significand.astype(np.int16), shift.astype(np.int8),
-                           row_exponent.astype(np.int16), int(clamped.sum()))
+    return QuantisedMatrix(
+        fmt,
+        np.ascontiguousarray(integers),
+        significand.astype(np.int16),
+        shift.astype(np.int8),
+        row_exponent.astype(np.int16),
+        int(clamped.sum()),
+    )
 
 
-def _scales(fmt: WeightFormat, amax: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _scales(
+    fmt: WeightFormat, amax: NDArray[np.float64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return (significand, exponent) of each group's unclamped scale."""
     if fmt.real_scale:
         fraction, exponent = np.frexp(amax / 7)

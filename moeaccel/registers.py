@@ -74,39 +74,90 @@ COUNTERS_BASE = 0x100
 
 _PLAIN: tuple[Register, ...] = (
     Register("ID", 0x000, Access.RO, "Reads 0x41454F4D.", reset=ID_VALUE),
-    Register("VERSION", 0x004, Access.RO, "Interface version, major in the high half.", reset=VERSION_VALUE),
+    Register(
+        "VERSION",
+        0x004,
+        Access.RO,
+        "Interface version, major in the high half.",
+        reset=VERSION_VALUE,
+    ),
     Register("CONFIG_HASH", 0x008, Access.RO, "AcceleratorConfig.digest of this build."),
-    Register("CONTROL", 0x010, Access.W1P, "Requests.", _fields(
-        ("soft_reset", 0, 1, "Drop all work, drain the memory port, empty the rings."),
-        ("abort", 1, 1, "End the running command with ABORTED; later ones run."))),
-    Register("ENABLE", 0x014, Access.RW, "Fetch submissions.", _fields(("enable", 0, 1, "1: fetch and execute."))),
-    Register("STATUS", 0x018, Access.RO, "State.", _fields(
-        ("busy", 0, 1, "A command is being executed."),
-        ("draining", 1, 1, "Waiting for memory to answer before a reset."))),
-    Register("IRQ_STATUS", 0x020, Access.W1C, "Pending interrupts.", _fields(
-        ("completion", 0, 1, "A completion was written."),
-        ("reset_done", 1, 1, "A soft reset has finished."))),
-    Register("IRQ_ENABLE", 0x024, Access.RW, "Interrupts that drive irq.", _fields(
-        ("completion", 0, 1, "See IRQ_STATUS."), ("reset_done", 1, 1, "See IRQ_STATUS."))),
+    Register(
+        "CONTROL",
+        0x010,
+        Access.W1P,
+        "Requests.",
+        _fields(
+            ("soft_reset", 0, 1, "Drop all work, drain the memory port, empty the rings."),
+            ("abort", 1, 1, "End the running command with ABORTED; later ones run."),
+        ),
+    ),
+    Register(
+        "ENABLE",
+        0x014,
+        Access.RW,
+        "Fetch submissions.",
+        _fields(("enable", 0, 1, "1: fetch and execute.")),
+    ),
+    Register(
+        "STATUS",
+        0x018,
+        Access.RO,
+        "State.",
+        _fields(
+            ("busy", 0, 1, "A command is being executed."),
+            ("draining", 1, 1, "Waiting for memory to answer before a reset."),
+        ),
+    ),
+    Register(
+        "IRQ_STATUS",
+        0x020,
+        Access.W1C,
+        "Pending interrupts.",
+        _fields(
+            ("completion", 0, 1, "A completion was written."),
+            ("reset_done", 1, 1, "A soft reset has finished."),
+        ),
+    ),
+    Register(
+        "IRQ_ENABLE",
+        0x024,
+        Access.RW,
+        "Interrupts that drive irq.",
+        _fields(("completion", 0, 1, "See IRQ_STATUS."), ("reset_done", 1, 1, "See IRQ_STATUS.")),
+    ),
     Register("SQ_BASE_LO", 0x030, Access.RW, "Submission ring, 64-byte aligned."),
     Register("SQ_BASE_HI", 0x034, Access.RW, "Submission ring, high word."),
     Register("CQ_BASE_LO", 0x038, Access.RW, "Completion ring, 64-byte aligned."),
     Register("CQ_BASE_HI", 0x03C, Access.RW, "Completion ring, high word."),
     Register("RING_LOG2", 0x040, Access.RW, "log2 of the entries of both rings, 1 to 8.", reset=1),
     Register("SQ_TAIL", 0x044, Access.RW, "Doorbell: index behind the last valid submission."),
-    Register("CQ_HEAD", 0x048, Access.RW, "Doorbell: index of the first completion not yet consumed."),
+    Register(
+        "CQ_HEAD", 0x048, Access.RW, "Doorbell: index of the first completion not yet consumed."
+    ),
     Register("SQ_HEAD", 0x04C, Access.RO, "Index of the next submission to fetch."),
     Register("CQ_TAIL", 0x050, Access.RO, "Index of the next completion to write."),
     Register("WINDOW_BASE_LO", 0x058, Access.RW, "First byte that bursts may touch."),
     Register("WINDOW_BASE_HI", 0x05C, Access.RW, "High word."),
-    Register("WINDOW_LIMIT_LO", 0x060, Access.RW, "First byte behind the window; 0 at reset: nothing is allowed."),
+    Register(
+        "WINDOW_LIMIT_LO",
+        0x060,
+        Access.RW,
+        "First byte behind the window; 0 at reset: nothing is allowed.",
+    ),
     Register("WINDOW_LIMIT_HI", 0x064, Access.RW, "High word."),
-    Register("WATCHDOG", 0x068, Access.RW, "Cycles without progress until a command is ended; 0: never."),
+    Register(
+        "WATCHDOG", 0x068, Access.RW, "Cycles without progress until a command is ended; 0: never."
+    ),
 )
 
 _COUNTERS = tuple(
-    Register(f"{name.upper()}_{half}", COUNTERS_BASE + 8 * i + 4 * j, Access.RO,
-             text if j == 0 else "High word; read high, low, high.")
+    Register(
+        f"{name.upper()}_{half}",
+        COUNTERS_BASE + 8 * i + 4 * j,
+        Access.RO,
+        text if j == 0 else "High word; read high, low, high.",
+    )
     for i, (name, text) in enumerate(COUNTERS)
     for j, half in enumerate(("LO", "HI"))
 )

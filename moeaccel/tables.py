@@ -41,8 +41,10 @@ class ActivationTable:
 
     def packed(self) -> list[int]:
         """Return the ROM's words: value (17 bits), slope (13), exponent (5), least significant first."""
-        return [int(v) | int(s) << VALUE_BITS | int(x) << (VALUE_BITS + SLOPE_BITS)
-                for v, s, x in zip(self.value, self.slope, self.exponent, strict=True)]
+        return [
+            int(v) | int(s) << VALUE_BITS | int(x) << (VALUE_BITS + SLOPE_BITS)
+            for v, s, x in zip(self.value, self.slope, self.exponent, strict=True)
+        ]
 
 
 @cache
@@ -62,7 +64,9 @@ def gate(g: InternalFloat, table: ActivationTable) -> InternalFloat:
     """Return ``f(g)`` by the table."""
     shift = g.exponent + SEGMENT_BITS + FRACTION_BITS
     limit = 1 << (LIMIT_EXPONENT + SEGMENT_BITS + FRACTION_BITS)
-    position = np.where(shift >= 0, g.mantissa << np.clip(shift, 0, 8), g.mantissa >> np.clip(-shift, 0, 62))
+    position = np.where(
+        shift >= 0, g.mantissa << np.clip(shift, 0, 8), g.mantissa >> np.clip(-shift, 0, 62)
+    )
     above = (g.mantissa > 0) & ((shift > 8) | (position >= limit))
     below = (g.mantissa < 0) & ((shift > 8) | (position < -limit))
     position = np.where(above | below, 0, position)
@@ -71,8 +75,10 @@ def gate(g: InternalFloat, table: ActivationTable) -> InternalFloat:
     value = (table.value[index] << FRACTION_BITS) + table.slope[index] * fraction
     f = normalise(value, -(VALUE_BITS - 1) - FRACTION_BITS - table.exponent[index])
     one = 1 << (VALUE_BITS - 1)
-    return InternalFloat(np.where(above, one, np.where(below, 0, f.mantissa)),
-                         np.where(above, -(VALUE_BITS - 1), np.where(below, 0, f.exponent)))
+    return InternalFloat(
+        np.where(above, one, np.where(below, 0, f.mantissa)),
+        np.where(above, -(VALUE_BITS - 1), np.where(below, 0, f.exponent)),
+    )
 
 
 def swiglu(g: InternalFloat, u: InternalFloat) -> InternalFloat:

@@ -52,10 +52,15 @@ class DeviceResult:
 def matvec(x: BlockFloat, weights: QuantisedMatrix) -> InternalFloat:
     """Return ``x W^T`` as internal floats, (n, rows): exact until its one rounding."""
     fmt = weights.format
-    scale = np.repeat(weights.significand.astype(np.float64) * 2.0 ** weights.shift, fmt.steps_per_group, axis=1)
+    scale = np.repeat(
+        weights.significand.astype(np.float64) * 2.0**weights.shift, fmt.steps_per_group, axis=1
+    )
     scale = scale[:, : x.shift.shape[1]]
-    w = torch.from_numpy((weights.integers.reshape(scale.shape + (BLOCK,)) * scale[:, :, None]).reshape(
-        weights.integers.shape))
+    w = torch.from_numpy(
+        (weights.integers.reshape(scale.shape + (BLOCK,)) * scale[:, :, None]).reshape(
+            weights.integers.shape
+        )
+    )
     shift = np.repeat(2.0**x.shift, BLOCK, axis=1)
     total = np.zeros((x.mantissa.shape[0], w.shape[0]), np.int64)
     for plane in x.plane_mantissas():
@@ -75,9 +80,16 @@ def _take(x: BlockFloat, tokens: NDArray[np.integer]) -> BlockFloat:
     return BlockFloat(x.mantissa[tokens], x.shift[tokens], x.base[tokens], x.planes)
 
 
-def _combine(x: NDArray[np.float32], ids: NDArray[np.integer], weights: NDArray[np.float32], num_experts: int,
-             d_out: int, output: Callable[[int, BlockFloat], InternalFloat], planes: int,
-             grid_exponent: int) -> DeviceResult:
+def _combine(
+    x: NDArray[np.float32],
+    ids: NDArray[np.integer],
+    weights: NDArray[np.float32],
+    num_experts: int,
+    d_out: int,
+    output: Callable[[int, BlockFloat], InternalFloat],
+    planes: int,
+    grid_exponent: int,
+) -> DeviceResult:
     quantised, nonfinite = quantise_float32(x, planes)
     total = np.zeros((x.shape[0], d_out), np.int64)
     overflows = 0
@@ -86,16 +98,27 @@ def _combine(x: NDArray[np.float32], ids: NDArray[np.integer], weights: NDArray[
         tokens, slots = np.nonzero(ids == e)
         used[tokens] = True
         weight = float32_to_internal(weights[tokens, slots])
-        term, overflow = weighted_output(output(int(e), _take(quantised, tokens)),
-                                         InternalFloat(weight.mantissa[:, None], weight.exponent[:, None]),
-                                         grid_exponent)
+        term, overflow = weighted_output(
+            output(int(e), _take(quantised, tokens)),
+            InternalFloat(weight.mantissa[:, None], weight.exponent[:, None]),
+            grid_exponent,
+        )
         np.add.at(total, tokens, term)
         overflows += int(overflow.sum())
-    return DeviceResult(grid_to_float32(total, grid_exponent), np.nonzero(nonfinite & used)[0].tolist(), overflows)
+    return DeviceResult(
+        grid_to_float32(total, grid_exponent), np.nonzero(nonfinite & used)[0].tolist(), overflows
+    )
 
 
-def experts(x: NDArray[np.float32], ids: NDArray[np.integer], weights: NDArray[np.float32], layer: Sequence[Expert], *,
-            planes: int = 2, grid_exponent: int = DEFAULT_GRID_EXPONENT) -> DeviceResult:
+def experts(
+    x: NDArray[np.float32],
+    ids: NDArray[np.integer],
+    weights: NDArray[np.float32],
+    layer: Sequence[Expert],
+    *,
+    planes: int = 2,
+    grid_exponent: int = DEFAULT_GRID_EXPONENT,
+) -> DeviceResult:
     """Return what an EXPERTS command computes.
 
     Parameters
@@ -110,13 +133,34 @@ def experts(x: NDArray[np.float32], ids: NDArray[np.integer], weights: NDArray[n
     grid_exponent : :class:`int`
         LSB of the output grid.
     """
-    return _combine(x, ids, weights, len(layer), layer[0].down.integers.shape[0],
-                    lambda e, rows: expert(rows, layer[e]), planes, grid_exponent)
+    return _combine(
+        x,
+        ids,
+        weights,
+        len(layer),
+        layer[0].down.integers.shape[0],
+        lambda e, rows: expert(rows, layer[e]),
+        planes,
+        grid_exponent,
+    )
 
 
-def gemm(x: NDArray[np.float32], weights: QuantisedMatrix, *, planes: int = 2,
-         grid_exponent: int = DEFAULT_GRID_EXPONENT) -> DeviceResult:
+def gemm(
+    x: NDArray[np.float32],
+    weights: QuantisedMatrix,
+    *,
+    planes: int = 2,
+    grid_exponent: int = DEFAULT_GRID_EXPONENT,
+) -> DeviceResult:
     """Return what a GEMM command computes: ``x W^T``, (T, rows)."""
     tokens = x.shape[0]
-    return _combine(x, np.zeros((tokens, 1), np.int64), np.ones((tokens, 1), np.float32), 1, weights.integers.shape[0],
-                    lambda _, rows: matvec(rows, weights), planes, grid_exponent)
+    return _combine(
+        x,
+        np.zeros((tokens, 1), np.int64),
+        np.ones((tokens, 1), np.float32),
+        1,
+        weights.integers.shape[0],
+        lambda _, rows: matvec(rows, weights),
+        planes,
+        grid_exponent,
+    )

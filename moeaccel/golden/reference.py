@@ -19,8 +19,13 @@ def swiglu_float64(gate: Floats, up: Floats) -> Floats:
     return gate * exact_logistic(gate) * up
 
 
-def experts_float64(x: Floats, ids: NDArray[np.integer], weights: Floats, gate_up: Sequence[Floats],
-                    down: Sequence[Floats]) -> Floats:
+def experts_float64(
+    x: Floats,
+    ids: NDArray[np.integer],
+    weights: Floats,
+    gate_up: Sequence[Floats],
+    down: Sequence[Floats],
+) -> Floats:
     """Return the MoE layer in float64: ``gate_up[e]`` (2 I, H) as ``[gate; up]``, ``down[e]`` (H, I)."""
     x = np.asarray(x, np.float64)
     y = np.zeros((x.shape[0], down[0].shape[0]))
@@ -28,13 +33,22 @@ def experts_float64(x: Floats, ids: NDArray[np.integer], weights: Floats, gate_u
         tokens, slots = np.nonzero(ids == e)
         projected = x[tokens] @ np.asarray(gate_up[e], np.float64).T
         half = projected.shape[1] // 2
-        out = swiglu_float64(projected[:, :half], projected[:, half:]) @ np.asarray(down[e], np.float64).T
+        out = (
+            swiglu_float64(projected[:, :half], projected[:, half:])
+            @ np.asarray(down[e], np.float64).T
+        )
         np.add.at(y, tokens, out * np.asarray(weights, np.float64)[tokens, slots][:, None])
     return y
 
 
-def quantised_float_experts(x: NDArray[np.float32], ids: NDArray[np.integer], weights: NDArray[np.float32],
-                            layer: Sequence[Expert], *, planes: int) -> Floats:
+def quantised_float_experts(
+    x: NDArray[np.float32],
+    ids: NDArray[np.integer],
+    weights: NDArray[np.float32],
+    layer: Sequence[Expert],
+    *,
+    planes: int,
+) -> Floats:
     """Return the layer in float64 with the device's operand quantisers and nothing else of its arithmetic."""
     x_hat = quantise_float32(x, planes)[0].to_float64()
     y = np.zeros((x.shape[0], layer[0].down.integers.shape[0]))

@@ -2,8 +2,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from moeaccel import arithmetic
 
@@ -40,8 +39,10 @@ def test_normalise(value, exponent):
     assert Fraction(m) * Fraction(2) ** e == Fraction(rounded) * Fraction(2) ** (exponent + shift)
 
 
-@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=64, max_size=64),
-       st.sampled_from([1, 2]))
+@given(
+    st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=64, max_size=64),
+    st.sampled_from([1, 2]),
+)
 def test_quantised_elements_are_nearest(values, planes):
     x = np.array([values], np.float32)
     x[np.abs(x) < 2.0**-126] = 0
@@ -94,12 +95,19 @@ def internal(value):
     return arithmetic.InternalFloat(np.array([int(m * 2**17)]), np.array([int(e) - 17]))
 
 
-@given(st.integers(1 << 16, (1 << 17) - 1), st.integers(1 << 16, (1 << 17) - 1), st.integers(-60, 30), st.booleans())
+@given(
+    st.integers(1 << 16, (1 << 17) - 1),
+    st.integers(1 << 16, (1 << 17) - 1),
+    st.integers(-60, 30),
+    st.booleans(),
+)
 def test_weighted_output_is_rounded_once(a, b, exponent, negative):
     sign = -1 if negative else 1
     term, overflow = arithmetic.weighted_output(
         arithmetic.InternalFloat(np.array([sign * a]), np.array([exponent])),
-        arithmetic.InternalFloat(np.array([b]), np.array([-16])), -28)
+        arithmetic.InternalFloat(np.array([b]), np.array([-16])),
+        -28,
+    )
     exact = Fraction(sign * a * b) * Fraction(2) ** (exponent - 16 + 28)
     if abs(exact) < 1 << 42:
         assert term[0] == half_even(exact) and not overflow[0]

@@ -18,15 +18,22 @@ def test_fields_do_not_overlap_and_fit(fields):
 def test_round_trip():
     values = {"tag": 0xBEEF, "opcode": 1, "tokens": 7, "y_address": 0x12_3456_7800}
     assert commands.decode(SUBMISSION, commands.encode(SUBMISSION, values)) == {
-        field.name: values.get(field.name, 0) for field in SUBMISSION}
-    assert commands.decode(LAYER, commands.encode(LAYER, {"grid_exponent": -28}))["grid_exponent"] == -28
+        field.name: values.get(field.name, 0) for field in SUBMISSION
+    }
+    assert (
+        commands.decode(LAYER, commands.encode(LAYER, {"grid_exponent": -28}))["grid_exponent"]
+        == -28
+    )
 
 
-@pytest.mark.parametrize(("values", "message"), [
-    ({"tag": 65536}, "tag must be from 0 to 65535, not 65536"),
-    ({"tokens": -1}, "tokens must be from 0"),
-    ({"tolkens": 1}, "field must be one of opcode, tag, tokens"),
-])
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"tag": 65536}, "tag must be from 0 to 65535, not 65536"),
+        ({"tokens": -1}, "tokens must be from 0"),
+        ({"tolkens": 1}, "field must be one of opcode, tag, tokens"),
+    ],
+)
 def test_bad_fields_are_named(values, message):
     with pytest.raises(CommandError, match=message):
         commands.encode(SUBMISSION, values)

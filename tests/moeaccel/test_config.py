@@ -20,31 +20,47 @@ def test_widths_close_at_the_largest_dimension():
     assert config.accumulator_bits <= 54
 
 
-@pytest.mark.parametrize(("field", "value", "expected"), [
-    ("port_bytes", 12, "a power of two from 8 to 64"),
-    ("row_multipliers", 1, "a power of two from 2 to 16"),
-    ("token_lanes", 3, "a power of two from 2 to 64"),
-    ("max_dim", 100, "a multiple of 32 from 64 to 32768"),
-    ("quantiser_lanes", 32, "a power of two from 1 to 2"),
-    ("tile_words", 4, "a power of two from 16"),
-    ("address_bits", 8, "from 16 to 64"),
-])
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("port_bytes", 12, "a power of two from 8 to 64"),
+        ("row_multipliers", 1, "a power of two from 2 to 16"),
+        ("token_lanes", 3, "a power of two from 2 to 64"),
+        ("max_dim", 100, "a multiple of 32 from 64 to 32768"),
+        ("quantiser_lanes", 32, "a power of two from 1 to 2"),
+        ("tile_words", 4, "a power of two from 16"),
+        ("address_bits", 8, "from 16 to 64"),
+    ],
+)
 def test_bad_field_is_named(field, value, expected):
     with pytest.raises(ConfigurationError, match=f"{field} must be {expected}.*not {value}"):
         PRESETS["tiny"].replace(**{field: value})
 
 
 def test_unknown_preset_lists_the_known_ones():
-    with pytest.raises(ConfigurationError, match="tiny, small, ulx3s, wide512, peer256, not 'huge'"):
+    with pytest.raises(
+        ConfigurationError, match="tiny, small, ulx3s, wide512, peer256, not 'huge'"
+    ):
         preset("huge")
 
 
 def test_digest_depends_on_every_field_but_the_name():
     config = PRESETS["tiny"]
     assert config.replace(name="other").digest == config.digest
-    changed = {"port_bytes": 16, "row_multipliers": 4, "token_lanes": 4, "token_groups": 4, "max_dim": 512,
-               "max_experts": 32, "max_tokens": 128, "max_assignments": 512, "read_ahead_beats": 256,
-               "tile_words": 32, "quantiser_lanes": 1, "address_bits": 32}
+    changed = {
+        "port_bytes": 16,
+        "row_multipliers": 4,
+        "token_lanes": 4,
+        "token_groups": 4,
+        "max_dim": 512,
+        "max_experts": 32,
+        "max_tokens": 128,
+        "max_assignments": 512,
+        "read_ahead_beats": 256,
+        "tile_words": 32,
+        "quantiser_lanes": 1,
+        "address_bits": 32,
+    }
     digests = {config.replace(**{field: value}).digest for field, value in changed.items()}
     assert len(digests) == len(changed) and config.digest not in digests
 

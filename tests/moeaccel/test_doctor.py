@@ -21,7 +21,8 @@ def quick(monkeypatch):
     slow = {"transformers": doctor._Found("5.23.0"), "CUDA device": ""}
     checks = tuple(
         doctor._Check(c.name, c.purpose, c.required, lambda found=slow[c.name]: found, c.remedy)
-        if c.name in slow else c
+        if c.name in slow
+        else c
         for c in doctor._CHECKS
     )
     monkeypatch.setattr(doctor, "_CHECKS", checks)
@@ -79,12 +80,15 @@ def test_cxx_may_hold_a_launcher_and_options(monkeypatch, tmp_path):
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize(("line", "present"), [
-    ("Verilator 5.006 2023-01-22 rev (Debian)", False),
-    ("Verilator 5.036 2025-04-27", True),
-    ("Verilator 5.041 devel rev v5.040-1-g4eb030717", True),
-    ("", False),
-])
+@pytest.mark.parametrize(
+    ("line", "present"),
+    [
+        ("Verilator 5.006 2023-01-22 rev (Debian)", False),
+        ("Verilator 5.036 2025-04-27", True),
+        ("Verilator 5.041 devel rev v5.040-1-g4eb030717", True),
+        ("", False),
+    ],
+)
 def test_native_verilator_must_be_new_enough(monkeypatch, tmp_path, line, present):
     native = program(tmp_path, "verilator", line)
     monkeypatch.setattr(doctor.shutil, "which", lambda name: {"verilator": str(native)}.get(name))
@@ -127,13 +131,16 @@ def test_full_disk_is_reported_for_a_cache_that_does_not_exist_yet(monkeypatch, 
 def test_json_of_the_real_machine():
     done = subprocess.run(
         [sys.executable, "-m", "moeaccel", "doctor", "--json"],
-        capture_output=True, text=True, check=False,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     report = json.loads(done.stdout)
     assert report["moeaccel"] == moeaccel.__version__
     assert done.returncode == (0 if report["healthy"] else 1)
     assert {"name", "purpose", "required", "present", "version", "detail", "remedy"} == set(
-        report["findings"][0])
+        report["findings"][0]
+    )
 
 
 def test_version_and_help():
@@ -148,6 +155,7 @@ def test_expected_errors_are_messages_and_bugs_keep_their_traceback(monkeypatch)
     def fail(error):
         def examine():
             raise error
+
         monkeypatch.setattr("moeaccel.cli.doctor.examine", examine)
         return CliRunner().invoke(cli.app, ["doctor"])
 

@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from moeaccel import formats
 from moeaccel.errors import FormatError
@@ -13,12 +12,16 @@ def test_codes_round_trip(name):
     fmt = FORMATS[name]
     codes = np.arange(1 << fmt.weight_bits, dtype=np.uint8)
     integers = formats.decode_integers(fmt, codes)
-    assert np.abs(integers.astype(int)).max() <= fmt.max_integer + (name == "mxint8")  # -128 is decoded, never encoded
+    assert np.abs(integers.astype(int)).max() <= fmt.max_integer + (
+        name == "mxint8"
+    )  # -128 is decoded, never encoded
     again = formats.decode_integers(fmt, formats.encode_integers(fmt, integers))
     assert (again == integers).all()
 
 
-@given(st.sampled_from(list(FORMATS)), st.integers(1, 5), st.integers(0, 2**32 - 1), st.floats(-30, 30))
+@given(
+    st.sampled_from(list(FORMATS)), st.integers(1, 5), st.integers(0, 2**32 - 1), st.floats(-30, 30)
+)
 def test_quantised_weights_are_close(name, blocks, seed, log_scale):
     fmt = FORMATS[name]
     rng = np.random.default_rng(seed)
@@ -27,7 +30,10 @@ def test_quantised_weights_are_close(name, blocks, seed, log_scale):
     assert q.integers.shape == weights.shape and np.abs(q.integers).max() <= fmt.max_integer
     assert q.shift.min() >= 0 and q.shift.max() <= fmt.max_shift
     assert q.significand.min() >= 0 and q.significand.max() <= 2047
-    assert q.relative_error(weights) < {"mxint8": 0.012, "int4_g32": 0.13, "int4_g128": 0.16, "mxfp4": 0.17}[name]
+    assert (
+        q.relative_error(weights)
+        < {"mxint8": 0.012, "int4_g32": 0.13, "int4_g128": 0.16, "mxfp4": 0.17}[name]
+    )
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -66,12 +72,19 @@ def test_short_last_group():
     assert q.significand.shape == (2, 2) and q.dequantise().shape == (2, 160)
 
 
-@pytest.mark.parametrize(("weights", "name", "message"), [
-    (np.ones((2, 48)), "mxint8", "K must be a positive multiple of 32, not 48; pad"),
-    (np.ones((2, 64)), "int3", "weight_format must be one of mxint8, int4_g32, int4_g128, mxfp4, not 'int3'"),
-    (np.full((2, 64), np.nan), "mxint8", "weights must be finite"),
-    (np.ones(64), "mxint8", "weights must be a matrix"),
-])
+@pytest.mark.parametrize(
+    ("weights", "name", "message"),
+    [
+        (np.ones((2, 48)), "mxint8", "K must be a positive multiple of 32, not 48; pad"),
+        (
+            np.ones((2, 64)),
+            "int3",
+            "weight_format must be one of mxint8, int4_g32, int4_g128, mxfp4, not 'int3'",
+        ),
+        (np.full((2, 64), np.nan), "mxint8", "weights must be finite"),
+        (np.ones(64), "mxint8", "weights must be a matrix"),
+    ],
+)
 def test_bad_input_is_named(weights, name, message):
     with pytest.raises(FormatError, match=message):
         formats.quantise(weights, name)

@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from moeaccel import image
 from moeaccel.errors import ImageError
@@ -11,10 +10,17 @@ from moeaccel.image import Expert, ExpertShape, Section
 
 def expert(name="int4_g32", d_model=64, d_expert=96, seed=0):
     rng = np.random.default_rng(seed)
-    return Expert.quantise(rng.standard_normal((2 * d_expert, d_model)), rng.standard_normal((d_model, d_expert)), name)
+    return Expert.quantise(
+        rng.standard_normal((2 * d_expert, d_model)), rng.standard_normal((d_model, d_expert)), name
+    )
 
 
-@given(st.sampled_from(list(FORMATS)), st.integers(1, 20), st.integers(1, 95), st.sampled_from([2, 4, 8, 16]))
+@given(
+    st.sampled_from(list(FORMATS)),
+    st.integers(1, 20),
+    st.integers(1, 95),
+    st.sampled_from([2, 4, 8, 16]),
+)
 def test_section_counts_agree_with_its_word_sequence(name, row_blocks, steps, row_multipliers):
     section = Section(FORMATS[name], 32 * row_blocks, 32 * steps, row_multipliers)
     kinds = section.kinds()
@@ -48,12 +54,15 @@ def test_built_images_pass_their_check(name):
     assert len(built) == shape.image_bytes <= shape.stride
 
 
-@pytest.mark.parametrize(("where", "message"), [
-    (0, "this is no expert image"),
-    (4, "version must be 1"),
-    (6, "format code must be"),
-    (200, "it was damaged, load it again"),
-])
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        (0, "this is no expert image"),
+        (4, "version must be 1"),
+        (6, "format code must be"),
+        (200, "it was damaged, load it again"),
+    ],
+)
 def test_damage_is_named(where, message):
     e = expert()
     built = image.build_image(e.gate_up, e.down, 2).copy()

@@ -32,14 +32,17 @@ def test_error_budget_on_gaussian_data(gaussian, name):
     ids, weights = np.zeros((len(x), 1), np.int64), np.ones((len(x), 1), np.float32)
     layer = [Expert.quantise(gate_up, down, name)]
     rows = layer[0].gate_up.dequantise()
-    same_weights = experts_float64(x, ids, weights, [np.concatenate([rows[0::2], rows[1::2]])],
-                                   [layer[0].down.dequantise()])
+    same_weights = experts_float64(
+        x, ids, weights, [np.concatenate([rows[0::2], rows[1::2]])], [layer[0].down.dequantise()]
+    )
     exact = experts_float64(x, ids, weights, [gate_up], [down])
     assert relative(same_weights, exact) <= WEIGHT_ERROR[name]
     for planes, bound, machine in ((1, 0.02, 0.001), (2, 0.0002, 0.0005)):
         y = golden.experts(x, ids, weights, layer, planes=planes).y
         assert relative(y, same_weights) <= bound
-        assert relative(y, quantised_float_experts(x, ids, weights, layer, planes=planes)) <= machine
+        assert (
+            relative(y, quantised_float_experts(x, ids, weights, layer, planes=planes)) <= machine
+        )
 
 
 def test_dot_products_are_exact_integers():
@@ -53,8 +56,14 @@ def test_dot_products_are_exact_integers():
     scale = np.repeat(w.significand.astype(int) << w.shift.astype(int), 4, axis=1)[:, :90]
     for n in range(3):
         for r in range(32):
-            block = (x.mantissa[n].astype(object) * w.integers[r].astype(int)).reshape(90, 32).sum(axis=1)
-            total[n, r] = int((block * (scale[r].astype(object) << x.shift[n].astype(object))).sum())
+            block = (
+                (x.mantissa[n].astype(object) * w.integers[r].astype(int))
+                .reshape(90, 32)
+                .sum(axis=1)
+            )
+            total[n, r] = int(
+                (block * (scale[r].astype(object) << x.shift[n].astype(object))).sum()
+            )
     exponent = x.base[:, None] + w.row_exponent[None, :].astype(int)
     for n in range(3):
         for r in range(32):
@@ -63,8 +72,14 @@ def test_dot_products_are_exact_integers():
 
 
 def small_layer(rng, experts=4, d_model=64, d_expert=32, name="int4_g32"):
-    return [Expert.quantise(rng.standard_normal((2 * d_expert, d_model)).astype(np.float32),
-                            rng.standard_normal((d_model, d_expert)).astype(np.float32), name) for _ in range(experts)]
+    return [
+        Expert.quantise(
+            rng.standard_normal((2 * d_expert, d_model)).astype(np.float32),
+            rng.standard_normal((d_model, d_expert)).astype(np.float32),
+            name,
+        )
+        for _ in range(experts)
+    ]
 
 
 def test_bits_do_not_depend_on_batch_or_order():
