@@ -1,0 +1,464 @@
+"""The accelerator's AXI4 master: many linear readers and writers, one checked stream of bursts."""
+
+from amaranth import *
+from amaranth.hdl import Assert
+from amaranth.lib import data, fifo, memory, stream, wiring
+from amaranth.lib.wiring import In, Out
+from amaranth.utils import ceil_log2, exact_log2
+
+from moeaccel.config import AcceleratorConfig
+from moeaccel.hdl.axi import AXI4Signature
+from moeaccel.hdl.layouts import ReadClientSignature, WriteClientSignature, read_request
+
+ID_BITS = 4
+"""Bits of ARID and AWID."""
+
+OUTSTANDING_BURSTS = 64
+"""Bursts that one reader may have outstanding, bar a margin of four."""
+
+WRITE_AHEAD_BURSTS = 4
+"""Bursts by which AW may run ahead of W."""
+
+_BURST_INCR = 1
+
+
+def _burst(config):
+    """Return a burst: its aligned block, its first and last beat in the block, last of its request."""
+    index = exact_log2(config.max_burst_beats)
+    return data.StructLayout({
+        "start": index,
+        "block": config.address_bits - exact_log2(config.port_bytes) - index,
+        "end": index,
+        "last": 1,
+    })
+
+
+class _Splitter(wiring.Component):
+    """Cut a linear request into bursts that stay within one aligned block of max_burst_beats.
+
+    Blocks divide 4 KiB, so no burst crosses a page, and an address never needs a long addition:
+    after the first burst only the block number counts up. ``burst`` is offered from the cycle after
+    the request is accepted, one a cycle; a request is accepted when the previous one is used up.
+    ``drop`` forgets the request.
+    """
+
+    def __init__(self, *, config):
+        self._config = config
+        super().__init__({
+            "request": In(stream.Signature(read_request(config))),
+            "burst": Out(stream.Signature(_burst(config), always_valid=False)),
+            "drop": In(1),
+        })
+
+    def elaborate(self, platform):
+        m = Module()
+        config = self._config
+        index = exact_log2(config.max_burst_beats)
+        address = self.request.payload.address[exact_log2(config.port_bytes):]
+        beats = self.request.payload.beats
+
+        valid = Signal()
+        start = Signal(index)
+        block = Signal(len(address) - index)
+        end = Signal(index)
+        more = Signal(len(beats) + 1 - index)
+        final = Signal()
+        m.d.comb += [
+            self.request.ready.eq(~valid & ~self.drop),
+            final.eq(more == 0),
+            self.burst.valid.eq(valid),
+            self.burst.payload.start.eq(start),
+            self.burst.payload.block.eq(block),
+            self.burst.payload.end.eq(Mux(final, end, ~0)),
+            self.burst.payload.last.eq(final),
+        ]
+        with m.If(self.request.valid & self.request.ready):
+            m.d.sync += [
+                Assert(beats != 0, "a request must have 1 beat or more"),
+                valid.eq(1),
+                Cat(start, block).eq(address),
+                Cat(end, more).eq(address[:index] + beats - 1),
+            ]
+        with m.Elif(self.burst.ready & valid):
+            m.d.sync += [valid.eq(~final), start.eq(0), block.eq(block + 1), more.eq(more - 1)]
+        with m.If(self.drop):
+            m.d.sync += valid.eq(0)
+        return m
+
+
+class MemoryPort(wiring.Component):
+    """Join linear readers and writers in one AXI4 master whose every burst is checked.
+
+    ::
+
+        reader0 --> [splitter] --+                                          +--> AR
+        reader1 --> [splitter] --+--> [priority] --> [window check, register] --> zero beats
+        ...     <----- valid, data, last <-- [register] <--------+------------ R
+        writer0 --> [splitter] ------> [window check, register] -------------> AW
+                --> data ------------> [one burst after another] ------------> W
+                <-- done <------------ [count of answers] <------------------- B
+
+    Every request is cut into INCR bursts that stay within aligned blocks of
+    ``config.max_burst_beats`` beats, hence within a 4 KiB page. Reader i uses ARID i; between readers
+    the lowest number wins, decided burst by burst. Up to 60 bursts of each reader are outstanding.
+    Answers are routed by RID and may come in any order between readers. RREADY and BREADY are
+    constantly 1. One write request is served at a time (writer 0 first); AW runs at most
+    WRITE_AHEAD_BURSTS ahead of W.
+
+    A burst that is not wholly inside ``[window_base, window_limit)`` never reaches the bus. A
+    reader gets its beats as zeros, in order, once it has nothing outstanding (no new read bursts are
+    issued meanwhile); a writer's beats are swallowed, and ``done`` comes all the same. The first
+    fault is latched until ``clear_faults``; at most one of ``fault_window`` and ``fault_bus`` is set.
+    An answer with an error sets ``fault_bus`` and passes as it comes. ``fault_address`` is the
+    burst's first byte (0 for a write that memory refused) and valid one cycle after the flag.
+
+    ``flush`` is held until ``idle``. Meanwhile no request is accepted, no burst is issued, what was
+    accepted is dropped without ``done`` or data, and write bursts already issued are completed with
+    beats whose strobes are 0. Then everything but the latched fault is as after reset.
+
+    Latency: ARVALID 3 cycles after a request is accepted; data 1 cycle after the R beat; WVALID
+    1 cycle after a beat of data; ``done`` 2 cycles after the last BVALID. Throughput: one AR a cycle
+    within a request, a request of one burst every 2 cycles for a reader; one R beat and one W beat a
+    cycle. Changes of the window take 2 cycles.
+
+    Parameters
+    ----------
+    config : :class:`AcceleratorConfig`
+        Port width, burst length, address width.
+    readers, writers : :class:`int`
+        Number of clients, 1 to 16.
+
+    Members
+    -------
+    reader0, reader1, ... : :py:`In(ReadClientSignature(config))`
+    writer0, writer1, ... : :py:`In(WriteClientSignature(config))`
+    axi_mem : :py:`Out(AXI4Signature(config.address_bits, 8 * config.port_bytes, ID_BITS))`
+    window_base, window_limit : :py:`In(config.address_bits + 1)`
+        First byte of the window, first byte behind it.
+    flush, clear_faults : :py:`In(1)`
+    idle : :py:`Out(1)`
+        Nothing accepted is unfinished.
+    fault_window, fault_bus : :py:`Out(1)`
+    fault_address : :py:`Out(config.address_bits)`
+    read_beat, read_beat_reader : :py:`Out(1)`, :py:`Out(range(readers))`
+        A beat has arrived for that reader (zero beats do not count).
+    write_beat : :py:`Out(1)`
+        A beat with its strobes set has been taken by memory.
+    """
+
+    def __init__(self, config, *, readers, writers):
+        if not isinstance(config, AcceleratorConfig):
+            raise TypeError(f"config must be an AcceleratorConfig, not {config!r}")
+        for name, value in (("readers", readers), ("writers", writers)):
+            if not isinstance(value, int) or not 1 <= value <= 1 << ID_BITS:
+                raise ValueError(f"{name} must be from 1 to {1 << ID_BITS}, not {value!r}")
+        self._config = config
+        self._readers = readers
+        self._writers = writers
+        super().__init__({
+            **{f"reader{i}": In(ReadClientSignature(config)) for i in range(readers)},
+            **{f"writer{i}": In(WriteClientSignature(config)) for i in range(writers)},
+            "axi_mem": Out(AXI4Signature(config.address_bits, 8 * config.port_bytes, ID_BITS)),
+            "window_base": In(config.address_bits + 1),
+            "window_limit": In(config.address_bits + 1),
+            "flush": In(1),
+            "clear_faults": In(1),
+            "idle": Out(1),
+            "fault_window": Out(1),
+            "fault_bus": Out(1),
+            "fault_address": Out(config.address_bits),
+            "read_beat": Out(1),
+            "read_beat_reader": Out(range(readers)),
+            "write_beat": Out(1),
+        })
+
+    def elaborate(self, platform):
+        m = Module()
+        config = self._config
+        axi = self.axi_mem
+        shift = exact_log2(config.port_bytes)
+        index = exact_log2(config.max_burst_beats)
+        burst_layout = _burst(config)
+        readers = [getattr(self, f"reader{i}") for i in range(self._readers)]
+        writers = [getattr(self, f"writer{i}") for i in range(self._writers)]
+
+        draining = Signal()
+        flushing = Signal()
+        m.d.comb += flushing.eq(self.flush | draining)
+        m.d.sync += draining.eq(flushing & ~self.idle)
+
+        # The window in beats: the first allowed one, and the first behind the last whole one.
+        first_beat = Signal(config.address_bits + 2 - shift)
+        limit_beat = Signal(config.address_bits + 1 - shift)
+        m.d.sync += [
+            first_beat.eq((self.window_base + (config.port_bytes - 1)) >> shift),
+            limit_beat.eq(self.window_limit >> shift),
+        ]
+
+        def inside(burst):
+            return (Cat(burst.start, burst.block) >= first_beat) \
+                & (Cat(burst.end, burst.block) < limit_beat)
+
+        def address_of(burst):
+            return Cat(C(0, shift), burst.start, burst.block)
+
+        # -- read bursts: choose one, check it, issue it -------------------------------------------
+        read_splitters = []
+        for i, reader in enumerate(readers):
+            splitter = _Splitter(config=config)
+            m.submodules[f"read_splitter{i}"] = splitter
+            wiring.connect(m, port=wiring.flipped(reader.request), splitter=splitter.request)
+            m.d.comb += splitter.drop.eq(flushing)
+            read_splitters.append(splitter)
+
+        pointer = exact_log2(OUTSTANDING_BURSTS)
+        outstanding = Array(Signal(pointer + 1, name=f"outstanding{i}") for i in range(len(readers)))
+        write_index = Array(Signal(pointer, name=f"write_index{i}") for i in range(len(readers)))
+        read_index = Array(Signal(pointer, name=f"read_index{i}") for i in range(len(readers)))
+
+        chosen_valid = Signal()
+        chosen = Signal(burst_layout)
+        chosen_reader = Signal(range(len(readers)))
+        issue = Signal()
+        issue_inside = Signal()
+        zero_active = Signal()
+        ar_free = Signal()
+        m.d.comb += [
+            ar_free.eq(~axi.arvalid | axi.arready),
+            issue.eq(chosen_valid & ar_free & ~zero_active & ~flushing),
+            issue_inside.eq(inside(chosen)),
+        ]
+        with m.If(issue | flushing):
+            m.d.sync += chosen_valid.eq(0)
+        taken = ~chosen_valid | issue
+        for i, splitter in enumerate(read_splitters):
+            # Two more bursts may be on their way when the count is read: a margin of four.
+            room = ~outstanding[i][-1] & ~outstanding[i][2:-1].all()
+            offered = Signal(name=f"offered{i}")
+            m.d.comb += offered.eq(splitter.burst.valid & room)
+            with m.If(taken & offered & ~flushing):
+                m.d.comb += splitter.burst.ready.eq(1)
+                m.d.sync += [
+                    chosen_valid.eq(1),
+                    chosen.eq(splitter.burst.payload),
+                    chosen_reader.eq(i),
+                ]
+            taken = taken & ~offered
+
+        with m.If(ar_free):
+            m.d.sync += [
+                axi.arvalid.eq(issue & issue_inside),
+                axi.arid.eq(chosen_reader),
+                axi.araddr.eq(address_of(chosen)),
+                axi.arlen.eq(chosen.end - chosen.start),
+            ]
+        m.d.comb += [axi.arsize.eq(shift), axi.arburst.eq(_BURST_INCR), axi.rready.eq(1)]
+
+        # -- answers: one register, then to the reader ---------------------------------------------
+        beat_valid = Signal(len(readers))
+        beat_reader = Signal(range(len(readers)))
+        beat_data = Signal(8 * config.port_bytes)
+        beat_last = Signal()
+        beat_error = Signal()
+        beat_is_zero = Signal()
+        beat_zero_last = Signal()
+        zero_ready = Signal()
+        zero_reader = Signal(range(len(readers)))
+        zero_left = Signal(index)
+        zero_last = Signal()
+        zero_beat = Signal()
+        m.d.comb += zero_beat.eq(zero_ready & ~axi.rvalid)
+        m.d.sync += [
+            beat_reader.eq(Mux(axi.rvalid, axi.rid, zero_reader)),
+            beat_data.eq(Mux(axi.rvalid, axi.rdata, 0)),
+            beat_last.eq(axi.rvalid & axi.rlast),
+            beat_error.eq(axi.rvalid & axi.rresp[1]),
+            beat_is_zero.eq(zero_beat),
+            beat_zero_last.eq(zero_beat & zero_last & (zero_left == 0)),
+        ]
+        for i, reader in enumerate(readers):
+            m.d.sync += beat_valid[i].eq(
+                Mux(axi.rvalid, axi.rid == i, zero_ready & (zero_reader == i)))
+
+            # Whether a burst is its request's last, one bit for each outstanding burst.
+            flags = memory.Memory(shape=unsigned(1), depth=OUTSTANDING_BURSTS, init=[])
+            m.submodules[f"flags{i}"] = flags
+            flags_write = flags.write_port()
+            flags_read = flags.read_port(domain="comb")
+            issued = Signal(name=f"issued{i}")
+            answered = Signal(name=f"answered{i}")
+            m.d.comb += [
+                issued.eq(issue & issue_inside & (chosen_reader == i)),
+                answered.eq(beat_valid[i] & beat_last),
+                flags_write.en.eq(issued),
+                flags_write.addr.eq(write_index[i]),
+                flags_write.data.eq(chosen.last),
+                flags_read.addr.eq(read_index[i]),
+                reader.valid.eq(beat_valid[i] & ~flushing),
+                reader.data.eq(beat_data),
+                reader.last.eq(beat_zero_last | (beat_last & flags_read.data)),
+            ]
+            m.d.sync += [
+                write_index[i].eq(write_index[i] + issued),
+                read_index[i].eq(read_index[i] + answered),
+                outstanding[i].eq(outstanding[i] + issued - answered),
+            ]
+        m.d.comb += [
+            self.read_beat.eq(beat_valid.any() & ~beat_is_zero),
+            self.read_beat_reader.eq(beat_reader),
+        ]
+
+        # A suppressed burst: wait for the reader's earlier ones, then use the gaps between R beats.
+        with m.If(issue & ~issue_inside):
+            m.d.sync += [
+                zero_active.eq(1),
+                zero_reader.eq(chosen_reader),
+                zero_left.eq(chosen.end - chosen.start),
+                zero_last.eq(chosen.last),
+            ]
+        m.d.sync += zero_ready.eq(zero_active & (outstanding[zero_reader] == 0))
+        with m.If(zero_beat):
+            m.d.sync += zero_left.eq(zero_left - 1)
+            with m.If(zero_left == 0):
+                m.d.sync += [zero_active.eq(0), zero_ready.eq(0)]
+        with m.If(flushing):
+            m.d.sync += [zero_active.eq(0), zero_ready.eq(0)]
+
+        # -- writes: one request at a time ---------------------------------------------------------
+        owner_valid = Signal()
+        owner = Signal(range(len(writers)))
+        m.submodules.write_splitter = splitter = _Splitter(config=config)
+        m.d.comb += splitter.drop.eq(flushing)
+        free = ~owner_valid
+        for i, writer in enumerate(writers):
+            m.d.comb += writer.request.ready.eq(free & splitter.request.ready)
+            with m.If(free & writer.request.valid):
+                m.d.comb += splitter.request.valid.eq(1), splitter.request.payload.eq(writer.request.payload)
+                with m.If(~flushing):
+                    m.d.sync += [owner_valid.eq(1), owner.eq(i)]
+            free = free & ~writer.request.valid
+
+        checked_valid = Signal()
+        checked = Signal(burst_layout)
+        write_issue = Signal()
+        write_inside = Signal()
+        aw_free = Signal()
+        unanswered = Signal(pointer + 1)
+        m.submodules.bursts = bursts = fifo.SyncFIFO(width=index + 1, depth=WRITE_AHEAD_BURSTS)
+        m.d.comb += [
+            aw_free.eq(~axi.awvalid | axi.awready),
+            write_issue.eq(checked_valid & aw_free & bursts.w_rdy & ~unanswered[-1] & ~flushing),
+            write_inside.eq(inside(checked)),
+            splitter.burst.ready.eq((~checked_valid | write_issue) & ~flushing),
+            bursts.w_en.eq(write_issue),
+            bursts.w_data.eq(Cat((checked.end - checked.start)[:index], write_inside)),
+        ]
+        with m.If(splitter.burst.ready):
+            m.d.sync += checked_valid.eq(splitter.burst.valid), checked.eq(splitter.burst.payload)
+        with m.If(flushing):
+            m.d.sync += checked_valid.eq(0)
+        with m.If(aw_free):
+            m.d.sync += [
+                axi.awvalid.eq(write_issue & write_inside),
+                axi.awaddr.eq(address_of(checked)),
+                axi.awlen.eq(checked.end - checked.start),
+            ]
+        m.d.comb += [
+            axi.awid.eq(0),
+            axi.awsize.eq(shift),
+            axi.awburst.eq(_BURST_INCR),
+            axi.bready.eq(1),
+        ]
+
+        # W: one burst after another, without a gap between them.
+        w_active = Signal()
+        w_left = Signal(index)
+        w_inside = Signal()
+        w_free = Signal()
+        w_take = Signal()
+        w_offered = Signal()
+        w_strobe = Signal()
+        data_valid = Signal()
+        data_payload = Signal(8 * config.port_bytes)
+        for i, writer in enumerate(writers):
+            mine = Signal(name=f"mine{i}")
+            m.d.comb += [
+                mine.eq(owner_valid & (owner == i)),
+                writer.data.ready.eq(mine & w_offered & ~flushing),
+            ]
+            with m.If(owner == i):
+                m.d.comb += data_valid.eq(writer.data.valid), data_payload.eq(writer.data.payload)
+        m.d.comb += [
+            w_free.eq(~axi.wvalid | axi.wready),
+            w_offered.eq(w_active & (w_free | ~w_inside)),
+            w_take.eq(w_offered & (data_valid | flushing)),
+            bursts.r_en.eq(~w_active | (w_take & (w_left == 0))),
+            axi.wstrb.eq(w_strobe.replicate(config.port_bytes)),
+        ]
+        with m.If(bursts.r_en):
+            m.d.sync += w_active.eq(bursts.r_rdy), Cat(w_left, w_inside).eq(bursts.r_data)
+        with m.Elif(w_take):
+            m.d.sync += w_left.eq(w_left - 1)
+        with m.If(w_free):
+            m.d.sync += [
+                axi.wvalid.eq(w_take & w_inside),
+                axi.wdata.eq(data_payload),
+                axi.wlast.eq(w_left == 0),
+                w_strobe.eq(~flushing),
+            ]
+        m.d.sync += self.write_beat.eq(axi.wvalid & axi.wready & w_strobe)
+
+        # B: count; the request is done when nothing of it is left anywhere.
+        b_error = Signal()
+        m.d.sync += [
+            b_error.eq(axi.bvalid & axi.bresp[1]),
+            unanswered.eq(unanswered + (write_issue & write_inside) - axi.bvalid),
+        ]
+        writes_done = Signal()
+        m.d.comb += writes_done.eq(
+            ~splitter.burst.valid & ~checked_valid & ~axi.awvalid & ~bursts.r_rdy & ~w_active
+            & ~axi.wvalid & (unanswered == 0))
+        finished = Signal()
+        m.d.comb += finished.eq(owner_valid & writes_done)
+        with m.If(finished):
+            m.d.sync += owner_valid.eq(0)
+        for i, writer in enumerate(writers):
+            done = Signal(name=f"done{i}")
+            m.d.sync += done.eq(finished & (owner == i) & ~flushing)
+            m.d.comb += writer.done.eq(done)
+
+        # -- faults: the first one since clear_faults ----------------------------------------------
+        # Addresses of outstanding bursts, in block RAM, only to say which one memory refused.
+        refused = Signal()
+        addresses = memory.Memory(
+            shape=unsigned(config.address_bits - shift),
+            depth=OUTSTANDING_BURSTS << ceil_log2(len(readers)), init=[])
+        m.submodules.addresses = addresses
+        addresses_write = addresses.write_port()
+        addresses_read = addresses.read_port()
+        m.d.comb += [
+            addresses_write.en.eq(issue & issue_inside),
+            addresses_write.addr.eq(Cat(write_index[chosen_reader], chosen_reader)),
+            addresses_write.data.eq(Cat(chosen.start, chosen.block)),
+            addresses_read.addr.eq(Cat(read_index[beat_reader], beat_reader)),
+        ]
+        m.d.sync += refused.eq(0)
+        with m.If(refused):
+            m.d.sync += self.fault_address.eq(Cat(C(0, shift), addresses_read.data))
+        with m.If(~self.fault_window & ~self.fault_bus & ~flushing):
+            with m.If(issue & ~issue_inside):
+                m.d.sync += self.fault_window.eq(1), self.fault_address.eq(address_of(chosen))
+            with m.Elif(write_issue & ~write_inside):
+                m.d.sync += self.fault_window.eq(1), self.fault_address.eq(address_of(checked))
+            with m.Elif(beat_error):
+                m.d.sync += self.fault_bus.eq(1), refused.eq(1)
+            with m.Elif(b_error):
+                m.d.sync += self.fault_bus.eq(1), self.fault_address.eq(0)
+        with m.If(self.clear_faults):
+            m.d.sync += [self.fault_window.eq(0), self.fault_bus.eq(0), self.fault_address.eq(0)]
+
+        m.d.comb += self.idle.eq(~(
+            Cat(s.burst.valid for s in read_splitters).any() | chosen_valid | axi.arvalid
+            | Cat(*outstanding).any() | beat_valid.any() | zero_active
+            | owner_valid | Cat(w.done for w in writers).any()))
+        return m
