@@ -1,0 +1,346 @@
+"""Run cocotb test benches on Verilated models, from a normal pytest function.
+
+>>> run_cocotb(verilog, "top", "tests.cocotb.top_bench", seed=1)    # doctest: +SKIP
+
+cocotb's own runner makes every signal of the design public, which costs about half the speed; the
+one below makes nothing but the ports public, so a bench sees the ports and no more. Simulators are
+kept in the cache of :mod:`moeaccel.sim.verilator` under a digest of everything they were built
+from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import logging
+import os
+import random
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+import cocotb_tools.config
+from cocotb_tools.runner import SUPPORTED_RUNNERS, Verilator, get_runner
+
+from moeaccel.sim import verilator as builder
+from moeaccel.sim.errors import BuildError, SimulationError
+
+logger = logging.getLogger(__name__)
+
+RUNNER = "moeaccel-verilator"
+"""Name of the runner in cocotb's register."""
+
+SEED_VARIABLE = "COCOTB_RANDOM_SEED"
+WAVES_VARIABLE = "WAVES"
+
+_FLAGS = ("-O3", "--x-assign", "fast", "--x-initial", "fast", "--no-timing", "--assert",
+          *(f"-Wno-{name}" for name in builder.WAIVERS))
+_TIMESCALE = ("1ns", "1ps")
+_RUNTIME_OPTIMISE = "OPT_GLOBAL=-O2"
+_OPTIMISE = ("OPT_FAST=-O3 -march=native", "OPT_SLOW=-O1", _RUNTIME_OPTIMISE)
+_LOG_LINES = 40
+
+
+class BenchFailure(SimulationError):
+    """Tests of a bench failed, or the simulator ended without having run them.
+
+    Attributes
+    ----------
+    seed : int
+        Repeats the run.
+    folder : pathlib.Path
+        Log, results and waves of the run.
+    """
+
+    def __init__(self, message: str, *, seed: int, folder: Path) -> None:
+        super().__init__(message)
+        self.seed = seed
+        self.folder = folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchTest:
+    """One cocotb test that ran.
+
+    Parameters
+    ----------
+    name : str
+        As cocotb has it, parameters included.
+    seconds : float
+        Wall clock.
+    failure : str or None
+        What went wrong.
+    skipped : bool
+    """
+
+    name: str
+    seconds: float
+    failure: str | None = None
+    skipped: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchRun:
+    """What a run of a bench left behind.
+
+    Parameters
+    ----------
+    tests : tuple of BenchTest
+        In the order in which they ran.
+    seed : int
+    seconds : float
+        Wall clock of the simulator's process, its imports included.
+    folder : pathlib.Path
+        Log, results, waves and whatever the bench wrote; it was the working folder.
+    """
+
+    tests: tuple[BenchTest, ...]
+    seed: int
+    seconds: float
+    folder: Path
+
+
+class PortsOnlyVerilator(Verilator):
+    """cocotb's runner for Verilator, where a bench reaches the top level's ports only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log.setLevel(logging.WARNING)
+        self._root = Path()
+
+    def _simulator_in_path_build_only(self) -> None:
+        executable, self._root = builder._verilator()
+        self.executable = str(executable)
+
+    def _set_env_build(self) -> None:
+        super()._set_env_build()
+        _, root = builder._verilator()
+        self.env["VERILATOR_ROOT"] = str(root)
+
+    def _build_command(self) -> list[list[str]]:
+        translate, make = super()._build_command()
+        makefile = (self._root / "include" / "verilated.mk").read_text(encoding="utf-8")
+        # The PyPI wheel is not configured for a compiler: nothing includes the precompiled header.
+        unset = re.search(r"^CFG_CXXFLAGS_PCH_I\s*=\s*$", makefile, re.MULTILINE)
+        return [
+            [flag for flag in translate if flag != "--public-flat-rw"],
+            [*make, f"CXX={builder._compiler()}", f"LINK={builder._compiler()}",
+             f"PYTHON3={sys.executable}", *_OPTIMISE,
+             *(["CFG_CXXFLAGS_PCH_I=-include"] if unset else [])],
+        ]
+
+
+SUPPORTED_RUNNERS[RUNNER] = PortsOnlyVerilator
+
+
+def run_cocotb(verilog: str, top: str, test_module: str | Sequence[str], *,
+               parameters: Mapping[str, object] | None = None,
+               env: Mapping[str, str] | None = None, seed: int | None = None,
+               waves: bool = False, test_filter: str | None = None,
+               folder: Path | None = None, cache: Path | None = None) -> BenchRun:
+    """Build a simulator, or take it from the cache, and run a bench's tests in it.
+
+    Parameters
+    ----------
+    verilog : str
+        Verilog text.
+    top : str
+        Name of the top module; the bench's ``dut``.
+    test_module : str or sequence of str
+        Python modules with cocotb tests.
+    parameters : mapping, optional
+        Parameters of the top module.
+    env : mapping, optional
+        Environment variables of the bench.
+    seed : int, optional
+        Else ``$COCOTB_RANDOM_SEED``, or a random one; it is logged, and part of every failure.
+    waves : bool
+        Write ``dump.vcd`` into `folder`. The environment variable WAVES, where it is set, decides
+        instead.
+    test_filter : str, optional
+        Regular expression: run only the tests whose full name has a match.
+    folder : pathlib.Path, optional
+        Working folder of the simulator. Else a temporary one, which stays after a failure or when
+        there are waves.
+    cache : pathlib.Path, optional
+        Instead of :func:`moeaccel.sim.verilator.cache_folder`.
+
+    Raises
+    ------
+    BenchFailure
+        If a test failed, no test ran, or the simulator crashed (as it does when an assertion of
+        the RTL fails).
+    BuildError
+        If Verilator or the C++ compiler refuses the design.
+    """
+    waves = _wanted_waves(waves)
+    if seed is None:
+        named = os.environ.get(SEED_VARIABLE)
+        seed = int(named) if named else random.SystemRandom().randrange(1 << 31)
+    home = build_simulator(verilog, top, parameters=parameters, waves=waves, cache=cache)
+    keep = folder is not None or waves
+    folder = folder or Path(tempfile.mkdtemp(prefix="moeaccel-cocotb."))
+    folder.mkdir(parents=True, exist_ok=True)
+    names = test_module if isinstance(test_module, str) else ",".join(test_module)
+    logger.info("running %s with seed %d in %s", names, seed, folder)
+
+    log, results = folder / "simulation.log", folder / "results.xml"
+    runner = get_runner(RUNNER)
+    begin = time.monotonic()
+    try:
+        runner.test(
+            test_module=test_module, hdl_toplevel=top, hdl_toplevel_lang="verilog", seed=seed,
+            build_dir=home, test_dir=folder, results_xml=str(results.resolve()),
+            log_file=log.resolve(), waves=waves, test_filter=test_filter,
+            extra_env={"COCOTB_ANSI_OUTPUT": "0", **(env or {})})
+        crash = ""
+    except SystemExit as error:
+        crash = f"exit status {error.code}"
+    except RuntimeError as error:  # how cocotb's runner reports a simulator that died
+        crash = str(error)
+    seconds = time.monotonic() - begin
+
+    tests = _read_results(results)
+    failed = [test for test in tests if test.failure is not None]
+    what = f"{names}, seed {seed} (repeat with {SEED_VARIABLE}={seed}), log {log}"
+    if failed:
+        lines = [f"{len(failed)} of {len(tests)} tests failed: {what}"]
+        for test in failed:
+            lines += [f"--- {test.name}", *(test.failure or "").rstrip().splitlines()]
+        raise BenchFailure("\n".join(lines), seed=seed, folder=folder)
+    if crash or not any(not test.skipped for test in tests):
+        why = f"The simulator died ({crash})" if crash else "No test ran"
+        raise BenchFailure(f"{why}: {what}\n{_tail(log)}", seed=seed, folder=folder)
+    for test in tests:
+        logger.info("%s: %s in %.2f s", test.name, "skipped" if test.skipped else "passed",
+                    test.seconds)
+    if not keep:
+        shutil.rmtree(folder)
+    return BenchRun(tests=tests, seed=seed, seconds=seconds, folder=folder)
+
+
+def build_simulator(verilog: str, top: str, *, parameters: Mapping[str, object] | None = None,
+                    waves: bool = False, cache: Path | None = None) -> Path:
+    """Build the simulator that :func:`run_cocotb` runs, and return its folder in the cache.
+
+    Raises
+    ------
+    BuildError
+        If Verilator or the C++ compiler refuses the design.
+    """
+    waves = _wanted_waves(waves)
+    compiler = builder._compiler()
+    _, root = builder._verilator()
+    tools = (f"waves={waves}", builder._compiler_identity(compiler),
+             builder._verilator_identity(root))
+    digest = builder._digest(
+        verilog, top, *_FLAGS, *_TIMESCALE, *_OPTIMISE, *tools,
+        json.dumps(dict(parameters or {}), sort_keys=True, default=str),
+        importlib.metadata.version("cocotb"), str(cocotb_tools.config.libs_dir))
+    runtime_digest = builder._digest(*_FLAGS, _RUNTIME_OPTIMISE, *tools)
+    parent = (cache or builder.cache_folder()) / "cocotb"
+    home = parent / digest
+    runtime = parent / "runtime" / runtime_digest
+    if (home / top).is_file():
+        return home
+    parent.mkdir(parents=True, exist_ok=True)
+    with builder._locked(parent / f"{digest}.lock"):
+        if (home / top).is_file():  # another process built it meanwhile
+            return home
+        work = Path(tempfile.mkdtemp(prefix=f"{digest}.", suffix=".part", dir=parent))
+        try:
+            _build(verilog, top, dict(parameters or {}), waves=waves, work=work, runtime=runtime)
+        except BuildError as error:
+            failed = parent / f"{digest}.failed"
+            shutil.rmtree(failed, ignore_errors=True)
+            work.rename(failed)
+            raise BuildError(f"{error}\nThe whole log: {failed / error.log.name}",
+                             log=failed / error.log.name) from None
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+        shutil.rmtree(home, ignore_errors=True)
+        work.rename(home)
+    return home
+
+
+def _build(verilog: str, top: str, parameters: Mapping[str, object], *, waves: bool,
+           work: Path, runtime: Path) -> None:
+    objects = work / "obj"
+    objects.mkdir()
+    source, ports, log = work / "top.v", work / "ports.vlt", work / "build.log"
+    source.write_text(verilog, encoding="utf-8")
+    ports.write_text(_public_ports(verilog, top), encoding="utf-8")
+    # Verilator's run time is the same for every model; make takes objects that are there already.
+    kept = sorted(runtime.glob("verilated*.o"))
+    for one in kept:
+        shutil.copy2(one, objects)
+    begin = time.monotonic()
+    runner = get_runner(RUNNER)
+    try:
+        runner.build(
+            sources=[ports, source], hdl_toplevel=top, parameters=parameters, build_args=_FLAGS,
+            build_dir=objects, timescale=_TIMESCALE, waves=waves, log_file=log)
+    except RuntimeError as error:
+        raise BuildError(f"The simulator cannot be built: {error}\n{_tail(log)}",
+                         log=log) from None
+    if not kept:
+        with tempfile.TemporaryDirectory(dir=runtime.parent.parent) as place:
+            for one in objects.glob("verilated*.o"):
+                shutil.copy2(one, place)
+            runtime.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(OSError):  # another process was first
+                shutil.copytree(place, runtime)
+    (objects / top).rename(work / top)
+    shutil.rmtree(objects)
+    logger.info("built %s in %.1f s", top, time.monotonic() - begin)
+
+
+def _public_ports(verilog: str, top: str) -> str:
+    """Return the control file that shows a module's ports to cocotb, and nothing else."""
+    match = re.search(rf"^module\s+\\?{re.escape(top)}\s*[(#;].*?^endmodule", verilog,
+                      re.DOTALL | re.MULTILINE)
+    if match is None:
+        raise SimulationError(f"Verilog text must contain a module named {top!r}")
+    names = [name for line in re.findall(r"^\s*(?:input|output)\b[^;]*;", match[0], re.MULTILINE)
+             for name in re.findall(r"(\w+)\s*;", line)]
+    return "\n".join([
+        "`verilator_config",
+        *(f'public_flat_rw -module "{top}" -var "{name}"' for name in dict.fromkeys(names)), ""])
+
+
+def _wanted_waves(waves: bool) -> bool:
+    """Return what cocotb's runner makes of `waves`: the environment decides."""
+    named = os.environ.get(WAVES_VARIABLE, "")
+    return waves if not named else named.lower() in ("1", "true", "yes", "on", "y", "enable")
+
+
+def _tail(log: Path) -> str:
+    if not log.is_file():
+        return "There is no log."
+    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_LINES:])
+
+
+def _read_results(path: Path) -> tuple[BenchTest, ...]:
+    """Return the tests of a results file; none when it is missing or was cut off."""
+    try:
+        root = ElementTree.parse(path).getroot()
+    except (FileNotFoundError, ElementTree.ParseError):
+        return ()
+    tests = []
+    for case in root.iter("testcase"):
+        bad = [child for child in case if child.tag in ("failure", "error")]
+        text = "\n".join(
+            (child.text or child.get("message") or child.get("type") or child.tag).strip()
+            for child in bad)
+        tests.append(BenchTest(
+            name=case.get("name", "?"), seconds=float(case.get("time") or 0),
+            failure=text if bad else None, skipped=case.find("skipped") is not None))
+    return tuple(tests)

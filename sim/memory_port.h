@@ -1,0 +1,660 @@
+// One AXI4 slave: a memory with a timing model, and a checker of the master that talks to it.
+//
+// In every cycle the harness calls sample() with the pins settled, just before the rising edge, and
+// drive() after it. Everything this side drives comes from registers: no path leads from an input
+// to an output within a cycle, so two evaluations of the model make a cycle.
+//
+// Writes reach the memory when their response is first offered, not before, and reads take their
+// data when a beat is first offered: a master that does not wait for its acknowledgements reads old
+// data here, as it may on silicon.
+
+#pragma once
+
+#include <algorithm>
+#include <memory>
+
+#include "support.h"
+
+namespace moeaccel {
+
+enum Response : uint8_t { kOkay = 0, kSlaveError = 2, kDecodeError = 3 };
+
+template <class Pins>
+class MemoryPort {
+    using Data = std::remove_reference_t<decltype(std::declval<Pins>().wdata())>;
+    using Strobe = std::remove_reference_t<decltype(std::declval<Pins>().wstrb())>;
+
+public:
+    static constexpr unsigned kBytes = sizeof(Data);
+    static_assert(kBytes >= 4 && kBytes <= 128 && (kBytes & (kBytes - 1)) == 0,
+                  "the data width must be a power of two of 32 to 1024 bits");
+
+    MemoryPort(Pins pins, const moeaccel_memory_config& config, Violations& violations)
+        : pins_(pins), config_(config), violations_(violations),
+          name_(pins.name()), random_(config.seed) {
+        for (int i = 0; i < MOEACCEL_CHANNELS; ++i) {
+            stall_[i] = Stall(config.stall[i], config.stall_length);
+            random_mode_ |= stall_[i].enabled();
+        }
+        random_mode_ |= config.reorder || config.interleave;
+        // Bandwidth is kept as integers: `cost_` for a beat, `gain_` in every cycle.
+        gain_ = int64_t(config.bandwidth_numerator);
+        cost_ = int64_t(kBytes) * int64_t(config.bandwidth_denominator);
+        if (gain_ == 0) gain_ = cost_ = kBytes;
+        // What is saved while idle buys at most one beat ahead of time, and never at the full rate.
+        saved_ = gain_ >= cost_ ? gain_ : cost_ % gain_ == 0 ? cost_ : cost_ + gain_ - 1;
+        rows_.assign(config.row_bytes ? config.banks : 0, Bank{});
+        clear_stats();
+        reset();
+    }
+
+    // Forget every transaction and drive idle pins.
+    void reset() {
+        reads_.clear();
+        while (!writes_.empty()) release_write(0);
+        addressed_ = filled_ = 0;
+        arready_ = awready_ = wready_ = rvalid_ = bvalid_ = false;
+        reading_ = kNone;
+        aw_ = Address{};
+        ar_ = Address{};
+        w_waiting_ = false;
+        read_tokens_ = write_tokens_ = saved_;
+        refresh_phase_ = 0;
+        buffered_ = 0;
+        draining_ = false;
+        for (Bank& bank : rows_) bank = Bank{};
+        pins_.arready() = 0;
+        pins_.awready() = 0;
+        pins_.wready() = 0;
+        pins_.rvalid() = 0;
+        pins_.bvalid() = 0;
+    }
+
+    // While reset is held, the master's valid signals must be low.
+    void sample_reset(uint64_t cycle) {
+        if (pins_.arvalid()) violation(cycle, "AR", "ARVALID is high in reset");
+        if (pins_.awvalid()) violation(cycle, "AW", "AWVALID is high in reset");
+        if (pins_.wvalid()) violation(cycle, "W", "WVALID is high in reset");
+    }
+
+    void sample(uint64_t cycle) {
+        if (pins_.arvalid() | ar_.waiting) sample_ar(cycle);
+        if (pins_.awvalid() | aw_.waiting) sample_aw(cycle);
+        if (pins_.wvalid() | w_waiting_) sample_w(cycle);
+        if (rvalid_) sample_r(cycle);
+        if (bvalid_) sample_b(cycle);
+        stats_.read_busy_cycles += !reads_.empty();
+    }
+
+    void drive(uint64_t cycle) {
+        bool refreshing = false;
+        if (config_.refresh_interval != 0) refreshing = refresh();
+        if (!refreshing) {
+            read_tokens_ = std::min(read_tokens_ + gain_, saved_);
+            if (!config_.shared_bandwidth) write_tokens_ = std::min(write_tokens_ + gain_, saved_);
+        }
+
+        // Data without RVALID means nothing: show it, where the run is meant to find mistakes.
+        if (random_mode_ && !rvalid_) std::memset(static_cast<void*>(&pins_.rdata()), 0xA5, kBytes);
+        const bool r_stalled = stalled(MOEACCEL_R) | refreshing;
+        if (buffered_ != 0 && !refreshing) drain_writes();
+        if (!rvalid_ && !r_stalled && !draining_ && !reads_.empty() && read_tokens_ >= cost_) {
+            const size_t next = next_read(cycle);
+            if (next != kNone) offer_r(next, cycle);
+        }
+        if (buffered_ != 0 && !refreshing && config_.turnaround_cycles == 0) spend_on_writes();
+        const bool w_stalled = stalled(MOEACCEL_W) | refreshing;
+        wready_ = config_.never_refuse ||
+                  (!w_stalled && writes_.size() <= config_.max_writes &&
+                   (config_.shared_bandwidth ? buffered_ < kWriteBuffer : write_tokens_ >= cost_));
+        pins_.wready() = wready_;
+        if (addressed_ > filled_) check_patience(cycle, w_progress_, "W", "the data of an accepted address");
+
+        const bool b_stalled = stalled(MOEACCEL_B) | refreshing;
+        if (!bvalid_ && !b_stalled && !writes_.empty()) offer_b(cycle);
+
+        arready_ = !stalled(MOEACCEL_AR) && (config_.never_refuse || reads_.size() < config_.max_reads);
+        awready_ = !stalled(MOEACCEL_AW) && (config_.never_refuse || addressed_ < config_.max_writes);
+        pins_.arready() = arready_;
+        pins_.awready() = awready_;
+        pins_.rvalid() = rvalid_;
+        pins_.bvalid() = bvalid_;
+    }
+
+    void inject_error(uint64_t first, uint64_t last, uint32_t response, bool reads, bool writes) {
+        errors_.push_back({first, last, uint8_t(response), reads, writes});
+    }
+    void clear_errors() { errors_.clear(); }
+
+    const moeaccel_stats& stats() const { return stats_; }
+    void clear_stats() {
+        stats_ = moeaccel_stats{};
+        stats_.first_read_cycle = stats_.last_read_cycle = ~uint64_t{0};
+        stats_.first_write_cycle = stats_.last_write_cycle = ~uint64_t{0};
+    }
+
+private:
+    static constexpr size_t kNone = ~size_t{0};
+    // Beats in the buffer of posted writes, and how many make a batch while reads wait.
+    static constexpr uint32_t kWriteBuffer = 64, kDrainBeats = 32;
+    // Pending bursts whose rows a controller opens ahead of their turn.
+    static constexpr size_t kRowsAhead = 16;
+
+    // An address channel as it was in the cycle before.
+    struct Address {
+        bool waiting = false;
+        uint64_t since = 0;
+        uint64_t address = 0;
+        uint32_t id = 0, length = 0, size = 0, burst = 0;
+        bool operator==(const Address& other) const {
+            return address == other.address && id == other.id && length == other.length &&
+                   size == other.size && burst == other.burst;
+        }
+    };
+
+    struct Read {
+        uint64_t address = 0;  // of the next beat, aligned
+        uint64_t first = 0, last = 0;
+        uint64_t accepted = 0;
+        uint64_t ready = 0;  // the cycle of the first beat at the earliest
+        uint32_t id = 0, left = 0;
+        bool row_open = false;
+    };
+
+    struct Write {
+        uint64_t address = 0, first = 0, last = 0;
+        uint64_t ready = 0;
+        uint32_t id = 0, beats = 0, taken = 0;
+        bool has_address = false, has_data = false;
+        std::vector<uint8_t> data;
+        std::vector<Strobe> strobes;
+    };
+
+    struct Error {
+        uint64_t first, last;
+        uint8_t response;
+        bool reads, writes;
+    };
+
+    struct Bank {
+        uint64_t row = ~uint64_t{0};
+        uint64_t ready = 0;
+    };
+
+    void violation(uint64_t cycle, const char* channel, const std::string& text) {
+        violations_.add(cycle, name_ + "." + channel, text);
+    }
+
+    bool stalled(int channel) { return stall_[channel].enabled() && stall_[channel].blocked(random_); }
+
+    bool refresh() {
+        const bool refreshing = refresh_phase_ < config_.refresh_cycles;
+        if (refresh_phase_ == 0) {
+            for (Bank& bank : rows_) bank.row = ~uint64_t{0};
+        }
+        if (++refresh_phase_ == config_.refresh_interval) refresh_phase_ = 0;
+        return refreshing;
+    }
+
+    // Shared bandwidth: writes are posted to a buffer and drained in batches, as DRAM controllers do,
+    // since every change of direction costs.
+    void drain_writes() {
+        const bool enough = buffered_ >= kDrainBeats || reads_.empty();
+        if (!draining_ && enough) {
+            draining_ = true;
+            read_tokens_ -= config_.turnaround_cycles * gain_;
+        }
+        if (!draining_) return;
+        spend_on_writes();
+        if (buffered_ == 0) {
+            draining_ = false;
+            read_tokens_ -= config_.turnaround_cycles * gain_;
+        }
+    }
+
+    void spend_on_writes() {
+        while (buffered_ != 0 && read_tokens_ >= cost_) {
+            read_tokens_ -= cost_;
+            --buffered_;
+        }
+    }
+
+    // -- address channels ------------------------------------------------------------------------
+
+    void check_address(uint64_t cycle, const char* channel, Address& seen, const Address& now,
+                       bool valid, bool ready) {
+        if (seen.waiting) {
+            if (!valid) {
+                violation(cycle, channel, "VALID was dropped before READY");
+            } else if (!(seen == now)) {
+                violation(cycle, channel,
+                          "the address or its attributes changed while waiting for READY, from " +
+                              hex(seen.address) + " to " + hex(now.address));
+            }
+        }
+        seen = now;
+        seen.waiting = valid && !ready;
+    }
+
+    void check_burst(uint64_t cycle, const char* channel, const Address& burst, uint64_t last) {
+        if ((1u << burst.size) != kBytes) {
+            violation(cycle, channel, "SIZE is " + std::to_string(1u << burst.size) +
+                                          " bytes, not the bus width of " + std::to_string(kBytes));
+        }
+        if (burst.burst != 1) {
+            violation(cycle, channel, "BURST is " + std::to_string(burst.burst) + ", not INCR (1)");
+        }
+        if ((burst.address >> 12) != (last >> 12)) {
+            violation(cycle, channel, "burst of " + std::to_string(burst.length + 1) +
+                                          " beats at " + hex(burst.address) +
+                                          " crosses a 4 KiB boundary");
+        }
+    }
+
+    static uint64_t align(uint64_t address) { return address & ~uint64_t{kBytes - 1}; }
+
+    void sample_ar(uint64_t cycle) {
+        Address now;
+        now.address = pins_.araddr();
+        now.id = pins_.arid();
+        now.length = pins_.arlen();
+        now.size = pins_.arsize();
+        now.burst = pins_.arburst();
+        const bool valid = pins_.arvalid();
+        check_address(cycle, "AR", ar_, now, valid, arready_);
+        if (!valid || !arready_) return;
+
+        Read read;
+        read.address = align(now.address);
+        read.first = now.address;
+        read.last = read.address + (uint64_t(now.length) + 1) * kBytes - 1;
+        read.id = now.id;
+        read.left = now.length + 1;
+        read.accepted = cycle;
+        read.ready = cycle + config_.read_latency;
+        check_burst(cycle, "AR", now, read.last);
+        if (config_.check_races) {
+            for (size_t i = 0; i < addressed_; ++i) {
+                if (overlap(writes_[i], read)) {
+                    violation(cycle, "AR", "read of " + hex(read.first) +
+                                               " before the write to it is acknowledged");
+                }
+            }
+        }
+        reads_.push(read);
+        ++stats_.read_bursts;
+        stats_.most_reads = std::max<uint64_t>(stats_.most_reads, reads_.size());
+        if (!rows_.empty()) open_rows(cycle);
+    }
+
+    void sample_aw(uint64_t cycle) {
+        Address now;
+        now.address = pins_.awaddr();
+        now.id = pins_.awid();
+        now.length = pins_.awlen();
+        now.size = pins_.awsize();
+        now.burst = pins_.awburst();
+        const bool valid = pins_.awvalid();
+        check_address(cycle, "AW", aw_, now, valid, awready_);
+        if (!valid || !awready_) return;
+
+        if (addressed_ == writes_.size()) writes_.push(fresh_write());
+        Write& write = *writes_[addressed_];
+        write.has_address = true;
+        write.address = align(now.address);
+        write.first = now.address;
+        write.last = write.address + (uint64_t(now.length) + 1) * kBytes - 1;
+        write.id = now.id;
+        write.beats = now.length + 1;
+        check_burst(cycle, "AW", now, write.last);
+        if (config_.check_races) {
+            for (size_t i = 0; i < addressed_; ++i) {
+                if (overlap(writes_[i], write)) {
+                    violation(cycle, "AW", "write to " + hex(write.first) +
+                                               " before an earlier one is acknowledged");
+                }
+            }
+            for (size_t i = 0; i < reads_.size(); ++i) {
+                if (overlap(&reads_[i], write)) {
+                    violation(cycle, "AW", "write to " + hex(write.first) +
+                                               " while a read of it is outstanding");
+                }
+            }
+        }
+        if (write.taken > write.beats || (write.has_data && write.taken != write.beats)) {
+            violation(cycle, "W", wlast_text(write));
+        }
+        if (!write.has_data && write.taken >= write.beats) finish_data(write);
+        if (addressed_++ == filled_) w_progress_ = cycle;
+        ++stats_.write_bursts;
+        stats_.most_writes = std::max<uint64_t>(stats_.most_writes, addressed_);
+        if (write.has_data) complete(write, cycle);
+    }
+
+    template <class A, class B>
+    static bool overlap(A* a, const B& b) {
+        return a->first <= b.last && b.first <= a->last;
+    }
+
+    static std::string wlast_text(const Write& write) {
+        return "WLAST does not fit the burst at " + hex(write.first) + ": " +
+               std::to_string(write.taken) + " beats of data, " + std::to_string(write.beats) +
+               " by its address";
+    }
+
+    // -- write data ------------------------------------------------------------------------------
+
+    void sample_w(uint64_t cycle) {
+        const bool valid = pins_.wvalid();
+        if (w_waiting_) {
+            if (!valid) {
+                violation(cycle, "W", "VALID was dropped before READY");
+            } else if (std::memcmp(&w_data_, &pins_.wdata(), sizeof(Data)) != 0 ||
+                       std::memcmp(&w_strobe_, &pins_.wstrb(), sizeof(Strobe)) != 0 ||
+                       w_last_ != bool(pins_.wlast())) {
+                violation(cycle, "W", "data, strobes or WLAST changed while waiting for READY");
+            }
+        }
+        w_waiting_ = valid && !wready_;
+        if (w_waiting_) {
+            w_data_ = pins_.wdata();
+            w_strobe_ = pins_.wstrb();
+            w_last_ = pins_.wlast();
+            ++stats_.write_wait_cycles;
+        }
+        if (!valid || !wready_) return;
+
+        if (config_.never_refuse) {
+            (config_.shared_bandwidth ? read_tokens_ : write_tokens_) -= cost_;
+        } else if (config_.shared_bandwidth) {
+            ++buffered_;
+        } else {
+            write_tokens_ -= cost_;
+        }
+        w_progress_ = cycle;
+        if (stats_.write_beats++ == 0) stats_.first_write_cycle = cycle;
+        stats_.last_write_cycle = cycle;
+
+        if (filled_ >= addressed_ && !(pins_.awvalid() && filled_ == addressed_)) {
+            violation(cycle, "W", "write data without an address, neither accepted nor offered");
+        }
+        if (filled_ == writes_.size()) writes_.push(fresh_write());
+        Write& write = *writes_[filled_];
+        const auto* bytes = reinterpret_cast<const uint8_t*>(&pins_.wdata());
+        write.data.insert(write.data.end(), bytes, bytes + kBytes);
+        write.strobes.push_back(pins_.wstrb());
+        ++write.taken;
+        const bool last = pins_.wlast();
+        bool end = last;
+        if (write.has_address) {
+            // The address decides where the burst ends, whatever WLAST says.
+            end = write.taken == write.beats;
+            if (end != last) violation(cycle, "W", last ? wlast_text(write) : "WLAST is missing in "
+                                       "beat " + std::to_string(write.taken) + " of the burst at " +
+                                       hex(write.first));
+        }
+        if (end) {
+            finish_data(write);
+            if (write.has_address) complete(write, cycle);
+        }
+    }
+
+    void finish_data(Write& write) {
+        write.has_data = true;
+        ++filled_;
+    }
+
+    void complete(Write& write, uint64_t cycle) {
+        write.ready = cycle + config_.write_latency;
+        if (!rows_.empty()) {
+            Bank& bank = rows_[(write.first / config_.row_bytes) % rows_.size()];
+            bank.row = write.first / config_.row_bytes;
+        }
+    }
+
+    // -- responses to writes ---------------------------------------------------------------------
+
+    void offer_b(uint64_t cycle) {
+        size_t chosen = kNone;
+        if (!config_.reorder) {
+            if (is_ready(*writes_[0], cycle)) chosen = 0;
+        } else {
+            chosen = pick(addressed_, cycle, [&](size_t i) -> Write& { return *writes_[i]; });
+        }
+        if (chosen == kNone) return;
+        Write& write = *writes_[chosen];
+        responding_ = chosen;
+        b_since_ = cycle;
+        pins_.bid() = write.id;
+        pins_.bresp() = commit(write);
+        bvalid_ = true;
+    }
+
+    uint8_t commit(const Write& write) {
+        uint8_t worst = kOkay;
+        const bool clean = write.last < config_.size && write.last >= write.first &&
+                           !hits_error(write.first, write.last, false);
+        for (uint32_t beat = 0; beat < write.beats && beat < write.taken; ++beat) {
+            const uint64_t address = write.address + uint64_t(beat) * kBytes;
+            const uint8_t response = clean ? uint8_t(kOkay) : respond(address, false);
+            worst = std::max(worst, response);
+            if (response != kOkay) continue;
+            const uint8_t* source = write.data.data() + size_t(beat) * kBytes;
+            uint8_t* target = config_.data + address;
+            const auto* strobes = reinterpret_cast<const uint8_t*>(&write.strobes[beat]);
+            for (unsigned group = 0; group < kBytes; group += 8) {
+                const unsigned mask = kBytes == 4 ? strobes[0] & 15u : strobes[group / 8];
+                const unsigned width = kBytes == 4 ? 4 : 8;
+                if (mask == (1u << width) - 1) {
+                    std::memcpy(target + group, source + group, width);
+                    stats_.bytes_written += width;
+                } else {
+                    for (unsigned i = 0; i < width; ++i) {
+                        if ((mask >> i & 1) == 0) continue;
+                        target[group + i] = source[group + i];
+                        ++stats_.bytes_written;
+                    }
+                }
+            }
+        }
+        return worst;
+    }
+
+    void sample_b(uint64_t cycle) {
+        if (pins_.bready()) {
+            bvalid_ = false;
+            release_write(responding_);
+        } else {
+            check_patience(cycle, b_since_, "B", "BREADY, while a response waits");
+        }
+    }
+
+    Write* fresh_write() {
+        if (spare_.empty()) {
+            all_writes_.push_back(std::make_unique<Write>());
+            spare_.push_back(all_writes_.back().get());
+        }
+        Write* write = spare_.back();
+        spare_.pop_back();
+        std::vector<uint8_t> data = std::move(write->data);
+        std::vector<Strobe> strobes = std::move(write->strobes);
+        *write = Write{};
+        data.clear();
+        strobes.clear();
+        write->data = std::move(data);
+        write->strobes = std::move(strobes);
+        return write;
+    }
+
+    void release_write(size_t index) {
+        Write* write = writes_[index];
+        if (write->has_address && addressed_ > 0) --addressed_;
+        if (write->has_data && filled_ > 0) --filled_;
+        writes_.erase(index);
+        spare_.push_back(write);
+    }
+
+    // -- reads -----------------------------------------------------------------------------------
+
+    static bool is_ready(const Read& read, uint64_t cycle) { return read.ready <= cycle; }
+    static bool is_ready(const Write& write, uint64_t cycle) {
+        return write.has_address && write.has_data && write.ready <= cycle;
+    }
+
+    // Any burst that is ready and the oldest one of its id.
+    template <class Get>
+    size_t pick(size_t count, uint64_t cycle, Get get) {
+        uint64_t seen[4] = {0, 0, 0, 0};
+        size_t chosen = kNone;
+        uint32_t candidates = 0;
+        for (size_t i = 0; i < count; ++i) {
+            const auto& burst = get(i);
+            uint64_t& word = seen[(burst.id >> 6) & 3];
+            const uint64_t bit = uint64_t{1} << (burst.id & 63);
+            if (word & bit) continue;
+            word |= bit;
+            if (is_ready(burst, cycle) && random_.below(++candidates) == 0) chosen = i;
+        }
+        return chosen;
+    }
+
+    size_t next_read(uint64_t cycle) {
+        if (reading_ != kNone && !config_.interleave) return reading_;  // a burst is under way
+        if (config_.reorder) {
+            return pick(reads_.size(), cycle, [&](size_t i) -> Read& { return reads_[i]; });
+        }
+        return is_ready(reads_[0], cycle) ? 0 : kNone;
+    }
+
+    void offer_r(size_t index, uint64_t cycle) {
+        reading_ = index;
+        Read& read = reads_[index];
+        const uint8_t response = respond(read.address, true);
+        if (response == kOkay) {
+            std::memcpy(static_cast<void*>(&pins_.rdata()), config_.data + read.address, kBytes);
+        } else {
+            std::memset(static_cast<void*>(&pins_.rdata()), 0xDB, kBytes);  // nobody may use it
+        }
+        pins_.rid() = read.id;
+        pins_.rresp() = response;
+        pins_.rlast() = --read.left == 0;
+        read.address += kBytes;
+        rvalid_ = true;
+        r_since_ = cycle;
+        read_tokens_ -= cost_;
+    }
+
+    void sample_r(uint64_t cycle) {
+        if (!pins_.rready()) {
+            ++stats_.read_wait_cycles;
+            check_patience(cycle, r_since_, "R", "RREADY, while a beat waits");
+            return;
+        }
+        rvalid_ = false;
+        if (stats_.read_beats++ == 0) stats_.first_read_cycle = cycle;
+        stats_.last_read_cycle = cycle;
+        stats_.bytes_read += kBytes;
+        if (reads_[reading_].left == 0) {
+            reads_.erase(reading_);
+            reading_ = kNone;
+            if (!rows_.empty()) open_rows(cycle);
+        }
+    }
+
+    void check_patience(uint64_t cycle, uint64_t since, const char* channel, const char* what) {
+        if (config_.response_timeout != 0 && cycle - since == config_.response_timeout) {
+            violation(cycle, channel, std::string("nothing for ") +
+                                          std::to_string(config_.response_timeout) +
+                                          " cycles from " + what);
+        }
+    }
+
+    // The controller looks a few bursts ahead and opens their rows, each bank in order.
+    void open_rows(uint64_t cycle) {
+        const size_t count = std::min(reads_.size(), kRowsAhead);
+        for (size_t i = 0; i < count; ++i) {
+            Read& read = reads_[i];
+            if (read.row_open) continue;
+            const uint64_t row = read.first / config_.row_bytes;
+            Bank& bank = rows_[row % rows_.size()];
+            bool free = true;
+            for (size_t j = 0; j < i && free; ++j) {
+                const uint64_t other = reads_[j].first / config_.row_bytes;
+                free = other == row || other % rows_.size() != row % rows_.size();
+            }
+            if (!free) {
+                read.ready = ~uint64_t{0};
+                continue;
+            }
+            if (bank.row != row) {
+                bank.row = row;
+                bank.ready = std::max(bank.ready, cycle) + config_.row_miss_cycles;
+            }
+            read.ready = std::max(read.accepted + config_.read_latency, bank.ready);
+            read.row_open = true;
+        }
+        for (size_t i = count; i < reads_.size(); ++i) {
+            if (!reads_[i].row_open) reads_[i].ready = ~uint64_t{0};
+        }
+    }
+
+    // -- addresses that fail ---------------------------------------------------------------------
+
+    bool hits_error(uint64_t first, uint64_t last, bool reading) const {
+        for (const Error& error : errors_) {
+            if ((reading ? error.reads : error.writes) && first <= error.last && error.first <= last)
+                return true;
+        }
+        return false;
+    }
+
+    // The response to one beat.
+    uint8_t respond(uint64_t address, bool reading) const {
+        if (address >= config_.size) return kSlaveError;
+        for (const Error& error : errors_) {
+            if ((reading ? error.reads : error.writes) && address <= error.last &&
+                error.first <= address + kBytes - 1)
+                return error.response;
+        }
+        return kOkay;
+    }
+
+    Pins pins_;
+    const moeaccel_memory_config config_;
+    Violations& violations_;
+    const std::string name_;
+    Random random_;
+    Stall stall_[MOEACCEL_CHANNELS];
+    bool random_mode_ = false;
+    std::vector<Error> errors_;
+    moeaccel_stats stats_{};
+
+    int64_t gain_, cost_, saved_;
+    int64_t read_tokens_ = 0, write_tokens_ = 0;  // shared bandwidth is kept in the first
+    uint32_t refresh_phase_ = 0;
+    uint32_t buffered_ = 0;  // beats of posted writes that still cost bandwidth
+    bool draining_ = false;
+    std::vector<Bank> rows_;
+
+    Queue<Read> reads_;
+    size_t reading_ = kNone;  // the burst whose beat is offered, or whose beats are under way
+    bool arready_ = false, rvalid_ = false;
+    uint64_t r_since_ = 0;
+    Address ar_;
+
+    Queue<Write*> writes_;
+    size_t addressed_ = 0;  // so many of writes_ have their address,
+    size_t filled_ = 0;     // and so many all of their data
+    size_t responding_ = 0;
+    bool awready_ = false, wready_ = false, bvalid_ = false;
+    uint64_t b_since_ = 0;
+    Address aw_;
+    uint64_t w_progress_ = 0;
+    bool w_waiting_ = false, w_last_ = false;
+    Data w_data_{};
+    Strobe w_strobe_{};
+    std::vector<std::unique_ptr<Write>> all_writes_;
+    std::vector<Write*> spare_;
+};
+
+}  // namespace moeaccel

