@@ -15,16 +15,18 @@ class Dispatcher(wiring.Component):
 
     ::
 
-        i_job --> fetch ids, weights --> count --> prefix --> scatter --> for each expert with tokens:
-                                                                weights, sections, slot table, x, pass
+        i_job --> fetch ids, weights --> count --> prefix --> scatter --> for each busy expert:
+                                                                weights, sections, slot table, x,
+                                                                pass
 
-    A stable counting sort by expert id over at most ``max_assignments`` token-expert pairs. Ids that are negative or not
-    below ``num_experts`` are skipped; a token without any pair is announced on ``o_zero``. A pass takes at most as many
-    pairs as there are slots (``max_slots``, half of it in ``a16``); consecutive passes over the very same tokens keep x and y
-    on the chip (``same``). At most one pass is prepared while another runs.
+    A stable counting sort by expert id over at most ``max_assignments`` token-expert pairs. Ids
+    that are negative or not below ``num_experts`` are skipped; a token without any pair is
+    announced on ``o_zero``. A pass takes at most as many pairs as there are slots (``max_slots``,
+    half of it in ``a16``); consecutive passes over the very same tokens keep x and y on the chip
+    (``same``). At most one pass is prepared while another runs.
 
-    Cycles: 3 for each pair to count and 3 to scatter, 2 for each expert, then about 6 for each slot of a pass.
-    GEMM (``linear``) needs no ids: every token goes to image 0 with weight 1.
+    Cycles: 3 for each pair to count and 3 to scatter, 2 for each expert, then about 6 for each slot
+    of a pass. GEMM (``linear``) needs no ids: every token goes to image 0 with weight 1.
 
     Parameters
     ----------
@@ -91,7 +93,7 @@ class Dispatcher(wiring.Component):
         m.d.comb += self.o_job.eq(job)
         two = job.two_planes
 
-        # -- storage -------------------------------------------------------------------------------------------------------
+        # -- storage
         def memory(name, shape, depth):
             m.submodules[name] = mem = Memory(shape=shape, depth=depth, init=[])
             return mem.write_port(), mem.read_port()
@@ -107,7 +109,7 @@ class Dispatcher(wiring.Component):
         resident = data.StructLayout({"token": layouts.token_bits(config), "first": 1})
         resident_w, resident_r = memory("resident", resident, config.max_slots)
 
-        # -- walking over the pairs in token order ---------------------------------------------------------------------------
+        # -- walking over the pairs in token order
         pairs = Signal(pairs_bits)
         index = Signal(pairs_bits)
         k = Signal(5)
@@ -134,7 +136,7 @@ class Dispatcher(wiring.Component):
 
         rewind = [index.eq(0), k.eq(0), token.eq(0), valid_of_token.eq(0)]
 
-        # -- fetch -------------------------------------------------------------------------------------------------------
+        # -- fetch
         fetch_beat = Signal(ceil_log2(beats) if beats > 1 else 1)
         fetching_weights = Signal()
         m.d.comb += [
@@ -159,7 +161,7 @@ class Dispatcher(wiring.Component):
                 m.d.sync += ids_arrived.eq(1)
             m.d.sync += fetch_beat.eq(Mux(self.reader.last, 0, fetch_beat + 1))
 
-        # -- passes ------------------------------------------------------------------------------------------------------
+        # -- passes
         ahead = Signal(2)  # passes handed out and not retired
         passed = Signal()
         m.d.sync += ahead.eq(ahead + passed - self.i_retired)

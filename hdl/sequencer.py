@@ -24,23 +24,25 @@ def step(config: AcceleratorConfig) -> data.StructLayout:
 
 
 def drain_request(config: AcceleratorConfig) -> data.StructLayout:
-    """Return a request to empty the y buffer: the slot table of the set's last pass, and how many slots."""
+    """Return a request to empty the y buffer: the slot table of the set's last pass, and how many
+    slots."""
     return data.StructLayout({"slot_bank": 1, "count": range(config.max_slots + 1)})
 
 
 class Sequencer(wiring.Component):
     """Start at most one array step a cycle, in the order tile, group, step.
 
-    A step starts when its weight word is in the tile buffer, its x or h is in the lane buffer and, for the first step of a
-    (tile, group), the result has a place behind the array. Gate/up of the next pass runs while the results of this one are
-    combined and drained; its down section waits until the y buffer is free (``retired``).
+    A step starts when its weight word is in the tile buffer, its x or h is in the lane buffer and,
+    for the first step of a (tile, group), the result has a place behind the array. Gate/up of the
+    next pass runs while the results of this one are combined and drained; its down section waits
+    until the y buffer is free (``retired``).
 
     ::
 
-        i_pass --> [gate/up section] --> [hidden: quantise h] --> [down section] --> retire: results in, drain, i_retired
+        i_pass --> [gate/up] --> [quantise h] --> [down] --> results in --> drain --> o_retired
 
-    Throughput: one step per cycle. Nothing is lost between tiles, groups or, while weights last, sections, but for the
-    latency from the last gate/up step to the first quantised h.
+    Throughput: one step per cycle. Nothing is lost between tiles, groups or, while weights last,
+    sections, but for the latency from the last gate/up step to the first quantised h.
 
     Parameters
     ----------
@@ -52,7 +54,7 @@ class Sequencer(wiring.Component):
         Constant while passes of the command are in the machine.
     i_pass : :py:`In(stream.Signature(pass_descriptor(config)))`
     o_pass, o_pass_start : current pass; pulse when it starts
-    i_available, o_take, o_tile_end, o_rewind
+    i_available, o_take, o_tile_end, o_rewind, o_free
         Read side of the tile buffer.
     o_step : :py:`Out(step(config))`
         Valid with ``o_take``.
@@ -84,6 +86,7 @@ class Sequencer(wiring.Component):
                 "o_take": Out(1),
                 "o_tile_end": Out(1),
                 "o_rewind": Out(1),
+                "o_free": Out(1),
                 "o_step": Out(step(config)),
                 "o_tag": Out(layouts.result_tag(config)),
                 "i_free": In(4),
@@ -116,7 +119,7 @@ class Sequencer(wiring.Component):
         fresh = Signal()  # the first pass over these tokens: y is stored, not added
         m.d.comb += self.o_pass.eq(current)
 
-        # -- position: tile, group, step -------------------------------------------------------------------------------------
+        # -- position: tile, group, step
         tiles_left = Signal((2 * config.max_dim).bit_length())
         groups = Signal(range(config.token_groups + 1))
         group = Signal(range(config.token_groups))
@@ -139,7 +142,7 @@ class Sequencer(wiring.Component):
             last_group.eq(group + 1 == groups),
         ]
 
-        # -- may the step start? ---------------------------------------------------------------------------------------------
+        # -- may the step start?
         in_flight = Signal(range(32))
         started = Signal()
         m.d.sync += in_flight.eq(in_flight + started - self.i_result)
@@ -158,6 +161,7 @@ class Sequencer(wiring.Component):
             self.o_take.eq(in_section & self.i_available & operand & room),
             self.o_tile_end.eq(last_step),
             self.o_rewind.eq(last_step & ~last_group),
+            self.o_free.eq(last_group),
             started.eq(self.o_take & (position == 0)),
             self.o_step.first.eq(position == 0),
             self.o_step.last.eq(last_step),
@@ -204,7 +208,7 @@ class Sequencer(wiring.Component):
             self.o_stalled_output.eq(in_section & operand & self.i_available & ~room),
         ]
 
-        # -- sections --------------------------------------------------------------------------------------------------------
+        # -- sections
         begin_down = [
             *first_group,
             in_section.eq(1),
@@ -263,7 +267,7 @@ class Sequencer(wiring.Component):
                     m.d.sync += [in_section.eq(0), retired.eq(0)]
                     m.next = "PASS"
 
-        # -- retiring --------------------------------------------------------------------------------------------------------
+        # -- retiring
         leaving = Signal(pass_descriptor(config))
         has_next, next_same = Signal(), Signal()
         held = Signal()  # the issue FSM already holds the pass behind the leaving one

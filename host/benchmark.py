@@ -28,7 +28,8 @@ class BenchmarkError(MoeAccelError, ValueError):
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """One measurement; cycles and bytes are exact, of the device's clock from fetching the command to its completion.
+    """One measurement; cycles and bytes are exact, of the device's clock from fetching the command
+    to its completion.
 
     Parameters
     ----------
@@ -41,7 +42,8 @@ class BenchmarkResult:
     memory_share : :class:`float`
         stored_bytes / (port bytes per cycle x cycles).
     mac_useful_share : :class:`float`
-        Useful multiplier slots / (multipliers x cycles); a 4-bit format does two multiplications a slot.
+        Useful multiplier slots / (multipliers x cycles); a 4-bit format does two multiplications a
+        slot.
     bound_share : :class:`float`
         The larger of the two: how near the machine is to its limit.
     bytes_read, bytes_written : :class:`int`
@@ -86,7 +88,8 @@ class BenchmarkResult:
 def routing(tokens: int, experts: int, top_k: int, *, kind: str, seed: int) -> NDArray[np.int64]:
     """Draw ids, (tokens, top_k), distinct within a token.
 
-    ``kind`` is ``uniform``, or ``zipf:S``: popularity of the i-th expert proportional to ``i**-S`` (a random order of experts).
+    ``kind`` is ``uniform``, or ``zipf:S``: popularity of the i-th expert proportional to ``i**-S``
+    (a random order of experts).
     """
     rng = np.random.default_rng(seed)
     if kind == "uniform":
@@ -101,7 +104,8 @@ def routing(tokens: int, experts: int, top_k: int, *, kind: str, seed: int) -> N
     else:
         raise BenchmarkError(f"routing must be uniform or zipf:S with a number S, not {kind!r}")
     popularity = rng.permutation(np.arange(1, experts + 1) ** -exponent)
-    # The largest of log(p) + Gumbel noise: sampling without replacement (Efraimidis and Spirakis, 2006).
+    # The largest of log(p) + Gumbel noise: sampling without replacement (Efraimidis and Spirakis,
+    # 2006).
     keys = np.log(popularity) + rng.gumbel(size=(tokens, experts))
     return np.argsort(-keys, axis=1)[:, :top_k].astype(np.int64)
 
@@ -121,9 +125,11 @@ def bench_experts(
     device_name: str = "",
     progress: Progress = lambda _: None,
 ) -> BenchmarkResult:
-    """Run one MoE layer of a model's size on random weights; every other figure is derived from this run.
+    """Run one MoE layer of a model's size on random weights; every other figure is derived from
+    this run.
 
-    Experts that no token is routed to hold the weights of expert 0: they are resident, and never read.
+    Experts that no token is routed to hold the weights of expert 0: they are resident, and never
+    read.
     """
     from moeaccel import golden
     from moeaccel.golden.reference import experts_float64
@@ -131,7 +137,8 @@ def bench_experts(
 
     if model.ffn != "glu" or model.act != "silu" or model.expert_bias:
         raise BenchmarkError(
-            f"model must have SwiGLU experts without bias, not {model.name!r} ({model.act}, {model.ffn})"
+            f"model must have SwiGLU experts without bias, not {model.name!r} "
+            f"({model.act}, {model.ffn})"
         )
     rng = np.random.default_rng(seed)
     fmt = weight_format(weight_format_name)

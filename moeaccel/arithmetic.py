@@ -1,10 +1,13 @@
-"""The device's arithmetic as integer functions on NumPy arrays: what the hardware computes, bit for bit.
+"""The device's arithmetic as integer functions on NumPy arrays: what the hardware computes, bit for
+bit.
 
 Two representations carry every value between exact integer dot products (DESIGN section 3):
 
-* **block floats**: 32 mantissas of 8 bits (``a8``) or two planes of 8 bits (``a16``), a 4-bit shift for each block and
+* **block floats**: 32 mantissas of 8 bits (``a8``) or two planes of 8 bits (``a16``), a 4-bit shift
+for each block and
   a base exponent for each token;
-* the **internal float**: an 18-bit signed mantissa with ``2**16 <= |m| < 2**17`` (or zero) and an exponent;
+* the **internal float**: an 18-bit signed mantissa with ``2**16 <= |m| < 2**17`` (or zero) and an
+exponent;
   the value is ``m * 2**e``. Zero is ``m == 0`` with ``e == 0``.
 
 Every rounding is half to even on the magnitude.
@@ -31,7 +34,8 @@ EXPONENT_RANGE = 10
 """A block's exponent is at most this far below the token's largest."""
 
 RAISE_THRESHOLD = 16711424
-"""Least 24-bit significand that rounds to more than 32639 = 127 * 256 + 127, the largest balanced ``a16`` mantissa."""
+"""Least 24-bit significand that rounds to more than 32639 = 127 * 256 + 127, the largest balanced
+``a16`` mantissa."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,8 @@ class BlockFloat:
         return np.ldexp(self.mantissa.astype(np.float64), exponent.astype(np.int32))
 
     def plane_mantissas(self) -> list[Ints]:
-        """Return the 8-bit planes, most significant first; ``a16``: ``[hi, lo]`` with ``m = 256 * hi + lo``."""
+        """Return the 8-bit planes, most significant first; ``a16``: ``[hi, lo]`` with ``m = 256 *
+        hi + lo``."""
         if self.planes == 1:
             return [self.mantissa]
         low = ((self.mantissa + 128) & 255) - 128
@@ -92,7 +97,8 @@ def bit_length(value: Ints) -> Ints:
 
 
 def round_shift(value: Ints, shift: Ints | int) -> Ints:
-    """Return ``value / 2**shift`` rounded half to even on the magnitude, for any shift >= 0 (|value| < 2**62)."""
+    """Return ``value / 2**shift`` rounded half to even on the magnitude, for any shift >= 0
+    (|value| < 2**62)."""
     magnitude = np.abs(value)
     shift = np.asarray(np.broadcast_to(shift, magnitude.shape), dtype=np.int64)
     s = np.minimum(shift, 63)
@@ -120,7 +126,8 @@ def multiply(a: InternalFloat, b: InternalFloat) -> InternalFloat:
 
 
 def split_float32(values: NDArray[np.float32]) -> tuple[Ints, Ints, NDArray[np.bool_]]:
-    """Split float32 into (signed 24-bit significand, exponent, is not finite); subnormals and non-finites are zero.
+    """Split float32 into (signed 24-bit significand, exponent, is not finite); subnormals and
+    non-finites are zero.
 
     A nonzero value is ``significand * 2**exponent`` with ``2**23 <= |significand| < 2**24``.
     """
@@ -136,18 +143,21 @@ def split_float32(values: NDArray[np.float32]) -> tuple[Ints, Ints, NDArray[np.b
 
 
 def float32_to_internal(values: NDArray[np.float32]) -> InternalFloat:
-    """Round float32 to internal floats (routing weights); subnormals and non-finite values count as zero."""
+    """Round float32 to internal floats (routing weights); subnormals and non-finite values count as
+    zero."""
     significand, exponent, _ = split_float32(values)
     return normalise(significand, exponent)
 
 
 def quantise_elements(significand: Ints, exponent: Ints, planes: int) -> BlockFloat:
-    """Quantise elements to block floats; the source is DESIGN section 3 after OCP Microscaling v1.0.
+    """Quantise elements to block floats; the source is DESIGN section 3 after OCP Microscaling
+    v1.0.
 
     Parameters
     ----------
     significand, exponent : int64 arrays, (n, K)
-        Elements ``significand * 2**exponent``, each zero or with ``2**23 <= |significand| < 2**24``.
+        Elements ``significand * 2**exponent``, each zero or with ``2**23 <= |significand| <
+        2**24``.
     planes : :class:`int`
         1: 8-bit mantissas in [-127, 127]. 2: 16-bit mantissas in [-32639, 32639].
     """
@@ -178,7 +188,8 @@ def quantise_elements(significand: Ints, exponent: Ints, planes: int) -> BlockFl
 def quantise_float32(
     values: NDArray[np.float32], planes: int
 ) -> tuple[BlockFloat, NDArray[np.bool_]]:
-    """Quantise float32 activations, (n, K); also return which tokens hold a NaN or an infinity, (n,)."""
+    """Quantise float32 activations, (n, K); also return which tokens hold a NaN or an infinity,
+    (n,)."""
     significand, exponent, nonfinite = split_float32(values)
     return quantise_elements(significand, exponent, planes), nonfinite.any(axis=1)
 
@@ -189,7 +200,7 @@ def quantise_internal(values: InternalFloat, planes: int) -> BlockFloat:
     return quantise_elements(values.mantissa << widen, values.exponent - widen, planes)
 
 
-# -- exact combination ---------------------------------------------------------------------------------------------------
+# -- exact combination
 TERM_BITS = 43
 """Magnitude bits of one weighted output on the grid: 16 of them cannot overflow the 48-bit sum."""
 

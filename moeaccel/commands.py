@@ -1,4 +1,5 @@
-"""Commands, layer descriptors and completions: 64-byte little-endian structures in device memory, described once.
+"""Commands, layer descriptors and completions: 64-byte little-endian structures in device memory,
+described once.
 
 The tables below generate the hardware's field checks, the driver's encoders and the documentation.
 """

@@ -13,7 +13,8 @@ BLOCK = 32
 """Elements of K in one block (OCP Microscaling): 32 mantissas share one power-of-two exponent."""
 
 ACTIVATION_SHIFT_MAX = 11
-"""Largest block shift of an activation: 10 below the token's largest, plus one for a raised exponent."""
+"""Largest block shift of an activation: 10 below the token's largest, plus one for a raised
+exponent."""
 
 PLANE_BITS = 8
 """Mantissa bits of one activation plane; ``a16`` is two planes, ``256 * hi + lo``."""
@@ -37,10 +38,11 @@ class AcceleratorConfig:
     port_bytes : :class:`int`
         Bytes of one beat of the memory port: 8, 16, 32 or 64.
     row_multipliers : :class:`int`
-        Multiplier rows of the array; each computes one row of an 8-bit format, or two of a 4-bit format.
-        A power of two from 2 to 16 (a gate row and its up row are always in the same tile).
+        Multiplier rows of the array; each computes one row of an 8-bit format, or two of a 4-bit
+        format. A power of two from 2 to 16 (a gate row and its up row are always in the same tile).
     token_lanes : :class:`int`
-        Tokens (``a8``) or half tokens (``a16``) multiplied in one cycle; a power of two from 2 to 64.
+        Tokens (``a8``) or half tokens (``a16``) multiplied in one cycle; a power of two from 2 to
+        64.
     token_groups : :class:`int`
         Groups of tokens over which a tile of weights is replayed, P; a power of two from 1 to 64.
     max_dim : :class:`int`
@@ -52,7 +54,8 @@ class AcceleratorConfig:
     tile_words : :class:`int`
         Depth of the row-tile buffer in array words; a power of two, at least ``max_dim / 32``.
     quantiser_lanes : :class:`int`
-        Elements quantised, and outputs drained, in one cycle; a power of two, at most ``port_bytes / 4``.
+        Elements quantised, and outputs drained, in one cycle; a power of two, at most ``port_bytes
+        / 4``.
     address_bits : :class:`int`
         Width of device addresses, 16 to 64.
 
@@ -121,7 +124,7 @@ class AcceleratorConfig:
         """Return this configuration with some fields changed."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
-    # -- shape ---------------------------------------------------------------------------------------------------------
+    # -- shape
     @property
     def multipliers(self) -> int:
         """Multipliers in the array: K (32) x row multipliers x token lanes."""
@@ -157,10 +160,11 @@ class AcceleratorConfig:
         """Memory beats of one array word (1 when the port is wider than a word)."""
         return max(1, self.word_bytes // self.port_bytes)
 
-    # -- widths --------------------------------------------------------------------------------------------------------
+    # -- widths
     @property
     def accumulator_bits(self) -> int:
-        """Bits of one plane's accumulator, sign included (DESIGN section 3: at most 53 and a sign)."""
+        """Bits of one plane's accumulator, sign included (DESIGN section 3: at most 53 and a
+        sign)."""
         from moeaccel.formats import FORMATS
 
         growth = (self.max_steps - 1).bit_length()

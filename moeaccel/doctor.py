@@ -110,7 +110,7 @@ def build_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moeaccel"
 
 
-# -- probes ----------------------------------------------------------------------------------------
+# -- probes
 
 
 def _first_line(*arguments: str) -> str:

@@ -1,15 +1,16 @@
 """Weight formats: encode, decode, quantise a float tensor, report the error.
 
-A weight is ``integer * significand * 2**shift * 2**row_exponent``: a small signed integer, a scale for each group along K
-(an 11-bit significand, or 1 in power-of-two formats, and a non-negative shift) and one exponent for each row, so that
-the shifts of a row start at its largest scale minus ``max_shift``. Groups whose scale lies below that range are coarsened,
-and counted.
+A weight is ``integer * significand * 2**shift * 2**row_exponent``: a small signed integer, a scale
+for each group along K (an 11-bit significand, or 1 in power-of-two formats, and a non-negative
+shift) and one exponent for each row, so that the shifts of a row start at its largest scale minus
+``max_shift``. Groups whose scale lies below that range are coarsened, and counted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,11 +37,13 @@ class WeightFormat:
     group : :class:`int`
         Weights along K that share a scale; the last group of a row may be short.
     scale_bits : :class:`int`
-        Stored bits of a scale. 16: significand in bits 0 to 10, shift in bits 11 to 15. 8: the shift alone.
+        Stored bits of a scale. 16: significand in bits 0 to 10, shift in bits 11 to 15. 8: the
+        shift alone.
     max_integer : :class:`int`
         Largest magnitude of a decoded integer.
     max_shift : :class:`int`
-        Largest shift; chosen so that the accumulator closes at 53 bits for K = 32768 (DESIGN section 3).
+        Largest shift; chosen so that the accumulator closes at 53 bits for K = 32768 (DESIGN
+        section 3).
     """
 
     name: str
@@ -151,15 +154,17 @@ def check_dims(**dims: int) -> None:
     for name, value in dims.items():
         if value <= 0 or value % BLOCK:
             raise FormatError(
-                f"{name} must be a positive multiple of {BLOCK}, not {value}; pad the weights with zeros"
+                f"{name} must be a positive multiple of {BLOCK}, not {value}; "
+                "pad the weights with zeros"
             )
 
 
 def quantise(weights: NDArray[np.floating], name: str | WeightFormat) -> QuantisedMatrix:
     """Quantise a float matrix, (n, K), round to nearest.
 
-    ``mxint8`` and ``mxfp4`` follow OCP Microscaling v1.0 (scale 2**(floor(log2 amax) - emax), here with -127 as the least
-    ``mxint8`` integer); ``int4`` uses amax / 7, rounded to an 11-bit significand, and integers in [-8, 7].
+    ``mxint8`` and ``mxfp4`` follow OCP Microscaling v1.0 (scale 2**(floor(log2 amax) - emax), here
+    with -127 as the least ``mxint8`` integer); ``int4`` uses amax / 7, rounded to an 11-bit
+    significand, and integers in [-8, 7].
 
     Raises
     ------
@@ -230,9 +235,10 @@ def _scales(
 def _round_mxfp4(scaled: NDArray[np.float64]) -> NDArray[np.int8]:
     """Round to the E2M1 grid (doubled), half to even code, saturating."""
     magnitude = np.abs(scaled)
-    # Midpoints between neighbours; a tie goes to the even code: below at even lower codes, above at odd ones.
+    # Midpoints between neighbours; a tie goes to the even code: below at even lower codes, above at
+    # odd ones.
     code = np.zeros(scaled.shape, np.int8)
-    for lower, (a, b) in enumerate(zip(E2M1_DOUBLED[:-1], E2M1_DOUBLED[1:], strict=True)):
+    for lower, (a, b) in enumerate(pairwise(E2M1_DOUBLED)):
         middle = (float(a) + float(b)) / 2
         code += (magnitude > middle) if lower % 2 == 0 else (magnitude >= middle)
     return np.where(scaled < 0, -E2M1_DOUBLED[code], E2M1_DOUBLED[code]).astype(np.int8)
@@ -247,7 +253,8 @@ _INTEGERS: dict[str, Callable[[NDArray[np.float64]], NDArray[np.int8]]] = {
 
 
 def encode_integers(fmt: WeightFormat, integers: NDArray[np.int8]) -> NDArray[np.uint8]:
-    """Return the stored code of each integer: two's complement, or sign and E2M1 magnitude (``mxfp4``)."""
+    """Return the stored code of each integer: two's complement, or sign and E2M1 magnitude
+    (``mxfp4``)."""
     if fmt.name == "mxfp4":
         lookup = np.zeros(256, np.uint8)
         for code, value in enumerate(E2M1_DOUBLED):

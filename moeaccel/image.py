@@ -1,20 +1,23 @@
 """Expert images: an expert's weights in the order in which the device consumes them.
 
-An image is a header, then the gate/up rows, then the down rows. Everything after the header is a sequence of *array words*
-of ``32 * row_multipliers`` bytes. A tile is ``R`` consecutive rows (R = 2 * row_multipliers in 4-bit formats, else
-row_multipliers); gate and up rows alternate (g0, u0, g1, u1, ...), so that a pair is always in one tile. For each section::
+An image is a header, then the gate/up rows, then the down rows. Everything after the header is a
+sequence of *array words* of ``32 * row_multipliers`` bytes. A tile is ``R`` consecutive rows (R =
+2 * row_multipliers in 4-bit formats, else row_multipliers); gate and up rows alternate (g0, u0, g1,
+u1, ...), so that a pair is always in one tile. For each section::
 
     for tile in tiles:
-        if tile % tiles_per_row_word == 0:             a row word: R int16 row exponents for each of the next tiles
+        if tile % tiles_per_row_word == 0:
+            row word: R int16 row exponents for each of the next tiles
         for step in range(K / 32):
             if step % steps_per_group == 0:
-                if entry % entries_per_scale_word == 0:  a scale word: R scales for each of the next groups
+                if entry % entries_per_scale_word == 0:
+                    scale word: R scales for each of the next groups
                 entry += 1
-            the weight word: R x 32 weights
+            weight word: R x 32 weights
 
-Inside a weight word, byte ``rm * 32 + k`` holds column k of row rm (8-bit), or of rows 2 rm (low nibble) and 2 rm + 1 (high
-nibble). Entries of row and scale words are packed from the least significant bit, row 0 first; numbers are little-endian.
-Padding at the end of a section is zero.
+Inside a weight word, byte ``rm * 32 + k`` holds column k of row rm (8-bit), or of rows 2 rm (low
+nibble) and 2 rm + 1 (high nibble). Entries of row and scale words are packed from the least
+significant bit, row 0 first; numbers are little-endian. Padding at the end of a section is zero.
 """
 
 from __future__ import annotations
@@ -129,7 +132,9 @@ class Section:
         step[:, :, 2] = 2
         step[:: self.tiles_per_row_word, 0, 0] = 0
         entry = np.arange(self.tiles * self.groups) % self.entries_per_scale_word == 0
-        step[:, :: self.format.steps_per_group, 1] = np.where(entry, 1, 255).reshape(self.tiles, self.groups)
+        step[:, :: self.format.steps_per_group, 1] = np.where(entry, 1, 255).reshape(
+            self.tiles, self.groups
+        )
         flat = step.reshape(-1)
         return flat[flat != 255]
 
@@ -229,7 +234,11 @@ def pack_section(matrix: QuantisedMatrix, row_multipliers: int) -> Bytes:
     fmt = matrix.format
     section = Section(fmt, *matrix.integers.shape, row_multipliers)
     tiles, steps, tile_rows = section.tiles, section.steps, section.tile_rows
-    codes = encode_integers(fmt, matrix.integers).reshape(tiles, tile_rows, steps, BLOCK).transpose(0, 2, 1, 3)
+    codes = (
+        encode_integers(fmt, matrix.integers)
+        .reshape(tiles, tile_rows, steps, BLOCK)
+        .transpose(0, 2, 1, 3)
+    )
     if fmt.packed:
         codes = codes[:, :, 0::2] | codes[:, :, 1::2] << 4
     weights = np.ascontiguousarray(codes).reshape(tiles * steps, section.word_bytes)
@@ -237,13 +246,17 @@ def pack_section(matrix: QuantisedMatrix, row_multipliers: int) -> Bytes:
     scales = matrix.shift.astype(np.int32)
     if fmt.real_scale:
         scales = scales << 11 | matrix.significand
-    scales = scales.reshape(tiles, tile_rows, section.groups).transpose(0, 2, 1).reshape(-1, tile_rows)
+    scales = (
+        scales.reshape(tiles, tile_rows, section.groups).transpose(0, 2, 1).reshape(-1, tile_rows)
+    )
     rows = matrix.row_exponent.reshape(tiles, tile_rows).view(np.uint16)
 
     kinds = section.kinds()
     out = np.zeros((section.words, section.word_bytes), np.uint8)
     out[kinds == 0] = _pack_entries(rows, 16, section.tiles_per_row_word, section.word_bytes)
-    out[kinds == 1] = _pack_entries(scales, fmt.scale_bits, section.entries_per_scale_word, section.word_bytes)
+    out[kinds == 1] = _pack_entries(
+        scales, fmt.scale_bits, section.entries_per_scale_word, section.word_bytes
+    )
     out[kinds == 2] = weights
     return out.reshape(-1)
 
@@ -260,8 +273,9 @@ def unpack_section(words: Bytes, section: Section) -> QuantisedMatrix:
     """
     fmt, tile_rows, tiles = section.format, section.tile_rows, section.tiles
     if words.size != section.words * section.word_bytes:
-        raise ImageError(f"section must be {section.words * section.word_bytes} bytes, "
-                         f"not {words.size}")
+        raise ImageError(
+            f"section must be {section.words * section.word_bytes} bytes, not {words.size}"
+        )
     words = words.reshape(section.words, section.word_bytes)
     kinds = section.kinds()
 
@@ -277,17 +291,22 @@ def unpack_section(words: Bytes, section: Section) -> QuantisedMatrix:
     codes = codes.reshape(tiles, section.steps, tile_rows, BLOCK).transpose(0, 2, 1, 3)
     integers = decode_integers(fmt, np.ascontiguousarray(codes).reshape(section.rows, section.k))
     return QuantisedMatrix(
-        fmt, integers,
+        fmt,
+        integers,
         (scales & 2047 if fmt.real_scale else np.ones_like(scales)).astype(np.int16),
         (scales >> 11 if fmt.real_scale else scales).astype(np.int8),
-        exponents[:tiles].reshape(-1).astype(np.int16), 0)
+        exponents[:tiles].reshape(-1).astype(np.int16),
+        0,
+    )
 
 
 def unpack_expert(payload: Bytes, shape: ExpertShape) -> Expert:
-    """Return the expert of an image without its header, as the device sees it: nothing is checked."""
+    """Return the expert of an image without its header, as the device sees it: nothing is
+    checked."""
     split = shape.gate_up.words * shape.gate_up.word_bytes
-    return Expert(unpack_section(payload[:split], shape.gate_up),
-                  unpack_section(payload[split:], shape.down))
+    return Expert(
+        unpack_section(payload[:split], shape.gate_up), unpack_section(payload[split:], shape.down)
+    )
 
 
 def unpack_image(image: Bytes) -> Expert:
@@ -318,8 +337,12 @@ def build_image(gate_up: QuantisedMatrix, down: QuantisedMatrix, row_multipliers
     down : :class:`QuantisedMatrix`
         (d_model, d_expert).
     """
-    shape = ExpertShape(gate_up.format, gate_up.integers.shape[1], down.integers.shape[1], row_multipliers)
-    payload = np.concatenate([pack_section(gate_up, row_multipliers), pack_section(down, row_multipliers)])
+    shape = ExpertShape(
+        gate_up.format, gate_up.integers.shape[1], down.integers.shape[1], row_multipliers
+    )
+    payload = np.concatenate(
+        [pack_section(gate_up, row_multipliers), pack_section(down, row_multipliers)]
+    )
     return np.concatenate([header(shape, payload), payload])
 
 
@@ -327,16 +350,34 @@ def build_linear_image(matrix: QuantisedMatrix, row_multipliers: int) -> Bytes:
     """Return the image of one linear layer, (d_out, d_in), header included."""
     shape = LinearShape(matrix.format, *matrix.integers.shape, row_multipliers)
     payload = pack_section(matrix, row_multipliers)
-    raw = HEADER.pack(MAGIC, VERSION, shape.format.code, row_multipliers, shape.d_out, shape.d_in,
-                      0, shape.section.words, zlib.crc32(payload.data))
+    raw = HEADER.pack(
+        MAGIC,
+        VERSION,
+        shape.format.code,
+        row_multipliers,
+        shape.d_out,
+        shape.d_in,
+        0,
+        shape.section.words,
+        zlib.crc32(payload.data),
+    )
     head = np.frombuffer(raw.ljust(shape.header_bytes, b"\0"), np.uint8)
     return np.concatenate([head, payload])
 
 
 def header(shape: ExpertShape, payload: Bytes) -> Bytes:
     """Return an image's header for its payload."""
-    raw = HEADER.pack(MAGIC, VERSION, shape.format.code, shape.row_multipliers, shape.d_model, shape.d_expert,
-                      shape.gate_up.words, shape.down.words, zlib.crc32(payload.data))
+    raw = HEADER.pack(
+        MAGIC,
+        VERSION,
+        shape.format.code,
+        shape.row_multipliers,
+        shape.d_model,
+        shape.d_expert,
+        shape.gate_up.words,
+        shape.down.words,
+        zlib.crc32(payload.data),
+    )
     return np.frombuffer(raw.ljust(shape.header_bytes, b"\0"), np.uint8)
 
 
@@ -350,20 +391,31 @@ def check_image(image: Bytes) -> ExpertShape:
     """
     if len(image) < HEADER_BYTES:
         raise ImageError(f"image must be at least {HEADER_BYTES} bytes, not {len(image)}")
-    magic, version, code, row_multipliers, d_model, d_expert, gate_up, down, crc = HEADER.unpack_from(image.tobytes())
+    magic, version, code, row_multipliers, d_model, d_expert, gate_up, down, crc = (
+        HEADER.unpack_from(image.tobytes())
+    )
     if magic != MAGIC:
-        raise ImageError(f"image must start with {MAGIC:#010x}, not {magic:#010x}; this is no expert image")
+        raise ImageError(
+            f"image must start with {MAGIC:#010x}, not {magic:#010x}; this is no expert image"
+        )
     if version != VERSION:
         raise ImageError(f"image version must be {VERSION}, not {version}; build the image again")
     fmt = next((f for f in FORMATS.values() if f.code == code), None)
     if fmt is None:
-        raise ImageError(f"image format code must be one of {[f.code for f in FORMATS.values()]}, not {code}")
+        raise ImageError(
+            f"image format code must be one of {[f.code for f in FORMATS.values()]}, not {code}"
+        )
     shape = ExpertShape(fmt, d_model, d_expert, row_multipliers)
     if (gate_up, down) != (shape.gate_up.words, shape.down.words) or len(image) < shape.image_bytes:
-        raise ImageError(f"image must be {shape.image_bytes} bytes for its header, not {len(image)}; it is truncated")
+        raise ImageError(
+            f"image must be {shape.image_bytes} bytes for its header, "
+            f"not {len(image)}; it is truncated"
+        )
     found = zlib.crc32(np.ascontiguousarray(image[shape.header_bytes : shape.image_bytes]).data)
     if found != crc:
-        raise ImageError(f"image CRC-32 must be {crc:#010x}, not {found:#010x}; it was damaged, load it again")
+        raise ImageError(
+            f"image CRC-32 must be {crc:#010x}, not {found:#010x}; it was damaged, load it again"
+        )
     return shape
 
 
@@ -375,7 +427,9 @@ class Expert:
     down: QuantisedMatrix
 
     @classmethod
-    def quantise(cls, gate_up: NDArray[np.floating], down: NDArray[np.floating], name: str | WeightFormat) -> Expert:
+    def quantise(
+        cls, gate_up: NDArray[np.floating], down: NDArray[np.floating], name: str | WeightFormat
+    ) -> Expert:
         """Quantise float weights: ``gate_up`` (2 I, H) as ``[gate; up]``, ``down`` (H, I)."""
         fmt = weight_format(name)
         return cls(quantise(interleave_gate_up(gate_up), fmt), quantise(down, fmt))

@@ -1,4 +1,5 @@
-"""The register map, described once: hardware, driver, JSON, C header and documentation come from it.
+"""The register map, described once: hardware, driver, JSON, C header and documentation come from
+it.
 
 Registers are 32 bits wide; 64-bit values are two registers, low word first.
 """

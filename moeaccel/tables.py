@@ -1,9 +1,10 @@
 """Activation tables shared by the golden model and the RTL.
 
-Every gated activation here has the form ``act(g) = g * f(g)`` (SiLU: f is the logistic function). ``f`` is tabulated on
-[-16, 16) in 2048 segments of 1/64 with linear interpolation; below it is 0, above it is 1. An entry holds the value at the
-segment's left end as a normalised 17-bit mantissa with its own exponent, so that the error is *relative* also where ``f``
-is tiny, and the difference to the right end in the same units.
+Every gated activation here has the form ``act(g) = g * f(g)`` (SiLU: f is the logistic function).
+``f`` is tabulated on [-16, 16) in 2048 segments of 1/64 with linear interpolation; below it is 0,
+above it is 1. An entry holds the value at the segment's left end as a normalised 17-bit mantissa
+with its own exponent, so that the error is *relative* also where ``f`` is tiny, and the difference
+to the right end in the same units.
 """
 
 from __future__ import annotations
@@ -33,14 +34,16 @@ MAX_RELATIVE_ERROR = 2.0**-14
 
 @dataclass(frozen=True)
 class ActivationTable:
-    """One table: ``f(left) = value * 2**-(16 + exponent)``; ``slope`` is the step to the right end in the same units."""
+    """One table: ``f(left) = value * 2**-(16 + exponent)``; ``slope`` is the step to the right end
+    in the same units."""
 
     value: Ints
     slope: Ints
     exponent: Ints
 
     def packed(self) -> list[int]:
-        """Return the ROM's words: value (17 bits), slope (13), exponent (5), least significant first."""
+        """Return the ROM's words: value (17 bits), slope (13), exponent (5), least significant
+        first."""
         return [
             int(v) | int(s) << VALUE_BITS | int(x) << (VALUE_BITS + SLOPE_BITS)
             for v, s, x in zip(self.value, self.slope, self.exponent, strict=True)

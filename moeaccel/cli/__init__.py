@@ -1,9 +1,10 @@
 """The command line ``moeaccel``.
 
 Each command is a module of this package named like the command and holding one function,
-``command``, whose docstring is the help text; `COMMANDS` lists them in the order of ``--help``.
-Modules import only light things at the top: what a command needs (torch, Amaranth, the driver, the
-simulator) is imported inside the function, so that ``--help`` stays quick and works without them.
+``command``, whose docstring is the help text, or ``app``, a typer application of sub-commands;
+`COMMANDS` lists them in the order of ``--help``. Modules import only light things at the top: what
+a command needs (torch, Amaranth, the driver, the simulator) is imported inside the function, so
+that ``--help`` stays quick and works without them.
 
 A `MoeAccelError` ends a command with its message on standard error and exit status 2.
 """
@@ -19,7 +20,7 @@ from moeaccel.errors import MoeAccelError
 
 __all__ = ["COMMANDS", "app", "main"]
 
-COMMANDS = ("doctor",)
+COMMANDS = ("bench", "models", "verilog", "doctor")
 
 
 class _Group(TyperGroup):
@@ -53,15 +54,21 @@ def _print_version(value: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True,
-                           help="Print the version and exit.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
     ] = False,
 ) -> None:
     pass
 
 
 for _name in COMMANDS:
-    app.command(_name)(import_module(f"moeaccel.cli.{_name}").command)
+    _module = import_module(f"moeaccel.cli.{_name}")
+    if hasattr(_module, "app"):
+        app.add_typer(_module.app, name=_name)
+    else:
+        app.command(_name)(_module.command)
 
 
 def main() -> None:

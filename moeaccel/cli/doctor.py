@@ -13,9 +13,7 @@ from moeaccel.doctor import examine, is_healthy
 
 
 def command(
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the findings as JSON.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Show the tools this machine has, what each is for, and how to get what is missing.
 
@@ -44,7 +42,10 @@ def command(
         else:
             mark = Text("absent", style="yellow")
         table.add_row(
-            mark, finding.name, finding.version, Text(finding.purpose),
+            mark,
+            finding.name,
+            finding.version,
+            Text(finding.purpose),
             Text(finding.detail if finding.present else finding.remedy),
         )
     console = Console()

@@ -1,7 +1,7 @@
 """The integer golden model: the device's exact bits for EXPERTS and GEMM, order-free.
 
-A dot product is a float64 matrix product of integers that never round (DESIGN section 3): the block sums of 32, weighted by
-the activation's and the weight's scales, stay below 2**53.
+A dot product is a float64 matrix product of integers that never round (DESIGN section 3): the block
+sums of 32, weighted by the activation's and the weight's scales, stay below 2**53.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def matvec(x: BlockFloat, weights: QuantisedMatrix) -> InternalFloat:
     )
     scale = scale[:, : x.shift.shape[1]]
     w = torch.from_numpy(
-        (weights.integers.reshape(scale.shape + (BLOCK,)) * scale[:, :, None]).reshape(
+        (weights.integers.reshape((*scale.shape, BLOCK)) * scale[:, :, None]).reshape(
             weights.integers.shape
         )
     )

@@ -1,4 +1,5 @@
-"""Float references: what exact arithmetic gives, and what a float model with the same quantisers gives."""
+"""Float references: what exact arithmetic gives, and what a float model with the same quantisers
+gives."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ def experts_float64(
     gate_up: Sequence[Floats],
     down: Sequence[Floats],
 ) -> Floats:
-    """Return the MoE layer in float64: ``gate_up[e]`` (2 I, H) as ``[gate; up]``, ``down[e]`` (H, I)."""
+    """Return the MoE layer in float64: ``gate_up[e]`` (2 I, H) as ``[gate; up]``, ``down[e]`` (H,
+    I)."""
     x = np.asarray(x, np.float64)
     y = np.zeros((x.shape[0], down[0].shape[0]))
     for e in np.unique(ids[(ids >= 0) & (ids < len(down))]):
@@ -49,7 +51,8 @@ def quantised_float_experts(
     *,
     planes: int,
 ) -> Floats:
-    """Return the layer in float64 with the device's operand quantisers and nothing else of its arithmetic."""
+    """Return the layer in float64 with the device's operand quantisers and nothing else of its
+    arithmetic."""
     x_hat = quantise_float32(x, planes)[0].to_float64()
     y = np.zeros((x.shape[0], layer[0].down.integers.shape[0]))
     for e in np.unique(ids[(ids >= 0) & (ids < len(layer))]):

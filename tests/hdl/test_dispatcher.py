@@ -1,4 +1,5 @@
-"""The dispatcher against a plain sort: every pair in exactly one pass, in order, with the right flags."""
+"""The dispatcher against a plain sort: every pair in exactly one pass, in order, with the right
+flags."""
 
 import random
 
@@ -39,7 +40,9 @@ def run(ids, weights, *, num_experts, two_planes, seed, linear=False):
             ctx.set(dut.reader.request.ready, rng.random() < 0.7)
             *_, valid, address, count = await ctx.tick().sample(
                 dut.reader.request.valid & dut.reader.request.ready,
-                dut.reader.request.p.address, dut.reader.request.p.beats)
+                dut.reader.request.p.address,
+                dut.reader.request.p.beats,
+            )
             ctx.set(dut.reader.request.ready, 0)
             if not valid:
                 continue
@@ -61,22 +64,31 @@ def run(ids, weights, *, num_experts, two_planes, seed, linear=False):
                 *_, valid, payload = await ctx.tick().sample(port.valid & port.ready, port.payload)
                 if valid:
                     store.append(convert(payload))
+
         return process
 
     async def slot_table(ctx):
         while True:
             *_, en, address, value = await ctx.tick().sample(
-                dut.slot_w_en, dut.slot_w_address, dut.slot_w_data)
+                dut.slot_w_en, dut.slot_w_address, dut.slot_w_data
+            )
             if en:
-                table[address] = (value.token, value.weight.mantissa, value.weight.exponent,
-                                  value.first, value.last)
+                table[address] = (
+                    value.token,
+                    value.weight.mantissa,
+                    value.weight.exponent,
+                    value.first,
+                    value.last,
+                )
 
     waiting = []
 
     async def take_passes(ctx):
         while True:
             ctx.set(dut.o_pass.ready, rng.random() < 0.5)
-            *_, valid, p = await ctx.tick().sample(dut.o_pass.valid & dut.o_pass.ready, dut.o_pass.p)
+            *_, valid, p = await ctx.tick().sample(
+                dut.o_pass.valid & dut.o_pass.ready, dut.o_pass.p
+            )
             if valid:
                 base = p.slot_bank * CONFIG.max_slots
                 slots = [table[base + i] for i in range(p.count)]
@@ -96,11 +108,23 @@ def run(ids, weights, *, num_experts, two_planes, seed, linear=False):
 
     async def job(ctx):
         p = dut.i_job.p
-        for name, value in {"linear": linear, "format": 1, "two_planes": two_planes, "steps_in": 2,
-                            "num_experts": num_experts, "steps_hidden": 1, "steps_out": 2,
-                            "stride": 4096, "image_address": 0x100040, "gate_up_words": 40,
-                            "down_words": 30, "tokens": tokens, "top_k": top_k,
-                            "ids_address": 0x10000, "weights_address": 0x20000}.items():
+        for name, value in {
+            "linear": linear,
+            "format": 1,
+            "two_planes": two_planes,
+            "steps_in": 2,
+            "num_experts": num_experts,
+            "steps_hidden": 1,
+            "steps_out": 2,
+            "stride": 4096,
+            "image_address": 0x100040,
+            "gate_up_words": 40,
+            "down_words": 30,
+            "tokens": tokens,
+            "top_k": top_k,
+            "ids_address": 0x10000,
+            "weights_address": 0x20000,
+        }.items():
             ctx.set(p[name], value)
         ctx.set(dut.i_job.valid, 1)
         await ctx.tick().until(dut.i_job.ready)
@@ -113,7 +137,10 @@ def run(ids, weights, *, num_experts, two_planes, seed, linear=False):
     sim = Simulator(dut)
     sim.add_clock(1e-6)
     for background in (
-        memory, slot_table, take_passes, retire,
+        memory,
+        slot_table,
+        take_passes,
+        retire,
         sink(dut.o_weights, requests, lambda p: (p.address, p.words)),
         sink(dut.o_section, sections, lambda p: (p.format, p.steps, p.tiles)),
         sink(dut.o_load, loads, lambda p: (p.bank, p.slot_bank, p.count)),
@@ -129,14 +156,22 @@ def run(ids, weights, *, num_experts, two_planes, seed, linear=False):
 @pytest.mark.parametrize("two_planes", [0, 1])
 def test_passes_hold_every_pair_once_in_order(seed, two_planes):
     rng = np.random.default_rng(seed)
-    tokens, top_k, num_experts = [(1, 1, 2), (1, 3, 16), (7, 2, 5), (16, 4, 3), (5, 16, 16), (9, 1, 4)][seed]
+    tokens, top_k, num_experts = [
+        (1, 1, 2),
+        (1, 3, 16),
+        (7, 2, 5),
+        (16, 4, 3),
+        (5, 16, 16),
+        (9, 1, 4),
+    ][seed]
     ids = rng.integers(-1, num_experts + 1, (tokens, top_k))
     if seed == 5:
         ids[:] = 2  # one expert with all tokens, the others with none
     weights = rng.standard_normal((tokens, top_k)).astype(np.float32)
     capacity = CONFIG.max_slots // (2 if two_planes else 1)
     passes, zeros, requests, sections, loads = run(
-        ids, weights, num_experts=num_experts, two_planes=two_planes, seed=seed)
+        ids, weights, num_experts=num_experts, two_planes=two_planes, seed=seed
+    )
     expected = expected_passes(ids, num_experts, capacity)
     valid = (ids >= 0) & (ids < num_experts)
     assert zeros == np.nonzero(~valid.any(axis=1))[0].tolist()
@@ -148,12 +183,14 @@ def test_passes_hold_every_pair_once_in_order(seed, two_planes):
     seen = np.zeros(tokens, int)
     firsts = []
     for i, ((count, same, last, slots, _), (_, pairs, expect_same)) in enumerate(
-            zip(passes, expected, strict=True)):
+        zip(passes, expected, strict=True)
+    ):
         assert (count, same, last) == (len(pairs), expect_same, i + 1 == len(expected))
         if not same:
             firsts = []
         for s, ((t, k), (token, mantissa, exponent, first, final)) in enumerate(
-                zip(pairs, slots, strict=True)):
+            zip(pairs, slots, strict=True)
+        ):
             w = float32_to_internal(weights[t : t + 1, k])
             assert (token, mantissa, exponent) == (t, w.mantissa[0], w.exponent[0])
             if not same:
@@ -165,7 +202,8 @@ def test_passes_hold_every_pair_once_in_order(seed, two_planes):
 
 def test_linear_layers_need_no_ids():
     passes, zeros, requests, sections, _ = run(
-        np.zeros((6, 1), int), np.zeros((6, 1)), num_experts=1, two_planes=1, seed=1, linear=True)
+        np.zeros((6, 1), int), np.zeros((6, 1)), num_experts=1, two_planes=1, seed=1, linear=True
+    )
     assert [p[0] for p in passes] == [2, 2, 2] and not zeros
     assert all(slot[1:3] == (1 << 16, -16) for p in passes for slot in p[3])
     assert sections == [(1, 1, 16)] * 3 and len(requests) == 3

@@ -1,0 +1,227 @@
+"""``moeaccel bench``: cycles, bytes and bits of layers of real size."""
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Measure layers of real size on the RTL or its model.")
+
+Format = Annotated[
+    str, typer.Option(help="Weight format (DESIGN: mxint8, int4_g32, int4_g128, mxfp4).")
+]
+Device = Annotated[str, typer.Option(help="rtl (Verilated, exact cycles) or golden.")]
+Config = Annotated[str, typer.Option(help="Preset of the accelerator.")]
+Bits = Annotated[int, typer.Option(help="Activation bits: 16 or 8.")]
+Latency = Annotated[int, typer.Option(help="Read and write latency of the ideal memory, cycles.")]
+Memory = Annotated[str, typer.Option(help="ideal, or dram (rows, refresh, turnaround).")]
+Seed = Annotated[int, typer.Option(help="Of weights, x and routing.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@app.command()
+def decode(
+    model: Annotated[
+        str, typer.Option(help="Model of the zoo, see `moeaccel models`.")
+    ] = "olmoe-1b-7b",
+    layers: Annotated[int, typer.Option(help="Layers to run, one after the other.")] = 1,
+    tokens: Annotated[int, typer.Option(help="Tokens of the batch.")] = 1,
+    weight_format: Format = "int4_g32",
+    device: Device = "rtl",
+    config: Config = "wide512",
+    activation_bits: Bits = 16,
+    latency: Latency = 100,
+    memory: Memory = "ideal",
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Run MoE layers for a few tokens: memory is the limit."""
+    _experts(
+        "decode",
+        model,
+        layers,
+        tokens,
+        "uniform",
+        weight_format,
+        device,
+        config,
+        activation_bits,
+        latency,
+        memory,
+        seed,
+        as_json,
+    )
+
+
+@app.command()
+def prefill(
+    model: Annotated[
+        str, typer.Option(help="Model of the zoo, see `moeaccel models`.")
+    ] = "olmoe-1b-7b",
+    layers: Annotated[int, typer.Option(help="Layers to run, one after the other.")] = 1,
+    tokens: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 64,
+    routing: Annotated[str, typer.Option(help="uniform, or zipf:S.")] = "uniform",
+    weight_format: Format = "int4_g32",
+    device: Device = "rtl",
+    config: Config = "wide512",
+    activation_bits: Bits = 16,
+    latency: Latency = 100,
+    memory: Memory = "ideal",
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Run MoE layers for many tokens: the array is the limit."""
+    _experts(
+        "prefill",
+        model,
+        layers,
+        tokens,
+        routing,
+        weight_format,
+        device,
+        config,
+        activation_bits,
+        latency,
+        memory,
+        seed,
+        as_json,
+    )
+
+
+@app.command()
+def gemm(
+    m: Annotated[int, typer.Option(help="Rows of x (tokens).")],
+    k: Annotated[int, typer.Option(help="Columns of x.")],
+    n: Annotated[int, typer.Option(help="Rows of the weights.")],
+    weight_format: Format = "mxint8",
+    device: Device = "rtl",
+    config: Config = "peer256",
+    activation_bits: Bits = 8,
+    latency: Latency = 100,
+    memory: Memory = "ideal",
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Run one matrix product, for comparison with other accelerators."""
+    from moeaccel.config import preset
+    from moeaccel.host.benchmark import bench_gemm
+
+    with _open(device, config, latency, memory) as opened, _Status(as_json) as status:
+        result = bench_gemm(
+            opened,
+            preset(config),
+            m=m,
+            k=k,
+            n=n,
+            weight_format_name=weight_format,
+            activation_bits=activation_bits,
+            seed=seed,
+            memory=_memory_name(memory, latency),
+            device_name=device,
+            progress=status,
+        )
+    _print([result.as_dict()], as_json)
+
+
+def _experts(
+    what: str,
+    model: str,
+    layers: int,
+    tokens: int,
+    routing: str,
+    weight_format: str,
+    device: str,
+    config: str,
+    activation_bits: int,
+    latency: int,
+    memory: str,
+    seed: int,
+    as_json: bool,
+) -> None:
+    from moeaccel.config import preset
+    from moeaccel.host.benchmark import bench_experts
+    from moeaccel.zoo import model as find_model
+
+    found = find_model(model)
+    results = []
+    with _open(device, config, latency, memory) as opened, _Status(as_json) as status:
+        for layer in range(layers):
+            results.append(
+                bench_experts(
+                    opened,
+                    preset(config),
+                    found,
+                    tokens=tokens,
+                    weight_format_name=weight_format,
+                    activation_bits=activation_bits,
+                    kind=routing,
+                    what=what,
+                    seed=seed + layer,
+                    memory=_memory_name(memory, latency),
+                    device_name=device,
+                    progress=lambda text, layer=layer: status(
+                        f"layer {layer + 1} of {layers}: {text}"
+                    ),
+                ).as_dict()
+            )
+    _print(results, as_json)
+
+
+def _memory_name(memory: str, latency: int) -> str:
+    return f"{memory}, latency {latency}"
+
+
+def _open(device: str, config: str, latency: int, memory: str) -> Any:
+    from moeaccel.host import open_device
+
+    if device != "rtl":
+        return open_device(device, config=config, memory_bytes=1 << 32)
+    from moeaccel.host.benchmark import BenchmarkError
+    from moeaccel.sim.memory import MemoryModel
+
+    models = {
+        "ideal": lambda: MemoryModel.ideal(latency),
+        "dram": lambda: MemoryModel.dram(latency=latency),
+    }
+    if memory not in models:
+        raise BenchmarkError(f"memory must be one of {', '.join(models)}, not {memory!r}")
+    return open_device("rtl", config=config, memory=models[memory]())
+
+
+class _Status:
+    """Progress on standard error; quiet with ``--json`` on a pipe."""
+
+    def __init__(self, as_json: bool) -> None:
+        from rich.console import Console
+
+        self._console = Console(stderr=True)
+        self._status = self._console.status("")
+
+    def __enter__(self) -> "_Status":
+        self._status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._status.stop()
+
+    def __call__(self, text: str) -> None:
+        self._status.update(text)
+
+
+def _print(results: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(results[0] if len(results) == 1 else results))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False)
+    for name in results[0]:
+        if name != "counters":
+            table.add_row(
+                name,
+                *(f"{r[name]:,}" if isinstance(r[name], int) else str(r[name]) for r in results),
+            )
+    for name in results[0]["counters"]:
+        table.add_row(f"  {name}", *(f"{r['counters'][name]:,}" for r in results))
+    Console().print(table)
