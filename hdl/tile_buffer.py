@@ -1,0 +1,259 @@
+"""Parses the weight stream into steps and keeps each tile for its replays."""
+
+from amaranth import *
+from amaranth.lib import data, fifo, memory, stream, wiring
+from amaranth.lib.wiring import In, Out
+
+from moeaccel.config import AcceleratorConfig
+from moeaccel.formats import FORMATS, SIGNIFICAND_BITS
+from moeaccel.hdl import layouts
+
+__all__ = ["TileBuffer", "scale_layout"]
+
+SHIFT_BITS = 5
+
+
+def scale_layout(config):
+    """Return the scales of one step: for each row a 16-bit value, significand in bits 0 to 10, shift above."""
+    return data.ArrayLayout(16, config.rows)
+
+
+class TileBuffer(wiring.Component):
+    """Take a section's words apart and hold its steps in a ring until the array has replayed them.
+
+        i_section --> [what comes next] ---------+
+        i_word -----> [row word]  --> per tile --|--> [FIFO] --------------> o_row_exponents
+                 |--> [scale word] --> per step -|--+
+                 +------------- weight word -----|--+--> [ring, tile_words] --> o_codes, o_scales
+
+    Words come in the order of :mod:`moeaccel.image`. A step is its weight word and one scale for each row, in one form for all
+    formats: an 11-bit significand (1 in power-of-two formats) and a 5-bit shift. In 4-bit formats the array's entry ``e`` is
+    row ``e`` of the tile; in 8-bit formats entry ``rm`` is that of multiplier row ``rm`` and entries from
+    ``row_multipliers`` on are zero.
+
+    Write side: one word per cycle while there is room in the ring (and, at a tile's first step, in the FIFO of row exponents),
+    also across tiles and sections. Read side: when ``o_available``, the sequencer may strobe ``i_take``; the step's data is on
+    the outputs READ_LATENCY_CYCLES later, until the next one's. One take per cycle, also across rewinds and tile ends; a word
+    may be taken in the cycle after it was accepted. A tile's room is free when its last group has ended; to free it word by word,
+    so that the next tile is not held up by a ring which one tile nearly fills, hold ``i_free`` during the last group.
+    Reset empties everything.
+
+    Parameters
+    ----------
+    config : :class:`AcceleratorConfig`
+    row_exponent_depth : :class:`int`
+        Tiles whose row exponents are stored; at least 2.
+
+    Members
+    -------
+    i_section : :py:`In(stream.Signature(layouts.section(config)))`
+        Shape of the words that follow: format, steps and tiles (both at least 1). One waits while one is parsed.
+    i_word : :py:`In(stream.Signature(8 * config.word_bytes))`
+    o_available : :py:`Out(1)`
+        The current step can be taken.
+    i_take : :py:`In(1)`
+        The array starts the current step; only when ``o_available``.
+    i_tile_end : :py:`In(1)`
+        With ``i_take``: this is the last step of the tile.
+    i_rewind : :py:`In(1)`
+        With ``i_tile_end``: the tile is needed again; the current step is its first.
+    i_free : :py:`In(1)`
+        With ``i_take``, optional: the step is not needed again. Never in a group that ends with ``i_rewind``.
+    o_codes : :py:`Out(8 * config.word_bytes)`
+    o_scales : :py:`Out(scale_layout(config))`
+    o_row_exponents : :py:`Out(stream.Signature(ArrayLayout(signed(16), config.rows)))`
+        One element for each tile, in order.
+    """
+
+    READ_LATENCY_CYCLES = 1
+
+    def __init__(self, config, *, row_exponent_depth=16):
+        if not isinstance(config, AcceleratorConfig):
+            raise TypeError(f"config must be an AcceleratorConfig, not {config!r}")
+        if not isinstance(row_exponent_depth, int) or row_exponent_depth < 2:
+            raise ValueError(f"row_exponent_depth must be an integer of at least 2, not {row_exponent_depth!r}")
+        self._config = config
+        self._row_exponent_depth = row_exponent_depth
+        super().__init__({
+            "i_section": In(stream.Signature(layouts.section(config))),
+            "i_word": In(stream.Signature(8 * config.word_bytes)),
+            "o_available": Out(1),
+            "i_take": In(1),
+            "i_tile_end": In(1),
+            "i_rewind": In(1),
+            "i_free": In(1),
+            "o_codes": Out(8 * config.word_bytes),
+            "o_scales": Out(scale_layout(config)),
+            "o_row_exponents": Out(stream.Signature(data.ArrayLayout(signed(16), config.rows))),
+        })
+
+    @property
+    def config(self):
+        """Configuration."""
+        return self._config
+
+    @property
+    def row_exponent_depth(self):
+        """Tiles whose row exponents are stored."""
+        return self._row_exponent_depth
+
+    def elaborate(self, platform):
+        config = self._config
+        m = Module()
+        multiplier_rows, rows = config.row_multipliers, config.rows
+        word_bits = 8 * config.word_bytes
+        chunk_bits = 16 * rows  # an eighth of a word
+        depth = config.tile_words
+        word = self.i_word
+        accepted = Signal()
+        m.d.comb += accepted.eq(word.valid & word.ready)
+
+        # -- sections: one waits, one is parsed ---------------------------------------------------
+        waiting = Signal(layouts.section(config))
+        waiting_valid = Signal()
+        active = Signal()
+        section_end = Signal()  # its last word is accepted
+        load = Signal()
+        m.d.comb += [
+            load.eq(waiting_valid & (~active | section_end)),
+            self.i_section.ready.eq(~waiting_valid),
+        ]
+        with m.If(self.i_section.valid & self.i_section.ready):
+            m.d.sync += [
+                waiting_valid.eq(1), waiting.eq(self.i_section.payload),
+                Assert((self.i_section.p.steps != 0) & (self.i_section.p.tiles != 0), "empty section"),
+                Assert(self.i_section.p.steps <= depth, "a tile must fit the ring"),
+            ]
+        with m.If(section_end):
+            m.d.sync += active.eq(0)
+
+        # -- where the parser is ------------------------------------------------------------------
+        # Positions within row and scale words count in their smallest entries: 16-bit exponents of one
+        # multiplier row's tile half, and bytes of it. A word is used up when its position wraps.
+        packed, real_scale = Signal(), Signal()
+        group_last = Signal(2)  # steps_per_group - 1
+        steps_last, step = (Signal(layouts.steps_bits(config)) for _ in range(2))
+        tiles_left = Signal(self.i_section.p.tiles.shape())
+        group_step = Signal(2)
+        row_position, scale_position = Signal(4), Signal(5)
+        row_stride, scale_stride = Signal(2), Signal(3)
+        row_next, scale_next = Signal(), Signal()
+        step_first = Signal()
+        tile_end, group_end = Signal(), Signal()
+        row_after, scale_after = Signal(4), Signal(5)
+        weight_accepted = Signal()
+        m.d.comb += [
+            weight_accepted.eq(accepted & ~row_next & ~scale_next),
+            tile_end.eq(step == steps_last),
+            group_end.eq(tile_end | (group_step == group_last)),
+            row_after.eq(row_position + row_stride),
+            scale_after.eq(scale_position + scale_stride),
+            section_end.eq(weight_accepted & tile_end & (tiles_left == 1)),
+        ]
+        row_word, scale_word = (Signal(word_bits, reset_less=True) for _ in range(2))
+        with m.If(accepted):
+            with m.If(row_next):
+                m.d.sync += [row_word.eq(word.payload), row_next.eq(0)]
+            with m.Elif(scale_next):
+                m.d.sync += [scale_word.eq(word.payload), scale_next.eq(0)]
+            with m.Else():
+                m.d.sync += [step.eq(step + 1), step_first.eq(0), group_step.eq(group_step + 1)]
+                with m.If(group_end):
+                    m.d.sync += [group_step.eq(0), scale_position.eq(scale_after),
+                                 scale_next.eq(scale_after == 0)]
+                with m.If(tile_end):
+                    m.d.sync += [step.eq(0), step_first.eq(1), tiles_left.eq(tiles_left - 1),
+                                 row_position.eq(row_after), row_next.eq(row_after == 0)]
+        with m.If(load):
+            m.d.sync += [
+                active.eq(1), waiting_valid.eq(0),
+                steps_last.eq(waiting.steps - 1), tiles_left.eq(waiting.tiles),
+                step.eq(0), step_first.eq(1), group_step.eq(0), row_position.eq(0), scale_position.eq(0),
+                row_next.eq(1), scale_next.eq(1),
+            ]
+            with m.Switch(waiting.format):
+                for fmt in FORMATS.values():
+                    with m.Case(fmt.code):
+                        # of 32 bytes for each multiplier row of the word
+                        entry_bytes = (2 if fmt.packed else 1) * fmt.scale_bits // 8
+                        m.d.sync += [
+                            packed.eq(fmt.packed), real_scale.eq(fmt.real_scale),
+                            group_last.eq(fmt.steps_per_group - 1),
+                            row_stride.eq(2 if fmt.packed else 1), scale_stride.eq(entry_bytes),
+                        ]
+
+        # -- the step's scales, and the tile's row exponents --------------------------------------
+        scale_chunk, row_chunk = Signal(chunk_bits), Signal(chunk_bits)
+        for chunk, source, index in ((scale_chunk, scale_word, scale_position[2:]),
+                                     (row_chunk, row_word, row_position[1:])):
+            with m.Switch(index):
+                for i in range(8):
+                    with m.Case(i):
+                        m.d.comb += chunk.eq(source[i * chunk_bits:(i + 1) * chunk_bits])
+        # 8-bit scales: half of the chunk in packed formats, a quarter else (whose upper entries do not count)
+        half, quarter = Signal(chunk_bits // 2), Signal(chunk_bits // 4)
+        shifts = Signal(chunk_bits // 2)
+        scales = Signal(scale_layout(config))
+        m.d.comb += [
+            half.eq(Mux(scale_position[1], scale_chunk[chunk_bits // 2:], scale_chunk)),
+            quarter.eq(Mux(scale_position[0], half[chunk_bits // 4:], half)),
+            shifts.eq(Mux(packed, half, quarter)),
+        ]
+        with m.If(real_scale):
+            m.d.comb += scales.eq(scale_chunk)
+        with m.Else():
+            for row in range(rows):
+                m.d.comb += scales[row].eq(
+                    Cat(C(1, SIGNIFICAND_BITS), shifts[8 * row:8 * row + SHIFT_BITS]))
+            with m.If(~packed):
+                for row in range(multiplier_rows, rows):
+                    m.d.comb += scales[row].eq(0)
+
+        m.submodules.row_exponents = row_fifo = fifo.SyncFIFOBuffered(
+            width=16 * rows, depth=self._row_exponent_depth)
+        m.d.comb += [
+            row_fifo.w_en.eq(weight_accepted & step_first),
+            row_fifo.w_data.eq(Mux(packed, row_chunk, Mux(
+                row_position[0], row_chunk[chunk_bits // 2:], row_chunk[:chunk_bits // 2]))),
+            self.o_row_exponents.valid.eq(row_fifo.r_rdy),
+            self.o_row_exponents.payload.eq(row_fifo.r_data),
+            row_fifo.r_en.eq(self.o_row_exponents.ready),
+        ]
+
+        # -- ring ---------------------------------------------------------------------------------
+        m.submodules.ring = ring = memory.Memory(
+            shape=word_bits + 16 * rows, depth=depth, init=[])
+        write, read = ring.write_port(), ring.read_port()
+        tail = Signal(range(2 * depth))  # next word is written here
+        head = Signal(range(2 * depth))  # current step
+        base = Signal(range(2 * depth))  # oldest word that is still needed; a rewind goes here
+        full = Signal()
+        after = Signal(range(2 * depth))
+        m.d.comb += [
+            full.eq((tail ^ base) == depth),
+            word.ready.eq(active & (row_next | scale_next
+                                    | (~full & (~step_first | row_fifo.w_rdy)))),
+            write.addr.eq(tail[:-1]), write.data.eq(Cat(word.payload, scales)),
+            write.en.eq(weight_accepted),
+            read.addr.eq(head[:-1]), read.en.eq(self.i_take),
+            self.o_codes.eq(read.data[:word_bits]),
+            self.o_scales.eq(read.data[word_bits:]),
+            after.eq(head + 1),
+        ]
+        with m.If(weight_accepted):
+            m.d.sync += tail.eq(tail + 1)
+        rewind = Signal()
+        m.d.comb += rewind.eq(self.i_tile_end & self.i_rewind)
+        with m.If(self.i_take):
+            m.d.sync += [
+                head.eq(Mux(rewind, base, after)),
+                # After a rewind there is always a word: that of the tile's first step.
+                self.o_available.eq(weight_accepted | rewind | (after != tail)),
+                Assert(self.o_available, "the step that was taken is not there"),
+                Assert(~(rewind & self.i_free), "a tile that is needed again must not be freed"),
+            ]
+            with m.If(self.i_free | (self.i_tile_end & ~self.i_rewind)):
+                m.d.sync += base.eq(after)
+        with m.Else():
+            m.d.sync += self.o_available.eq(weight_accepted | (head != tail))
+        return m
