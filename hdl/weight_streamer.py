@@ -1,0 +1,183 @@
+"""Reads the weight stream: bursts far ahead, a FIFO of beats, a gearbox to array words."""
+
+from amaranth import *
+from amaranth.lib import data, memory, stream, wiring
+from amaranth.lib.wiring import In, Out
+from amaranth.utils import exact_log2
+
+from moeaccel.config import AcceleratorConfig
+from moeaccel.hdl import layouts
+
+__all__ = ["WeightStreamer"]
+
+
+class WeightStreamer(wiring.Component):
+    """Turn requests for array words into bursts, far ahead of their use, and bursts into words.
+
+        i_request --> [pending] --> [split into bursts] --(credits)--> reader.request
+                                                                            |
+        o_word <-- [gearbox: beats_per_word] <-- [beat FIFO, read_ahead_beats] <-- reader.valid, data
+
+    A burst is requested as soon as the FIFO has room for all of it, what is already on its way included: the memory's answers
+    are never refused. Bursts are as long as ``config.max_burst_beats`` allows and end at multiples of it, so none crosses a
+    4 KiB page. The bursts of one request follow those of the one before without a gap, one burst per cycle; one request is
+    split while another waits, so what the next pass needs is fetched while this one is used.
+
+    Throughput: one beat per cycle and one word per ``config.beats_per_word`` cycles, sustained for every memory latency up to
+    ``config.read_ahead_beats - 2 * config.max_burst_beats``. Latency from the last beat of a word to ``o_word.valid``:
+    2 cycles if a beat is a word, else 3. Stalls only for credits, for ``reader.request.ready`` and for ``o_word.ready``.
+    Reset drops everything: it must wait until the memory owes no beats (``o_outstanding`` is 0) or the port discards them.
+
+    Parameters
+    ----------
+    config : :class:`AcceleratorConfig`
+
+    Members
+    -------
+    i_request : :py:`In(stream.Signature(StructLayout({"address": address_bits, "words": 32})))`
+        A linear read of ``words`` (at least 1) array words from a byte address, a multiple of ``port_bytes``.
+    reader : :py:`Out(layouts.ReadClientSignature(config))`
+    o_word : :py:`Out(stream.Signature(8 * config.word_bytes))`
+    o_outstanding : :py:`Out(range(config.read_ahead_beats + 1))`
+        Beats asked of memory that have not come yet.
+    o_idle : :py:`Out(1)`
+        Nothing is requested, outstanding or stored.
+    """
+
+    WORDS_WIDTH = 32
+
+    def __init__(self, config):
+        if not isinstance(config, AcceleratorConfig):
+            raise TypeError(f"config must be an AcceleratorConfig, not {config!r}")
+        self._config = config
+        super().__init__({
+            "i_request": In(stream.Signature(data.StructLayout({
+                "address": config.address_bits, "words": self.WORDS_WIDTH}))),
+            "reader": Out(layouts.ReadClientSignature(config)),
+            "o_word": Out(stream.Signature(8 * config.word_bytes)),
+            "o_outstanding": Out(range(config.read_ahead_beats + 1)),
+            "o_idle": Out(1),
+        })
+
+    @property
+    def config(self):
+        """Configuration."""
+        return self._config
+
+    def elaborate(self, platform):
+        config = self._config
+        m = Module()
+        depth, burst = config.read_ahead_beats, config.max_burst_beats
+        beat_shift, burst_bits = exact_log2(config.port_bytes), exact_log2(burst)
+        request = self.reader.request
+
+        # -- requests: one waits, one is split ----------------------------------------------------
+        pending = Signal(self.i_request.payload.shape())
+        pending_valid = Signal()
+        active = Signal()
+        offset = Signal(burst_bits)  # of the next beat within its aligned burst
+        block = Signal(config.address_bits - beat_shift - burst_bits)
+        left = Signal(self.WORDS_WIDTH + exact_log2(config.beats_per_word))
+        load = Signal()
+        m.d.comb += [
+            self.i_request.ready.eq(~pending_valid | load),
+        ]
+        with m.If(self.i_request.ready):
+            m.d.sync += [pending_valid.eq(self.i_request.valid), pending.eq(self.i_request.payload)]
+        with m.If(self.i_request.valid & self.i_request.ready):
+            m.d.sync += [
+                Assert(self.i_request.p.words != 0, "a request must be for at least one word"),
+                Assert(self.i_request.p.address[:beat_shift] == 0, "addresses are multiples of port_bytes"),
+            ]
+
+        room = Signal(range(burst + 1))  # beats to the end of this aligned burst
+        beats = Signal(range(burst + 1))
+        last = Signal()
+        grant = Signal()
+        m.d.comb += [
+            room.eq(burst - offset),
+            last.eq(left <= room),
+            beats.eq(Mux(last, left[:len(beats)], room)),
+            load.eq(pending_valid & (~active | (grant & last))),
+        ]
+
+        # -- credits: free beats of the FIFO that nothing was requested for -----------------------
+        fetch = Signal()  # a beat leaves the FIFO's memory
+        credits = Signal(range(depth + 1), init=depth)
+        m.d.comb += grant.eq(active & (credits >= beats) & (~request.valid | request.ready))
+        m.d.sync += credits.eq(credits - Mux(grant, beats, 0) + fetch)
+
+        with m.If(grant):
+            m.d.sync += [left.eq(left - room), block.eq(block + 1), offset.eq(0)]
+            with m.If(last):
+                m.d.sync += active.eq(0)
+        with m.If(load):
+            m.d.sync += [
+                active.eq(1),
+                Cat(offset, block).eq(pending.address >> beat_shift),
+                left.eq(pending.words << exact_log2(config.beats_per_word)),
+            ]
+
+        with m.If(request.ready):
+            m.d.sync += request.valid.eq(0)
+        with m.If(grant):
+            m.d.sync += [
+                request.valid.eq(1),
+                request.p.address.eq(Cat(C(0, beat_shift), offset, block)),
+                request.p.beats.eq(beats),
+            ]
+
+        outstanding = Signal(range(depth + 1))
+        accepted = request.valid & request.ready
+        m.d.sync += outstanding.eq(
+            outstanding + Mux(accepted, request.p.beats[:len(beats)], 0) - self.reader.valid)
+        m.d.comb += self.o_outstanding.eq(outstanding)
+
+        # -- beat FIFO ----------------------------------------------------------------------------
+        m.submodules.beats = beat_memory = memory.Memory(
+            shape=8 * config.port_bytes, depth=depth, init=[])
+        write, read = beat_memory.write_port(), beat_memory.read_port()
+        head = Signal(range(2 * depth))  # one bit more than an address: full and empty differ
+        tail = Signal(range(2 * depth))
+        beat_valid, beat_taken = Signal(), Signal()
+        m.d.comb += [
+            write.addr.eq(tail[:-1]), write.data.eq(self.reader.data), write.en.eq(self.reader.valid),
+            read.addr.eq(head[:-1]), read.en.eq(fetch),
+            fetch.eq((head != tail) & (~beat_valid | beat_taken)),
+        ]
+        with m.If(self.reader.valid):
+            m.d.sync += [
+                tail.eq(tail + 1),
+                Assert(outstanding != 0, "memory brought a beat that nobody asked for"),
+            ]
+        with m.If(fetch):
+            m.d.sync += head.eq(head + 1)
+        with m.If(fetch | beat_taken):
+            m.d.sync += beat_valid.eq(fetch)
+
+        # -- gearbox ------------------------------------------------------------------------------
+        word = self.o_word
+        if config.beats_per_word == 1:
+            m.d.comb += [word.valid.eq(beat_valid), word.payload.eq(read.data),
+                         beat_taken.eq(beat_valid & word.ready)]
+            busy = beat_valid
+        else:
+            index = Signal(range(config.beats_per_word))
+            parts = [Signal(8 * config.port_bytes, name=f"part{i}", reset_less=True)
+                     for i in range(config.beats_per_word)]
+            m.d.comb += [word.payload.eq(Cat(parts)),
+                         beat_taken.eq(beat_valid & (~word.valid | word.ready))]
+            with m.If(word.ready):
+                m.d.sync += word.valid.eq(0)
+            with m.If(beat_taken):
+                m.d.sync += [index.eq(index + 1),
+                             word.valid.eq(index == config.beats_per_word - 1)]
+                with m.Switch(index):
+                    for i, part in enumerate(parts):
+                        with m.Case(i):
+                            m.d.sync += part.eq(read.data)
+            busy = beat_valid | word.valid | (index != 0)
+
+        m.d.sync += self.o_idle.eq(~(pending_valid | active | request.valid | (credits != depth) | busy
+                                     | self.i_request.valid))
+        return m
