@@ -1,0 +1,274 @@
+"""The array: decode, multiply, sum over a block of 32, scale, accumulate."""
+
+from amaranth import *
+from amaranth.lib import data, wiring
+from amaranth.lib.wiring import In, Out
+
+from moeaccel.config import ACTIVATION_SHIFT_MAX, BLOCK, AcceleratorConfig
+from moeaccel.formats import E2M1_DOUBLED, FORMATS, SIGNIFICAND_BITS
+from moeaccel.hdl import layouts
+from moeaccel.hdl.multiplier import FAMILIES, Multiplier
+from moeaccel.hdl.tile_buffer import scale_layout
+
+__all__ = ["DotArray", "sums_layout"]
+
+FIELD_BITS = 12
+"""Bits of the low row's product where two rows share a multiplier: |w x| <= 12 * 128 < 2**11."""
+
+FACTOR_BITS = 17
+"""Bits of a multiplier's weight operand: |(w1 << 12) + w0| <= 12 * 4097 < 2**16."""
+
+PRODUCT_BITS = 24
+TREE_LEVELS = (2, 2, 1)
+"""Adder-tree levels in each pipeline stage; 32 columns make 5."""
+
+E2M1_TABLE = sum(int(value) << 4 * code for code, value in enumerate(E2M1_DOUBLED))
+
+
+def sums_layout(config):
+    """Return the sums of a tile and group: entry ``row * token_lanes + lane``."""
+    return data.ArrayLayout(signed(config.accumulator_bits), config.rows * config.token_lanes)
+
+
+class DotArray(wiring.Component):
+    """Add up, exactly, for each row r of a tile and each lane t, over the steps from ``i_first`` to ``i_last``::
+
+        sum[r, t] += (sum over k of w[r, k] * x[t, k]) * significand[r] << (shift[r] + lane_shift[t])
+
+    where k runs over a block of 32.
+
+        codes --> [0] --> decode --> [ multiplier ] --> tree --> [4..6] --> split --> [ multiplier ] --> [shift] --> [sum]
+        lanes --> [0] -------------> [ 1, 2, 3    ]                         rows      [ 7, 8, 9    ]     10, 11      12
+        scales -> [0] --------------------- delayed --------------------------------> significand        shift
+
+    Two rows of a 4-bit format share a multiplier: P = ((w1 << 12) + w0) * x, whose low 12 bits, signed, are w0 * x because
+    |w0 * x| <= 12 * 128. Sums over k of P and of its low field are separate, and the high row is their difference >> 12: exact
+    for every operand. Rows are numbered as by :class:`~moeaccel.hdl.tile_buffer.TileBuffer`: 4-bit formats fill all
+    entries, 8-bit formats the first ``row_multipliers`` (the others are meaningless); in 8-bit formats the significand is taken
+    as 1.
+
+    Latency LATENCY_CYCLES from a step to the sums that it ends; one step per cycle, never a stall. Registers keep their values
+    where no step passes. Reset forgets the steps under way.
+
+    Parameters
+    ----------
+    config : :class:`AcceleratorConfig`
+    family : :class:`str`
+        FPGA family of the multipliers.
+    tag_width : :class:`int`
+        Bits of ``i_tag``; 1 or more.
+
+    Members
+    -------
+    i_valid : :py:`In(1)`
+        A step enters.
+    i_first, i_last : :py:`In(1)`
+        It is the first, the last of its tile and group.
+    i_format : :py:`In(2)`
+    i_codes : :py:`In(8 * config.word_bytes)`
+    i_scales : :py:`In(scale_layout(config))`
+    i_lanes : :py:`In(ArrayLayout(layouts.lane(config), config.token_lanes))`
+        Mantissas in [-128, 127]; shift plus the row's shift at most MAX_SHIFT.
+    i_tag : :py:`In(tag_width)`
+    o_valid : :py:`Out(1)`
+        For one cycle after a last step: sums and tag are there.
+    o_sums : :py:`Out(sums_layout(config))`
+    o_tag : :py:`Out(tag_width)`
+        Tag of the last step.
+    """
+
+    LATENCY_CYCLES = 4 + len(TREE_LEVELS) + Multiplier.LATENCY_CYCLES + 3
+    MAX_SHIFT = max(f.max_shift for f in FORMATS.values()) + ACTIVATION_SHIFT_MAX
+
+    def __init__(self, config, family="generic", *, tag_width=1):
+        if not isinstance(config, AcceleratorConfig):
+            raise TypeError(f"config must be an AcceleratorConfig, not {config!r}")
+        if family not in FAMILIES:
+            raise ValueError(f"family must be one of {', '.join(FAMILIES)}, not {family!r}")
+        if not isinstance(tag_width, int) or tag_width < 1:
+            raise ValueError(f"tag_width must be a positive integer, not {tag_width!r}")
+        self._config = config
+        self._family = family
+        self._tag_width = tag_width
+        super().__init__({
+            "i_valid": In(1),
+            "i_first": In(1),
+            "i_last": In(1),
+            "i_format": In(layouts.FORMAT_BITS),
+            "i_codes": In(8 * config.word_bytes),
+            "i_scales": In(scale_layout(config)),
+            "i_lanes": In(data.ArrayLayout(layouts.lane(config), config.token_lanes)),
+            "i_tag": In(tag_width),
+            "o_valid": Out(1),
+            "o_sums": Out(sums_layout(config)),
+            "o_tag": Out(tag_width),
+        })
+
+    @property
+    def config(self):
+        """Configuration."""
+        return self._config
+
+    @property
+    def family(self):
+        """FPGA family of the multipliers."""
+        return self._family
+
+    @property
+    def tag_width(self):
+        """Bits of the tag."""
+        return self._tag_width
+
+    def elaborate(self, platform):
+        config = self._config
+        m = Module()
+        multiplier_rows, lanes = config.row_multipliers, config.token_lanes
+
+        # valid[i]: a step's data is at the input of stage i; register i loads then.
+        stages = self.LATENCY_CYCLES
+        valid = [self.i_valid, *(Signal(name=f"valid{i}") for i in range(1, stages + 1))]
+        for before, after in zip(valid, valid[1:], strict=False):
+            m.d.sync += after.eq(before)
+
+        def register(stage, shape, value, name):
+            """Return ``value`` after the register of ``stage``."""
+            signal = Signal(shape, name=f"{name}_{stage}", reset_less=True)
+            with m.If(valid[stage]):
+                m.d.sync += signal.eq(value)
+            return signal
+
+        def delay(stage, last, value, name):
+            """Return ``value`` after the registers of stages ``stage`` to ``last``."""
+            for i in range(stage, last + 1):
+                value = register(i, value.shape(), value, name)
+            return value
+
+        multiply = 1  # first stage of the multipliers, and so on
+        tree = multiply + Multiplier.LATENCY_CYCLES
+        scale = tree + len(TREE_LEVELS)
+        shift = scale + Multiplier.LATENCY_CYCLES
+        accumulate = shift + 2
+        assert accumulate == stages - 1
+
+        def multiplier(name, stage, a, b, a_width, b_width):
+            """Return the product of two values that are at the input of ``stage``."""
+            m.submodules[name] = unit = Multiplier(a_width, b_width, self._family)
+            m.d.comb += [unit.i_a.eq(a), unit.i_b.eq(b), unit.i_enable.eq(Cat(valid[stage:stage + 3]))]
+            return unit.o_product
+
+        # -- input registers and decoding ---------------------------------------------------------
+        format_ = register(0, self.i_format.shape(), self.i_format, "format")
+        e2m1 = Signal()
+        packed = Signal()
+        m.d.comb += [
+            packed.eq(self._is(format_, lambda f: f.packed)),
+            e2m1.eq(self._is(format_, lambda f: f.name == "mxfp4")),
+        ]
+
+        def decode(nibble, name):
+            """Return the integer that a 4-bit code stands for."""
+            magnitude = Signal(4, name=f"{name}_magnitude")
+            value = Signal(signed(5), name=name)
+            m.d.comb += [
+                magnitude.eq(C(E2M1_TABLE, 32) >> (nibble[:3] << 2)),
+                value.eq(Mux(e2m1, Mux(nibble[3], -magnitude, magnitude), nibble.as_signed())),
+            ]
+            return value
+
+        factors = []
+        for rm in range(multiplier_rows):
+            for k in range(BLOCK):
+                name = f"factor{rm}_{k}"
+                code = register(0, 8, self.i_codes.word_select(rm * BLOCK + k, 8), f"code{rm}_{k}")
+                low, high = decode(code[:4], f"{name}_low"), decode(code[4:], f"{name}_high")
+                factor = Signal(signed(FACTOR_BITS), name=name)
+                m.d.comb += factor.eq(Mux(packed, (high << FIELD_BITS) + low, code.as_signed()))
+                factors.append(factor)
+
+        # -- multiply, and sum over the block -----------------------------------------------------
+        mantissas = [[register(0, signed(8), self.i_lanes[lane].mantissas[k], f"mantissa{lane}_{k}")
+                      for k in range(BLOCK)] for lane in range(lanes)]
+        full_sums, low_sums = {}, {}  # by (rm, lane)
+        for rm in range(multiplier_rows):
+            for lane in range(lanes):
+                name = f"{rm}_{lane}"
+                full, low = [], []
+                for k in range(BLOCK):
+                    product = Signal(signed(PRODUCT_BITS), name=f"product{name}_{k}")
+                    m.d.comb += product.eq(multiplier(
+                        f"multiply{name}_{k}", multiply, factors[rm * BLOCK + k], mantissas[lane][k],
+                        FACTOR_BITS, 8))
+                    full.append(product)
+                    low.append(product[:FIELD_BITS].as_signed())
+                full_sums[rm, lane] = self._tree(register, tree, full, f"full{name}")
+                low_sums[rm, lane] = self._tree(register, tree, low, f"low{name}")
+
+        # -- scale --------------------------------------------------------------------------------
+        packed = delay(1, shift - 1, packed, "packed")
+        scales = [register(0, 16, scale, f"scale{row}") for row, scale in enumerate(self.i_scales)]
+        significands = [delay(1, scale - 1, s[:SIGNIFICAND_BITS], f"significand{row}")
+                        for row, s in enumerate(scales)]
+        row_shifts = [delay(1, shift - 2, s[SIGNIFICAND_BITS:], f"row_shift{row}")
+                      for row, s in enumerate(scales)]
+        lane_shifts = [delay(0, shift - 2, self.i_lanes[lane].shift, f"lane_shift{lane}")
+                       for lane in range(lanes)]
+
+        # Magnitudes follow from the formats; every operand, -128 and an empty scale included, fits.
+        block_bits = (BLOCK * 128 * 12).bit_length() + 1
+        plain_bits = (BLOCK * 128 * 128).bit_length() + 1
+        scaled_bits = block_bits + SIGNIFICAND_BITS
+        coarse_bits = 3
+        shifted_bits = max(scaled_bits, plain_bits) + (1 << coarse_bits) - 1
+        addend_bits = config.accumulator_bits - (config.max_steps - 1).bit_length()
+        first = delay(0, accumulate - 1, self.i_first, "first")
+        last = delay(0, accumulate - 1, self.i_last, "last")
+        for row in range(config.rows):
+            rm, half = divmod(row, 2)
+            for lane in range(lanes):
+                name = f"{row}_{lane}"
+                low_sum = low_sums[rm, lane]
+                block = Signal(signed(block_bits), name=f"block{name}")
+                if half:
+                    m.d.comb += block.eq((full_sums[rm, lane] - low_sum) >> FIELD_BITS)
+                else:
+                    m.d.comb += block.eq(low_sum)
+                scaled = Signal(signed(scaled_bits), name=f"scaled{name}")
+                m.d.comb += scaled.eq(multiplier(
+                    f"scale{name}", scale, block, Cat(significands[row], C(0, 1)).as_signed(),
+                    block_bits, SIGNIFICAND_BITS + 1))
+                if row < multiplier_rows:  # entry of an 8-bit format
+                    plain = delay(scale, shift - 1, full_sums[row, lane][:plain_bits].as_signed(),
+                                  f"plain{name}")
+                    value = Mux(packed, scaled, plain)
+                else:
+                    value = scaled
+                amount = register(shift - 1, range(self.MAX_SHIFT + 1),
+                                  row_shifts[row] + lane_shifts[lane], f"amount{name}")
+                fine = register(shift, signed(shifted_bits), value << amount[:coarse_bits], f"fine{name}")
+                amount = register(shift, 2, amount[coarse_bits:], f"coarse_amount{name}")
+                addend = register(shift + 1, signed(addend_bits),
+                                  fine << (amount << coarse_bits), f"addend{name}")
+                total = Signal(signed(config.accumulator_bits), name=f"total{name}", reset_less=True)
+                with m.If(valid[accumulate]):
+                    m.d.sync += total.eq(Mux(first, 0, total) + addend)
+                m.d.comb += self.o_sums[row * lanes + lane].eq(total)
+
+        # -- output -------------------------------------------------------------------------------
+        m.d.sync += self.o_valid.eq(valid[accumulate] & last)
+        m.d.comb += self.o_tag.eq(delay(0, accumulate, self.i_tag, "tag"))
+        return m
+
+    @staticmethod
+    def _is(format_, predicate):
+        """Return whether the format code is that of a format for which ``predicate`` holds."""
+        return Cat(format_ == f.code for f in FORMATS.values() if predicate(f)).any()
+
+    @staticmethod
+    def _tree(register, stage, terms, name):
+        """Return the sum of ``terms``, added in pairs, TREE_LEVELS levels in each stage from ``stage`` on."""
+        for i, levels in enumerate(TREE_LEVELS):
+            for _ in range(levels):
+                terms = [a + b for a, b in zip(terms[::2], terms[1::2], strict=True)]
+            terms = [register(stage + i, term.shape(), term, f"{name}_{j}") for j, term in enumerate(terms)]
+        (total,) = terms
+        return total
