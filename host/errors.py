@@ -1,0 +1,194 @@
+"""Errors of the driver: each names the thing, its value, what was expected and what to do."""
+
+from __future__ import annotations
+
+from moeaccel.commands import LAYER, SUBMISSION, Field, Status
+from moeaccel.errors import MoeAccelError
+
+__all__ = [
+    "HostError", "UnsupportedTransport", "DeviceNotFound", "ConfigMismatch", "DeviceClosed",
+    "InvalidTensor", "InvalidOption", "LimitExceeded", "OutOfDeviceMemory", "UploadError",
+    "DeviceTimeout", "HandleConsumed",
+    "CommandFailed", "CommandRejected", "WindowViolation", "BusError", "NonFiniteInput",
+    "GridOverflow", "CommandAborted", "WatchdogExpired", "command_error",
+    "UnsupportedExperts", "ExpertsIgnored", "TrainingUnsupported",
+]
+
+
+class HostError(MoeAccelError):
+    """Base of the errors of :mod:`moeaccel.host`."""
+
+
+# -- opening ---------------------------------------------------------------------------------------
+class UnsupportedTransport(HostError, ValueError):
+    """A device specification that this version cannot open."""
+
+
+class DeviceNotFound(HostError):
+    """What answers at the other end is no moeaccel device, or one of another version."""
+
+
+class ConfigMismatch(HostError):
+    """The device was built from another configuration than the driver was opened with."""
+
+
+class DeviceClosed(HostError):
+    """The device, or something that lived in its memory, is closed."""
+
+
+# -- before anything is sent -----------------------------------------------------------------------
+class InvalidTensor(HostError, ValueError):
+    """A tensor of the wrong shape or type."""
+
+
+class InvalidOption(HostError, ValueError):
+    """An argument that is not among the possible values."""
+
+
+class LimitExceeded(HostError, ValueError):
+    """A layer or a call that is larger than this device's configuration allows."""
+
+
+class OutOfDeviceMemory(HostError, MemoryError):
+    """The device's memory has no room for an allocation."""
+
+
+class UploadError(HostError):
+    """What was read back from the device's memory is not what was written."""
+
+
+# -- while it runs ---------------------------------------------------------------------------------
+class DeviceTimeout(HostError, TimeoutError):
+    """The device did not answer in time; :meth:`Device.reset` makes it usable again."""
+
+
+class HandleConsumed(HostError, ValueError):
+    """The result of a handle was already taken, or the handle belongs to something else."""
+
+
+class CommandFailed(HostError):
+    """A command completed with a bad status; the device stays usable.
+
+    Parameters
+    ----------
+    message : :class:`str`
+    status : :class:`Status`
+    detail, address : :class:`int`
+        Of the completion; for ``NONFINITE`` the detail counts from the first token of the call.
+    """
+
+    def __init__(self, message: str, *, status: Status | int, detail: int, address: int) -> None:
+        super().__init__(message)
+        self.status = status
+        self.detail = detail
+        self.address = address
+
+
+class CommandRejected(CommandFailed):
+    """The device found a field of the submission or of the layer descriptor out of range."""
+
+
+class WindowViolation(CommandFailed):
+    """A command wanted to touch memory outside the window; ``address`` says where."""
+
+
+class BusError(CommandFailed):
+    """Memory answered with an error; ``address`` says where."""
+
+
+class NonFiniteInput(CommandFailed):
+    """x holds NaN or infinity; ``token`` says where."""
+
+    @property
+    def token(self) -> int:
+        """Row of x."""
+        return self.detail
+
+
+class GridOverflow(CommandFailed):
+    """Weighted outputs are too large for the layer's output grid; ``overflows`` says how many."""
+
+    @property
+    def overflows(self) -> int:
+        """Number of outputs that did not fit."""
+        return self.detail
+
+
+class CommandAborted(CommandFailed):
+    """The command was ended by :meth:`Device.abort` or :meth:`Device.reset`."""
+
+
+class WatchdogExpired(CommandFailed):
+    """The device made no progress for as many cycles as its watchdog allows."""
+
+
+def _field_at(fields: tuple[Field, ...], word: int) -> str:
+    names = [field.name for field in fields if field.word == word]
+    return " or ".join(names) or f"word {word}"
+
+
+def command_error(status: int, detail: int, address: int, *, first_token: int = 0) -> CommandFailed:
+    """Return the error for a completion's status.
+
+    Parameters
+    ----------
+    status, detail, address : :class:`int`
+        Of the completion.
+    first_token : :class:`int`
+        Row of the caller's x that was the command's first token.
+    """
+    kind: type[CommandFailed]
+    match status:
+        case Status.BAD_OPCODE:
+            kind, text = CommandRejected, (
+                f"opcode must be one that the device knows, not {detail}; "
+                "is the driver newer than the device?")
+        case Status.BAD_FIELD:
+            kind, text = CommandRejected, (
+                f"submission field {_field_at(SUBMISSION, detail)} must be in the device's range; "
+                "nothing was started")
+        case Status.BAD_LAYER:
+            kind, text = CommandRejected, (
+                f"layer descriptor field {_field_at(LAYER, detail)} must be in the device's range; "
+                "nothing was started")
+        case Status.WINDOW:
+            kind, text = WindowViolation, (
+                f"burst at {address:#x} must be inside the memory window; it was suppressed")
+        case Status.BUS_ERROR:
+            kind, text = BusError, (
+                f"memory must answer the burst at {address:#x}, but reported an error; "
+                "check the device's memory size")
+        case Status.NONFINITE:
+            detail += first_token
+            kind, text = NonFiniteInput, (
+                f"x must be finite, but token {detail} holds NaN or infinity; "
+                "find the layer that made it")
+        case Status.OVERFLOW:
+            kind, text = GridOverflow, (
+                f"weighted outputs must fit the output grid, but {detail} did not; load the "
+                "weights again with a larger grid_exponent (8 more for values 256 times as large)")
+        case Status.ABORTED:
+            kind, text = CommandAborted, "command was ended by abort() or reset(); submit it again"
+        case Status.WATCHDOG:
+            kind, text = WatchdogExpired, (
+                "command made no progress for as many cycles as the watchdog allows; call "
+                "device.reset() and try again, or open the device with a larger watchdog_cycles")
+        case _:
+            kind, text = CommandFailed, (
+                f"completion status must be one of {[int(s) for s in Status]}, not {status}; "
+                "is the driver older than the device?")
+    known = status in [int(s) for s in Status]
+    return kind(text, status=Status(status) if known else status, detail=detail, address=address)
+
+
+# -- transformers ----------------------------------------------------------------------------------
+class UnsupportedExperts(HostError, NotImplementedError):
+    """An experts module does something that the device does not do."""
+
+
+class ExpertsIgnored(HostError):
+    """A model, or a part of it, does not use the experts implementation that was asked for."""
+
+
+class TrainingUnsupported(HostError, NotImplementedError):
+    """The device computes no gradients."""
