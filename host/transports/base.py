@@ -1,0 +1,55 @@
+"""What a driver needs of a device: five verbs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+Bytes = NDArray[np.uint8]
+
+
+class Transport(ABC):
+    """A way to a device: registers, memory, interrupt.
+
+    Nothing above this class knows what is behind it. A transport is used by one thread at a time.
+    """
+
+    @property
+    @abstractmethod
+    def memory_bytes(self) -> int:
+        """Bytes of device memory, which starts at address 0."""
+
+    @abstractmethod
+    def register_read(self, address: int) -> int:
+        """Return the 32-bit register at a byte address."""
+
+    @abstractmethod
+    def register_write(self, address: int, value: int) -> None:
+        """Write the 32-bit register at a byte address."""
+
+    @abstractmethod
+    def memory_read(self, address: int, count: int) -> Bytes:
+        """Return ``count`` bytes of device memory, uint8 (count,)."""
+
+    @abstractmethod
+    def memory_write(self, address: int, data: bytes | Bytes) -> None:
+        """Write bytes, uint8 (n,), to device memory; done when this returns."""
+
+    @abstractmethod
+    def wait_interrupt(self, timeout_s: float) -> bool:
+        """Wait until the interrupt is high and return True, or False when the time is over."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let the device go; a second call does nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
+                 traceback: TracebackType | None) -> None:
+        self.close()

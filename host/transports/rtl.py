@@ -1,0 +1,96 @@
+"""The Verilated RTL in this process: exact cycles."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moeaccel.config import AcceleratorConfig
+from moeaccel.host.errors import DeviceClosed, InvalidOption
+from moeaccel.host.transports.base import Bytes, Transport
+
+if TYPE_CHECKING:
+    from moeaccel.sim.cosim import CoSimulation
+    from moeaccel.sim.memory import MemoryModel
+
+__all__ = ["RtlTransport"]
+
+
+def _build(config: AcceleratorConfig, memory_bytes: int | None, memory: MemoryModel | None,
+           options: dict[str, Any]) -> CoSimulation:
+    if memory is None:
+        from moeaccel.sim.memory import MemoryModel
+
+        memory = MemoryModel.ideal(size=memory_bytes or min(1 << 32, 1 << config.address_bits))
+    elif memory_bytes not in (None, memory.size):
+        raise InvalidOption(f"memory_bytes must be that of memory, {memory.size}, or left out, "
+                            f"not {memory_bytes}")
+    return importlib.import_module("moeaccel.sim").build_accelerator(
+        config, memory=memory, **options)
+
+
+class RtlTransport(Transport):
+    """Registers over the simulated bus, memory by the back door, time only while someone waits.
+
+    Parameters
+    ----------
+    config : :class:`AcceleratorConfig`
+    memory_bytes : :class:`int`, optional
+        A multiple of 4096; that of ``memory``, or 4 GiB, when left out.
+    memory : :class:`moeaccel.sim.memory.MemoryModel`, optional
+        Size and timing of the memory; ideal when left out.
+    cycles_per_second : :class:`int`
+        Clock cycles that count as one second of a timeout: simulated time, so that a slow machine
+        gives the same result.
+    simulation : :class:`moeaccel.sim.cosim.CoSimulation`, optional
+        A simulation that exists already; it is closed with the transport. Else one is built.
+    **options
+        Passed to ``moeaccel.sim.build_accelerator``.
+    """
+
+    def __init__(self, config: AcceleratorConfig, *, memory_bytes: int | None = None,
+                 memory: MemoryModel | None = None, cycles_per_second: int = 1_000_000,
+                 simulation: CoSimulation | None = None, **options: Any) -> None:
+        if cycles_per_second < 1:
+            raise InvalidOption(f"cycles_per_second must be at least 1, not {cycles_per_second}")
+        self._cycles_per_second = cycles_per_second
+        if simulation is None:
+            simulation = _build(config, memory_bytes, memory, options)
+        self._simulation: CoSimulation | None = simulation
+        self._memory_bytes = min(simulation.memory_models[0].size, 1 << config.address_bits)
+
+    @property
+    def simulation(self) -> CoSimulation:
+        """The simulation, for statistics and waves."""
+        if self._simulation is None:
+            raise DeviceClosed("simulation must not be used after it was closed; open a new device")
+        return self._simulation
+
+    @property
+    def memory_bytes(self) -> int:
+        return self._memory_bytes
+
+    def register_read(self, address: int) -> int:
+        return self.simulation.reg_read(address)
+
+    def register_write(self, address: int, value: int) -> None:
+        self.simulation.reg_write(address, value)
+
+    def memory_read(self, address: int, count: int) -> Bytes:
+        return np.asarray(self.simulation.mem_read(address, count), np.uint8)
+
+    def memory_write(self, address: int, data: bytes | Bytes) -> None:
+        self.simulation.mem_write(address, data)
+
+    def wait_interrupt(self, timeout_s: float) -> bool:
+        simulation = self.simulation
+        simulation.run(math.ceil(timeout_s * self._cycles_per_second))
+        return simulation.irq
+
+    def close(self) -> None:
+        if self._simulation is not None:
+            self._simulation.close()
+            self._simulation = None
