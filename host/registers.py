@@ -1,0 +1,52 @@
+"""Registers by name, over any transport."""
+
+from __future__ import annotations
+
+from moeaccel.host.transports.base import Transport
+from moeaccel.registers import COUNTERS, REGISTERS
+
+__all__ = ["RegisterAccess", "mask"]
+
+
+def mask(register: str, field: str) -> int:
+    """Return the mask of a field of a register."""
+    found = next(f for f in REGISTERS[register].fields if f.name == field)
+    return ((1 << found.bits) - 1) << found.offset
+
+
+class RegisterAccess:
+    """Read and write registers by the names of :data:`moeaccel.registers.REGISTERS`.
+
+    Parameters
+    ----------
+    transport : :class:`Transport`
+    """
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def read(self, name: str) -> int:
+        """Return a 32-bit register."""
+        return self._transport.register_read(REGISTERS[name].address)
+
+    def write(self, name: str, value: int) -> None:
+        """Write a 32-bit register."""
+        self._transport.register_write(REGISTERS[name].address, value)
+
+    def write64(self, name: str, value: int) -> None:
+        """Write a pair of registers, ``name_LO`` and ``name_HI``."""
+        self.write(f"{name}_LO", value & 0xFFFF_FFFF)
+        self.write(f"{name}_HI", value >> 32)
+
+    def counter(self, name: str) -> int:
+        """Return a counter that may be running: high, low, high until both highs agree."""
+        high = self.read(f"{name.upper()}_HI")
+        while True:
+            low = self.read(f"{name.upper()}_LO")
+            before, high = high, self.read(f"{name.upper()}_HI")
+            if before == high:
+                return high << 32 | low
+
+    def counters(self) -> dict[str, int]:
+        """Return every counter by name."""
+        return {name: self.counter(name) for name, _ in COUNTERS}
