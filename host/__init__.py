@@ -1,1 +1,13 @@
-"""Driver and runtime: transports, devices, queues, memory and hybrid inference."""
+"""Driver and runtime: transports, devices, queues, memory and hybrid inference.
+
+>>> from moeaccel.host import open_device
+>>> with open_device("golden", config="tiny") as device:
+...     device.counters()["commands"]
+0
+"""
+
+from moeaccel.host.device import Device, open_device
+from moeaccel.host.errors import HostError
+from moeaccel.host.layers import CallStatistics, Experts, Handle, Linear
+
+__all__ = ["CallStatistics", "Device", "Experts", "Handle", "HostError", "Linear", "open_device"]

@@ -1,0 +1,586 @@
+"""A device: open it, load weights into its memory, run commands, read its counters."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from moeaccel.commands import LAYER, Activation, LayerKind, Opcode, Status, encode
+from moeaccel.config import PRESETS, AcceleratorConfig, preset
+from moeaccel.formats import check_dims, quantise, weight_format
+from moeaccel.host.errors import (
+    CommandFailed,
+    ConfigMismatch,
+    DeviceClosed,
+    DeviceNotFound,
+    DeviceTimeout,
+    HostError,
+    InvalidOption,
+    InvalidTensor,
+    LimitExceeded,
+    UnsupportedTransport,
+    UploadError,
+    command_error,
+)
+from moeaccel.host.layers import Experts, Linear
+from moeaccel.host.memory import COMMAND_ALIGNMENT, PAGE, Allocation, Allocator
+from moeaccel.host.registers import RegisterAccess, mask
+from moeaccel.host.rings import CommandRings, Completion
+from moeaccel.host.tensors import Tensor, float32, shape_of
+from moeaccel.host.transports.base import Bytes, Transport
+from moeaccel.image import (
+    HEADER_BYTES,
+    Expert,
+    ExpertShape,
+    LinearShape,
+    build_image,
+    build_linear_image,
+)
+from moeaccel.registers import ID_VALUE, VERSION_VALUE
+
+__all__ = ["Command", "Device", "open_device"]
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+"""Called with (experts uploaded, experts in all)."""
+
+_SPURIOUS_INTERRUPTS = 64
+_GRID_EXPONENTS = range(-100, 61)
+
+
+@contextlib.contextmanager
+def _freed_on_error(allocation: Allocation) -> Iterator[None]:
+    """Free an allocation when something goes wrong, also while the traceback lives."""
+    try:
+        yield
+    except BaseException:
+        allocation.free()
+        raise
+
+
+class Command:
+    """A command on its way: what it is, what it needs alive, and how it ended.
+
+    Parameters
+    ----------
+    name : :class:`str`
+        For messages.
+    keep : sequence
+        Whatever must stay in device memory until it has completed.
+    first_token : :class:`int`
+        Row of the caller's x that is this command's first token.
+    """
+
+    def __init__(self, name: str, keep: Sequence[object] = (), *, first_token: int = 0) -> None:
+        self.name = name
+        self.keep = keep
+        self.first_token = first_token
+        self.completion: Completion | None = None
+
+    def error(self) -> CommandFailed | None:
+        """Return why it failed; None if it succeeded or is not complete."""
+        done = self.completion
+        if done is None or done.status == Status.OK:
+            return None
+        return command_error(done.status, done.detail, done.address, first_token=self.first_token)
+
+
+class Device:
+    """An accelerator behind a transport; see :func:`open_device`.
+
+    Every method may be called from several threads: a lock lets one at a time through. A thread
+    that waits for a result holds the lock; the device executes commands in order anyway.
+
+    Parameters
+    ----------
+    transport : :class:`Transport`
+        Closed with the device.
+    config : :class:`AcceleratorConfig`
+        What the device was built from.
+    timeout_s : :class:`float`
+        How long a wait for a completion may take.
+    ring_log2 : :class:`int`
+        log2 of the entries of the command rings, 1 to 8: all but one may be in flight.
+    watchdog_cycles : :class:`int`
+        Cycles without progress until the device ends a command by itself; 0: never.
+
+    Raises
+    ------
+    DeviceNotFound
+        If ID or VERSION is not that of a device that this driver knows.
+    ConfigMismatch
+        If CONFIG_HASH is not that of ``config``.
+    """
+
+    def __init__(self, transport: Transport, config: AcceleratorConfig, *, timeout_s: float = 30.0,
+                 ring_log2: int = 4, watchdog_cycles: int = 1 << 24) -> None:
+        if not timeout_s > 0:
+            raise InvalidOption(f"timeout_s must be more than 0 seconds, not {timeout_s}")
+        if not 0 <= watchdog_cycles < 1 << 32:
+            raise InvalidOption(f"watchdog_cycles must fit 32 bits, not {watchdog_cycles}")
+        if not PAGE < transport.memory_bytes <= 1 << config.address_bits:
+            raise InvalidOption(
+                f"memory_bytes must be more than {PAGE} and fit {config.address_bits} address "
+                f"bits, not {transport.memory_bytes:,}")
+        self._transport: Transport | None = transport
+        self._config = config
+        self._timeout_s = timeout_s
+        self._watchdog_cycles = watchdog_cycles
+        self._registers = RegisterAccess(transport)
+        self._lock = threading.RLock()
+        self._pending: dict[int, Command] = {}
+        self._last_cycles = 0
+        self._check_identity()
+        # Address 0 belongs to nobody: a forgotten address is then a window violation.
+        size = (transport.memory_bytes - PAGE) // COMMAND_ALIGNMENT * COMMAND_ALIGNMENT
+        self._memory = Allocator(PAGE, size)
+        self._rings = CommandRings(transport, self._memory, entries_log2=ring_log2)
+        self.reset()
+
+    def _check_identity(self) -> None:
+        found = self._registers.read("ID")
+        if found != ID_VALUE:
+            raise DeviceNotFound(f"register ID must read {ID_VALUE:#010x}, not {found:#010x}; "
+                                 "this is no moeaccel device, or its clock does not run")
+        found = self._registers.read("VERSION")
+        if found >> 16 != VERSION_VALUE >> 16:
+            raise DeviceNotFound(
+                f"register VERSION must be {VERSION_VALUE >> 16}.x, not {found >> 16}."
+                f"{found & 0xFFFF}; use the driver of the device's version")
+        found = self._registers.read("CONFIG_HASH")
+        if found != self._config.digest:
+            names = [c.name for c in PRESETS.values() if c.digest == found]
+            raise ConfigMismatch(
+                f"register CONFIG_HASH must be {self._config.digest:#010x} (config "
+                f"{self._config.name!r}), not {found:#010x} "
+                f"({f'config {names[0]!r}' if names else 'no preset'}); open the device with the "
+                "config that it was built from")
+
+    # -- properties --------------------------------------------------------------------------------
+    @property
+    def config(self) -> AcceleratorConfig:
+        """What the device was built from."""
+        return self._config
+
+    @property
+    def transport(self) -> Transport:
+        """The way to the device.
+
+        Raises
+        ------
+        DeviceClosed
+            After :meth:`close`.
+        """
+        return self._check_open()
+
+    def _check_open(self) -> Transport:
+        if self._transport is None:
+            raise DeviceClosed("device must be open; it was closed, open it again")
+        return self._transport
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._transport is None
+
+    @property
+    def memory(self) -> Allocator:
+        """The device's memory."""
+        return self._memory
+
+    @property
+    def last_cycles(self) -> int:
+        """Cycles of the call whose result was taken last."""
+        return self._last_cycles
+
+    # -- weights -----------------------------------------------------------------------------------
+    def load_experts(self, gate_up: Tensor, down: Tensor, *, activation: str = "silu",
+                     weight_format: str = "int4_g32", activation_bits: int = 16,
+                     grid_exponent: int = -28, progress: Progress | None = None) -> Experts:
+        """Quantise the experts of one layer and put them into the device's memory.
+
+        Parameters
+        ----------
+        gate_up : float tensor, (E, 2 I, H)
+            Gate rows, then up rows, of each expert.
+        down : float tensor, (E, H, I)
+        activation : :class:`str`
+            Of the gate: ``"silu"``.
+        weight_format : :class:`str`
+            One of :data:`moeaccel.formats.FORMATS`.
+        activation_bits : :class:`int`
+            8 or 16.
+        grid_exponent : :class:`int`
+            Outputs are summed on a grid of ``2**grid_exponent``, from -100 to 60; weighted outputs
+            below ``2**(grid_exponent + 43)`` fit.
+        progress : callable, optional
+            Called with (experts uploaded, experts in all).
+
+        Raises
+        ------
+        InvalidTensor, InvalidOption, LimitExceeded, FormatError
+            Before anything is sent.
+        OutOfDeviceMemory
+            If the images do not fit.
+        UploadError
+            If an image does not read back.
+        """
+        experts, rows, d_model = shape_of("gate_up", gate_up, "E", "2 I", "H")
+        shape = shape_of("down", down, "E", "H", "I")
+        if shape != (experts, d_model, rows // 2) or rows % 2:
+            raise InvalidTensor(
+                f"down must have the shape (E, H, I) = {(experts, d_model, rows // 2)} for gate_up "
+                f"{(experts, rows, d_model)} = (E, 2 I, H), not {shape}")
+
+        def quantised() -> Iterable[Expert]:
+            for e in range(experts):
+                yield Expert.quantise(float32("gate_up", gate_up[e]), float32("down", down[e]),
+                                      weight_format)
+
+        return self._load_experts(
+            quantised(), experts, d_model, rows // 2, format_name=weight_format,
+            activation=activation, activation_bits=activation_bits, grid_exponent=grid_exponent,
+            progress=progress)
+
+    def load_quantised(self, experts: Sequence[Expert], *, activation: str = "silu",
+                       activation_bits: int = 16, grid_exponent: int = -28,
+                       progress: Progress | None = None) -> Experts:
+        """Put experts that are quantised already, all of one format and shape, into memory.
+
+        Parameters
+        ----------
+        experts : sequence of :class:`moeaccel.image.Expert`
+
+        See :meth:`load_experts` for the rest.
+        """
+        if not experts:
+            raise InvalidTensor("experts must be at least one, not none")
+        kinds = {(e.gate_up.format.name, e.gate_up.integers.shape, e.down.format.name,
+                  e.down.integers.shape) for e in experts}
+        if len(kinds) > 1:
+            raise InvalidTensor(f"experts must have one format and shape, not {sorted(kinds)}")
+        name, (rows, d_model), down_name, down_shape = kinds.pop()
+        if down_shape != (d_model, rows // 2) or name != down_name:
+            raise InvalidTensor(
+                f"down must be {name} of the shape {(d_model, rows // 2)}, not {down_name} of "
+                f"{down_shape}")
+        return self._load_experts(
+            experts, len(experts), d_model, rows // 2, format_name=name, activation=activation,
+            activation_bits=activation_bits, grid_exponent=grid_exponent, progress=progress)
+
+    def load_linear(self, weight: Tensor, *, weight_format: str = "int4_g32",
+                    activation_bits: int = 16, grid_exponent: int = -28) -> Linear:
+        """Quantise the matrix of a linear layer, (N, K) float, and put it into memory.
+
+        See :meth:`load_experts`.
+        """
+        shape_of("weight", weight, "N", "K")
+        return self._load_linear(weight, weight_format, activation_bits, grid_exponent)
+
+    def _load_experts(self, experts: Iterable[Expert], count: int, d_model: int, d_expert: int, *,
+                      format_name: str, activation: str, activation_bits: int, grid_exponent: int,
+                      progress: Progress | None) -> Experts:
+        fmt = weight_format(format_name)
+        planes = self._check_options(activation, activation_bits, grid_exponent)
+        self._check_limits(count, d_model=d_model, d_expert=d_expert)
+        shape = ExpertShape(fmt, d_model, d_expert, self._config.row_multipliers)
+        images = self._memory.allocate(count * shape.stride, alignment=PAGE)
+        with _freed_on_error(images):
+            coarsened = 0
+            previous: Expert | None = None
+            image = np.empty(0, np.uint8)
+            for e, expert in enumerate(experts):
+                if expert is not previous:
+                    image = build_image(expert.gate_up, expert.down, self._config.row_multipliers)
+                    previous = expert
+                self._upload(images.address + e * shape.stride, image, f"expert {e}")
+                coarsened += expert.gate_up.coarsened + expert.down.coarsened
+                if progress is not None:
+                    progress(e + 1, count)
+            if coarsened:
+                logger.info("%d scales of %d experts were coarsened to their row's range",
+                            coarsened, count)
+            descriptor = self._describe({
+                "kind": LayerKind.EXPERTS, "format": fmt.code, "planes": planes,
+                "activation": Activation[activation.upper()], "num_experts": count,
+                "d_in": d_model, "d_expert": d_expert, "d_out": d_model,
+                "grid_exponent": grid_exponent, "stride": shape.stride,
+                "image_address": images.address + shape.header_bytes})
+        return Experts(self, shape, count, images, descriptor, coarsened)
+
+    def _load_linear(self, weight: Tensor, format_name: str, activation_bits: int,
+                     grid_exponent: int) -> Linear:
+        fmt = weight_format(format_name)
+        planes = self._check_options("silu", activation_bits, grid_exponent)
+        d_out, d_in = weight.shape
+        self._check_limits(1, d_in=d_in, d_out=d_out)
+        shape = LinearShape(fmt, d_out, d_in, self._config.row_multipliers)
+        matrix = quantise(float32("weight", weight), fmt)
+        images = self._memory.allocate(shape.stride, alignment=PAGE)
+        with _freed_on_error(images):
+            self._upload(images.address, build_linear_image(matrix, self._config.row_multipliers),
+                         "the linear layer")
+            descriptor = self._describe({
+                "kind": LayerKind.LINEAR, "format": fmt.code, "planes": planes, "num_experts": 1,
+                "d_in": d_in, "d_expert": d_in, "d_out": d_out, "grid_exponent": grid_exponent,
+                "stride": shape.stride, "image_address": images.address + shape.header_bytes})
+        return Linear(self, shape, images, descriptor, matrix.coarsened)
+
+    @staticmethod
+    def _check_options(activation: str, activation_bits: int, grid_exponent: int) -> int:
+        """Return the number of planes."""
+        names = [a.name.lower() for a in Activation]
+        if activation not in names:
+            raise InvalidOption(f"activation must be one of {', '.join(names)}, not {activation!r}")
+        if activation_bits not in (8, 16):
+            raise InvalidOption(f"activation_bits must be 8 or 16, not {activation_bits!r}")
+        if grid_exponent not in _GRID_EXPONENTS:
+            raise InvalidOption(f"grid_exponent must be from -100 to 60, not {grid_exponent!r}")
+        return activation_bits // 8
+
+    def _check_limits(self, experts: int, **dims: int) -> None:
+        check_dims(**dims)
+        config = self._config
+        fitting = [c.name for c in sorted(PRESETS.values(), key=lambda c: c.max_dim)
+                   if c.max_dim >= max(dims.values()) and c.max_experts >= experts]
+        advice = (f"config {fitting[0]!r} fits this layer" if fitting
+                  else "no preset fits this layer, make a configuration that does")
+        if experts < 1:
+            raise InvalidTensor("number of experts must be at least 1, not 0")
+        if experts > config.max_experts:
+            raise LimitExceeded(
+                f"number of experts must be at most max_experts = {config.max_experts} of config "
+                f"{config.name!r}, not {experts}; {advice}")
+        for name, value in dims.items():
+            if value > config.max_dim:
+                raise LimitExceeded(f"{name} must be at most max_dim = {config.max_dim} of config "
+                                    f"{config.name!r}, not {value}; {advice}")
+
+    def _upload(self, address: int, image: Bytes, what: str) -> None:
+        with self._lock:
+            self.transport.memory_write(address, image)
+            found = self.transport.memory_read(address, HEADER_BYTES)
+        if not np.array_equal(found, image[:HEADER_BYTES]):
+            raise UploadError(
+                f"header of {what} at {address:#x} must read back as it was written, with its "
+                f"CRC, but reads {found[:28].tobytes().hex()}; check the device's memory")
+
+    def _describe(self, values: Mapping[str, int]) -> Allocation:
+        descriptor = self._memory.allocate(COMMAND_ALIGNMENT)
+        with self._lock:
+            self.transport.memory_write(descriptor.address, encode(LAYER, values))
+        return descriptor
+
+    # -- commands ----------------------------------------------------------------------------------
+    def submit(self, values: Mapping[str, int], command: Command) -> Command:
+        """Send a command, waiting for room in the ring; what it is made of is the caller's affair.
+
+        Parameters
+        ----------
+        values : mapping
+            Fields of :data:`moeaccel.commands.SUBMISSION`; the tag is chosen here.
+        command : :class:`Command`
+            What to complete, returned.
+
+        Raises
+        ------
+        DeviceTimeout
+            If no room comes.
+        """
+        with self._lock:
+            self._take()
+            while self._rings.full:
+                self._wait_for_progress(f"room in the submission ring for {command.name}",
+                                        self._timeout_s)
+            self._pending[self._rings.submit(values)] = command
+            return command
+
+    def wait(self, command: Command, *, timeout_s: float | None = None) -> Completion:
+        """Wait until a command has completed, whatever its status.
+
+        Raises
+        ------
+        DeviceTimeout
+            If it does not; the command stays in flight.
+        """
+        with self._lock:
+            if command.completion is None:
+                self._take()
+            while command.completion is None:
+                self._wait_for_progress(f"completion of {command.name}",
+                                        timeout_s or self._timeout_s)
+            return command.completion
+
+    def fence(self) -> None:
+        """Wait until everything submitted before has completed."""
+        command = self.submit({"opcode": Opcode.FENCE}, Command("FENCE"))
+        self.wait(command)
+        if error := command.error():
+            raise error
+
+    def _take(self) -> bool:
+        """Take the completions that are there; return whether there were any."""
+        self._check_open()
+        completions = self._rings.take()
+        for completion in completions:
+            self._pending.pop(completion.tag).completion = completion
+        return bool(completions)
+
+    def _wait_for_progress(self, what: str, timeout_s: float) -> None:
+        """Wait for at least one completion."""
+        for _ in range(_SPURIOUS_INTERRUPTS):
+            if not self.transport.wait_interrupt(timeout_s):
+                break
+            # Clear first, look second: what completes in between raises the interrupt again.
+            self._registers.write("IRQ_STATUS", mask("IRQ_STATUS", "completion"))
+            if self._take():
+                return
+        if self._take():  # completed, but the interrupt got lost
+            return
+        raise DeviceTimeout(
+            f"{what} must come within {timeout_s:g} s, but did not; {self._state()}; call "
+            "device.reset(), or open the device with a larger timeout_s")
+
+    def _state(self) -> str:
+        status = self._registers.read("STATUS")
+        busy = ", ".join(name for name in ("busy", "draining") if status & mask("STATUS", name))
+        return (f"STATUS is {status:#x} ({busy or 'idle'}), SQ_HEAD "
+                f"{self._registers.read('SQ_HEAD')} of SQ_TAIL {self._registers.read('SQ_TAIL')}")
+
+    # -- control -----------------------------------------------------------------------------------
+    def counters(self) -> dict[str, int]:
+        """Return the event counters of :data:`moeaccel.registers.COUNTERS` by name."""
+        with self._lock:
+            self._check_open()
+            return self._registers.counters()
+
+    def abort(self) -> None:
+        """End the running command: taking its result raises :class:`CommandAborted`."""
+        with self._lock:
+            self._check_open()
+            self._registers.write("CONTROL", mask("CONTROL", "abort"))
+
+    def reset(self) -> None:
+        """Bring the device back to its first state; weights in its memory stay.
+
+        Commands in flight are dropped: taking their results raises :class:`CommandAborted`.
+
+        Raises
+        ------
+        DeviceTimeout
+            If the device does not finish its reset.
+        """
+        with self._lock:
+            done = mask("IRQ_STATUS", "reset_done")
+            everything = done | mask("IRQ_STATUS", "completion")
+            registers = self._registers
+            transport = self.transport
+            registers.write("ENABLE", 0)
+            registers.write("IRQ_ENABLE", done)
+            registers.write("IRQ_STATUS", everything)
+            registers.write("CONTROL", mask("CONTROL", "soft_reset"))
+            if not (transport.wait_interrupt(self._timeout_s)
+                    or registers.read("IRQ_STATUS") & done):
+                raise DeviceTimeout(
+                    f"soft reset must finish within {self._timeout_s:g} s, but did not; "
+                    f"{self._state()}; switch the device off and on")
+            self._drop_pending()
+            self._rings.reset()
+            registers.write64("WINDOW_BASE", PAGE)
+            registers.write64("WINDOW_LIMIT", PAGE + self._memory.size)
+            registers.write("WATCHDOG", self._watchdog_cycles)
+            registers.write("IRQ_STATUS", everything)
+            registers.write("IRQ_ENABLE", mask("IRQ_ENABLE", "completion"))
+            registers.write("ENABLE", 1)
+
+    def _drop_pending(self) -> None:
+        for tag, command in self._pending.items():
+            command.completion = Completion(tag, Status.ABORTED)
+        self._pending.clear()
+
+    def close(self) -> None:
+        """Stop the device and let it go; a second call does nothing."""
+        with self._lock:
+            if self._transport is None:
+                return
+            transport = self._transport
+            try:
+                if self._pending:
+                    with contextlib.suppress(HostError):
+                        self.reset()
+                self._registers.write("ENABLE", 0)
+            finally:
+                self._drop_pending()
+                self._transport = None
+                transport.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
+                 traceback: TracebackType | None) -> None:
+        self.close()
+
+
+def open_device(spec: str | Transport, config: str | AcceleratorConfig = "small", *,
+                memory_bytes: int | None = None, timeout_s: float = 30.0, ring_log2: int = 4,
+                watchdog_cycles: int = 1 << 24, **options: Any) -> Device:
+    """Open a device.
+
+    Parameters
+    ----------
+    spec : :class:`str` or :class:`Transport`
+        ``"golden"``: the bit-exact model. ``"rtl"``: the Verilated hardware in this process.
+        A transport is used as it is.
+    config : :class:`str` or :class:`AcceleratorConfig`
+        What the device was built from: a preset's name, or a configuration.
+    memory_bytes : :class:`int`, optional
+        Size of the model's memory, of which only used pages cost anything; 4 GiB when left out.
+    timeout_s, ring_log2, watchdog_cycles
+        See :class:`Device`.
+    **options
+        Passed to the transport.
+
+    Raises
+    ------
+    UnsupportedTransport
+        For a specification that this version does not know.
+    DeviceNotFound, ConfigMismatch
+        If something else answers.
+    """
+    config = preset(config)
+    if isinstance(spec, Transport):
+        transport = spec
+    else:
+        transport = _open_transport(spec, config, memory_bytes, options)
+    try:
+        return Device(transport, config, timeout_s=timeout_s, ring_log2=ring_log2,
+                      watchdog_cycles=watchdog_cycles)
+    except BaseException:
+        transport.close()
+        raise
+
+
+def _open_transport(spec: str, config: AcceleratorConfig, memory_bytes: int | None,
+                    options: dict[str, Any]) -> Transport:
+    if spec == "golden":
+        from moeaccel.host.transports.golden import GoldenTransport
+
+        return GoldenTransport(
+            config, memory_bytes=memory_bytes or min(1 << 32, 1 << config.address_bits), **options)
+    if spec == "rtl":
+        from moeaccel.host.transports.rtl import RtlTransport
+
+        return RtlTransport(config, memory_bytes=memory_bytes, **options)
+    if spec.partition(":")[0] in ("serial", "xdma", "replay"):
+        raise UnsupportedTransport(
+            f"device must be 'golden' or 'rtl', not {spec!r}: this version does not support "
+            f"{spec.partition(':')[0]} devices yet")
+    raise UnsupportedTransport(f"device must be 'golden' or 'rtl', not {spec!r}")

@@ -1,0 +1,367 @@
+"""Layers in device memory: call them with tensors, or submit now and take the result later."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeaccel.commands import Opcode
+from moeaccel.config import TOP_K_MAX
+from moeaccel.host.errors import (
+    CommandFailed,
+    DeviceClosed,
+    HandleConsumed,
+    InvalidTensor,
+    LimitExceeded,
+    OutOfDeviceMemory,
+)
+from moeaccel.host.memory import COMMAND_ALIGNMENT, Allocation
+from moeaccel.host.tensors import Like, Tensor, float32, indices, shape_of
+from moeaccel.image import ExpertShape, LinearShape
+
+if TYPE_CHECKING:
+    from moeaccel.host.device import Command, Device
+
+__all__ = ["CallStatistics", "Experts", "Handle", "Linear"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CallStatistics:
+    """What one call cost.
+
+    Parameters
+    ----------
+    cycles : :class:`int`
+        Sum over its commands, each from fetching the submission to writing the completion.
+    commands, tokens : :class:`int`
+    """
+
+    cycles: int
+    commands: int
+    tokens: int
+
+
+@dataclass
+class _Part:
+    """One command of a call: rows ``[first, first + count)`` of x."""
+
+    command: Command
+    buffers: Allocation
+    y_address: int
+    first: int
+    count: int
+
+
+class Handle:
+    """A call on its way, from ``submit``; ``sync`` takes its result, in any order.
+
+    When it is dropped without ``sync``, its buffers go back once the device has finished with them.
+    """
+
+    def __init__(self, layer: _Layer, tokens: int, d_out: int, like: Like) -> None:
+        self._layer = layer
+        self._parts: list[_Part] = []
+        self._y = np.zeros((tokens, d_out), np.float32)
+        self._like = like
+        self._cycles = 0
+        self._commands = 0
+        self._error: CommandFailed | None = None
+        self._consumed = False
+
+    @property
+    def cycles(self) -> int:
+        """Cycles of the commands whose results were taken: all of them after ``sync``."""
+        return self._cycles
+
+    @property
+    def statistics(self) -> CallStatistics:
+        """What the call cost; complete after ``sync``."""
+        return CallStatistics(self._cycles, self._commands, len(self._y))
+
+
+class _Layer:
+    """What experts and linear layers have in common: images, a descriptor, calls in parts."""
+
+    def __init__(self, device: Device, images: Allocation, descriptor: Allocation, *, d_in: int,
+                 d_out: int, coarsened: int) -> None:
+        self._device = device
+        self._images: Allocation | None = images
+        self._descriptor = descriptor
+        self._d_in, self._d_out = d_in, d_out
+        self._coarsened = coarsened
+        self._commands: list[Command] = []
+        self._last: CallStatistics | None = None
+
+    @property
+    def device(self) -> Device:
+        """Where it lives."""
+        return self._device
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._images is None
+
+    @property
+    def coarsened(self) -> int:
+        """Scales that the format's range within a row made coarser (DESIGN section 3)."""
+        return self._coarsened
+
+    @property
+    def last(self) -> CallStatistics | None:
+        """What the call cost whose result was taken last."""
+        return self._last
+
+    def sync(self, handle: Handle, *, timeout_s: float | None = None) -> Any:
+        """Wait for a call and return y.
+
+        Parameters
+        ----------
+        handle : :class:`Handle`
+            Of this layer's ``submit``; it can be used once.
+        timeout_s : :class:`float`, optional
+            For each of its commands; the device's when left out.
+
+        Returns
+        -------
+        tensor, (T, d_out)
+            Kind, type and place are those of x.
+
+        Raises
+        ------
+        DeviceTimeout
+            If it takes too long; the handle can be used again.
+        CommandFailed
+            If the device reports an error; :class:`NonFiniteInput`, :class:`GridOverflow`, ...
+        HandleConsumed
+            If the handle is not one that this layer waits for.
+        """
+        if handle._layer is not self:
+            raise HandleConsumed("handle must be one that this layer's submit() returned")
+        with self._device._lock:
+            if handle._consumed:
+                raise HandleConsumed("handle must be used once; its result was already taken")
+            while handle._parts:
+                self._collect(handle, timeout_s)
+            handle._consumed = True
+            self._commands = [c for c in self._commands if c.completion is None]
+            self._last = handle.statistics
+            self._device._last_cycles = handle.cycles
+        if handle._error is not None:
+            raise handle._error
+        return handle._like(handle._y)
+
+    def close(self) -> None:
+        """Wait for what is in flight and free the device memory; a second call does nothing."""
+        with self._device._lock:
+            if self._images is None:
+                return
+            if not self._device.closed:
+                for command in self._commands:
+                    self._device.wait(command)
+            self._images.free()
+            self._descriptor.free()
+            self._images = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
+                 traceback: TracebackType | None) -> None:
+        self.close()
+
+    # -- calls in parts ----------------------------------------------------------------------------
+    def _check_x(self, x: Tensor) -> int:
+        tokens, d_in = shape_of("x", x, "T", str(self._d_in))
+        if d_in != self._d_in:
+            raise InvalidTensor(
+                f"x must have the shape (T, {self._d_in}) of this layer, not {tuple(x.shape)}")
+        return tokens
+
+    def _submit(self, opcode: Opcode, x: NDArray[np.float32], ids: NDArray[np.int32],
+                weights: NDArray[np.float32], like: Like) -> Handle:
+        """Cut a call into commands that fit the device, and send them."""
+        handle = Handle(self, len(x), self._d_out, like)
+        top_k = ids.shape[1]
+        if not top_k:
+            return handle
+        config = self._device.config
+        most = min(config.max_tokens, config.max_assignments // top_k)
+        with self._device._lock:
+            for first in range(0, len(x), most):
+                rows = slice(first, first + most)
+                handle._parts.append(
+                    self._send(handle, opcode, first, x[rows], ids[rows], weights[rows]))
+        return handle
+
+    def _send(self, handle: Handle, opcode: Opcode, first: int, x: NDArray[np.float32],
+              ids: NDArray[np.int32], weights: NDArray[np.float32]) -> _Part:
+        from moeaccel.host.device import Command
+
+        device = self._device
+        images = self._images
+        if images is None:
+            raise DeviceClosed("layer must not be used after it was closed; load it again")
+        tokens, top_k = ids.shape
+        inputs = [x, ids, weights] if opcode is Opcode.EXPERTS else [x]
+        y_bytes = 4 * tokens * self._d_out
+        sizes = [array.nbytes for array in inputs] + [y_bytes, 2 * y_bytes]
+        offsets = list(_offsets(sizes))
+        buffers = self._allocate(handle, offsets[-1] + sizes[-1])
+        data = np.zeros(offsets[len(inputs)], np.uint8)
+        for array, offset in zip(inputs, offsets, strict=False):
+            data[offset : offset + array.nbytes] = array.reshape(-1).view(np.uint8)
+        base = buffers.address
+        device.transport.memory_write(base, data)
+        fields = {"opcode": int(opcode), "tokens": tokens, "top_k": top_k,
+                  "layer_address": self._descriptor.address, "x_address": base,
+                  "y_address": base + offsets[-2], "workspace_address": base + offsets[-1]}
+        if opcode is Opcode.EXPERTS:
+            fields |= {"ids_address": base + offsets[1], "weights_address": base + offsets[2]}
+        # The command keeps buffers and weights alive, whatever happens to handle and layer.
+        command = Command(opcode.name, (buffers, images, self._descriptor), first_token=first)
+        device.submit(fields, command)
+        self._commands.append(command)
+        handle._commands += 1
+        return _Part(command, buffers, fields["y_address"], first, tokens)
+
+    def _allocate(self, handle: Handle, size: int) -> Allocation:
+        """Return buffers, if need be after taking results of the same call."""
+        while True:
+            try:
+                return self._device.memory.allocate(size, top=True)
+            except OutOfDeviceMemory:
+                if not handle._parts:
+                    raise
+                self._collect(handle, None)
+
+    def _collect(self, handle: Handle, timeout_s: float | None) -> None:
+        """Wait for the oldest part of a call and take its rows of y."""
+        part = handle._parts[0]
+        done = self._device.wait(part.command, timeout_s=timeout_s)
+        error = part.command.error()
+        if error is None:
+            rows = handle._y[part.first : part.first + part.count]
+            raw = self._device.transport.memory_read(part.y_address, rows.nbytes)
+            rows[:] = raw.view("<f4").reshape(rows.shape)
+        handle._error = handle._error or error
+        handle._cycles += done.cycles
+        part.buffers.free()
+        del handle._parts[0]
+
+
+def _offsets(sizes: list[int]) -> Iterator[int]:
+    """Yield the aligned offset of each buffer when they follow one another."""
+    offset = 0
+    for size in sizes:
+        yield offset
+        offset += -(-size // COMMAND_ALIGNMENT) * COMMAND_ALIGNMENT
+
+
+class Experts(_Layer):
+    """The experts of one layer in device memory; from :meth:`Device.load_experts`.
+
+    ``y[t] = sum over k of weights[t, k] * expert[ids[t, k]](x[t])``
+    """
+
+    def __init__(self, device: Device, shape: ExpertShape, num_experts: int, images: Allocation,
+                 descriptor: Allocation, coarsened: int) -> None:
+        super().__init__(device, images, descriptor, d_in=shape.d_model, d_out=shape.d_model,
+                         coarsened=coarsened)
+        self._shape = shape
+        self._num_experts = num_experts
+
+    @property
+    def shape(self) -> ExpertShape:
+        """Format and dimensions of each expert."""
+        return self._shape
+
+    @property
+    def num_experts(self) -> int:
+        """Number of experts."""
+        return self._num_experts
+
+    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Any:
+        """Return y, (T, H); see :meth:`submit` and :meth:`sync`."""
+        return self.sync(self.submit(x, ids, weights))
+
+    def submit(self, x: Tensor, ids: Tensor, weights: Tensor) -> Handle:
+        """Send a call to the device and return a handle for :meth:`sync`.
+
+        The call is cut into as many commands as the device's limits on tokens and assignments ask
+        for. When the ring is full this waits for room.
+
+        Parameters
+        ----------
+        x : float tensor, (T, H)
+            Any T, also 0.
+        ids : integer tensor, (T, K)
+            Experts of each token, at most 16; those below 0 or from E on are skipped.
+        weights : float tensor, (T, K)
+
+        Raises
+        ------
+        InvalidTensor, LimitExceeded
+            Before anything is sent.
+        OutOfDeviceMemory
+            If one command's buffers do not fit.
+        """
+        tokens = self._check_x(x)
+        shape = shape_of("ids", ids, "T", "K")
+        if shape[0] != tokens:
+            raise InvalidTensor(f"ids must have the shape (T, K) with T = {tokens}, not {shape}")
+        if shape[1] > TOP_K_MAX:
+            raise LimitExceeded(f"ids must have at most {TOP_K_MAX} experts for each token, "
+                                f"not {shape[1]}")
+        found = shape_of("weights", weights, "T", "K")
+        if found != shape:
+            raise InvalidTensor(f"weights must have the shape of ids, {shape}, not {found}")
+        return self._submit(Opcode.EXPERTS, float32("x", x),
+                            indices("ids", ids, self._num_experts), float32("weights", weights),
+                            Like.of(x))
+
+
+class Linear(_Layer):
+    """A linear layer in device memory, ``y = x W^T``; from :meth:`Device.load_linear`."""
+
+    def __init__(self, device: Device, shape: LinearShape, images: Allocation,
+                 descriptor: Allocation, coarsened: int) -> None:
+        super().__init__(device, images, descriptor, d_in=shape.d_in, d_out=shape.d_out,
+                         coarsened=coarsened)
+        self._shape = shape
+
+    @property
+    def shape(self) -> LinearShape:
+        """Format and dimensions."""
+        return self._shape
+
+    def __call__(self, x: Tensor) -> Any:
+        """Return y, (T, N); see :meth:`submit` and :meth:`sync`."""
+        return self.sync(self.submit(x))
+
+    def submit(self, x: Tensor) -> Handle:
+        """Send a call to the device and return a handle for :meth:`sync`.
+
+        Parameters
+        ----------
+        x : float tensor, (T, K)
+            Any T, also 0.
+
+        Raises
+        ------
+        InvalidTensor
+            Before anything is sent.
+        OutOfDeviceMemory
+            If one command's buffers do not fit.
+        """
+        tokens = self._check_x(x)
+        ids = np.zeros((tokens, 1), np.int32)
+        return self._submit(Opcode.GEMM, float32("x", x), ids, ids.astype(np.float32), Like.of(x))
