@@ -144,3 +144,51 @@ def element(config: AcceleratorConfig) -> data.StructLayout:
     return data.StructLayout({
         "slot": slot_bits(config), "row": element_bits(config) + 1, "value": internal_float(),
     })
+
+
+def result_tag(config: AcceleratorConfig) -> data.StructLayout:
+    """Return what a result of the array (one tile times one group of tokens) is.
+
+    ``row``: of the tile's first row. ``slots``: tokens in the group. ``last``: the section's last result.
+    ``fresh``: the pass stores y, it does not add. ``packed``: a 4-bit format, all R rows are used.
+    """
+    return data.StructLayout({
+        "group": max(1, ceil_log2(config.token_groups)),
+        "row": element_bits(config) + 1,
+        "slots": range(config.token_lanes + 1),
+        "last_group": 1,
+        "last": 1,
+        "down": 1,
+        "linear": 1,
+        "two_planes": 1,
+        "packed": 1,
+        "x_bank": 1,
+        "slot_bank": 1,
+        "fresh": 1,
+    })
+
+
+def result_element(config: AcceleratorConfig) -> data.StructLayout:
+    """Return one row's output for one slot: gate, up (``down`` 0) or down; ``last``: the section's last."""
+    return data.StructLayout({
+        **dict(element(config).members),
+        "down": 1,
+        "last": 1,
+        "slot_bank": 1,
+        "fresh": 1,
+    })
+
+
+def hidden_element(config: AcceleratorConfig) -> data.StructLayout:
+    """Return one element of h; ``last``: the pass's last."""
+    return data.StructLayout({
+        "slot": slot_bits(config),
+        "index": element_bits(config),
+        "value": internal_float(),
+        "last": 1,
+    })
+
+
+def base_address(config: AcceleratorConfig) -> data.StructLayout:
+    """Return the address of a base exponent: a slot of x (``bank``) or of h (``hidden``, bank 0)."""
+    return data.StructLayout({"slot": slot_bits(config), "bank": 1, "hidden": 1})
