@@ -74,7 +74,7 @@ class BlockQuantiser(wiring.Component):
         mantissa = round(significand / 2**(shift + floor - top + 17 or 9))        half to even
         base     = floor - 6 or 14
 
-        i_group --> floor, gap, shift --> distances --> [shift, shift] --> round, sign --> join --> w_*
+        i_group --> floor, gap, shift --> distances --> shift --> round, sign --> join --> w_*
 
     A block's groups come in order, other blocks' groups not between them, the last with
     ``block_end``; a slot's last one with ``slot_end``. The lane write appears LATENCY_CYCLES after

@@ -149,7 +149,7 @@ def element(config: AcceleratorConfig) -> data.StructLayout:
 def result_tag(config: AcceleratorConfig) -> data.StructLayout:
     """Return what a result of the array (one tile times one group of tokens) is.
 
-    ``row``: of the tile's first row. ``slots``: tokens in the group. ``last``: the section's last result.
+    ``row``: the tile's first. ``slots``: tokens in the group. ``last``: the section's last result.
     ``fresh``: the pass stores y, it does not add. ``packed``: a 4-bit format, all R rows are used.
     """
     return data.StructLayout({
@@ -169,7 +169,7 @@ def result_tag(config: AcceleratorConfig) -> data.StructLayout:
 
 
 def result_element(config: AcceleratorConfig) -> data.StructLayout:
-    """Return one row's output for one slot: gate, up (``down`` 0) or down; ``last``: the section's last."""
+    """Return one row's output for one slot: gate, up or ``down``; ``last``: the section's last."""
     return data.StructLayout({
         **dict(element(config).members),
         "down": 1,

@@ -91,8 +91,8 @@ def split_address(config, address):
 
 
 def monitor_lanes(quantiser, config, lanes, bases):
-    """Return a process that collects lane writes and base exponents of ``w_*`` and ``base_*``
-    members.""" async def process(ctx):
+    """Return a process that collects lane writes and base exponents (``w_*``, ``base_*`` members)."""
+    async def process(ctx):
         slot_bits = (config.max_slots - 1).bit_length()
         async for *_, w_en, address, value, base_en, base_address, base in (
             ctx.tick().sample(quantiser.w_en, quantiser.w_address, quantiser.w_data,
