@@ -1,4 +1,4 @@
-"""AXI4 and AXI4-Lite signatures, seen from the master; flat member names, as on a Verilog boundary."""
+"""AXI4 and AXI4-Lite signatures, seen from the master; flat names, as in Verilog."""
 
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
@@ -21,7 +21,8 @@ class AXI4Signature(wiring.Signature):
         if not isinstance(addr_width, int) or not 1 <= addr_width <= 64:
             raise ValueError(f"addr_width must be from 1 to 64, not {addr_width!r}")
         if data_width not in (8, 16, 32, 64, 128, 256, 512, 1024):
-            raise ValueError(f"data_width must be a power of two from 8 to 1024, not {data_width!r}")
+            raise ValueError(
+                f"data_width must be a power of two from 8 to 1024, not {data_width!r}")
         if not isinstance(id_width, int) or id_width < 1:
             raise ValueError(f"id_width must be 1 or more, not {id_width!r}")
         self._addr_width = addr_width

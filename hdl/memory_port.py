@@ -23,7 +23,7 @@ _BURST_INCR = 1
 
 
 def _burst(config):
-    """Return a burst: its aligned block, its first and last beat in the block, last of its request."""
+    """Return a burst: aligned block, first and last beat in it, whether its request ends."""
     index = exact_log2(config.max_burst_beats)
     return data.StructLayout({
         "start": index,
@@ -99,27 +99,27 @@ class MemoryPort(wiring.Component):
                 <-- done <------------ [count of answers] <------------------- B
 
     Every request is cut into INCR bursts that stay within aligned blocks of
-    ``config.max_burst_beats`` beats, hence within a 4 KiB page. Reader i uses ARID i; between readers
-    the lowest number wins, decided burst by burst. Up to 60 bursts of each reader are outstanding.
-    Answers are routed by RID and may come in any order between readers. RREADY and BREADY are
-    constantly 1. One write request is served at a time (writer 0 first); AW runs at most
+    ``config.max_burst_beats`` beats, hence within a 4 KiB page. Reader i uses ARID i; between
+    readers the lowest number wins, decided burst by burst. Up to 60 bursts of each reader are
+    outstanding. Answers are routed by RID and may come in any order between readers. RREADY and
+    BREADY are constantly 1. One write request is served at a time (writer 0 first); AW runs at most
     WRITE_AHEAD_BURSTS ahead of W.
 
     A burst that is not wholly inside ``[window_base, window_limit)`` never reaches the bus. A
-    reader gets its beats as zeros, in order, once it has nothing outstanding (no new read bursts are
-    issued meanwhile); a writer's beats are swallowed, and ``done`` comes all the same. The first
-    fault is latched until ``clear_faults``; at most one of ``fault_window`` and ``fault_bus`` is set.
-    An answer with an error sets ``fault_bus`` and passes as it comes. ``fault_address`` is the
-    burst's first byte (0 for a write that memory refused) and valid one cycle after the flag.
+    reader gets its beats as zeros, in order, once it has nothing outstanding (no new read bursts
+    are issued meanwhile); a writer's beats are swallowed, and ``done`` comes all the same. The
+    first fault is latched until ``clear_faults``: one of ``fault_window`` and ``fault_bus``, never
+    both. An answer with an error sets ``fault_bus`` and passes as it comes. ``fault_address`` is
+    the burst's first byte (0 for a write that memory refused), valid one cycle after the flag.
 
     ``flush`` is held until ``idle``. Meanwhile no request is accepted, no burst is issued, what was
     accepted is dropped without ``done`` or data, and write bursts already issued are completed with
     beats whose strobes are 0. Then everything but the latched fault is as after reset.
 
     Latency: ARVALID 3 cycles after a request is accepted; data 1 cycle after the R beat; WVALID
-    1 cycle after a beat of data; ``done`` 2 cycles after the last BVALID. Throughput: one AR a cycle
-    within a request, a request of one burst every 2 cycles for a reader; one R beat and one W beat a
-    cycle. Changes of the window take 2 cycles.
+    1 cycle after a beat of data; ``done`` 2 cycles after the last BVALID. Throughput: one AR a
+    cycle within a request, a request of one burst every 2 cycles for a reader; one R beat and one
+    W beat a cycle. Changes of the window take 2 cycles.
 
     Parameters
     ----------
@@ -212,9 +212,10 @@ class MemoryPort(wiring.Component):
             read_splitters.append(splitter)
 
         pointer = exact_log2(OUTSTANDING_BURSTS)
-        outstanding = Array(Signal(pointer + 1, name=f"outstanding{i}") for i in range(len(readers)))
-        write_index = Array(Signal(pointer, name=f"write_index{i}") for i in range(len(readers)))
-        read_index = Array(Signal(pointer, name=f"read_index{i}") for i in range(len(readers)))
+        numbers = range(len(readers))
+        outstanding = Array(Signal(pointer + 1, name=f"outstanding{i}") for i in numbers)
+        write_index = Array(Signal(pointer, name=f"write_index{i}") for i in numbers)
+        read_index = Array(Signal(pointer, name=f"read_index{i}") for i in numbers)
 
         chosen_valid = Signal()
         chosen = Signal(burst_layout)
@@ -333,7 +334,10 @@ class MemoryPort(wiring.Component):
         for i, writer in enumerate(writers):
             m.d.comb += writer.request.ready.eq(free & splitter.request.ready)
             with m.If(free & writer.request.valid):
-                m.d.comb += splitter.request.valid.eq(1), splitter.request.payload.eq(writer.request.payload)
+                m.d.comb += [
+                    splitter.request.valid.eq(1),
+                    splitter.request.payload.eq(writer.request.payload),
+                ]
                 with m.If(~flushing):
                     m.d.sync += [owner_valid.eq(1), owner.eq(i)]
             free = free & ~writer.request.valid
