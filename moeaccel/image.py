@@ -285,9 +285,9 @@ def unpack_section(words: Bytes, section: Section) -> QuantisedMatrix:
     scales = scales.reshape(tiles, section.groups, tile_rows).transpose(0, 2, 1)
     scales = scales.reshape(section.rows, section.groups)
 
-    codes = words[kinds == 2].reshape(tiles, section.steps, section.row_multipliers, BLOCK)
+    codes: Bytes = words[kinds == 2].reshape(tiles, section.steps, section.row_multipliers, BLOCK)
     if fmt.packed:
-        codes = np.stack([codes & 15, codes >> 4], axis=3)
+        codes = np.stack([codes & 15, codes >> 4], axis=3).astype(np.uint8)
     codes = codes.reshape(tiles, section.steps, tile_rows, BLOCK).transpose(0, 2, 1, 3)
     integers = decode_integers(fmt, np.ascontiguousarray(codes).reshape(section.rows, section.k))
     return QuantisedMatrix(
@@ -348,7 +348,8 @@ def build_image(gate_up: QuantisedMatrix, down: QuantisedMatrix, row_multipliers
 
 def build_linear_image(matrix: QuantisedMatrix, row_multipliers: int) -> Bytes:
     """Return the image of one linear layer, (d_out, d_in), header included."""
-    shape = LinearShape(matrix.format, *matrix.integers.shape, row_multipliers)
+    d_out, d_in = matrix.integers.shape
+    shape = LinearShape(matrix.format, d_out, d_in, row_multipliers)
     payload = pack_section(matrix, row_multipliers)
     raw = HEADER.pack(
         MAGIC,
