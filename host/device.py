@@ -51,8 +51,18 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 """Called with (experts uploaded, experts in all)."""
 
+Stack = Tensor | Sequence[Tensor]
+"""One matrix for each expert."""
+
 _SPURIOUS_INTERRUPTS = 64
 _GRID_EXPONENTS = range(-100, 61)
+
+
+def _stack_shape(name: str, stack: Stack, *dims: str) -> tuple[int, ...]:
+    """Return (E, rows, K) of a tensor, or of a sequence of matrices by its first."""
+    if isinstance(stack, Sequence):
+        return len(stack), *(shape_of(f"{name}[0]", stack[0], *dims) if len(stack) else (0, 0))
+    return shape_of(name, stack, "E", *dims)
 
 
 @contextlib.contextmanager
@@ -201,7 +211,7 @@ class Device:
         return self._last_cycles
 
     # -- weights -----------------------------------------------------------------------------------
-    def load_experts(self, gate_up: Tensor, down: Tensor, *, activation: str = "silu",
+    def load_experts(self, gate_up: Stack, down: Stack, *, activation: str = "silu",
                      weight_format: str = "int4_g32", activation_bits: int = 16,
                      grid_exponent: int = -28, progress: Progress | None = None) -> Experts:
         """Quantise the experts of one layer and put them into the device's memory.
@@ -209,8 +219,9 @@ class Device:
         Parameters
         ----------
         gate_up : float tensor, (E, 2 I, H)
-            Gate rows, then up rows, of each expert.
+            Gate rows, then up rows, of each expert. Or a sequence of E matrices, taken one by one.
         down : float tensor, (E, H, I)
+            Or a sequence of E matrices.
         activation : :class:`str`
             Of the gate: ``"silu"``.
         weight_format : :class:`str`
@@ -232,17 +243,21 @@ class Device:
         UploadError
             If an image does not read back.
         """
-        experts, rows, d_model = shape_of("gate_up", gate_up, "E", "2 I", "H")
-        shape = shape_of("down", down, "E", "H", "I")
+        experts, rows, d_model = _stack_shape("gate_up", gate_up, "2 I", "H")
+        shape = _stack_shape("down", down, "H", "I")
         if shape != (experts, d_model, rows // 2) or rows % 2:
             raise InvalidTensor(
                 f"down must have the shape (E, H, I) = {(experts, d_model, rows // 2)} for gate_up "
                 f"{(experts, rows, d_model)} = (E, 2 I, H), not {shape}")
 
-        def quantised() -> Iterable[Expert]:
+        def quantised() -> Iterator[Expert]:
             for e in range(experts):
-                yield Expert.quantise(float32("gate_up", gate_up[e]), float32("down", down[e]),
-                                      weight_format)
+                matrices = float32("gate_up", gate_up[e]), float32("down", down[e])
+                if matrices[0].shape != (rows, d_model) or matrices[1].shape != shape[1:]:
+                    raise InvalidTensor(
+                        f"expert {e} must have the shapes of expert 0, {(rows, d_model)} and "
+                        f"{shape[1:]}, not {matrices[0].shape} and {matrices[1].shape}")
+                yield Expert.quantise(*matrices, weight_format)
 
         return self._load_experts(
             quantised(), experts, d_model, rows // 2, format_name=weight_format,

@@ -63,10 +63,11 @@ def float32(name: str, value: Tensor) -> NDArray[np.float32]:
             raise InvalidTensor(f"{name} must be floating point, not {value.dtype}; convert it")
         array = value.detach().to(device="cpu", dtype=torch.float32).numpy()
         return np.ascontiguousarray(array)
-    if not np.issubdtype(value.dtype, np.floating):
-        raise InvalidTensor(f"{name} must be floating point, not {value.dtype}; convert it")
+    given = np.asarray(value)
+    if not np.issubdtype(given.dtype, np.floating):
+        raise InvalidTensor(f"{name} must be floating point, not {given.dtype}; convert it")
     with np.errstate(over="ignore"):  # the device reports infinities, and where they are
-        return np.ascontiguousarray(value, np.float32)
+        return np.ascontiguousarray(given, np.float32)
 
 
 def indices(name: str, value: Tensor, limit: int) -> NDArray[np.int32]:
