@@ -91,7 +91,7 @@ def split_address(config, address):
 
 
 def monitor_lanes(quantiser, config, lanes, bases):
-    """Return a process that collects lane writes and base exponents (``w_*``, ``base_*`` members)."""
+    """Return a process that collects lane writes (``w_*``) and base exponents (``base_*``)."""
     async def process(ctx):
         slot_bits = (config.max_slots - 1).bit_length()
         async for *_, w_en, address, value, base_en, base_address, base in (
