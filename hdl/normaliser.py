@@ -1,0 +1,156 @@
+"""Rounds an integer to a mantissa of fixed length and an exponent."""
+
+from amaranth import *
+from amaranth.lib import wiring
+from amaranth.lib.wiring import In, Out
+
+from moeaccel.arithmetic import MANTISSA_BITS
+from moeaccel.hdl.pipeline import Pipeline
+
+__all__ = ["Normaliser"]
+
+
+class Normaliser(wiring.Component):
+    """Round ``magnitude * 2**exponent`` to ``mantissa_bits`` significant bits, half to even.
+
+    Bit for bit ``normalise`` of :mod:`moeaccel.arithmetic`: the mantissa's highest bit is 1, or
+    the number is zero with exponent 0. The sign travels beside it, and so does a tag.
+
+        i_* --> shift left until the top bit is 1, largest steps first --> round up? --> add --> o_*
+
+    Latency ``latency_cycles``; one number per cycle, no flow control. Reset forgets what is under
+    way.
+
+    Parameters
+    ----------
+    width : :class:`int`
+        Bits of the magnitude.
+    mantissa_bits : :class:`int`
+        Bits of the result.
+    exponent_bits : :class:`int`
+        Bits of both signed exponents; the result must fit.
+    max_leading_zeros : :class:`int`
+        Most leading zeros of a magnitude other than zero, if that is known; fewer cost less.
+    tag : shape
+        Of what travels along.
+
+    Members
+    -------
+    i_valid : :py:`In(1)`
+    i_sign : :py:`In(1)`
+    i_magnitude : :py:`In(width)`
+    i_exponent : :py:`In(signed(exponent_bits))`
+    i_tag : :py:`In(tag)`
+    o_valid : :py:`Out(1)`
+    o_sign : :py:`Out(1)`
+        0 when the number is zero.
+    o_magnitude : :py:`Out(mantissa_bits)`
+    o_exponent : :py:`Out(signed(exponent_bits))`
+    o_tag : :py:`Out(tag)`
+    """
+
+    def __init__(self, width, *, exponent_bits, mantissa_bits=MANTISSA_BITS,
+                 max_leading_zeros=None, tag=1):
+        if not isinstance(width, int) or width < 2:
+            raise ValueError(f"width must be an integer of at least 2, not {width!r}")
+        if not isinstance(mantissa_bits, int) or not 2 <= mantissa_bits < width:
+            raise ValueError(
+                f"mantissa_bits must be an integer from 2 to width - 1, not {mantissa_bits!r}")
+        if max_leading_zeros is None:
+            max_leading_zeros = width - 1
+        if not isinstance(max_leading_zeros, int) or not 1 <= max_leading_zeros < width:
+            raise ValueError("max_leading_zeros must be an integer from 1 to width - 1, "
+                             f"not {max_leading_zeros!r}")
+        self._width = width
+        self._mantissa_bits = mantissa_bits
+        self._max_leading_zeros = max_leading_zeros
+        super().__init__({
+            "i_valid": In(1),
+            "i_sign": In(1),
+            "i_magnitude": In(width),
+            "i_exponent": In(signed(exponent_bits)),
+            "i_tag": In(tag),
+            "o_valid": Out(1),
+            "o_sign": Out(1),
+            "o_magnitude": Out(mantissa_bits),
+            "o_exponent": Out(signed(exponent_bits)),
+            "o_tag": Out(tag),
+        })
+
+    @property
+    def width(self):
+        """Bits of the magnitude."""
+        return self._width
+
+    @property
+    def mantissa_bits(self):
+        """Bits of the result."""
+        return self._mantissa_bits
+
+    @property
+    def max_leading_zeros(self):
+        """Most leading zeros of a magnitude other than zero."""
+        return self._max_leading_zeros
+
+    @property
+    def _shift_stages(self):
+        """Shift distances, one tuple for each pipeline stage; a wide test for zero has its own."""
+        bits = range(self._max_leading_zeros.bit_length() - 1, -1, -1)
+        stages = [(1 << bit,) for bit in bits if bit > 3]
+        for pair in ((8, 4), (2, 1)):
+            stage = tuple(step for step in pair if step <= self._max_leading_zeros)
+            if stage:
+                stages.append(stage)
+        return stages
+
+    @property
+    def latency_cycles(self):
+        """Cycles from input to output."""
+        return len(self._shift_stages) + 2
+
+    def elaborate(self, platform):
+        m = Module()
+        width, mantissa_bits = self._width, self._mantissa_bits
+        p = Pipeline(m, self.i_valid)
+        magnitude, exponent = self.i_magnitude, self.i_exponent
+        sign, tag = self.i_sign, self.i_tag
+        zeros = Const(0, 0)  # leading zeros, the bits found so far
+        for steps in self._shift_stages:
+            for step in steps:
+                empty = Signal(name=f"empty{step}")
+                shifted = Signal(width, name=f"shifted{step}")
+                m.d.comb += [
+                    empty.eq(magnitude[width - step:] == 0),
+                    shifted.eq(Mux(empty, magnitude << step, magnitude)),
+                ]
+                magnitude = shifted
+                zeros = Cat(empty, zeros)
+            s = p.stage(magnitude=magnitude, exponent=exponent, sign=sign, tag=tag, zeros=zeros)
+            magnitude, exponent, sign, tag, zeros = (
+                s.magnitude, s.exponent, s.sign, s.tag, s.zeros)
+
+        fraction = width - mantissa_bits
+        keep = magnitude[fraction:]
+        half = magnitude[fraction - 1]
+        up = Signal()
+        scaled = Signal(exponent.shape())
+        m.d.comb += [
+            up.eq(half & (magnitude[:fraction - 1].any() | keep[0])),
+            scaled.eq(exponent + fraction - zeros),
+        ]
+        s = p.stage(keep=keep, up=up, exponent=scaled, sign=sign, tag=tag)
+
+        total = Signal(mantissa_bits + 1)
+        zero = Signal()
+        m.d.comb += [total.eq(s.keep + s.up), zero.eq(~s.keep[-1])]
+        out = p.stage(
+            magnitude=Cat(total[:mantissa_bits - 1], total[mantissa_bits - 1:].any()),
+            exponent=Mux(zero, 0, s.exponent + total[-1]), sign=s.sign & ~zero, tag=s.tag)
+        m.d.comb += [
+            self.o_valid.eq(p.valid),
+            self.o_sign.eq(out.sign),
+            self.o_magnitude.eq(out.magnitude),
+            self.o_exponent.eq(out.exponent),
+            self.o_tag.eq(out.tag),
+        ]
+        return m
