@@ -189,9 +189,9 @@ class GoldenTransport(Transport):
         if register is None or not 0 <= value < 1 << 32:
             raise InvalidOption("register write must be 32 bits to an address in the register "
                                 f"map, not {value:#x} to {address:#x}")
+        if register.fields:
+            value &= sum(((1 << f.bits) - 1) << f.offset for f in register.fields)
         if register.access is Access.RW:
-            if register.name in ("SQ_TAIL", "CQ_HEAD"):
-                value &= self._entries - 1
             self._registers[address] = value
         elif register.access is Access.W1C:
             self._registers[address] &= ~value
@@ -273,8 +273,9 @@ class GoldenTransport(Transport):
 
     def _execute_ring(self) -> None:
         mask = self._entries - 1
-        while self._get("ENABLE") & 1 and self._get("SQ_HEAD") != self._get("SQ_TAIL") and (
-                (self._get("CQ_TAIL") + 1) & mask != self._get("CQ_HEAD")):
+        while (self._get("ENABLE") & 1
+               and self._get("SQ_HEAD") != self._get("SQ_TAIL") & mask
+               and (self._get("CQ_TAIL") + 1) & mask != self._get("CQ_HEAD") & mask):
             head, tail = self._get("SQ_HEAD"), self._get("CQ_TAIL")
             completion = self._execute(self._get64("SQ_BASE") + ENTRY_BYTES * head)
             self._set("SQ_HEAD", (head + 1) & mask)

@@ -1,0 +1,21 @@
+import os
+
+import pytest
+import torch
+
+from moeaccel.host import open_device
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Let workers side by side not spin for each other's cores: the products here are small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def device():
+    with open_device("golden", config="tiny", memory_bytes=1 << 24, timeout_s=1) as opened:
+        yield opened

@@ -1,0 +1,644 @@
+import gc
+import threading
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from moeaccel import golden
+from moeaccel.commands import Opcode, Status
+from moeaccel.config import PRESETS
+from moeaccel.errors import FormatError, MoeAccelError
+from moeaccel.formats import FORMATS, quantise
+from moeaccel.host import errors, open_device
+from moeaccel.host.device import Command
+from moeaccel.host.transports.golden import GoldenTransport
+from moeaccel.image import Expert
+from moeaccel.registers import REGISTERS
+
+TINY = PRESETS["tiny"]
+
+
+def draw_weights(rng, experts=4, d_model=64, d_expert=96):
+    gate_up = rng.standard_normal((experts, 2 * d_expert, d_model), np.float32) / 8
+    down = rng.standard_normal((experts, d_model, d_expert), np.float32) / 8
+    return gate_up, down
+
+
+def draw_call(rng, tokens, top_k=2, experts=4, d_model=64):
+    x = rng.standard_normal((tokens, d_model), np.float32)
+    ids = rng.integers(0, experts, (tokens, top_k))
+    return x, ids, rng.random((tokens, top_k), np.float32)
+
+
+def layer_of(gate_up, down, name="int4_g32"):
+    return [Expert.quantise(g, d, name) for g, d in zip(gate_up, down, strict=True)]
+
+
+class Hung(GoldenTransport):
+    """A device that stops fetching while ``hang`` is set, until it is reset."""
+
+    hang = False
+
+    def _execute_ring(self):
+        if not self.hang:
+            super()._execute_ring()
+
+    def _soft_reset(self):
+        self.hang = False
+        super()._soft_reset()
+
+
+@pytest.fixture(scope="module")
+def shared():
+    with open_device("golden", config="tiny", memory_bytes=1 << 24) as device:
+        yield device
+
+
+@pytest.fixture
+def hung():
+    with open_device(Hung(TINY, memory_bytes=1 << 24), config="tiny", timeout_s=0.1) as device:
+        yield device
+
+
+@pytest.fixture
+def experts(device):
+    return device.load_experts(*draw_weights(np.random.default_rng(7)))
+
+
+# -- bits ------------------------------------------------------------------------------------------
+ROUTINGS = {
+    "free": lambda rng, shape, experts: rng.integers(0, experts, shape),
+    "one expert": lambda rng, shape, experts: np.full(shape, rng.integers(experts)),
+    "half of the experts": lambda rng, shape, experts: rng.integers(0, max(1, experts // 2), shape),
+    "invalid ids too": lambda rng, shape, experts: rng.integers(-3, experts + 3, shape),
+    "nothing": lambda rng, shape, experts: np.full(shape, -1),
+    "far out": lambda rng, shape, experts: rng.choice([-(1 << 62), 1 << 62, 1 << 32, 0], shape),
+}
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    seed=st.integers(0, 1 << 30), experts=st.integers(1, 6), steps=st.integers(1, 4),
+    hidden=st.integers(1, 4), tokens=st.sampled_from([0, 1, 2, 5, 17, 64, 65, 131]),
+    top_k=st.sampled_from([1, 2, 5, 16]), name=st.sampled_from(list(FORMATS)),
+    bits=st.sampled_from([8, 16]), routing=st.sampled_from(list(ROUTINGS)))
+def test_experts_are_the_golden_model_bit_for_bit(shared, seed, experts, steps, hidden, tokens,
+                                                  top_k, name, bits, routing):
+    rng = np.random.default_rng(seed)
+    weights = draw_weights(rng, experts, 32 * steps, 32 * hidden)
+    x, _, scores = draw_call(rng, tokens, top_k, experts, 32 * steps)
+    ids = ROUTINGS[routing](rng, (tokens, top_k), experts)
+    with shared.load_experts(*weights, weight_format=name, activation_bits=bits) as loaded:
+        y = loaded(x, ids, scores)
+        expected = golden.experts(x, ids, scores, layer_of(*weights, name), planes=bits // 8)
+        assert y.dtype == np.float32
+        assert np.array_equal(y, expected.y)
+        parts = -(-tokens // min(TINY.max_tokens, TINY.max_assignments // top_k))
+        assert loaded.last.commands == parts
+        assert loaded.last.tokens == tokens
+    assert shared.memory.free_blocks == 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 1 << 30), d_in=st.integers(1, 8), d_out=st.integers(1, 8),
+    tokens=st.sampled_from([0, 1, 64, 65, 200]), name=st.sampled_from(list(FORMATS)),
+    bits=st.sampled_from([8, 16]))
+def test_linear_is_the_golden_model_bit_for_bit(shared, seed, d_in, d_out, tokens, name, bits):
+    rng = np.random.default_rng(seed)
+    weight = rng.standard_normal((32 * d_out, 32 * d_in), np.float32)
+    x = rng.standard_normal((tokens, 32 * d_in), np.float32)
+    with shared.load_linear(weight, weight_format=name, activation_bits=bits) as loaded:
+        expected = golden.gemm(x, quantise(weight, name), planes=bits // 8)
+        assert np.array_equal(loaded(x), expected.y)
+        assert loaded.last.commands == -(-tokens // TINY.max_tokens)
+    assert shared.memory.free_blocks == 1
+
+
+def test_splitting_changes_no_bit(device, experts):
+    rng = np.random.default_rng(0)
+    call = draw_call(rng, 150)
+    whole = experts(*call)
+    assert experts.last.commands == 3
+    pieces = [experts(*(array[t : t + 1] for array in call)) for t in range(150)]
+    assert np.array_equal(whole, np.concatenate(pieces))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("index", [torch.int64, torch.int32])
+def test_torch_in_torch_out(experts, dtype, index):
+    x, ids, weights = (torch.from_numpy(a) for a in draw_call(np.random.default_rng(1), 9))
+    y = experts(x.to(dtype, copy=True).requires_grad_(), ids.to(index), weights.to(torch.bfloat16))
+    assert y.dtype is dtype
+    assert not y.requires_grad
+    expected = experts(x.to(dtype).float().numpy(), ids.numpy(),
+                       weights.to(torch.bfloat16).float().numpy())
+    assert torch.equal(y, torch.from_numpy(expected).to(dtype))
+
+
+def test_numpy_in_numpy_out(experts):
+    x, ids, weights = draw_call(np.random.default_rng(1), 9)
+    y = experts(x.astype(np.float16), ids.astype(np.int32), weights.astype(np.float64))
+    assert isinstance(y, np.ndarray)
+    assert y.dtype == np.float16
+    mixed = experts(x.astype(np.float16), torch.from_numpy(ids), torch.from_numpy(weights))
+    assert np.array_equal(y, mixed)
+
+
+def test_weights_may_be_a_sequence_of_matrices_of_any_type(device, experts):
+    gate_up, down = draw_weights(np.random.default_rng(7))
+    tensors = [torch.from_numpy(g) for g in gate_up]
+    call = draw_call(np.random.default_rng(1), 9)
+    other = device.load_experts(tensors, list(down))
+    assert np.array_equal(other(*call), experts(*call))
+    half = device.load_experts(torch.from_numpy(gate_up).half(), torch.from_numpy(down).bfloat16())
+    expected = golden.experts(*call, layer_of(torch.from_numpy(gate_up).half().float().numpy(),
+                                              torch.from_numpy(down).bfloat16().float().numpy()))
+    assert np.array_equal(half(*call), expected.y)
+
+
+def test_quantised_experts_load_as_they_are(device, experts):
+    layer = layer_of(*draw_weights(np.random.default_rng(7)))
+    seen = []
+    loaded = device.load_quantised(layer, progress=lambda done, total: seen.append((done, total)))
+    call = draw_call(np.random.default_rng(1), 9)
+    assert np.array_equal(loaded(*call), experts(*call))
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert loaded.shape == experts.shape
+    assert loaded.num_experts == 4
+    assert loaded.coarsened == sum(e.gate_up.coarsened + e.down.coarsened for e in layer)
+
+
+def test_weights_live_in_device_memory(device, experts):
+    """What the device computes follows the bytes of the image, not what the driver remembers."""
+    x, ids, weights = draw_call(np.random.default_rng(3), 5)
+    before = experts(x, ids, weights)
+    transport, stride = device.transport, experts.shape.stride
+    images = [transport.memory_read(experts._images.address + e * stride, stride) for e in range(4)]
+    for e in range(4):
+        transport.memory_write(experts._images.address + e * stride, images[3 - e])
+    assert np.array_equal(experts(x, 3 - ids, weights), before)
+    assert not np.array_equal(experts(x, ids, weights), before)
+
+
+# -- asynchronous ----------------------------------------------------------------------------------
+@settings(max_examples=15, deadline=None)
+@given(st.permutations(range(9)), st.integers(1, 3))
+def test_results_may_be_taken_in_any_order(order, ring_log2):
+    with open_device("golden", config="tiny", memory_bytes=1 << 24, ring_log2=ring_log2) as device:
+        weights = draw_weights(np.random.default_rng(0))
+        layer, loaded = layer_of(*weights), device.load_experts(*weights)
+        calls = [draw_call(np.random.default_rng(i), 3 + 9 * i) for i in range(9)]
+        handles = [loaded.submit(*call) for call in calls]
+        for i in order:
+            y = loaded.sync(handles[i])
+            assert np.array_equal(y, golden.experts(*calls[i], layer).y)
+        loaded.close()
+        assert device.memory.free_blocks == 1
+
+
+def test_a_ring_goes_around_many_times():
+    with open_device("golden", config="tiny", memory_bytes=1 << 24, ring_log2=1) as device:
+        weights = draw_weights(np.random.default_rng(0))
+        loaded = device.load_experts(*weights)
+        call = draw_call(np.random.default_rng(1), 2)
+        expected = golden.experts(*call, layer_of(*weights)).y
+        for _ in range(30):
+            handles = [loaded.submit(*call) for _ in range(3)]
+            for handle in handles:
+                assert np.array_equal(loaded.sync(handle), expected)
+        assert device.counters()["commands"] == 90
+
+
+def test_dropped_handles_give_their_buffers_back(device, experts):
+    before = device.memory.free_bytes
+    for _ in range(100):
+        experts.submit(*draw_call(np.random.default_rng(0), 64))
+    device.fence()
+    gc.collect()
+    experts(*draw_call(np.random.default_rng(0), 1))
+    gc.collect()
+    assert device.memory.free_bytes == before
+
+
+def test_dropped_layers_give_their_memory_back(device):
+    before = device.memory.free_bytes
+    loaded = device.load_experts(*draw_weights(np.random.default_rng(0)))
+    handle = loaded.submit(*draw_call(np.random.default_rng(0), 10))
+    assert device.memory.free_bytes < before
+    del loaded, handle
+    gc.collect()
+    device.fence()
+    gc.collect()
+    assert device.memory.free_bytes == before
+
+
+def test_a_handle_is_used_once(device, experts):
+    call = draw_call(np.random.default_rng(0), 3)
+    handle = experts.submit(*call)
+    experts.sync(handle)
+    with pytest.raises(errors.HandleConsumed, match="already taken"):
+        experts.sync(handle)
+    other = device.load_experts(*draw_weights(np.random.default_rng(0)))
+    with pytest.raises(errors.HandleConsumed, match="this layer"):
+        other.sync(experts.submit(*call))
+
+
+def test_a_call_larger_than_memory_goes_through_in_pieces():
+    config = TINY.replace(name="odd", max_tokens=16)
+    with open_device("golden", config=config, memory_bytes=1 << 17) as device:
+        weights = draw_weights(np.random.default_rng(0), 2)
+        loaded = device.load_experts(*weights)
+        call = draw_call(np.random.default_rng(1), 300, experts=2)
+        assert np.array_equal(loaded(*call), golden.experts(*call, layer_of(*weights)).y)
+        assert loaded.last.commands == 19
+
+
+def test_several_threads_share_a_device(device, experts):
+    layer = layer_of(*draw_weights(np.random.default_rng(7)))
+    wrong = []
+
+    def work(seed):
+        rng = np.random.default_rng(seed)
+        for _ in range(8):
+            call = draw_call(rng, int(rng.integers(1, 80)))
+            if not np.array_equal(experts(*call), golden.experts(*call, layer).y):
+                wrong.append(seed)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+# -- errors before anything is sent ----------------------------------------------------------------
+X = np.zeros((3, 64), np.float32)
+IDS = np.zeros((3, 2), np.int64)
+WEIGHTS = np.zeros((3, 2), np.float32)
+
+
+@pytest.mark.parametrize(("x", "ids", "weights", "error", "message"), [
+    ([[0.0]], IDS, WEIGHTS, errors.InvalidTensor, r"x must be a torch.Tensor .*not list"),
+    (X[0], IDS, WEIGHTS, errors.InvalidTensor, r"x must have the shape \(T, 64\), not \(64,\)"),
+    (X[:, :32], IDS, WEIGHTS, errors.InvalidTensor, r"x must have the shape \(T, 64\) of this"),
+    (X.astype(int), IDS, WEIGHTS, errors.InvalidTensor, "x must be floating point, not int64"),
+    (torch.zeros(3, 64, dtype=torch.int8), IDS, WEIGHTS, errors.InvalidTensor, "torch.int8"),
+    (X, IDS[:2], WEIGHTS, errors.InvalidTensor, r"ids must have the shape .* T = 3, not \(2, 2\)"),
+    (X, IDS.astype(float), WEIGHTS, errors.InvalidTensor, "ids must be integers"),
+    (X, IDS.astype(bool), WEIGHTS, errors.InvalidTensor, "ids must be integers"),
+    (X, torch.zeros(3, 2, dtype=torch.bfloat16), WEIGHTS, errors.InvalidTensor, "integers"),
+    (X, IDS, WEIGHTS[:, :1], errors.InvalidTensor, r"weights must have the shape of ids, \(3, 2\)"),
+    (X, IDS, IDS, errors.InvalidTensor, "weights must be floating point"),
+    (X, np.zeros((3, 17), int), np.zeros((3, 17)), errors.LimitExceeded, "at most 16 experts"),
+])
+def test_calls_are_checked_before_they_are_sent(device, experts, x, ids, weights, error, message):
+    with pytest.raises(error, match=message) as caught:
+        experts(x, ids, weights)
+    assert isinstance(caught.value, MoeAccelError)
+    assert device.counters()["commands"] == 0
+
+
+def zeros(*shape):
+    return np.zeros(shape, np.float32)
+
+
+@pytest.mark.parametrize(("gate_up", "down", "options", "error", "message"), [
+    (zeros(2, 64, 64), zeros(2, 64, 64), {}, errors.InvalidTensor, r"down must .* \(2, 64, 32\)"),
+    (zeros(2, 64), zeros(2, 64, 32), {}, errors.InvalidTensor, r"\(E, 2 I, H\), not \(2, 64\)"),
+    (zeros(2, 96, 64), zeros(2, 64, 48), {}, FormatError, "d_expert must be .* multiple of 32"),
+    (zeros(2, 64, 40), zeros(2, 40, 32), {}, FormatError, "d_model must be .* multiple of 32"),
+    (zeros(0, 64, 64), zeros(0, 64, 32), {}, errors.InvalidTensor, "at least 1"),
+    ([zeros(64, 64), zeros(128, 64)], [zeros(64, 32)] * 2, {}, errors.InvalidTensor, "expert 1"),
+    (zeros(17, 64, 64), zeros(17, 64, 32), {}, errors.LimitExceeded, r"max_experts = 16.*'small'"),
+    (zeros(2, 64, 512), zeros(2, 512, 32), {}, errors.LimitExceeded,
+     r"d_model must be at most max_dim = 256 of config 'tiny', not 512; config 'small' fits"),
+    (zeros(2, 4096, 64), zeros(2, 64, 2048), {}, errors.LimitExceeded, "config 'ulx3s' fits"),
+    (zeros(1, 64, 65536), zeros(1, 65536, 32), {}, errors.LimitExceeded, "no preset fits"),
+    (zeros(2, 64, 64).astype(int), zeros(2, 64, 32), {}, errors.InvalidTensor, "floating point"),
+    (zeros(2, 64, 64) * np.nan, zeros(2, 64, 32), {}, FormatError, "finite"),
+    (zeros(2, 64, 64), zeros(2, 64, 32), {"weight_format": "int3"}, FormatError, "not 'int3'"),
+    (zeros(2, 64, 64), zeros(2, 64, 32), {"activation": "gelu"}, errors.InvalidOption,
+     "activation must be one of silu, not 'gelu'"),
+    (zeros(2, 64, 64), zeros(2, 64, 32), {"activation_bits": 4}, errors.InvalidOption, "8 or 16"),
+    (zeros(2, 64, 64), zeros(2, 64, 32), {"grid_exponent": 61}, errors.InvalidOption, "-100 to 60"),
+])
+def test_weights_are_checked(device, gate_up, down, options, error, message):
+    with pytest.raises(error, match=message) as caught:
+        device.load_experts(gate_up, down, **options)
+    assert isinstance(caught.value, MoeAccelError)
+    assert device.memory.free_blocks == 1
+
+
+def test_quantised_weights_are_checked(device):
+    one = layer_of(*draw_weights(np.random.default_rng(0), 1))
+    other = layer_of(*draw_weights(np.random.default_rng(0), 1), "mxfp4")
+    with pytest.raises(errors.InvalidTensor, match="one format and shape"):
+        device.load_quantised(one + other)
+    with pytest.raises(errors.InvalidTensor, match="at least one"):
+        device.load_quantised([])
+    with pytest.raises(errors.InvalidTensor, match="down must be int4_g32"):
+        device.load_quantised([Expert(one[0].gate_up, other[0].down)])
+
+
+def test_linear_weights_are_checked(device):
+    with pytest.raises(errors.LimitExceeded, match="d_out"):
+        device.load_linear(zeros(512, 64))
+    with pytest.raises(FormatError, match="d_in"):
+        device.load_linear(zeros(64, 65))
+    with pytest.raises(errors.InvalidTensor, match=r"\(N, K\)"):
+        device.load_linear(zeros(64))
+    with pytest.raises(errors.InvalidTensor, match="of this layer"):
+        device.load_linear(zeros(64, 32))(zeros(1, 64))
+
+
+def test_lack_of_device_memory_leaves_the_device_usable():
+    with open_device("golden", config="tiny", memory_bytes=1 << 17) as device:
+        rng = np.random.default_rng(0)
+        loaded = device.load_experts(*draw_weights(rng, 2))
+        with pytest.raises(errors.OutOfDeviceMemory, match="memory_bytes"):
+            device.load_experts(*draw_weights(rng, 16))
+        big = TINY.max_tokens
+        with pytest.raises(errors.OutOfDeviceMemory):
+            device.load_linear(zeros(256, 64))(zeros(big, 64))
+        assert loaded(*draw_call(rng, 2, experts=2)).shape == (2, 64)
+
+
+# -- errors of the device --------------------------------------------------------------------------
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("token", [0, 63, 64, 149])
+def test_values_that_are_not_finite_name_their_token(device, experts, value, token):
+    x, ids, weights = draw_call(np.random.default_rng(0), 150)
+    x[token, 17] = value
+    with pytest.raises(errors.NonFiniteInput, match=f"token {token} holds NaN") as caught:
+        experts(x, ids, weights)
+    assert caught.value.token == token
+    assert caught.value.status is Status.NONFINITE
+    x[token, 17] = 0
+    assert np.isfinite(experts(x, ids, weights)).all()
+
+
+def test_values_too_large_for_float32_are_not_finite(experts):
+    x, ids, weights = draw_call(np.random.default_rng(0), 3)
+    x = x.astype(np.float64)
+    x[2, 0] = 1e300
+    with pytest.raises(errors.NonFiniteInput, match="token 2"):
+        experts(x, ids, weights)
+
+
+def test_tokens_without_experts_may_hold_anything(experts):
+    x, ids, weights = draw_call(np.random.default_rng(0), 3)
+    x[1], ids[1] = np.nan, -1
+    assert not experts(x, ids, weights)[1].any()
+
+
+def test_overflow_of_the_grid_suggests_a_larger_one(device):
+    weights = draw_weights(np.random.default_rng(0))
+    call = draw_call(np.random.default_rng(0), 3)
+    loaded = device.load_experts(*weights, grid_exponent=-60)
+    with pytest.raises(errors.GridOverflow, match="larger grid_exponent") as caught:
+        loaded(*call)
+    assert caught.value.overflows == device.counters()["overflows"] > 0
+    coarse = device.load_experts(*weights, grid_exponent=-20)
+    expected = golden.experts(*call, layer_of(*weights), grid_exponent=-20).y
+    assert np.array_equal(coarse(*call), expected)
+
+
+def test_a_window_violation_names_its_address(device, experts):
+    call = draw_call(np.random.default_rng(0), 3)
+    good = experts(*call)
+    end = experts._images.address + 4096
+    for name, value in (("WINDOW_LIMIT_LO", end), ("WINDOW_LIMIT_HI", 0)):
+        device.transport.register_write(REGISTERS[name].address, value)
+    with pytest.raises(errors.WindowViolation, match="must be inside the memory window") as caught:
+        experts(*call)
+    assert caught.value.address >= end
+    device.reset()
+    assert np.array_equal(experts(*call), good)
+
+
+RAW = {"opcode": Opcode.EXPERTS, "tokens": 1, "top_k": 1}
+
+
+@pytest.mark.parametrize(("change", "error", "message"), [
+    ({"opcode": 77}, errors.CommandRejected, "opcode .*not 77"),
+    ({"tokens": 0}, errors.CommandRejected, "submission field tokens must be"),
+    ({"tokens": 65}, errors.CommandRejected, "submission field tokens must be"),
+    ({"top_k": 17}, errors.CommandRejected, "submission field top_k must be"),
+    ({"tokens": 64, "top_k": 5}, errors.CommandRejected, "submission field top_k must be"),
+    ({"x_address": 32}, errors.CommandRejected, "submission field x_address must be"),
+    ({"y_address": 1 << 50}, errors.CommandRejected, "submission field y_address must be"),
+    ({"layer_address": 0}, errors.WindowViolation, "burst at 0x0 "),
+    ({"layer_address": 1 << 30}, errors.WindowViolation, "burst at 0x40000000"),
+    ({"ids_address": 64}, errors.WindowViolation, "burst at 0x40 "),
+    ({"y_address": 1 << 24}, errors.WindowViolation, "burst at 0x1000000"),
+    ({"opcode": Opcode.GEMM}, errors.CommandRejected, "layer descriptor field kind or format"),
+])
+def test_bad_commands_are_rejected_and_the_next_one_runs(device, experts, change, error, message):
+    buffer = device.memory.allocate(1 << 16)
+    addresses = {f"{name}_address": buffer.address + 4096 * i for i, name in
+                 enumerate(("x", "ids", "weights", "y", "workspace"))}
+    fields = RAW | addresses | {"layer_address": experts._descriptor.address} | change
+    command = device.submit(fields, Command("test"))
+    device.wait(command)
+    with pytest.raises(error, match=message):
+        raise command.error()
+    call = draw_call(np.random.default_rng(0), 3)
+    layer = layer_of(*draw_weights(np.random.default_rng(7)))
+    assert np.array_equal(experts(*call), golden.experts(*call, layer).y)
+
+
+@pytest.mark.parametrize("status", list(Status))
+def test_every_status_has_an_error(status):
+    error = errors.command_error(status, 3, 0x40)
+    assert isinstance(error, errors.CommandFailed)
+    assert error.status is status
+    assert "must be" in str(error) or "ended" in str(error) or ";" in str(error)
+
+
+def test_an_unknown_status_is_reported():
+    with pytest.raises(errors.CommandFailed, match="not 99"):
+        raise errors.command_error(99, 0, 0)
+
+
+# -- timeouts, reset, abort ------------------------------------------------------------------------
+def test_a_hung_device_times_out_and_is_usable_after_a_reset(hung):
+    weights = draw_weights(np.random.default_rng(0))
+    loaded = hung.load_experts(*weights)
+    call = draw_call(np.random.default_rng(0), 3)
+    hung.transport.hang = True
+    handle = loaded.submit(*call)
+    message = r"completion of EXPERTS must come within 0.1 s.*STATUS is 0x0 \(idle\), SQ_HEAD 0 of"
+    for _ in range(2):
+        with pytest.raises(errors.DeviceTimeout, match=message):
+            loaded.sync(handle)
+    with pytest.raises(TimeoutError, match=r"within 0.05 s"):
+        loaded.sync(handle, timeout_s=0.05)
+    hung.reset()
+    with pytest.raises(errors.CommandAborted, match="submit it again"):
+        loaded.sync(handle)
+    assert np.array_equal(loaded(*call), golden.experts(*call, layer_of(*weights)).y)
+
+
+def test_a_full_ring_of_a_hung_device_times_out(hung):
+    loaded = hung.load_experts(*draw_weights(np.random.default_rng(0)))
+    hung.transport.hang = True
+    handles = [loaded.submit(*draw_call(np.random.default_rng(0), 3)) for _ in range(15)]
+    with pytest.raises(errors.DeviceTimeout, match="room in the submission ring for EXPERTS"):
+        loaded.submit(*draw_call(np.random.default_rng(0), 3))
+    hung.reset()
+    for handle in handles:
+        with pytest.raises(errors.CommandAborted):
+            loaded.sync(handle)
+    loaded.close()
+    gc.collect()
+    assert hung.memory.free_blocks == 1
+
+
+def test_a_device_that_recovers_keeps_its_commands(hung):
+    weights = draw_weights(np.random.default_rng(0))
+    loaded = hung.load_experts(*weights)
+    call = draw_call(np.random.default_rng(0), 3)
+    hung.transport.hang = True
+    handle = loaded.submit(*call)
+    with pytest.raises(errors.DeviceTimeout):
+        loaded.sync(handle)
+    hung.transport.hang = False
+    hung.transport.register_write(REGISTERS["ENABLE"].address, 1)
+    assert np.array_equal(loaded.sync(handle), golden.experts(*call, layer_of(*weights)).y)
+
+
+def test_closing_waits_for_what_is_in_flight(hung):
+    loaded = hung.load_experts(*draw_weights(np.random.default_rng(0)))
+    hung.transport.hang = True
+    handle = loaded.submit(*draw_call(np.random.default_rng(0), 3))
+    with pytest.raises(errors.DeviceTimeout):
+        loaded.close()
+    assert not loaded.closed
+    hung.reset()
+    loaded.close()
+    assert loaded.closed
+    with pytest.raises(errors.CommandAborted):
+        loaded.sync(handle)
+
+
+def test_a_lost_interrupt_is_no_timeout(device, experts):
+    handle = experts.submit(*draw_call(np.random.default_rng(0), 3))
+    device.transport.register_write(REGISTERS["IRQ_STATUS"].address, 3)
+    assert experts.sync(handle).shape == (3, 64)
+
+
+def test_an_interrupt_without_completions_is_a_timeout(hung, monkeypatch):
+    loaded = hung.load_experts(*draw_weights(np.random.default_rng(0)))
+    hung.transport.hang = True
+    handle = loaded.submit(*draw_call(np.random.default_rng(0), 3))
+    monkeypatch.setattr(hung.transport, "wait_interrupt", lambda timeout_s: True)
+    with pytest.raises(errors.DeviceTimeout):
+        loaded.sync(handle)
+
+
+def test_reset_and_abort_leave_weights_alone(device, experts):
+    call = draw_call(np.random.default_rng(0), 70)
+    expected = experts(*call)
+    handle = experts.submit(*call)
+    device.abort()  # nothing runs any more: the golden model is done before submit returns
+    assert np.array_equal(experts.sync(handle), expected)
+    for _ in range(3):
+        device.reset()
+        assert np.array_equal(experts(*call), expected)
+
+
+# -- opening and closing ---------------------------------------------------------------------------
+def test_a_closed_device_says_so(device, experts):
+    call = draw_call(np.random.default_rng(0), 3)
+    handle = experts.submit(*call)
+    device.close()
+    device.close()
+    assert device.closed
+    for action in (lambda: experts(*call), lambda: experts.sync(handle), device.counters,
+                   device.reset, device.abort, device.fence,
+                   lambda: device.load_experts(*draw_weights(np.random.default_rng(0)))):
+        with pytest.raises((errors.DeviceClosed, errors.CommandAborted)):
+            action()
+    experts.close()
+
+
+def test_a_closed_layer_says_so(experts):
+    with experts:
+        pass
+    experts.close()
+    with pytest.raises(errors.DeviceClosed, match="load it again"):
+        experts(X, IDS, WEIGHTS)
+
+
+def test_another_configuration_is_refused():
+    with pytest.raises(errors.ConfigMismatch, match=r"config 'small'\), not .*config 'tiny'"):
+        open_device(GoldenTransport(TINY, memory_bytes=1 << 20), config="small")
+    odd = TINY.replace(name="odd", max_dim=64)
+    with pytest.raises(errors.ConfigMismatch, match="no preset"):
+        open_device(GoldenTransport(odd, memory_bytes=1 << 20), config="small")
+
+
+@pytest.mark.parametrize(("register", "value", "message"), [
+    ("ID", 0xFFFFFFFF, "ID must read 0x41454f4d, not 0xffffffff"),
+    ("VERSION", 0x0002_0001, "VERSION must be 1.x, not 2.1"),
+])
+def test_something_else_is_refused(register, value, message):
+    transport = GoldenTransport(TINY, memory_bytes=1 << 20)
+    transport._registers[REGISTERS[register].address] = value
+    with pytest.raises(errors.DeviceNotFound, match=message):
+        open_device(transport, config="tiny")
+
+
+@pytest.mark.parametrize(("spec", "message"), [
+    ("serial:/dev/ttyUSB0", "does not support serial devices yet"),
+    ("xdma:0", "does not support xdma devices yet"),
+    ("replay:file", "does not support replay devices yet"),
+    ("gold", "must be 'golden' or 'rtl', not 'gold'"),
+])
+def test_other_devices_are_not_supported_yet(spec, message):
+    with pytest.raises(errors.UnsupportedTransport, match=message):
+        open_device(spec)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"timeout_s": 0}, "timeout_s"),
+    ({"ring_log2": 0}, "ring_log2 must be from 1 to 8, not 0"),
+    ({"ring_log2": 9}, "ring_log2"),
+    ({"watchdog_cycles": -1}, "watchdog_cycles"),
+    ({"memory_bytes": 4096}, "memory_bytes must be more than 4096"),
+    ({"memory_bytes": 1 << 50}, "memory_bytes must"),
+    ({"config": "huge"}, "config must be one of"),
+])
+def test_options_are_checked(options, message):
+    with pytest.raises(MoeAccelError, match=message):
+        open_device("golden", **({"config": "tiny", "memory_bytes": 1 << 20} | options))
+
+
+def test_damaged_uploads_are_found(device, monkeypatch):
+    read = device.transport.memory_read
+    monkeypatch.setattr(device.transport, "memory_read", lambda *a: read(*a) ^ 1)
+    with pytest.raises(errors.UploadError, match=r"header of expert 0 .* must read back"):
+        device.load_experts(*draw_weights(np.random.default_rng(0)))
+
+
+def test_counters_tell_what_was_done(device, experts):
+    x, ids, weights = draw_call(np.random.default_rng(0), 70)
+    ids[3] = -1
+    experts(x, ids, weights)
+    counters = device.counters()
+    assert counters["commands"] == 2
+    assert counters["tokens"] == 70
+    assert counters["assignments"] == 2 * 69
+    slots = TINY.max_slots // 2
+    passes = sum(-(-int((part == e).sum()) // slots) for part in (ids[:64], ids[64:])
+                 for e in range(4))
+    assert counters["expert_passes"] == passes
+    payload = experts.shape.image_bytes - experts.shape.header_bytes
+    assert counters["bytes_read_weights"] == passes * payload
+    assert counters["bytes_written"] >= 70 * 64 * 4 + 2 * 64
+    assert counters["bytes_read_other"] >= 2 * 128 + 70 * 64 * 4
+    assert device.last_cycles == experts.last.cycles
