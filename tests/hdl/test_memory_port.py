@@ -2,130 +2,31 @@
 
 import itertools
 import random
-from collections import deque
 
 import pytest
 from amaranth.sim import Simulator
 
 from moeaccel.config import PRESETS
 from moeaccel.hdl.memory_port import MemoryPort
+from tests.support.axi_memory import AxiMemory
 
 SIZE = 1 << 16
-OKAY, SLVERR = 0, 2
 
 
-class Bench:
-    """A port, a memory behind it, and what the clients saw.
+class Bench(AxiMemory):
+    """A port with a memory behind it, and what its clients saw."""
 
-    ``stall`` is the probability that the memory does not act in a cycle; reads of different ids are
-    answered in random order, beats interleaved.
-    """
-
-    def __init__(self, *, readers=2, writers=2, preset="tiny", seed=0, stall=0.0, latency=0,
-                 refuse=(), hold=lambda: False, window=(0, SIZE)):
+    def __init__(self, *, readers=2, writers=2, preset="tiny", window=(0, SIZE), **options):
         self.config = PRESETS[preset]
-        self.width = self.config.port_bytes
         self.dut = MemoryPort(self.config, readers=readers, writers=writers)
+        super().__init__(self.dut.axi_mem, size=SIZE, max_burst=self.config.max_burst_beats,
+                         window=window, **options)
         self.readers = [getattr(self.dut, f"reader{i}") for i in range(readers)]
         self.writers = [getattr(self.dut, f"writer{i}") for i in range(writers)]
-        self.random = random.Random(seed)
-        self.stall, self.latency, self.refuse, self.hold = stall, latency, refuse, hold
-        self.window = window
-        self.memory = bytearray(self.random.randbytes(SIZE))
-        self.cycle = 0
-        self.ar, self.aw, self.r_cycles, self.w_beats = [], [], [], []
         self.got = [[] for _ in range(readers)]
         self.done = [0] * writers
         self.counted = [0] * readers
         self.written = 0
-        self.unanswered = 0
-
-    def beat(self, address):
-        return int.from_bytes(self.memory[address:address + self.width], "little")
-
-    async def _memory(self, ctx):
-        axi, rng = self.dut.axi_mem, self.random
-        reads = {}
-        writes, w_queue, responses = deque(), deque(), deque()
-        held = {}
-        while True:
-            self.unanswered = sum(map(len, reads.values())) + len(writes) + len(responses)
-            hold = self.hold()
-            go = [not hold and rng.random() >= self.stall for _ in range(5)]
-            ctx.set(axi.arready, go[0])
-            ctx.set(axi.awready, go[1])
-            ctx.set(axi.wready, go[2])
-            ready = [i for i, queue in reads.items() if queue and queue[0][2] <= self.cycle]
-            ctx.set(axi.rvalid, 0)
-            ctx.set(axi.rdata, rng.getrandbits(8 * self.width))
-            ctx.set(axi.rid, rng.randrange(16))
-            ctx.set(axi.rlast, rng.random() < 0.5)
-            ctx.set(axi.rresp, SLVERR)
-            if ready and go[3]:
-                i = rng.choice(ready)
-                start, left, _, first = reads[i][0]
-                ctx.set(axi.rvalid, 1)
-                ctx.set(axi.rid, i)
-                ctx.set(axi.rdata, self.beat(start))
-                ctx.set(axi.rresp, SLVERR if first in self.refuse else OKAY)
-                ctx.set(axi.rlast, left == 1)
-                self.r_cycles.append(self.cycle)
-                if left == 1:
-                    reads[i].popleft()
-                else:
-                    reads[i][0] = (start + self.width, left - 1, 0, first)
-            answer = bool(responses and go[4])
-            ctx.set(axi.bvalid, answer)
-            ctx.set(axi.bresp, responses.popleft() if answer else SLVERR)
-            names = ("arvalid", "araddr", "arlen", "arid", "arsize", "arburst",
-                     "awvalid", "awaddr", "awlen", "awsize", "awburst",
-                     "wvalid", "wdata", "wstrb", "wlast", "rready", "bready")
-            _, _, *values = await ctx.tick().sample(*(getattr(axi, name) for name in names))
-            v = dict(zip(names, values, strict=True))
-            assert v["rready"] and v["bready"]
-            for channel, fields in (
-                ("ar", ("araddr", "arlen", "arid")), ("aw", ("awaddr", "awlen")),
-                ("w", ("wdata", "wstrb", "wlast")),
-            ):
-                now = tuple(v[name] for name in fields) if v[channel + "valid"] else None
-                if held.get(channel) is not None:
-                    assert now == held[channel], f"{channel} changed before it was taken"
-                held[channel] = now
-            for k, channel in enumerate(("ar", "aw")):
-                if not (v[channel + "valid"] and go[k]):
-                    continue
-                held[channel] = None
-                address, beats = v[channel + "addr"], v[channel + "len"] + 1
-                end = address + beats * self.width
-                assert 1 << v[channel + "size"] == self.width
-                assert v[channel + "burst"] == 1
-                assert beats <= self.config.max_burst_beats
-                assert address // 4096 == (end - 1) // 4096
-                assert self.window[0] <= address
-                assert end <= self.window[1]
-                if channel == "ar":
-                    self.ar.append((self.cycle, v["arid"], address, beats))
-                    queue = reads.setdefault(v["arid"], deque())
-                    queue.append((address, beats, self.cycle + self.latency, address))
-                else:
-                    self.aw.append((self.cycle, address, beats))
-                    writes.append((address, beats))
-            if v["wvalid"] and go[2]:
-                held["w"] = None
-                self.w_beats.append((self.cycle, v["wstrb"]))
-                w_queue.append((v["wdata"], v["wstrb"], v["wlast"]))
-            while writes and len(w_queue) >= writes[0][1]:
-                address, beats = writes.popleft()
-                for k in range(beats):
-                    word, strobes, last = w_queue.popleft()
-                    assert last == (k == beats - 1)
-                    assert strobes in (0, (1 << self.width) - 1)
-                    if strobes and address not in self.refuse:
-                        at = address + k * self.width
-                        self.memory[at:at + self.width] = word.to_bytes(self.width, "little")
-                responses.append(SLVERR if address in self.refuse else OKAY)
-            self.cycle += 1
-            assert self.cycle < 10000, "the test hangs"
 
     async def _monitor(self, ctx):
         signals = [s for r in self.readers for s in (r.valid, r.data, r.last)]
@@ -180,7 +81,7 @@ class Bench:
     def run(self, *testbenches):
         sim = Simulator(self.dut)
         sim.add_clock(1e-6)
-        sim.add_testbench(self._memory, background=True)
+        sim.add_testbench(self.serve, background=True)
         sim.add_testbench(self._monitor, background=True)
 
         async def set_window(ctx):
