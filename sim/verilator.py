@@ -175,6 +175,8 @@ def build_model(verilog: str, *, top: str = "top", threads: int = 1, waves: bool
         model = _load(home)
         if model is not None:  # another process built it meanwhile
             return model
+        for left in folder.glob(f"{digest}.*.part"):  # by a build that was killed
+            shutil.rmtree(left, ignore_errors=True)
         work = Path(tempfile.mkdtemp(prefix=f"{digest}.", suffix=".part", dir=folder))
         try:
             build = _Build(work=work, runtime=folder.parent / "runtime", root=root,
@@ -332,8 +334,7 @@ class _Build:
     def compile(self) -> None:
         include = self._root / "include"
         classes = self._classes()
-        common = [self._compiler, *_COMMON_FLAGS, f"-DVM_TRACE={int(self._waves)}",
-                  f"-DVM_TRACE_FST={int(self._waves)}", f"-I{_SOURCES / 'lz4'}", f"-I{include}",
+        common = [self._compiler, *_COMMON_FLAGS, f"-I{_SOURCES / 'lz4'}", f"-I{include}",
                   f"-I{include / 'vltstd'}"]
         own = [f"-I{self._objects}", f"-I{_SOURCES}"]
         fast = [*common, *own, *_FAST_FLAGS, *self._flags]
@@ -355,7 +356,11 @@ class _Build:
             runtime = [pool.submit(self._compile_runtime, common, include / f"{name}.cpp")
                        for name in [*classes["GLOBAL_FAST"], *classes["GLOBAL_SLOW"]]]
             model_objects = [pool.submit(self._compile_one, *job) for job in jobs]
-            made = [future.result() for future in [*model_objects, *runtime]]
+            try:
+                made = [future.result() for future in [*model_objects, *runtime]]
+            except BuildError:
+                pool.shutdown(cancel_futures=True)
+                raise
         self._run([self._compiler, "-shared", "-pthread", *_FAST_FLAGS, *self._flags,
                    *map(str, made), "-o", str(self._work / LIBRARY_NAME),
                    *(["-lz"] if self._waves else [])])
