@@ -7,6 +7,7 @@ from amaranth.utils import ceil_log2, exact_log2
 
 from moeaccel.config import AcceleratorConfig
 from moeaccel.hdl import layouts
+from moeaccel.hdl.combiner import drain_request
 from moeaccel.hdl.dispatcher import pass_descriptor
 
 
@@ -21,12 +22,6 @@ def step(config: AcceleratorConfig) -> data.StructLayout:
             "lane_address": layouts.lane_address_bits(config),
         }
     )
-
-
-def drain_request(config: AcceleratorConfig) -> data.StructLayout:
-    """Return a request to empty the y buffer: the slot table of the set's last pass, and how many
-    slots."""
-    return data.StructLayout({"slot_bank": 1, "count": range(config.max_slots + 1)})
 
 
 class Sequencer(wiring.Component):

@@ -1,0 +1,146 @@
+"""The accelerator: AXI4-Lite registers, rings, engine, AXI4 memory port."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from amaranth import *
+from amaranth.back import verilog
+from amaranth.lib import wiring
+from amaranth.lib.wiring import In, Out
+
+from moeaccel.config import AcceleratorConfig
+from moeaccel.hdl.axi import AXI4LiteSignature, AXI4Signature
+from moeaccel.hdl.command_processor import CommandProcessor
+from moeaccel.hdl.counters import Counters
+from moeaccel.hdl.engine import EVENTS, READERS, Engine
+from moeaccel.hdl.memory_port import ID_BITS, MemoryPort
+from moeaccel.hdl.register_file import RegisterFile
+from moeaccel.registers import ADDRESS_BITS, REGISTERS
+
+__all__ = ["Accelerator", "description", "generate_verilog"]
+
+MODULE = "top"
+"""Name of the Verilog module."""
+
+
+class Accelerator(wiring.Component):
+    """The whole accelerator with one memory channel.
+
+    ::
+
+        axil --> RegisterFile <--> CommandProcessor --> job --> Engine
+                     ^                    |                        |
+                  Counters <----------- events                     |
+        axi_mem <-------------------- MemoryPort <-----------------+
+
+    Parameters
+    ----------
+    config : :class:`AcceleratorConfig`
+    family : :class:`str`
+        FPGA family of the multipliers.
+
+    Members
+    -------
+    axil : :py:`In(AXI4LiteSignature(ADDRESS_BITS))`
+    axi_mem : :py:`Out(AXI4Signature(config.address_bits, 8 * config.port_bytes, ID_BITS))`
+    irq : :py:`Out(1)`
+        Level: an enabled interrupt is pending.
+    """
+
+    def __init__(self, config: AcceleratorConfig, family="generic"):
+        self._config = config
+        self._family = family
+        super().__init__({
+            "axil": In(AXI4LiteSignature(ADDRESS_BITS)),
+            "axi_mem": Out(AXI4Signature(config.address_bits, 8 * config.port_bytes, ID_BITS)),
+            "irq": Out(1),
+        })
+
+    def elaborate(self, platform):
+        m = Module()
+        config = self._config
+        m.submodules.registers = registers = RegisterFile(config)
+        m.submodules.counters = counters = Counters(config)
+        m.submodules.commands = commands = CommandProcessor(config)
+        m.submodules.port = port = MemoryPort(config, readers=1 + len(READERS), writers=2)
+        engine_reset = Signal()
+        engine = Engine(config, self._family)
+        m.submodules.engine = ResetInserter(engine_reset)(engine)
+
+        wiring.connect(m, outside=wiring.flipped(self.axil), registers=registers.axil)
+        wiring.connect(m, outside=wiring.flipped(self.axi_mem), port=port.axi_mem)
+        wiring.connect(m, commands=commands.reader, port=port.reader0)
+        wiring.connect(m, commands=commands.writer, port=port.writer0)
+        wiring.connect(m, engine=engine.combiner_writer, port=port.writer1)
+        for i, name in enumerate(READERS, start=1):
+            wiring.connect(m, engine=getattr(engine, name), port=getattr(port, f"reader{i}"))
+        wiring.connect(m, commands=commands.o_job, engine=engine.i_job)
+
+        m.d.comb += [
+            self.irq.eq(registers.irq),
+            registers.ro_sq_head.eq(commands.sq_head),
+            registers.ro_cq_tail.eq(commands.cq_tail),
+            registers.ro_status.eq(Cat(commands.busy, commands.draining)),
+            registers.set_irq_status_completion.eq(commands.o_irq),
+            registers.set_irq_status_reset_done.eq(commands.o_reset_done),
+            registers.clear.eq(commands.o_reset_done),
+            commands.enable.eq(registers.rw_enable[0]),
+            commands.sq_base.eq(registers.rw_sq_base),
+            commands.cq_base.eq(registers.rw_cq_base),
+            commands.ring_log2.eq(registers.rw_ring_log2),
+            commands.sq_tail.eq(registers.rw_sq_tail),
+            commands.cq_head.eq(registers.rw_cq_head),
+            commands.watchdog.eq(registers.rw_watchdog),
+            commands.i_abort.eq(registers.pulse_control_abort),
+            commands.i_soft_reset.eq(registers.pulse_control_soft_reset),
+            commands.i_done.eq(engine.o_done),
+            commands.i_nonfinite.eq(engine.o_nonfinite),
+            commands.i_nonfinite_token.eq(engine.o_nonfinite_token),
+            commands.i_overflows.eq(engine.o_overflows),
+            engine_reset.eq(commands.o_engine_reset),
+            commands.progress.eq(port.read_beat | port.write_beat | engine.count_busy),
+            commands.idle.eq(port.idle),
+            commands.fault_window.eq(port.fault_window),
+            commands.fault_bus.eq(port.fault_bus),
+            commands.fault_address.eq(port.fault_address),
+            port.flush.eq(commands.flush),
+            port.clear_faults.eq(commands.clear_faults),
+            port.window_base.eq(registers.rw_window_base),
+            port.window_limit.eq(registers.rw_window_limit),
+        ]
+        weights = port.read_beat_reader == 1 + READERS.index("streamer")
+        m.d.comb += [
+            counters.clear.eq(commands.o_reset_done),
+            counters.bytes_read_weights.eq(port.read_beat & weights),
+            counters.bytes_read_other.eq(port.read_beat & ~weights),
+            counters.bytes_written.eq(port.write_beat),
+            counters.commands.eq(commands.count_commands),
+            counters.tokens.eq(commands.count_tokens),
+            counters.overflows.eq(commands.count_overflows),
+            *(getattr(counters, name).eq(getattr(engine, f"count_{name}")) for name in EVENTS),
+        ]
+        for name in registers.signature.members:
+            if hasattr(counters, name):
+                m.d.comb += getattr(registers, name).eq(getattr(counters, name))
+        return m
+
+
+def generate_verilog(config: AcceleratorConfig, *, family: str = "generic") -> str:
+    """Return the accelerator's Verilog, module ``top``."""
+    return verilog.convert(Accelerator(config, family), name=MODULE, emit_src=False)
+
+
+def description(config: AcceleratorConfig) -> dict[str, Any]:
+    """Return what a system needs beside the Verilog: configuration, digest and register map."""
+    return {
+        "module": MODULE,
+        "config": dataclasses.asdict(config),
+        "digest": f"{config.digest:#010x}",
+        "registers": [
+            {"name": r.name, "address": r.address, "access": r.access.value, "reset": r.reset,
+             "text": r.text, "fields": [dataclasses.asdict(f) for f in r.fields]}
+            for r in REGISTERS.values()
+        ],
+    }

@@ -1,0 +1,227 @@
+"""The combiner against moeaccel.arithmetic: sums, workspace, float32, overflow."""
+
+import random
+
+import numpy as np
+import pytest
+from amaranth.sim import Simulator
+
+from moeaccel.arithmetic import (
+    InternalFloat,
+    grid_to_float32,
+    normalise,
+    weighted_output,
+)
+from moeaccel.config import PRESETS
+from moeaccel.hdl.combiner import Combiner
+
+Y, WORKSPACE = 0x10000, 0x40000
+GRID = -28
+
+
+class Bench:
+    """A combiner with a slot table and a memory that answers when it likes."""
+
+    def __init__(self, config, seed, *, stalls=True):
+        self.config, self.dut = config, Combiner(config)
+        self.rng = random.Random(seed)
+        self.stalls = stalls
+        self.memory = bytearray(1 << 20)
+        self.table = {}
+        self.overflows = 0
+
+    def pause(self):
+        return self.stalls and self.rng.random() < 0.3
+
+    async def slots(self, ctx):
+        dut = self.dut
+        while True:
+            *_, address = await ctx.tick().sample(dut.slot_address)
+            ctx.set(dut.slot_data, self.table.get(address, {}))
+
+    async def reads(self, ctx):
+        reader, port = self.dut.reader, self.config.port_bytes
+        while True:
+            ctx.set(reader.request.ready, not self.pause())
+            *_, go, p = await ctx.tick().sample(
+                reader.request.valid & reader.request.ready, reader.request.p)
+            ctx.set(reader.request.ready, 0)
+            for i in range(p.beats if go else 0):
+                while self.pause():
+                    await ctx.tick()
+                at = p.address + i * port
+                ctx.set(reader.valid, 1)
+                ctx.set(reader.last, i + 1 == p.beats)
+                ctx.set(reader.data, int.from_bytes(self.memory[at : at + port], "little"))
+                await ctx.tick()
+                ctx.set(reader.valid, 0)
+
+    async def writes(self, ctx):
+        writer, port = self.dut.writer, self.config.port_bytes
+        while True:
+            ctx.set(writer.request.ready, not self.pause())
+            *_, go, p = await ctx.tick().sample(
+                writer.request.valid & writer.request.ready, writer.request.p)
+            ctx.set(writer.request.ready, 0)
+            i = 0
+            while go and i < p.beats:
+                ctx.set(writer.data.ready, not self.pause())
+                *_, beat, value = await ctx.tick().sample(
+                    writer.data.valid & writer.data.ready, writer.data.payload)
+                if beat:
+                    at = p.address + i * port
+                    self.memory[at : at + port] = value.to_bytes(port, "little")
+                    i += 1
+            ctx.set(writer.data.ready, 0)
+            if go:
+                while self.pause():
+                    await ctx.tick()
+                ctx.set(writer.done, 1)
+                await ctx.tick()
+                ctx.set(writer.done, 0)
+
+    async def count_overflows(self, ctx):
+        while True:
+            *_, overflow = await ctx.tick().sample(self.dut.o_overflow)
+            self.overflows += overflow
+
+    async def elements(self, ctx, values, *, bank, fresh):
+        """Send one pass: ``values`` (slots, rows)."""
+        dut = self.dut
+        slots, rows = values.mantissa.shape
+        for slot in range(slots):
+            for row in range(rows):
+                while self.pause():
+                    await ctx.tick()
+                ctx.set(dut.i_valid, 1)
+                ctx.set(dut.i_element, {"slot": slot, "row": row, "value": {
+                    "mantissa": int(values.mantissa[slot, row]),
+                    "exponent": int(values.exponent[slot, row])}})
+                ctx.set(dut.i_slot_bank, bank)
+                ctx.set(dut.i_fresh, fresh)
+                ctx.set(dut.i_last, (slot, row) == (slots - 1, rows - 1))
+                await ctx.tick()
+                ctx.set(dut.i_valid, 0)
+        await ctx.tick().until(dut.o_pass_done)
+
+    async def drain(self, ctx, *, bank, count):
+        dut = self.dut
+        ctx.set(dut.i_drain.p, {"slot_bank": bank, "count": count})
+        ctx.set(dut.i_drain.valid, 1)
+        await ctx.tick().until(dut.i_drain.ready)
+        ctx.set(dut.i_drain.valid, 0)
+        await ctx.tick().until(dut.o_drained)
+
+    def row(self, token, rows):
+        at = Y + token * rows * 4
+        return np.frombuffer(bytes(self.memory[at : at + 4 * rows]), "<f4")
+
+    def run(self, scenario):
+        sim = Simulator(self.dut)
+        sim.add_clock(1e-6)
+        for process in (self.slots, self.reads, self.writes, self.count_overflows):
+            sim.add_testbench(process, background=True)
+        sim.add_testbench(scenario)
+        sim.run()
+
+
+def draw(rng, shape, low=-30, high=-10):
+    return normalise(rng.integers(-(1 << 40), 1 << 40, shape), rng.integers(low, high, shape) - 24)
+
+
+@pytest.mark.parametrize("name", ["tiny", "small"])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_sums_travel_through_the_workspace_and_end_as_float32(name, seed):
+    config = PRESETS[name]
+    bench = Bench(config, seed)
+    rng = np.random.default_rng(seed)
+    rows, steps = 64, 2
+    # Three sets of tokens; tokens 0 and 3 appear in several, token 3 twice in one.
+    sets = [[0, 1, 3], [3, 3, 0], [0, 2]]
+    passes = [2, 1, 1]
+    touches = [t for tokens in sets for t in tokens]
+    total = np.zeros((4, rows), np.int64)
+    overflows = []
+
+    async def scenario(ctx):
+        dut = bench.dut
+        ctx.set(dut.i_grid_exponent, GRID)
+        ctx.set(dut.i_steps_out, steps)
+        ctx.set(dut.i_y_address, Y)
+        ctx.set(dut.i_workspace_address, WORKSPACE)
+        ctx.set(dut.i_zero.payload, 3)  # overwritten by the sums of token 3 later
+        ctx.set(dut.i_zero.valid, 1)
+        await ctx.tick().until(dut.i_zero.ready)
+        ctx.set(dut.i_zero.valid, 0)
+        await ctx.tick().until(dut.o_idle)
+        seen, bank = [], 0
+        for tokens, repeats in zip(sets, passes, strict=True):
+            firsts = [t not in seen and t not in tokens[:i] for i, t in enumerate(tokens)]
+            for repeat in range(repeats):
+                bank ^= 1
+                weights = draw(rng, len(tokens), -4, 2)
+                for slot, t in enumerate(tokens):
+                    later = touches[len(seen) + slot + 1 :]
+                    bench.table[slot | bank << (config.max_slots - 1).bit_length()] = {
+                        "token": t, "first": firsts[slot], "last": t not in later,
+                        "weight": {"mantissa": int(weights.mantissa[slot]),
+                                   "exponent": int(weights.exponent[slot])}}
+                values = draw(rng, (len(tokens), rows))
+                term, overflow = weighted_output(values, InternalFloat(
+                    weights.mantissa[:, None], weights.exponent[:, None]), GRID)
+                np.add.at(total, tokens, term)
+                overflows.append(int(overflow.sum()))
+                await bench.elements(ctx, values, bank=bank, fresh=repeat == 0)
+            await bench.drain(ctx, bank=bank, count=len(tokens))
+            seen += tokens
+
+    bench.run(scenario)
+    expected = grid_to_float32(total, GRID)
+    for token in range(4):
+        assert (bench.row(token, rows) == expected[token]).all()
+    assert bench.overflows == sum(overflows)
+
+
+def test_rounding_extremes_overflow_and_throughput():
+    config = PRESETS["tiny"]
+    bench = Bench(config, 5, stalls=False)
+    rng = np.random.default_rng(5)
+    rows = 256
+    values = draw(rng, (1, rows), -80, 40)
+    # Exact ties of the rounding, zero, the largest term, and one beyond it.
+    for i, (m, e) in enumerate([(65536, -29), (98304, -29), (-98304, -29), (65536, -45),
+                                (0, 0), (131071, -2), (65536, -1), (-65536, 16), (-131071, -2),
+                                (65537, -45), (65536, -46), (-65536, -200), (65536, 1500)]):
+        values.mantissa[0, i], values.exponent[0, i] = m, e
+    weight = InternalFloat(np.array([65536]), np.array([-16]))
+    term, overflow = weighted_output(values, weight, GRID)
+    cycles = []
+
+    async def scenario(ctx):
+        dut = bench.dut
+        ctx.set(dut.i_grid_exponent, GRID)
+        ctx.set(dut.i_steps_out, rows // 32)
+        ctx.set(dut.i_y_address, Y)
+        bench.table[0] = {"token": 0, "first": 1, "last": 1,
+                          "weight": {"mantissa": 65536, "exponent": -16}}
+        await bench.elements(ctx, values, bank=0, fresh=1)
+        bench.stalls = False
+        begin = [0]
+        ctx.set(dut.i_drain.p, {"slot_bank": 0, "count": 1})
+        ctx.set(dut.i_drain.valid, 1)
+        await ctx.tick()
+        ctx.set(dut.i_drain.valid, 0)
+        while not ctx.get(dut.o_drained):
+            begin[0] += 1
+            await ctx.tick()
+        cycles.append(begin[0])
+
+    bench.run(scenario)
+    assert (bench.row(0, rows) == grid_to_float32(term, GRID)[0]).all()
+    assert bench.overflows == overflow.sum() > 0
+    assert cycles[0] <= rows // config.quantiser_lanes + 40  # a word per cycle
+
+
+def test_a_buffer_word_must_keep_up_with_the_port():
+    with pytest.raises(ValueError, match="Quantiser lanes must be 8 or 16 behind a port of 64"):
+        Combiner(PRESETS["small"].replace(quantiser_lanes=2))
