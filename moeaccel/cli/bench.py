@@ -123,6 +123,43 @@ def gemm(
     _print([result.as_dict()], as_json)
 
 
+@app.command()
+def simulators(
+    config: Config = "small",
+    weight_format: Format = "int4_g32",
+    tokens: Annotated[int, typer.Option(help="Tokens of the batch.")] = 4,
+    activation_bits: Bits = 16,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Run one expert layer in both simulators of the RTL, and compare their speed."""
+    from moeaccel.config import preset
+    from moeaccel.sim.speed import compare
+
+    with _Status(as_json) as status:
+        status("building and running both simulators")
+        result = compare(
+            preset(config),
+            tokens=tokens,
+            weight_format=weight_format,
+            planes=activation_bits // 8,
+            seed=seed,
+        )
+    if as_json:
+        typer.echo(json.dumps(result.as_dict()))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("simulator", "cycles", "seconds", "cycles/s", title=result.command)
+    for one in result.simulators:
+        table.add_row(one.simulator, f"{one.cycles:,}", f"{one.seconds:.3f}",
+                      f"{one.cycles_per_second:,.0f}")
+    console = Console()
+    console.print(table)
+    console.print(f"config {result.config}: {result.ratio:.1f} times as fast")
+
+
 def _experts(
     what: str,
     model: str,

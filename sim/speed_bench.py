@@ -1,0 +1,36 @@
+"""cocotb bench of :mod:`moeaccel.sim.speed`: runs one prepared command and times it."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import cocotb
+import numpy as np
+from cocotb.utils import get_sim_time
+
+from moeaccel.sim import bfm
+
+
+@cocotb.test(timeout_time=10, timeout_unit="sec")
+async def one_command(dut: Any) -> None:
+    """Load memory and registers, ring the doorbell, wait for the interrupt."""
+    job = json.loads(Path("job.json").read_text(encoding="utf-8"))
+    memory, registers = bfm.MemoryBus(dut), bfm.RegisterBus(dut)
+    with np.load("memory.npz") as pieces:
+        for address in pieces.files:
+            memory.write(int(address), pieces[address].tobytes())
+    await bfm.start(dut)
+    for address, value in job["start"]:
+        await registers.write(address, value)
+    first, begin = get_sim_time("ns"), time.perf_counter()
+    for address, value in job["doorbell"]:
+        await registers.write(address, value)
+    await bfm.wait_high(dut, dut.irq, max_cycles=job["max_cycles"])
+    seconds, last = time.perf_counter() - begin, get_sim_time("ns")
+    read = {name: memory.read(*where).hex() for name, where in job["read"].items()}
+    Path("result.json").write_text(json.dumps({
+        "cycles": round((last - first) / bfm.CLOCK_NS), "seconds": seconds, "read": read,
+    }), encoding="utf-8")
