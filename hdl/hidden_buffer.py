@@ -1,0 +1,243 @@
+"""Keeps h until all of it is there, then quantises it for the down product."""
+
+from amaranth import *
+from amaranth.lib import data, memory, stream, wiring
+from amaranth.lib.wiring import In, Out
+from amaranth.utils import ceil_log2, exact_log2
+
+from moeaccel.arithmetic import ELEMENT_BITS, MANTISSA_BITS, RAISE_THRESHOLD
+from moeaccel.config import BLOCK, AcceleratorConfig
+from moeaccel.hdl import layouts
+from moeaccel.hdl.block_quantiser import BlockQuantiser, block_top
+from moeaccel.hdl.layouts import EXPONENT_BITS
+from moeaccel.hdl.pipeline import Pipeline
+
+__all__ = ["HiddenBuffer"]
+
+WIDEN = ELEMENT_BITS - MANTISSA_BITS
+"""Bits by which a mantissa is moved up to be a quantiser's significand."""
+
+
+def _larger(m, a, b, name):
+    """Return the larger of two ``block_top()``, where zero is less than anything."""
+    out = Signal(block_top(), name=name)
+    key_a, key_b = (Cat(v.raised, v.top).as_signed() for v in (a, b))
+    m.d.comb += out.eq(Mux(~a.zero & (b.zero | (key_a > key_b)), a, b))
+    return out
+
+
+class HiddenBuffer(wiring.Component):
+    """Store h as internal floats with the largest of each block and token; quantise slot by slot.
+
+    ::
+
+        i_element --+--> [values, max_slots x max_dim] --> [BlockQuantiser] --> w_*, base_*
+                    +--> [largest of block, of token] -----------^
+
+    Elements of a slot come in the order of their index, those of different slots in any order. The
+    bits are those of :func:`moeaccel.arithmetic.quantise_internal`. ``i_start`` says what the pass
+    is; quantising begins when the element marked ``last`` has come, too, be it before or after.
+
+    Throughput: one element per cycle in; ``quantiser_lanes`` elements per cycle out, so that slot s
+    is counted by ``o_slots_ready`` about ``(s + 1) * 32 * i_steps / quantiser_lanes +
+    LATENCY_CYCLES`` cycles after the beginning. Nothing can be refused: elements of the next pass
+    may come only when all slots are ready. Reset forgets the pass.
+
+    Parameters
+    ----------
+    config : :class:`AcceleratorConfig`
+
+    Members
+    -------
+    i_element : :py:`In(stream.Signature(layouts.hidden_element(config), always_ready=True))`
+    i_start : :py:`In(1)`
+        Pulse, once in a pass, when the pass before is all ready.
+    i_count : :py:`In(range(config.max_slots + 1))`
+        Slots, 1 or more; valid with ``i_start``, as the next two.
+    i_two_planes : :py:`In(1)`
+    i_steps : :py:`In(layouts.steps_bits(config))`
+        Blocks of h, d_expert / 32.
+    w_en, w_address, w_data
+        Write port of the h lane buffer.
+    base_en, base_address, base_data
+        Write port of h's base exponents: {slot} and signed(12).
+    o_slots_ready : :py:`Out(range(config.max_slots + 1))`
+        Slots of this pass which are in the lane buffer; 0 from the cycle after ``i_start``.
+    """
+
+    LATENCY_CYCLES = 4 + BlockQuantiser.LATENCY_CYCLES
+    """From the last element (or ``i_start``), beyond the groups of the first slot, to its count."""
+
+    def __init__(self, config):
+        if not isinstance(config, AcceleratorConfig):
+            raise TypeError(f"config must be an AcceleratorConfig, not {config!r}")
+        self._config = config
+        # A leading bit is worth 2**(exponent + 16): exponents go in as they are.
+        self._quantiser = BlockQuantiser(config, 1 - MANTISSA_BITS)
+        members = self._quantiser.signature.members
+        super().__init__({
+            "i_element": In(stream.Signature(
+                layouts.hidden_element(config), always_ready=True)),
+            "i_start": In(1),
+            "i_count": In(range(config.max_slots + 1)),
+            "i_two_planes": In(1),
+            "i_steps": In(layouts.steps_bits(config)),
+            "w_en": members["w_en"],
+            "w_address": Out(layouts.lane_address_bits(config)),
+            "w_data": members["w_data"],
+            "base_en": members["base_en"],
+            "base_address": Out(layouts.slot_bits(config)),
+            "base_data": members["base_data"],
+            "o_slots_ready": Out(range(config.max_slots + 1)),
+        })
+
+    @property
+    def config(self):
+        """Configuration."""
+        return self._config
+
+    def elaborate(self, platform):
+        m = Module()
+        config = self._config
+        m.submodules.quantiser = quantiser = self._quantiser
+        for name in ("w_en", "w_address", "w_data", "base_en", "base_address", "base_data"):
+            m.d.comb += getattr(self, name).eq(getattr(quantiser, name))
+
+        count = config.quantiser_lanes
+        lane_bits = exact_log2(count)
+        block_bits = exact_log2(BLOCK)
+        step_bits = ceil_log2(config.max_steps)
+        word_bits = step_bits + block_bits - lane_bits
+        slot_bits = layouts.slot_bits(config)
+        entry = data.StructLayout({
+            "magnitude": MANTISSA_BITS, "sign": 1, "exponent": signed(EXPONENT_BITS)})
+        shape = unsigned(block_top().size)
+
+        values = []
+        for i in range(count):
+            m.submodules[f"values{i}"] = storage = memory.Memory(
+                shape=unsigned(entry.size), depth=1 << (word_bits + slot_bits), init=[])
+            values.append((storage.write_port(), storage.read_port()))
+        m.submodules.tops = tops = memory.Memory(
+            shape=shape, depth=1 << (step_bits + slot_bits), init=[])
+        tops_w, tops_r = tops.write_port(), tops.read_port()
+
+        # Of each slot: the largest so far, of its current block and of all of it.
+        m.submodules.blocks = blocks = memory.Memory(shape=shape, depth=1 << slot_bits, init=[])
+        m.submodules.tokens = tokens = memory.Memory(shape=shape, depth=1 << slot_bits, init=[])
+        block_w, block_r = blocks.write_port(), blocks.read_port(domain="comb")
+        token_w, token_r = tokens.write_port(), tokens.read_port(domain="comb")
+        token_q = tokens.read_port(domain="comb")
+
+        # -- 1: sign and magnitude; 2: store, compare ----------------------------------------------
+        element = self.i_element.payload
+        p = Pipeline(m, self.i_element.valid, "arrival")
+        value = Signal(entry)
+        m.d.comb += [
+            value.sign.eq(element.value.mantissa < 0),
+            value.magnitude.eq(Mux(
+                value.sign, -element.value.mantissa, element.value.mantissa)),
+            value.exponent.eq(element.value.exponent),
+        ]
+        s = p.stage(value=value, slot=element.slot, index=element.index, last=element.last)
+        for i, (write, _) in enumerate(values):
+            m.d.comb += [
+                write.en.eq(p.valid & (s.index[:lane_bits] == i)),
+                write.addr.eq(Cat(s.index[lane_bits:][:word_bits], s.slot)),
+                write.data.eq(s.value),
+            ]
+        new, block_old, token_old = (
+            Signal(block_top(), name=n) for n in ("new", "block_old", "token_old"))
+        m.d.comb += [
+            new.top.eq(s.value.exponent),
+            new.zero.eq(s.value.magnitude == 0),
+            new.raised.eq(s.value.magnitude >= RAISE_THRESHOLD >> WIDEN),
+            block_r.addr.eq(s.slot),
+            token_r.addr.eq(s.slot),
+            block_old.eq(block_r.data),
+            token_old.eq(token_r.data),
+        ]
+        with m.If(s.index[:block_bits] == 0):
+            m.d.comb += block_old.zero.eq(1)
+        with m.If(s.index == 0):
+            m.d.comb += token_old.zero.eq(1)
+        block_now = _larger(m, new, block_old, "block_now")
+        m.d.comb += [
+            block_w.en.eq(p.valid),
+            block_w.addr.eq(s.slot),
+            block_w.data.eq(block_now),
+            token_w.en.eq(p.valid),
+            token_w.addr.eq(s.slot),
+            token_w.data.eq(_larger(m, new, token_old, "token_now")),
+            tops_w.en.eq(p.valid & s.index[:block_bits].all()),
+            tops_w.addr.eq(Cat(s.index[block_bits:][:step_bits], s.slot)),
+            tops_w.data.eq(block_now),
+        ]
+
+        # -- begin when told and complete ----------------------------------------------------------
+        started, complete, active = Signal(), Signal(), Signal()
+        slots = Signal(self.i_count.shape())
+        two_planes = Signal()
+        steps = Signal(self.i_steps.shape())
+        with m.If(p.valid & s.last):
+            m.d.sync += complete.eq(1)
+        with m.If(started & complete):
+            m.d.sync += [started.eq(0), complete.eq(0), active.eq(1)]
+        m.d.sync += self.o_slots_ready.eq(self.o_slots_ready + quantiser.base_en)
+        with m.If(self.i_start):
+            m.d.sync += [
+                started.eq(1),
+                slots.eq(self.i_count),
+                two_planes.eq(self.i_two_planes),
+                steps.eq(self.i_steps),
+                self.o_slots_ready.eq(0),
+            ]
+
+        # -- quantise ------------------------------------------------------------------------------
+        group = Signal(word_bits)
+        slot = Signal(self.i_count.shape())
+        step = Signal(step_bits)
+        block_end, slot_end = Signal(), Signal()
+        group_bits = block_bits - lane_bits
+        m.d.comb += [
+            step.eq(group >> group_bits),
+            block_end.eq(group[:group_bits].all()),
+            slot_end.eq(block_end & (step + 1 == steps)),
+            tops_r.en.eq(active),
+            tops_r.addr.eq(Cat(step, slot[:slot_bits])),
+            token_q.addr.eq(slot[:slot_bits]),
+        ]
+        for _, read in values:
+            m.d.comb += [read.en.eq(active), read.addr.eq(Cat(group, slot[:slot_bits]))]
+        with m.If(active):
+            m.d.sync += group.eq(group + 1)
+            with m.If(slot_end):
+                m.d.sync += [group.eq(0), slot.eq(slot + 1)]
+                with m.If(slot + 1 == slots):
+                    m.d.sync += [slot.eq(0), active.eq(0)]
+        q = Pipeline(m, active, "out")
+        token = Signal(block_top())
+        m.d.comb += token.eq(token_q.data)
+        s = q.stage(step=step, slot=slot[:slot_bits], block_end=block_end, slot_end=slot_end,
+                    token_top=token.top, token_zero=token.zero)
+        out = quantiser.i_group
+        m.d.comb += [
+            quantiser.i_valid.eq(q.valid),
+            out.block.eq(tops_r.data),
+            out.token_top.eq(s.token_top),
+            out.token_zero.eq(s.token_zero),
+            out.two_planes.eq(two_planes),
+            out.block_end.eq(s.block_end),
+            out.slot_end.eq(s.slot_end),
+            out.step.eq(s.step),
+            out.slot.eq(s.slot),
+        ]
+        for i, (_, read) in enumerate(values):
+            stored = Signal(entry, name=f"stored{i}")
+            m.d.comb += [
+                stored.eq(read.data),
+                out.elements[i].significand.eq(stored.magnitude << WIDEN),
+                out.elements[i].sign.eq(stored.sign),
+                out.elements[i].top.eq(stored.exponent),
+            ]
+        return m
