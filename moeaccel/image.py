@@ -232,7 +232,8 @@ def _pack_entries(values: NDArray[np.integer], bits: int, per_word: int, word_by
 def pack_section(matrix: QuantisedMatrix, row_multipliers: int) -> Bytes:
     """Return the words of one section as bytes, for a matrix whose rows are in image order."""
     fmt = matrix.format
-    section = Section(fmt, *matrix.integers.shape, row_multipliers)
+    n, k = matrix.integers.shape
+    section = Section(fmt, n, k, row_multipliers)
     tiles, steps, tile_rows = section.tiles, section.steps, section.tile_rows
     codes = (
         encode_integers(fmt, matrix.integers)

@@ -84,3 +84,42 @@ def test_gate_and_up_rows_alternate():
     rows = np.arange(8.0).reshape(8, 1)
     assert image.interleave_gate_up(rows)[:, 0].tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
     assert quantise(np.ones((2, 32)), "mxint8").integers.shape == (2, 32)
+
+
+@given(
+    st.sampled_from(list(FORMATS)),
+    st.integers(1, 6),
+    st.integers(1, 6),
+    st.sampled_from([2, 4, 8, 16]),
+    st.integers(0, 1 << 30),
+)
+def test_unpacking_gives_back_what_was_packed(name, steps, hidden, row_multipliers, seed):
+    rng = np.random.default_rng(seed)
+    spread = np.exp(4 * rng.standard_normal((64 * hidden, 1)))
+    before = Expert.quantise(
+        rng.standard_normal((64 * hidden, 32 * steps)) * spread,
+        rng.standard_normal((32 * steps, 32 * hidden)) * (rng.random((32 * steps, 1)) > 0.3),
+        name,
+    )
+    built = image.build_image(before.gate_up, before.down, row_multipliers)
+    after = image.unpack_image(built)
+    for a, b in ((before.gate_up, after.gate_up), (before.down, after.down)):
+        for field in ("integers", "significand", "shift", "row_exponent"):
+            old, new = getattr(a, field), getattr(b, field)
+            assert old.dtype == new.dtype
+            assert np.array_equal(old, new)
+    linear = image.build_linear_image(before.down, row_multipliers)
+    shape = image.LinearShape(FORMATS[name], 32 * steps, 32 * hidden, row_multipliers)
+    assert len(linear) == shape.image_bytes <= shape.stride
+    down = image.unpack_section(linear[shape.header_bytes :], shape.section)
+    assert np.array_equal(down.dequantise(), before.down.dequantise())
+
+
+def test_damaged_images_are_not_unpacked():
+    e = expert()
+    built = image.build_image(e.gate_up, e.down, 2)
+    with pytest.raises(ImageError, match="truncated"):
+        image.unpack_image(built[:-1])
+    shape = image.check_image(built)
+    with pytest.raises(ImageError, match="section must be"):
+        image.unpack_section(built[:64], shape.down)
