@@ -483,7 +483,7 @@ class Device:
             self._registers.write("CONTROL", mask("CONTROL", "abort"))
 
     def reset(self) -> None:
-        """Bring the device back to its first state; weights in its memory stay.
+        """Bring the device back to its first state; weights in its memory stay, counters are 0.
 
         Commands in flight are dropped: taking their results raises :class:`CommandAborted`.
 

@@ -269,6 +269,7 @@ class GoldenTransport(Transport):
         for name in ("SQ_HEAD", "SQ_TAIL", "CQ_HEAD", "CQ_TAIL"):
             self._set(name, 0)
         self._phase = 1
+        self._counters = dict.fromkeys(self._counters, 0)
         self._set("IRQ_STATUS", self._get("IRQ_STATUS") | _RESET_IRQ)
 
     def _execute_ring(self) -> None:

@@ -107,6 +107,7 @@ def test_a_soft_reset_empties_the_rings(golden):
     for name in ("SQ_HEAD", "SQ_TAIL", "CQ_HEAD", "CQ_TAIL"):
         assert read(golden, name) == 0
     assert read(golden, "IRQ_STATUS") == 2
+    assert read(golden, "COMMANDS_LO") == 0
     assert read(golden, "CONTROL") == 0
 
 

@@ -1,0 +1,20 @@
+import re
+from pathlib import Path
+
+import moeaccel.host.transformers_plugin as plugin
+
+README = Path(__file__).parents[2] / "host" / "README.md"
+
+
+def test_the_examples_run(capsys):
+    blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.M | re.S)
+    assert len(blocks) == 2
+    names = {}
+    try:
+        for block in blocks:
+            exec(compile(block, str(README), "exec"), names)
+    finally:
+        plugin.release()
+        plugin.current_session().device.close()
+        plugin.use_device(None)
+    assert "tokens=10" in capsys.readouterr().out
