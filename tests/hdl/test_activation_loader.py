@@ -30,7 +30,8 @@ class Bench:
 
     async def slots(self, ctx):
         bits = (self.config.max_slots - 1).bit_length()
-        async for *_, address in ctx.tick().sample(self.dut.slot_address):
+        while True:
+            *_, address = await ctx.tick().sample(self.dut.slot_address)
             ctx.set(self.dut.slot_token, self.table.get(divmod(address, 1 << bits), 0))
 
     async def load(self, ctx, tokens, planes, steps, *, bank, slot_bank):

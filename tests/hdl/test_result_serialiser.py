@@ -163,7 +163,8 @@ class Bench:
 
     async def base(self, ctx):
         dut = self.dut
-        async for *_, a in ctx.tick().sample(dut.base_address):
+        while True:
+            *_, a = await ctx.tick().sample(dut.base_address)
             ctx.set(dut.base_data, self.bases[a.hidden, a.bank, a.slot])
 
     async def collect(self, ctx):

@@ -94,9 +94,10 @@ def monitor_lanes(quantiser, config, lanes, bases):
     """Return a process that collects lane writes (``w_*``) and base exponents (``base_*``)."""
     async def process(ctx):
         slot_bits = (config.max_slots - 1).bit_length()
-        async for *_, w_en, address, value, base_en, base_address, base in (
-            ctx.tick().sample(quantiser.w_en, quantiser.w_address, quantiser.w_data,
-                              quantiser.base_en, quantiser.base_address, quantiser.base_data)):
+        while True:
+            *_, w_en, address, value, base_en, base_address, base = await ctx.tick().sample(
+                quantiser.w_en, quantiser.w_address, quantiser.w_data,
+                quantiser.base_en, quantiser.base_address, quantiser.base_data)
             for lane in range(config.token_lanes):
                 if w_en >> lane & 1:
                     lanes[(*split_address(config, address), lane)] = lane_value(value[lane])

@@ -1,4 +1,4 @@
-"""Memory behind read and write clients, for the Amaranth simulator."""
+"""Memory behind read clients, for the Amaranth simulator."""
 
 from collections import deque
 
@@ -28,36 +28,4 @@ def serve_reads(port, memory, config, rng, *, latency=5, stall=0.0):
                     assert start + config.port_bytes <= len(memory)
                     word = int.from_bytes(memory[start: start + config.port_bytes], "little")
                     pending.append((now + latency, word, beat + 1 == request.beats))
-    return process
-
-
-def serve_writes(port, memory, config, rng, *, latency=5, stall=0.0, log=None):
-    """Return a process that carries out a write client's requests and logs (address, beats)."""
-    async def process(ctx):
-        while True:
-            ctx.set(port.request.ready, 1)
-            ctx.set(port.data.ready, 0)
-            *_, request = await ctx.tick().sample(port.request.payload).until(port.request.valid)
-            ctx.set(port.request.ready, 0)
-            assert request.address % config.port_bytes == 0
-            assert request.beats > 0
-            beat = 0
-            while beat < request.beats:
-                ready = rng.random() >= stall
-                ctx.set(port.data.ready, ready)
-                _, _, valid, payload = await ctx.tick().sample(port.data.valid, port.data.payload)
-                assert not ctx.get(port.request.valid)
-                if valid and ready:
-                    start = request.address + beat * config.port_bytes
-                    assert start + config.port_bytes <= len(memory)
-                    memory[start: start + config.port_bytes] = payload.to_bytes(
-                        config.port_bytes, "little")
-                    beat += 1
-            ctx.set(port.data.ready, 0)
-            if log is not None:
-                log.append((request.address, request.beats))
-            await ctx.tick().repeat(latency)
-            ctx.set(port.done, 1)
-            await ctx.tick()
-            ctx.set(port.done, 0)
     return process
