@@ -1,5 +1,7 @@
 """The array: decode, multiply, sum over a block of 32, scale, accumulate."""
 
+from itertools import pairwise
+
 from amaranth import *
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
@@ -31,24 +33,28 @@ def sums_layout(config):
 
 
 class DotArray(wiring.Component):
-    """Add up, exactly, for each row r of a tile and each lane t, over the steps from ``i_first`` to ``i_last``::
+    """Compute the exact dot products of a tile of weights and a group of tokens, a step per cycle.
 
-        sum[r, t] += (sum over k of w[r, k] * x[t, k]) * significand[r] << (shift[r] + lane_shift[t])
+    For each row r and lane t, over the steps from ``i_first`` to ``i_last``::
+
+        sum[r, t] += (sum over k of w[r, k] * x[t, k]) * significand[r] << (shift[r] +
+        lane_shift[t])
 
     where k runs over a block of 32.
 
-        codes --> [0] --> decode --> [ multiplier ] --> tree --> [4..6] --> split --> [ multiplier ] --> [shift] --> [sum]
-        lanes --> [0] -------------> [ 1, 2, 3    ]                         rows      [ 7, 8, 9    ]     10, 11      12
-        scales -> [0] --------------------- delayed --------------------------------> significand        shift
+        codes -> [0] -> decode -> [multiplier] -> tree -> split -> [multiplier] -> shift -> sum
+        lanes -> [0] -----------> [ 1, 2, 3  ]    4..6    rows     [ 7, 8, 9  ]    10, 11   12
+        scales-> [0] -------------- delayed ---------------------> significand     shift
 
-    Two rows of a 4-bit format share a multiplier: P = ((w1 << 12) + w0) * x, whose low 12 bits, signed, are w0 * x because
-    |w0 * x| <= 12 * 128. Sums over k of P and of its low field are separate, and the high row is their difference >> 12: exact
-    for every operand. Rows are numbered as by :class:`~moeaccel.hdl.tile_buffer.TileBuffer`: 4-bit formats fill all
-    entries, 8-bit formats the first ``row_multipliers`` (the others are meaningless); in 8-bit formats the significand is taken
-    as 1.
+    Two rows of a 4-bit format share a multiplier: P = ((w1 << 12) + w0) * x, whose low 12 bits,
+    signed, are w0 * x because |w0 * x| <= 12 * 128. Sums over k of P and of its low field are
+    separate, and the high row is their difference >> 12: exact for every operand. Rows are numbered
+    as by :class:`~moeaccel.hdl.tile_buffer.TileBuffer`: 4-bit formats fill all entries, 8-bit
+    formats the first ``row_multipliers`` (the others are meaningless); in 8-bit formats the
+    significand is taken as 1.
 
-    Latency LATENCY_CYCLES from a step to the sums that it ends; one step per cycle, never a stall. Registers keep their values
-    where no step passes. Reset forgets the steps under way.
+    Latency LATENCY_CYCLES from a step to the sums that it ends; one step per cycle, never a stall.
+    Registers keep their values where no step passes. Reset forgets the steps under way.
 
     Parameters
     ----------
@@ -127,7 +133,7 @@ class DotArray(wiring.Component):
         # valid[i]: a step's data is at the input of stage i; register i loads then.
         stages = self.LATENCY_CYCLES
         valid = [self.i_valid, *(Signal(name=f"valid{i}") for i in range(1, stages + 1))]
-        for before, after in zip(valid, valid[1:], strict=False):
+        for before, after in pairwise(valid):
             m.d.sync += after.eq(before)
 
         def register(stage, shape, value, name):
@@ -153,7 +159,8 @@ class DotArray(wiring.Component):
         def multiplier(name, stage, a, b, a_width, b_width):
             """Return the product of two values that are at the input of ``stage``."""
             m.submodules[name] = unit = Multiplier(a_width, b_width, self._family)
-            m.d.comb += [unit.i_a.eq(a), unit.i_b.eq(b), unit.i_enable.eq(Cat(valid[stage:stage + 3]))]
+            m.d.comb += [unit.i_a.eq(a), unit.i_b.eq(b),
+                         unit.i_enable.eq(Cat(valid[stage:stage + 3]))]
             return unit.o_product
 
         # -- input registers and decoding ---------------------------------------------------------
@@ -196,8 +203,8 @@ class DotArray(wiring.Component):
                 for k in range(BLOCK):
                     product = Signal(signed(PRODUCT_BITS), name=f"product{name}_{k}")
                     m.d.comb += product.eq(multiplier(
-                        f"multiply{name}_{k}", multiply, factors[rm * BLOCK + k], mantissas[lane][k],
-                        FACTOR_BITS, 8))
+                        f"multiply{name}_{k}", multiply, factors[rm * BLOCK + k],
+                        mantissas[lane][k], FACTOR_BITS, 8))
                     full.append(product)
                     low.append(product[:FIELD_BITS].as_signed())
                 full_sums[rm, lane] = self._tree(register, tree, full, f"full{name}")
@@ -244,11 +251,13 @@ class DotArray(wiring.Component):
                     value = scaled
                 amount = register(shift - 1, range(self.MAX_SHIFT + 1),
                                   row_shifts[row] + lane_shifts[lane], f"amount{name}")
-                fine = register(shift, signed(shifted_bits), value << amount[:coarse_bits], f"fine{name}")
+                fine = register(shift, signed(shifted_bits), value << amount[:coarse_bits],
+                                f"fine{name}")
                 amount = register(shift, 2, amount[coarse_bits:], f"coarse_amount{name}")
                 addend = register(shift + 1, signed(addend_bits),
                                   fine << (amount << coarse_bits), f"addend{name}")
-                total = Signal(signed(config.accumulator_bits), name=f"total{name}", reset_less=True)
+                total = Signal(signed(config.accumulator_bits), name=f"total{name}",
+                               reset_less=True)
                 with m.If(valid[accumulate]):
                     m.d.sync += total.eq(Mux(first, 0, total) + addend)
                 m.d.comb += self.o_sums[row * lanes + lane].eq(total)
@@ -265,10 +274,11 @@ class DotArray(wiring.Component):
 
     @staticmethod
     def _tree(register, stage, terms, name):
-        """Return the sum of ``terms``, added in pairs, TREE_LEVELS levels in each stage from ``stage`` on."""
+        """Return the sum of ``terms``, added in pairs; stages follow TREE_LEVELS."""
         for i, levels in enumerate(TREE_LEVELS):
             for _ in range(levels):
                 terms = [a + b for a, b in zip(terms[::2], terms[1::2], strict=True)]
-            terms = [register(stage + i, term.shape(), term, f"{name}_{j}") for j, term in enumerate(terms)]
+            terms = [register(stage + i, term.shape(), term, f"{name}_{j}")
+                     for j, term in enumerate(terms)]
         (total,) = terms
         return total

@@ -7,20 +7,22 @@ from amaranth.lib.wiring import In, Out
 __all__ = ["FAMILIES", "Multiplier"]
 
 FAMILIES = ("generic", "ecp5")
-"""FPGA families that :class:`Multiplier` knows; ``"generic"`` is portable and leaves the choice to the tool."""
+"""FPGA families that :class:`Multiplier` knows; ``"generic"`` is portable."""
 
 
 class Multiplier(wiring.Component):
     """Multiply two signed numbers: ``o_product = i_a * i_b``, exactly.
 
-    Latency LATENCY_CYCLES (input, pipeline and output register), one product per cycle, no flow control. A reset leaves the
-    registers alone: whoever uses the product carries the valid bit. ``i_enable`` holds registers whose stage has nothing to
-    do; left alone it is all ones and the multiplier runs freely.
+    Latency LATENCY_CYCLES (input, pipeline and output register), one product per cycle, no flow
+    control. A reset leaves the registers alone: whoever uses the product carries the valid bit.
+    ``i_enable`` holds registers whose stage has nothing to do; left alone it is all ones and the
+    multiplier runs freely.
 
         i_a, i_b --> [0: input] --> (*) --> [1: pipeline] --> [2: output] --> o_product
 
-    Yosys never moves registers into an ECP5's MULT18X18D and nextpnr charges 3.9 ns for one without them, so
-    ``family="ecp5"`` instantiates the block with its registers. Bits and latency are the same.
+    Yosys never moves registers into an ECP5's MULT18X18D and nextpnr charges 3.9 ns for one without
+    them, so ``family="ecp5"`` instantiates the block with its registers. Bits and latency are the
+    same.
 
     Parameters
     ----------

@@ -14,7 +14,7 @@ SHIFT_BITS = 5
 
 
 def scale_layout(config):
-    """Return the scales of one step: for each row a 16-bit value, significand in bits 0 to 10, shift above."""
+    """Return a step's scales: for each row a significand (bits 0 to 10) and a shift (above)."""
     return data.ArrayLayout(16, config.rows)
 
 
@@ -26,17 +26,18 @@ class TileBuffer(wiring.Component):
                  |--> [scale word] --> per step -|--+
                  +------------- weight word -----|--+--> [ring, tile_words] --> o_codes, o_scales
 
-    Words come in the order of :mod:`moeaccel.image`. A step is its weight word and one scale for each row, in one form for all
-    formats: an 11-bit significand (1 in power-of-two formats) and a 5-bit shift. In 4-bit formats the array's entry ``e`` is
-    row ``e`` of the tile; in 8-bit formats entry ``rm`` is that of multiplier row ``rm`` and entries from
-    ``row_multipliers`` on are zero.
+    Words come in the order of :mod:`moeaccel.image`. A step is its weight word and one scale for
+    each row, in one form for all formats: an 11-bit significand (1 in power-of-two formats) and a
+    5-bit shift. In 4-bit formats the array's entry ``e`` is row ``e`` of the tile; in 8-bit formats
+    entry ``rm`` is that of multiplier row ``rm`` and entries from ``row_multipliers`` on are zero.
 
-    Write side: one word per cycle while there is room in the ring (and, at a tile's first step, in the FIFO of row exponents),
-    also across tiles and sections. Read side: when ``o_available``, the sequencer may strobe ``i_take``; the step's data is on
-    the outputs READ_LATENCY_CYCLES later, until the next one's. One take per cycle, also across rewinds and tile ends; a word
-    may be taken in the cycle after it was accepted. A tile's room is free when its last group has ended; to free it word by word,
-    so that the next tile is not held up by a ring which one tile nearly fills, hold ``i_free`` during the last group.
-    Reset empties everything.
+    Write side: one word per cycle while there is room in the ring (and, at a tile's first step, in
+    the FIFO of row exponents), also across tiles and sections. Read side: when ``o_available``, the
+    sequencer may strobe ``i_take``; the step's data is on the outputs READ_LATENCY_CYCLES later,
+    until the next one's. One take per cycle, also across rewinds and tile ends; a word may be taken
+    in the cycle after it was accepted. A tile's room is free when its last group has ended; to free
+    it word by word, so that the next tile is not held up by a ring which one tile nearly fills,
+    hold ``i_free`` during the last group. Reset empties everything.
 
     Parameters
     ----------
@@ -47,7 +48,8 @@ class TileBuffer(wiring.Component):
     Members
     -------
     i_section : :py:`In(stream.Signature(layouts.section(config)))`
-        Shape of the words that follow: format, steps and tiles (both at least 1). One waits while one is parsed.
+        Shape of the words that follow: format, steps and tiles (both at least 1). One waits while
+        one is parsed.
     i_word : :py:`In(stream.Signature(8 * config.word_bytes))`
     o_available : :py:`Out(1)`
         The current step can be taken.
@@ -58,7 +60,8 @@ class TileBuffer(wiring.Component):
     i_rewind : :py:`In(1)`
         With ``i_tile_end``: the tile is needed again; the current step is its first.
     i_free : :py:`In(1)`
-        With ``i_take``, optional: the step is not needed again. Never in a group that ends with ``i_rewind``.
+        With ``i_take``, optional: the step is not needed again. Never in a group that ends with
+        ``i_rewind``.
     o_codes : :py:`Out(8 * config.word_bytes)`
     o_scales : :py:`Out(scale_layout(config))`
     o_row_exponents : :py:`Out(stream.Signature(ArrayLayout(signed(16), config.rows)))`
@@ -71,7 +74,8 @@ class TileBuffer(wiring.Component):
         if not isinstance(config, AcceleratorConfig):
             raise TypeError(f"config must be an AcceleratorConfig, not {config!r}")
         if not isinstance(row_exponent_depth, int) or row_exponent_depth < 2:
-            raise ValueError(f"row_exponent_depth must be an integer of at least 2, not {row_exponent_depth!r}")
+            raise ValueError("row_exponent_depth must be an integer of at least 2, "
+                             f"not {row_exponent_depth!r}")
         self._config = config
         self._row_exponent_depth = row_exponent_depth
         super().__init__({
@@ -121,15 +125,16 @@ class TileBuffer(wiring.Component):
         with m.If(self.i_section.valid & self.i_section.ready):
             m.d.sync += [
                 waiting_valid.eq(1), waiting.eq(self.i_section.payload),
-                Assert((self.i_section.p.steps != 0) & (self.i_section.p.tiles != 0), "empty section"),
+                Assert((self.i_section.p.steps != 0) & (self.i_section.p.tiles != 0),
+                       "a section must not be empty"),
                 Assert(self.i_section.p.steps <= depth, "a tile must fit the ring"),
             ]
         with m.If(section_end):
             m.d.sync += active.eq(0)
 
         # -- where the parser is ------------------------------------------------------------------
-        # Positions within row and scale words count in their smallest entries: 16-bit exponents of one
-        # multiplier row's tile half, and bytes of it. A word is used up when its position wraps.
+        # Positions within row and scale words count in units of 16 and 8 bits for each multiplier
+        # row. A word is used up when its position wraps.
         packed, real_scale = Signal(), Signal()
         group_last = Signal(2)  # steps_per_group - 1
         steps_last, step = (Signal(layouts.steps_bits(config)) for _ in range(2))
@@ -168,13 +173,13 @@ class TileBuffer(wiring.Component):
             m.d.sync += [
                 active.eq(1), waiting_valid.eq(0),
                 steps_last.eq(waiting.steps - 1), tiles_left.eq(waiting.tiles),
-                step.eq(0), step_first.eq(1), group_step.eq(0), row_position.eq(0), scale_position.eq(0),
+                step.eq(0), step_first.eq(1), group_step.eq(0),
+                row_position.eq(0), scale_position.eq(0),
                 row_next.eq(1), scale_next.eq(1),
             ]
             with m.Switch(waiting.format):
                 for fmt in FORMATS.values():
                     with m.Case(fmt.code):
-                        # of 32 bytes for each multiplier row of the word
                         entry_bytes = (2 if fmt.packed else 1) * fmt.scale_bits // 8
                         m.d.sync += [
                             packed.eq(fmt.packed), real_scale.eq(fmt.real_scale),
@@ -190,7 +195,7 @@ class TileBuffer(wiring.Component):
                 for i in range(8):
                     with m.Case(i):
                         m.d.comb += chunk.eq(source[i * chunk_bits:(i + 1) * chunk_bits])
-        # 8-bit scales: half of the chunk in packed formats, a quarter else (whose upper entries do not count)
+        # 8-bit scales: half of the chunk in packed formats, else a quarter, for half of the rows.
         half, quarter = Signal(chunk_bits // 2), Signal(chunk_bits // 4)
         shifts = Signal(chunk_bits // 2)
         scales = Signal(scale_layout(config))
@@ -222,7 +227,8 @@ class TileBuffer(wiring.Component):
 
         # -- ring ---------------------------------------------------------------------------------
         m.submodules.ring = ring = memory.Memory(
-            shape=word_bits + 16 * rows, depth=depth, init=[])
+            shape=word_bits + 16 * rows, depth=depth, init=[],
+            attrs={"no_rw_check": 1})  # a word is never read in the cycle in which it is written
         write, read = ring.write_port(), ring.read_port()
         tail = Signal(range(2 * depth))  # next word is written here
         head = Signal(range(2 * depth))  # current step

@@ -16,17 +16,21 @@ class WeightStreamer(wiring.Component):
 
         i_request --> [pending] --> [split into bursts] --(credits)--> reader.request
                                                                             |
-        o_word <-- [gearbox: beats_per_word] <-- [beat FIFO, read_ahead_beats] <-- reader.valid, data
+        o_word <-- [gearbox: beats_per_word] <-- [beat FIFO, read_ahead_beats] <-- reader.valid,
+        data
 
-    A burst is requested as soon as the FIFO has room for all of it, what is already on its way included: the memory's answers
-    are never refused. Bursts are as long as ``config.max_burst_beats`` allows and end at multiples of it, so none crosses a
-    4 KiB page. The bursts of one request follow those of the one before without a gap, one burst per cycle; one request is
-    split while another waits, so what the next pass needs is fetched while this one is used.
+    A burst is requested as soon as the FIFO has room for all of it, what is already on its way
+    included: the memory's answers are never refused. Bursts are as long as
+    ``config.max_burst_beats`` allows and end at multiples of it, so none crosses a 4 KiB page. The
+    bursts of one request follow those of the one before without a gap, one burst in two cycles; one
+    request is split while another waits, so what the next pass needs is fetched while this one is
+    used.
 
-    Throughput: one beat per cycle and one word per ``config.beats_per_word`` cycles, sustained for every memory latency up to
-    ``config.read_ahead_beats - 2 * config.max_burst_beats``. Latency from the last beat of a word to ``o_word.valid``:
-    2 cycles if a beat is a word, else 3. Stalls only for credits, for ``reader.request.ready`` and for ``o_word.ready``.
-    Reset drops everything: it must wait until the memory owes no beats (``o_outstanding`` is 0) or the port discards them.
+    Throughput: one beat per cycle and one word per ``config.beats_per_word`` cycles, sustained for
+    every memory latency up to ``config.read_ahead_beats - 2 * config.max_burst_beats``. Latency
+    from the last beat of a word to ``o_word.valid``: 2 cycles if a beat is a word, else 3. Stalls
+    only for credits, for ``reader.request.ready`` and for ``o_word.ready``. Reset drops everything:
+    it must wait until the memory owes no beats (``o_outstanding`` is 0) or the port discards them.
 
     Parameters
     ----------
@@ -35,7 +39,8 @@ class WeightStreamer(wiring.Component):
     Members
     -------
     i_request : :py:`In(stream.Signature(StructLayout({"address": address_bits, "words": 32})))`
-        A linear read of ``words`` (at least 1) array words from a byte address, a multiple of ``port_bytes``.
+        A linear read of ``words`` (at least 1) array words from a byte address, a multiple of
+        ``port_bytes``.
     reader : :py:`Out(layouts.ReadClientSignature(config))`
     o_word : :py:`Out(stream.Signature(8 * config.word_bytes))`
     o_outstanding : :py:`Out(range(config.read_ahead_beats + 1))`
@@ -87,24 +92,30 @@ class WeightStreamer(wiring.Component):
         with m.If(self.i_request.valid & self.i_request.ready):
             m.d.sync += [
                 Assert(self.i_request.p.words != 0, "a request must be for at least one word"),
-                Assert(self.i_request.p.address[:beat_shift] == 0, "addresses are multiples of port_bytes"),
+                Assert(self.i_request.p.address[:beat_shift] == 0,
+                       "an address must be a multiple of port_bytes"),
             ]
 
-        room = Signal(range(burst + 1))  # beats to the end of this aligned burst
+        # A burst takes two cycles, one to measure and one to grant it.
+        measured = Signal()
+        room, next_room = Signal(range(burst + 1)), Signal(range(burst + 1))
         beats = Signal(range(burst + 1))
-        last = Signal()
+        last, next_last = Signal(), Signal()
         grant = Signal()
         m.d.comb += [
-            room.eq(burst - offset),
-            last.eq(left <= room),
-            beats.eq(Mux(last, left[:len(beats)], room)),
+            next_room.eq(burst - offset),  # beats to the end of this aligned burst
+            next_last.eq(left <= next_room),
             load.eq(pending_valid & (~active | (grant & last))),
         ]
+        m.d.sync += measured.eq(active & ~grant)
+        with m.If(~measured):
+            m.d.sync += [room.eq(next_room), last.eq(next_last),
+                         beats.eq(Mux(next_last, left[:len(beats)], next_room))]
 
         # -- credits: free beats of the FIFO that nothing was requested for -----------------------
         fetch = Signal()  # a beat leaves the FIFO's memory
         credits = Signal(range(depth + 1), init=depth)
-        m.d.comb += grant.eq(active & (credits >= beats) & (~request.valid | request.ready))
+        m.d.comb += grant.eq(measured & (credits >= beats) & (~request.valid | request.ready))
         m.d.sync += credits.eq(credits - Mux(grant, beats, 0) + fetch)
 
         with m.If(grant):
@@ -135,13 +146,15 @@ class WeightStreamer(wiring.Component):
 
         # -- beat FIFO ----------------------------------------------------------------------------
         m.submodules.beats = beat_memory = memory.Memory(
-            shape=8 * config.port_bytes, depth=depth, init=[])
+            shape=8 * config.port_bytes, depth=depth, init=[],
+            attrs={"no_rw_check": 1})  # a word is never read in the cycle in which it is written
         write, read = beat_memory.write_port(), beat_memory.read_port()
         head = Signal(range(2 * depth))  # one bit more than an address: full and empty differ
         tail = Signal(range(2 * depth))
         beat_valid, beat_taken = Signal(), Signal()
         m.d.comb += [
-            write.addr.eq(tail[:-1]), write.data.eq(self.reader.data), write.en.eq(self.reader.valid),
+            write.addr.eq(tail[:-1]), write.data.eq(self.reader.data),
+            write.en.eq(self.reader.valid),
             read.addr.eq(head[:-1]), read.en.eq(fetch),
             fetch.eq((head != tail) & (~beat_valid | beat_taken)),
         ]
@@ -178,6 +191,6 @@ class WeightStreamer(wiring.Component):
                             m.d.sync += part.eq(read.data)
             busy = beat_valid | word.valid | (index != 0)
 
-        m.d.sync += self.o_idle.eq(~(pending_valid | active | request.valid | (credits != depth) | busy
-                                     | self.i_request.valid))
+        m.d.sync += self.o_idle.eq(~(self.i_request.valid | pending_valid | active | request.valid
+                                     | (credits != depth) | busy))
         return m

@@ -20,7 +20,7 @@ SHAPES = {
 
 
 class Step:
-    """Operands of one step as integers: weights (rows, 32), scales (rows,), lanes (T, 32), shifts (T,)."""
+    """Operands of one step: weights (rows, 32), scales (rows,), lanes (T, 32), shifts (T,)."""
 
     def __init__(self, fmt, weights, significand, row_shift, mantissas, lane_shift, *, first, last):
         self.fmt, self.first, self.last = fmt, first, last
@@ -48,12 +48,14 @@ class Step:
             significand = np.full(rows, 2047) if fmt.real_scale else significand
             row_shift = np.full(rows, fmt.max_shift)
             lane_shift = np.full(lanes, ACTIVATION_SHIFT_MAX)
-        return cls(fmt, weights, significand, row_shift, mantissas, lane_shift, first=first, last=last)
+        return cls(fmt, weights, significand, row_shift, mantissas, lane_shift,
+                   first=first, last=last)
 
     def sums(self):
         """Return the step's contribution, (rows, lanes), as Python integers."""
         dot = self.weights.astype(np.int64) @ self.mantissas.T.astype(np.int64)
-        return [[int(dot[r, t]) * int(self.significand[r]) << int(self.row_shift[r] + self.lane_shift[t])
+        shift = self.row_shift[:, None] + self.lane_shift[None, :]
+        return [[int(dot[r, t]) * int(self.significand[r]) << int(shift[r, t])
                  for t in range(dot.shape[1])] for r in range(dot.shape[0])]
 
     def inputs(self):
@@ -72,7 +74,7 @@ class Step:
 
 
 def run(config, steps, *, gap=0.0, seed=0):
-    """Feed steps; return [(sums as (rows, lanes) integers, tag, cycles since the last step entered)]."""
+    """Feed steps; return [(sums as (rows, lanes) integers, tag, latency)]."""
     dut = DotArray(config, tag_width=8)
     rng = np.random.default_rng(seed)
     entered, results = {}, []
@@ -119,8 +121,8 @@ def run(config, steps, *, gap=0.0, seed=0):
         value = raw >> i * width & (1 << width) - 1
         return value - (value >> width - 1 << width)
 
-    return [([[entry(raw, r * lanes + t) for t in range(lanes)] for r in range(config.rows)], tag, latency)
-            for raw, tag, latency in results]
+    return [([[entry(raw, r * lanes + t) for t in range(lanes)] for r in range(config.rows)], *rest)
+            for raw, *rest in results]
 
 
 def check(config, steps, **kwargs):
@@ -157,17 +159,18 @@ def test_random_steps_of_all_formats(shape, gap):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_extreme_operands(name):
-    """The largest sums of every sign, max_steps long, close: the accumulator is exact at its limits."""
+    """The largest sums of every sign, max_steps long: the accumulator is exact at its limits."""
     rng = np.random.default_rng(2)
     steps = []
     for weight in (-1, 1):
         for mantissa in (-128, 127):
-            steps += sequence(rng, TINY, FORMATS[name], [TINY.max_steps], extreme=(weight, mantissa))
+            steps += sequence(rng, TINY, FORMATS[name], [TINY.max_steps],
+                              extreme=(weight, mantissa))
     check(TINY, steps)
 
 
 def test_least_8_bit_weight_is_exact():
-    """-128 is no mxint8 integer of ours, yet its block sum of 2**19 is right where the accumulator has room."""
+    """-128 is no mxint8 integer of ours, yet its block sum of 2**19 is right."""
     step = Step(FORMATS["mxint8"], np.full((2, BLOCK), -128), np.ones(2, int), np.array([0, 12]),
                 np.full((2, BLOCK), -128), np.array([0, 11]), first=True, last=True)
     check(TINY, [step])
@@ -195,7 +198,8 @@ def test_golden_matvec(name, planes):
             steps.append(Step(fmt, weights.integers[some, block], weights.significand[some, group],
                               weights.shift[some, group], lanes[:, block], lane_shift[:, i],
                               first=i == 0, last=i == k // BLOCK - 1))
-    sums = np.concatenate([np.array(s[:tile_rows], dtype=np.int64) for s, _, _ in run(config, steps)])
+    sums = np.concatenate([np.array(s[:tile_rows], dtype=np.int64)
+                           for s, _, _ in run(config, steps)])
     joined = sums.reshape(rows, tokens, planes)
     total = joined[:, :, 0] if planes == 1 else 256 * joined[:, :, 0] + joined[:, :, 1]
     result = normalise(total.T, x.base[:, None] + weights.row_exponent[None].astype(np.int64))
@@ -205,8 +209,9 @@ def test_golden_matvec(name, planes):
 
 
 def test_packing_is_exact_for_every_operand():
-    """All pairs of weights in [-12, 12] with all mantissas: fields are separate, alone and in sums of 32."""
-    w0, w1, x = np.meshgrid(np.arange(-12, 13), np.arange(-12, 13), np.arange(-128, 128), indexing="ij")
+    """All pairs of weights in [-12, 12] with all mantissas: the fields are separate."""
+    weights, mantissas = np.arange(-12, 13), np.arange(-128, 128)
+    w0, w1, x = np.meshgrid(weights, weights, mantissas, indexing="ij")
     product = ((w1 << FIELD_BITS) + w0) * x
     half = 1 << FIELD_BITS - 1
     low = ((product + half) & (2 * half - 1)) - half
@@ -218,15 +223,16 @@ def test_packing_is_exact_for_every_operand():
 
 @pytest.mark.parametrize("name", [n for n, f in FORMATS.items() if f.packed])
 def test_every_packed_pair_in_the_array(name):
-    """All code pairs pass through the RTL's decoder, packing and splitting, with a different row each."""
+    """All code pairs pass through the RTL's decoder, packing and splitting."""
     fmt, rng = FORMATS[name], np.random.default_rng(4)
-    values = np.array([0, 1, 2, 3, 4, 6, 8, 12, -1, -2, -3, -4, -6, -8, -12, 0]) if name == "mxfp4" \
-        else np.arange(-8, 8)
+    grid = [0, 1, 2, 3, 4, 6, 8, 12]
+    values = [*grid, *(-value for value in grid)] if name == "mxfp4" else range(-8, 8)
     pairs = np.array([(a, b) for a in values for b in values]).reshape(-1, BLOCK, 2)
     steps = []
     for i in range(0, len(pairs), 2):
-        for mantissas in (rng.integers(-128, 128, (2, BLOCK)), np.array([[-128] * BLOCK, [127] * BLOCK])):
-            weights = np.stack([pairs[i, :, 0], pairs[i, :, 1], pairs[i + 1, :, 1], pairs[i + 1, :, 0]])
+        weights = np.concatenate([pairs[i].T, pairs[i + 1].T[::-1]])
+        for mantissas in (rng.integers(-128, 128, (2, BLOCK)),
+                          np.array([[-128] * BLOCK, [127] * BLOCK])):
             steps.append(Step(fmt, weights, np.ones(4, int), np.zeros(4, int), mantissas,
                               np.zeros(2, int), first=True, last=True))
     check(TINY, steps)

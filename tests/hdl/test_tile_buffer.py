@@ -23,7 +23,8 @@ def random_matrix(rng, fmt, rows, k):
         integers = rng.choice(np.concatenate([grid, -grid]), (rows, k))
     else:
         integers = rng.integers(-fmt.max_integer, fmt.max_integer, (rows, k))
-    significand = rng.integers(0, 2048, (rows, groups)) if fmt.real_scale else np.ones((rows, groups))
+    significand = (rng.integers(0, 2048, (rows, groups)) if fmt.real_scale
+                   else np.ones((rows, groups)))
     return QuantisedMatrix(
         fmt, integers.astype(np.int8), significand.astype(np.int16),
         rng.integers(0, fmt.max_shift + 1, (rows, groups)).astype(np.int8),
@@ -31,14 +32,15 @@ def random_matrix(rng, fmt, rows, k):
 
 
 class Case:
-    """One section: its matrix and the number of token groups of each pass (here: of each tile)."""
+    """One section; its tiles are used 1 to ``groups`` times, or always ``-groups`` times."""
 
     def __init__(self, rng, config, name, tiles, k, groups):
         self.fmt = FORMATS[name]
         self.rows = self.fmt.rows(config.row_multipliers)
         self.matrix = random_matrix(rng, self.fmt, tiles * self.rows, k)
         self.section = Section(self.fmt, tiles * self.rows, k, config.row_multipliers)
-        self.words = pack_section(self.matrix, config.row_multipliers).reshape(-1, config.word_bytes)
+        image = pack_section(self.matrix, config.row_multipliers)
+        self.words = image.reshape(-1, config.word_bytes)
         self.groups = groups
 
     def step(self, tile, step):
@@ -49,7 +51,8 @@ class Case:
         if fmt.packed:
             codes = codes[0::2] | codes[1::2] << 4
         group = step // fmt.steps_per_group
-        scales = matrix.significand[rows, group].astype(int) | matrix.shift[rows, group].astype(int) << 11
+        scales = (matrix.significand[rows, group].astype(int)
+                  | matrix.shift[rows, group].astype(int) << 11)
         return (int.from_bytes(np.ascontiguousarray(codes).tobytes(), "little"),
                 sum(int(s) << 16 * r for r, s in enumerate(scales)))
 
@@ -58,7 +61,7 @@ class Case:
 
 
 def run(config, cases, *, stall=0.0, take_stall=0.0, seed=0, free=False, depth=16, lag=0):
-    """Stream cases through a TileBuffer, check all that comes out, return the cycles of words and takes.
+    """Stream cases through a TileBuffer, check what comes out; return cycles of words and takes.
 
     ``lag``: cycles before the reader starts.
     """
@@ -66,7 +69,8 @@ def run(config, cases, *, stall=0.0, take_stall=0.0, seed=0, free=False, depth=1
     m.submodules.dut = dut = TileBuffer(config, row_exponent_depth=depth)
     cycle = Signal(32)
     m.d.sync += cycle.eq(cycle + 1)
-    stream_rng, take_rng, row_rng, section_rng = (np.random.default_rng((seed, i)) for i in range(4))
+    stream_rng, take_rng, row_rng, section_rng = (
+        np.random.default_rng((seed, i)) for i in range(4))
     accepted, taken = [], []
     def now(ctx):
         return ctx.get(cycle)
@@ -94,13 +98,14 @@ def run(config, cases, *, stall=0.0, take_stall=0.0, seed=0, free=False, depth=1
                 ctx.set(dut.i_word.valid, 0)
 
     async def rows(ctx):
+        rows_out = dut.o_row_exponents
         for case in cases:
             for tile in range(case.section.tiles):
                 while row_rng.random() < stall:
                     await ctx.tick()
-                ctx.set(dut.o_row_exponents.ready, 1)
-                payload, = await ctx.tick().sample(dut.o_row_exponents.payload).until(dut.o_row_exponents.valid)
-                ctx.set(dut.o_row_exponents.ready, 0)
+                ctx.set(rows_out.ready, 1)
+                payload, = await ctx.tick().sample(rows_out.payload).until(rows_out.valid)
+                ctx.set(rows_out.ready, 0)
                 want = case.row_exponents(tile)
                 assert [payload[i] for i in range(len(want))] == want
 
@@ -110,7 +115,8 @@ def run(config, cases, *, stall=0.0, take_stall=0.0, seed=0, free=False, depth=1
         for case in cases:
             steps = case.section.steps
             for tile in range(case.section.tiles):
-                groups = int(take_rng.integers(1, case.groups + 1)) if case.groups > 0 else -case.groups
+                groups = -case.groups if case.groups < 0 else int(
+                    take_rng.integers(1, case.groups + 1))
                 for group in range(groups):
                     for step in range(steps):
                         last_group = group == groups - 1
@@ -158,7 +164,8 @@ def test_images(config, stall, take_stall):
     rng = np.random.default_rng(1)
     cases = [Case(rng, config, name, tiles, k, groups=4) for tiles, k in SHAPES for name in FORMATS]
     order = rng.permutation(len(cases))[:14]
-    run(config, [cases[i] for i in order], stall=stall, take_stall=take_stall, free=bool(stall), depth=2)
+    run(config, [cases[i] for i in order], stall=stall, take_stall=take_stall, free=bool(stall),
+        depth=2)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -188,7 +195,8 @@ def test_one_tile_as_long_as_the_ring():
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize(("tiles", "k", "groups"), [(12, 32, 3), (10, 96, 2), (5, 256, 2), (4, 64, 5)])
+@pytest.mark.parametrize(("tiles", "k", "groups"),
+                         [(12, 32, 3), (10, 96, 2), (5, 256, 2), (4, 64, 5)])
 def test_one_step_per_cycle(name, tiles, k, groups):
     """Once weights are ahead, a step leaves every cycle, across rewinds, tile ends and sections."""
     rng = np.random.default_rng(5)
@@ -206,5 +214,5 @@ def test_a_step_can_be_taken_in_the_next_cycle():
 def test_constructor():
     with pytest.raises(TypeError, match="config must be an AcceleratorConfig, not 'tiny'"):
         TileBuffer("tiny")
-    with pytest.raises(ValueError, match="row_exponent_depth must be an integer of at least 2, not 1"):
+    with pytest.raises(ValueError, match="must be an integer of at least 2, not 1"):
         TileBuffer(TINY, row_exponent_depth=1)

@@ -22,8 +22,8 @@ def beat_of(address):
 def run(config, requests, *, latency, stall=0.0, word_stall=0.0, seed=0, hold=0):
     """Serve requests [(address, words)]; return (bursts, cycle of each word, cycle of each beat).
 
-    ``latency``: cycles from an accepted burst to its first beat; memory brings one beat a cycle. ``hold``: cycles
-    before the first word is accepted.
+    ``latency``: cycles from an accepted burst to its first beat; memory brings one beat a cycle.
+    ``hold``: cycles before the first word is accepted.
     """
     m = Module()
     m.submodules.dut = dut = WeightStreamer(config)
@@ -85,7 +85,8 @@ def run(config, requests, *, latency, stall=0.0, word_stall=0.0, seed=0, hold=0)
                 words.append(now(ctx))
                 first = address + i * config.word_bytes
                 for part in range(config.beats_per_word):
-                    beat = payload >> 8 * config.port_bytes * part & (1 << 8 * config.port_bytes) - 1
+                    bits = 8 * config.port_bytes
+                    beat = payload >> bits * part & (1 << bits) - 1
                     assert beat == beat_of(first + part * config.port_bytes)
         await ctx.tick().repeat(3)
         assert ctx.get(dut.o_idle)
@@ -102,7 +103,7 @@ def run(config, requests, *, latency, stall=0.0, word_stall=0.0, seed=0, hold=0)
 
 
 def check_bursts(config, requests, bursts):
-    """Bursts cover the requests in order, are as long as possible, and end at multiples of the longest."""
+    """Bursts cover the requests in order, as long as possible, to multiples of the longest."""
     longest = config.max_burst_beats * config.port_bytes
     expected = []
     for address, words in requests:
@@ -127,7 +128,7 @@ def test_random_requests(config, latency, stall, word_stall):
 
 @pytest.mark.parametrize("latency", [1, 2, 40, 100, 200, 300])
 def test_one_word_per_cycle(latency):
-    """Every cycle brings a word, also where a request follows another, up to the promised latency."""
+    """Every cycle brings a word, also from one request to the next."""
     most = WIDE.read_ahead_beats - 2 * WIDE.max_burst_beats
     requests = [(0x100000 + 64, 300), (0x204000, 65), (0x300FC0, 1), (0x300FC0, 2), (0x400000, 700)]
     bursts, words, beats = run(WIDE, requests, latency=latency)
@@ -149,7 +150,7 @@ def test_one_beat_per_cycle(latency):
 
 
 def test_reads_ahead_while_nothing_is_taken():
-    """A second request is fetched while the first one's words wait, up to the FIFO's depth, never beyond."""
+    """The second request is fetched while words wait, up to the FIFO's depth and never beyond."""
     requests = [(0, 100), (0x10000, 500)]
     bursts, _, beats = run(WIDE, requests, latency=20, hold=1200)
     before = [b for b in beats if b < 1200]
