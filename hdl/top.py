@@ -17,6 +17,7 @@ from moeaccel.hdl.counters import Counters
 from moeaccel.hdl.engine import EVENTS, READERS, Engine
 from moeaccel.hdl.memory_port import ID_BITS, MemoryPort
 from moeaccel.hdl.register_file import RegisterFile
+from moeaccel.hdl.verilog_target import RAM_VERILOG, VerilogTarget
 from moeaccel.registers import ADDRESS_BITS, REGISTERS
 
 __all__ = ["Accelerator", "description", "generate_verilog"]
@@ -129,7 +130,9 @@ class Accelerator(wiring.Component):
 
 def generate_verilog(config: AcceleratorConfig, *, family: str = "generic") -> str:
     """Return the accelerator's Verilog, module ``top``."""
-    return verilog.convert(Accelerator(config, family), name=MODULE, emit_src=False)
+    text = verilog.convert(
+        Accelerator(config, family), name=MODULE, platform=VerilogTarget(), emit_src=False)
+    return text + RAM_VERILOG
 
 
 def description(config: AcceleratorConfig) -> dict[str, Any]:
