@@ -147,6 +147,7 @@ class Device:
         self._lock = threading.RLock()
         self._pending: dict[int, Command] = {}
         self._last_cycles = 0
+        self._total_cycles = 0
         self._check_identity()
         # Address 0 belongs to nobody: a forgotten address is then a window violation.
         size = (transport.memory_bytes - PAGE) // COMMAND_ALIGNMENT * COMMAND_ALIGNMENT
@@ -209,6 +210,11 @@ class Device:
     def last_cycles(self) -> int:
         """Cycles of the call whose result was taken last."""
         return self._last_cycles
+
+    @property
+    def total_cycles(self) -> int:
+        """Cycles of every completion taken since the device was opened."""
+        return self._total_cycles
 
     # -- weights -----------------------------------------------------------------------------------
     def load_experts(self, gate_up: Stack, down: Stack, *, activation: str = "silu",
@@ -446,6 +452,7 @@ class Device:
         completions = self._rings.take()
         for completion in completions:
             self._pending.pop(completion.tag).completion = completion
+            self._total_cycles += completion.cycles
         return bool(completions)
 
     def _wait_for_progress(self, what: str, timeout_s: float) -> None:

@@ -1,0 +1,78 @@
+"""``moeaccel run``: text from the demo model, through the accelerator."""
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+
+def command(
+    prompt: Annotated[list[str] | None, typer.Option(
+        help="Prompt for the demo model, such as '27+85=', 'sort kbza=', 'reverse h3k9=' or "
+             "'close ([{='. May be given several times.")] = None,
+    demo: Annotated[bool, typer.Option(
+        "--demo", help="Prompts of every task, that the model never saw in training.")] = False,
+    per_task: Annotated[int, typer.Option(help="With --demo: prompts of each task.")] = 3,
+    device: Annotated[str, typer.Option(help="rtl (Verilated, exact cycles) or golden.")] = "rtl",
+    config: Annotated[str, typer.Option(help="Preset of the accelerator.")] = "small",
+    weight_format: Annotated[str, typer.Option(help="Weight format of the experts.")] = "int4_g32",
+    activation_bits: Annotated[int, typer.Option(help="Activation bits: 16 or 8.")] = 16,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Generate text with every expert computed by the accelerator's RTL.
+
+    Loads the small Mixture-of-Experts model that comes with the package into transformers, answers
+    the prompts in float, on the golden model and on the device, and checks that every logit of the
+    last two is equal to the bit. The exit status is 1 if it is not.
+    """
+    from rich.console import Console
+
+    from moeaccel.host.demo.run import demo_prompts, run
+
+    if not prompt and not demo:
+        raise typer.BadParameter("give --prompt TEXT or --demo")
+    prompts, right = (list(prompt), None) if prompt else demo_prompts(per_task)
+    console = Console(stderr=True)
+    with console.status("starting") as status:
+        result = run(prompts, right_answers=right, device=device, config=config,
+                     weight_format=weight_format, activation_bits=activation_bits,
+                     progress=lambda text: status.update(text))
+    if as_json:
+        typer.echo(json.dumps(result.as_dict()))
+    else:
+        _show(result)
+    raise typer.Exit(0 if result.logits_equal else 1)
+
+
+def _show(result: Any) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+    table = Table("prompt", "float", result.device, *(["right"] if result.right_answers else []))
+    for i, text in enumerate(result.prompts):
+        right = [result.right_answers[i]] if result.right_answers else []
+        mine = result.device_answers[i]
+        good = mine == (right[0] if right else result.float_answers[i])
+        table.add_row(escape(text), escape(result.float_answers[i]),
+                      f"[{'green' if good else 'red'}]{escape(mine)}", *(escape(r) for r in right))
+    console.print(table)
+    if result.right_answers:
+        for name, given in (("float", result.float_answers), (result.device, result.device_answers)):
+            right = sum(a == b for a, b in zip(given, result.right_answers, strict=True))
+            console.print(f"{name}: {right} of {len(given)} right")
+    agree = sum(a == b for a, b in zip(result.float_answers, result.device_answers, strict=True))
+    console.print(f"{agree} of {len(result.prompts)} answers equal the float model's")
+    console.print(
+        f"[{'green' if result.logits_equal else 'bold red'}]"
+        f"{result.logits_compared:,} logits {'equal' if result.logits_equal else 'DIFFER from'} "
+        "the golden model's, bit for bit")
+    console.print(
+        f"{result.cycles:,} cycles in {result.commands} commands for {result.tokens} tokens times "
+        f"layers, {result.expert_passes} expert passes ({result.device}, config {result.config}, "
+        f"{result.weight_format}, a{result.activation_bits})")
+    console.print(
+        f"{result.bytes_read:,} bytes read, {result.bytes_written:,} written, memory share "
+        f"{result.memory_share:.1%} (experts this small are mostly latency; see `moeaccel bench`), "
+        f"{result.seconds:.1f} s")
