@@ -40,8 +40,8 @@ class DemoResult:
         EXPERTS commands; tokens through a layer; passes over an expert's weights.
     bytes_read, bytes_written : int
     memory_share : float
-        Stored bytes of the weights of all passes / (port bytes per cycle x cycles). Tiny experts are
-        far below what the machine reaches on real ones: see ``moeaccel bench decode``.
+        Stored bytes of the weights of all passes / (port bytes per cycle x cycles). Tiny experts
+        are far below what the machine reaches on real ones: see ``moeaccel bench decode``.
     seconds : float
         Wall time of generating on the device.
     device, config, weight_format : str

@@ -59,7 +59,8 @@ def _show(result: Any) -> None:
                       f"[{'green' if good else 'red'}]{escape(mine)}", *(escape(r) for r in right))
     console.print(table)
     if result.right_answers:
-        for name, given in (("float", result.float_answers), (result.device, result.device_answers)):
+        for name, given in (("float", result.float_answers),
+                            (result.device, result.device_answers)):
             right = sum(a == b for a, b in zip(given, result.right_answers, strict=True))
             console.print(f"{name}: {right} of {len(given)} right")
     agree = sum(a == b for a, b in zip(result.float_answers, result.device_answers, strict=True))
