@@ -35,7 +35,7 @@ class _State(enum.Enum, shape=4):
     IDLE = 0
     REQUEST = 1  # ask for the submission or the layer
     COLLECT = 2  # its beats
-    CHECK = 3  # every field, into one bit for each word
+    CHECK = 3  # every field, into one bit each
     DECIDE = 4
     MULTIPLY = 5  # words of the image's sections
     ROUND = 6
@@ -171,28 +171,26 @@ class CommandProcessor(wiring.Component):
     def _bad_address(self, value):
         return (value[:_ALIGNMENT_BITS] != 0) | (value[self._config.address_bits:] != 0)
 
-    def _bad_submission(self, m, entry, gemm):
-        """Return a bit for each bad field of a GEMM or EXPERTS submission, by field."""
+    def _bad_submission(self, entry):
+        """Return what makes fields of a GEMM or EXPERTS submission bad, by field."""
         config = self._config
         top_k = entry["top_k"]
+        tokens = entry["tokens"][:config.max_tokens.bit_length()]
         # tokens * top_k <= max_assignments, without the product.
-        most_tokens = Signal(range(config.max_assignments + 1))
-        with m.Switch(top_k[:5]):
-            for k in range(1, TOP_K_MAX + 1):
-                with m.Case(k):
-                    m.d.comb += most_tokens.eq(config.max_assignments // k)
+        too_many = Cat((top_k[:5] == k) & (tokens > config.max_assignments // k)
+                       for k in range(1, TOP_K_MAX + 1)).any()
+        gemm = entry["opcode"] == Opcode.GEMM
         bad = {
-            "tokens": ~_within(entry["tokens"], 1, config.max_tokens),
-            "top_k": ~_within(top_k, 1, TOP_K_MAX) | (gemm & (top_k != 1))
-                     | (entry["tokens"][:config.max_tokens.bit_length()] > most_tokens),
+            "tokens": [~_within(entry["tokens"], 1, config.max_tokens)],
+            "top_k": [~_within(top_k, 1, TOP_K_MAX), gemm & (top_k != 1), too_many],
         }
         return bad | {
-            field.name: self._bad_address(entry[field.name])
+            field.name: [self._bad_address(entry[field.name])]
             for field in SUBMISSION if field.name.endswith("_address")
         }
 
     def _bad_layer(self, entry, gemm):
-        """Return a bit for each bad field of a layer descriptor, by field."""
+        """Return what makes fields of a layer descriptor bad, by field."""
         config = self._config
 
         def unknown(name, values):
@@ -202,17 +200,18 @@ class CommandProcessor(wiring.Component):
             return (entry[name][:exact_log2(BLOCK)] != 0) | ~_within(entry[name], 1, config.max_dim)
 
         return {
-            "kind": entry["kind"] != Mux(gemm, LayerKind.LINEAR, LayerKind.EXPERTS),
-            "format": unknown("format", [f.code for f in FORMATS.values()]),
-            "planes": unknown("planes", (1, 2)),
-            "activation": unknown("activation", Activation),
-            "num_experts": ~_within(entry["num_experts"], 1, Mux(gemm, 1, config.max_experts)),
-            "d_in": dimension("d_in"),
-            "d_expert": dimension("d_expert") | (gemm & (entry["d_expert"] != entry["d_in"])),
-            "d_out": dimension("d_out"),
-            "grid_exponent": ~_within(entry["grid_exponent"], *GRID_EXPONENT_RANGE),
-            "stride": entry["stride"][:_ALIGNMENT_BITS] != 0,
-            "image_address": self._bad_address(entry["image_address"]),
+            "kind": [entry["kind"] != Mux(gemm, LayerKind.LINEAR, LayerKind.EXPERTS)],
+            "format": [unknown("format", [f.code for f in FORMATS.values()])],
+            "planes": [unknown("planes", (1, 2))],
+            "activation": [unknown("activation", Activation)],
+            "num_experts": [~_within(entry["num_experts"], 1, config.max_experts),
+                            gemm & (entry["num_experts"] != 1)],
+            "d_in": [dimension("d_in")],
+            "d_expert": [dimension("d_expert"), gemm & (entry["d_expert"] != entry["d_in"])],
+            "d_out": [dimension("d_out")],
+            "grid_exponent": [~_within(entry["grid_exponent"], *GRID_EXPONENT_RANGE)],
+            "stride": [entry["stride"][:_ALIGNMENT_BITS] != 0],
+            "image_address": [self._bad_address(entry["image_address"])],
         }
 
     # -- words of a section ------------------------------------------------------------------------
@@ -322,32 +321,31 @@ class CommandProcessor(wiring.Component):
 
         opcode = Signal(8)
         tag = Signal(16)
-        gemm = Signal()
         work = Signal()
         known = Signal()
+
+        def bad_words(structure, checks):
+            """Return a bit for each word with a bad field, one cycle behind the entry."""
+            words = [[] for _ in range(ENTRY_BYTES // 4)]
+            for field in structure:
+                for i, check in enumerate(checks.get(field.name, [])):
+                    bit = Signal(name=f"bad_{field.name}{i}")
+                    m.d.sync += bit.eq(check)
+                    words[field.word].append(bit)
+            return Cat(Cat(*word).any() if word else C(0, 1) for word in words)
+
+        o_job = self.o_job.payload
         bad = Signal(ENTRY_BYTES // 4)
         bad_word = Signal(range(ENTRY_BYTES // 4))
-        m.d.comb += gemm.eq(Mux(is_layer, opcode, submission["opcode"]) == Opcode.GEMM)
+        m.d.comb += bad.eq(Mux(
+            is_layer,
+            bad_words(LAYER, self._bad_layer(layer, o_job.linear)),
+            bad_words(SUBMISSION, self._bad_submission(submission))))
         for i in reversed(range(len(bad))):
             with m.If(bad[i]):
                 m.d.comb += bad_word.eq(i)
 
-        def bad_words(structure, checks):
-            words = [[] for _ in range(len(bad))]
-            for field in structure:
-                if field.name in checks:
-                    words[field.word].append(checks[field.name])
-            return Cat(Cat(*word).any() if word else C(0, 1) for word in words)
-
-        bad_in_submission = Signal.like(bad)
-        bad_in_layer = Signal.like(bad)
-        m.d.comb += [
-            bad_in_submission.eq(bad_words(SUBMISSION, self._bad_submission(m, submission, gemm))),
-            bad_in_layer.eq(bad_words(LAYER, self._bad_layer(layer, gemm))),
-        ]
-
         # -- the job -------------------------------------------------------------------------------
-        o_job = self.o_job.payload
         d_expert = Signal(range(config.max_dim + 1))
         d_out = Signal(range(config.max_dim + 1))
         multiplied, ((gate_up, gate_up_rows, gate_up_scales), (down, down_rows, down_scales)) = \
@@ -448,19 +446,17 @@ class CommandProcessor(wiring.Component):
                         m.d.sync += state.eq(_State.CHECK)
 
             with m.Case(_State.CHECK):
-                m.d.sync += [
-                    bad.eq(Mux(is_layer, bad_in_layer, bad_in_submission)),
-                    state.eq(_State.DECIDE),
-                ]
+                m.d.sync += state.eq(_State.DECIDE)
                 with m.If(~is_layer):
                     m.d.sync += [
                         sq_head.eq((sq_head + 1) & mask),
                         opcode.eq(submission["opcode"]),
                         tag.eq(submission["tag"]),
                         known.eq(Cat(submission["opcode"] == code for code in Opcode).any()),
-                        work.eq(gemm | (submission["opcode"] == Opcode.EXPERTS)),
+                        work.eq((submission["opcode"] == Opcode.EXPERTS)
+                                | (submission["opcode"] == Opcode.GEMM)),
                         fetch_address.eq(submission["layer_address"] >> _ALIGNMENT_BITS),
-                        o_job.linear.eq(gemm),
+                        o_job.linear.eq(submission["opcode"] == Opcode.GEMM),
                     ]
                     m.d.sync += [
                         o_job[name].eq(submission[name])
@@ -546,7 +542,7 @@ class CommandProcessor(wiring.Component):
 
             with m.Case(_State.WRITE):
                 m.d.comb += self.writer.request.valid.eq(~holding)
-                m.d.sync += [cycles.eq(cycles), sent.eq(0), stopping.eq(0)]
+                m.d.sync += [cycles.eq(cycles), sent.eq(0)]
                 with m.If(self.writer.request.ready & ~holding):
                     m.d.sync += state.eq(_State.SEND)
 

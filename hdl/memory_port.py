@@ -1,5 +1,8 @@
 """The accelerator's AXI4 master: many linear readers and writers, one checked stream of bursts."""
 
+import functools
+import operator
+
 from amaranth import *
 from amaranth.hdl import Assert
 from amaranth.lib import data, fifo, memory, stream, wiring
@@ -14,10 +17,10 @@ ID_BITS = 4
 """Bits of ARID and AWID."""
 
 OUTSTANDING_BURSTS = 64
-"""Bursts that one reader may have outstanding, bar a margin of four."""
+"""Bursts that one reader may have outstanding, bar a margin of at most four."""
 
 WRITE_AHEAD_BURSTS = 4
-"""Bursts by which AW may run ahead of W."""
+"""Bursts by which AW may run ahead of the one on W, and one more."""
 
 _BURST_INCR = 1
 
@@ -100,10 +103,10 @@ class MemoryPort(wiring.Component):
 
     Every request is cut into INCR bursts that stay within aligned blocks of
     ``config.max_burst_beats`` beats, hence within a 4 KiB page. Reader i uses ARID i; between
-    readers the lowest number wins, decided burst by burst. Up to 60 bursts of each reader are
-    outstanding. Answers are routed by RID and may come in any order between readers. RREADY and
-    BREADY are constantly 1. One write request is served at a time (writer 0 first); AW runs at most
-    WRITE_AHEAD_BURSTS ahead of W.
+    readers the lowest number wins, decided burst by burst. At least 60 bursts of each reader may
+    be outstanding. Answers are routed by RID and may come in any order between readers. RREADY and
+    BREADY are constantly 1. One write request is served at a time (writer 0 first); AW runs a
+    few bursts (WRITE_AHEAD_BURSTS) ahead of W.
 
     A burst that is not wholly inside ``[window_base, window_limit)`` never reaches the bus. A
     reader gets its beats as zeros, in order, once it has nothing outstanding (no new read bursts
@@ -222,29 +225,53 @@ class MemoryPort(wiring.Component):
         chosen_reader = Signal(range(len(readers)))
         issue = Signal()
         issue_inside = Signal()
+        # The cycle after: AR's registers hold the burst, whether it was put on the bus or not.
+        issued = Signal()
+        suppressed = Signal()
+        issued_last = Signal()
         zero_active = Signal()
         ar_free = Signal()
         m.d.comb += [
             ar_free.eq(~axi.arvalid | axi.arready),
-            issue.eq(chosen_valid & ar_free & ~zero_active & ~flushing),
+            issue.eq(chosen_valid & ar_free & ~suppressed & ~zero_active & ~flushing),
             issue_inside.eq(inside(chosen)),
         ]
-        with m.If(issue | flushing):
-            m.d.sync += chosen_valid.eq(0)
-        taken = ~chosen_valid | issue
+        m.d.sync += [
+            issued.eq(issue & issue_inside),
+            suppressed.eq(issue & ~issue_inside),
+            issued_last.eq(chosen.last),
+        ]
+        advance = Signal()
+        selected = Signal(burst_layout)
+        selected_reader = Signal.like(chosen_reader)
+        m.d.comb += advance.eq(~chosen_valid | issue)
+        granted = C(0)
+        grants = []
         for i, splitter in enumerate(read_splitters):
-            # Two more bursts may be on their way when the count is read: a margin of four.
-            room = ~outstanding[i][-1] & ~outstanding[i][2:-1].all()
-            offered = Signal(name=f"offered{i}")
-            m.d.comb += offered.eq(splitter.burst.valid & room)
-            with m.If(taken & offered & ~flushing):
-                m.d.comb += splitter.burst.ready.eq(1)
-                m.d.sync += [
-                    chosen_valid.eq(1),
-                    chosen.eq(splitter.burst.payload),
-                    chosen_reader.eq(i),
-                ]
-            taken = taken & ~offered
+            # Four more bursts may be on their way when the count is looked at: a margin for them.
+            room = Signal(name=f"room{i}")
+            grant = Signal(name=f"grant{i}")
+            m.d.sync += room.eq(~outstanding[i][-1] & ~outstanding[i][2:-1].all())
+            m.d.comb += [
+                grant.eq(splitter.burst.valid & room & ~granted),
+                splitter.burst.ready.eq(grant & advance),
+            ]
+            # A grant is exclusive: the choice is an AND and an OR, not a chain of multiplexers.
+            with m.If(grant):
+                m.d.comb += selected_reader.eq(i)
+            grants.append(grant)
+            granted = granted | (splitter.burst.valid & room)
+        m.d.comb += selected.eq(functools.reduce(operator.or_, (
+            splitter.burst.payload.as_value() & grant.replicate(len(selected.as_value()))
+            for splitter, grant in zip(read_splitters, grants, strict=True))))
+        with m.If(advance):
+            m.d.sync += [
+                chosen_valid.eq(granted),
+                chosen.eq(selected),
+                chosen_reader.eq(selected_reader),
+            ]
+        with m.If(flushing):
+            m.d.sync += chosen_valid.eq(0)
 
         with m.If(ar_free):
             m.d.sync += [
@@ -286,23 +313,23 @@ class MemoryPort(wiring.Component):
             m.submodules[f"flags{i}"] = flags
             flags_write = flags.write_port()
             flags_read = flags.read_port(domain="comb")
-            issued = Signal(name=f"issued{i}")
+            mine = Signal(name=f"issued{i}")
             answered = Signal(name=f"answered{i}")
             m.d.comb += [
-                issued.eq(issue & issue_inside & (chosen_reader == i)),
+                mine.eq(issued & (axi.arid == i)),
                 answered.eq(beat_valid[i] & beat_last),
-                flags_write.en.eq(issued),
+                flags_write.en.eq(mine),
                 flags_write.addr.eq(write_index[i]),
-                flags_write.data.eq(chosen.last),
+                flags_write.data.eq(issued_last),
                 flags_read.addr.eq(read_index[i]),
                 reader.valid.eq(beat_valid[i] & ~flushing),
                 reader.data.eq(beat_data),
                 reader.last.eq(beat_zero_last | (beat_last & flags_read.data)),
             ]
             m.d.sync += [
-                write_index[i].eq(write_index[i] + issued),
+                write_index[i].eq(write_index[i] + mine),
                 read_index[i].eq(read_index[i] + answered),
-                outstanding[i].eq(outstanding[i] + issued - answered),
+                outstanding[i].eq(outstanding[i] + mine - answered),
             ]
         m.d.comb += [
             self.read_beat.eq(beat_valid.any() & ~beat_is_zero),
@@ -310,12 +337,12 @@ class MemoryPort(wiring.Component):
         ]
 
         # A suppressed burst: wait for the reader's earlier ones, then use the gaps between R beats.
-        with m.If(issue & ~issue_inside):
+        with m.If(suppressed):
             m.d.sync += [
                 zero_active.eq(1),
-                zero_reader.eq(chosen_reader),
-                zero_left.eq(chosen.end - chosen.start),
-                zero_last.eq(chosen.last),
+                zero_reader.eq(axi.arid),
+                zero_left.eq(axi.arlen),
+                zero_last.eq(issued_last),
             ]
         m.d.sync += zero_ready.eq(zero_active & (outstanding[zero_reader] == 0))
         with m.If(zero_beat):
@@ -348,15 +375,19 @@ class MemoryPort(wiring.Component):
         write_inside = Signal()
         aw_free = Signal()
         unanswered = Signal(pointer + 1)
-        m.submodules.bursts = bursts = fifo.SyncFIFO(width=index + 1, depth=WRITE_AHEAD_BURSTS)
+        write_issued = Signal()
+        write_allowed = Signal()
+        m.submodules.bursts = bursts = fifo.SyncFIFO(width=index + 1, depth=2 * WRITE_AHEAD_BURSTS)
         m.d.comb += [
             aw_free.eq(~axi.awvalid | axi.awready),
-            write_issue.eq(checked_valid & aw_free & bursts.w_rdy & ~unanswered[-1] & ~flushing),
+            write_issue.eq(checked_valid & aw_free & (bursts.w_level < WRITE_AHEAD_BURSTS)
+                           & ~unanswered[-1] & ~flushing),
             write_inside.eq(inside(checked)),
             splitter.burst.ready.eq((~checked_valid | write_issue) & ~flushing),
-            bursts.w_en.eq(write_issue),
-            bursts.w_data.eq(Cat((checked.end - checked.start)[:index], write_inside)),
+            bursts.w_en.eq(write_issued),
+            bursts.w_data.eq(Cat(axi.awlen[:index], write_allowed)),
         ]
+        m.d.sync += [write_issued.eq(write_issue), write_allowed.eq(write_inside)]
         with m.If(splitter.burst.ready):
             m.d.sync += checked_valid.eq(splitter.burst.valid), checked.eq(splitter.burst.payload)
         with m.If(flushing):
@@ -416,12 +447,12 @@ class MemoryPort(wiring.Component):
         b_error = Signal()
         m.d.sync += [
             b_error.eq(axi.bvalid & axi.bresp[1]),
-            unanswered.eq(unanswered + (write_issue & write_inside) - axi.bvalid),
+            unanswered.eq(unanswered + (write_issued & write_allowed) - axi.bvalid),
         ]
         writes_done = Signal()
         m.d.comb += writes_done.eq(
-            ~splitter.burst.valid & ~checked_valid & ~axi.awvalid & ~bursts.r_rdy & ~w_active
-            & ~axi.wvalid & (unanswered == 0))
+            ~splitter.burst.valid & ~checked_valid & ~axi.awvalid & ~write_issued & ~bursts.r_rdy
+            & ~w_active & ~axi.wvalid & (unanswered == 0))
         finished = Signal()
         m.d.comb += finished.eq(owner_valid & writes_done)
         with m.If(finished):
@@ -433,36 +464,42 @@ class MemoryPort(wiring.Component):
 
         # -- faults: the first one since clear_faults ----------------------------------------------
         # Addresses of outstanding bursts, in block RAM, only to say which one memory refused.
-        refused = Signal()
+        refused = Signal(2)
+        first_address = Signal(config.address_bits)
+        refused_address = Signal(config.address_bits - shift)
         addresses = memory.Memory(
             shape=unsigned(config.address_bits - shift),
-            depth=OUTSTANDING_BURSTS << ceil_log2(len(readers)), init=[])
+            depth=OUTSTANDING_BURSTS << ceil_log2(len(readers)), init=[],
+            attrs={"no_rw_check": True})  # what is read at a write's address is not used
         m.submodules.addresses = addresses
         addresses_write = addresses.write_port()
         addresses_read = addresses.read_port()
         m.d.comb += [
-            addresses_write.en.eq(issue & issue_inside),
-            addresses_write.addr.eq(Cat(write_index[chosen_reader], chosen_reader)),
-            addresses_write.data.eq(Cat(chosen.start, chosen.block)),
+            addresses_write.en.eq(issued),
+            addresses_write.addr.eq(Cat(write_index[axi.arid], axi.arid)),
+            addresses_write.data.eq(axi.araddr[shift:]),
             addresses_read.addr.eq(Cat(read_index[beat_reader], beat_reader)),
         ]
-        m.d.sync += refused.eq(0)
-        with m.If(refused):
-            m.d.sync += self.fault_address.eq(Cat(C(0, shift), addresses_read.data))
+        # Block RAM is slow to answer: a register behind it, ahead of everything else.
+        m.d.sync += [refused.eq(refused << 1), refused_address.eq(addresses_read.data)]
+        m.d.comb += self.fault_address.eq(first_address)
+        with m.If(refused[1]):
+            m.d.comb += self.fault_address.eq(refused_address << shift)
+            m.d.sync += first_address.eq(self.fault_address)
         with m.If(~self.fault_window & ~self.fault_bus & ~flushing):
-            with m.If(issue & ~issue_inside):
-                m.d.sync += self.fault_window.eq(1), self.fault_address.eq(address_of(chosen))
-            with m.Elif(write_issue & ~write_inside):
-                m.d.sync += self.fault_window.eq(1), self.fault_address.eq(address_of(checked))
+            with m.If(suppressed):
+                m.d.sync += self.fault_window.eq(1), first_address.eq(axi.araddr)
+            with m.Elif(write_issued & ~write_allowed):
+                m.d.sync += self.fault_window.eq(1), first_address.eq(axi.awaddr)
             with m.Elif(beat_error):
                 m.d.sync += self.fault_bus.eq(1), refused.eq(1)
             with m.Elif(b_error):
-                m.d.sync += self.fault_bus.eq(1), self.fault_address.eq(0)
+                m.d.sync += self.fault_bus.eq(1), first_address.eq(0)
         with m.If(self.clear_faults):
-            m.d.sync += [self.fault_window.eq(0), self.fault_bus.eq(0), self.fault_address.eq(0)]
+            m.d.sync += [self.fault_window.eq(0), self.fault_bus.eq(0), first_address.eq(0)]
 
         m.d.comb += self.idle.eq(~(
             Cat(s.burst.valid for s in read_splitters).any() | chosen_valid | axi.arvalid
-            | Cat(*outstanding).any() | beat_valid.any() | zero_active
+            | suppressed | Cat(*outstanding).any() | beat_valid.any() | zero_active
             | owner_valid | Cat(w.done for w in writers).any()))
         return m

@@ -731,7 +731,8 @@ def test_with_the_real_port_and_registers(preset):
     axil = dut.registers.axil
     held = []
     memory = AxiMemory(dut.port.axi_mem, size=SIZE, max_burst=config.max_burst_beats, seed=5,
-                       stall=0.3, latency=10, window=(SQ, SIZE), hold=lambda: bool(held))
+                       stall=0.3, latency=10, window=(SQ, SIZE), refuse=(0xA000,),
+                       hold=lambda: bool(held))
     memory.memory[LAYER_AT:LAYER_AT + ENTRY_BYTES] = encode(LAYER, GOOD_LAYER)
 
     async def write(ctx, name, value):
@@ -786,23 +787,25 @@ def test_with_the_real_port_and_registers(preset):
             await write(ctx, name, value)
         put(0, tag=1)
         put(1, tag=2, layer_address=0x40)
-        put(2, tag=3, tokens=4)
-        for index, status in ((0, Status.OK), (1, Status.WINDOW)):
+        put(2, tag=3, layer_address=0xA000)
+        put(3, tag=4, tokens=4)
+        for index, status in ((0, Status.OK), (1, Status.WINDOW), (2, Status.BUS_ERROR)):
             await write(ctx, "SQ_TAIL", index + 1)
             await interrupt(ctx)
             entry = completion(index)
             assert (entry["tag"], entry["status"], entry["phase"]) == (index + 1, status, 1)
         assert completion(1)["address"] == 0x40
-        await write(ctx, "SQ_TAIL", 3)
+        assert completion(2)["address"] == 0xA000
+        await write(ctx, "SQ_TAIL", 4)
         await ctx.tick().repeat(150)
         assert await read(ctx, "STATUS") == 1
         await write(ctx, "CONTROL", 2)
         await interrupt(ctx)
-        assert completion(2)["status"] == Status.ABORTED
-        assert await read(ctx, "CQ_TAIL") == 3
+        assert completion(3)["status"] == Status.ABORTED
+        assert await read(ctx, "CQ_TAIL") == 4
         # Soft reset with a read that memory holds back.
-        put(3, tag=4)
-        await write(ctx, "SQ_TAIL", 4)
+        put(4, tag=5)
+        await write(ctx, "SQ_TAIL", 5)
         await ctx.tick().until(dut.port.axi_mem.arvalid)
         held.append(1)
         await write(ctx, "CONTROL", 1)

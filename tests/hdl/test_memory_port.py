@@ -187,7 +187,7 @@ def test_many_single_beat_requests_are_outstanding():
     bench.run(start(testbench))
     issued = [burst[0] for burst in bench.ar]
     assert issued[49] - issued[0] == 98  # one every two cycles
-    assert sum(cycle < issued[0] + 150 for cycle in issued) == 60  # then the answers limit
+    assert 60 <= sum(cycle < issued[0] + 150 for cycle in issued) < 64  # then answers limit
     assert bench.got[1] == [(bench.beat(8 * k), 1) for k in range(100)]
 
 
@@ -263,8 +263,9 @@ def test_reads_outside_the_window_are_zeros_in_order(latency):
         await bench.until(ctx, lambda: len(bench.got[0]) >= len(expected[0]))
 
     bench.run(start(testbench), start(other))
-    for got, wanted in zip(bench.got, expected, strict=True):
+    for i, (got, wanted) in enumerate(zip(bench.got, expected, strict=True)):
         assert got == wanted
+        assert bench.counted[i] == sum(beats for _, reader, _, beats in bench.ar if reader == i)
 
 
 def test_an_empty_window_allows_nothing():
@@ -380,6 +381,8 @@ def test_flush_in_the_middle(seed):
                 break
             if k == 50:
                 held.clear()
+            if k == 5 and seed % 2:
+                ctx.set(dut.flush, 0)  # too early: the port goes on by itself
             await ctx.tick()
         held.clear()
         assert bench.unanswered == 0, "idle must wait for memory"
