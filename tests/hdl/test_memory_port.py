@@ -7,7 +7,7 @@ import pytest
 from amaranth.sim import Simulator
 
 from moeaccel.config import PRESETS
-from moeaccel.hdl.memory_port import MemoryPort
+from moeaccel.hdl.memory_port import WRITE_AHEAD_BURSTS, MemoryPort
 from tests.support.axi_memory import AxiMemory
 
 SIZE = 1 << 16
@@ -226,6 +226,21 @@ def test_writes_stream_without_gaps():
     assert [bench.beat(4096 - 16 + 8 * k) for k in range(300)] == words
 
 
+def test_addresses_run_a_few_bursts_ahead_of_data():
+    bench = Bench()
+    words = [bench.random.getrandbits(64) for _ in range(16 * 64)]
+
+    async def testbench(ctx):
+        await bench.request(ctx, bench.writers[0], 0, len(words))
+        await ctx.tick().repeat(60)
+        assert WRITE_AHEAD_BURSTS < len(bench.aw) <= WRITE_AHEAD_BURSTS + 2
+        await bench.send(ctx, bench.writers[0], words)
+        await bench.until_done(ctx, 0)
+
+    bench.run(start(testbench))
+    assert [bench.beat(8 * k) for k in range(len(words))] == words
+
+
 @pytest.mark.parametrize("latency", [0, 30])
 def test_reads_outside_the_window_are_zeros_in_order(latency):
     window = (4096, 4096 + 512 + 64)
@@ -303,7 +318,7 @@ def test_writes_outside_the_window_are_swallowed(stall):
     before = bytes(bench.memory)
 
     async def testbench(ctx):
-        for address, beats in [(4096 - 16, 70), (8192 - 8, 3), (0, 130), (5000 & ~7, 2)]:
+        for address, beats in [(4096 - 16, 70), (8192 - 8, 3), (0, 130), (0, 5), (5000 & ~7, 2)]:
             words = [bench.random.getrandbits(64) for _ in range(beats)]
             await bench.request(ctx, bench.writers[0], address, beats)
             await bench.send(ctx, bench.writers[0], words, stall)
@@ -379,6 +394,7 @@ def test_flush_in_the_middle(seed):
         for k in range(3000):
             if ctx.get(dut.idle):
                 break
+            assert not any(ctx.get(c.request.ready) for c in bench.readers + bench.writers)
             if k == 50:
                 held.clear()
             if k == 5 and seed % 2:
