@@ -8,6 +8,7 @@ from moeaccel.config import AcceleratorConfig
 from moeaccel.hdl.axi import AXI4LiteSignature
 from moeaccel.registers import ADDRESS_BITS, REGISTERS, Access, Register
 
+_PAGE_BITS = 4
 _OKAY = 0
 _SLVERR = 2
 
@@ -51,9 +52,9 @@ class RegisterFile(wiring.Component):
     hold the bits of their fields only; other bits read 0. Writes to RO registers are ignored.
     An address without a register reads 0, ignores writes and answers SLVERR.
 
-    Latency: BVALID 2 cycles after the later of address and data, RVALID 2 cycles after the address;
-    one read and one write at a time, each every 3 cycles at best. Reset: reset values of the table,
-    everything else 0.
+    Latency: BVALID 2 cycles after the later of address and data, RVALID 3 cycles after the address;
+    one read and one write at a time, a write every 3 and a read every 4 cycles at best.
+    Reset: reset values of the table, everything else 0.
 
     Parameters
     ----------
@@ -117,11 +118,13 @@ class RegisterFile(wiring.Component):
         with m.If(write):
             m.d.sync += [aw_held.eq(0), w_held.eq(0), axil.bvalid.eq(1)]
 
-        # One read at a time.
+        # One read at a time, in two steps: a register of each page, then the page.
         ar_held = Signal()
         ar_word = Signal(ADDRESS_BITS - 2)
+        looked_up = Signal()
         read = Signal()
-        m.d.comb += [axil.arready.eq(~ar_held), read.eq(ar_held & ~axil.rvalid)]
+        m.d.comb += [axil.arready.eq(~ar_held), read.eq(looked_up & ~axil.rvalid)]
+        m.d.sync += looked_up.eq(ar_held & ~read)
         with m.If(axil.arvalid & axil.arready):
             m.d.sync += [ar_held.eq(1), ar_word.eq(axil.araddr[2:])]
         with m.If(axil.rvalid & axil.rready):
@@ -183,13 +186,20 @@ class RegisterFile(wiring.Component):
                     with m.Case(register.address >> 2):
                         m.d.comb += selected[register.name].eq(1)
                         m.d.sync += axil.bresp.eq(_OKAY)
+        pages = {}
+        for register in REGISTERS.values():
+            page, word = divmod(register.address >> 2, 1 << _PAGE_BITS)
+            pages.setdefault(page, {})[word] = values.get(register.name, C(0, 32))
         with m.If(read):
             m.d.sync += [axil.rresp.eq(_SLVERR), axil.rdata.eq(0)]
-            with m.Switch(ar_word):
-                for register in REGISTERS.values():
-                    with m.Case(register.address >> 2):
-                        m.d.sync += [
-                            axil.rresp.eq(_OKAY),
-                            axil.rdata.eq(values.get(register.name, C(0, 32))),
-                        ]
+        for page, words in pages.items():
+            found = Signal(name=f"found{page}")
+            value = Signal(32, name=f"page{page}")
+            m.d.sync += [found.eq(0), value.eq(0)]
+            with m.Switch(ar_word[:_PAGE_BITS]):
+                for word, source in words.items():
+                    with m.Case(word):
+                        m.d.sync += [found.eq(1), value.eq(source)]
+            with m.If(read & found & (ar_word[_PAGE_BITS:] == page)):
+                m.d.sync += [axil.rresp.eq(_OKAY), axil.rdata.eq(value)]
         return m

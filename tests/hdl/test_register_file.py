@@ -251,7 +251,7 @@ def test_latency():
             await ctx.tick()
 
     simulate(dut, testbench)
-    assert cycles == {"rvalid": 2, "bvalid": 2}
+    assert cycles == {"rvalid": 3, "bvalid": 2}
 
 
 def test_arguments():
