@@ -363,9 +363,10 @@ class Combiner(wiring.Component):
                 m.d.comb += [out_beats.w_data.eq(Cat(*integers[:per_beat])), out_beats.w_en.eq(1)]
                 if halves == 2:
                     m.d.sync += [high.eq(Cat(*integers[per_beat:])), high_valid.eq(1)]
-            with m.Elif(C(halves == 2)):
-                m.d.comb += [out_beats.w_data.eq(Cat(*floats)), out_beats.w_en.eq(1)]
             with m.Else():
-                m.d.sync += low.eq(Cat(*floats))
-                m.d.comb += [out_beats.w_data.eq(Cat(low, *floats)), out_beats.w_en.eq(o.odd)]
+                if halves == 2:
+                    m.d.comb += [out_beats.w_data.eq(Cat(*floats)), out_beats.w_en.eq(1)]
+                else:
+                    m.d.sync += low.eq(Cat(*floats))
+                    m.d.comb += [out_beats.w_data.eq(Cat(low, *floats)), out_beats.w_en.eq(o.odd)]
         return m
