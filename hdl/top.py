@@ -108,9 +108,12 @@ class Accelerator(wiring.Component):
             commands.fault_address.eq(port.fault_address),
             port.flush.eq(commands.flush),
             port.clear_faults.eq(commands.clear_faults),
-            port.window_base.eq(registers.rw_window_base),
-            port.window_limit.eq(registers.rw_window_limit),
         ]
+        # Bits that no address has must not be cut off: they would widen the window.
+        for inside, register in ((port.window_base, registers.rw_window_base),
+                                 (port.window_limit, registers.rw_window_limit)):
+            beyond = register[config.address_bits:].any()
+            m.d.comb += inside.eq(Mux(beyond, 1 << config.address_bits, register))
         weights = port.read_beat_reader == 1 + READERS.index("streamer")
         m.d.comb += [
             counters.clear.eq(commands.o_reset_done),
