@@ -1,0 +1,259 @@
+"""The RTL and the golden model side by side: one script, the same bits."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeaccel.commands import LAYER, Opcode, encode
+from moeaccel.config import AcceleratorConfig
+from moeaccel.host import open_device
+from moeaccel.host.device import Command, Device
+from moeaccel.host.errors import CommandFailed
+from moeaccel.host.memory import Allocation
+from moeaccel.host.transports.rtl import RtlTransport
+from moeaccel.registers import REGISTERS
+from moeaccel.sim import CoSimulation, MemoryModel, StallModel
+from moeaccel.sim.verilator import Model, build_model
+
+MEMORY_BYTES = 1 << 22
+
+TIME = ("busy", "starved_weights", "starved_activations", "stalled_output", "idle")
+"""Counters of cycles; the golden model keeps none of them."""
+
+WORK = ("bytes_read_weights", "bytes_read_other", "bytes_written", "tokens", "expert_passes",
+        "assignments", "overflows", "commands")
+"""Counters of work, equal on both."""
+
+
+@functools.cache
+def sources_digest() -> str:
+    """Return a digest of everything that an accelerator's Verilog is made from."""
+    from moeaccel import config, hdl
+
+    total = hashlib.sha256(importlib.metadata.version("amaranth").encode())
+    for module in (hdl, config):
+        assert module.__file__ is not None
+        for path in sorted(Path(module.__file__).resolve().parent.glob("*.py")):
+            total.update(path.read_bytes())
+    return total.hexdigest()[:16]
+
+
+def cached_model(config: AcceleratorConfig, folder: Path) -> Model:
+    """Return the Verilated accelerator; its Verilog, which takes a while, is kept in a folder."""
+    path = folder / f"{sources_digest()}-{config.digest:08x}.v"
+    if not path.is_file():
+        from moeaccel.hdl.top import generate_verilog
+
+        made = path.with_suffix(f".{id(path)}.part")
+        made.write_text(generate_verilog(config), encoding="utf-8")
+        made.replace(path)
+    return build_model(path.read_text(encoding="utf-8"))
+
+
+class Pair:
+    """The same device twice: the RTL in a co-simulation, and the golden model.
+
+    Parameters
+    ----------
+    model : Model
+        Of ``config``.
+    config : AcceleratorConfig
+    memory : MemoryModel
+        Timing of the RTL's memory; its size is that of both.
+    register_stalls : StallModel, optional
+        Pauses of the RTL's register master.
+    **options
+        Of both devices.
+    """
+
+    def __init__(self, model: Model, config: AcceleratorConfig, *,
+                 memory: MemoryModel | None = None, register_stalls: StallModel | None = None,
+                 seed: int = 1, **options: Any) -> None:
+        memory = memory or MemoryModel.ideal(size=MEMORY_BYTES)
+        self.config = config
+        self.simulation = CoSimulation(model, memory=memory, register_stalls=register_stalls,
+                                       seed=seed)
+        options = {"timeout_s": 20.0} | options
+        self.rtl = open_device(RtlTransport(config, simulation=self.simulation), config=config,
+                               **options)
+        self.golden = open_device("golden", config=config, memory_bytes=memory.size, **options)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
+                 traceback: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def devices(self) -> tuple[Device, Device]:
+        """The RTL, and the golden model."""
+        return self.rtl, self.golden
+
+    def close(self) -> None:
+        """Close both."""
+        for device in self.devices:
+            device.close()
+
+    def reset(self) -> None:
+        """Bring both back to their first state: no command, counters 0, statistics 0."""
+        for device in self.devices:
+            device.reset()
+        self.simulation.clear_stats()
+
+    def same(self, script: Callable[[Device], Any]) -> Any:
+        """Run a script on both and return its result, an array, which must be the same bits.
+
+        An error that a device reports counts as a result: kind, status, detail and address.
+        """
+        rtl, golden = (_outcome(script, device) for device in self.devices)
+        if isinstance(golden, np.ndarray) and isinstance(rtl, np.ndarray):
+            assert_same_bits(rtl, golden)
+        else:
+            assert rtl == golden
+        return rtl
+
+    def check(self) -> dict[str, int]:
+        """Hold counters and bus to what both devices did since the last reset; return counters.
+
+        Not for commands that end early: those move less than the golden model says.
+        """
+        self.simulation.check()
+        counters, expected = (device.counters() for device in self.devices)
+        assert {name: counters[name] for name in WORK} == {name: expected[name] for name in WORK}
+        stats = self.simulation.stats()
+        assert counters["bytes_read_weights"] + counters["bytes_read_other"] == stats.bytes_read
+        assert counters["bytes_written"] == stats.bytes_written
+        return counters
+
+
+def _outcome(script: Callable[[Device], Any], device: Device) -> Any:
+    try:
+        return script(device)
+    except CommandFailed as error:
+        return type(error).__name__, int(error.status), error.detail, error.address
+
+
+def assert_same_bits(found: NDArray[np.float32], expected: NDArray[np.float32]) -> None:
+    """Assert that float32 arrays are equal bit by bit, and say where they are not."""
+    assert found.shape == expected.shape
+    differ = found.view(np.uint32) != expected.view(np.uint32)
+    if differ.any():
+        where = np.argwhere(differ)
+        first = tuple(where[0])
+        raise AssertionError(
+            f"{len(where)} of {differ.size} elements differ, in rows {np.unique(where[:, 0])[:9]} "
+            f"and columns {np.unique(where[:, 1])[:9]}; first {first}: {found[first]!r} instead of "
+            f"{expected[first]!r}")
+
+
+class Buffers:
+    """Memory of one raw command, laid out by hand: the same addresses on every device.
+
+    Parameters
+    ----------
+    device : Device
+    x : float32 array, (T, d_in)
+    ids, weights : arrays, (T, K)
+    d_out : int
+    room : int
+        Bytes between one buffer and the next: nobody's.
+    """
+
+    def __init__(self, device: Device, x: NDArray[np.float32], ids: NDArray[np.integer],
+                 weights: NDArray[np.float32], *, d_out: int, room: int = 256) -> None:
+        self.device = device
+        self.shape = len(x), d_out
+        sizes = {"x": x.nbytes, "ids": 4 * ids.size, "weights": 4 * ids.size,
+                 "y": 4 * len(x) * d_out, "workspace": 8 * len(x) * d_out}
+        self.sizes = {name: -(-size // 64) * 64 for name, size in sizes.items()}
+        self.memory: Allocation = device.memory.allocate(
+            sum(self.sizes.values()) + room * (len(sizes) + 1))
+        self.addresses: dict[str, int] = {}
+        where = self.memory.address + room
+        for name, size in self.sizes.items():
+            self.addresses[name] = where
+            where += size + room
+        self.data = {"x": x.astype("<f4"), "ids": ids.astype("<i4"),
+                     "weights": weights.astype("<f4")}
+        for name in self.data:
+            self.write(name, self.addresses[name])
+
+    def write(self, name: str, address: int) -> None:
+        """Write what a buffer holds to an address."""
+        raw = np.ascontiguousarray(self.data[name]).view(np.uint8).reshape(-1)
+        self.device.transport.memory_write(address, raw)
+
+    def fields(self, layer: int, **changes: int) -> dict[str, int]:
+        """Return the submission; ``changes`` replace fields."""
+        tokens, top_k = self.data["ids"].shape
+        return {"opcode": int(Opcode.EXPERTS), "tokens": tokens, "top_k": top_k,
+                "layer_address": layer,
+                **{f"{name}_address": value for name, value in self.addresses.items()}, **changes}
+
+    def y(self) -> NDArray[np.float32]:
+        """Return what y holds."""
+        tokens, d_out = self.shape
+        raw = self.device.transport.memory_read(self.addresses["y"], 4 * tokens * d_out)
+        return raw.view("<f4").reshape(self.shape)
+
+
+def execute(device: Device, fields: Mapping[str, int]) -> Command:
+    """Submit a raw command and wait for its completion, whatever its status."""
+    command = device.submit(fields, Command("raw"))
+    device.wait(command)
+    return command
+
+
+def place_layer(device: Device, **fields: int) -> Allocation:
+    """Write a layer descriptor of one's own."""
+    memory = device.memory.allocate(64)
+    device.transport.memory_write(memory.address, np.frombuffer(encode(LAYER, fields), np.uint8))
+    return memory
+
+
+def write_register(device: Device, name: str, value: int) -> None:
+    """Write a register, both halves of one that has two."""
+    if name in REGISTERS:
+        device.transport.register_write(REGISTERS[name].address, value)
+        return
+    for half, part in (("LO", value & 0xFFFF_FFFF), ("HI", value >> 32)):
+        device.transport.register_write(REGISTERS[f"{name}_{half}"].address, part)
+
+
+def read_register(device: Device, name: str) -> int:
+    """Read a register."""
+    return device.transport.register_read(REGISTERS[name].address)
+
+
+def draw_experts(rng: np.random.Generator, experts: int, d_model: int, d_expert: int, *,
+                 spread: int = 0) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return (gate_up, down) of a layer whose outputs are about as large as its inputs.
+
+    With a spread, blocks of 32 weights are smaller by powers of two down to ``2**-spread``, and one
+    in twenty is zero, so that scales use their whole range.
+    """
+    def matrices(rows: int, columns: int) -> NDArray[np.float32]:
+        values = rng.standard_normal((experts, rows, columns)) * (1.5 / np.sqrt(columns))
+        if spread:
+            scale = np.exp2(-rng.integers(0, spread + 1, (experts, rows, columns // 32)))
+            scale *= rng.random(scale.shape) < 0.95
+            values *= np.repeat(scale, 32, axis=-1)
+        return values.astype(np.float32)
+
+    return matrices(2 * d_expert, d_model), matrices(d_model, d_expert)
+
+
+def batches(total: int, most: int) -> Iterator[slice]:
+    """Yield consecutive slices of at most so many."""
+    for first in range(0, total, most):
+        yield slice(first, min(total, first + most))
