@@ -56,8 +56,8 @@ lint: $(STAMP) ## ruff and pyright
 	  mkdir -p "$${link%/*}"; ln -s "$(CURDIR)/$$file" "$$link"; done
 	$(BIN)/pyright | sed -e "s,$(PYRIGHT_TREE)/moeaccel/\(hdl\|host\|sim\|fpga\)/,\1/," -e "s,$(PYRIGHT_TREE)/,,"
 
-synth: $(STAMP) ## synthesise, place and route; report area and clock rate
-	$(BIN)/python -m moeaccel.fpga.synth
+synth: $(STAMP) ## place and route the accelerator core on an ECP5-85F; report area and clock rate
+	$(BIN)/python -m moeaccel.fpga.synth --core
 
 clean: ## remove build products and caches
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis *.egg-info

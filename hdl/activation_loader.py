@@ -119,12 +119,14 @@ class ActivationLoader(wiring.Component):
         token_bits = layouts.token_bits(config)
         count_shape = range(config.max_slots + 1)
 
+        # Rows are quantised when they are whole: nothing is read in the cycle in which it is written.
+        unchecked = {"no_rw_check": 1}
         m.submodules.line = line = memory.Memory(
-            shape=unsigned(32 * per_beat), depth=2 << beat_bits, init=[])
+            shape=unsigned(32 * per_beat), depth=2 << beat_bits, init=[], attrs=unchecked)
         line_w, line_r = line.write_port(), line.read_port()
         key = data.StructLayout({"raised": 1, "exponent": 8})
         m.submodules.tops = tops = memory.Memory(
-            shape=unsigned(key.size), depth=2 << step_bits, init=[])
+            shape=unsigned(key.size), depth=2 << step_bits, init=[], attrs=unchecked)
         tops_w, tops_r = tops.write_port(), tops.read_port()
 
         # -- one row after another: token, address, request ----------------------------------------

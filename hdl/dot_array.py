@@ -21,7 +21,7 @@ FACTOR_BITS = 17
 """Bits of a multiplier's weight operand: |(w1 << 12) + w0| <= 12 * 4097 < 2**16."""
 
 PRODUCT_BITS = 24
-TREE_LEVELS = (2, 2, 1)
+TREE_LEVELS = (1, 1, 1, 1, 1)
 """Adder-tree levels in each pipeline stage; 32 columns make 5."""
 
 E2M1_TABLE = sum(int(value) << 4 * code for code, value in enumerate(E2M1_DOUBLED))
@@ -42,9 +42,9 @@ class DotArray(wiring.Component):
 
     where k runs over a block of 32.
 
-        codes -> [0] -> decode -> [multiplier] -> tree -> split -> [multiplier] -> shift -> sum
-        lanes -> [0] -----------> [ 1, 2, 3  ]    4..6    rows     [ 7, 8, 9  ]    10, 11   12
-        scales-> [0] -------------- delayed ---------------------> significand     shift
+        codes -> decode -> [multiplier] -> tree -> split -> [multiplier] -> shift ---> sum
+        lanes -> 0, 1 ---> [ 2, 3, 4  ]   5 to 9   rows     [10, 11, 12]    13, 14     15
+        scales-------------- delayed ---------------------> significand     shift
 
     Two rows of a 4-bit format share a multiplier: P = ((w1 << 12) + w0) * x, whose low 12 bits,
     signed, are w0 * x because |w0 * x| <= 12 * 128. Sums over k of P and of its low field are
@@ -54,7 +54,7 @@ class DotArray(wiring.Component):
     significand is taken as 1.
 
     Latency LATENCY_CYCLES from a step to the sums that it ends; one step per cycle, never a stall.
-    Registers keep their values where no step passes. Reset forgets the steps under way.
+    Reset forgets the steps under way.
 
     Parameters
     ----------
@@ -63,6 +63,9 @@ class DotArray(wiring.Component):
         FPGA family of the multipliers.
     tag_width : :class:`int`
         Bits of ``i_tag``; 1 or more.
+    gated : :class:`bool`
+        Registers hold where no step passes, which simulates faster. By default not for
+        ``"ecp5"``: an enable for each stage would have to cross the whole array in a cycle.
 
     Members
     -------
@@ -83,10 +86,10 @@ class DotArray(wiring.Component):
         Tag of the last step.
     """
 
-    LATENCY_CYCLES = 4 + len(TREE_LEVELS) + Multiplier.LATENCY_CYCLES + 3
+    LATENCY_CYCLES = 2 + 2 * Multiplier.LATENCY_CYCLES + len(TREE_LEVELS) + 3
     MAX_SHIFT = max(f.max_shift for f in FORMATS.values()) + ACTIVATION_SHIFT_MAX
 
-    def __init__(self, config, family="generic", *, tag_width=1):
+    def __init__(self, config, family="generic", *, tag_width=1, gated=None):
         if not isinstance(config, AcceleratorConfig):
             raise TypeError(f"config must be an AcceleratorConfig, not {config!r}")
         if family not in FAMILIES:
@@ -96,6 +99,7 @@ class DotArray(wiring.Component):
         self._config = config
         self._family = family
         self._tag_width = tag_width
+        self._gated = family == "generic" if gated is None else bool(gated)
         super().__init__({
             "i_valid": In(1),
             "i_first": In(1),
@@ -125,6 +129,11 @@ class DotArray(wiring.Component):
         """Bits of the tag."""
         return self._tag_width
 
+    @property
+    def gated(self):
+        """Whether registers hold where no step passes."""
+        return self._gated
+
     def elaborate(self, platform):
         config = self._config
         m = Module()
@@ -139,7 +148,7 @@ class DotArray(wiring.Component):
         def register(stage, shape, value, name):
             """Return ``value`` after the register of ``stage``."""
             signal = Signal(shape, name=f"{name}_{stage}", reset_less=True)
-            with m.If(valid[stage]):
+            with m.If(valid[stage] if self._gated else 1):
                 m.d.sync += signal.eq(value)
             return signal
 
@@ -149,7 +158,7 @@ class DotArray(wiring.Component):
                 value = register(i, value.shape(), value, name)
             return value
 
-        multiply = 1  # first stage of the multipliers, and so on
+        multiply = 2  # first stage of the multipliers, and so on
         tree = multiply + Multiplier.LATENCY_CYCLES
         scale = tree + len(TREE_LEVELS)
         shift = scale + Multiplier.LATENCY_CYCLES
@@ -159,18 +168,14 @@ class DotArray(wiring.Component):
         def multiplier(name, stage, a, b, a_width, b_width):
             """Return the product of two values that are at the input of ``stage``."""
             m.submodules[name] = unit = Multiplier(a_width, b_width, self._family)
-            m.d.comb += [unit.i_a.eq(a), unit.i_b.eq(b),
-                         unit.i_enable.eq(Cat(valid[stage:stage + 3]))]
+            m.d.comb += [unit.i_a.eq(a), unit.i_b.eq(b)]
+            if self._gated:
+                m.d.comb += unit.i_enable.eq(Cat(valid[stage:stage + 3]))
             return unit.o_product
 
         # -- input registers and decoding ---------------------------------------------------------
-        format_ = register(0, self.i_format.shape(), self.i_format, "format")
-        e2m1 = Signal()
-        packed = Signal()
-        m.d.comb += [
-            packed.eq(self._is(format_, lambda f: f.packed)),
-            e2m1.eq(self._is(format_, lambda f: f.name == "mxfp4")),
-        ]
+        packed = register(0, 1, self._is(self.i_format, lambda f: f.packed), "packed")
+        e2m1 = register(0, 1, self._is(self.i_format, lambda f: f.name == "mxfp4"), "e2m1")
 
         def decode(nibble, name):
             """Return the integer that a 4-bit code stands for."""
@@ -188,12 +193,12 @@ class DotArray(wiring.Component):
                 name = f"factor{rm}_{k}"
                 code = register(0, 8, self.i_codes.word_select(rm * BLOCK + k, 8), f"code{rm}_{k}")
                 low, high = decode(code[:4], f"{name}_low"), decode(code[4:], f"{name}_high")
-                factor = Signal(signed(FACTOR_BITS), name=name)
-                m.d.comb += factor.eq(Mux(packed, (high << FIELD_BITS) + low, code.as_signed()))
-                factors.append(factor)
+                # Registers here and in the multiplier: one decodes, the other crosses the array.
+                factors.append(register(1, signed(FACTOR_BITS), Mux(
+                    packed, (high << FIELD_BITS) + low, code.as_signed()), name))
 
         # -- multiply, and sum over the block -----------------------------------------------------
-        mantissas = [[register(0, signed(8), self.i_lanes[lane].mantissas[k], f"mantissa{lane}_{k}")
+        mantissas = [[delay(0, 1, self.i_lanes[lane].mantissas[k], f"mantissa{lane}_{k}")
                       for k in range(BLOCK)] for lane in range(lanes)]
         full_sums, low_sums = {}, {}  # by (rm, lane)
         for rm in range(multiplier_rows):

@@ -113,13 +113,16 @@ class HiddenBuffer(wiring.Component):
             "magnitude": MANTISSA_BITS, "sign": 1, "exponent": signed(EXPONENT_BITS)})
         shape = unsigned(block_top().size)
 
+        # h is quantised when it is whole: nothing is read in the cycle in which it is written.
+        unchecked = {"no_rw_check": 1}
         values = []
         for i in range(count):
             m.submodules[f"values{i}"] = storage = memory.Memory(
-                shape=unsigned(entry.size), depth=1 << (word_bits + slot_bits), init=[])
+                shape=unsigned(entry.size), depth=1 << (word_bits + slot_bits), init=[],
+                attrs=unchecked)
             values.append((storage.write_port(), storage.read_port()))
         m.submodules.tops = tops = memory.Memory(
-            shape=shape, depth=1 << (step_bits + slot_bits), init=[])
+            shape=shape, depth=1 << (step_bits + slot_bits), init=[], attrs=unchecked)
         tops_w, tops_r = tops.write_port(), tops.read_port()
 
         # Of each slot: the largest so far, of its current block and of all of it.

@@ -17,8 +17,8 @@ class LaneBuffer(wiring.Component):
 
     An address is step, then group, then bank, from the least significant bit
     (:func:`~moeaccel.hdl.layouts.lane_address_bits`). Read latency READ_LATENCY_CYCLES; one read
-    and one write per cycle, never a stall. Reading an address in the cycle in which it is written
-    gives the old or the new block; from the next cycle on it gives the new one. Reset keeps the
+    and one write per cycle, never a stall. What reading an address in the cycle in which it is
+    written gives is undefined; from the next cycle on it gives the new block. Reset keeps the
     contents.
 
     Parameters
@@ -77,7 +77,8 @@ class LaneBuffer(wiring.Component):
         m = Module()
         shape = unsigned(layouts.lane(self._config).size)
         for i in range(self._config.token_lanes):
-            lane = memory.Memory(shape=shape, depth=1 << self.address_bits, init=[])
+            lane = memory.Memory(
+                shape=shape, depth=1 << self.address_bits, init=[], attrs={"no_rw_check": 1})
             m.submodules[f"lane{i}"] = lane
             write, read = lane.write_port(), lane.read_port()
             m.d.comb += [
