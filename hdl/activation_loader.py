@@ -119,7 +119,7 @@ class ActivationLoader(wiring.Component):
         token_bits = layouts.token_bits(config)
         count_shape = range(config.max_slots + 1)
 
-        # Rows are quantised when they are whole: nothing is read in the cycle in which it is written.
+        # Rows are quantised when they are whole: nothing is read while it is written.
         unchecked = {"no_rw_check": 1}
         m.submodules.line = line = memory.Memory(
             shape=unsigned(32 * per_beat), depth=2 << beat_bits, init=[], attrs=unchecked)

@@ -8,24 +8,25 @@ from amaranth.utils import ceil_log2
 from moeaccel.config import BLOCK, AcceleratorConfig
 
 EXPONENT_BITS = 12
-"""Signed exponents of internal floats and block floats: no product of the chain leaves this range."""
+"""Signed exponents of internal and block floats: no product of the chain leaves this range."""
 
 FORMAT_BITS = 2
 """Weight format codes (moeaccel.formats)."""
 
 
 def internal_float() -> data.StructLayout:
-    """Return the internal float: 18-bit signed mantissa (zero, or 17 magnitude bits) and exponent."""
+    """Return the internal float: 18-bit signed mantissa (0, or 17 magnitude bits), exponent."""
     return data.StructLayout({"mantissa": signed(18), "exponent": signed(EXPONENT_BITS)})
 
 
 def lane(config: AcceleratorConfig) -> data.StructLayout:
-    """Return one token lane's block of 32: mantissas of one plane, element 0 least significant, and the block shift."""
-    return data.StructLayout({"mantissas": data.ArrayLayout(signed(8), BLOCK), "shift": unsigned(4)})
+    """Return one token lane's block of 32: a plane's mantissas, element 0 first, and its shift."""
+    mantissas = data.ArrayLayout(signed(8), BLOCK)
+    return data.StructLayout({"mantissas": mantissas, "shift": unsigned(4)})
 
 
 def lane_address_bits(config: AcceleratorConfig) -> int:
-    """Return the bits of (group, step) in a lane buffer bank: group * 2**ceil_log2(max_steps) + step."""
+    """Return the bits of {step, group}, the address in a lane buffer's bank."""
     return ceil_log2(config.token_groups) + ceil_log2(config.max_steps)
 
 
@@ -50,20 +51,15 @@ def steps_bits(config: AcceleratorConfig) -> int:
 
 
 def read_request(config: AcceleratorConfig) -> data.StructLayout:
-    """Return a linear read or write: byte address (a multiple of the port's width) and beats (1 or more)."""
+    """Return a linear read or write: byte address, a multiple of the port's width, and beats."""
     return data.StructLayout({"address": config.address_bits, "beats": 16})
-
-
-def read_data(config: AcceleratorConfig) -> data.StructLayout:
-    """Return one beat of a read; ``last`` marks the request's last."""
-    return data.StructLayout({"data": 8 * config.port_bytes, "last": 1})
 
 
 class ReadClientSignature(wiring.Signature):
     """One reader of the memory port, seen from the reader.
 
-    ``request`` is a stream. ``valid``/``data``/``last`` bring its beats in order and *cannot be refused*: a reader asks only for
-    what it has room for.
+    ``request`` is a stream. ``valid``/``data``/``last`` bring its beats in order and *cannot be
+    refused*: a reader asks only for what it has room for.
     """
 
     def __init__(self, config: AcceleratorConfig):
@@ -80,8 +76,8 @@ class ReadClientSignature(wiring.Signature):
 class WriteClientSignature(wiring.Signature):
     """One writer of the memory port, seen from the writer.
 
-    ``request`` announces a linear write of ``beats`` full beats; ``data`` brings them. ``done`` pulses when memory has
-    acknowledged all of it; the next request may be raised only after that.
+    ``request`` announces a linear write of ``beats`` full beats; ``data`` brings them. ``done``
+    pulses when memory has acknowledged all of it; the next request may be raised only after that.
     """
 
     def __init__(self, config: AcceleratorConfig):
@@ -95,7 +91,7 @@ class WriteClientSignature(wiring.Signature):
 
 
 def job(config: AcceleratorConfig) -> data.StructLayout:
-    """Return a checked EXPERTS or GEMM command with its layer, as the command processor hands it to the engine."""
+    """Return a checked command with its layer, as the engine takes it."""
     address = config.address_bits
     return data.StructLayout({
         "linear": 1,
@@ -132,7 +128,8 @@ def section(config: AcceleratorConfig) -> data.StructLayout:
 def slot(config: AcceleratorConfig) -> data.StructLayout:
     """Return one entry of the slot table: a token-expert pair of the pass.
 
-    ``first``: no partial sum of this token is in the workspace yet. ``last``: no later pass touches the token.
+    ``first``: no partial sum of this token is in the workspace yet. ``last``: no later pass touches
+    the token.
     """
     return data.StructLayout({
         "token": token_bits(config), "weight": internal_float(), "first": 1, "last": 1,
@@ -190,5 +187,5 @@ def hidden_element(config: AcceleratorConfig) -> data.StructLayout:
 
 
 def base_address(config: AcceleratorConfig) -> data.StructLayout:
-    """Return the address of a base exponent: a slot of x (``bank``) or of h (``hidden``, bank 0)."""
+    """Return the address of a base exponent: a slot of x (``bank``), or of h (``hidden``)."""
     return data.StructLayout({"slot": slot_bits(config), "bank": 1, "hidden": 1})

@@ -191,7 +191,7 @@ def quantise_float32(
     """Quantise float32 activations, (n, K); also return which tokens hold a NaN or an infinity,
     (n,)."""
     significand, exponent, nonfinite = split_float32(values)
-    return quantise_elements(significand, exponent, planes), nonfinite.any(axis=1)
+    return quantise_elements(significand, exponent, planes), np.asarray(nonfinite.any(axis=1))
 
 
 def quantise_internal(values: InternalFloat, planes: int) -> BlockFloat:

@@ -21,11 +21,11 @@ def swiglu_float64(gate: Floats, up: Floats) -> Floats:
 
 
 def experts_float64(
-    x: Floats,
+    x: NDArray[np.floating],
     ids: NDArray[np.integer],
-    weights: Floats,
-    gate_up: Sequence[Floats],
-    down: Sequence[Floats],
+    weights: NDArray[np.floating],
+    gate_up: Sequence[NDArray[np.floating]],
+    down: Sequence[NDArray[np.floating]],
 ) -> Floats:
     """Return the MoE layer in float64: ``gate_up[e]`` (2 I, H) as ``[gate; up]``, ``down[e]`` (H,
     I)."""
