@@ -140,9 +140,8 @@ class QuantisedMatrix:
             self.significand.astype(np.float64),
             self.shift.astype(np.int32) + self.row_exponent[:, None].astype(np.int32),
         )
-        return (
-            self.integers * np.repeat(scale, self.format.group, axis=1)[:, : self.integers.shape[1]]
-        )
+        scales = np.repeat(scale, self.format.group, axis=1)[:, : self.integers.shape[1]]
+        return self.integers.astype(np.float64) * scales
 
     def relative_error(self, weights: NDArray[np.floating]) -> float:
         """Return the relative Frobenius error against the float weights it came from."""
