@@ -1,0 +1,963 @@
+"""The cycle model: how many clock cycles a command takes behind an ideal memory.
+
+It follows the hardware block by block, each as a *cycle function*: from the cycle in which something
+goes in to the cycle in which something comes out. Work is never followed step by step: the array
+advances by tiles, the weight stream by bursts, everything else by rows and passes, so that a prefill
+layer of real size takes a second. All times are cycles since the fetch of the submission began.
+
+::
+
+    dispatcher --> sections ----------------------> parser --> array --> results --> drain
+        |    \\--> weight requests --> streamer ------^  \\_____ ring, FIFO room _____/    |
+        \\--> x loads ------------------> port <----------------------------------------- /
+
+What holds whom up: a burst waits for room in the beat FIFO, a word for room in the ring, a step for
+its word, its x or h and a place for its result, a pass for its x, its down section for the y buffer,
+the dispatcher for the pass before the last. Reads share the port in the order of their addresses.
+
+Ideal memory (``MemoryModel.ideal``): never refuses, fixed latency, one port shared by reads and
+writes. Accuracy, held by tests/system/test_cycles.py: 1 % or 16 cycles of the RTL.
+"""
+
+from __future__ import annotations
+
+import functools
+import heapq
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeaccel.commands import ENTRY_BYTES
+from moeaccel.config import BLOCK, AcceleratorConfig
+from moeaccel.image import HEADER_BYTES, ExpertShape, Section
+
+# -- pipeline depths, as the blocks document them (tests hold them to the RTL's own constants) -------
+ARRAY_CYCLES = 15
+"""DotArray: from a step to its sums. Operands, decode, 5 tree levels, 2 multipliers, shift, add."""
+RESULTS = 4
+"""ResultSerialiser: results that may be under way or waiting behind the array."""
+SERIALISER_CYCLES = 5
+"""ResultSerialiser: from a result to its first element, but for the normaliser."""
+ACTIVATION_CYCLES = 24
+"""ActivationUnit: from up to h. Table, three multipliers and three roundings."""
+QUANTISER_CYCLES = 9
+"""BlockQuantiser: from the last elements of a block to the lane buffer."""
+COMBINER_CYCLES = 12
+"""Combiner: from an output to its place in the y buffer."""
+FLOAT_CYCLES = 6
+"""Combiner: from a sum to float32."""
+ROW_EXPONENTS = 16
+"""TileBuffer: tiles whose row exponents are stored."""
+
+# -- steps between blocks ----------------------------------------------------------------------------
+READ_CYCLES = 4
+"""From a reader's request to its first beat, but for the latency: splitter, choice and AR (3), the
+memory's register, the port's."""
+WRITE_CYCLES = 2
+"""From the last beat on W to the writer's ``done``, but for the latency: B, its count, ``done``."""
+GRANT_CYCLES = 2
+"""WeightStreamer: between bursts, one cycle to measure and one to grant."""
+
+Pairs = NDArray[np.integer]
+_Process = Generator["int | _Event", int, None]
+
+_NEVER = 1 << 62
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a command is predicted to take; ``cycles`` is the completion's field.
+
+    The five counters add up to ``cycles``; the device counts idle cycles between commands, too.
+
+    Parameters
+    ----------
+    cycles, busy, starved_weights, starved_activations, stalled_output, idle : :class:`int`
+    bytes_read_weights, bytes_read_other, bytes_written : :class:`int`
+    """
+
+    cycles: int = 0
+    busy: int = 0
+    starved_weights: int = 0
+    starved_activations: int = 0
+    stalled_output: int = 0
+    idle: int = 0
+    bytes_read_weights: int = 0
+    bytes_read_other: int = 0
+    bytes_written: int = 0
+
+    def __add__(self, other: Prediction) -> Prediction:
+        names = self.__dataclass_fields__
+        return Prediction(**{name: getattr(self, name) + getattr(other, name) for name in names})
+
+
+def expert_cycles(
+    config: AcceleratorConfig,
+    shape: ExpertShape,
+    ids: Pairs,
+    num_experts: int,
+    *,
+    planes: int,
+    latency: int = 40,
+) -> int:
+    """Return the predicted cycles of EXPERTS, see :func:`predict_experts`."""
+    return predict_experts(config, shape, ids, num_experts, planes=planes, latency=latency).cycles
+
+
+def linear_cycles(
+    config: AcceleratorConfig, section: Section, tokens: int, *, planes: int, latency: int = 40
+) -> int:
+    """Return the predicted cycles of GEMM, see :func:`predict_linear`."""
+    return predict_linear(config, section, tokens, planes=planes, latency=latency).cycles
+
+
+def predict_experts(
+    config: AcceleratorConfig,
+    shape: ExpertShape,
+    ids: Pairs,
+    num_experts: int,
+    *,
+    planes: int,
+    latency: int = 40,
+) -> Prediction:
+    """Predict EXPERTS.
+
+    Parameters
+    ----------
+    config : :class:`AcceleratorConfig`
+    shape : :class:`ExpertShape`
+    ids : integer array, (T, K)
+        Those outside [0, num_experts) are skipped. What exceeds the limits of one command is cut
+        as the driver does it; the result is the sum.
+    num_experts : :class:`int`
+        Of the layer.
+    planes : :class:`int`
+        1 (``a8``) or 2 (``a16``).
+    latency : :class:`int`
+        Of the ideal memory, reads and writes, cycles.
+    """
+    ids = np.asarray(ids, np.int64)
+    tokens, top_k = ids.shape
+    total = Prediction()
+    if tokens and top_k:
+        most = min(config.max_tokens, config.max_assignments // top_k)
+        for begin in range(0, tokens, most):
+            job = _Job(
+                config, (shape.gate_up, shape.down), ids[begin : begin + most], num_experts,
+                planes, latency)
+            total += _Machine(job).run()
+    return total
+
+
+def predict_linear(
+    config: AcceleratorConfig, section: Section, tokens: int, *, planes: int, latency: int = 40
+) -> Prediction:
+    """Predict GEMM with ``tokens`` rows of x; see :func:`predict_experts`."""
+    total = Prediction()
+    most = min(config.max_tokens, config.max_assignments)
+    for begin in range(0, tokens, most):
+        ids = np.zeros((min(most, tokens - begin), 1), np.int64)
+        total += _Machine(_Job(config, (section,), ids, 1, planes, latency)).run()
+    return total
+
+
+# -- what is to be done ------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class _Job:
+    """A command: one section (GEMM) or two (EXPERTS)."""
+
+    config: AcceleratorConfig
+    sections: tuple[Section, ...]
+    ids: Pairs
+    num_experts: int
+    planes: int
+    latency: int
+
+    @property
+    def linear(self) -> bool:
+        return len(self.sections) == 1
+
+    @property
+    def per_group(self) -> int:
+        """Tokens of a group."""
+        return self.config.token_lanes // self.planes
+
+    @property
+    def d_in(self) -> int:
+        return self.sections[0].k
+
+    @property
+    def d_out(self) -> int:
+        return self.sections[-1].rows
+
+    def beats(self, elements: int, size: int = 4) -> int:
+        """Beats of so many elements of ``size`` bytes."""
+        return -(-elements * size // self.config.port_bytes)
+
+
+@dataclass
+class _Pass:
+    """One expert over at most as many tokens as there are slots.
+
+    Parameters
+    ----------
+    experts : :class:`int`
+        Entries of the expert table that the dispatcher reads before it.
+    tokens : list of :class:`int`
+        By slot.
+    same : :class:`bool`
+        The tokens of the pass before, in the same slots.
+    compare : :class:`int`
+        Cycles to find that out.
+    first, last : list of :class:`bool`
+        By slot: no partial sum of the token is in memory; none will be.
+    is_last : :class:`bool`
+        The command's last pass.
+    """
+
+    experts: int
+    tokens: list[int]
+    same: bool = False
+    compare: int = 1
+    first: list[bool] = field(default_factory=list)
+    last: list[bool] = field(default_factory=list)
+    is_last: bool = False
+
+
+def _passes(job: _Job) -> list[_Pass]:
+    """Return the passes of a command, as the dispatcher makes them."""
+    flat = job.ids.reshape(-1)
+    valid = (flat >= 0) & (flat < job.num_experts)
+    token_of = np.nonzero(valid)[0] // job.ids.shape[1]
+    expert_of = flat[valid]
+    order = np.argsort(expert_of, kind="stable")
+    tokens = token_of[order].tolist()
+    counts = np.bincount(expert_of, minlength=job.num_experts).tolist()
+    total = np.bincount(token_of, minlength=len(job.ids)).tolist()
+    done = [0] * len(job.ids)
+    capacity = job.config.max_slots // job.planes
+
+    passes: list[_Pass] = []
+    resident: list[int] = []
+    resident_first: list[bool] = []
+    position, walked = 0, 0
+    for count in counts:
+        walked += 1
+        for begin in range(0, count, capacity):
+            slots = min(capacity, count - begin)
+            now = _Pass(walked, tokens[position : position + slots])
+            walked, position = 0, position + slots
+            if slots == len(resident):
+                wrong = next((i for i in range(slots) if now.tokens[i] != resident[i]), None)
+                now.same = wrong is None
+                now.compare = (2 * slots if wrong is None or wrong == slots - 1
+                               else 2 * wrong + 3)
+            for slot, token in enumerate(now.tokens):
+                now.first.append(resident_first[slot] if now.same else done[token] == 0)
+                done[token] += 1
+                now.last.append(done[token] == total[token])
+            resident, resident_first = now.tokens, now.first
+            passes.append(now)
+    if passes:
+        passes[-1].is_last = True
+    return passes
+
+
+@functools.lru_cache(maxsize=64)
+def _tile_words(section: Section) -> tuple[list[int], list[int]]:
+    """Return the first and the last weight word of each tile, counted from the section's start."""
+    tile = np.arange(section.tiles)
+    rows = tile // section.tiles_per_row_word + 1
+    per_word = section.entries_per_scale_word
+    first = rows + tile * section.groups // per_word + 1 + tile * section.steps
+    last = rows + ((tile + 1) * section.groups - 1) // per_word + (tile + 1) * section.steps
+    return first.tolist(), last.tolist()
+
+
+# -- events ------------------------------------------------------------------------------------------
+class _Event:
+    """Something that happens once, in a cycle that may become known ahead of it."""
+
+    def __init__(self) -> None:
+        self.cycle = _NEVER
+        self.waiting: list[_Process] = []
+
+    @property
+    def known(self) -> bool:
+        return self.cycle < _NEVER
+
+
+class _Schedule:
+    """Processes in the order of their cycles; one waits for a cycle or for an event."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[int, int, _Process]] = []
+        self._sequence = 0
+
+    @property
+    def next(self) -> int:
+        """Cycle of the process whose turn it is."""
+        return self._heap[0][0] if self._heap else _NEVER
+
+    def start(self, cycle: int, process: _Process) -> None:
+        """Let a process run from ``cycle`` on."""
+        self._sequence += 1
+        heapq.heappush(self._heap, (cycle, self._sequence, process))
+
+    def set(self, event: _Event, cycle: int) -> None:
+        """Make the cycle of an event known."""
+        event.cycle = cycle
+        for process in event.waiting:
+            self.start(cycle, process)
+        event.waiting.clear()
+
+    def resume(self) -> None:
+        """Let one process run until it waits."""
+        cycle, _, process = heapq.heappop(self._heap)
+        wanted = next(process, None)
+        if isinstance(wanted, int):
+            self.start(max(cycle, wanted), process)
+        elif wanted is not None and wanted.known:
+            self.start(max(cycle, wanted.cycle), process)
+        elif wanted is not None:
+            wanted.waiting.append(process)
+
+
+# -- memory port -------------------------------------------------------------------------------------
+class _Port:
+    """The port as its clients see it: beats of one request after another, one a cycle."""
+
+    def __init__(self, latency: int) -> None:
+        self._latency = latency
+        self._busy_from = self._free = 0
+        self.beats_read = 0
+        self.beats_written = 0
+
+    def read(self, cycle: int, beats: int) -> int:
+        """Return the cycle of the first beat of a request that is accepted in ``cycle``.
+
+        Calls must come in the order of their cycles.
+        """
+        first = cycle + READ_CYCLES + self._latency
+        if first > self._free:
+            self._busy_from = first
+        else:
+            first = self._free
+        self._free = first + beats
+        self.beats_read += beats
+        return first
+
+    def write(self, cycle: int, beats: int) -> int:
+        """Return the cycle of ``done`` when the first of ``beats`` is on the bus in ``cycle``.
+
+        Each takes the place of one that is to be read.
+        """
+        if cycle < self._free:
+            self._free += max(0, min(beats, cycle + beats - self._busy_from))
+        self.beats_written += beats
+        return cycle + beats - 1 + self._latency + WRITE_CYCLES
+
+
+# -- weight streamer and tile buffer, write side -----------------------------------------------------
+class _Words:
+    """A section in the weight stream: where it begins, and by tile what becomes of it.
+
+    Parameters
+    ----------
+    section : :class:`Section`
+    accepted : :class:`int`
+        Cycle in which the tile buffer takes its shape.
+    before : :class:`_Words`, optional
+        The section ahead of it.
+
+    Attributes
+    ----------
+    first_word, first_step, first_tile : :class:`int`
+        In the whole stream.
+    loaded : :class:`_Event`
+        The parser takes it up.
+    turn : :class:`int`
+        Cycle in which its first word may be accepted.
+    began, arrived : list of :class:`int`
+        Cycles in which a tile's first and last step are accepted.
+    ended, taken : list of :class:`int`
+        Cycles in which its last step is started, its last element leaves the serialiser's FIFO.
+    """
+
+    def __init__(self, section: Section, accepted: int, before: _Words | None) -> None:
+        self.section = section
+        self.accepted = accepted
+        self.first, self.last = _tile_words(section)
+        self.first_word = self.first_step = self.first_tile = 0
+        if before is not None:
+            self.first_word = before.first_word + before.section.words
+            self.first_step = before.first_step + before.section.tiles * before.section.steps
+            self.first_tile = before.first_tile + before.section.tiles
+        self.loaded = _Event()
+        self.turn = 0
+        self.began: list[int] = []
+        self.arrived: list[int] = []
+        self.ended: list[int] = []
+        self.taken: list[int] = []
+
+
+class _Place:
+    """A tile of the stream that only moves on."""
+
+    def __init__(self, section: int = 0, tile: int = 0) -> None:
+        self.section, self.tile = section, tile
+
+    def copy(self) -> _Place:
+        """Return another one at the same place."""
+        return _Place(self.section, self.tile)
+
+
+class _Stream:
+    """Weights from memory to the ring: bursts as room in the FIFO allows, words as room in the ring.
+
+    Parameters
+    ----------
+    config : :class:`AcceleratorConfig`
+    schedule : :class:`_Schedule`
+    port : :class:`_Port`
+    """
+
+    def __init__(self, config: AcceleratorConfig, schedule: _Schedule, port: _Port) -> None:
+        self._config = config
+        self._schedule = schedule
+        self._port = port
+        self._spacing = config.beats_per_word
+        # From a word's last beat to the parser: FIFO (2 cycles), and the gearbox.
+        self._delay = 2 if self._spacing == 1 else 3
+        self.sections: list[_Words] = []
+        self.beats = 0
+        self._requests: deque[tuple[int, int]] = deque()
+        self._left = self._room = 0  # of the request, of its burst
+        self._grant = -GRANT_CYCLES
+        self._burst_beat: list[int] = []  # first beat of each burst, and its cycle
+        self._burst_cycle: list[int] = []
+        self._credit_burst = 0
+        self._credit = _Place()
+        self._ring = _Place()
+        self._exponents = _Place()
+
+    def request(self, cycle: int, words: int) -> None:
+        """Ask for the words of an image; the request is accepted in ``cycle``."""
+        self._requests.append((cycle, words * self._spacing))
+
+    def announce(self, section: Section, cycle: int) -> None:
+        """Tell the parser in ``cycle`` what comes next."""
+        self.sections.append(
+            _Words(section, cycle, self.sections[-1] if self.sections else None))
+
+    # -- bursts
+    def grant(self) -> int:
+        """Return the cycle of the next burst's grant, or _NEVER if something must happen first."""
+        if not self._left:
+            if not self._requests:
+                return _NEVER
+            # Three cycles to take up a request, unless one is under way.
+            accepted, self._left = self._requests.popleft()
+            self._grant = max(self._grant, accepted + 3 - GRANT_CYCLES)
+            burst = self._config.max_burst_beats
+            header = max(HEADER_BYTES, self._config.word_bytes)
+            self._room = burst - header // self._config.port_bytes % burst
+        cycle = self._grant + GRANT_CYCLES
+        # Room in the FIFO for all of the burst: once the beat in the way of its last has left.
+        beat = self.beats + min(self._left, self._room) - self._config.read_ahead_beats - 1
+        if beat < 0:
+            return cycle
+        bursts = self._burst_beat
+        at = self._credit_burst
+        while at + 1 < len(bursts) and bursts[at + 1] <= beat:
+            at += 1
+        self._credit_burst = at
+        left = self._burst_cycle[at] + beat - bursts[at] + 1
+        # A beat leaves the FIFO's memory when the one before it is taken: the first of a word with
+        # the word before it (a word of one beat: itself), the others one a cycle from there.
+        word, part = divmod(beat - 1, self._spacing)
+        word -= self._spacing > 1
+        if word >= 0:
+            left = max(left, self._accepted(word) + part)
+        return max(cycle, left + 1)
+
+    def issue(self, grant: int) -> None:
+        """Request the next burst, one cycle after its grant."""
+        beats = min(self._left, self._room)
+        self._burst_beat.append(self.beats)
+        self._burst_cycle.append(self._port.read(grant + 1, beats))
+        self.beats += beats
+        self._left -= beats
+        self._room = self._config.max_burst_beats
+        self._grant = grant
+
+    def _accepted(self, word: int) -> int:
+        """Return the cycle in which a word is accepted if its beats are there, or _NEVER.
+
+        Words must be asked for in ascending order.
+        """
+        place = self._credit
+        while place.section < len(self.sections):
+            words = self.sections[place.section]
+            at = word - words.first_word
+            tile = place.tile
+            while tile < len(words.last) and at > words.last[tile]:
+                tile += 1
+            if tile < len(words.last):
+                place.tile = tile
+                break
+            place.section, place.tile = place.section + 1, 0
+        else:
+            return _NEVER
+        if not words.loaded.known or tile > len(words.arrived):
+            return _NEVER
+        turn = words.turn if tile == 0 else words.arrived[tile - 1] + self._spacing
+        ahead = at if tile == 0 else at - words.last[tile - 1] - 1
+        turn += ahead * self._spacing
+        first = words.first[tile]
+        if at < first:  # row and scale words
+            return turn
+        if tile < len(words.arrived):
+            return words.began[tile] + (at - first) * self._spacing
+        # The parser is in the middle of this tile.
+        steps = words.section.steps
+        step = words.first_step + tile * steps - self._config.tile_words
+        exponents = words.first_tile + tile - ROW_EXPONENTS
+        into = (at - first) * (steps - 1) // max(1, words.last[tile] - first)
+        ring = self._ring.copy()
+        return max(turn, self._exponent_room(exponents), self._ring_room(ring, step),
+                   self._ring_room(ring, step + into))
+
+    # -- words
+    def _ring_room(self, place: _Place, step: int) -> int:
+        """Return the cycle from which a step's place in the ring is free, or _NEVER."""
+        if step < 0:
+            return 0
+        while True:
+            words = self.sections[place.section]
+            steps = words.section.steps
+            tile, at = divmod(step - words.first_step, steps)
+            if tile < 0:
+                place.section -= 1
+            elif tile >= words.section.tiles:
+                place.section += 1
+            elif tile >= len(words.ended):
+                return _NEVER
+            else:
+                return words.ended[tile] - (steps - 1 - at) + 1
+
+    def _exponent_room(self, tile: int) -> int:
+        """Return the cycle from which the FIFO of row exponents has room once ``tile`` is done."""
+        if tile < 0:
+            return 0
+        place = self._exponents
+        while True:
+            words = self.sections[place.section]
+            at = tile - words.first_tile
+            if at < words.section.tiles:
+                return words.taken[at] + 1 if at < len(words.taken) else _NEVER
+            place.section += 1
+
+    def parse(self) -> Iterator[bool]:
+        """Accept words tile by tile: when they are there, in turn, with room in ring and FIFO.
+
+        Words come at most one each ``beats_per_word`` cycles, and within a tile's last group the
+        array frees one a cycle: a tile's first and last step say it all. Yields whenever something
+        is not known yet, with whether anything has become known since.
+        """
+        spacing, delay, depth = self._spacing, self._delay, self._config.tile_words
+        bursts, cycles = self._burst_beat, self._burst_cycle
+        moved = False
+        burst = index = 0
+        arrived = 0
+        while True:
+            while index >= len(self.sections):
+                yield moved
+                moved = False
+            words = self.sections[index]
+            index += 1
+            steps = words.section.steps
+            loaded = max(words.accepted + 1, arrived)
+            words.turn = max(loaded + 1, arrived + spacing)
+            self._schedule.set(words.loaded, loaded)
+            arrived, before = words.turn - spacing, -1
+            for tile, (first, last) in enumerate(zip(words.first, words.last, strict=True)):
+                last_beat = (words.first_word + last + 1) * spacing - 1
+                while self.beats <= last_beat:
+                    yield moved
+                    moved = False
+                step = words.first_step + tile * steps - depth
+                exponents = words.first_tile + tile - ROW_EXPONENTS
+                while True:
+                    room = self._exponent_room(exponents)
+                    if room < _NEVER:
+                        room = max(room, self._ring_room(self._ring, step))
+                        last_room = self._ring_room(self._ring, step + steps - 1)
+                        if last_room < _NEVER:
+                            break
+                    yield moved
+                    moved = False
+                beat = last_beat - (last - first) * spacing
+                while burst + 1 < len(bursts) and bursts[burst + 1] <= beat:
+                    burst += 1
+                began = max(arrived + (first - before) * spacing, room,
+                            cycles[burst] + beat - bursts[burst] + delay)
+                while burst + 1 < len(bursts) and bursts[burst + 1] <= last_beat:
+                    burst += 1
+                arrived = max(began + (last - first) * spacing, last_room,
+                              cycles[burst] + last_beat - bursts[burst] + delay)
+                before = last
+                words.began.append(began)
+                words.arrived.append(arrived)
+                moved = True
+
+
+# -- the machine -------------------------------------------------------------------------------------
+class _Machine:
+    """One command in an idle machine."""
+
+    def __init__(self, job: _Job) -> None:
+        self._job = job
+        self._schedule = _Schedule()
+        self._port = _Port(job.latency)
+        self._stream = _Stream(job.config, self._schedule, self._port)
+        self._passes = _passes(job)
+        count = len(self._passes)
+        self._offered = [_Event() for _ in range(count)]  # the dispatcher has prepared the pass
+        self._handed = [_Event() for _ in range(count)]  # the sequencer has taken it
+        self._x_loaded = [_Event() for _ in range(count)]
+        self._issued = [_Event() for _ in range(count)]  # its last step has started
+        self._in_y = [_Event() for _ in range(count)]  # its last output is in the y buffer
+        self._retired = [_Event() for _ in range(count)]
+        self._finished = 0
+        self._combiner_free = 0
+        self._busy = self._starved_weights = self._starved_activations = self._stalled_output = 0
+        # From an element's choice to its value: joined, made a magnitude, normalised (a stage for
+        # each wide shift, two for the narrow ones, two to round), and signed.
+        wide = range(4, (job.config.joined_bits - 2).bit_length())
+        self._element_cycles = SERIALISER_CYCLES - 1 + len(wide) + 4
+
+    def run(self) -> Prediction:
+        """Return the prediction."""
+        schedule, stream = self._schedule, self._stream
+        schedule.start(0, self._commands())
+        for n in range(len(self._passes)):
+            schedule.start(0, self._retire(n))
+        parser, array = stream.parse(), self._compute()
+        while True:
+            grant = stream.grant()
+            if schedule.next <= grant + 1 and schedule.next < _NEVER:
+                schedule.resume()
+            elif grant < _NEVER:
+                stream.issue(grant)
+            else:
+                break
+            # Parser and array go as far as what is known carries them.
+            while next(parser) | next(array):
+                pass
+        return self._prediction()
+
+    def _prediction(self) -> Prediction:
+        port, width = self._port, self._job.config.port_bytes
+        weights = self._stream.beats
+        active = (self._busy + self._starved_weights + self._starved_activations
+                  + self._stalled_output)
+        return Prediction(
+            cycles=self._finished,
+            busy=self._busy,
+            starved_weights=self._starved_weights,
+            starved_activations=self._starved_activations,
+            stalled_output=self._stalled_output,
+            idle=self._finished - active,
+            bytes_read_weights=weights * width,
+            bytes_read_other=(port.beats_read - weights) * width,
+            bytes_written=port.beats_written * width + ENTRY_BYTES,
+        )
+
+    # -- command processor
+    def _commands(self) -> _Process:
+        """Fetch submission and layer, check them, derive the words of the sections, start the job.
+
+        From the submission's last beat 3 cycles to the request of the layer; from the layer's 5 and
+        the bits of the larger count of steps to the job.
+        """
+        job, port = self._job, self._port
+        beats = job.beats(ENTRY_BYTES, 1)
+        request = port.read(0, beats) + beats - 1 + 3
+        yield request
+        layer = port.read(request, beats) + beats - 1
+        start = layer + 5 + max(section.steps for section in job.sections).bit_length()
+        yield start
+        self._schedule.start(start, self._dispatch(start))
+
+    # -- dispatcher
+    def _dispatch(self, start: int) -> _Process:
+        """Sort the pairs, then prepare a pass while another runs."""
+        job, stream = self._job, self._stream
+        weights_arrived = 0
+        if job.linear:
+            cycle = start + 4  # prepare, clear the count, rewind
+        else:
+            beats = job.beats(job.ids.size)
+            yield start + 2
+            ids_arrived = self._port.read(start + 2, beats) + beats
+            # The counts are cleared meanwhile; then weights are asked for, and the walk begins.
+            request = max(start + 3 + job.num_experts, ids_arrived) + 1
+            yield request
+            weights_arrived = self._port.read(request, beats) + beats
+            cycle = request + 2
+        cycle = self._sort(cycle)
+
+        last_load: _Event | None = None
+        for n, now in enumerate(self._passes):
+            cycle += 2 * now.experts  # a count is read, and looked at
+            if n >= 2:  # one pass runs, one is prepared
+                yield self._retired[n - 2]
+                cycle = max(cycle, self._retired[n - 2].cycle + 1)
+            yield cycle
+            stream.request(cycle, sum(section.words for section in job.sections))
+            for section in job.sections:  # one waits in the tile buffer while one is parsed
+                cycle += 1
+                if stream.sections:
+                    loaded = stream.sections[-1].loaded
+                    yield loaded
+                    cycle = max(cycle, loaded.cycle + 1)
+                stream.announce(section, cycle)
+            cycle = max(cycle + 1 + now.compare, weights_arrived)
+            cycle += 1 + 4 * len(now.tokens)  # the slot table
+            if not now.same:
+                if last_load is not None:
+                    yield last_load
+                    cycle = max(cycle, last_load.cycle)
+                yield cycle
+                last_load = self._x_loaded[n]
+                self._schedule.start(cycle, self._load(n, cycle))
+                cycle += 1
+            self._schedule.set(self._offered[n], cycle)
+            if n:
+                yield self._issued[n - 1]
+                cycle = max(cycle, self._issued[n - 1].cycle + 1)
+            self._schedule.set(self._handed[n], cycle)
+            cycle += 1
+        if self._passes:
+            yield self._retired[-1]
+            cycle = self._retired[-1].cycle
+        # The engine sees that all is idle, pulses its done, the command ends, its completion starts.
+        self._finished = max(cycle + 1, self._combiner_free) + 3
+
+    def _sort(self, cycle: int) -> int:
+        """Return when a counting sort is over: 3 cycles for each pair, 2 an expert, 3 a pair.
+
+        A token without an expert waits until the row of zeros before it is written.
+        """
+        job = self._job
+        tokens, top_k = job.ids.shape
+        without = ~((job.ids >= 0) & (job.ids < job.num_experts)).any(axis=1)
+        counted = 0
+        for token in np.nonzero(without)[0].tolist():
+            cycle += 3 * top_k * (token + 1 - counted) - 1
+            counted = token + 1
+            cycle = max(cycle, self._combiner_free) + 1
+            self._combiner_free = self._write_row(self._row_address(cycle) + 1, last=True) + 1
+        cycle += 3 * top_k * (tokens - counted)
+        return cycle + 2 * job.num_experts + 3 * top_k * tokens
+
+    # -- activation loader
+    def _load(self, n: int, cycle: int) -> _Process:
+        """Fetch and quantise the rows of a pass; the line buffer holds two.
+
+        A row: 2 cycles to look up its token, a multiplication by the steps, the request. When its
+        last beat is through the tree of maxima it leaves, ``quantiser_lanes`` elements a cycle.
+        """
+        job, config = self._job, self._job.config
+        beats = job.beats(job.d_in)
+        groups = job.d_in // config.quantiser_lanes
+        tree = 2 + (config.port_bytes // 4).bit_length() - 1
+        left = [-1, -1]  # last group of each row
+        lookup = cycle + 1
+        for _ in self._passes[n].tokens:
+            token = max(lookup + 1, left[-2] + 1)
+            request = token + 2 + (job.d_in // BLOCK).bit_length()
+            yield request
+            ready = self._port.read(request, beats) + beats - 1 + tree
+            left.append(max(ready, left[-1] + 1) + groups - 1)
+            lookup = request + 1
+        # A register, the quantiser, the count of rows, the pulse.
+        self._schedule.set(self._x_loaded[n], left[-1] + 1 + QUANTISER_CYCLES + 2)
+
+    # -- sequencer, array, serialiser, activation unit, hidden buffer
+    def _compute(self) -> Iterator[bool]:
+        """Run the sections of each pass; yields as :meth:`_Stream.parse`."""
+        job, config = self._job, self._job.config
+        per_group = job.per_group
+        results = _Results()
+        index = 0
+        moved = False
+        for n, now in enumerate(self._passes):
+            while not self._handed[n].known:
+                yield moved
+                moved = False
+            count = len(now.tokens)
+            through = [min(count, begin + per_group) for begin in range(0, count, per_group)]
+            slots = np.diff([0, *through]).tolist()
+            cycle = self._handed[n].cycle + 1
+            if not now.same:
+                while not self._x_loaded[n].known:
+                    yield moved
+                    moved = False
+                cycle = max(cycle, self._x_loaded[n].cycle + 1)
+            self._starved_activations += cycle - self._handed[n].cycle
+            results.end = cycle
+            for down, section in enumerate(job.sections, start=2 - len(job.sections)):
+                ready = [0] * len(slots)
+                if down:
+                    if n:
+                        while not self._retired[n - 1].known:
+                            yield moved
+                            moved = False
+                        ready = [self._retired[n - 1].cycle + 1] * len(slots)
+                    if not job.linear:
+                        # Elements, h, and two registers until all of it is known to be there; then
+                        # slot by slot through the quantiser.
+                        all_there = results.taken + self._element_cycles + ACTIVATION_CYCLES + 2
+                        groups = section.k // config.quantiser_lanes
+                        ready = [
+                            max(free, all_there + slot * groups + QUANTISER_CYCLES + 2)
+                            for free, slot in zip(ready, through, strict=True)
+                        ]
+                        results.end += 2  # the hidden buffer is started
+                        self._starved_activations += 2
+                words = self._stream.sections[index]
+                index += 1
+                rows = section.tile_rows
+                yield from self._section(words, results, [rows * s for s in slots], ready, moved)
+                moved = True
+            self._schedule.set(self._issued[n], results.end)
+            self._schedule.set(
+                self._in_y[n], results.taken + self._element_cycles + COMBINER_CYCLES)
+        while True:
+            yield moved
+            moved = False
+
+    def _section(self, words: _Words, results: _Results, elements: list[int], ready: list[int],
+                 moved: bool) -> Iterator[bool]:
+        """Start the steps of a section: for each tile, for each group.
+
+        A group of a tile starts when the one before has, when its operands are there and when a
+        result has a place; it takes a step a cycle, in the first group as words come.
+        """
+        steps = words.section.steps
+        count = len(elements)
+        most = max(elements)
+        # Results leave as fast as they come, and room for them is always there.
+        free_running = steps >= most and (RESULTS - 1) * steps > ARRAY_CYCLES + most
+        settled = -(-RESULTS // count)
+        tiles = words.section.tiles
+        end = results.end
+        taken = deque(results.history, RESULTS)
+        starved_weights = starved_activations = stalled = 0
+        self._busy += steps * count * tiles
+        arrived, began = words.arrived, words.began
+        for tile in range(tiles):
+            while len(arrived) <= tile:
+                yield moved
+                moved = False
+            if free_running and settled <= tile:
+                start = end + 1
+                last = max(start, began[tile] + 1) + steps - 1
+                last = max(last, arrived[tile] + 1)
+                starved_weights += last - end - steps
+                end = last + (count - 1) * steps
+                words.ended.append(end)
+                words.taken.append(end + 1 + ARRAY_CYCLES + elements[-1])
+                moved = True
+                continue
+            for group, size in enumerate(elements):
+                start = end + 1
+                if tile == 0 and ready[group] > start:
+                    starved_activations += ready[group] - start
+                    start = ready[group]
+                if group == 0 and began[tile] >= start:
+                    starved_weights += began[tile] + 1 - start
+                    start = began[tile] + 1
+                if taken[0] >= start:
+                    stalled += taken[0] + 1 - start
+                    start = taken[0] + 1
+                end = start + steps - 1
+                if group == 0 and arrived[tile] >= end:
+                    starved_weights += arrived[tile] + 1 - end
+                    end = arrived[tile] + 1
+                taken.append(max(end + 1 + ARRAY_CYCLES, taken[-1]) + size)
+            words.ended.append(end)
+            words.taken.append(taken[-1])
+            moved = True
+        if free_running and tiles > settled:
+            taken.extend(end + 1 + ARRAY_CYCLES + elements[-1] - i * steps
+                         for i in reversed(range(RESULTS)))
+        results.end = end
+        results.history = list(taken)
+        self._starved_weights += starved_weights
+        self._starved_activations += starved_activations
+        self._stalled_output += stalled
+
+    # -- combiner
+    def _retire(self, n: int) -> _Process:
+        """Retire a pass when its outputs are in the y buffer and the next pass is known.
+
+        If that has other tokens, each slot's row goes to memory first, one after another.
+        """
+        job, now = self._job, self._passes[n]
+        yield self._in_y[n]
+        cycle = self._in_y[n].cycle + 1
+        if not now.is_last:
+            yield self._offered[n + 1]
+            cycle = max(cycle, self._offered[n + 1].cycle)
+        cycle += 1
+        if now.is_last or not self._passes[n + 1].same:
+            cycle = max(cycle, self._combiner_free)
+            for first, last in zip(now.first, now.last, strict=True):
+                cycle = self._row_address(cycle + 3)  # the slot table, two cycles
+                if not first:
+                    yield cycle
+                    beats = job.beats(job.d_out, 8)
+                    cycle = self._port.read(cycle, beats) + beats - 1 + 3
+                yield cycle
+                cycle = self._write_row(cycle + 1, last=last)
+            cycle += 1
+        self._schedule.set(self._retired[n], cycle)
+
+    def _row_address(self, cycle: int) -> int:
+        """Return when a row's address is known whose token is multiplied from ``cycle`` on."""
+        return cycle + 2 + (self._job.d_out // BLOCK).bit_length()
+
+    def _write_row(self, cycle: int, *, last: bool) -> int:
+        """Return when a row is written and acknowledged; the request is accepted in ``cycle``.
+
+        Sums leave a word a cycle, or in two if a word makes two beats (integers) or half of one
+        (float32); then a register, conversion, the FIFO (2) and W's register.
+        """
+        job, config = self._job, self._job.config
+        beats = job.beats(job.d_out, 4 if last else 8)
+        words = job.d_out // config.quantiser_lanes
+        first = cycle + 1 + 1 + FLOAT_CYCLES + 2 + 1
+        if last and beats < words:
+            first += 1  # of two words
+            slack = 2 * beats - beats - beats + beats - 1  # a beat every other cycle
+            return self._port.write(first, beats) + slack
+        return self._port.write(first, beats)
+
+
+class _Results:
+    """What the serialiser still has to do between sections: last step, and its last results."""
+
+    def __init__(self) -> None:
+        self.end = 0
+        self.history = [-1] * RESULTS
+
+    @property
+    def taken(self) -> int:
+        """Cycle in which the last element of the last result was chosen."""
+        return self.history[-1]
