@@ -120,10 +120,24 @@ class Layout:
 
 
 def random_experts(draw: np.random.Generator, count: int, d_model: int, d_expert: int,
-                   weight_format: str) -> list[Expert]:
-    """Return experts with Gaussian weights whose outputs are about as large as their inputs."""
+                   weight_format: str, *, spread: int = 0) -> list[Expert]:
+    """Return experts with Gaussian weights whose outputs are about as large as their inputs.
+
+    Parameters
+    ----------
+    draw : numpy.random.Generator
+    count, d_model, d_expert, weight_format
+        Of the layer.
+    spread : int
+        Blocks of 32 weights are made smaller by powers of two, down to ``2**-spread``, and some
+        are zero, so that scales use their whole range.
+    """
     def matrix(rows: int, columns: int) -> npt.NDArray[np.float32]:
         values = draw.standard_normal((rows, columns)) * (2 / np.sqrt(columns))
+        if spread:
+            scale = np.exp2(-draw.integers(0, spread + 1, (rows, columns // 32)))
+            scale *= draw.random(scale.shape) < 0.95
+            values *= np.repeat(scale, 32, axis=1)
         return values.astype(np.float32)
 
     return [Expert.quantise(matrix(2 * d_expert, d_model), matrix(d_model, d_expert), weight_format)

@@ -151,10 +151,10 @@ def simulators(
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("simulator", "cycles", "seconds", "cycles/s", title=result.command)
+    table = Table("simulator", "cycles", "seconds", "CPU seconds", "cycles/s", title=result.command)
     for one in result.simulators:
         table.add_row(one.simulator, f"{one.cycles:,}", f"{one.seconds:.3f}",
-                      f"{one.cycles_per_second:,.0f}")
+                      f"{one.cpu_seconds:.3f}", f"{one.cycles_per_second:,.0f}")
     console = Console()
     console.print(table)
     console.print(f"config {result.config}: {result.ratio:.1f} times as fast")

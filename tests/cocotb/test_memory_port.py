@@ -7,7 +7,7 @@ from moeaccel.config import preset
 from moeaccel.hdl.memory_port import MemoryPort
 from moeaccel.sim.cocotb_runner import run_cocotb
 
-pytestmark = pytest.mark.cocotb
+pytestmark = [pytest.mark.cocotb, pytest.mark.timeout(900)]  # the first run builds
 
 
 def run(config, *, readers, writers, seed, folder):

@@ -111,9 +111,9 @@ class Testbench:
 
     # -- commands ----------------------------------------------------------------------------------
     def layer(self, *, experts=4, d_model=64, d_expert=32, weight_format="int4_g32", planes=2,
-              grid_exponent=-28):
+              grid_exponent=-28, spread=0):
         """Place a layer of random experts; return (descriptor fields, experts)."""
-        made = random_experts(self.draw, experts, d_model, d_expert, weight_format)
+        made = random_experts(self.draw, experts, d_model, d_expert, weight_format, spread=spread)
         fields = self.layout.place_experts(made, planes=planes, grid_exponent=grid_exponent)
         return fields, made
 
@@ -272,12 +272,13 @@ async def formats(dut, weight_format, planes):
     await bench.end()
 
 
+# Keys have at most ten characters, so that cocotb shows them in the names of the tests.
 ROUTINGS = {
     "one_token": [[2, 0]],
-    "lanes_plus_one": [[1]] * (LANES + 1),
-    "slots_plus_one": [[0, 3]] * (SLOTS + 1),
+    "lanes_1": [[1]] * (LANES + 1),
+    "slots_1": [[0, 3]] * (SLOTS + 1),
     "repeated": [[1, 1, 1], [0, 2, 0], [3, 3, 1]],
-    "out_of_range": [[-1, 4], [0, -(1 << 31)], [(1 << 31) - 1, 3], [2, 7]],
+    "foreign": [[-1, 4], [0, -(1 << 31)], [(1 << 31) - 1, 3], [2, 7]],
     "nothing": [[-1], [99]],
     "sparse": [[-1], [2], [-1], [2], [-1], [0], [2]],
 }
@@ -303,13 +304,45 @@ async def routings(dut, routing, planes):
     await bench.end()
 
 
+SHAPES = {"one": (1, 64, 32), "wide": (5, 32, 128), "many": (2 * SLOTS + 1, 64, 64)}
+
+
 @cocotb.test(**TIMEOUT)
-@cocotb.parametrize(("shape", [(1, 64, 32), (5, 32, 128), (2 * SLOTS + 1, 64, 64)]),
-                    ("kind", [("mxint8", 1), ("int4_g128", 2), ("mxfp4", 2)]))
-async def gemm(dut, shape, kind):
-    """Linear layers, wide and tall."""
+@cocotb.parametrize(shape=list(SHAPES), weight_format=["mxint8", "int4_g128", "mxfp4"],
+                    planes=[1, 2])
+async def gemm(dut, shape, weight_format, planes):
+    """Linear layers, wide and tall, more tokens than slots."""
     bench = await started(dut)
-    await bench.run(bench.gemm(*shape, weight_format=kind[0], planes=kind[1]))
+    await bench.run(bench.gemm(*SHAPES[shape], weight_format=weight_format, planes=planes))
+    await bench.end()
+
+
+@cocotb.test(**TIMEOUT)
+@cocotb.parametrize(planes=[1, 2])
+async def random_layers(dut, planes):
+    """Random shapes, scales, routings and grids."""
+    bench = await started(dut)
+    draw = bench.draw
+    for _ in range(3):
+        experts, top_k = int(draw.integers(2, 7)), int(draw.integers(1, 6))
+        tokens = int(draw.integers(1, min(40, CONFIG.max_tokens, CONFIG.max_assignments // top_k)))
+        d_model, d_expert = (32 * int(draw.integers(1, 5)) for _ in range(2))
+        layer = bench.layer(
+            experts=experts, d_model=d_model, d_expert=d_expert, planes=planes, spread=24,
+            weight_format=list(FORMATS)[draw.integers(len(FORMATS))],
+            grid_exponent=int(draw.integers(-34, -20)))
+        ids = draw.integers(-1, experts + 1, (tokens, top_k))
+        await bench.run(bench.experts(layer, ids))
+    await bench.end()
+
+
+@cocotb.test(**TIMEOUT)
+async def largest_dimensions(dut):
+    """Every step of the longest rows, and top-k of 16."""
+    bench = await started(dut)
+    most = min(CONFIG.max_dim, 16 * CONFIG.port_bytes)
+    layer = bench.layer(experts=2, d_model=most, d_expert=most, weight_format="mxfp4")
+    await bench.run(bench.experts(layer, np.arange(32).reshape(2, 16) % 3 - 1))
     await bench.end()
 
 
