@@ -342,8 +342,10 @@ class Dispatcher(wiring.Component):
                 m.d.comb += count_r.addr.eq(walk)
                 m.next = "EXPERT"
                 with m.If(remaining == 0):
-                    m.d.sync += running.eq(0)
-                    m.next = "IDLE"
+                    m.next = "EXPERT_READ"
+                    with m.If(weights_arrived):  # also if no pair needs them: not in the next job
+                        m.d.sync += running.eq(0)
+                        m.next = "IDLE"
             with m.State("EXPERT"):
                 m.d.sync += left.eq(count_r.data)
                 with m.If(count_r.data == 0):
