@@ -290,11 +290,28 @@ class _Event:
         return self.cycle < _NEVER
 
 
+class _Read:
+    """Consecutive beats on their way; writes may still delay those that have not come.
+
+    Parameters
+    ----------
+    beat : :class:`int`
+        Number of the first one in the weight stream.
+    first, last : :class:`int`
+        Cycles of the first and last beat.
+    """
+
+    __slots__ = ("beat", "first", "last")
+
+    def __init__(self, beat: int, first: int, last: int) -> None:
+        self.beat, self.first, self.last = beat, first, last
+
+
 class _Schedule:
-    """Processes in the order of their cycles; one waits for a cycle or for an event."""
+    """Processes in the order of their cycles; one waits for a cycle, an event or a read's end."""
 
     def __init__(self) -> None:
-        self._heap: list[tuple[int, int, _Process]] = []
+        self._heap: list[tuple[int, int, _Process, _Read | None]] = []
         self._sequence = 0
 
     @property
@@ -302,10 +319,10 @@ class _Schedule:
         """Cycle of the process whose turn it is."""
         return self._heap[0][0] if self._heap else _NEVER
 
-    def start(self, cycle: int, process: _Process) -> None:
+    def start(self, cycle: int, process: _Process, read: _Read | None = None) -> None:
         """Let a process run from ``cycle`` on."""
         self._sequence += 1
-        heapq.heappush(self._heap, (cycle, self._sequence, process))
+        heapq.heappush(self._heap, (cycle, self._sequence, process, read))
 
     def set(self, event: _Event, cycle: int) -> None:
         """Make the cycle of an event known."""
@@ -316,10 +333,15 @@ class _Schedule:
 
     def resume(self) -> None:
         """Let one process run until it waits."""
-        cycle, _, process = heapq.heappop(self._heap)
+        cycle, _, process, read = heapq.heappop(self._heap)
+        if read is not None and read.last > cycle:
+            self.start(read.last, process, read)
+            return
         wanted = next(process, None)
         if isinstance(wanted, int):
             self.start(max(cycle, wanted), process)
+        elif isinstance(wanted, _Read):
+            self.start(max(cycle, wanted.last), process, wanted)
         elif wanted is not None and wanted.known:
             self.start(max(cycle, wanted.cycle), process)
         elif wanted is not None:
@@ -328,37 +350,60 @@ class _Schedule:
 
 # -- memory port -------------------------------------------------------------------------------------
 class _Port:
-    """The port as its clients see it: beats of one request after another, one a cycle."""
+    """The port as its clients see it: beats of one request after another, one a cycle.
+
+    Calls must come in the order of their cycles.
+    """
 
     def __init__(self, latency: int) -> None:
         self._latency = latency
-        self._busy_from = self._free = 0
+        self._free = 0
+        self._pending: deque[_Read] = deque()
+        self.bursts: list[_Read] = []
+        """Reads of weights in their order; one that writes interrupt becomes two."""
         self.beats_read = 0
         self.beats_written = 0
+        self.writes = 0
 
-    def read(self, cycle: int, beats: int) -> int:
-        """Return the cycle of the first beat of a request that is accepted in ``cycle``.
-
-        Calls must come in the order of their cycles.
-        """
-        first = cycle + READ_CYCLES + self._latency
-        if first > self._free:
-            self._busy_from = first
-        else:
-            first = self._free
+    def read(self, cycle: int, beats: int, beat: int = -1) -> _Read:
+        """Return the read of a request that is accepted in ``cycle``; ``beat``: of weights."""
+        first = max(cycle + READ_CYCLES + self._latency, self._free)
         self._free = first + beats
         self.beats_read += beats
-        return first
+        read = _Read(beat, first, first + beats - 1)
+        pending = self._pending
+        while pending and pending[0].last < cycle:
+            pending.popleft()
+        pending.append(read)
+        if beat >= 0:
+            self.bursts.append(read)
+        return read
 
-    def write(self, cycle: int, beats: int) -> int:
-        """Return the cycle of ``done`` when the first of ``beats`` is on the bus in ``cycle``.
-
-        Each takes the place of one that is to be read.
-        """
-        if cycle < self._free:
-            self._free += max(0, min(beats, cycle + beats - self._busy_from))
+    def write(self, cycle: int, beats: int) -> None:
+        """Put ``beats`` on the bus from ``cycle`` on: reads wait meanwhile."""
         self.beats_written += beats
-        return cycle + beats - 1 + self._latency + WRITE_CYCLES
+        self.writes += 1
+        free = cycle + beats
+        for read in list(self._pending):
+            if read.last < cycle:
+                continue
+            if read.first >= cycle:
+                count = read.last - read.first
+                read.first = max(read.first, free)
+                read.last = read.first + count
+            elif read.beat < 0:
+                read.last += beats
+            else:
+                rest = _Read(read.beat + cycle - read.first, free, read.last + beats)
+                read.last = cycle - 1
+                self._pending.insert(self._pending.index(read) + 1, rest)
+                at = len(self.bursts) - 1
+                while self.bursts[at] is not read:
+                    at -= 1
+                self.bursts.insert(at + 1, rest)
+                read = rest
+            free = read.last + 1
+        self._free = max(self._free, free)
 
 
 # -- weight streamer and tile buffer, write side -----------------------------------------------------
@@ -405,14 +450,10 @@ class _Words:
 
 
 class _Place:
-    """A tile of the stream that only moves on."""
+    """Where a reader of the stream is, so that it finds the next place nearby."""
 
-    def __init__(self, section: int = 0, tile: int = 0) -> None:
-        self.section, self.tile = section, tile
-
-    def copy(self) -> _Place:
-        """Return another one at the same place."""
-        return _Place(self.section, self.tile)
+    def __init__(self) -> None:
+        self.section = self.tile = self.burst = 0
 
 
 class _Stream:
@@ -429,6 +470,7 @@ class _Stream:
         self._config = config
         self._schedule = schedule
         self._port = port
+        self._bursts = port.bursts
         self._spacing = config.beats_per_word
         # From a word's last beat to the parser: FIFO (2 cycles), and the gearbox.
         self._delay = 2 if self._spacing == 1 else 3
@@ -437,12 +479,9 @@ class _Stream:
         self._requests: deque[tuple[int, int]] = deque()
         self._left = self._room = 0  # of the request, of its burst
         self._grant = -GRANT_CYCLES
-        self._burst_beat: list[int] = []  # first beat of each burst, and its cycle
-        self._burst_cycle: list[int] = []
-        self._credit_burst = 0
-        self._credit = _Place()
-        self._ring = _Place()
-        self._exponents = _Place()
+        self._credit, self._credit_ring = _Place(), _Place()
+        self._parser, self._ring, self._exponents = _Place(), _Place(), _Place()
+        self._arrived, self._before = 0, -1  # last step of the tile before, its word
 
     def request(self, cycle: int, words: int) -> None:
         """Ask for the words of an image; the request is accepted in ``cycle``."""
@@ -452,6 +491,8 @@ class _Stream:
         """Tell the parser in ``cycle`` what comes next."""
         self.sections.append(
             _Words(section, cycle, self.sections[-1] if self.sections else None))
+        if len(self.sections) == 1:
+            self._load()
 
     # -- bursts
     def grant(self) -> int:
@@ -470,12 +511,7 @@ class _Stream:
         beat = self.beats + min(self._left, self._room) - self._config.read_ahead_beats - 1
         if beat < 0:
             return cycle
-        bursts = self._burst_beat
-        at = self._credit_burst
-        while at + 1 < len(bursts) and bursts[at + 1] <= beat:
-            at += 1
-        self._credit_burst = at
-        left = self._burst_cycle[at] + beat - bursts[at] + 1
+        left = self._beat_cycle(self._credit, beat) + 1
         # A beat leaves the FIFO's memory when the one before it is taken: the first of a word with
         # the word before it (a word of one beat: itself), the others one a cycle from there.
         word, part = divmod(beat - 1, self._spacing)
@@ -487,12 +523,22 @@ class _Stream:
     def issue(self, grant: int) -> None:
         """Request the next burst, one cycle after its grant."""
         beats = min(self._left, self._room)
-        self._burst_beat.append(self.beats)
-        self._burst_cycle.append(self._port.read(grant + 1, beats))
+        self._port.read(grant + 1, beats, self.beats)
         self.beats += beats
         self._left -= beats
         self._room = self._config.max_burst_beats
         self._grant = grant
+
+    def _beat_cycle(self, place: _Place, beat: int) -> int:
+        """Return the cycle in which a beat comes from the port."""
+        bursts = self._bursts
+        at = place.burst
+        while bursts[at].beat > beat:
+            at -= 1
+        while at + 1 < len(bursts) and bursts[at + 1].beat <= beat:
+            at += 1
+        place.burst = at
+        return bursts[at].first + beat - bursts[at].beat
 
     def _accepted(self, word: int) -> int:
         """Return the cycle in which a word is accepted if its beats are there, or _NEVER.
@@ -503,37 +549,41 @@ class _Stream:
         while place.section < len(self.sections):
             words = self.sections[place.section]
             at = word - words.first_word
-            tile = place.tile
-            while tile < len(words.last) and at > words.last[tile]:
-                tile += 1
-            if tile < len(words.last):
-                place.tile = tile
+            while place.tile < len(words.last) and at > words.last[place.tile]:
+                place.tile += 1
+            if place.tile < len(words.last):
                 break
             place.section, place.tile = place.section + 1, 0
         else:
             return _NEVER
+        tile = place.tile
         if not words.loaded.known or tile > len(words.arrived):
             return _NEVER
         turn = words.turn if tile == 0 else words.arrived[tile - 1] + self._spacing
-        ahead = at if tile == 0 else at - words.last[tile - 1] - 1
+        first, last = words.first[tile], words.last[tile]
+        ahead = min(at, first) - (0 if tile == 0 else words.last[tile - 1] + 1)
         turn += ahead * self._spacing
-        first = words.first[tile]
         if at < first:  # row and scale words
             return turn
-        if tile < len(words.arrived):
-            return words.began[tile] + (at - first) * self._spacing
-        # The parser is in the middle of this tile.
         steps = words.section.steps
         step = words.first_step + tile * steps - self._config.tile_words
-        exponents = words.first_tile + tile - ROW_EXPONENTS
-        into = (at - first) * (steps - 1) // max(1, words.last[tile] - first)
-        ring = self._ring.copy()
-        return max(turn, self._exponent_room(exponents), self._ring_room(ring, step),
-                   self._ring_room(ring, step + into))
+        if tile < len(words.arrived):
+            began = words.began[tile]
+        else:  # the parser is in the middle of this tile
+            began = max(turn, self._exponent_room(words.first_tile + tile - ROW_EXPONENTS),
+                        self._ring_room(self._credit_ring, step))
+        into = (at - first) * (steps - 1) // max(1, last - first)
+        return max(began + (at - first) * self._spacing,
+                   self._ring_room(self._credit_ring, step + into, into, last - first))
 
     # -- words
-    def _ring_room(self, place: _Place, step: int) -> int:
-        """Return the cycle from which a step's place in the ring is free, or _NEVER."""
+    def _ring_room(self, place: _Place, step: int, into: int = 0, span: int = 0) -> int:
+        """Return the cycle from which a step's place in the ring is free, or _NEVER.
+
+        Places are freed one a cycle in the last group of a tile. Where another tile's begin among
+        the ``into`` steps before this one (of a tile of ``span`` + 1 words), those steps may be
+        what this one waits for.
+        """
         if step < 0:
             return 0
         while True:
@@ -547,7 +597,11 @@ class _Stream:
             elif tile >= len(words.ended):
                 return _NEVER
             else:
-                return words.ended[tile] - (steps - 1 - at) + 1
+                break
+        begin = words.ended[tile] - (steps - 1) + 1
+        if 0 < at <= into:
+            return begin + max(at, at * span // into * self._spacing)
+        return begin + at
 
     def _exponent_room(self, tile: int) -> int:
         """Return the cycle from which the FIFO of row exponents has room once ``tile`` is done."""
@@ -561,58 +615,62 @@ class _Stream:
                 return words.taken[at] + 1 if at < len(words.taken) else _NEVER
             place.section += 1
 
-    def parse(self) -> Iterator[bool]:
-        """Accept words tile by tile: when they are there, in turn, with room in ring and FIFO.
+    def _load(self) -> None:
+        """Take up the next section as soon as the one before ends."""
+        words = self.sections[self._parser.section]
+        loaded = max(words.accepted + 1, self._arrived)
+        words.turn = max(loaded + 1, self._arrived + self._spacing)
+        self._arrived, self._before = words.turn - self._spacing, -1
+        self._schedule.set(words.loaded, loaded)
+
+    def next_tile(self) -> int:
+        """Return the cycle of the next tile's last beat, or _NEVER if it cannot be accepted yet."""
+        place = self._parser
+        if place.section >= len(self.sections):
+            return _NEVER
+        words = self.sections[place.section]
+        if not words.loaded.known:
+            self._load()
+        tile = place.tile
+        last_beat = (words.first_word + words.last[tile] + 1) * self._spacing - 1
+        if self.beats <= last_beat:
+            return _NEVER
+        steps = words.section.steps
+        step = words.first_step + tile * steps - self._config.tile_words + steps - 1
+        exponents = words.first_tile + tile - ROW_EXPONENTS
+        if self._exponent_room(exponents) == _NEVER or self._ring_room(self._ring, step) == _NEVER:
+            return _NEVER
+        return self._beat_cycle(place, last_beat)
+
+    def accept(self) -> None:
+        """Accept a tile: when its words are there, in turn, with room in ring and FIFO.
 
         Words come at most one each ``beats_per_word`` cycles, and within a tile's last group the
-        array frees one a cycle: a tile's first and last step say it all. Yields whenever something
-        is not known yet, with whether anything has become known since.
+        array frees one a cycle: a tile's first and last step say it all.
         """
-        spacing, delay, depth = self._spacing, self._delay, self._config.tile_words
-        bursts, cycles = self._burst_beat, self._burst_cycle
-        moved = False
-        burst = index = 0
-        arrived = 0
-        while True:
-            while index >= len(self.sections):
-                yield moved
-                moved = False
-            words = self.sections[index]
-            index += 1
-            steps = words.section.steps
-            loaded = max(words.accepted + 1, arrived)
-            words.turn = max(loaded + 1, arrived + spacing)
-            self._schedule.set(words.loaded, loaded)
-            arrived, before = words.turn - spacing, -1
-            for tile, (first, last) in enumerate(zip(words.first, words.last, strict=True)):
-                last_beat = (words.first_word + last + 1) * spacing - 1
-                while self.beats <= last_beat:
-                    yield moved
-                    moved = False
-                step = words.first_step + tile * steps - depth
-                exponents = words.first_tile + tile - ROW_EXPONENTS
-                while True:
-                    room = self._exponent_room(exponents)
-                    if room < _NEVER:
-                        room = max(room, self._ring_room(self._ring, step))
-                        last_room = self._ring_room(self._ring, step + steps - 1)
-                        if last_room < _NEVER:
-                            break
-                    yield moved
-                    moved = False
-                beat = last_beat - (last - first) * spacing
-                while burst + 1 < len(bursts) and bursts[burst + 1] <= beat:
-                    burst += 1
-                began = max(arrived + (first - before) * spacing, room,
-                            cycles[burst] + beat - bursts[burst] + delay)
-                while burst + 1 < len(bursts) and bursts[burst + 1] <= last_beat:
-                    burst += 1
-                arrived = max(began + (last - first) * spacing, last_room,
-                              cycles[burst] + last_beat - bursts[burst] + delay)
-                before = last
-                words.began.append(began)
-                words.arrived.append(arrived)
-                moved = True
+        place, spacing, delay = self._parser, self._spacing, self._delay
+        words = self.sections[place.section]
+        tile = place.tile
+        first, last = words.first[tile], words.last[tile]
+        steps = words.section.steps
+        step = words.first_step + tile * steps - self._config.tile_words
+        beat = (words.first_word + first + 1) * spacing - 1
+        began = max(
+            self._arrived + (first - self._before) * spacing,
+            self._exponent_room(words.first_tile + tile - ROW_EXPONENTS),
+            self._ring_room(self._ring, step),
+            self._beat_cycle(place, beat) + delay)
+        span = last - first
+        self._arrived = arrived = max(
+            began + span * spacing,
+            self._ring_room(self._ring, step + steps - 1, steps - 1, span),
+            self._beat_cycle(place, beat + span * spacing) + delay)
+        self._before = last
+        words.began.append(began)
+        words.arrived.append(arrived)
+        place.tile += 1
+        if place.tile == words.section.tiles:
+            place.section, place.tile, self._before = place.section + 1, 0, -1
 
 
 # -- the machine -------------------------------------------------------------------------------------
@@ -646,19 +704,18 @@ class _Machine:
         schedule.start(0, self._commands())
         for n in range(len(self._passes)):
             schedule.start(0, self._retire(n))
-        parser, array = stream.parse(), self._compute()
+        array = self._compute()
         while True:
-            grant = stream.grant()
-            if schedule.next <= grant + 1 and schedule.next < _NEVER:
+            process, tile, grant = schedule.next, stream.next_tile(), stream.grant()
+            if process == tile == grant == _NEVER:
+                return self._prediction()
+            if process <= min(tile, grant + 1):
                 schedule.resume()
-            elif grant < _NEVER:
-                stream.issue(grant)
+            elif tile <= grant + 1:
+                stream.accept()
             else:
-                break
-            # Parser and array go as far as what is known carries them.
-            while next(parser) | next(array):
-                pass
-        return self._prediction()
+                stream.issue(grant)
+            next(array)  # it goes as far as what is known carries it
 
     def _prediction(self) -> Prediction:
         port, width = self._port, self._job.config.port_bytes
@@ -686,10 +743,12 @@ class _Machine:
         """
         job, port = self._job, self._port
         beats = job.beats(ENTRY_BYTES, 1)
-        request = port.read(0, beats) + beats - 1 + 3
-        yield request
-        layer = port.read(request, beats) + beats - 1
-        start = layer + 5 + max(section.steps for section in job.sections).bit_length()
+        read = port.read(0, beats)
+        yield read
+        yield read.last + 3
+        read = port.read(read.last + 3, beats)
+        yield read
+        start = read.last + 5 + max(section.steps for section in job.sections).bit_length()
         yield start
         self._schedule.start(start, self._dispatch(start))
 
@@ -697,17 +756,18 @@ class _Machine:
     def _dispatch(self, start: int) -> _Process:
         """Sort the pairs, then prepare a pass while another runs."""
         job, stream = self._job, self._stream
-        weights_arrived = 0
+        weights: _Read | None = None
         if job.linear:
             cycle = start + 4  # prepare, clear the count, rewind
         else:
             beats = job.beats(job.ids.size)
             yield start + 2
-            ids_arrived = self._port.read(start + 2, beats) + beats
+            ids = self._port.read(start + 2, beats)
+            yield ids
             # The counts are cleared meanwhile; then weights are asked for, and the walk begins.
-            request = max(start + 3 + job.num_experts, ids_arrived) + 1
+            request = max(start + 3 + job.num_experts, ids.last + 1) + 1
             yield request
-            weights_arrived = self._port.read(request, beats) + beats
+            weights = self._port.read(request, beats)
             cycle = request + 2
         cycle = self._sort(cycle)
 
@@ -726,7 +786,10 @@ class _Machine:
                     yield loaded
                     cycle = max(cycle, loaded.cycle + 1)
                 stream.announce(section, cycle)
-            cycle = max(cycle + 1 + now.compare, weights_arrived)
+            cycle += 1 + now.compare
+            if weights is not None:
+                yield weights
+                cycle = max(cycle, weights.last + 1)
             cycle += 1 + 4 * len(now.tokens)  # the slot table
             if not now.same:
                 if last_load is not None:
@@ -776,15 +839,19 @@ class _Machine:
         beats = job.beats(job.d_in)
         groups = job.d_in // config.quantiser_lanes
         tree = 2 + (config.port_bytes // 4).bit_length() - 1
-        left = [-1, -1]  # last group of each row
+        rows: list[_Read] = []
+        left = [-1]  # last group of each row, and one before
         lookup = cycle + 1
-        for _ in self._passes[n].tokens:
-            token = max(lookup + 1, left[-2] + 1)
-            request = token + 2 + (job.d_in // BLOCK).bit_length()
-            yield request
-            ready = self._port.read(request, beats) + beats - 1 + tree
-            left.append(max(ready, left[-1] + 1) + groups - 1)
-            lookup = request + 1
+        for row in range(len(self._passes[n].tokens) + 2):
+            if row >= 2:
+                yield rows[row - 2]
+                left.append(max(rows[row - 2].last + tree, left[-1] + 1) + groups - 1)
+            if row < len(self._passes[n].tokens):
+                token = max(lookup + 1, left[-1] + 1)
+                request = token + 2 + (job.d_in // BLOCK).bit_length()
+                yield request
+                rows.append(self._port.read(request, beats))
+                lookup = request + 1
         # A register, the quantiser, the count of rows, the pulse.
         self._schedule.set(self._x_loaded[n], left[-1] + 1 + QUANTISER_CYCLES + 2)
 
@@ -922,8 +989,9 @@ class _Machine:
                 cycle = self._row_address(cycle + 3)  # the slot table, two cycles
                 if not first:
                     yield cycle
-                    beats = job.beats(job.d_out, 8)
-                    cycle = self._port.read(cycle, beats) + beats - 1 + 3
+                    read = self._port.read(cycle, job.beats(job.d_out, 8))
+                    yield read
+                    cycle = read.last + 3
                 yield cycle
                 cycle = self._write_row(cycle + 1, last=last)
             cycle += 1
@@ -943,11 +1011,18 @@ class _Machine:
         beats = job.beats(job.d_out, 4 if last else 8)
         words = job.d_out // config.quantiser_lanes
         first = cycle + 1 + 1 + FLOAT_CYCLES + 2 + 1
+        spacing = 1
         if last and beats < words:
-            first += 1  # of two words
-            slack = 2 * beats - beats - beats + beats - 1  # a beat every other cycle
-            return self._port.write(first, beats) + slack
-        return self._port.write(first, beats)
+            first, spacing = first + 1, 2
+        self._schedule.start(first, self._write(first, beats, spacing))
+        return first + (beats - 1) * spacing + job.latency + WRITE_CYCLES
+
+    def _write(self, cycle: int, beats: int, spacing: int) -> _Process:
+        """Put beats on the bus, a few at a time if they are not dense."""
+        step = beats if spacing == 1 else 8
+        for begin in range(0, beats, step):
+            yield cycle + begin * spacing
+            self._port.write(cycle + begin * spacing, min(step, beats - begin))
 
 
 class _Results:
