@@ -26,13 +26,14 @@ def expected_passes(ids, num_experts, capacity):
     return passes
 
 
-def run(ids, weights, *, num_experts, two_planes, seed, linear=False):
+def run(ids, weights, *, num_experts, two_planes, seed, linear=False, delay=0):
     """Return (passes, zero tokens); a pass is (image, count, same, last, slots, x bank)."""
     rng = random.Random(seed)
     tokens, top_k = ids.shape
     dut = Dispatcher(CONFIG)
     passes, zeros, requests, sections, loads = [], [], [], [], []
     table = {}
+    unanswered = set()  # addresses asked for whose data is not complete
     beats = {0x10000: ids.astype("<i4").tobytes(), 0x20000: weights.astype("<f4").tobytes()}
 
     async def memory(ctx):
@@ -46,6 +47,9 @@ def run(ids, weights, *, num_experts, two_planes, seed, linear=False):
             ctx.set(dut.reader.request.ready, 0)
             if not valid:
                 continue
+            unanswered.add(address)
+            for _ in range(delay):
+                await ctx.tick()
             data = beats[address].ljust(count * CONFIG.port_bytes, b"\xee")
             for i in range(count):
                 while rng.random() < 0.3:
@@ -56,6 +60,7 @@ def run(ids, weights, *, num_experts, two_planes, seed, linear=False):
                 ctx.set(dut.reader.last, i + 1 == count)
                 await ctx.tick()
                 ctx.set(dut.reader.valid, 0)
+            unanswered.remove(address)
 
     def sink(port, store, convert):
         async def process(ctx):
@@ -131,6 +136,8 @@ def run(ids, weights, *, num_experts, two_planes, seed, linear=False):
         ctx.set(dut.i_job.valid, 0)
         await ctx.tick()
         await ctx.tick().until(dut.o_done)
+        # What comes later would be taken for the next command's.
+        assert not unanswered
         for _ in range(200):
             await ctx.tick()
 
@@ -207,3 +214,10 @@ def test_linear_layers_need_no_ids():
     assert [p[0] for p in passes] == [2, 2, 2] and not zeros
     assert all(slot[1:3] == (1 << 16, -16) for p in passes for slot in p[3])
     assert sections == [(1, 1, 16)] * 3 and len(requests) == 3
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_command_without_valid_ids_waits_for_its_weights(seed):
+    passes, zeros, *_ = run(np.full((2, 1), -1), np.ones((2, 1)), num_experts=1, two_planes=1,
+                            seed=seed, delay=40)
+    assert not passes and zeros == [0, 1]
