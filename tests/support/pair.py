@@ -24,7 +24,7 @@ from moeaccel.registers import REGISTERS
 from moeaccel.sim import CoSimulation, MemoryModel, StallModel
 from moeaccel.sim.verilator import Model, build_model
 
-MEMORY_BYTES = 1 << 22
+MEMORY_BYTES = 1 << 24
 
 TIME = ("busy", "starved_weights", "starved_activations", "stalled_output", "idle")
 """Counters of cycles; the golden model keeps none of them."""
