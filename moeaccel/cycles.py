@@ -574,15 +574,15 @@ class _Stream:
                         self._ring_room(self._credit_ring, step))
         into = (at - first) * (steps - 1) // max(1, last - first)
         return max(began + (at - first) * self._spacing,
-                   self._ring_room(self._credit_ring, step + into, into, last - first))
+                   self._ring_room(self._credit_ring, step + into, into, at - first))
 
     # -- words
     def _ring_room(self, place: _Place, step: int, into: int = 0, span: int = 0) -> int:
         """Return the cycle from which a step's place in the ring is free, or _NEVER.
 
         Places are freed one a cycle in the last group of a tile. Where another tile's begin among
-        the ``into`` steps before this one (of a tile of ``span`` + 1 words), those steps may be
-        what this one waits for.
+        the ``into`` steps before this one, ``span`` words ago, they may be what this one waits
+        for.
         """
         if step < 0:
             return 0
@@ -706,7 +706,8 @@ class _Machine:
             schedule.start(0, self._retire(n))
         array = self._compute()
         while True:
-            process, tile, grant = schedule.next, stream.next_tile(), stream.grant()
+            tile, grant = stream.next_tile(), stream.grant()
+            process = schedule.next
             if process == tile == grant == _NEVER:
                 return self._prediction()
             if process <= min(tile, grant + 1):
