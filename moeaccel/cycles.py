@@ -1,9 +1,10 @@
 """The cycle model: how many clock cycles a command takes behind an ideal memory.
 
-It follows the hardware block by block, each as a *cycle function*: from the cycle in which something
-goes in to the cycle in which something comes out. Work is never followed step by step: the array
-advances by tiles, the weight stream by bursts, everything else by rows and passes, so that a prefill
-layer of real size takes a second. All times are cycles since the fetch of the submission began.
+It follows the hardware block by block, each as a *cycle function*: from the cycle in which
+something goes in to the cycle in which something comes out. Work is never followed step by step:
+the array advances by tiles, the weight stream by bursts, everything else by rows and passes, so
+that a prefill layer of real size takes a second. All times are cycles since the fetch of the
+submission began.
 
 ::
 
@@ -12,8 +13,9 @@ layer of real size takes a second. All times are cycles since the fetch of the s
         \\--> x loads ------------------> port <----------------------------------------- /
 
 What holds whom up: a burst waits for room in the beat FIFO, a word for room in the ring, a step for
-its word, its x or h and a place for its result, a pass for its x, its down section for the y buffer,
-the dispatcher for the pass before the last. Reads share the port in the order of their addresses.
+its word, its x or h and a place for its result, a pass for its x, its down section for the y
+buffer, the dispatcher for the pass before the last. Reads share the port in the order of their
+addresses.
 
 Ideal memory (``MemoryModel.ideal``): never refuses, fixed latency, one port shared by reads and
 writes. Accuracy, held by tests/system/test_cycles.py: 1 % or 16 cycles of the RTL.
@@ -23,8 +25,9 @@ from __future__ import annotations
 
 import functools
 import heapq
+import math
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -34,7 +37,7 @@ from moeaccel.commands import ENTRY_BYTES
 from moeaccel.config import BLOCK, AcceleratorConfig
 from moeaccel.image import HEADER_BYTES, ExpertShape, Section
 
-# -- pipeline depths, as the blocks document them (tests hold them to the RTL's own constants) -------
+# -- pipeline depths, as the blocks document them (tests hold them to the RTL's own constants)
 ARRAY_CYCLES = 15
 """DotArray: from a step to its sums. Operands, decode, 5 tree levels, 2 multipliers, shift, add."""
 RESULTS = 4
@@ -52,7 +55,7 @@ FLOAT_CYCLES = 6
 ROW_EXPONENTS = 16
 """TileBuffer: tiles whose row exponents are stored."""
 
-# -- steps between blocks ----------------------------------------------------------------------------
+# -- steps between blocks
 READ_CYCLES = 4
 """From a reader's request to its first beat, but for the latency: splitter, choice and AR (3), the
 memory's register, the port's."""
@@ -164,7 +167,7 @@ def predict_linear(
     return total
 
 
-# -- what is to be done ------------------------------------------------------------------------------
+# -- what is to be done
 @dataclass(frozen=True)
 class _Job:
     """A command: one section (GEMM) or two (EXPERTS)."""
@@ -277,7 +280,7 @@ def _tile_words(section: Section) -> tuple[list[int], list[int]]:
     return first.tolist(), last.tolist()
 
 
-# -- events ------------------------------------------------------------------------------------------
+# -- events
 class _Event:
     """Something that happens once, in a cycle that may become known ahead of it."""
 
@@ -348,7 +351,7 @@ class _Schedule:
             wanted.waiting.append(process)
 
 
-# -- memory port -------------------------------------------------------------------------------------
+# -- memory port
 class _Port:
     """The port as its clients see it: beats of one request after another, one a cycle.
 
@@ -379,6 +382,16 @@ class _Port:
             self.bursts.append(read)
         return read
 
+    @property
+    def only_weights(self) -> bool:
+        """Whether nothing but weights may be on its way."""
+        return all(read.beat >= 0 for read in self._pending)
+
+    def skip(self, later: int, beats: int) -> None:
+        """Take ``beats`` of weights to be read, and what comes to come ``later``."""
+        self._free += later
+        self.beats_read += beats
+
     def write(self, cycle: int, beats: int) -> None:
         """Put ``beats`` on the bus from ``cycle`` on: reads wait meanwhile."""
         self.beats_written += beats
@@ -406,7 +419,7 @@ class _Port:
         self._free = max(self._free, free)
 
 
-# -- weight streamer and tile buffer, write side -----------------------------------------------------
+# -- weight streamer and tile buffer, write side
 class _Words:
     """A section in the weight stream: where it begins, and by tile what becomes of it.
 
@@ -422,6 +435,10 @@ class _Words:
     ----------
     first_word, first_step, first_tile : :class:`int`
         In the whole stream.
+    period : :class:`int`
+        After so many tiles row and scale words come at the same places again.
+    settled : :class:`int`
+        From this tile on results leave as fast as they come.
     loaded : :class:`_Event`
         The parser takes it up.
     turn : :class:`int`
@@ -435,12 +452,17 @@ class _Words:
     def __init__(self, section: Section, accepted: int, before: _Words | None) -> None:
         self.section = section
         self.accepted = accepted
+        self.steps, self.tiles = section.steps, section.tiles
         self.first, self.last = _tile_words(section)
+        per_word = section.entries_per_scale_word
+        self.period = math.lcm(
+            section.tiles_per_row_word, per_word // math.gcd(per_word, section.groups))
+        self.settled = _NEVER
         self.first_word = self.first_step = self.first_tile = 0
         if before is not None:
             self.first_word = before.first_word + before.section.words
-            self.first_step = before.first_step + before.section.tiles * before.section.steps
-            self.first_tile = before.first_tile + before.section.tiles
+            self.first_step = before.first_step + before.tiles * before.steps
+            self.first_tile = before.first_tile + before.tiles
         self.loaded = _Event()
         self.turn = 0
         self.began: list[int] = []
@@ -477,7 +499,8 @@ class _Stream:
         self.sections: list[_Words] = []
         self.beats = 0
         self._requests: deque[tuple[int, int]] = deque()
-        self._left = self._room = 0  # of the request, of its burst
+        self._left = self._room = 0  # beats of the request, of its burst
+        self._request_beat = 0  # its first
         self._grant = -GRANT_CYCLES
         self._credit, self._credit_ring = _Place(), _Place()
         self._parser, self._ring, self._exponents = _Place(), _Place(), _Place()
@@ -502,6 +525,7 @@ class _Stream:
                 return _NEVER
             # Three cycles to take up a request, unless one is under way.
             accepted, self._left = self._requests.popleft()
+            self._request_beat = self.beats
             self._grant = max(self._grant, accepted + 3 - GRANT_CYCLES)
             burst = self._config.max_burst_beats
             header = max(HEADER_BYTES, self._config.word_bytes)
@@ -565,7 +589,7 @@ class _Stream:
         turn += ahead * self._spacing
         if at < first:  # row and scale words
             return turn
-        steps = words.section.steps
+        steps = words.steps
         step = words.first_step + tile * steps - self._config.tile_words
         if tile < len(words.arrived):
             began = words.began[tile]
@@ -588,11 +612,11 @@ class _Stream:
             return 0
         while True:
             words = self.sections[place.section]
-            steps = words.section.steps
+            steps = words.steps
             tile, at = divmod(step - words.first_step, steps)
             if tile < 0:
                 place.section -= 1
-            elif tile >= words.section.tiles:
+            elif tile >= words.tiles:
                 place.section += 1
             elif tile >= len(words.ended):
                 return _NEVER
@@ -611,7 +635,7 @@ class _Stream:
         while True:
             words = self.sections[place.section]
             at = tile - words.first_tile
-            if at < words.section.tiles:
+            if at < words.tiles:
                 return words.taken[at] + 1 if at < len(words.taken) else _NEVER
             place.section += 1
 
@@ -635,7 +659,7 @@ class _Stream:
         last_beat = (words.first_word + words.last[tile] + 1) * self._spacing - 1
         if self.beats <= last_beat:
             return _NEVER
-        steps = words.section.steps
+        steps = words.steps
         step = words.first_step + tile * steps - self._config.tile_words + steps - 1
         exponents = words.first_tile + tile - ROW_EXPONENTS
         if self._exponent_room(exponents) == _NEVER or self._ring_room(self._ring, step) == _NEVER:
@@ -652,7 +676,7 @@ class _Stream:
         words = self.sections[place.section]
         tile = place.tile
         first, last = words.first[tile], words.last[tile]
-        steps = words.section.steps
+        steps = words.steps
         step = words.first_step + tile * steps - self._config.tile_words
         beat = (words.first_word + first + 1) * spacing - 1
         began = max(
@@ -669,11 +693,56 @@ class _Stream:
         words.began.append(began)
         words.arrived.append(arrived)
         place.tile += 1
-        if place.tile == words.section.tiles:
+        if place.tile == words.tiles:
             place.section, place.tile, self._before = place.section + 1, 0, -1
 
+    def skip(self, limit: int) -> None:
+        """Pass over tiles up to cycle ``limit``, when nothing else happens before it.
 
-# -- the machine -------------------------------------------------------------------------------------
+        Where the last periods of tiles took the same time, all later ones do; only where bursts
+        begin and end differs.
+        """
+        place = self._parser
+        words = self.sections[place.section] if place.section < len(self.sections) else None
+        if words is None or place.tile % words.period:
+            return
+        tile, period = place.tile, words.period
+        if tile - 2 * period <= words.settled or len(words.ended) != tile:
+            return
+        length = words.ended[-1] - words.ended[-1 - period]
+        for cycles in (words.began, words.arrived, words.ended):
+            last, middle, first = cycles[-1], cycles[-1 - period], cycles[-1 - 2 * period]
+            if last - middle != length or middle - first != length:
+                return
+        beats = (words.first[tile] - words.first[tile - period]) * self._spacing
+        begin = (words.first_word + words.first[tile - 1]) * self._spacing
+        margin = self._config.read_ahead_beats
+        count = min(
+            (limit - words.ended[-1]) // length, (words.tiles - tile) // period - 1,
+            (self._left - margin) // beats)
+        if count < 2 or begin < self._request_beat or not self._port.only_weights:
+            return
+        count -= 1
+        for cycles in (words.began, words.arrived, words.ended, words.taken):
+            pattern = cycles[-period:]
+            cycles.extend([cycle + i * length for i in range(1, count + 1) for cycle in pattern])
+        place.tile += count * period
+        later, further = count * length, count * beats
+        oldest = min(begin, self.beats - margin) - 1
+        for read in reversed(self._bursts):
+            if read.beat + read.last - read.first < oldest:
+                break
+            read.beat += further
+            read.first += later
+            read.last += later
+        self._port.skip(later, further)
+        self.beats += further
+        self._left -= further
+        self._grant += later
+        self._arrived += later
+
+
+# -- the machine
 class _Machine:
     """One command in an idle machine."""
 
@@ -714,6 +783,8 @@ class _Machine:
                 schedule.resume()
             elif tile <= grant + 1:
                 stream.accept()
+                next(array)
+                stream.skip(process)
             else:
                 stream.issue(grant)
             next(array)  # it goes as far as what is known carries it
@@ -857,25 +928,22 @@ class _Machine:
         self._schedule.set(self._x_loaded[n], left[-1] + 1 + QUANTISER_CYCLES + 2)
 
     # -- sequencer, array, serialiser, activation unit, hidden buffer
-    def _compute(self) -> Iterator[bool]:
-        """Run the sections of each pass; yields as :meth:`_Stream.parse`."""
+    def _compute(self) -> Iterator[None]:
+        """Run the sections of each pass; yields where something is not known yet."""
         job, config = self._job, self._job.config
         per_group = job.per_group
         results = _Results()
         index = 0
-        moved = False
         for n, now in enumerate(self._passes):
             while not self._handed[n].known:
-                yield moved
-                moved = False
+                yield
             count = len(now.tokens)
             through = [min(count, begin + per_group) for begin in range(0, count, per_group)]
             slots = np.diff([0, *through]).tolist()
             cycle = self._handed[n].cycle + 1
             if not now.same:
                 while not self._x_loaded[n].known:
-                    yield moved
-                    moved = False
+                    yield
                 cycle = max(cycle, self._x_loaded[n].cycle + 1)
             self._starved_activations += cycle - self._handed[n].cycle
             results.end = cycle
@@ -884,8 +952,7 @@ class _Machine:
                 if down:
                     if n:
                         while not self._retired[n - 1].known:
-                            yield moved
-                            moved = False
+                            yield
                         ready = [self._retired[n - 1].cycle + 1] * len(slots)
                     if not job.linear:
                         # Elements, h, and two registers until all of it is known to be there; then
@@ -901,75 +968,68 @@ class _Machine:
                 words = self._stream.sections[index]
                 index += 1
                 rows = section.tile_rows
-                yield from self._section(words, results, [rows * s for s in slots], ready, moved)
-                moved = True
+                yield from self._section(words, results, [rows * s for s in slots], ready)
             self._schedule.set(self._issued[n], results.end)
             self._schedule.set(
                 self._in_y[n], results.taken + self._element_cycles + COMBINER_CYCLES)
         while True:
-            yield moved
-            moved = False
+            yield
 
-    def _section(self, words: _Words, results: _Results, elements: list[int], ready: list[int],
-                 moved: bool) -> Iterator[bool]:
+    def _section(self, words: _Words, results: _Results, elements: list[int], ready: list[int]
+                 ) -> Iterator[None]:
         """Start the steps of a section: for each tile, for each group.
 
         A group of a tile starts when the one before has, when its operands are there and when a
         result has a place; it takes a step a cycle, in the first group as words come.
         """
-        steps = words.section.steps
-        count = len(elements)
-        most = max(elements)
-        # Results leave as fast as they come, and room for them is always there.
+        steps, tiles = words.steps, words.tiles
+        count, most = len(elements), max(elements)
+        # Results leave as fast as they come and there is always room for them; at first, results
+        # of the section before may be in the way.
         free_running = steps >= most and (RESULTS - 1) * steps > ARRAY_CYCLES + most
-        settled = -(-RESULTS // count)
-        tiles = words.section.tiles
-        end = results.end
+        words.settled = min(tiles, -(-RESULTS // count)) if free_running else tiles
+        arrived, began, ended = words.arrived, words.began, words.ended
         taken = deque(results.history, RESULTS)
-        starved_weights = starved_activations = stalled = 0
-        self._busy += steps * count * tiles
-        arrived, began = words.arrived, words.began
-        for tile in range(tiles):
+        end = results.end
+        for tile in range(words.settled):
             while len(arrived) <= tile:
-                yield moved
-                moved = False
-            if free_running and settled <= tile:
-                start = end + 1
-                last = max(start, began[tile] + 1) + steps - 1
-                last = max(last, arrived[tile] + 1)
-                starved_weights += last - end - steps
-                end = last + (count - 1) * steps
-                words.ended.append(end)
-                words.taken.append(end + 1 + ARRAY_CYCLES + elements[-1])
-                moved = True
-                continue
+                yield
             for group, size in enumerate(elements):
                 start = end + 1
                 if tile == 0 and ready[group] > start:
-                    starved_activations += ready[group] - start
+                    self._starved_activations += ready[group] - start
                     start = ready[group]
                 if group == 0 and began[tile] >= start:
-                    starved_weights += began[tile] + 1 - start
+                    self._starved_weights += began[tile] + 1 - start
                     start = began[tile] + 1
                 if taken[0] >= start:
-                    stalled += taken[0] + 1 - start
+                    self._stalled_output += taken[0] + 1 - start
                     start = taken[0] + 1
                 end = start + steps - 1
                 if group == 0 and arrived[tile] >= end:
-                    starved_weights += arrived[tile] + 1 - end
+                    self._starved_weights += arrived[tile] + 1 - end
                     end = arrived[tile] + 1
                 taken.append(max(end + 1 + ARRAY_CYCLES, taken[-1]) + size)
-            words.ended.append(end)
+            ended.append(end)
             words.taken.append(taken[-1])
-            moved = True
-        if free_running and tiles > settled:
+        settled_end = end
+        later_groups = (count - 1) * steps
+        while (tile := len(ended)) < tiles:
+            if len(arrived) == tile:
+                yield
+                continue
+            end = max(max(ended[-1], began[tile]) + steps, arrived[tile] + 1) + later_groups
+            ended.append(end)
+            words.taken.append(end + 1 + ARRAY_CYCLES + elements[-1])
+        end = ended[-1]
+        self._busy += steps * count * tiles
+        if tiles > words.settled:
+            active = steps * count * (tiles - words.settled)
+            self._starved_weights += end - settled_end - active
             taken.extend(end + 1 + ARRAY_CYCLES + elements[-1] - i * steps
                          for i in reversed(range(RESULTS)))
         results.end = end
         results.history = list(taken)
-        self._starved_weights += starved_weights
-        self._starved_activations += starved_activations
-        self._stalled_output += stalled
 
     # -- combiner
     def _retire(self, n: int) -> _Process:

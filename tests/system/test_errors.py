@@ -1,0 +1,478 @@
+"""Whatever goes wrong has a name, touches nothing outside the window, and leaves a working device.
+
+Every test ends with a call that must give the golden model's bits, see ``pair``.
+"""
+
+import contextlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from moeaccel.commands import LAYER, SUBMISSION, LayerKind, Opcode, Status, decode
+from moeaccel.host import errors
+from moeaccel.sim import MemoryModel, StallModel
+from tests.support.pair import (
+    Buffers,
+    assert_same_bits,
+    draw_experts,
+    execute,
+    place_layer,
+    read_register,
+    write_register,
+)
+
+PAGE = 4096
+SIZE = 1 << 20
+MIDDLE = SIZE // 2
+"""Commands of these tests live below it."""
+
+EXPERTS, D_MODEL, D_EXPERT = 3, 64, 32
+MEMORY = MemoryModel(size=SIZE, read_latency=20, write_latency=20, reorder=True, interleave=True,
+                     stalls=StallModel.uniform(0.1, length=3), seed=5)
+
+RNG = np.random.default_rng(0)
+WEIGHTS = draw_experts(RNG, EXPERTS, D_MODEL, D_EXPERT)
+
+
+def draw_call(tokens, seed=1):
+    """Return a call in which every token goes to every expert, in several passes."""
+    rng = np.random.default_rng(seed)
+    return (rng.standard_normal((tokens, D_MODEL), np.float32),
+            np.tile(np.arange(EXPERTS), (tokens, 1)),
+            rng.standard_normal((tokens, EXPERTS)).astype(np.float32))
+
+
+CALL = draw_call(9)
+LONG = draw_call(64, seed=2)
+
+
+class Layers(dict):
+    """The layer on each device, by device."""
+
+    def call(self, device):
+        return self[device](*CALL)
+
+
+@pytest.fixture(scope="module")
+def opened(pair_of):
+    with pair_of("tiny", memory=MEMORY, register_stalls=StallModel.uniform(0.2)) as pair:
+        pair.layers = Layers((device, device.load_experts(*WEIGHTS)) for device in pair.devices)
+        pair.long = pair.layers[pair.golden](*LONG)
+        yield pair
+
+
+@pytest.fixture
+def pair(opened):
+    """Two devices fresh from a reset; the test's errors must leave them in order."""
+    opened.reset()
+    yield opened
+    opened.simulation.clear_errors()
+    for restart in (False, True):
+        if restart:
+            opened.reset()
+        opened.same(opened.layers.call)
+    opened.check()
+    assert read_register(opened.rtl, "STATUS") == 0
+
+
+@contextlib.contextmanager
+def untouched(pair, *allowed):
+    """Assert that the RTL writes nothing but its completion ring and what is allowed."""
+    simulation, rings = pair.simulation, pair.rtl._rings
+    before = simulation.mem_read(0, SIZE)
+    yield
+    changed = simulation.mem_view(0, SIZE) != before
+    for ring in (rings._submissions, rings._completions):  # the driver writes the first
+        changed[ring.address : ring.address + ring.size] = False
+    for first, count in allowed:
+        changed[first : first + count] = False
+    assert not changed.any(), f"written at {np.flatnonzero(changed)[:8]}"
+
+
+def buffers_of(device, call=CALL):
+    """Return raw buffers whose y and workspace hold ones: nothing may depend on it."""
+    buffers = Buffers(device, *call, d_out=D_MODEL)
+    for name in ("y", "workspace"):
+        device.transport.memory_write(
+            buffers.addresses[name], np.full(buffers.sizes[name], 0xFF, np.uint8))
+    return buffers
+
+
+def result_of(command):
+    return tuple(getattr(command.completion, name) for name in ("status", "detail", "address"))
+
+
+# -- fields ----------------------------------------------------------------------------------------
+BAD_ADDRESSES = [1, 32, PAGE + 63, 1 << 40, 1 << 63, (1 << 64) - 64]
+SUBMISSIONS = {
+    "opcode": [0, 3, 4, 77, 128, 255],
+    "tokens": [0, 1, 8, 65, 1 << 16, (1 << 16) + 1, (1 << 32) - 1],
+    "top_k": [0, 1, 2, 17, 29, 33, 1 << 16, (1 << 32) - 1],
+    **{f.name: BAD_ADDRESSES for f in SUBMISSION if f.name.endswith("_address")},
+}
+LAYERS = {
+    "kind": [1, 2, 255],
+    "format": [4, 255],
+    "planes": [0, 3, 255],
+    "activation": [1, 255],
+    "num_experts": [0, 17, (1 << 16) + 1, 1 << 31],
+    "d_in": [0, 31, 33, 288, (1 << 16) + 64],
+    "d_expert": [0, 48, 288, (1 << 31) + 32],
+    "d_out": [0, 1, 257, 288, 1 << 20],
+    "grid_exponent": [-101, 61, -(1 << 31), -60, 10],
+    "stride": [1, 63, 4095, (1 << 32) - 1],
+    "image_address": BAD_ADDRESSES,
+}
+
+
+def changes(fields):
+    """Draw values for one to three fields."""
+    return st.lists(st.sampled_from(list(fields)), min_size=1, max_size=3, unique=True).flatmap(
+        lambda names: st.fixed_dictionaries({n: st.sampled_from(fields[n]) for n in names}))
+
+
+def test_bad_fields(pair):
+    """Both devices find the same field, whatever else is wrong; good values run."""
+    @settings(max_examples=150, deadline=None, derandomize=True)
+    @given(changes(SUBMISSIONS), changes(LAYERS), st.sampled_from([0, 1, 2]))
+    def holds(submission, layer, which):
+        def script(device):
+            descriptor = pair.layers[device]._descriptor.address
+            raw = device.transport.memory_read(descriptor, 64).tobytes()
+            buffers = buffers_of(device)
+            own = place_layer(device, **(decode(LAYER, raw) | (layer if which != 0 else {})))
+            fields = buffers.fields(own.address, **(submission if which != 1 else {}))
+            try:
+                command = execute(device, fields)
+                if device is pair.rtl:
+                    found.append((buffers.addresses["y"], buffers.sizes["y"]))
+                    found.append((buffers.addresses["workspace"], buffers.sizes["workspace"]))
+                seen.add(command.completion.status)
+                return (*result_of(command), buffers.y().tobytes())
+            finally:
+                buffers.memory.free()
+                own.free()
+
+        found.clear()
+        pair.same(script)
+
+    seen, found = set(), []
+    holds()
+    assert seen >= {Status.OK, Status.BAD_OPCODE, Status.BAD_FIELD, Status.BAD_LAYER}
+
+
+@pytest.mark.parametrize("fields", [
+    {"opcode": 77}, {"tokens": 0}, {"top_k": 29}, {"workspace_address": 32}, {"layer": "planes"}])
+def test_a_rejected_command_writes_its_completion_and_nothing_else(pair, fields):
+    device = pair.rtl
+    buffers = buffers_of(device)
+    raw = device.transport.memory_read(pair.layers[device]._descriptor.address, 64).tobytes()
+    own = place_layer(device, **(decode(LAYER, raw) | {"planes": 2 if "layer" not in fields else 7}))
+    fields = {name: value for name, value in fields.items() if name != "layer"}
+    with untouched(pair):
+        command = execute(device, buffers.fields(own.address, **fields))
+    assert isinstance(command.error(), errors.CommandRejected)
+
+
+def test_a_layer_of_the_other_kind(pair):
+    """GEMM of experts and EXPERTS of a matrix are refused by the layer's kind."""
+    def script(device):
+        x, ids, _ = CALL
+        with device.load_linear(WEIGHTS[0][0]) as linear:
+            buffers = buffers_of(device)
+            experts = pair.layers[device]._descriptor.address
+            wrong = [execute(device, buffers.fields(experts, opcode=int(Opcode.GEMM), top_k=1)),
+                     execute(device, buffers.fields(linear._descriptor.address))]
+            assert all(c.completion.status == Status.BAD_LAYER for c in wrong)
+            assert LayerKind.EXPERTS != LayerKind.LINEAR
+            return linear(x)
+
+    pair.same(script)
+
+
+# -- the window ------------------------------------------------------------------------------------
+PLACES = {
+    "at address 0": lambda limit: 0,
+    "right below the base": lambda limit: PAGE - 64,
+    "right behind the limit": lambda limit: -(-limit // 64) * 64,
+    "across the limit": lambda limit: limit // 64 * 64 - 64,
+    "at the end of memory": lambda limit: SIZE,
+    "far away": lambda limit: 1 << 39,
+}
+
+
+@pytest.mark.parametrize("limit", [MIDDLE, MIDDLE + 0x140, MIDDLE + 0x1C8])
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("what", ["x", "ids", "weights", "y", "workspace", "layer", "image"])
+def test_outside_the_window(pair, what, place, limit):
+    """The first burst outside is named, and not issued; the rest of memory stays as it is."""
+    address = PLACES[place](limit)
+    if (what, place) == ("layer", "across the limit"):
+        address += 64  # a descriptor is not larger than 64 bytes
+
+    def script(device):
+        layer = pair.layers[device]._descriptor.address
+        buffers = buffers_of(device)
+        assert buffers.memory.address + buffers.memory.size < MIDDLE
+        image = decode(LAYER, device.transport.memory_read(layer, 64).tobytes())
+        own = place_layer(device, **(image | ({"image_address": address} if what == "image"
+                                              else {})))
+        fields = buffers.fields(own.address)
+        if what != "image":
+            fields[f"{what}_address"] = address
+        write_register(device, "WINDOW_LIMIT", limit)
+        allowed = [(buffers.addresses[name], buffers.sizes[name]) for name in ("y", "workspace")]
+        if what in ("y", "workspace") and PAGE <= address < limit:
+            allowed.append((address, limit - address))
+        guard = untouched(pair, *allowed) if device is pair.rtl else contextlib.nullcontext()
+        with guard:
+            command = execute(device, fields)
+        write_register(device, "WINDOW_LIMIT", SIZE)
+        own.free()
+        buffers.memory.free()
+        return result_of(command)
+
+    status, _, found = pair.same(script)
+    assert status == Status.WINDOW
+    assert found < PAGE or found + 512 > limit
+
+
+def test_the_window_is_as_large_as_it_says(pair):
+    """A command that fills its window to the last byte runs, also when the window is tight."""
+    def script(device):
+        buffers = buffers_of(device)
+        write_register(device, "WINDOW_LIMIT",
+                       buffers.addresses["workspace"] + buffers.sizes["workspace"])
+        command = execute(device, buffers.fields(pair.layers[device]._descriptor.address))
+        buffers.memory.free()
+        assert command.error() is None
+        return buffers.y()
+
+    assert_same_bits(pair.same(script), pair.layers.call(pair.golden))
+
+
+def test_rings_outside_the_window(pair):
+    """Nothing is read or written; the device comes back with a reset."""
+    device = pair.rtl
+    write_register(device, "WINDOW_LIMIT", 0)
+    with untouched(pair), pytest.raises(errors.DeviceTimeout):
+        handle = pair.layers[device].submit(*CALL)
+        # The driver's own writes: x, ids, weights.
+        part = handle._parts[0].buffers
+        raw = pair.simulation.mem_read(part.address, part.size)
+        pair.simulation.mem_write(part.address, np.zeros(part.size, np.uint8))
+        pair.layers[device].sync(handle, timeout_s=0.01)
+    assert raw.any()
+    device.reset()
+
+
+# -- numbers ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("tokens", [[0], [8], [63], [64], [69], [5, 3], [69, 66], [66, 2]])
+def test_values_that_are_not_finite(pair, tokens, value):
+    x, ids, weights = draw_call(70)
+    x[tokens, np.arange(len(tokens)) * 9] = value
+    result = pair.same(lambda device: pair.layers[device](x, ids, weights))
+    assert result == ("NonFiniteInput", Status.NONFINITE, min(tokens), 0)
+    pair.check()
+
+
+def test_tokens_without_experts_may_hold_anything(pair):
+    x, ids, weights = (array.copy() for array in CALL)
+    x[4], ids[4] = np.nan, -1
+    y = pair.same(lambda device: pair.layers[device](x, ids, weights))
+    assert not y[4].any() and y[3].any()
+
+
+@pytest.mark.parametrize("grid_exponent", [-41, -44, -60, -100])
+def test_grid_overflow(pair, grid_exponent):
+    def script(device):
+        with device.load_experts(*WEIGHTS, grid_exponent=grid_exponent) as loaded:
+            return loaded(*LONG)
+
+    name, status, count, _ = pair.same(script)
+    assert (name, status) == ("GridOverflow", Status.OVERFLOW)
+    assert pair.check()["overflows"] == count > 0
+
+
+# -- the bus ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("response", ["SLVERR", "DECERR"])
+@pytest.mark.parametrize("what", ["x", "ids", "weights", "y", "workspace read",
+                                  "workspace write", "layer", "image", "image end"])
+def test_bus_errors(pair, what, response):
+    """The command names the burst (0 for a write), whatever it was for."""
+    device, simulation = pair.rtl, pair.simulation
+    layer = pair.layers[device]
+    buffers = buffers_of(device)
+    name = what.split()[0]
+    writes = what in ("y", "workspace write")
+    if name == "layer":
+        address, count = layer._descriptor.address, 64
+    elif name == "image":
+        stride = layer.shape.stride
+        payload = layer.shape.image_bytes - layer.shape.header_bytes
+        address = layer._images.address + layer.shape.header_bytes + stride
+        address, count = (address + payload - 8, 8) if "end" in what else (address, 64)
+    else:
+        address, count = buffers.addresses[name], buffers.sizes[name]
+        address, count = address + count // 2 // 64 * 64, 64  # in its middle
+    simulation.inject_error(address, count, response=response, reads=not writes, writes=writes)
+    allowed = [(buffers.addresses[n], buffers.sizes[n]) for n in ("y", "workspace")]
+    with untouched(pair, *allowed):
+        command = execute(device, buffers.fields(layer._descriptor.address))
+    error = command.error()
+    assert isinstance(error, errors.BusError)
+    if writes:
+        assert error.address == 0
+    else:
+        assert address - 512 < error.address < address + count
+    # The error is gone with its cause.
+    simulation.clear_errors()
+    assert execute(device, buffers.fields(layer._descriptor.address)).error() is None
+    assert_same_bits(buffers.y(), pair.layers.call(pair.golden))
+    buffers.memory.free()
+
+
+def test_an_unreadable_submission(pair):
+    """The device cannot know the tag: it says what happened all the same, and goes on."""
+    device, simulation = pair.rtl, pair.simulation
+    ring = device._rings._submissions
+    simulation.inject_error(ring.address, 64, writes=False)
+    head = device._rings._completions.address
+    handle = pair.layers[device].submit(*CALL)
+    simulation.run(20_000)
+    assert simulation.mem_read(head, 64)[2] == Status.BUS_ERROR
+    simulation.clear_errors()
+    device.reset()
+    with pytest.raises(errors.CommandAborted):
+        pair.layers[device].sync(handle)
+
+
+# -- abort, reset, watchdog, timeouts --------------------------------------------------------------
+def length_of(pair):
+    """Return the cycles of the long call."""
+    layer = pair.layers[pair.rtl]
+    assert_same_bits(layer(*LONG), pair.long)
+    return layer.last.cycles
+
+
+def moments(pair, count, seed):
+    """Return cycles of the long call: early ones one by one, later ones at random."""
+    rng = np.random.default_rng(seed)
+    return [*range(1, 200, 23), *rng.integers(200, length_of(pair) + 100, count).tolist()]
+
+
+def buffer_ranges(handles):
+    return [(part.buffers.address, part.buffers.size) for h in handles for part in h._parts]
+
+
+def test_abort(pair):
+    """The running command ends, the one behind it runs; nothing else is written."""
+    device, simulation = pair.rtl, pair.simulation
+    layer = pair.layers[device]
+    expected = pair.layers.call(pair.golden)
+    aborted = 0
+    times = moments(pair, 25, seed=0)
+    for moment in times:
+        handles = [layer.submit(*LONG), layer.submit(*CALL)]
+        with untouched(pair, *buffer_ranges(handles)):
+            simulation.run(moment, until_irq=False)
+            done = read_register(device, "CQ_TAIL")
+            device.abort()
+            results = []
+            for handle in handles:
+                try:
+                    results.append(layer.sync(handle))
+                except errors.CommandAborted as error:
+                    assert error.status is Status.ABORTED
+                    results.append(None)
+        del done
+        first, second = results
+        if first is None:
+            aborted += 1
+            assert_same_bits(second, expected)
+        else:  # it was over; then the abort may have met the second one
+            assert_same_bits(first, pair.long)
+    assert aborted > len(times) // 2
+    device.reset()
+
+
+def test_abort_of_nothing(pair):
+    for _ in range(3):
+        pair.rtl.abort()
+        pair.simulation.run(50, until_irq=False)
+        assert pair.same(pair.layers.call).any()
+
+
+def test_soft_reset(pair):
+    """At any moment it drops everything, clears the counters and leaves a working device."""
+    device, simulation = pair.rtl, pair.simulation
+    layer = pair.layers[device]
+    expected = pair.layers.call(pair.golden)
+    for moment in moments(pair, 25, seed=1):
+        handles = [layer.submit(*LONG), layer.submit(*CALL)]
+        with untouched(pair, *buffer_ranges(handles)):
+            simulation.run(moment, until_irq=False)
+            device.reset()
+            simulation.run(3000, until_irq=False)
+        counters = device.counters()
+        assert not any(value for name, value in counters.items() if name != "idle")
+        for handle in handles:
+            with pytest.raises(errors.CommandAborted):
+                layer.sync(handle)
+        assert_same_bits(layer(*CALL), expected)
+
+
+def test_abort_and_reset_together(pair):
+    device, simulation = pair.rtl, pair.simulation
+    layer = pair.layers[device]
+    for moment in range(50, 4000, 397):
+        handle = layer.submit(*LONG)
+        simulation.run(moment, until_irq=False)
+        write_register(device, "CONTROL", 2)
+        simulation.run(moment % 13, until_irq=False)
+        device.reset()
+        with pytest.raises(errors.CommandAborted):
+            layer.sync(handle)
+        assert_same_bits(layer(*LONG), pair.long)
+
+
+def test_watchdog(pair_of):
+    """Memory that is slower than the watchdog ends every command; with a longer one they run."""
+    slow = MemoryModel(size=SIZE, read_latency=1000, write_latency=20)
+    with pair_of("tiny", memory=slow, watchdog_cycles=300) as pair:
+        layers = {device: device.load_experts(*WEIGHTS) for device in pair.devices}
+        for _ in range(3):
+            with pytest.raises(errors.WatchdogExpired, match="larger watchdog_cycles"):
+                layers[pair.rtl](*CALL)
+        write_register(pair.rtl, "WATCHDOG", 2000)
+        pair.same(lambda device: layers[device](*CALL))
+        write_register(pair.rtl, "WATCHDOG", 0)
+        pair.same(lambda device: layers[device](*CALL))
+        pair.simulation.check()
+
+
+def test_timeouts(pair):
+    """A result that is late is no result lost; a reset gives it up."""
+    device = pair.rtl
+    layer = pair.layers[device]
+    handle = layer.submit(*LONG)
+    with pytest.raises(errors.DeviceTimeout, match=r"within 0.0005 s.*\(busy\)"):
+        layer.sync(handle, timeout_s=0.0005)
+    assert_same_bits(layer.sync(handle), pair.long)
+    handle = layer.submit(*LONG)
+    with pytest.raises(errors.DeviceTimeout):
+        layer.sync(handle, timeout_s=0.0005)
+    device.reset()
+    with pytest.raises(errors.CommandAborted):
+        layer.sync(handle)
+
+
+def test_a_full_ring_waits_for_room(pair):
+    """More calls than ring entries: the ring goes round, and every call gets its own result."""
+    layer = pair.layers[pair.rtl]
+    x, ids, weights = LONG
+    handles = [layer.submit(x[t : t + 1], ids[t : t + 1], weights[t : t + 1]) for t in range(40)]
+    y = np.concatenate([layer.sync(handle) for handle in handles])
+    assert_same_bits(y, pair.long[:40])
