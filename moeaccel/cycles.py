@@ -439,6 +439,8 @@ class _Words:
         After so many tiles row and scale words come at the same places again.
     settled : :class:`int`
         From this tile on results leave as fast as they come.
+    busy : :class:`int`
+        Steps of a tile, for all groups.
     loaded : :class:`_Event`
         The parser takes it up.
     turn : :class:`int`
@@ -457,7 +459,7 @@ class _Words:
         per_word = section.entries_per_scale_word
         self.period = math.lcm(
             section.tiles_per_row_word, per_word // math.gcd(per_word, section.groups))
-        self.settled = _NEVER
+        self.settled, self.busy = _NEVER, 0
         self.first_word = self.first_step = self.first_tile = 0
         if before is not None:
             self.first_word = before.first_word + before.section.words
@@ -479,7 +481,7 @@ class _Place:
 
 
 class _Stream:
-    """Weights from memory to the ring: bursts as room in the FIFO allows, words as room in the ring.
+    """Weights from memory to the ring: bursts as the FIFO has room, words as the ring has.
 
     Parameters
     ----------
@@ -699,36 +701,40 @@ class _Stream:
     def skip(self, limit: int) -> None:
         """Pass over tiles up to cycle ``limit``, when nothing else happens before it.
 
-        Where the last periods of tiles took the same time, all later ones do; only where bursts
-        begin and end differs.
+        Where port or array were busy in every cycle for longer than the FIFO reaches, they remain
+        so to the section's end, and tiles repeat; only where bursts begin and end differs.
         """
         place = self._parser
-        words = self.sections[place.section] if place.section < len(self.sections) else None
-        if words is None or place.tile % words.period:
+        if place.section >= len(self.sections):
             return
-        tile, period = place.tile, words.period
-        if tile - 2 * period <= words.settled or len(words.ended) != tile:
+        words, tile = self.sections[place.section], place.tile
+        if tile % words.period or tile < words.settled + 2 * words.period:
             return
+        reach = self._config.read_ahead_beats + self._config.max_burst_beats
+        period = words.period * -(-reach // (words.steps * words.period * self._spacing))
+        if tile <= words.settled + 2 * period or len(words.ended) < tile:
+            return
+        beats = (words.first[tile] - words.first[tile - period]) * self._spacing
         length = words.ended[-1] - words.ended[-1 - period]
+        if length not in (beats, period * words.busy):
+            return
         for cycles in (words.began, words.arrived, words.ended):
             last, middle, first = cycles[-1], cycles[-1 - period], cycles[-1 - 2 * period]
             if last - middle != length or middle - first != length:
                 return
-        beats = (words.first[tile] - words.first[tile - period]) * self._spacing
         begin = (words.first_word + words.first[tile - 1]) * self._spacing
-        margin = self._config.read_ahead_beats
-        count = min(
-            (limit - words.ended[-1]) // length, (words.tiles - tile) // period - 1,
-            (self._left - margin) // beats)
-        if count < 2 or begin < self._request_beat or not self._port.only_weights:
+        count = min((limit - words.ended[-1]) // length, (words.tiles - tile) // period,
+                    (self._left - reach) // beats) - 1
+        if count < 1 or begin < self._request_beat or not self._port.only_weights:
             return
-        count -= 1
         for cycles in (words.began, words.arrived, words.ended, words.taken):
             pattern = cycles[-period:]
             cycles.extend([cycle + i * length for i in range(1, count + 1) for cycle in pattern])
         place.tile += count * period
+        self._before = words.last[place.tile - 1]
+        self._arrived = words.arrived[-1]
         later, further = count * length, count * beats
-        oldest = min(begin, self.beats - margin) - 1
+        oldest = min(begin, self.beats - reach)
         for read in reversed(self._bursts):
             if read.beat + read.last - read.first < oldest:
                 break
@@ -739,7 +745,6 @@ class _Stream:
         self.beats += further
         self._left -= further
         self._grant += later
-        self._arrived += later
 
 
 # -- the machine
@@ -880,7 +885,7 @@ class _Machine:
         if self._passes:
             yield self._retired[-1]
             cycle = self._retired[-1].cycle
-        # The engine sees that all is idle, pulses its done, the command ends, its completion starts.
+        # The engine sees that all is idle and pulses its done; the completion starts.
         self._finished = max(cycle + 1, self._combiner_free) + 3
 
     def _sort(self, cycle: int) -> int:
@@ -987,6 +992,7 @@ class _Machine:
         # Results leave as fast as they come and there is always room for them; at first, results
         # of the section before may be in the way.
         free_running = steps >= most and (RESULTS - 1) * steps > ARRAY_CYCLES + most
+        words.busy = steps * count
         words.settled = min(tiles, -(-RESULTS // count)) if free_running else tiles
         arrived, began, ended = words.arrived, words.began, words.ended
         taken = deque(results.history, RESULTS)
@@ -1022,10 +1028,9 @@ class _Machine:
             ended.append(end)
             words.taken.append(end + 1 + ARRAY_CYCLES + elements[-1])
         end = ended[-1]
-        self._busy += steps * count * tiles
+        self._busy += words.busy * tiles
         if tiles > words.settled:
-            active = steps * count * (tiles - words.settled)
-            self._starved_weights += end - settled_end - active
+            self._starved_weights += end - settled_end - words.busy * (tiles - words.settled)
             taken.extend(end + 1 + ARRAY_CYCLES + elements[-1] - i * steps
                          for i in reversed(range(RESULTS)))
         results.end = end
