@@ -1,24 +1,28 @@
 """The cycle model: how many clock cycles a command takes behind an ideal memory.
 
-It follows the hardware block by block, each as a *cycle function*: from the cycle in which
-something goes in to the cycle in which something comes out. Work is never followed step by step:
-the array advances by tiles, the weight stream by bursts, everything else by rows and passes, so
-that a prefill layer of real size takes a second. All times are cycles since the fetch of the
-submission began.
+It follows the hardware block by block; each block is a *cycle function*, from the cycles in which
+something goes in to the cycles in which something comes out. Nothing is followed step by step: the
+array advances by tiles, the weight stream by bursts, everything else by rows and passes, and where
+tiles repeat they are passed over, so that a prefill layer of real size takes two seconds. Cycle 0
+is the first one of the fetch of the submission.
 
 ::
 
-    dispatcher --> sections ----------------------> parser --> array --> results --> drain
-        |    \\--> weight requests --> streamer ------^  \\_____ ring, FIFO room _____/    |
-        \\--> x loads ------------------> port <----------------------------------------- /
+    command --> dispatcher --+-- x loads -----------------------------------+
+                             +-- images ---> bursts --> words --> ring --> array --> h --> array
+                             +-- passes --------------------------------^                    |
+                                                  y <-- drains <-- y buffer <----------------+
 
-What holds whom up: a burst waits for room in the beat FIFO, a word for room in the ring, a step for
-its word, its x or h and a place for its result, a pass for its x, its down section for the y
-buffer, the dispatcher for the pass before the last. Reads share the port in the order of their
-addresses.
+What waits for what: a burst for room in the beat FIFO; a word for room in the ring and in the FIFO
+of row exponents; a step for its word, its x or h and a place for its result; a pass for its x; its
+down section for the y buffer; a drain for the next pass to be known; the dispatcher for the parser
+and for the pass before the last. Reads share the port in the order of their requests, and wait
+while something is written.
 
-Ideal memory (``MemoryModel.ideal``): never refuses, fixed latency, one port shared by reads and
-writes. Accuracy, held by tests/system/test_cycles.py: 1 % or 16 cycles of the RTL.
+The memory is ideal (``MemoryModel.ideal``): it never refuses, has a fixed latency and one port for
+reads and writes. Accuracy, held by tests/system/test_cycles.py: 1 % or 16 cycles of the RTL;
+typically it is exact. What is not: bursts of two readers in the same cycles, row and scale words
+where the ring is full, and writes of every other cycle, which are taken eight beats at a time.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ import math
 from collections import deque
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,14 +43,16 @@ from moeaccel.config import BLOCK, AcceleratorConfig
 from moeaccel.image import HEADER_BYTES, ExpertShape, Section
 
 # -- pipeline depths, as the blocks document them (tests hold them to the RTL's own constants)
-ARRAY_CYCLES = 15
-"""DotArray: from a step to its sums. Operands, decode, 5 tree levels, 2 multipliers, shift, add."""
+ARRAY_CYCLES = 16
+"""DotArray: from a step to its sums. Decoding (2), two multipliers (3 each), 5 levels of the tree,
+two shifts, the sum."""
 RESULTS = 4
 """ResultSerialiser: results that may be under way or waiting behind the array."""
 SERIALISER_CYCLES = 5
 """ResultSerialiser: from a result to its first element, but for the normaliser."""
 ACTIVATION_CYCLES = 24
-"""ActivationUnit: from up to h. Table, three multipliers and three roundings."""
+"""ActivationUnit: from up to h. Position, table and output (6), three multipliers, each with 3 to
+round."""
 QUANTISER_CYCLES = 9
 """BlockQuantiser: from the last elements of a block to the lane buffer."""
 COMBINER_CYCLES = 12
@@ -57,17 +64,18 @@ ROW_EXPONENTS = 16
 
 # -- steps between blocks
 READ_CYCLES = 4
-"""From a reader's request to its first beat, but for the latency: splitter, choice and AR (3), the
-memory's register, the port's."""
+"""From a reader's request to its first beat, but for the latency: splitter, choice and AR, and one
+register behind R."""
 WRITE_CYCLES = 2
-"""From the last beat on W to the writer's ``done``, but for the latency: B, its count, ``done``."""
+"""From the last beat on W to the writer's ``done``, but for the latency: B is counted, ``done``."""
 GRANT_CYCLES = 2
 """WeightStreamer: between bursts, one cycle to measure and one to grant."""
 
 Pairs = NDArray[np.integer]
-_Process = Generator["int | _Event", int, None]
+_Process: TypeAlias = "Generator[int | _Event | _Read, None, None]"
 
 _NEVER = 1 << 62
+"""The cycle of what is not known yet."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +173,15 @@ def predict_linear(
         ids = np.zeros((min(most, tokens - begin), 1), np.int64)
         total += _Machine(_Job(config, (section,), ids, 1, planes, latency)).run()
     return total
+
+
+def element_cycles(config: AcceleratorConfig) -> int:
+    """Return the cycles from a result of the array to its first element.
+
+    It is normalised in a stage for each wide shift, two for the narrow ones and two to round.
+    """
+    wide = range(4, (config.joined_bits - 2).bit_length())
+    return SERIALISER_CYCLES + len(wide) + 4
 
 
 # -- what is to be done
@@ -767,10 +784,7 @@ class _Machine:
         self._finished = 0
         self._combiner_free = 0
         self._busy = self._starved_weights = self._starved_activations = self._stalled_output = 0
-        # From an element's choice to its value: joined, made a magnitude, normalised (a stage for
-        # each wide shift, two for the narrow ones, two to round), and signed.
-        wide = range(4, (job.config.joined_bits - 2).bit_length())
-        self._element_cycles = SERIALISER_CYCLES - 1 + len(wide) + 4
+        self._element_cycles = element_cycles(job.config) - 1
 
     def run(self) -> Prediction:
         """Return the prediction."""
@@ -885,6 +899,9 @@ class _Machine:
         if self._passes:
             yield self._retired[-1]
             cycle = self._retired[-1].cycle
+        elif weights is not None:
+            yield weights
+            cycle = max(cycle, weights.last + 1)
         # The engine sees that all is idle and pulses its done; the completion starts.
         self._finished = max(cycle + 1, self._combiner_free) + 3
 
@@ -916,21 +933,22 @@ class _Machine:
         beats = job.beats(job.d_in)
         groups = job.d_in // config.quantiser_lanes
         tree = 2 + (config.port_bytes // 4).bit_length() - 1
+        count = len(self._passes[n].tokens)
         rows: list[_Read] = []
-        left = [-1]  # last group of each row, and one before
+        left = -1  # last group of the row that left last
         lookup = cycle + 1
-        for row in range(len(self._passes[n].tokens) + 2):
+        for row in range(count + 2):
             if row >= 2:
                 yield rows[row - 2]
-                left.append(max(rows[row - 2].last + tree, left[-1] + 1) + groups - 1)
-            if row < len(self._passes[n].tokens):
-                token = max(lookup + 1, left[-1] + 1)
+                left = max(rows[row - 2].last + tree, left + 1) + groups - 1
+            if row < count:
+                token = max(lookup + 1, left + 1)
                 request = token + 2 + (job.d_in // BLOCK).bit_length()
                 yield request
                 rows.append(self._port.read(request, beats))
                 lookup = request + 1
         # A register, the quantiser, the count of rows, the pulse.
-        self._schedule.set(self._x_loaded[n], left[-1] + 1 + QUANTISER_CYCLES + 2)
+        self._schedule.set(self._x_loaded[n], left + 1 + QUANTISER_CYCLES + 2)
 
     # -- sequencer, array, serialiser, activation unit, hidden buffer
     def _compute(self) -> Iterator[None]:

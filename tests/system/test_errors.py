@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from moeaccel.commands import LAYER, SUBMISSION, LayerKind, Opcode, Status, decode
+from moeaccel.commands import LAYER, SUBMISSION, Opcode, Status, decode
 from moeaccel.host import errors
 from moeaccel.sim import MemoryModel, StallModel
 from tests.support.pair import (
@@ -43,7 +43,7 @@ def draw_call(tokens, seed=1):
             rng.standard_normal((tokens, EXPERTS)).astype(np.float32))
 
 
-CALL = draw_call(9)
+CALL = draw_call(7)
 LONG = draw_call(64, seed=2)
 
 
@@ -107,8 +107,8 @@ def result_of(command):
 BAD_ADDRESSES = [1, 32, PAGE + 63, 1 << 40, 1 << 63, (1 << 64) - 64]
 SUBMISSIONS = {
     "opcode": [0, 3, 4, 77, 128, 255],
-    "tokens": [0, 1, 8, 65, 1 << 16, (1 << 16) + 1, (1 << 32) - 1],
-    "top_k": [0, 1, 2, 17, 29, 33, 1 << 16, (1 << 32) - 1],
+    "tokens": [0, 1, 6, 65, 1 << 16, (1 << 16) + 1, (1 << 32) - 1],
+    "top_k": [0, 1, 2, 17, 37, 33, 1 << 16, (1 << 32) - 1],
     **{f.name: BAD_ADDRESSES for f in SUBMISSION if f.name.endswith("_address")},
 }
 LAYERS = {
@@ -162,14 +162,14 @@ def test_bad_fields(pair):
     assert seen >= {Status.OK, Status.BAD_OPCODE, Status.BAD_FIELD, Status.BAD_LAYER}
 
 
-@pytest.mark.parametrize("fields", [
-    {"opcode": 77}, {"tokens": 0}, {"top_k": 29}, {"workspace_address": 32}, {"layer": "planes"}])
-def test_a_rejected_command_writes_its_completion_and_nothing_else(pair, fields):
+@pytest.mark.parametrize(("fields", "layer"), [
+    ({"opcode": 77}, {}), ({"tokens": 0}, {}), ({"top_k": 37}, {}), ({"workspace_address": 32}, {}),
+    ({}, {"planes": 7}), ({}, {"image_address": 1})])
+def test_a_rejected_command_writes_its_completion_and_nothing_else(pair, fields, layer):
     device = pair.rtl
     buffers = buffers_of(device)
     raw = device.transport.memory_read(pair.layers[device]._descriptor.address, 64).tobytes()
-    own = place_layer(device, **(decode(LAYER, raw) | {"planes": 2 if "layer" not in fields else 7}))
-    fields = {name: value for name, value in fields.items() if name != "layer"}
+    own = place_layer(device, **(decode(LAYER, raw) | layer))
     with untouched(pair):
         command = execute(device, buffers.fields(own.address, **fields))
     assert isinstance(command.error(), errors.CommandRejected)
@@ -178,14 +178,13 @@ def test_a_rejected_command_writes_its_completion_and_nothing_else(pair, fields)
 def test_a_layer_of_the_other_kind(pair):
     """GEMM of experts and EXPERTS of a matrix are refused by the layer's kind."""
     def script(device):
-        x, ids, _ = CALL
+        x = CALL[0]
         with device.load_linear(WEIGHTS[0][0]) as linear:
             buffers = buffers_of(device)
             experts = pair.layers[device]._descriptor.address
             wrong = [execute(device, buffers.fields(experts, opcode=int(Opcode.GEMM), top_k=1)),
                      execute(device, buffers.fields(linear._descriptor.address))]
             assert all(c.completion.status == Status.BAD_LAYER for c in wrong)
-            assert LayerKind.EXPERTS != LayerKind.LINEAR
             return linear(x)
 
     pair.same(script)
@@ -194,7 +193,7 @@ def test_a_layer_of_the_other_kind(pair):
 # -- the window ------------------------------------------------------------------------------------
 PLACES = {
     "at address 0": lambda limit: 0,
-    "right below the base": lambda limit: PAGE - 64,
+    "below the base": lambda limit: PAGE - 8 * 7 * 64,  # not into the rings, which are above
     "right behind the limit": lambda limit: -(-limit // 64) * 64,
     "across the limit": lambda limit: limit // 64 * 64 - 64,
     "at the end of memory": lambda limit: SIZE,
@@ -256,20 +255,15 @@ def test_rings_outside_the_window(pair):
     """Nothing is read or written; the device comes back with a reset."""
     device = pair.rtl
     write_register(device, "WINDOW_LIMIT", 0)
+    handle = pair.layers[device].submit(*CALL)
     with untouched(pair), pytest.raises(errors.DeviceTimeout):
-        handle = pair.layers[device].submit(*CALL)
-        # The driver's own writes: x, ids, weights.
-        part = handle._parts[0].buffers
-        raw = pair.simulation.mem_read(part.address, part.size)
-        pair.simulation.mem_write(part.address, np.zeros(part.size, np.uint8))
         pair.layers[device].sync(handle, timeout_s=0.01)
-    assert raw.any()
     device.reset()
 
 
 # -- numbers ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("tokens", [[0], [8], [63], [64], [69], [5, 3], [69, 66], [66, 2]])
+@pytest.mark.parametrize("tokens", [[0], [6], [63], [64], [69], [5, 3], [69, 66], [66, 2]])
 def test_values_that_are_not_finite(pair, tokens, value):
     x, ids, weights = draw_call(70)
     x[tokens, np.arange(len(tokens)) * 9] = value
@@ -378,16 +372,13 @@ def test_abort(pair):
         handles = [layer.submit(*LONG), layer.submit(*CALL)]
         with untouched(pair, *buffer_ranges(handles)):
             simulation.run(moment, until_irq=False)
-            done = read_register(device, "CQ_TAIL")
             device.abort()
             results = []
             for handle in handles:
                 try:
                     results.append(layer.sync(handle))
-                except errors.CommandAborted as error:
-                    assert error.status is Status.ABORTED
+                except errors.CommandAborted:
                     results.append(None)
-        del done
         first, second = results
         if first is None:
             aborted += 1
