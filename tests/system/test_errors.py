@@ -244,6 +244,7 @@ def test_the_window_is_as_large_as_it_says(pair):
         write_register(device, "WINDOW_LIMIT",
                        buffers.addresses["workspace"] + buffers.sizes["workspace"])
         command = execute(device, buffers.fields(pair.layers[device]._descriptor.address))
+        write_register(device, "WINDOW_LIMIT", SIZE)
         buffers.memory.free()
         assert command.error() is None
         return buffers.y()
