@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeaccel.config import AcceleratorConfig
+from moeaccel.cycles import expert_cycles, linear_cycles
 from moeaccel.errors import MoeAccelError
 from moeaccel.formats import weight_format
 from moeaccel.image import Section
@@ -121,12 +122,16 @@ def bench_experts(
     kind: str = "uniform",
     what: str = "decode",
     seed: int = 0,
+    latency: int = 40,
     memory: str = "",
     device_name: str = "",
     progress: Progress = lambda _: None,
 ) -> BenchmarkResult:
     """Run one MoE layer of a model's size on random weights; every other figure is derived from
     this run.
+
+    The cycle model's figure is that of an ideal memory of the given latency, whatever the device
+    has.
 
     Experts that no token is routed to hold the weights of expert 0: they are resident, and never
     read.
@@ -195,7 +200,8 @@ def bench_experts(
         assignments,
         len(used),
         handle.cycles,
-        _predict(config, shape, ids, experts, activation_bits),
+        expert_cycles(
+            config, shape, ids, experts, planes=activation_bits // 8, latency=latency),
         len(used) * shape.stored_bytes,
         useful,
         counters,
@@ -217,11 +223,12 @@ def bench_gemm(
     weight_format_name: str,
     activation_bits: int,
     seed: int = 0,
+    latency: int = 40,
     memory: str = "",
     device_name: str = "",
     progress: Progress = lambda _: None,
 ) -> BenchmarkResult:
-    """Run ``y = x W^T`` with x (m, k) and W (n, k)."""
+    """Run ``y = x W^T`` with x (m, k) and W (n, k); ``latency`` as in :func:`bench_experts`."""
     from moeaccel import golden
     from moeaccel.formats import quantise
 
@@ -241,8 +248,6 @@ def bench_gemm(
     counters = _difference(before, device.counters())
     expected = golden.gemm(x, matrix, planes=activation_bits // 8)
     section = Section(fmt, n, k, config.row_multipliers)
-    from moeaccel.cycles import linear_cycles
-
     return _result(
         device,
         config,
@@ -254,7 +259,7 @@ def bench_gemm(
         m,
         1,
         handle.cycles,
-        linear_cycles(config, section, m, planes=activation_bits // 8),
+        linear_cycles(config, section, m, planes=activation_bits // 8, latency=latency),
         section.stored_bytes,
         m * k * n * (activation_bits // 8),
         counters,
@@ -264,18 +269,6 @@ def bench_gemm(
         memory,
         device_name,
     )
-
-
-def _predict(
-    config: AcceleratorConfig,
-    shape: Any,
-    ids: NDArray[np.int64],
-    experts: int,
-    activation_bits: int,
-) -> int:
-    from moeaccel.cycles import expert_cycles
-
-    return expert_cycles(config, shape, ids, experts, planes=activation_bits // 8)
 
 
 def _difference(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:

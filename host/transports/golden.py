@@ -7,8 +7,6 @@ it returns.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import logging
 import mmap
 import sys
@@ -33,6 +31,7 @@ from moeaccel.commands import (
     encode,
 )
 from moeaccel.config import BLOCK, TOP_K_MAX, AcceleratorConfig
+from moeaccel.cycles import expert_cycles, linear_cycles
 from moeaccel.formats import FORMATS, QuantisedMatrix, WeightFormat
 from moeaccel.golden import DeviceResult, experts, gemm
 from moeaccel.host.errors import DeviceClosed, InvalidOption, UploadError
@@ -149,6 +148,8 @@ class GoldenTransport(Transport):
         A multiple of 4096; only pages that are touched cost anything.
     cache_bytes : :class:`int`
         Decoded weights that are kept, in bytes.
+    latency : :class:`int`
+        Of the ideal memory for which completions state the cycle model's cycles.
 
     Raises
     ------
@@ -157,10 +158,11 @@ class GoldenTransport(Transport):
     """
 
     def __init__(self, config: AcceleratorConfig, *, memory_bytes: int,
-                 cache_bytes: int = 1 << 30) -> None:
+                 cache_bytes: int = 1 << 30, latency: int = 40) -> None:
         self._config = config
         self._memory: _Memory | None = _Memory(memory_bytes)
         self._memory_bytes = memory_bytes
+        self._latency = latency
         self._registers = {r.address: r.reset for r in REGISTERS.values()}
         self._registers[REGISTERS["CONFIG_HASH"].address] = config.digest
         self._counters = {name: 0 for name, _ in COUNTERS}
@@ -352,7 +354,7 @@ class GoldenTransport(Transport):
         self._count(overflows=result.overflows)
         self._ram.write(submission["y_address"], np.ascontiguousarray(result.y).view(np.uint8)
                         .reshape(-1))
-        return result, _command_cycles(self._config, layer, ids)
+        return result, self._predict(layer, ids)
 
     def _check_submission(self, submission: dict[str, int], *, linear: bool) -> None:
         config = self._config
@@ -464,13 +466,12 @@ class GoldenTransport(Transport):
             expert_passes=passes,
             assignments=int(((ids >= 0) & (ids < layer.num_experts)).sum()))
 
-
-def _command_cycles(config: AcceleratorConfig, layer: _Layer, ids: NDArray[np.int64]) -> int:
-    """Return the cycle model's figure for a command, 0 without a cycle model."""
-    if importlib.util.find_spec("moeaccel.cycles") is None:
-        return 0
-    cycles = importlib.import_module("moeaccel.cycles")
-    if layer.kind is LayerKind.LINEAR:
-        return int(cycles.linear_cycles(config, layer.sections[0], len(ids), planes=layer.planes))
-    shape = ExpertShape(layer.format, layer.d_in, layer.d_expert, config.row_multipliers)
-    return int(cycles.expert_cycles(config, shape, ids, layer.num_experts, planes=layer.planes))
+    def _predict(self, layer: _Layer, ids: NDArray[np.int64]) -> int:
+        """Return the cycle model's figure for a command."""
+        config, planes, latency = self._config, layer.planes, self._latency
+        if layer.kind is LayerKind.LINEAR:
+            return linear_cycles(
+                config, layer.sections[0], len(ids), planes=planes, latency=latency)
+        shape = ExpertShape(layer.format, layer.d_in, layer.d_expert, config.row_multipliers)
+        return expert_cycles(
+            config, shape, ids, layer.num_experts, planes=planes, latency=latency)

@@ -116,6 +116,7 @@ def gemm(
             weight_format_name=weight_format,
             activation_bits=activation_bits,
             seed=seed,
+            latency=latency,
             memory=_memory_name(memory, latency),
             device_name=device,
             progress=status,
@@ -194,6 +195,7 @@ def _experts(
                     kind=routing,
                     what=what,
                     seed=seed + layer,
+                    latency=latency,
                     memory=_memory_name(memory, latency),
                     device_name=device,
                     progress=lambda text, layer=layer: status(
@@ -212,7 +214,7 @@ def _open(device: str, config: str, latency: int, memory: str) -> Any:
     from moeaccel.host import open_device
 
     if device != "rtl":
-        return open_device(device, config=config, memory_bytes=1 << 32)
+        return open_device(device, config=config, memory_bytes=1 << 32, latency=latency)
     from moeaccel.host.benchmark import BenchmarkError
     from moeaccel.sim.memory import MemoryModel
 

@@ -1,0 +1,159 @@
+"""The cycle model against the RTL behind an ideal memory: 1 % or 16 cycles (DESIGN section 6)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moeaccel import cycles
+from moeaccel.config import PRESETS, AcceleratorConfig
+from moeaccel.cycles import Prediction, predict_experts, predict_linear
+from moeaccel.formats import FORMATS, weight_format
+from moeaccel.hdl.activation_unit import ActivationUnit
+from moeaccel.hdl.block_quantiser import BlockQuantiser
+from moeaccel.hdl.combiner import _ToFloat32
+from moeaccel.hdl.dot_array import DotArray
+from moeaccel.hdl.result_serialiser import ResultSerialiser
+from moeaccel.hdl.tile_buffer import TileBuffer
+from moeaccel.host.device import Device
+from moeaccel.image import Expert, ExpertShape, Section
+from moeaccel.sim import MemoryModel
+
+EXACT = ("busy", "bytes_read_weights", "bytes_read_other", "bytes_written")
+"""Counters that the model must not estimate."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One command; without ``ids`` a GEMM from ``d_in`` to ``d_other``."""
+
+    d_in: int
+    d_other: int
+    weight_format: str
+    planes: int
+    tokens: int
+    experts: int = 1
+    ids: tuple[tuple[int, ...], ...] = ()
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator, config: AcceleratorConfig, most_steps: int) -> Case:
+        """Draw sizes of every magnitude whose array steps are at most so many."""
+        while True:
+            blocks = min(config.max_steps, 32)
+            d_in, d_other = (32 * np.exp2(rng.uniform(0, np.log2(blocks), 2)).round().astype(int))
+            tokens = int(np.exp2(rng.uniform(0, 6)).round())
+            planes = int(rng.integers(1, 3))
+            name = str(rng.choice(list(FORMATS)))
+            if rng.random() < 0.25:
+                case = cls(int(d_in), int(d_other), name, planes, tokens)
+            else:
+                experts = int(rng.integers(1, min(config.max_experts, 24) + 1))
+                top_k = int(rng.integers(1, min(experts, 8) + 1))
+                ids = np.stack([rng.permutation(experts)[:top_k] for _ in range(tokens)])
+                kind = rng.integers(4)
+                if kind == 0:
+                    ids[rng.random(ids.shape) < 0.3] = -1
+                elif kind == 1:
+                    ids[:] = np.sort(ids[0])
+                case = cls(int(d_in), int(d_other), name, planes, tokens, experts,
+                           tuple(map(tuple, ids.tolist())))
+            if (tokens * case.top_k <= config.max_assignments
+                    and case.predict(config, 40).cycles <= most_steps):
+                return case
+
+    @property
+    def top_k(self) -> int:
+        return len(self.ids[0]) if self.ids else 1
+
+    def predict(self, config: AcceleratorConfig, latency: int) -> Prediction:
+        """Return what the model says."""
+        fmt, rows = weight_format(self.weight_format), config.row_multipliers
+        options: dict[str, Any] = {"planes": self.planes, "latency": latency}
+        if not self.ids:
+            return predict_linear(
+                config, Section(fmt, self.d_other, self.d_in, rows), self.tokens, **options)
+        return predict_experts(
+            config, ExpertShape(fmt, self.d_in, self.d_other, rows), np.array(self.ids),
+            self.experts, **options)
+
+    def measure(self, device: Device) -> dict[str, int]:
+        """Return the completion's cycles and what the counters counted. Values do not matter."""
+        before = device.counters()
+        x = np.ones((self.tokens, self.d_in), np.float32)
+        bits = 8 * self.planes
+        if self.ids:
+            ids = np.array(self.ids)
+            expert = Expert.quantise(
+                np.ones((2 * self.d_other, self.d_in), np.float32),
+                np.ones((self.d_in, self.d_other), np.float32), self.weight_format)
+            with device.load_quantised([expert] * self.experts, activation_bits=bits,
+                                       grid_exponent=0) as layer:
+                handle = layer.submit(x, ids, np.ones(ids.shape, np.float32))
+                layer.sync(handle)
+        else:
+            with device.load_linear(
+                    np.ones((self.d_other, self.d_in), np.float32), activation_bits=bits,
+                    weight_format=self.weight_format) as layer:
+                handle = layer.submit(x)
+                layer.sync(handle)
+        after = device.counters()
+        return {"cycles": handle.cycles} | {name: after[name] - before[name] for name in after}
+
+
+def compare(pair_of, config: str, latency: int, *, count: int, seed: int,
+            most_cycles: int) -> None:
+    """Draw cases, and hold the model to the RTL in each."""
+    rng = np.random.default_rng(seed)
+    parameters = PRESETS[config]
+    wrong = []
+    with pair_of(config, memory=MemoryModel.ideal(latency, size=1 << 28),
+                 timeout_s=300) as pair:
+        for _ in range(count):
+            case = Case.draw(rng, parameters, most_cycles)
+            measured = case.measure(pair.rtl)
+            predicted = case.predict(parameters, latency)
+            off = predicted.cycles - measured["cycles"]
+            exact = all(getattr(predicted, name) == measured[name] for name in EXACT)
+            if abs(off) > max(16, measured["cycles"] // 100) or not exact:
+                wrong.append((off, measured, predicted, case))
+    assert not wrong
+
+
+@pytest.mark.timeout(900)  # the first run builds the model
+@pytest.mark.parametrize(("config", "latency", "count", "most_cycles"), [
+    ("tiny", 1, 8, 40_000),
+    ("tiny", 40, 16, 40_000),
+    ("tiny", 300, 8, 40_000),
+    ("small", 1, 6, 20_000),
+    ("small", 40, 10, 20_000),
+    ("small", 200, 6, 20_000),
+])
+def test_the_model_predicts_the_rtl(pair_of, config, latency, count, most_cycles):
+    compare(pair_of, config, latency, count=count, seed=latency, most_cycles=most_cycles)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("latency", [1, 7, 40, 100, 300])
+@pytest.mark.parametrize(("config", "count", "most_cycles"), [
+    ("tiny", 40, 200_000),
+    ("small", 30, 100_000),
+    ("peer256", 15, 50_000),
+    ("wide512", 15, 50_000),
+])
+def test_the_model_predicts_the_rtl_in_many_cases(pair_of, config, latency, count, most_cycles):
+    compare(pair_of, config, latency, count=count, seed=1000 + latency, most_cycles=most_cycles)
+
+
+@pytest.mark.parametrize("config", PRESETS.values(), ids=list(PRESETS))
+def test_constants_are_the_blocks_own(config):
+    assert cycles.ARRAY_CYCLES == DotArray.LATENCY_CYCLES
+    assert cycles.RESULTS == ResultSerialiser.FIFO_DEPTH
+    assert cycles.element_cycles(config) == ResultSerialiser(config).latency_cycles
+    assert cycles.ACTIVATION_CYCLES == ActivationUnit.LATENCY_CYCLES
+    assert cycles.QUANTISER_CYCLES == BlockQuantiser.LATENCY_CYCLES
+    assert cycles.FLOAT_CYCLES == _ToFloat32.LATENCY_CYCLES
+    assert cycles.ROW_EXPONENTS == TileBuffer(config).row_exponent_depth
