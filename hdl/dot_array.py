@@ -174,10 +174,11 @@ class DotArray(wiring.Component):
             return unit.o_product
 
         # -- input registers and decoding ---------------------------------------------------------
-        packed = register(0, 1, self._is(self.i_format, lambda f: f.packed), "packed")
-        e2m1 = register(0, 1, self._is(self.i_format, lambda f: f.name == "mxfp4"), "e2m1")
+        packed_copies = self._copies(register, self._is(self.i_format, lambda f: f.packed), "packed")
+        e2m1_copies = self._copies(
+            register, self._is(self.i_format, lambda f: f.name == "mxfp4"), "e2m1")
 
-        def decode(nibble, name):
+        def decode(nibble, e2m1, name):
             """Return the integer that a 4-bit code stands for."""
             magnitude = Signal(4, name=f"{name}_magnitude")
             value = Signal(signed(5), name=name)
@@ -192,7 +193,10 @@ class DotArray(wiring.Component):
             for k in range(BLOCK):
                 name = f"factor{rm}_{k}"
                 code = register(0, 8, self.i_codes.word_select(rm * BLOCK + k, 8), f"code{rm}_{k}")
-                low, high = decode(code[:4], f"{name}_low"), decode(code[4:], f"{name}_high")
+                copy = k * len(packed_copies) // BLOCK
+                packed, e2m1 = packed_copies[copy], e2m1_copies[copy]
+                low = decode(code[:4], e2m1, f"{name}_low")
+                high = decode(code[4:], e2m1, f"{name}_high")
                 # Registers here and in the multiplier: one decodes, the other crosses the array.
                 factors.append(register(1, signed(FACTOR_BITS), Mux(
                     packed, (high << FIELD_BITS) + low, code.as_signed()), name))
@@ -216,7 +220,7 @@ class DotArray(wiring.Component):
                 low_sums[rm, lane] = self._tree(register, tree, low, f"low{name}")
 
         # -- scale --------------------------------------------------------------------------------
-        packed = delay(1, shift - 1, packed, "packed")
+        packed = delay(1, shift - 1, packed_copies[0], "packed")
         scales = [register(0, 16, scale, f"scale{row}") for row, scale in enumerate(self.i_scales)]
         significands = [delay(1, scale - 1, s[:SIGNIFICAND_BITS], f"significand{row}")
                         for row, s in enumerate(scales)]
@@ -271,6 +275,18 @@ class DotArray(wiring.Component):
         m.d.sync += self.o_valid.eq(valid[accumulate] & last)
         m.d.comb += self.o_tag.eq(delay(0, accumulate, self.i_tag, "tag"))
         return m
+
+    def _copies(self, register, value, name):
+        """Return the register of a bit as often as its many readers, all over the array, need it.
+
+        Synthesis would merge equal registers. These differ: in what they hold while no step
+        passes, and in polarity.
+        """
+        if self._gated:
+            return [register(0, 1, value, name)]
+        low, high = value & self.i_valid, value | ~self.i_valid
+        return [register(0, 1, low, f"{name}_low"), ~register(0, 1, ~low, f"{name}_low_n"),
+                register(0, 1, high, f"{name}_high"), ~register(0, 1, ~high, f"{name}_high_n")]
 
     @staticmethod
     def _is(format_, predicate):

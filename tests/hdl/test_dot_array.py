@@ -73,9 +73,9 @@ class Step:
         return int.from_bytes(codes.astype(np.uint8).tobytes(), "little"), scales, lanes
 
 
-def run(config, steps, *, gap=0.0, seed=0):
+def run(config, steps, *, gap=0.0, seed=0, gated=True):
     """Feed steps; return [(sums as (rows, lanes) integers, tag, latency)]."""
-    dut = DotArray(config, tag_width=8)
+    dut = DotArray(config, tag_width=8, gated=gated)
     rng = np.random.default_rng(seed)
     entered, results = {}, []
     cycle = 0
@@ -146,15 +146,15 @@ def sequence(rng, config, fmt, lengths, **kwargs):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("gap", [0.0, 0.4])
-def test_random_steps_of_all_formats(shape, gap):
+@pytest.mark.parametrize(("gap", "gated"), [(0.0, True), (0.4, True), (0.4, False)])
+def test_random_steps_of_all_formats(shape, gap, gated):
     """Formats follow each other without a gap, sums restart with i_first, gaps do nothing."""
     rng = np.random.default_rng(1)
     steps = []
     for _ in range(2):
         for fmt in FORMATS.values():
             steps += sequence(rng, SHAPES[shape], fmt, rng.integers(1, 6, 3))
-    check(SHAPES[shape], steps, gap=gap)
+    check(SHAPES[shape], steps, gap=gap, gated=gated)
 
 
 @pytest.mark.parametrize("name", FORMATS)
