@@ -4,7 +4,7 @@ from amaranth import *
 from amaranth.lib import data, memory, stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from moeaccel.arithmetic import MANTISSA_BITS
+from moeaccel.arithmetic import ELEMENT_BITS, MANTISSA_BITS
 from moeaccel.config import AcceleratorConfig
 from moeaccel.hdl import layouts
 from moeaccel.hdl.layouts import EXPONENT_BITS
@@ -193,16 +193,16 @@ class ActivationUnit(wiring.Component):
         with m.Elif(~round_f.o_tag.below):  # else 0
             m.d.comb += [factor.eq(round_f.o_magnitude), factor_exponent.eq(round_f.o_exponent)]
 
-        def product(name, valid, a, b, sign, exponent, tag):
-            """Multiply magnitudes, add the delay to the rest, round."""
+        def product(name, valid, a, b, sign, exponent, tag, bits=MANTISSA_BITS):
+            """Multiply magnitudes, add the delay to the rest, round to ``bits``."""
             multiplier = Multiplier(MANTISSA_BITS + 1, MANTISSA_BITS + 1, family=self._family)
             m.submodules[name] = multiplier
             m.d.comb += [multiplier.i_a.eq(a), multiplier.i_b.eq(b)]
             q = Pipeline(m, valid, name)
             s = q.delay(Multiplier.LATENCY_CYCLES, sign=sign, exponent=exponent, tag=tag)
             rounder = Normaliser(
-                2 * MANTISSA_BITS, exponent_bits=WIDE_EXPONENT_BITS, max_leading_zeros=1,
-                tag=tag.shape())
+                2 * MANTISSA_BITS, mantissa_bits=bits, exponent_bits=WIDE_EXPONENT_BITS,
+                max_leading_zeros=1, tag=tag.shape())
             m.submodules[f"{name}_round"] = rounder
             m.d.comb += [
                 rounder.i_valid.eq(q.valid),
@@ -220,19 +220,20 @@ class ActivationUnit(wiring.Component):
                       (gate.exponent + factor_exponent).as_signed(), rest)
         up = act.o_tag.up
         hidden = product("gated", act.o_valid, act.o_magnitude, up.magnitude,
-                         act.o_sign ^ up.sign, act.o_exponent + up.exponent, act.o_tag.meta)
+                         act.o_sign ^ up.sign, act.o_exponent + up.exponent, act.o_tag.meta,
+                         ELEMENT_BITS)
 
         out = Pipeline(m, hidden.o_valid, "out")
         s = out.stage(
-            mantissa=Mux(hidden.o_sign, -hidden.o_magnitude, hidden.o_magnitude)
-            .as_signed()[:MANTISSA_BITS + 1],
-            exponent=hidden.o_exponent, meta=hidden.o_tag)
+            magnitude=hidden.o_magnitude, sign=hidden.o_sign, exponent=hidden.o_exponent,
+            meta=hidden.o_tag)
         m.d.comb += [
             self.o_element.valid.eq(out.valid),
             self.o_element.payload.slot.eq(s.meta.slot),
             self.o_element.payload.index.eq(s.meta.index),
             self.o_element.payload.last.eq(s.meta.last),
-            self.o_element.payload.value.mantissa.eq(s.mantissa),
+            self.o_element.payload.value.magnitude.eq(s.magnitude),
+            self.o_element.payload.value.sign.eq(s.sign),
             self.o_element.payload.value.exponent.eq(s.exponent),
         ]
         return m

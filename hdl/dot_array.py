@@ -174,7 +174,8 @@ class DotArray(wiring.Component):
             return unit.o_product
 
         # -- input registers and decoding ---------------------------------------------------------
-        packed_copies = self._copies(register, self._is(self.i_format, lambda f: f.packed), "packed")
+        packed_copies = self._copies(
+            register, self._is(self.i_format, lambda f: f.packed), "packed")
         e2m1_copies = self._copies(
             register, self._is(self.i_format, lambda f: f.name == "mxfp4"), "e2m1")
 

@@ -1,21 +1,17 @@
 """Keeps h until all of it is there, then quantises it for the down product."""
 
 from amaranth import *
-from amaranth.lib import data, memory, stream, wiring
+from amaranth.lib import memory, stream, wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import ceil_log2, exact_log2
 
-from moeaccel.arithmetic import ELEMENT_BITS, MANTISSA_BITS, RAISE_THRESHOLD
+from moeaccel.arithmetic import ELEMENT_BITS, RAISE_THRESHOLD
 from moeaccel.config import BLOCK, AcceleratorConfig
 from moeaccel.hdl import layouts
 from moeaccel.hdl.block_quantiser import BlockQuantiser, block_top
-from moeaccel.hdl.layouts import EXPONENT_BITS
 from moeaccel.hdl.pipeline import Pipeline
 
 __all__ = ["HiddenBuffer"]
-
-WIDEN = ELEMENT_BITS - MANTISSA_BITS
-"""Bits by which a mantissa is moved up to be a quantiser's significand."""
 
 
 def _larger(m, a, b, name):
@@ -27,7 +23,7 @@ def _larger(m, a, b, name):
 
 
 class HiddenBuffer(wiring.Component):
-    """Store h as internal floats with the largest of each block and token; quantise slot by slot.
+    """Store h with the largest of each block and token; quantise slot by slot.
 
     ::
 
@@ -35,7 +31,7 @@ class HiddenBuffer(wiring.Component):
                     +--> [largest of block, of token] -----------^
 
     Elements of a slot come in the order of their index, those of different slots in any order. The
-    bits are those of :func:`moeaccel.arithmetic.quantise_internal`. ``i_start`` says what the pass
+    bits are those of :func:`moeaccel.arithmetic.quantise_elements`. ``i_start`` says what the pass
     is; quantising begins when the element marked ``last`` has come, too, be it before or after.
 
     Throughput: one element per cycle in; ``quantiser_lanes`` elements per cycle out, so that slot s
@@ -72,8 +68,8 @@ class HiddenBuffer(wiring.Component):
         if not isinstance(config, AcceleratorConfig):
             raise TypeError(f"config must be an AcceleratorConfig, not {config!r}")
         self._config = config
-        # A leading bit is worth 2**(exponent + 16): exponents go in as they are.
-        self._quantiser = BlockQuantiser(config, 1 - MANTISSA_BITS)
+        # A leading bit is worth 2**(exponent + 23): exponents go in as they are.
+        self._quantiser = BlockQuantiser(config, 1 - ELEMENT_BITS)
         members = self._quantiser.signature.members
         super().__init__({
             "i_element": In(stream.Signature(
@@ -109,8 +105,7 @@ class HiddenBuffer(wiring.Component):
         step_bits = ceil_log2(config.max_steps)
         word_bits = step_bits + block_bits - lane_bits
         slot_bits = layouts.slot_bits(config)
-        entry = data.StructLayout({
-            "magnitude": MANTISSA_BITS, "sign": 1, "exponent": signed(EXPONENT_BITS)})
+        entry = layouts.hidden_float()
         shape = unsigned(block_top().size)
 
         # h is quantised when it is whole: nothing is read in the cycle in which it is written.
@@ -132,17 +127,10 @@ class HiddenBuffer(wiring.Component):
         token_w, token_r = tokens.write_port(), tokens.read_port(domain="comb")
         token_q = tokens.read_port(domain="comb")
 
-        # -- 1: sign and magnitude; 2: store, compare ----------------------------------------------
+        # -- 1: arrive; 2: store, compare ----------------------------------------------------------
         element = self.i_element.payload
         p = Pipeline(m, self.i_element.valid, "arrival")
-        value = Signal(entry)
-        m.d.comb += [
-            value.sign.eq(element.value.mantissa < 0),
-            value.magnitude.eq(Mux(
-                value.sign, -element.value.mantissa, element.value.mantissa)),
-            value.exponent.eq(element.value.exponent),
-        ]
-        s = p.stage(value=value, slot=element.slot, index=element.index, last=element.last)
+        s = p.stage(value=element.value, slot=element.slot, index=element.index, last=element.last)
         for i, (write, _) in enumerate(values):
             m.d.comb += [
                 write.en.eq(p.valid & (s.index[:lane_bits] == i)),
@@ -154,7 +142,7 @@ class HiddenBuffer(wiring.Component):
         m.d.comb += [
             new.top.eq(s.value.exponent),
             new.zero.eq(s.value.magnitude == 0),
-            new.raised.eq(s.value.magnitude >= RAISE_THRESHOLD >> WIDEN),
+            new.raised.eq(s.value.magnitude >= RAISE_THRESHOLD),
             block_r.addr.eq(s.slot),
             token_r.addr.eq(s.slot),
             block_old.eq(block_r.data),
@@ -239,7 +227,7 @@ class HiddenBuffer(wiring.Component):
             stored = Signal(entry, name=f"stored{i}")
             m.d.comb += [
                 stored.eq(read.data),
-                out.elements[i].significand.eq(stored.magnitude << WIDEN),
+                out.elements[i].significand.eq(stored.magnitude),
                 out.elements[i].sign.eq(stored.sign),
                 out.elements[i].top.eq(stored.exponent),
             ]

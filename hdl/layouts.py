@@ -5,6 +5,7 @@ from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import ceil_log2
 
+from moeaccel.arithmetic import ELEMENT_BITS, MANTISSA_BITS
 from moeaccel.config import BLOCK, AcceleratorConfig
 
 EXPONENT_BITS = 12
@@ -16,7 +17,14 @@ FORMAT_BITS = 2
 
 def internal_float() -> data.StructLayout:
     """Return the internal float: 18-bit signed mantissa (0, or 17 magnitude bits), exponent."""
-    return data.StructLayout({"mantissa": signed(18), "exponent": signed(EXPONENT_BITS)})
+    return data.StructLayout({
+        "mantissa": signed(MANTISSA_BITS + 1), "exponent": signed(EXPONENT_BITS)})
+
+
+def hidden_float() -> data.StructLayout:
+    """Return h before it is quantised: magnitude (0, or 24 significant bits), sign, exponent."""
+    return data.StructLayout({
+        "magnitude": ELEMENT_BITS, "sign": 1, "exponent": signed(EXPONENT_BITS)})
 
 
 def lane(config: AcceleratorConfig) -> data.StructLayout:
@@ -181,7 +189,7 @@ def hidden_element(config: AcceleratorConfig) -> data.StructLayout:
     return data.StructLayout({
         "slot": slot_bits(config),
         "index": element_bits(config),
-        "value": internal_float(),
+        "value": hidden_float(),
         "last": 1,
     })
 

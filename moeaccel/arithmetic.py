@@ -28,7 +28,7 @@ MANTISSA_BITS = 17
 """Magnitude bits of the internal float's mantissa."""
 
 ELEMENT_BITS = 24
-"""Magnitude bits of an element that enters the quantiser (float32's significand)."""
+"""Magnitude bits of an element that enters the quantiser: float32's significand, or h."""
 
 EXPONENT_RANGE = 10
 """A block's exponent is at most this far below the token's largest."""
@@ -109,20 +109,29 @@ def round_shift(value: Ints, shift: Ints | int) -> Ints:
     return np.where(value < 0, -(quotient + up), quotient + up)
 
 
+def _round_to_bits(value: Ints, exponent: Ints | int, bits: int) -> tuple[Ints, Ints]:
+    """Round ``value * 2**exponent`` to ``bits`` significant bits; return significand, exponent."""
+    shift = bit_length(value) - bits
+    rounded = round_shift(value, np.maximum(shift, 0)) << np.maximum(-shift, 0)
+    carry = np.abs(rounded) == 1 << bits
+    significand = np.where(carry, rounded >> 1, rounded)
+    return significand, np.where(significand == 0, 0, exponent + shift + carry)
+
+
 def normalise(value: Ints, exponent: Ints | int) -> InternalFloat:
     """Round integers to internal floats: ``value * 2**exponent``, |value| < 2**62."""
-    value = np.asarray(value, dtype=np.int64)
-    shift = bit_length(value) - MANTISSA_BITS
-    rounded = round_shift(value, np.maximum(shift, 0)) << np.maximum(-shift, 0)
-    carry = np.abs(rounded) == 1 << MANTISSA_BITS
-    mantissa = np.where(carry, rounded >> 1, rounded)
-    zero = mantissa == 0
-    return InternalFloat(mantissa, np.where(zero, 0, exponent + shift + carry))
+    return InternalFloat(
+        *_round_to_bits(np.asarray(value, dtype=np.int64), exponent, MANTISSA_BITS))
 
 
 def multiply(a: InternalFloat, b: InternalFloat) -> InternalFloat:
     """Return the product, rounded once."""
     return normalise(a.mantissa * b.mantissa, a.exponent + b.exponent)
+
+
+def multiply_to_element(a: InternalFloat, b: InternalFloat) -> tuple[Ints, Ints]:
+    """Return the product as (significand, exponent) of :func:`quantise_elements`, rounded once."""
+    return _round_to_bits(a.mantissa * b.mantissa, a.exponent + b.exponent, ELEMENT_BITS)
 
 
 def split_float32(values: NDArray[np.float32]) -> tuple[Ints, Ints, NDArray[np.bool_]]:
@@ -192,12 +201,6 @@ def quantise_float32(
     (n,)."""
     significand, exponent, nonfinite = split_float32(values)
     return quantise_elements(significand, exponent, planes), np.asarray(nonfinite.any(axis=1))
-
-
-def quantise_internal(values: InternalFloat, planes: int) -> BlockFloat:
-    """Quantise internal floats, (n, K)."""
-    widen = ELEMENT_BITS - MANTISSA_BITS
-    return quantise_elements(values.mantissa << widen, values.exponent - widen, planes)
 
 
 # -- exact combination

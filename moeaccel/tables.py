@@ -2,9 +2,10 @@
 
 Every gated activation here has the form ``act(g) = g * f(g)`` (SiLU: f is the logistic function).
 ``f`` is tabulated on [-16, 16) in 2048 segments of 1/64 with linear interpolation; below it is 0,
-above it is 1. An entry holds the value at the segment's left end as a normalised 17-bit mantissa
-with its own exponent, so that the error is *relative* also where ``f`` is tiny, and the difference
-to the right end in the same units.
+above it is 1. A segment's line is the chord, moved halfway to the curve, so that its error is the
+same in both directions. An entry holds the line's left end as a normalised 17-bit mantissa with its
+own exponent, so that the error is *relative* also where ``f`` is tiny, and the difference to the
+right end in the same units.
 """
 
 from __future__ import annotations
@@ -15,7 +16,13 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from moeaccel.arithmetic import InternalFloat, Ints, multiply, normalise
+from moeaccel.arithmetic import (
+    InternalFloat,
+    Ints,
+    multiply,
+    multiply_to_element,
+    normalise,
+)
 
 SEGMENTS = 2048
 SEGMENT_BITS = 6
@@ -28,7 +35,7 @@ EXPONENT_BITS = 5
 LIMIT_EXPONENT = 4
 """The table covers ``[-2**4, 2**4)``."""
 
-MAX_RELATIVE_ERROR = 2.0**-14
+MAX_RELATIVE_ERROR = 2.0**-15
 """Stated bound on the relative error of ``f`` over [-16, 16) (tested at every argument)."""
 
 
@@ -54,7 +61,10 @@ class ActivationTable:
 def silu_table() -> ActivationTable:
     """Return the table of the logistic function, the gate of SiLU (Elfwing et al., 2017)."""
     left = (np.arange(SEGMENTS) - SEGMENTS // 2) / 2.0**SEGMENT_BITS
-    value, right = (1 / (1 + np.exp(-x)) for x in (left, left + 2.0**-SEGMENT_BITS))
+    value, middle, right = (
+        exact_logistic(left + part * 2.0**-SEGMENT_BITS) for part in (0, 0.5, 1))
+    sag = (middle - (value + right) / 2) / 2
+    value, right = value + sag, right + sag
     exponent = -(np.frexp(value)[1]).astype(np.int64) + 1
     scale = np.ldexp(1.0, (VALUE_BITS - 1 + exponent).astype(np.int32))
     mantissa = np.rint(value * scale).astype(np.int64)
@@ -84,9 +94,12 @@ def gate(g: InternalFloat, table: ActivationTable) -> InternalFloat:
     )
 
 
-def swiglu(g: InternalFloat, u: InternalFloat) -> InternalFloat:
-    """Return ``silu(g) * u`` (Shazeer, 2020): table, then two products, each rounded once."""
-    return multiply(multiply(g, gate(g, silu_table())), u)
+def swiglu(g: InternalFloat, u: InternalFloat) -> tuple[Ints, Ints]:
+    """Return ``h = silu(g) * u`` (Shazeer, 2020): table, then two products, each rounded once.
+
+    h is quantised next, so it keeps the quantiser's 24 bits: (significand, exponent).
+    """
+    return multiply_to_element(multiply(g, gate(g, silu_table())), u)
 
 
 def exact_logistic(x: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -19,8 +19,8 @@ from moeaccel.arithmetic import (
     float32_to_internal,
     grid_to_float32,
     normalise,
+    quantise_elements,
     quantise_float32,
-    quantise_internal,
     weighted_output,
 )
 from moeaccel.config import BLOCK
@@ -73,7 +73,7 @@ def expert(x: BlockFloat, weights: Expert) -> InternalFloat:
     """Return one gated expert's output, (n, d_model)."""
     gate_up = matvec(x, weights.gate_up)
     hidden = swiglu(gate_up[:, 0::2], gate_up[:, 1::2])
-    return matvec(quantise_internal(hidden, x.planes), weights.down)
+    return matvec(quantise_elements(*hidden, x.planes), weights.down)
 
 
 def _take(x: BlockFloat, tokens: NDArray[np.integer]) -> BlockFloat:

@@ -51,7 +51,8 @@ def run(gates, ups, rng, stall):
         for cycle in range(100000):
             *_, valid, e = await ctx.tick().sample(port.valid, port.payload)
             if valid:
-                got.append((e.value.mantissa, e.value.exponent, (e.slot, e.index, e.last)))
+                magnitude = -e.value.magnitude if e.value.sign else e.value.magnitude
+                got.append((magnitude, e.value.exponent, (e.slot, e.index, e.last)))
                 cycles.append(cycle)
                 if len(got) == n:
                     break
@@ -64,7 +65,7 @@ def run(gates, ups, rng, stall):
     sim.add_testbench(drive, background=True)
     sim.run()
     want = [(int(a), int(b), c) for a, b, c in zip(
-        expected.mantissa, expected.exponent, meta, strict=True)]
+        *expected, meta, strict=True)]
     assert got == want
     if not stall:
         assert cycles == [1 + dut.LATENCY_CYCLES + 2 * i for i in range(n)]

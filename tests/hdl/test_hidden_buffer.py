@@ -2,15 +2,21 @@ import numpy as np
 import pytest
 from amaranth.sim import Simulator
 
-from moeaccel.arithmetic import BLOCK, quantise_internal
+from moeaccel.arithmetic import BLOCK, quantise_elements
 from moeaccel.config import AcceleratorConfig, preset
 from moeaccel.hdl.hidden_buffer import HiddenBuffer
-from tests.support.elements import internal_rows, lane_writes, monitor_lanes
+from tests.support.elements import hidden_rows, lane_writes, monitor_lanes
 
 WIDE = AcceleratorConfig(
     name="wide", port_bytes=64, token_lanes=4, token_groups=2, max_dim=160, quantiser_lanes=8,
     read_ahead_beats=128)
 NARROW = WIDE.replace(name="narrow", quantiser_lanes=1, token_groups=1, max_dim=96)
+
+
+def hidden(significand, exponent):
+    """Return one element as the hardware takes it."""
+    return {"magnitude": abs(int(significand)), "sign": int(significand < 0),
+            "exponent": int(exponent)}
 
 
 class Bench:
@@ -24,7 +30,8 @@ class Bench:
     async def send(self, ctx, h, planes, rows):
         """Send h as tiles of ``rows`` elements, groups of slots, slots."""
         port = self.dut.i_element
-        count, dim = h.mantissa.shape
+        significand, exponent = h
+        count, dim = significand.shape
         per_group = self.config.token_lanes // planes
         for first in range(0, dim, rows):
             for group in range(0, count, per_group):
@@ -34,9 +41,8 @@ class Bench:
                             await ctx.tick()
                         ctx.set(port.valid, 1)
                         ctx.set(port.payload, {
-                            "slot": slot, "index": index, "value": {
-                                "mantissa": int(h.mantissa[slot, index]),
-                                "exponent": int(h.exponent[slot, index])},
+                            "slot": slot, "index": index,
+                            "value": hidden(significand[slot, index], exponent[slot, index]),
                             "last": slot + 1 == count and index + 1 == dim})
                         await ctx.tick()
                         ctx.set(port.valid, 0)
@@ -92,9 +98,10 @@ def test_bits(config, planes, stall):
     async def testbench(ctx):
         for turn, count in enumerate((most, 1, max(1, most - 1), most)):
             steps = config.max_steps - turn % 2
-            rows = internal_rows(bench.rng, 6, BLOCK * steps)
-            h = rows[bench.rng.permutation(np.arange(8) % 6)[:count]]
-            blocks = quantise_internal(h, planes)
+            rows = hidden_rows(bench.rng, 6, BLOCK * steps)
+            chosen = bench.rng.permutation(np.arange(8) % 6)[:count]
+            h = tuple(part[chosen] for part in rows)
+            blocks = quantise_elements(*h, planes)
             await bench.send(ctx, h, planes, 2)
             await bench.start(ctx, count, planes, steps)
             await bench.finish(ctx, blocks, count)
@@ -110,7 +117,7 @@ def test_start_before_the_last_element(config):
     async def testbench(ctx):
         dut = bench.dut
         for wait in (0, 1, 5, 200):
-            h = internal_rows(bench.rng, count, BLOCK * steps)
+            h = significand, exponent = hidden_rows(bench.rng, count, BLOCK * steps)
             part = BLOCK * steps * count - wait
             sent = 0
             port = dut.i_element
@@ -122,9 +129,8 @@ def test_start_before_the_last_element(config):
                 ctx.set(dut.i_steps, steps)
                 ctx.set(port.valid, 1)
                 ctx.set(port.payload, {
-                    "slot": slot, "index": index, "value": {
-                        "mantissa": int(h.mantissa[slot, index]),
-                        "exponent": int(h.exponent[slot, index])},
+                    "slot": slot, "index": index,
+                    "value": hidden(significand[slot, index], exponent[slot, index]),
                     "last": sent + 1 == len(order)})
                 await ctx.tick()
                 sent += 1
@@ -134,7 +140,7 @@ def test_start_before_the_last_element(config):
             if wait == 0:
                 await ctx.tick()
             ctx.set(dut.i_start, 0)
-            at = await bench.finish(ctx, quantise_internal(h, 1), count)
+            at = await bench.finish(ctx, quantise_elements(*h, 1), count)
             row = BLOCK * steps // config.quantiser_lanes
             assert at[0] <= row + dut.LATENCY_CYCLES
             assert np.diff(at).tolist() == [row] * (count - 1)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from moeaccel.arithmetic import BLOCK, BlockFloat, InternalFloat
+from moeaccel.arithmetic import BLOCK, RAISE_THRESHOLD, BlockFloat
 
 
 def float32_rows(rng, rows, dim):
@@ -35,11 +35,11 @@ def float32_rows(rng, rows, dim):
     return x
 
 
-def internal_rows(rng, rows, dim):
-    """Return internal floats with the same extremes."""
-    mantissa = rng.integers(1 << 16, 1 << 17, (rows, dim)) * rng.choice([-1, 1], (rows, dim))
+def hidden_rows(rng, rows, dim):
+    """Return rows of h, (significands, exponents), with the same extremes."""
+    mantissa = rng.integers(1 << 23, 1 << 24, (rows, dim)) * rng.choice([-1, 1], (rows, dim))
     exponent = rng.integers(-3, 3, (rows, dim)) + np.repeat(
-        rng.integers(-12, 3, (rows, dim // BLOCK)), BLOCK, axis=1) - 20
+        rng.integers(-12, 3, (rows, dim // BLOCK)), BLOCK, axis=1) - 27
     for row in range(rows):
         kind = row % 6
         if kind == 1:
@@ -48,12 +48,12 @@ def internal_rows(rng, rows, dim):
         elif kind == 2:
             mantissa[row] = 0
         elif kind == 3:
-            mantissa[row] = 130558 + rng.integers(-2, 3, dim)
+            mantissa[row] = RAISE_THRESHOLD + rng.integers(-2, 3, dim)
         elif kind == 4:
             exponent[row] += rng.integers(-40, 1, dim) - 300
         elif kind == 5:
             exponent[row] += 300
-    return InternalFloat(mantissa, np.where(mantissa == 0, 0, exponent))
+    return mantissa, np.where(mantissa == 0, 0, exponent)
 
 
 def lane_writes(config, blocks: BlockFloat, slot_rows, bank=0):

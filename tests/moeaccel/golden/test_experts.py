@@ -16,7 +16,7 @@ def relative(a, b):
 @pytest.fixture(scope="module")
 def gaussian():
     rng = np.random.default_rng(1)
-    d_model, d_expert, tokens = 2048, 1024, 16
+    d_model, d_expert, tokens = 2048, 1024, 512
     gate_up = (rng.standard_normal((2 * d_expert, d_model)) / np.sqrt(d_model)).astype(np.float32)
     down = (rng.standard_normal((d_model, d_expert)) / np.sqrt(d_expert)).astype(np.float32)
     x = rng.standard_normal((tokens, d_model)).astype(np.float32)
@@ -37,12 +37,12 @@ def test_error_budget_on_gaussian_data(gaussian, name):
     )
     exact = experts_float64(x, ids, weights, [gate_up], [down])
     assert relative(same_weights, exact) <= WEIGHT_ERROR[name]
-    for planes, bound, machine in ((1, 0.02, 0.001), (2, 0.0002, 0.0005)):
+    # The machine's own roundings move an 8-bit mantissa of h here and there.
+    for planes, bound, machine in ((1, 0.02, 0.0005), (2, 0.0002, 0.00005)):
         y = golden.experts(x, ids, weights, layer, planes=planes).y
+        same_quantisers = quantised_float_experts(x, ids, weights, layer, planes=planes)
         assert relative(y, same_weights) <= bound
-        assert (
-            relative(y, quantised_float_experts(x, ids, weights, layer, planes=planes)) <= machine
-        )
+        assert relative(y, same_quantisers) <= machine
 
 
 def test_dot_products_are_exact_integers():
