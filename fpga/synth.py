@@ -32,6 +32,9 @@ from rich.table import Table
 from moeaccel.config import AcceleratorConfig, preset
 from moeaccel.errors import ToolMissingError
 from moeaccel.fpga.fold import Fold
+from moeaccel.hdl.axi_arbiter import AxiArbiter
+from moeaccel.hdl.memory_port import ID_BITS
+from moeaccel.hdl.sdram_controller import SdramController, SdramTiming
 from moeaccel.hdl.verilog_target import RAM_VERILOG, VerilogTarget
 
 __all__ = ["BLOCKS", "Report", "synthesise"]
@@ -67,6 +70,18 @@ def _block(module: str, name: str, *arguments: Any, **options: Any) -> Block:
     return make
 
 
+def _axi_arbiter(config: AcceleratorConfig) -> wiring.Component:
+    """Return what joins the accelerator's memory port with one more master."""
+    return AxiArbiter(addr_width=config.address_bits, data_width=8 * config.port_bytes,
+                      id_width=ID_BITS, masters=2)
+
+
+def _sdram_controller(config: AcceleratorConfig) -> wiring.Component:
+    """Return the ULX3S's, whatever the configuration, as it is behind an arbiter."""
+    return SdramController(timing=SdramTiming.ulx3s(clock_hz=TARGET_MHZ * 1_000_000),
+                           id_width=ID_BITS + 1, io_cycles=2)
+
+
 BLOCKS: dict[str, Block] = {
     "dot_array": _block("dot_array", "DotArray", "ecp5", tag_width=16),
     "tile_buffer": _block("tile_buffer", "TileBuffer"),
@@ -81,6 +96,8 @@ BLOCKS: dict[str, Block] = {
     "memory_port": _block("memory_port", "MemoryPort", readers=5, writers=2),
     "command_processor": _block("command_processor", "CommandProcessor"),
     "register_file": _block("register_file", "RegisterFile"),
+    "axi_arbiter": _axi_arbiter,
+    "sdram_controller": _sdram_controller,
     CORE: _block("top", "Accelerator", "ecp5"),
 }
 """Blocks by name, with how to make one."""
