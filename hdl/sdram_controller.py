@@ -334,22 +334,28 @@ class SdramController(wiring.Component):
         reads, read = address_queue("ar")
         writes, write = address_queue("aw")
 
-        m.submodules.write_data = write_data = fifo.SyncFIFOBuffered(width=72,
-                                                                     depth=_WRITE_BEATS + 1)
         m.submodules.acknowledgements = acknowledgements = fifo.SyncFIFO(
             width=self._id_width + 1, depth=_QUEUE)
         m.submodules.answers = answers = fifo.SyncFIFO(width=self._id_width + 2 + 64, depth=_QUEUE)
 
+        # What is read while it is written is not used.
+        m.submodules.write_data = write_data = memory.Memory(
+            shape=72, depth=_WRITE_BEATS, init=[], attrs={"no_rw_check": True})
+        write_in, write_out = write_data.write_port(), write_data.read_port()
+        write_level = Signal(range(_WRITE_BEATS + 1))
         whole_bursts = Signal(range(_WRITE_BEATS + 1))
-        take_write = Signal()
+        take_write, take_word = Signal(), Signal()
         m.d.comb += [
-            write_data.w_en.eq(axi.wvalid & axi.wready),
-            write_data.w_data.eq(Cat(axi.wdata, axi.wstrb)),
+            write_in.en.eq(axi.wvalid & axi.wready),
+            write_in.data.eq(Cat(axi.wdata, axi.wstrb)),
         ]
         # Ready comes from a register, hence the margin.
         m.d.sync += [
-            axi.wready.eq(write_data.w_level < _WRITE_BEATS - 4),
-            whole_bursts.eq(whole_bursts + (write_data.w_en & axi.wlast) - take_write),
+            write_in.addr.eq(write_in.addr + write_in.en),
+            write_out.addr.eq(write_out.addr + take_word),
+            write_level.eq(write_level + write_in.en - take_word),
+            axi.wready.eq(write_level < _WRITE_BEATS - 4),
+            whole_bursts.eq(whole_bursts + (write_in.en & axi.wlast) - take_write),
         ]
 
         # -- burst: reads and writes take turns, once a frame --------------------------------------
@@ -562,12 +568,12 @@ class SdramController(wiring.Component):
         words = Signal(64, reset_less=True)
         masks = Signal(8, init=~0)
         m.d.comb += [
-            write_data.r_en.eq((phase == 0) & current_valid & current.write),
+            take_word.eq((phase == 0) & current_valid & current.write),
             sdram.dq_o.eq(words),
             sdram.dqm.eq(masks),
         ]
         # Block RAM is slow to answer: nothing stands between it and a register.
-        m.d.sync += word.eq(write_data.r_data), words.eq(words >> 16)
+        m.d.sync += word.eq(write_out.data), words.eq(words >> 16)
         with m.If(configured):
             m.d.sync += masks.eq(masks >> 2)
         with m.If(phase == _COLUMN):

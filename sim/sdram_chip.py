@@ -1,5 +1,8 @@
 """A behavioural SDRAM that checks its controller."""
 
+# RTL: Amaranth makes attributes at run time.
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+
 from amaranth import *
 from amaranth.lib import enum, memory, wiring
 from amaranth.lib.wiring import In, Out
