@@ -35,6 +35,7 @@ from moeaccel.fpga.fold import Fold
 from moeaccel.hdl.axi_arbiter import AxiArbiter
 from moeaccel.hdl.memory_port import ID_BITS
 from moeaccel.hdl.sdram_controller import SdramController, SdramTiming
+from moeaccel.hdl.serial_link import SerialLink
 from moeaccel.hdl.verilog_target import RAM_VERILOG, VerilogTarget
 
 __all__ = ["BLOCKS", "Report", "synthesise"]
@@ -82,6 +83,11 @@ def _sdram_controller(config: AcceleratorConfig) -> wiring.Component:
                            id_width=ID_BITS + 1, io_cycles=2)
 
 
+def _serial_link(config: AcceleratorConfig) -> wiring.Component:
+    """Return the ULX3S's, whatever the configuration."""
+    return SerialLink(baud_divisor=40, id_width=ID_BITS)
+
+
 BLOCKS: dict[str, Block] = {
     "dot_array": _block("dot_array", "DotArray", "ecp5", tag_width=16),
     "tile_buffer": _block("tile_buffer", "TileBuffer"),
@@ -98,6 +104,7 @@ BLOCKS: dict[str, Block] = {
     "register_file": _block("register_file", "RegisterFile"),
     "axi_arbiter": _axi_arbiter,
     "sdram_controller": _sdram_controller,
+    "serial_link": _serial_link,
     CORE: _block("top", "Accelerator", "ecp5"),
 }
 """Blocks by name, with how to make one."""
