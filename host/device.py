@@ -24,6 +24,7 @@ from moeaccel.host.errors import (
     InvalidOption,
     InvalidTensor,
     LimitExceeded,
+    LinkLost,
     UnsupportedTransport,
     UploadError,
     command_error,
@@ -500,6 +501,7 @@ class Device:
             If the device does not finish its reset.
         """
         with self._lock:
+            self.transport.reconnect()
             done = mask("IRQ_STATUS", "reset_done")
             everything = done | mask("IRQ_STATUS", "completion")
             registers = self._registers
@@ -537,7 +539,8 @@ class Device:
                 if self._pending:
                     with contextlib.suppress(HostError):
                         self.reset()
-                self._registers.write("ENABLE", 0)
+                with contextlib.suppress(LinkLost):
+                    self._registers.write("ENABLE", 0)
             finally:
                 self._drop_pending()
                 self._transport = None
@@ -551,7 +554,7 @@ class Device:
         self.close()
 
 
-def open_device(spec: str | Transport, config: str | AcceleratorConfig = "small", *,
+def open_device(spec: str | Transport, config: str | AcceleratorConfig | None = None, *,
                 memory_bytes: int | None = None, timeout_s: float = 30.0, ring_log2: int = 4,
                 watchdog_cycles: int = 1 << 24, **options: Any) -> Device:
     """Open a device.
@@ -560,11 +563,13 @@ def open_device(spec: str | Transport, config: str | AcceleratorConfig = "small"
     ----------
     spec : :class:`str` or :class:`Transport`
         ``"golden"``: the bit-exact model. ``"rtl"``: the Verilated hardware in this process.
-        A transport is used as it is.
-    config : :class:`str` or :class:`AcceleratorConfig`
-        What the device was built from: a preset's name, or a configuration.
+        ``"serial:PORT"``: a board at a serial port; option ``baud``. A transport is used as it is.
+    config : :class:`str` or :class:`AcceleratorConfig`, optional
+        What the device was built from: a preset's name, or a configuration; when left out,
+        ``"ulx3s"`` at a serial port, else ``"small"``.
     memory_bytes : :class:`int`, optional
-        Size of the model's memory, of which only used pages cost anything; 4 GiB when left out.
+        Size of a model's memory, of which only used pages cost anything; 4 GiB when left out. A
+        board says itself how much it has.
     timeout_s, ring_log2, watchdog_cycles
         See :class:`Device`.
     **options
@@ -575,8 +580,12 @@ def open_device(spec: str | Transport, config: str | AcceleratorConfig = "small"
     UnsupportedTransport
         For a specification that this version does not know.
     DeviceNotFound, ConfigMismatch
-        If something else answers.
+        If something else answers, or nothing.
+    PortUnavailable
+        If there is no such port, or it may not be opened.
     """
+    if config is None:
+        config = "ulx3s" if isinstance(spec, str) and spec.startswith("serial:") else "small"
     config = preset(config)
     if isinstance(spec, Transport):
         transport = spec
@@ -601,8 +610,16 @@ def _open_transport(spec: str, config: AcceleratorConfig, memory_bytes: int | No
         from moeaccel.host.transports.rtl import RtlTransport
 
         return RtlTransport(config, memory_bytes=memory_bytes, **options)
-    if spec.partition(":")[0] in ("serial", "xdma", "replay"):
+    kind, _, name = spec.partition(":")
+    if kind == "serial" and name:
+        from moeaccel.host.transports.serial import SerialTransport
+
+        if memory_bytes is not None:
+            raise InvalidOption("memory_bytes must be left out for a serial device, which says "
+                                f"itself how much it has, not {memory_bytes}")
+        return SerialTransport(name, **options)
+    if kind in ("xdma", "replay"):
         raise UnsupportedTransport(
-            f"device must be 'golden' or 'rtl', not {spec!r}: this version does not support "
-            f"{spec.partition(':')[0]} devices yet")
-    raise UnsupportedTransport(f"device must be 'golden' or 'rtl', not {spec!r}")
+            f"device must be 'golden', 'rtl' or 'serial:PORT', not {spec!r}: this version does not "
+            f"support {kind} devices yet")
+    raise UnsupportedTransport(f"device must be 'golden', 'rtl' or 'serial:PORT', not {spec!r}")

@@ -8,7 +8,7 @@ from moeaccel.errors import MoeAccelError
 __all__ = [
     "HostError", "UnsupportedTransport", "DeviceNotFound", "ConfigMismatch", "DeviceClosed",
     "InvalidTensor", "InvalidOption", "LimitExceeded", "OutOfDeviceMemory", "UploadError",
-    "DeviceTimeout", "HandleConsumed",
+    "DeviceTimeout", "HandleConsumed", "PortUnavailable", "LinkLost", "AccessFailed",
     "CommandFailed", "CommandRejected", "WindowViolation", "BusError", "NonFiniteInput",
     "GridOverflow", "CommandAborted", "WatchdogExpired", "command_error",
     "UnsupportedExperts", "ExpertsIgnored", "TrainingUnsupported",
@@ -26,6 +26,10 @@ class UnsupportedTransport(HostError, ValueError):
 
 class DeviceNotFound(HostError):
     """What answers at the other end is no moeaccel device, or one of another version."""
+
+
+class PortUnavailable(HostError, OSError):
+    """A port that does not exist, is in use, or may not be opened by this user."""
 
 
 class ConfigMismatch(HostError):
@@ -60,6 +64,14 @@ class UploadError(HostError):
 # -- while it runs ---------------------------------------------------------------------------------
 class DeviceTimeout(HostError, TimeoutError):
     """The device did not answer in time; :meth:`Device.reset` makes it usable again."""
+
+
+class LinkLost(HostError, ConnectionError):
+    """The line to the device broke; :meth:`Device.reset` connects again, weights stay."""
+
+
+class AccessFailed(HostError):
+    """The device's bus refused an access to a register or to memory, or did not answer it."""
 
 
 class HandleConsumed(HostError, ValueError):

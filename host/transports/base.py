@@ -29,7 +29,11 @@ class Transport(ABC):
 
     @abstractmethod
     def register_write(self, address: int, value: int) -> None:
-        """Write the 32-bit register at a byte address."""
+        """Write the 32-bit register at a byte address.
+
+        Writes of registers and memory are done in order, before anything that is called later; a
+        transport may return earlier and raise their errors from a later call.
+        """
 
     @abstractmethod
     def memory_read(self, address: int, count: int) -> Bytes:
@@ -37,11 +41,15 @@ class Transport(ABC):
 
     @abstractmethod
     def memory_write(self, address: int, data: bytes | Bytes) -> None:
-        """Write bytes, uint8 (n,), to device memory; done when this returns."""
+        """Write bytes, uint8 (n,), to device memory; see :meth:`register_write`."""
 
     @abstractmethod
     def wait_interrupt(self, timeout_s: float) -> bool:
         """Wait until the interrupt is high and return True, or False when the time is over."""
+
+    def reconnect(self) -> bool:
+        """Bring a lost connection back and return True, or False if none was lost."""
+        return False
 
     @abstractmethod
     def close(self) -> None:

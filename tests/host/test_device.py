@@ -594,10 +594,10 @@ def test_something_else_is_refused(register, value, message):
 
 
 @pytest.mark.parametrize(("spec", "message"), [
-    ("serial:/dev/ttyUSB0", "does not support serial devices yet"),
+    ("serial:", "device must be 'golden', 'rtl' or 'serial:PORT', not 'serial:'"),
     ("xdma:0", "does not support xdma devices yet"),
     ("replay:file", "does not support replay devices yet"),
-    ("gold", "must be 'golden' or 'rtl', not 'gold'"),
+    ("gold", "must be 'golden', 'rtl' or 'serial:PORT', not 'gold'"),
 ])
 def test_other_devices_are_not_supported_yet(spec, message):
     with pytest.raises(errors.UnsupportedTransport, match=message):
