@@ -131,10 +131,47 @@ class Accelerator(wiring.Component):
         return m
 
 
+class _Module(wiring.Component):
+    """The accelerator as a module of its own: ``clk`` and ``rst`` are ports, and ``rst`` is registered.
+
+    Straight from a port, the reset would make the next state of every register depend on an input:
+    Verilator would evaluate it all once more in each cycle, a third of its time. Registers see the
+    reset a cycle late, and registers of the bus are not ready until then.
+
+    Members
+    -------
+    clk, rst : :py:`In(1)`
+        Reset is synchronous, active high, held for 2 cycles or more.
+    """
+
+    def __init__(self, accelerator):
+        self._accelerator = accelerator
+        super().__init__({
+            "clk": In(1), "rst": In(1), **dict(accelerator.signature.members)})
+
+    def elaborate(self, platform):
+        m = Module()
+        m.domains.sync = ClockDomain()
+        m.submodules.accelerator = accelerator = self._accelerator
+        reset = Signal(init=1, reset_less=True)
+        m.d.sync += reset.eq(self.rst)
+        m.d.comb += [ClockSignal().eq(self.clk), ResetSignal().eq(reset)]
+        outside = {path: value for path, _, value in self.signature.flatten(self)}
+        for path, member, inside in accelerator.signature.flatten(accelerator):
+            if member.flow == In:
+                m.d.comb += inside.eq(outside[path])
+            elif path[0] == "axil" and path[-1].endswith("ready"):
+                m.d.comb += outside[path].eq(inside & ~reset)
+            else:
+                m.d.comb += outside[path].eq(inside)
+        return m
+
+
 def generate_verilog(config: AcceleratorConfig, *, family: str = "generic") -> str:
     """Return the accelerator's Verilog, module ``top``."""
     text = verilog.convert(
-        Accelerator(config, family), name=MODULE, platform=VerilogTarget(), emit_src=False)
+        _Module(Accelerator(config, family)), name=MODULE, platform=VerilogTarget(),
+        emit_src=False)
     return text + RAM_VERILOG
 
 

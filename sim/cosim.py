@@ -276,7 +276,7 @@ class CoSimulation:
 
     def reset(self, *, cycles: int = 4) -> None:
         """Hold reset for `cycles`; transactions in flight are forgotten, memory stays."""
-        _check_count("Reset cycles", cycles, least=1)
+        _check_count("Reset cycles", cycles, least=2)  # kResetCycles of harness.cpp
         self._finish(self._library.moeaccel_reset(self._open, cycles))
 
     def run(self, max_cycles: int, *, until_irq: bool = True) -> StopReason:

@@ -168,10 +168,10 @@ struct moeaccel_simulation {
         top->rst = 1;
         settle();
         for (uint64_t i = 1; i <= cycles; ++i) {
-            if (i > 1) memories->each([&](auto& port) { port.sample_reset(cycle); });
+            if (i > kResetCycles) memories->each([&](auto& port) { port.sample_reset(cycle); });
             edge();
-            // An assertion that failed is false until the first edge in reset has passed.
-            if (i == 1) stopped = finished = false;
+            // An assertion that failed is false until the reset has reached the registers.
+            if (i == kResetCycles) stopped = finished = false;
             if (i == cycles) top->rst = 0;
             settle();
         }
@@ -219,6 +219,7 @@ struct moeaccel_simulation {
         if (log.size() > 2 * kLogBytes) log.erase(0, log.size() - kLogBytes);
     }
 
+    static constexpr uint64_t kResetCycles = 2;  // edges until every register is reset
     static constexpr size_t kLogBytes = 1 << 16;
     static constexpr uint64_t kTicks = 10;  // of the model's time, and of waves, in a cycle
 

@@ -44,7 +44,7 @@ _SOURCES = Path(__file__).resolve().parent
 _HARNESS_FILES = ("harness.h", "harness.cpp", "support.h", "memory_port.h", "register_port.h",
                   "runtime_hooks.h", "lz4/lz4.h")
 _COMMON_FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-DVL_TIME_CONTEXT")
-_FAST_FLAGS = ("-O3", "-march=native")
+_FAST_FLAGS = ("-O2", "-march=native")
 _SLOW_FLAGS = ("-O1",)
 _LOG_LINES = 25
 
