@@ -32,6 +32,7 @@ from moeaccel.host.errors import (
 from moeaccel.host.layers import Experts, Linear
 from moeaccel.host.memory import COMMAND_ALIGNMENT, PAGE, Allocation, Allocator
 from moeaccel.host.registers import RegisterAccess, mask
+from moeaccel.host.residents import Residents
 from moeaccel.host.rings import CommandRings, Completion
 from moeaccel.host.tensors import Tensor, float32, shape_of
 from moeaccel.host.transports.base import Bytes, Transport
@@ -152,7 +153,8 @@ class Device:
         self._check_identity()
         # Address 0 belongs to nobody: a forgotten address is then a window violation.
         size = (transport.memory_bytes - PAGE) // COMMAND_ALIGNMENT * COMMAND_ALIGNMENT
-        self._memory = Allocator(PAGE, size)
+        self._residents = Residents(transport)
+        self._memory = Allocator(PAGE, size, before_use=self._forget)
         self._rings = CommandRings(transport, self._memory, entries_log2=ring_log2)
         self.reset()
 
@@ -162,10 +164,12 @@ class Device:
             raise DeviceNotFound(f"register ID must read {ID_VALUE:#010x}, not {found:#010x}; "
                                  "this is no moeaccel device, or its clock does not run")
         found = self._registers.read("VERSION")
-        if found >> 16 != VERSION_VALUE >> 16:
+        major, minor = VERSION_VALUE >> 16, VERSION_VALUE & 0xFFFF
+        if found >> 16 != major or found & 0xFFFF < minor:
             raise DeviceNotFound(
-                f"register VERSION must be {VERSION_VALUE >> 16}.x, not {found >> 16}."
-                f"{found & 0xFFFF}; use the driver of the device's version")
+                f"register VERSION must be {major}.{minor}, or a later {major}.x, not "
+                f"{found >> 16}.{found & 0xFFFF}; use the driver of the device's version, or load "
+                "the bitstream of this driver's")
         found = self._registers.read("CONFIG_HASH")
         if found != self._config.digest:
             names = [c.name for c in PRESETS.values() if c.digest == found]
@@ -313,8 +317,9 @@ class Device:
         planes = self._check_options(activation, activation_bits, grid_exponent)
         self._check_limits(count, d_model=d_model, d_expert=d_expert)
         shape = ExpertShape(fmt, d_model, d_expert, self._config.row_multipliers)
-        images = self._memory.allocate(count * shape.stride, alignment=PAGE)
+        images = self._memory.allocate(count * shape.stride, alignment=PAGE, keeps=True)
         with _freed_on_error(images):
+            self._enter(images, shape.stride, count)
             coarsened = 0
             previous: Expert | None = None
             image = np.empty(0, np.uint8)
@@ -345,8 +350,9 @@ class Device:
         self._check_limits(1, d_in=d_in, d_out=d_out)
         shape = LinearShape(fmt, d_out, d_in, self._config.row_multipliers)
         matrix = quantise(float32("weight", weight), fmt)
-        images = self._memory.allocate(shape.stride, alignment=PAGE)
+        images = self._memory.allocate(shape.stride, alignment=PAGE, keeps=True)
         with _freed_on_error(images):
+            self._enter(images, shape.stride, 1)
             self._upload(images.address, build_linear_image(matrix, self._config.row_multipliers),
                          "the linear layer")
             descriptor = self._describe({
@@ -385,11 +391,30 @@ class Device:
                 raise LimitExceeded(f"{name} must be at most max_dim = {config.max_dim} of config "
                                     f"{config.name!r}, not {value}; {advice}")
 
-    def _upload(self, address: int, image: Bytes, what: str) -> None:
+    def _forget(self, address: int, size: int) -> None:
         with self._lock:
-            self.transport.memory_write(address, image)
-            found = self.transport.memory_read(address, HEADER_BYTES)
-        if not np.array_equal(found, image[:HEADER_BYTES]):
+            self._residents.forget(address, size)
+
+    def _enter(self, images: Allocation, stride: int, count: int) -> None:
+        with self._lock:
+            self._check_open()
+            self._residents.enter(images.address, stride, count)
+
+    def _upload(self, address: int, image: Bytes, what: str) -> None:
+        """Write an image, unless it is there; its header last, so that it is never half there."""
+        header = image[:HEADER_BYTES]
+        with self._lock:
+            transport = self.transport
+            found = transport.memory_read(address, HEADER_BYTES)
+            if np.array_equal(found, header):
+                logger.debug("%s is resident at %#x", what, address)
+                return
+            if found.any():
+                transport.memory_write(address, np.zeros(HEADER_BYTES, np.uint8))
+            transport.memory_write(address + HEADER_BYTES, image[HEADER_BYTES:])
+            transport.memory_write(address, header)
+            found = transport.memory_read(address, HEADER_BYTES)
+        if not np.array_equal(found, header):
             raise UploadError(
                 f"header of {what} at {address:#x} must read back as it was written, with its "
                 f"CRC, but reads {found[:28].tobytes().hex()}; check the device's memory")

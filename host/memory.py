@@ -11,6 +11,7 @@ import threading
 import weakref
 from bisect import bisect_left
 from collections import deque
+from collections.abc import Callable
 
 from moeaccel.host.errors import DeviceClosed, InvalidOption, OutOfDeviceMemory
 
@@ -78,14 +79,18 @@ class Allocator:
     ----------
     base, size : :class:`int`
         Multiples of 64.
+    before_use : callable, optional
+        Called with address and size of every allocation that will not keep what it holds.
     """
 
-    def __init__(self, base: int, size: int) -> None:
+    def __init__(self, base: int, size: int, *,
+                 before_use: Callable[[int, int], None] | None = None) -> None:
         for name, value in (("base", base), ("size", size)):
             if value < 0 or value % COMMAND_ALIGNMENT:
                 raise InvalidOption(
                     f"{name} must be a multiple of {COMMAND_ALIGNMENT}, not {value}")
         self._base, self._size = base, size
+        self._before_use = before_use
         self._starts = [base] if size else []  # of the free blocks, ascending
         self._ends = [base + size] if size else []
         self._used: dict[int, int] = {}  # address -> size
@@ -119,7 +124,7 @@ class Allocator:
             return len(self._starts)
 
     def allocate(self, size: int, *, alignment: int = COMMAND_ALIGNMENT,
-                 top: bool = False) -> Allocation:
+                 top: bool = False, keeps: bool = False) -> Allocation:
         """Return bytes that nobody else owns.
 
         Parameters
@@ -130,6 +135,8 @@ class Allocator:
             Of the first byte: a power of two, at least 64.
         top : :class:`bool`
             From the top down instead of from the bottom up.
+        keeps : :class:`bool`
+            What the bytes hold may be used again.
 
         Raises
         ------
@@ -144,6 +151,16 @@ class Allocator:
             raise InvalidOption(
                 f"alignment must be a power of two from {COMMAND_ALIGNMENT} on, not {alignment}")
         size = -(-size // COMMAND_ALIGNMENT) * COMMAND_ALIGNMENT
+        allocation = self._find(size, alignment, top)
+        if self._before_use is not None and not keeps:
+            try:
+                self._before_use(allocation.address, size)
+            except BaseException:
+                allocation.free()
+                raise
+        return allocation
+
+    def _find(self, size: int, alignment: int, top: bool) -> Allocation:
         with self._lock:
             self._collect()
             order = range(len(self._starts))

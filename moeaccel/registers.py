@@ -46,7 +46,7 @@ class Register:
 
 
 ID_VALUE = 0x4145_4F4D  # "MOEA" in memory order
-VERSION_VALUE = 0x0001_0000
+VERSION_VALUE = 0x0001_0001
 ADDRESS_BITS = 12
 
 
@@ -149,6 +149,12 @@ _PLAIN: tuple[Register, ...] = (
     Register("WINDOW_LIMIT_HI", 0x064, Access.RW, "High word."),
     Register(
         "WATCHDOG", 0x068, Access.RW, "Cycles without progress until a command is ended; 0: never."
+    ),
+    Register(
+        "MEMORY_TOKEN",
+        0x06C,
+        Access.RW,
+        "For the driver: tells whether memory still holds what it wrote; 0 after a hardware reset.",
     ),
 )
 

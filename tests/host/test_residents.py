@@ -1,0 +1,202 @@
+"""Images that memory still holds are not sent again; what may be damaged is."""
+
+import numpy as np
+import pytest
+
+from moeaccel.config import PRESETS
+from moeaccel.formats import weight_format
+from moeaccel.host import errors, open_device
+from moeaccel.host.memory import PAGE
+from moeaccel.host.residents import Residents
+from moeaccel.host.transports.base import Transport
+from moeaccel.host.transports.golden import GoldenTransport
+from moeaccel.image import ExpertShape
+from moeaccel.registers import REGISTERS
+
+TINY = PRESETS["tiny"]
+TOKEN = REGISTERS["MEMORY_TOKEN"].address
+EXPERTS, D_MODEL, D_EXPERT = 4, 64, 96
+
+
+class Board(Transport):
+    """A device that stays when it is closed; counts what is written, and can be cut off."""
+
+    def __init__(self):
+        self.model = GoldenTransport(TINY, memory_bytes=1 << 20)
+        self.written = 0
+        self.left = None  # bytes until the link is cut
+
+    @property
+    def memory_bytes(self):
+        return self.model.memory_bytes
+
+    def register_read(self, address):
+        return self.model.register_read(address)
+
+    def register_write(self, address, value):
+        self.model.register_write(address, value)
+
+    def memory_read(self, address, count):
+        return self.model.memory_read(address, count)
+
+    def memory_write(self, address, data):
+        data = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data
+        if self.left is not None:
+            data, whole = data[: self.left], data.size
+            self.left -= data.size
+            self.model.memory_write(address, data)
+            if data.size < whole:
+                raise errors.LinkLost("cut")
+        else:
+            self.model.memory_write(address, data)
+        self.written += data.size
+
+    def wait_interrupt(self, timeout_s):
+        return self.model.wait_interrupt(timeout_s)
+
+    def close(self):
+        pass
+
+
+def weights(seed, experts=EXPERTS):
+    rng = np.random.default_rng(seed)
+    return (rng.standard_normal((experts, 2 * D_EXPERT, D_MODEL), np.float32),
+            rng.standard_normal((experts, D_MODEL, D_EXPERT), np.float32))
+
+
+rng = np.random.default_rng(9)
+CALL = (rng.standard_normal((5, D_MODEL), np.float32), rng.integers(0, EXPERTS, (5, 2)),
+        rng.random((5, 2), np.float32))
+
+
+def expected(stacks):
+    with open_device("golden", config=TINY, memory_bytes=1 << 20) as device:
+        return device.load_experts(*stacks)(*CALL)
+
+
+def load(board, stacks):
+    """Open the device, load, compute; return the bytes written for loading."""
+    with open_device(board, config=TINY) as device:
+        before = board.written
+        experts = device.load_experts(*stacks)
+        written = board.written - before
+        assert np.array_equal(experts(*CALL), expected(stacks))
+        board.image = experts.shape.image_bytes
+    return written
+
+
+@pytest.fixture
+def board():
+    return Board()
+
+
+@pytest.fixture
+def stacks():
+    return weights(1)
+
+
+def test_resident_images_are_not_sent_again(board, stacks):
+    assert load(board, stacks) >= EXPERTS * board.image
+    assert load(board, stacks) < 100  # the layer descriptor
+
+
+def test_one_expert_that_changed(board, stacks):
+    load(board, stacks)
+    other = stacks[0].copy(), stacks[1]
+    other[0][2] *= -1
+    assert board.image <= load(board, other) < board.image + 200
+
+
+def test_within_a_session(board, stacks):
+    with open_device(board, config=TINY) as device:
+        device.load_experts(*stacks).close()
+        linear = device.load_linear(stacks[1][0])
+        y = linear(CALL[0][:, :64].repeat(2, 1)[:, :D_EXPERT])
+        linear.close()
+        before = board.written
+        again = device.load_linear(stacks[1][0])
+        assert board.written - before < 100
+        assert np.array_equal(again(CALL[0][:, :64].repeat(2, 1)[:, :D_EXPERT]), y)
+
+
+@pytest.mark.parametrize("whole", range(EXPERTS))
+def test_an_upload_that_was_cut_is_taken_up(board, stacks, whole):
+    """Whole images stay, the one that was cut is sent again, the bits are right."""
+    with open_device(board, config=TINY) as device:
+        image = ExpertShape(weight_format("int4_g32"), D_MODEL, D_EXPERT, 2).image_bytes
+        board.left = whole * image + image // 2
+        with pytest.raises(errors.LinkLost):
+            device.load_experts(*stacks)
+        board.left = None
+    written = load(board, stacks)
+    assert (EXPERTS - whole) * image <= written < (EXPERTS - whole) * image + 200
+
+
+def test_every_cut_of_an_image(stacks):
+    """Wherever the first image is cut, its bytes are not taken for whole, nor are old ones."""
+    old = weights(2)
+    total = load(Board(), stacks) // EXPERTS
+    for cut in (*range(0, 200, 16), *range(200, total, 997), total - 1, total):
+        board = Board()
+        load(board, old)
+        with open_device(board, config=TINY) as device:
+            board.left = cut
+            with pytest.raises(errors.LinkLost):
+                device.load_experts(*stacks)
+            board.left = None
+        load(board, stacks)
+
+
+@pytest.mark.parametrize("top", [False, True])
+def test_memory_that_was_used_otherwise(board, stacks, top):
+    """One page of the images was someone else's, though every header is still there."""
+    load(board, stacks)
+    with open_device(board, config=TINY) as device:
+        size = device.memory.free_bytes - 3 * PAGE if top else 3 * PAGE
+        device.memory.allocate(size, top=top)
+    assert load(board, stacks) >= EXPERTS * board.image
+
+
+def test_other_layers_at_the_same_place(board, stacks):
+    load(board, stacks)
+    with open_device(board, config=TINY) as device:
+        device.load_linear(stacks[1][0])
+    assert load(board, stacks) >= EXPERTS * board.image
+
+
+def test_larger_rings_take_the_place_of_images(board, stacks):
+    load(board, stacks)
+    open_device(board, config=TINY, ring_log2=8).close()
+    assert load(board, stacks) >= EXPERTS * board.image
+
+
+@pytest.mark.parametrize("lost", ["token", "magic", "entry", "count"])
+def test_a_list_that_is_not_true(board, stacks, lost):
+    """After a hardware reset, or with a damaged list, nothing is taken as resident."""
+    load(board, stacks)
+    if lost == "token":
+        board.register_write(TOKEN, 0)
+    else:
+        at = {"magic": 0, "count": 6, "entry": 20}[lost]
+        board.model.memory_write(at, bytes([board.memory_read(at, 1)[0] ^ 1]))
+    assert load(board, stacks) >= EXPERTS * board.image
+
+
+def test_a_memory_that_came_from_another_token(board, stacks):
+    load(board, stacks)
+    board.register_write(TOKEN, 12345)
+    assert load(board, stacks) >= EXPERTS * board.image
+
+
+def test_the_list_forgets_the_oldest(board):
+    """A page has room for 255 ranges."""
+    residents = Residents(board)
+    for k in range(300):
+        residents.enter(PAGE + 64 * k, 64, 1)
+    board.written = 0
+    again = Residents(board)
+    for k in range(45, 300):
+        again.enter(PAGE + 64 * k, 64, 1)
+    assert board.written == 0
+    again.enter(PAGE + 64 * 44, 64, 1)
+    assert board.written > 0
