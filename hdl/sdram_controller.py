@@ -244,7 +244,7 @@ class SdramController(wiring.Component):
     another row of the bank that is in use, 2 frames; a write after a read, 1 frame; a refresh,
     2 frames and the chip's rfc (rounded up to frames), once every ``refresh`` cycles. Refreshes are
     done when nothing else is, or when 4 are owed, then all together. Latency of a lone read, from
-    AR to R: 18 to 21 cycles plus ``io_cycles``, and 4 more when another row of the bank is open.
+    AR to R: 19 to 22 cycles plus ``io_cycles``, and 4 more when another row of the bank is open.
 
     ``sdram`` comes straight from registers, and ``dq_i`` goes straight to one. Reset: power-up
     sequence of ``timing.power_up`` cycles and about 100 more; requests wait meanwhile. The chip's
@@ -362,29 +362,35 @@ class SdramController(wiring.Component):
         burst = Signal(request)
         burst_valid = Signal()
         burst_write = Signal()
+        burst_new = Signal()
         burst_end = Signal(_CHUNK_BITS)
         burst_more = Signal(9 - _CHUNK_BITS)  # chunks after this one
         write_ready = Signal()
-        take_read = Signal()
+        write_next = Signal()
         may_take = Signal()
-        m.d.sync += write_ready.eq(writes.r_rdy & (whole_bursts != 0)
-                                   & (acknowledgements.w_level < _QUEUE // 2))
+        take_read = Signal()
+        # Since the latest burst was taken, in cycle 1, these have settled.
+        m.d.sync += [
+            write_ready.eq(writes.r_rdy & (whole_bursts != 0)
+                           & (acknowledgements.w_level < _QUEUE // 2)),
+            write_next.eq(write_ready & ~(reads.r_rdy & burst_write)),
+        ]
         m.d.comb += [
-            may_take.eq((phase == 2) & ~burst_valid),
-            take_write.eq(may_take & write_ready & ~(reads.r_rdy & burst_write)),
-            take_read.eq(may_take & reads.r_rdy & ~take_write),
+            may_take.eq((phase == 1) & ~burst_valid),
+            take_write.eq(may_take & write_next),
+            take_read.eq(may_take & reads.r_rdy & ~write_next),
             reads.r_en.eq(take_read),
             writes.r_en.eq(take_write),
         ]
-        taken = Signal(request)
-        m.d.comb += taken.eq(Mux(write_ready & ~(reads.r_rdy & burst_write), write, read))
+        m.d.sync += burst_new.eq(take_read | take_write)
         with m.If(take_read | take_write):
             m.d.sync += [
                 burst_valid.eq(1),
-                burst_write.eq(take_write),
-                burst.eq(taken),
-                Cat(burst_end, burst_more).eq(taken.start + taken.length),
+                burst_write.eq(write_next),
+                burst.eq(Mux(write_next, write, read)),
             ]
+        with m.If(burst_new):
+            m.d.sync += Cat(burst_end, burst_more).eq(burst.start + burst.length)
 
         # -- next and current chunk ----------------------------------------------------------------
         next_chunk, next_valid = Signal(chunk), Signal()

@@ -285,8 +285,8 @@ def test_latency_of_a_lone_read(io_cycles):
                 seen.append(master.r_cycles[begin] - master.ar_cycles[begin])
 
     bench.run(testbench)
-    assert sorted(open_row) == [18 + io_cycles + k for k in range(4)]
-    assert sorted(other_row) == [22 + io_cycles + k for k in range(4)]
+    assert sorted(open_row) == [19 + io_cycles + k for k in range(4)]
+    assert sorted(other_row) == [23 + io_cycles + k for k in range(4)]
 
 
 @pytest.mark.parametrize(("options", "message"), [
