@@ -5,9 +5,17 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
+from amaranth import *
+from amaranth.lib import wiring
+from amaranth.lib.wiring import In, Out
 from amaranth.sim import Simulator
 
+from moeaccel.config import PRESETS
+from moeaccel.hdl.axi import AXI4Signature
+from moeaccel.hdl.axi_arbiter import AxiArbiter
+from moeaccel.hdl.memory_port import ID_BITS, MemoryPort
 from moeaccel.hdl.sdram_controller import CHIP_BYTES, SdramController, SdramTiming
+from moeaccel.hdl.weight_streamer import WeightStreamer
 from moeaccel.sim.sdram_chip import Violation
 from tests.support.axi_master import AxiMaster
 from tests.support.sdram import MemorySystem, short_timing
@@ -287,6 +295,81 @@ def test_latency_of_a_lone_read(io_cycles):
     bench.run(testbench)
     assert sorted(open_row) == [19 + io_cycles + k for k in range(4)]
     assert sorted(other_row) == [23 + io_cycles + k for k in range(4)]
+
+
+class WeightPath(wiring.Component):
+    """WeightStreamer, MemoryPort, AxiArbiter with a second master, MemorySystem."""
+
+    def __init__(self, *, config, timing):
+        self.streamer = WeightStreamer(config)
+        self.port = MemoryPort(config, readers=1, writers=1)
+        self.arbiter = AxiArbiter(addr_width=32, data_width=64, id_width=ID_BITS)
+        self.memory = MemorySystem(timing=timing, id_width=ID_BITS + 1, io_cycles=2)
+        super().__init__({
+            "i_request": In(self.streamer.i_request.signature.flip()),
+            "axi": In(AXI4Signature(32, 64, ID_BITS)),
+            "o_beat": Out(1),
+            "o_violation": Out(Violation),
+        })
+
+    def elaborate(self, platform):
+        m = Module()
+        m.submodules.streamer, m.submodules.port = streamer, port = self.streamer, self.port
+        m.submodules.arbiter, m.submodules.memory = arbiter, system = self.arbiter, self.memory
+        wiring.connect(m, streamer=streamer.reader, port=port.reader0)
+        wiring.connect(m, port=port.axi_mem, arbiter=arbiter.master0)
+        wiring.connect(m, outer=wiring.flipped(self.axi), arbiter=arbiter.master1)
+        wiring.connect(m, arbiter=arbiter.slave, memory=system.axi)
+        wiring.connect(m, outer=wiring.flipped(self.i_request), streamer=streamer.i_request)
+        m.d.comb += [
+            streamer.o_word.ready.eq(1),
+            port.window_limit.eq(CHIP_BYTES),
+            self.o_beat.eq(streamer.reader.valid),
+            self.o_violation.eq(system.o_violation),
+        ]
+        return m
+
+
+def test_weights_come_at_the_full_rate():
+    """What the accelerator asks ahead covers all latencies: beats follow each other by a frame.
+
+    Only refreshes, and single beats of the other master, come between.
+    """
+    timing = short_timing(120_000_000, refresh_ns=2000)
+    config = PRESETS["ulx3s"]
+    dut = WeightPath(config=config, timing=timing)
+    other = AxiMaster(dut.axi)
+    beats = []
+
+    async def testbench(ctx):
+        other.read(0, 1)
+        await other.until_idle(ctx)  # powered up
+        for _ in range(4):
+            other.read(0, 1)
+        ctx.set(dut.i_request.p.address, 64)
+        ctx.set(dut.i_request.p.words, 600 * 8 // config.word_bytes)
+        ctx.set(dut.i_request.valid, 1)
+        await ctx.tick()
+        ctx.set(dut.i_request.valid, 0)
+        for cycle in range(4000):
+            if ctx.get(dut.o_beat):
+                beats.append(cycle)
+            await ctx.tick()
+        assert ctx.get(dut.o_violation) == Violation.NONE
+
+    simulator = Simulator(dut)
+    simulator.add_clock(1e-6)
+    simulator.add_testbench(other.serve, background=True)
+    simulator.add_testbench(testbench)
+    simulator.run()
+    assert len(beats) == 600
+    assert other.idle
+    gaps = [b - a for a, b in pairwise(beats)]
+    refresh = 4 * (1 + 2 + 4 * -(-timing.rfc // 4))
+    due = sum(gaps) // (timing.refresh // 4 * 4)
+    assert gaps.count(refresh) == due // 4 > 1
+    # A frame for each of the other's four beats, and two frames to each row and back.
+    assert sum(gap - 4 for gap in gaps if gap != refresh) <= 4 * 4 * (1 + 2 * 2)
 
 
 @pytest.mark.parametrize(("options", "message"), [
