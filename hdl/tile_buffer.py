@@ -31,9 +31,9 @@ class TileBuffer(wiring.Component):
     5-bit shift. In 4-bit formats the array's entry ``e`` is row ``e`` of the tile; in 8-bit formats
     entry ``rm`` is that of multiplier row ``rm`` and entries from ``row_multipliers`` on are zero.
 
-    Write side: one word per cycle while there is room in the ring (and, at a tile's first step, in
-    the FIFO of row exponents), also across tiles and sections. Read side: when ``o_available``, the
-    sequencer may strobe ``i_take``; the step's data is on the outputs READ_LATENCY_CYCLES later,
+    Write side: one word per cycle while the ring and the FIFO of row exponents have room, also
+    across tiles and sections; ``i_word.ready`` is a register. Read side: when ``o_available``, the
+    sequencer may strobe ``i_take``; the step's data is on the outputs READ_LATENCY_CYCLES after it,
     until the next one's. One take per cycle, also across rewinds and tile ends; a word may be taken
     in the cycle after it was accepted. A tile's room is free when its last group has ended; to free
     it word by word, so that the next tile is not held up by a ring which one tile nearly fills,
@@ -43,7 +43,8 @@ class TileBuffer(wiring.Component):
     ----------
     config : :class:`AcceleratorConfig`
     row_exponent_depth : :class:`int`
-        Tiles whose row exponents are stored; at least 2.
+        Tiles whose row exponents are stored; at least 4. Words wait when another ROWS_MARGIN would
+        not fit.
 
     Members
     -------
@@ -69,12 +70,14 @@ class TileBuffer(wiring.Component):
     """
 
     READ_LATENCY_CYCLES = 1
+    ROWS_MARGIN = 3
+    """Tiles that may begin before the FIFO of row exponents is seen to be nearly full."""
 
-    def __init__(self, config, *, row_exponent_depth=16):
+    def __init__(self, config, *, row_exponent_depth=32):
         if not isinstance(config, AcceleratorConfig):
             raise TypeError(f"config must be an AcceleratorConfig, not {config!r}")
-        if not isinstance(row_exponent_depth, int) or row_exponent_depth < 2:
-            raise ValueError("row_exponent_depth must be an integer of at least 2, "
+        if not isinstance(row_exponent_depth, int) or row_exponent_depth < 4:
+            raise ValueError("row_exponent_depth must be an integer of at least 4, "
                              f"not {row_exponent_depth!r}")
         self._config = config
         self._row_exponent_depth = row_exponent_depth
@@ -106,7 +109,6 @@ class TileBuffer(wiring.Component):
         m = Module()
         multiplier_rows, rows = config.row_multipliers, config.rows
         word_bits = 8 * config.word_bytes
-        chunk_bits = 16 * rows  # an eighth of a word
         depth = config.tile_words
         word = self.i_word
         accepted = Signal()
@@ -134,48 +136,66 @@ class TileBuffer(wiring.Component):
 
         # -- where the parser is ------------------------------------------------------------------
         # Positions within row and scale words count in units of 16 and 8 bits for each multiplier
-        # row. A word is used up when its position wraps.
+        # row. A word is used up when its position wraps; until then it is shifted, so that what is
+        # needed next is at its low end.
         packed, real_scale = Signal(), Signal()
         group_last = Signal(2)  # steps_per_group - 1
-        steps_last, step = (Signal(layouts.steps_bits(config)) for _ in range(2))
+        # Down to 0 and to 1; that they are there is known from registers.
+        steps_last, steps_left = (Signal(layouts.steps_bits(config)) for _ in range(2))
         tiles_left = Signal(self.i_section.p.tiles.shape())
+        one_step, tile_end, tiles_end = Signal(), Signal(), Signal()
         group_step = Signal(2)
         row_position, scale_position = Signal(4), Signal(5)
         row_stride, scale_stride = Signal(2), Signal(3)
-        row_next, scale_next = Signal(), Signal()
+        row_next, scale_next, weight_next = Signal(), Signal(), Signal()  # one of them
         step_first = Signal()
-        tile_end, group_end = Signal(), Signal()
+        group_end = Signal()
         row_after, scale_after = Signal(4), Signal(5)
+        rows_used, scales_used = Signal(), Signal()  # with this weight word; the next is no weight
         weight_accepted = Signal()
         m.d.comb += [
-            weight_accepted.eq(accepted & ~row_next & ~scale_next),
-            tile_end.eq(step == steps_last),
+            weight_accepted.eq(accepted & weight_next),
             group_end.eq(tile_end | (group_step == group_last)),
             row_after.eq(row_position + row_stride),
             scale_after.eq(scale_position + scale_stride),
-            section_end.eq(weight_accepted & tile_end & (tiles_left == 1)),
+            rows_used.eq(tile_end & (row_after == 0)),
+            scales_used.eq(group_end & (scale_after == 0)),
+            section_end.eq(weight_accepted & tile_end & tiles_end),
         ]
         row_word, scale_word = (Signal(word_bits, reset_less=True) for _ in range(2))
         with m.If(accepted):
             with m.If(row_next):
-                m.d.sync += [row_word.eq(word.payload), row_next.eq(0)]
+                m.d.sync += [row_word.eq(word.payload), row_next.eq(0), weight_next.eq(~scale_next)]
             with m.Elif(scale_next):
-                m.d.sync += [scale_word.eq(word.payload), scale_next.eq(0)]
+                m.d.sync += [scale_word.eq(word.payload), scale_next.eq(0), weight_next.eq(1)]
             with m.Else():
-                m.d.sync += [step.eq(step + 1), step_first.eq(0), group_step.eq(group_step + 1)]
+                m.d.sync += [row_next.eq(rows_used), scale_next.eq(scales_used),
+                             weight_next.eq(~(rows_used | scales_used)),
+                             steps_left.eq(steps_left - 1), tile_end.eq(steps_left == 1),
+                             step_first.eq(0), group_step.eq(group_step + 1)]
                 with m.If(group_end):
                     m.d.sync += [group_step.eq(0), scale_position.eq(scale_after),
-                                 scale_next.eq(scale_after == 0)]
+                                 scale_word.eq(
+                                     Mux(scale_stride[2], scale_word >> 32 * multiplier_rows,
+                                         Mux(scale_stride[1], scale_word >> 16 * multiplier_rows,
+                                             scale_word >> 8 * multiplier_rows)))]
                 with m.If(tile_end):
-                    m.d.sync += [step.eq(0), step_first.eq(1), tiles_left.eq(tiles_left - 1),
-                                 row_position.eq(row_after), row_next.eq(row_after == 0)]
+                    m.d.sync += [steps_left.eq(steps_last), tile_end.eq(one_step),
+                                 step_first.eq(1), tiles_left.eq(tiles_left - 1),
+                                 tiles_end.eq(tiles_left == 2),
+                                 row_position.eq(row_after),
+                                 row_word.eq(
+                                     Mux(packed, row_word >> 32 * multiplier_rows,
+                                         row_word >> 16 * multiplier_rows))]
         with m.If(load):
             m.d.sync += [
                 active.eq(1), waiting_valid.eq(0),
-                steps_last.eq(waiting.steps - 1), tiles_left.eq(waiting.tiles),
-                step.eq(0), step_first.eq(1), group_step.eq(0),
+                steps_last.eq(waiting.steps - 1), steps_left.eq(waiting.steps - 1),
+                one_step.eq(waiting.steps == 1), tile_end.eq(waiting.steps == 1),
+                tiles_left.eq(waiting.tiles), tiles_end.eq(waiting.tiles == 1),
+                step_first.eq(1), group_step.eq(0),
                 row_position.eq(0), scale_position.eq(0),
-                row_next.eq(1), scale_next.eq(1),
+                row_next.eq(1), scale_next.eq(1), weight_next.eq(0),
             ]
             with m.Switch(waiting.format):
                 for fmt in FORMATS.values():
@@ -188,24 +208,11 @@ class TileBuffer(wiring.Component):
                         ]
 
         # -- the step's scales, and the tile's row exponents --------------------------------------
-        scale_chunk, row_chunk = Signal(chunk_bits), Signal(chunk_bits)
-        for chunk, source, index in ((scale_chunk, scale_word, scale_position[2:]),
-                                     (row_chunk, row_word, row_position[1:])):
-            with m.Switch(index):
-                for i in range(8):
-                    with m.Case(i):
-                        m.d.comb += chunk.eq(source[i * chunk_bits:(i + 1) * chunk_bits])
-        # 8-bit scales: half of the chunk in packed formats, else a quarter, for half of the rows.
-        half, quarter = Signal(chunk_bits // 2), Signal(chunk_bits // 4)
-        shifts = Signal(chunk_bits // 2)
+        # In 8-bit formats what is beyond row_multipliers is not used.
+        shifts = scale_word[:8 * rows]
         scales = Signal(scale_layout(config))
-        m.d.comb += [
-            half.eq(Mux(scale_position[1], scale_chunk[chunk_bits // 2:], scale_chunk)),
-            quarter.eq(Mux(scale_position[0], half[chunk_bits // 4:], half)),
-            shifts.eq(Mux(packed, half, quarter)),
-        ]
         with m.If(real_scale):
-            m.d.comb += scales.eq(scale_chunk)
+            m.d.comb += scales.eq(scale_word[:16 * rows])
         with m.Else():
             for row in range(rows):
                 m.d.comb += scales[row].eq(
@@ -218,8 +225,7 @@ class TileBuffer(wiring.Component):
             width=16 * rows, depth=self._row_exponent_depth)
         m.d.comb += [
             row_fifo.w_en.eq(weight_accepted & step_first),
-            row_fifo.w_data.eq(Mux(packed, row_chunk, Mux(
-                row_position[0], row_chunk[chunk_bits // 2:], row_chunk[:chunk_bits // 2]))),
+            row_fifo.w_data.eq(row_word[:16 * rows]),
             self.o_row_exponents.valid.eq(row_fifo.r_rdy),
             self.o_row_exponents.payload.eq(row_fifo.r_data),
             row_fifo.r_en.eq(self.o_row_exponents.ready),
@@ -233,12 +239,24 @@ class TileBuffer(wiring.Component):
         tail = Signal(range(2 * depth))  # next word is written here
         head = Signal(range(2 * depth))  # current step
         base = Signal(range(2 * depth))  # oldest word that is still needed; a rewind goes here
-        full = Signal()
+        tail_after = Signal(range(2 * depth), init=1)
+        full, full_after = Signal(), Signal()
+        rows_fit = Signal()
         after = Signal(range(2 * depth))
+        # Ready is a register: what is taken out now makes room a cycle later. Words other than
+        # weights need none.
+        fits, fits_after = Signal(), Signal()
         m.d.comb += [
             full.eq((tail ^ base) == depth),
-            word.ready.eq(active & (row_next | scale_next
-                                    | (~full & (~step_first | row_fifo.w_rdy)))),
+            full_after.eq((tail_after ^ base) == depth),
+            fits.eq((rows_fit & ~full) | (~weight_next & (~accepted | (row_next & scale_next)))),
+            fits_after.eq((rows_fit & ~full_after) | rows_used | scales_used),
+        ]
+        m.d.sync += [
+            rows_fit.eq(row_fifo.w_level < self._row_exponent_depth - self.ROWS_MARGIN),
+            word.ready.eq(load | (active & ~section_end & Mux(weight_accepted, fits_after, fits))),
+        ]
+        m.d.comb += [
             write.addr.eq(tail[:-1]), write.data.eq(Cat(word.payload, scales)),
             write.en.eq(weight_accepted),
             read.addr.eq(head[:-1]), read.en.eq(self.i_take),
@@ -247,7 +265,7 @@ class TileBuffer(wiring.Component):
             after.eq(head + 1),
         ]
         with m.If(weight_accepted):
-            m.d.sync += tail.eq(tail + 1)
+            m.d.sync += [tail.eq(tail_after), tail_after.eq(tail_after + 1)]
         rewind = Signal()
         m.d.comb += rewind.eq(self.i_tile_end & self.i_rewind)
         with m.If(self.i_take):

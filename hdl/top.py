@@ -132,9 +132,9 @@ class Accelerator(wiring.Component):
 
 
 class _Module(wiring.Component):
-    """The accelerator as a module of its own: ``clk`` and ``rst`` are ports, and ``rst`` is registered.
+    """The accelerator as a module of its own, with ports ``clk`` and ``rst``, which is registered.
 
-    Straight from a port, the reset would make the next state of every register depend on an input:
+    Straight from a port, the reset would make every register's next state depend on an input:
     Verilator would evaluate it all once more in each cycle, a third of its time. Registers see the
     reset a cycle late, and registers of the bus are not ready until then.
 

@@ -22,7 +22,7 @@ class WeightStreamer(wiring.Component):
     A burst is requested as soon as the FIFO has room for all of it, what is already on its way
     included: the memory's answers are never refused. Bursts are as long as
     ``config.max_burst_beats`` allows and end at multiples of it, so none crosses a 4 KiB page. The
-    bursts of one request follow those of the one before without a gap, one burst in two cycles; one
+    bursts of one request follow those of the one before without a gap, one in BURST_CYCLES; one
     request is split while another waits, so what the next pass needs is fetched while this one is
     used.
 
@@ -50,6 +50,8 @@ class WeightStreamer(wiring.Component):
     """
 
     WORDS_WIDTH = 32
+    BURST_CYCLES = 3
+    """Cycles between bursts, at least: measure one, compare with the credits, grant."""
 
     def __init__(self, config):
         if not isinstance(config, AcceleratorConfig):
@@ -96,8 +98,8 @@ class WeightStreamer(wiring.Component):
                        "an address must be a multiple of port_bytes"),
             ]
 
-        # A burst takes two cycles, one to measure and one to grant it.
-        measured = Signal()
+        # A burst takes BURST_CYCLES: measure it, see that it fits, grant it.
+        measured, fits = Signal(), Signal()
         room, next_room = Signal(range(burst + 1)), Signal(range(burst + 1))
         beats = Signal(range(burst + 1))
         last, next_last = Signal(), Signal()
@@ -114,9 +116,14 @@ class WeightStreamer(wiring.Component):
 
         # -- credits: free beats of the FIFO that nothing was requested for -----------------------
         fetch = Signal()  # a beat leaves the FIFO's memory
+        fetched = Signal()
         credits = Signal(range(depth + 1), init=depth)
-        m.d.comb += grant.eq(measured & (credits >= beats) & (~request.valid | request.ready))
-        m.d.sync += credits.eq(credits - Mux(grant, beats, 0) + fetch)
+        m.d.comb += grant.eq(fits & (~request.valid | request.ready))
+        m.d.sync += [
+            fits.eq(measured & ~grant & (credits >= beats)),
+            fetched.eq(fetch),
+            credits.eq(credits - Mux(grant, beats, 0) + fetched),
+        ]
 
         with m.If(grant):
             m.d.sync += [left.eq(left - room), block.eq(block + 1), offset.eq(0)]

@@ -59,8 +59,8 @@ COMBINER_CYCLES = 12
 """Combiner: from an output to its place in the y buffer."""
 FLOAT_CYCLES = 6
 """Combiner: from a sum to float32."""
-ROW_EXPONENTS = 16
-"""TileBuffer: tiles whose row exponents are stored."""
+ROW_EXPONENTS = 29
+"""TileBuffer: tiles whose row exponents are stored before the next word waits."""
 
 # -- steps between blocks
 READ_CYCLES = 4
@@ -68,8 +68,10 @@ READ_CYCLES = 4
 register behind R."""
 WRITE_CYCLES = 2
 """From the last beat on W to the writer's ``done``, but for the latency: B is counted, ``done``."""
-GRANT_CYCLES = 2
-"""WeightStreamer: between bursts, one cycle to measure and one to grant."""
+GRANT_CYCLES = 3
+"""WeightStreamer: between bursts, to measure one, see that it fits and grant it."""
+CREDIT_CYCLES = 3
+"""WeightStreamer: from a beat that leaves the FIFO to the grant that waited for it."""
 
 Pairs = NDArray[np.integer]
 _Process: TypeAlias = "Generator[int | _Event | _Read, None, None]"
@@ -542,10 +544,10 @@ class _Stream:
         if not self._left:
             if not self._requests:
                 return _NEVER
-            # Three cycles to take up a request, unless one is under way.
+            # Four cycles to take up a request, unless one is under way.
             accepted, self._left = self._requests.popleft()
             self._request_beat = self.beats
-            self._grant = max(self._grant, accepted + 3 - GRANT_CYCLES)
+            self._grant = max(self._grant, accepted + 4 - GRANT_CYCLES)
             burst = self._config.max_burst_beats
             header = max(HEADER_BYTES, self._config.word_bytes)
             self._room = burst - header // self._config.port_bytes % burst
@@ -561,7 +563,7 @@ class _Stream:
         word -= self._spacing > 1
         if word >= 0:
             left = max(left, self._accepted(word) + part)
-        return max(cycle, left + 1)
+        return max(cycle, left + CREDIT_CYCLES)
 
     def issue(self, grant: int) -> None:
         """Request the next burst, one cycle after its grant."""
@@ -641,7 +643,7 @@ class _Stream:
                 return _NEVER
             else:
                 break
-        begin = words.ended[tile] - (steps - 1) + 1
+        begin = words.ended[tile] - (steps - 1) + 2
         if 0 < at <= into:
             return begin + max(at, at * span // into * self._spacing)
         return begin + at

@@ -165,7 +165,7 @@ def test_images(config, stall, take_stall):
     cases = [Case(rng, config, name, tiles, k, groups=4) for tiles, k in SHAPES for name in FORMATS]
     order = rng.permutation(len(cases))[:14]
     run(config, [cases[i] for i in order], stall=stall, take_stall=take_stall, free=bool(stall),
-        depth=2)
+        depth=4)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -214,5 +214,5 @@ def test_a_step_can_be_taken_in_the_next_cycle():
 def test_constructor():
     with pytest.raises(TypeError, match="config must be an AcceleratorConfig, not 'tiny'"):
         TileBuffer("tiny")
-    with pytest.raises(ValueError, match="must be an integer of at least 2, not 1"):
-        TileBuffer(TINY, row_exponent_depth=1)
+    with pytest.raises(ValueError, match="must be an integer of at least 4, not 3"):
+        TileBuffer(TINY, row_exponent_depth=3)

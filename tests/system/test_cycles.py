@@ -18,6 +18,7 @@ from moeaccel.hdl.combiner import _ToFloat32
 from moeaccel.hdl.dot_array import DotArray
 from moeaccel.hdl.result_serialiser import ResultSerialiser
 from moeaccel.hdl.tile_buffer import TileBuffer
+from moeaccel.hdl.weight_streamer import WeightStreamer
 from moeaccel.host.device import Device
 from moeaccel.image import Expert, ExpertShape, Section
 from moeaccel.sim import MemoryModel
@@ -156,4 +157,5 @@ def test_constants_are_the_blocks_own(config):
     assert cycles.ACTIVATION_CYCLES == ActivationUnit.LATENCY_CYCLES
     assert cycles.QUANTISER_CYCLES == BlockQuantiser.LATENCY_CYCLES
     assert cycles.FLOAT_CYCLES == _ToFloat32.LATENCY_CYCLES
-    assert cycles.ROW_EXPONENTS == TileBuffer(config).row_exponent_depth
+    assert cycles.ROW_EXPONENTS == TileBuffer(config).row_exponent_depth - TileBuffer.ROWS_MARGIN
+    assert cycles.GRANT_CYCLES == WeightStreamer.BURST_CYCLES
