@@ -6,6 +6,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -581,22 +582,26 @@ class Device:
 
 def open_device(spec: str | Transport, config: str | AcceleratorConfig | None = None, *,
                 memory_bytes: int | None = None, timeout_s: float = 30.0, ring_log2: int = 4,
-                watchdog_cycles: int = 1 << 24, **options: Any) -> Device:
+                watchdog_cycles: int = 1 << 24, record: str | Path | None = None,
+                **options: Any) -> Device:
     """Open a device.
 
     Parameters
     ----------
     spec : :class:`str` or :class:`Transport`
         ``"golden"``: the bit-exact model. ``"rtl"``: the Verilated hardware in this process.
-        ``"serial:PORT"``: a board at a serial port; option ``baud``. A transport is used as it is.
+        ``"serial:PORT"``: a board at a serial port; option ``baud``. ``"replay:FILE"``: a recorded
+        session. A transport is used as it is.
     config : :class:`str` or :class:`AcceleratorConfig`, optional
         What the device was built from: a preset's name, or a configuration; when left out,
         ``"ulx3s"`` at a serial port, else ``"small"``.
     memory_bytes : :class:`int`, optional
         Size of a model's memory, of which only used pages cost anything; 4 GiB when left out. A
-        board says itself how much it has.
+        board or a recording says itself how much it has.
     timeout_s, ring_log2, watchdog_cycles
         See :class:`Device`.
+    record : path, optional
+        File to which the session is recorded, for ``"replay:FILE"``.
     **options
         Passed to the transport.
 
@@ -617,6 +622,10 @@ def open_device(spec: str | Transport, config: str | AcceleratorConfig | None = 
     else:
         transport = _open_transport(spec, config, memory_bytes, options)
     try:
+        if record is not None:
+            from moeaccel.host.transports.record import RecordTransport
+
+            transport = RecordTransport(transport, record, config)
         return Device(transport, config, timeout_s=timeout_s, ring_log2=ring_log2,
                       watchdog_cycles=watchdog_cycles)
     except BaseException:
@@ -636,15 +645,20 @@ def _open_transport(spec: str, config: AcceleratorConfig, memory_bytes: int | No
 
         return RtlTransport(config, memory_bytes=memory_bytes, **options)
     kind, _, name = spec.partition(":")
-    if kind == "serial" and name:
-        from moeaccel.host.transports.serial import SerialTransport
-
+    known = "'golden', 'rtl', 'serial:PORT' or 'replay:FILE'"
+    if kind in ("serial", "replay") and name:
         if memory_bytes is not None:
-            raise InvalidOption("memory_bytes must be left out for a serial device, which says "
-                                f"itself how much it has, not {memory_bytes}")
-        return SerialTransport(name, **options)
-    if kind in ("xdma", "replay"):
+            raise InvalidOption(f"memory_bytes must be left out for {kind}:..., which says itself "
+                                f"how much there is, not {memory_bytes}")
+        if kind == "serial":
+            from moeaccel.host.transports.serial import SerialTransport
+
+            return SerialTransport(name, **options)
+        from moeaccel.host.transports.record import ReplayTransport
+
+        return ReplayTransport(name, config, **options)
+    if kind == "xdma":
         raise UnsupportedTransport(
-            f"device must be 'golden', 'rtl' or 'serial:PORT', not {spec!r}: this version does not "
-            f"support {kind} devices yet")
-    raise UnsupportedTransport(f"device must be 'golden', 'rtl' or 'serial:PORT', not {spec!r}")
+            f"device must be {known}, not {spec!r}: this version does not support {kind} devices "
+            "yet")
+    raise UnsupportedTransport(f"device must be {known}, not {spec!r}")

@@ -9,6 +9,7 @@ __all__ = [
     "HostError", "UnsupportedTransport", "DeviceNotFound", "ConfigMismatch", "DeviceClosed",
     "InvalidTensor", "InvalidOption", "LimitExceeded", "OutOfDeviceMemory", "UploadError",
     "DeviceTimeout", "HandleConsumed", "PortUnavailable", "LinkLost", "AccessFailed",
+    "RecordingError", "ReplayMismatch",
     "CommandFailed", "CommandRejected", "WindowViolation", "BusError", "NonFiniteInput",
     "GridOverflow", "CommandAborted", "WatchdogExpired", "command_error",
     "UnsupportedExperts", "ExpertsIgnored", "TrainingUnsupported",
@@ -191,6 +192,15 @@ def command_error(status: int, detail: int, address: int, *, first_token: int = 
                 "is the driver older than the device?")
     known = status in [int(s) for s in Status]
     return kind(text, status=Status(status) if known else status, detail=detail, address=address)
+
+
+# -- recordings ------------------------------------------------------------------------------------
+class RecordingError(HostError):
+    """A file that is no recording, or cannot be written."""
+
+
+class ReplayMismatch(HostError):
+    """The driver asks something else than what was recorded."""
 
 
 # -- transformers ----------------------------------------------------------------------------------

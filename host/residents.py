@@ -6,10 +6,11 @@ else: since a range was entered, only uploads wrote there, and an upload clears 
 first and writes it last. So within such a range a header that is there is true, and its CRC-32 says
 which image follows it. A range is struck out before its bytes are used for anything else.
 
-The list is true as long as memory keeps its content. When that may be lost, as when an FPGA is
-configured, the register MEMORY_TOKEN is 0 and no longer what the list says.
+The list is true as long as memory keeps its content. MEMORY_STATE.listed says so: it is set when
+page 0 has been written, and 0 after whatever may have cost memory its content, as when an FPGA is
+configured.
 
-Layout, little-endian: magic u32, version u16, count u16, token u32, CRC-32 of everything else u32,
+Layout, little-endian: magic u32, version u16, number of ranges u16, CRC-32 of everything else u32,
 then for each range its address u64, the bytes from one image to the next u32, and the number of
 images u32.
 """
@@ -17,7 +18,6 @@ images u32.
 from __future__ import annotations
 
 import logging
-import secrets
 import struct
 import zlib
 from typing import NamedTuple
@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moeaccel.host.memory import PAGE
-from moeaccel.host.registers import RegisterAccess
+from moeaccel.host.registers import RegisterAccess, mask
 from moeaccel.host.transports.base import Transport
 from moeaccel.image import HEADER_BYTES
 
@@ -35,7 +35,8 @@ logger = logging.getLogger(__name__)
 
 _MAGIC = 0x5352_4F4D  # "MORS" in memory order
 _VERSION = 1
-_HEAD = struct.Struct("<IHHI")
+_LISTED = mask("MEMORY_STATE", "listed")
+_HEAD = struct.Struct("<IHH")
 _CRC = struct.Struct("<I")
 _RANGE = struct.Struct("<QII")
 _MOST = (PAGE - _HEAD.size - _CRC.size) // _RANGE.size
@@ -63,16 +64,16 @@ class Residents:
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
         self._registers = RegisterAccess(transport)
-        self._token = self._registers.read("MEMORY_TOKEN")
-        self._ranges = self._read() if self._token else []
+        self._listed = bool(self._registers.read("MEMORY_STATE") & _LISTED)
+        self._ranges = self._read() if self._listed else []
         if self._ranges:
             logger.debug("memory holds %d ranges of images", len(self._ranges))
 
     def _read(self) -> list[_Range]:
         """Return the list in memory, empty if it is damaged or of other content."""
         page = self._transport.memory_read(0, PAGE).tobytes()
-        magic, version, count, token = _HEAD.unpack_from(page)
-        if (magic, version, token) != (_MAGIC, _VERSION, self._token) or count > _MOST:
+        magic, version, count = _HEAD.unpack_from(page)
+        if (magic, version) != (_MAGIC, _VERSION) or count > _MOST:
             return []
         begin = _HEAD.size + _CRC.size
         body = page[begin : begin + count * _RANGE.size]
@@ -81,12 +82,12 @@ class Residents:
         return [_Range(*fields) for fields in _RANGE.iter_unpack(body)]
 
     def _write(self) -> None:
-        if not self._token:
-            self._token = secrets.randbits(32) or 1
-            self._registers.write("MEMORY_TOKEN", self._token)
-        head = _HEAD.pack(_MAGIC, _VERSION, len(self._ranges), self._token)
+        head = _HEAD.pack(_MAGIC, _VERSION, len(self._ranges))
         body = b"".join(_RANGE.pack(*entry) for entry in self._ranges)
         self._transport.memory_write(0, head + _CRC.pack(zlib.crc32(body, zlib.crc32(head))) + body)
+        if not self._listed:
+            self._registers.write("MEMORY_STATE", _LISTED)
+            self._listed = True
 
     def forget(self, address: int, size: int) -> None:
         """Strike out what overlaps ``size`` bytes at an address, before they are written."""

@@ -151,10 +151,11 @@ _PLAIN: tuple[Register, ...] = (
         "WATCHDOG", 0x068, Access.RW, "Cycles without progress until a command is ended; 0: never."
     ),
     Register(
-        "MEMORY_TOKEN",
+        "MEMORY_STATE",
         0x06C,
         Access.RW,
-        "For the driver: tells whether memory still holds what it wrote; 0 after a hardware reset.",
+        "For the driver; memory may lose its content whenever this returns to 0.",
+        _fields(("listed", 0, 1, "Page 0 of memory lists what it holds.")),
     ),
 )
 

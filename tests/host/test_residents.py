@@ -10,11 +10,11 @@ from moeaccel.host.memory import PAGE
 from moeaccel.host.residents import Residents
 from moeaccel.host.transports.base import Transport
 from moeaccel.host.transports.golden import GoldenTransport
-from moeaccel.image import ExpertShape
+from moeaccel.image import HEADER_BYTES, ExpertShape
 from moeaccel.registers import REGISTERS
 
 TINY = PRESETS["tiny"]
-TOKEN = REGISTERS["MEMORY_TOKEN"].address
+STATE = REGISTERS["MEMORY_STATE"].address
 EXPERTS, D_MODEL, D_EXPERT = 4, 64, 96
 
 
@@ -170,21 +170,28 @@ def test_larger_rings_take_the_place_of_images(board, stacks):
     assert load(board, stacks) >= EXPERTS * board.image
 
 
-@pytest.mark.parametrize("lost", ["token", "magic", "entry", "count"])
+@pytest.mark.parametrize("lost", ["memory", "magic", "entry", "count"])
 def test_a_list_that_is_not_true(board, stacks, lost):
     """After a hardware reset, or with a damaged list, nothing is taken as resident."""
     load(board, stacks)
-    if lost == "token":
-        board.register_write(TOKEN, 0)
+    if lost == "memory":
+        board.register_write(STATE, 0)
     else:
         at = {"magic": 0, "count": 6, "entry": 20}[lost]
         board.model.memory_write(at, bytes([board.memory_read(at, 1)[0] ^ 1]))
     assert load(board, stacks) >= EXPERTS * board.image
 
 
-def test_a_memory_that_came_from_another_token(board, stacks):
+def test_the_list_is_valid_only_when_it_is_written(board, stacks):
+    """An old list survives a hardware reset, and the link breaks while a new one is written."""
     load(board, stacks)
-    board.register_write(TOKEN, 12345)
+    board.register_write(STATE, 0)
+    with open_device(board, config=TINY) as device:
+        board.left = EXPERTS * HEADER_BYTES
+        with pytest.raises(errors.LinkLost):
+            device.load_experts(*weights(2))
+        board.left = None
+    assert board.register_read(STATE) == 0
     assert load(board, stacks) >= EXPERTS * board.image
 
 
