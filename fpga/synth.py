@@ -4,20 +4,13 @@
 
 A block's ports are folded onto a few pins (:mod:`moeaccel.fpga.fold`), Yosys maps it, nextpnr
 places and routes it. Cells are those of the block, without the fold; the clock rate is routed, from
-nextpnr's JSON report. Native tools are used when they are on PATH, else the YoWASP ones of this
-environment. Results are kept under a digest of all that went in.
+nextpnr's JSON report.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import importlib.metadata
 import json
-import shutil
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moeaccel.config import AcceleratorConfig, preset
-from moeaccel.errors import ToolMissingError
+from moeaccel.fpga.flow import Build
 from moeaccel.fpga.fold import Fold
 from moeaccel.hdl.axi_arbiter import AxiArbiter
 from moeaccel.hdl.memory_port import ID_BITS
@@ -40,24 +33,15 @@ from moeaccel.hdl.verilog_target import RAM_VERILOG, VerilogTarget
 
 __all__ = ["BLOCKS", "Report", "synthesise"]
 
-DEVICE_FLAGS = ("--85k", "--package", "CABGA381", "--speed", "6")
 TARGET_MHZ = 120
 """What nextpnr aims at; it stops improving a path that reaches it."""
+
+ROUTE = ("--85k", "--package", "CABGA381", "--speed", "6", "--freq", str(TARGET_MHZ), "--router",
+         "router2", "--lpf-allow-unconstrained", "--timing-allow-fail")
 
 Block = Callable[[AcceleratorConfig], wiring.Component]
 
 REPORTS = Path(__file__).resolve().parent / "reports"
-
-CELLS = {
-    "multipliers": ("MULT18X18D",),
-    "lut4": ("LUT4",),
-    "carry": ("CCU2C",),
-    "block_rams": ("DP16KD",),
-    "lut_rams": ("TRELLIS_DPR16X4",),
-    "flip_flops": ("TRELLIS_FF",),
-}
-"""Columns of the table: cells as Yosys names them."""
-
 
 CORE = "core"
 """Name of the entry that is the whole accelerator."""
@@ -149,41 +133,6 @@ class Report:
     seconds: float
 
 
-@dataclass(frozen=True)
-class _Tool:
-    """A program, and what identifies it."""
-
-    path: str
-    identity: str
-
-
-def _tool(name: str) -> _Tool:
-    """Return the native tool, or the YoWASP one."""
-    path = shutil.which(name)
-    if path is not None:
-        version = subprocess.run([path, "--version"], capture_output=True, text=True, check=True)
-        line = (version.stdout + version.stderr).strip().splitlines()[0]
-        return _Tool(path, line.replace(path, name).replace(f'"{name}" -- ', ""))
-    package = f"yowasp-{name}"
-    path = shutil.which(package, path=str(Path(sys.executable).parent)) or shutil.which(package)
-    if path is None:
-        raise ToolMissingError(f"Synthesis needs {name}, and there is none on PATH: install it, or "
-                               "'pip install moeaccel[fpga]'")
-    return _Tool(path, f"{package} {importlib.metadata.version(package)}")
-
-
-def _run(command: list[str], folder: Path, log: str) -> None:
-    """Run a tool in the folder of its inputs (YoWASP's see nothing else)."""
-    with (folder / log).open("w", encoding="utf-8") as output:
-        result = subprocess.run(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT,
-                                check=False)
-    if result.returncode != 0:
-        lines = (folder / log).read_text(encoding="utf-8").splitlines()[-20:]
-        what = (f"{Path(command[0]).name} failed with exit status {result.returncode}; "
-                f"see {folder / log}")
-        raise RuntimeError("\n".join([what, *lines]))
-
-
 def synthesise(name: str, config: AcceleratorConfig, *, seed: int = 1,
                folder: Path = Path("build/synth")) -> Report:
     """Synthesise one block, or take the result from an earlier run.
@@ -202,63 +151,22 @@ def synthesise(name: str, config: AcceleratorConfig, *, seed: int = 1,
     ------
     ToolMissingError
         If there is no Yosys or no nextpnr-ecp5.
-    RuntimeError
+    ToolFailedError
         If one of them fails.
     """
     if name not in BLOCKS:
         raise ValueError(f"block must be one of {', '.join(BLOCKS)}, not {name!r}")
-    yosys, nextpnr = _tool("yosys"), _tool("nextpnr-ecp5")
     text = verilog.convert(Fold(BLOCKS[name](config)), name="top", platform=VerilogTarget(),
                            emit_src=False) + RAM_VERILOG
-    script = "\n".join([
-        "read_verilog -sv -noassert top.v",
-        "setattr -mod -set keep_hierarchy 1 \\top.block",
-        "synth_ecp5 -top top -json top.json",
-        "tee -q -o stat.json stat -json",
-        "",
-    ])
-    route = ["--json", "top.json", "--report", "report.json", "--freq", str(TARGET_MHZ), "--seed",
-             str(seed), "--router", "router2", "--lpf-allow-unconstrained", "--timing-allow-fail",
-             *DEVICE_FLAGS]
-    digest = hashlib.sha256("\0".join(
-        [text, script, *route, yosys.identity, nextpnr.identity]).encode()).hexdigest()[:16]
-    home = folder / f"{name}-{config.name}-{digest}"
-    done = home / "result.json"
-    if not done.exists():
-        home.mkdir(parents=True, exist_ok=True)
-        (home / "top.v").write_text(text, encoding="utf-8")
-        (home / "synth.ys").write_text(script, encoding="utf-8")
-        begin = time.monotonic()
-        _run([yosys.path, "-q", "-s", "synth.ys"], home, "yosys.log")
-        _run([nextpnr.path, *route], home, "nextpnr.log")
-        report = Report(
-            block=name, config=config.name, seed=seed, **_cells(home), **_timing(home),
-            tools=f"{yosys.identity}, {nextpnr.identity}", digest=digest,
-            seconds=round(time.monotonic() - begin, 1))
-        part = done.with_suffix(".part")
-        part.write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
-        part.replace(done)
-    return Report(**json.loads(done.read_text(encoding="utf-8")))
-
-
-def _cells(home: Path) -> dict[str, int]:
-    """Return the cells of the block, without the fold, from Yosys' statistics."""
-    statistics = json.loads((home / "stat.json").read_text(encoding="utf-8"))
-    found = statistics["modules"]["\\top.block"]["num_cells_by_type"]
-    return {column: sum(found.get(cell, 0) for cell in cells) for column, cells in CELLS.items()}
-
-
-def _timing(home: Path) -> dict:
-    """Return clock rate and slowest path from nextpnr's report."""
-    report = json.loads((home / "report.json").read_text(encoding="utf-8"))
-    ((clock, rate),) = report["fmax"].items()
-    for path in report["critical_paths"]:
-        if clock in path["from"] and clock in path["to"]:
-            ends = [path["path"][0]["from"]["cell"], path["path"][-1]["to"]["cell"]]
-            break
-    else:
-        ends = []
-    return {"fmax_mhz": round(rate["achieved"], 1), "critical_path": ends}
+    build = Build(name=f"{name}-{config.name}", verilog=text,
+                  script="setattr -mod -set keep_hierarchy 1 \\top.block", route=ROUTE,
+                  folder=folder)
+    seconds = build.synthesise()
+    routed = build.route(seed)
+    return Report(
+        block=name, config=config.name, seed=seed, **build.cells("top.block"),
+        fmax_mhz=routed.fmax_mhz, critical_path=routed.critical_path, tools=build.tools,
+        digest=build.digest, seconds=round(seconds + routed.seconds, 1))
 
 
 def _table(reports: list[Report]) -> Table:

