@@ -3,12 +3,19 @@
 # Variables: PYTHON          interpreter to make .venv with, 3.11 or newer (python3)
 #            PYTEST_WORKERS  parallel pytest processes (2)
 #            PYTEST_FLAGS    more arguments, e.g. PYTEST_FLAGS="tests/hdl -x"
+#            BOARD           board of make bitstream (ulx3s)
+#            SEED, SEEDS     first seed of its placement, and how many to try (1, 1)
+#            CLOCK           its clock in MHz (the board's own)
 # pip's own settings work as usual: for torch without CUDA set PIP_EXTRA_INDEX_URL to the CPU index
 # that https://pytorch.org names.
 
 PYTHON ?= python3
 PYTEST_WORKERS ?= 2
 PYTEST_FLAGS ?=
+BOARD ?= ulx3s
+SEED ?= 1
+SEEDS ?= 1
+CLOCK ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -19,7 +26,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-slow lint synth clean distclean
+.PHONY: help venv demo test test-slow lint synth bitstream clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +65,10 @@ lint: $(STAMP) ## ruff and pyright
 
 synth: $(STAMP) ## place and route the accelerator core on an ECP5-85F; report area and clock rate
 	$(BIN)/python -m moeaccel.fpga.synth --core
+
+bitstream: $(STAMP) ## build the bitstream of BOARD, with resources and routed clock
+	$(BIN)/moeaccel bitstream --board "$(BOARD)" --seed $(SEED) --seeds $(SEEDS) \
+	  $(if $(CLOCK),--clock $(CLOCK))
 
 clean: ## remove build products and caches
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis *.egg-info

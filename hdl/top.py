@@ -48,6 +48,8 @@ class Accelerator(wiring.Component):
     axi_mem : :py:`Out(AXI4Signature(config.address_bits, 8 * config.port_bytes, ID_BITS))`
     irq : :py:`Out(1)`
         Level: an enabled interrupt is pending.
+    busy : :py:`Out(1)`
+        A command is being executed, or a reset waits for memory.
     """
 
     def __init__(self, config: AcceleratorConfig, family="generic"):
@@ -57,6 +59,7 @@ class Accelerator(wiring.Component):
             "axil": In(AXI4LiteSignature(ADDRESS_BITS)),
             "axi_mem": Out(AXI4Signature(config.address_bits, 8 * config.port_bytes, ID_BITS)),
             "irq": Out(1),
+            "busy": Out(1),
         })
 
     def elaborate(self, platform):
@@ -81,6 +84,7 @@ class Accelerator(wiring.Component):
 
         m.d.comb += [
             self.irq.eq(registers.irq),
+            self.busy.eq(commands.busy | commands.draining),
             registers.ro_sq_head.eq(commands.sq_head),
             registers.ro_cq_tail.eq(commands.cq_tail),
             registers.ro_status.eq(Cat(commands.busy, commands.draining)),
