@@ -3,8 +3,7 @@
 >>> with Board("ulx3s") as board:                         # doctest: +SKIP
 ...     device = open_device(f"serial:{board.port}", config="ulx3s")
 
-``python -m moeaccel.sim.board`` runs one as a process of its own, which prints the name of its port
-as its first line.
+:class:`BoardProcess` runs one as a process of its own.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import contextlib
 import ctypes
 import enum
 import functools
+import json
 import os
 import pty
 import select
@@ -20,7 +20,7 @@ import subprocess
 import sys
 import threading
 import tty
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from types import TracebackType
 from typing import Any, Self
 
@@ -186,9 +186,10 @@ class Board:
 
         raw = _State()
         self._library.moeaccel_board_read_state(self._open, ctypes.byref(raw))
-        counts: dict[str, Any] = {
+        values: dict[str, Any] = {
             field.name: getattr(raw, field.name) for field in fields(BoardState)}
-        return BoardState(**counts | {"violation": Violation(raw.violation).name})
+        values["violation"] = Violation(raw.violation).name
+        return BoardState(**values)
 
     @property
     def _open(self) -> int:
@@ -280,8 +281,7 @@ class BoardProcess:
 
     Parameters
     ----------
-    config : str
-        Name of a preset.
+    config : str or AcceleratorConfig
     cycles_per_bit : int
     noise : LineNoise, optional
     start_s : float
@@ -293,12 +293,13 @@ class BoardProcess:
         If it does not start.
     """
 
-    def __init__(self, config: str = "ulx3s", *, cycles_per_bit: int = CYCLES_PER_BIT,
-                 noise: LineNoise | None = None, start_s: float = 900.0) -> None:
-        noise = noise or LineNoise()
+    def __init__(self, config: str | AcceleratorConfig = "ulx3s", *,
+                 cycles_per_bit: int = CYCLES_PER_BIT, noise: LineNoise | None = None,
+                 start_s: float = 900.0) -> None:
+        options = {"config": asdict(preset(config)), "cycles_per_bit": cycles_per_bit,
+                   "noise": asdict(noise or LineNoise())}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "moeaccel.sim.board", config, str(cycles_per_bit),
-             *(str(value) for value in (noise.flip, noise.lose, noise.repeat, noise.seed))],
+            [sys.executable, "-m", "moeaccel.sim.board", json.dumps(options)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self._process.stdout is not None
         ready, _, _ = select.select([self._process.stdout], [], [], start_s)
@@ -337,9 +338,9 @@ class BoardProcess:
         self.close()
 
 
-def _main(config: str, cycles_per_bit: str, flip: str, lose: str, repeat: str, seed: str) -> None:
-    noise = LineNoise(flip=float(flip), lose=float(lose), repeat=float(repeat), seed=int(seed))
-    board = Board(config, cycles_per_bit=int(cycles_per_bit), noise=noise)
+def _main(options: dict[str, Any]) -> None:
+    board = Board(AcceleratorConfig(**options["config"]), cycles_per_bit=options["cycles_per_bit"],
+                  noise=LineNoise(**options["noise"]))
     sys.stdout.write(f"{board.port}\n")
     sys.stdout.flush()
     try:
@@ -350,4 +351,4 @@ def _main(config: str, cycles_per_bit: str, flip: str, lose: str, repeat: str, s
 
 if __name__ == "__main__":
     with contextlib.suppress(KeyboardInterrupt):
-        _main(*sys.argv[1:])
+        _main(json.loads(sys.argv[1]))

@@ -1,0 +1,54 @@
+"""The ULX3S: dividers and phases of its PLL, and what goes into its bitstream."""
+
+import pytest
+from typer.testing import CliRunner
+
+from moeaccel.cli import app
+from moeaccel.errors import ClockRateError, UnknownBoardError
+from moeaccel.fpga.bitstream import build_bitstream
+from moeaccel.fpga.boards import BOARDS, board
+from moeaccel.fpga.boards.ulx3s import _SITES, Pll, _margins
+
+MHZ = 1_000_000
+
+
+@pytest.mark.parametrize("mhz", [25, 50, 75, 80, 85, 90, 95, 100, 105, 110, 115, 120, 125])
+def test_the_pll_makes_the_clock(mhz):
+    pll = Pll.for_clock(mhz * MHZ)
+    detector = 25 / pll.input
+    assert detector * pll.feedback == mhz
+    assert detector >= 3.125
+    assert 400 <= mhz * pll.output <= 800
+
+
+@pytest.mark.parametrize("mhz", [25, 50, 80, 100, 110, 120])
+def test_the_sdram_is_sampled_where_it_is_stable(mhz):
+    pll = Pll.for_clock(mhz * MHZ)
+    period = 1000 / mhz
+    assert min(_margins(period, period * pll.chip_phase / pll.output)) > 1.5
+
+
+@pytest.mark.parametrize("mhz", [0, -25, 101, 33.3, 1000])
+def test_other_clocks_are_refused(mhz):
+    with pytest.raises(ClockRateError, match="clock must be one that the PLL makes of 25 MHz"):
+        Pll.for_clock(round(mhz * MHZ))
+
+
+def test_rates_of_the_line(tmp_path):
+    with pytest.raises(ClockRateError, match="baud must be within 2%"):
+        build_bitstream("ulx3s", baud=44_000_000, folder=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_boards_are_named():
+    assert "ulx3s" in BOARDS
+    with pytest.raises(UnknownBoardError, match=r"board must be one of .*ulx3s.*, not 'ulx4s'"):
+        board("ulx4s")
+    result = CliRunner().invoke(app, ["bitstream", "--board", "ulx4s"])
+    assert result.exit_code == 2
+    assert "not 'ulx4s'" in result.stderr
+
+
+def test_every_pin_has_its_own_site():
+    sites = [site for names, _ in _SITES.values() for site in names.split()]
+    assert len(set(sites)) == len(sites) == 16 + 13 + 2 + 2 + 6 + 8 + 5
