@@ -116,8 +116,8 @@ def test_a_process_ends_when_it_is_closed():
 def test_a_process_ends_with_its_parent():
     """Its standard input closes, however the parent ends."""
     script = ("import time; from moeaccel.sim.board import BoardProcess; "
-              "from tests.sim.test_board import CONFIG; board = BoardProcess(CONFIG); print(board.pid, flush=True); "
-              "time.sleep(600)")
+              "from tests.sim.test_board import CONFIG; board = BoardProcess(CONFIG); "
+              "print(board.pid, flush=True); time.sleep(600)")
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE,
                           env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}) as parent:
         board = int(parent.stdout.readline())
