@@ -53,7 +53,7 @@ BAUD = 3_000_000
 
 _HELLO_ATTEMPTS = 5
 _SILENT_ROUNDS = 5  # times that a silent line is tried again
-_ROUNDS = 64  # times that requests are sent again without one getting through
+_ROUNDS = 64  # rounds without an answer, on a line that is not silent
 _REPLY_S = 0.25  # shortest time after which a silent line is tried again
 _POLL_S = 0.02  # of the port, between looks at the clock
 _NOTICE_S = 0.5  # an interrupt whose notice got lost is seen that much later
@@ -237,8 +237,10 @@ class SerialTransport(Transport):
         self._reader = FrameReader()
         self._port = _open_port(self._name, self._baud)
         try:
+            # How long does an answer take here? A simulated board is slower than its line.
+            begin = time.monotonic()
             self._memory_bytes = self._hello().memory_bytes
-            # How long does a whole block take here? A simulated board is slower than its line.
+            self._timer = max(_REPLY_S, 4 * (time.monotonic() - begin))
             begin = time.monotonic()
             self._collect([self._submit(Opcode.MEMORY_READ, 0, MAX_PAYLOAD)])
             self._timer = max(_REPLY_S, 4 * (time.monotonic() - begin))
@@ -342,8 +344,12 @@ class SerialTransport(Transport):
             return
         if self._damaged >= sum(exchange.reply is None for exchange in self._window):
             self._send_again("replies were damaged")  # nothing else is on its way
+        elif time.monotonic() > self._deadline and self._heard:
+            # Something is coming, be it slowly; what is lost then shows when the line is silent.
+            self._count_round("no answer came whole")
+            self._restart_timer()
         elif time.monotonic() > self._deadline:
-            self._silent_rounds = 0 if self._heard else self._silent_rounds + 1
+            self._silent_rounds += 1
             self._send_again("the device did not answer")
 
     def _take(self, reply: Reply) -> None:
@@ -382,9 +388,7 @@ class SerialTransport(Transport):
 
     def _send_again(self, why: str) -> None:
         """Send everything unanswered again, in order, as another attempt."""
-        self._rounds += 1
-        if self._rounds > _ROUNDS or self._silent_rounds > _SILENT_ROUNDS:
-            raise self._lose(f"{why}, after {self._rounds - 1} attempts to send it again")
+        self._count_round(why)
         self._attempt = (self._attempt + 1) % ATTEMPTS
         logger.debug("%s: sending again, attempt %d", why, self._attempt)
         data = bytearray(b"\0")
@@ -395,6 +399,12 @@ class SerialTransport(Transport):
         self._damaged = 0
         self._restart_timer()
         self._write(bytes(data))
+
+    def _count_round(self, why: str) -> None:
+        """Give up after too many rounds without an answer."""
+        self._rounds += 1
+        if self._rounds > _ROUNDS or self._silent_rounds > _SILENT_ROUNDS:
+            raise self._lose(f"{why}, for the {self._rounds}th time in a row")
 
     def _restart_timer(self) -> None:
         self._deadline = time.monotonic() + self._timer * 2**self._silent_rounds
