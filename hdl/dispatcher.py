@@ -8,6 +8,10 @@ from amaranth.utils import ceil_log2, exact_log2
 
 from moeaccel.config import AcceleratorConfig
 from moeaccel.hdl import layouts
+from moeaccel.hdl.pipeline import Pipeline
+
+FILL_CYCLES = 4
+"""From a pair to its entry in the slot table: its weight becomes an internal float."""
 
 
 class Dispatcher(wiring.Component):
@@ -26,7 +30,8 @@ class Dispatcher(wiring.Component):
     (``same``). At most one pass is prepared while another runs.
 
     Cycles: 3 for each pair to count and 3 to scatter, 2 for each expert, then about 6 for each slot
-    of a pass. GEMM (``linear``) needs no ids: every token goes to image 0 with weight 1.
+    of a pass, and FILL_CYCLES. GEMM (``linear``) needs no ids: every token goes to image 0 with
+    weight 1.
 
     Parameters
     ----------
@@ -115,35 +120,46 @@ class Dispatcher(wiring.Component):
         k = Signal(5)
         token = Signal(config.max_tokens.bit_length())
         valid_of_token = Signal(5)
+        # Every pair has three cycles (ID, READ, WRITE); its id is read during the pair before it,
+        # and all that the third needs to know comes from registers, be it that it is the third.
         raw_id = Signal(32)
-        m.d.comb += [
-            ids_r.addr.eq(index >> lane_bits),
-            raw_id.eq(ids_r.data.word_select(index[:lane_bits], 32)),
-        ]
+        ahead_index = Signal(pairs_bits)  # of the pair whose id is being read
         expert_id = Signal(expert_bits)
         id_valid = Signal()
-        with m.If(job.linear):
-            m.d.comb += id_valid.eq(1)
-        with m.Else():
-            m.d.comb += [id_valid.eq(raw_id < job.num_experts), expert_id.eq(raw_id)]
-
-        def next_pair():
-            m.d.sync += index.eq(index + 1)
-            with m.If(k + 1 == job.top_k):
-                m.d.sync += [k.eq(0), token.eq(token + 1)]
-            with m.Else():
-                m.d.sync += k.eq(k + 1)
-
-        rewind = [index.eq(0), k.eq(0), token.eq(0), valid_of_token.eq(0)]
+        last_of_token, last_pair = Signal(), Signal()
+        id_word = Signal(8 * config.port_bytes, reset_less=True)
+        rewind, take_first, third, counting = Signal(), Signal(), Signal(), Signal()
+        m.d.comb += ids_r.addr.eq(ahead_index >> lane_bits)
+        m.d.sync += [
+            id_word.eq(ids_r.data),
+            id_valid.eq(job.linear | (raw_id < job.num_experts)),
+            expert_id.eq(Mux(job.linear, 0, raw_id)),
+            last_of_token.eq(k + 1 == job.top_k),
+            last_pair.eq(index + 1 == pairs),
+        ]
+        with m.If(take_first | third):
+            m.d.sync += [
+                raw_id.eq(id_word.word_select(ahead_index[:lane_bits], 32)),
+                ahead_index.eq(ahead_index + 1),
+            ]
+        with m.If(third):
+            m.d.sync += [
+                index.eq(index + 1), k.eq(Mux(last_of_token, 0, k + 1)),
+                token.eq(token + last_of_token),
+            ]
+        with m.If(rewind):
+            m.d.sync += [index.eq(0), ahead_index.eq(0), k.eq(0), token.eq(0)]
 
         # -- fetch
         fetch_beat = Signal(ceil_log2(beats) if beats > 1 else 1)
+        request_beats = Signal(self.reader.request.p.beats.shape())
+        m.d.sync += request_beats.eq((pairs + (per_beat - 1)) >> lane_bits)
         fetching_weights = Signal()
         m.d.comb += [
             self.reader.request.p.address.eq(
                 Mux(fetching_weights, job.weights_address, job.ids_address)
             ),
-            self.reader.request.p.beats.eq((pairs + (per_beat - 1)) >> lane_bits),
+            self.reader.request.p.beats.eq(request_beats),
             ids_w.addr.eq(fetch_beat),
             ids_w.data.eq(self.reader.data),
             weights_w.addr.eq(fetch_beat),
@@ -175,6 +191,8 @@ class Dispatcher(wiring.Component):
         capacity = Mux(two, config.max_slots // 2, config.max_slots)
         resident_count = Signal(range(config.max_slots + 1))
         same = Signal()
+        words = Signal(32)
+        last_pass, expert_ends = Signal(), Signal()
         slot_bank = Signal()
         x_bank = Signal()
         prefix = Signal(pairs_bits)
@@ -184,7 +202,7 @@ class Dispatcher(wiring.Component):
         )
         m.d.comb += [
             self.o_weights.p.address.eq(image),
-            self.o_weights.p.words.eq(job.gate_up_words + job.down_words),
+            self.o_weights.p.words.eq(words),
             self.o_section.p.format.eq(job.format),
             self.o_load.p.bank.eq(x_bank),
             self.o_load.p.slot_bank.eq(slot_bank),
@@ -193,50 +211,80 @@ class Dispatcher(wiring.Component):
             self.o_pass.p.x_bank.eq(x_bank),
             self.o_pass.p.count.eq(slots),
             self.o_pass.p.same.eq(same),
-            self.o_pass.p.last.eq(remaining == slots),
+            self.o_pass.p.last.eq(last_pass),
+        ]
+        # Known long before they are used.
+        m.d.sync += [
+            words.eq(job.gate_up_words + job.down_words),
+            last_pass.eq(remaining == slots),
+            expert_ends.eq(left == slots),
         ]
 
         # Weight of a pair: float32 to internal float (arithmetic.float32_to_internal).
         entry = Signal(pair)
-        raw_weight = Signal(32)
+        m.d.comb += weights_r.addr.eq(entry.index >> lane_bits)
+        filled = Signal()
+        p = Pipeline(m, filled, "fill")
+        s = p.stage(
+            word=weights_r.data, part=entry.index[:max(1, lane_bits)], slot=slot,
+            address=Cat(slot[: layouts.slot_bits(config)], slot_bank), token=entry.token,
+            done=done_r.data, total=total_r.data, resident_first=resident_r.data.first)
+        first = Signal()
         m.d.comb += [
-            weights_r.addr.eq(entry.index >> lane_bits),
-            raw_weight.eq(weights_r.data.word_select(entry.index[:lane_bits], 32)),
+            first.eq(Mux(same, s.resident_first, s.done == 0)),
+            resident_w.en.eq(p.valid),
+            resident_w.addr.eq(s.slot),
+            resident_w.data.token.eq(s.token),
+            resident_w.data.first.eq(first),
+            done_w.en.eq(p.valid),
+            done_w.addr.eq(s.token),
+            done_w.data.eq(s.done + 1),
         ]
+        s = p.stage(
+            raw=s.word.word_select(s.part[:lane_bits], 32) if lane_bits else s.word,
+            address=s.address, token=s.token, first=first, last=s.done + 1 == s.total)
+        s = p.stage(
+            magnitude=Cat(s.raw[7:23], C(1, 1)), sign=s.raw[31], field=s.raw[23:31],
+            round_up=s.raw[6] & (s.raw[:6].any() | s.raw[7]),
+            zero=(s.raw[23:31] == 0) | s.raw[23:31].all(),
+            address=s.address, token=s.token, first=s.first, last=s.last)
+        s = p.stage(
+            magnitude=s.magnitude + s.round_up, sign=s.sign, field=s.field, zero=s.zero,
+            address=s.address, token=s.token, first=s.first, last=s.last)
         weight = Signal(layouts.internal_float())
-        magnitude = Signal(18)
-        field = raw_weight[23:31]
-        round_up = raw_weight[6] & (raw_weight[:6].any() | raw_weight[7])
         with m.If(job.linear):
             m.d.comb += [weight.mantissa.eq(1 << 16), weight.exponent.eq(-16)]
-        with m.Elif((field != 0) & (field != 255)):
-            m.d.comb += magnitude.eq(Cat(raw_weight[7:23], 1) + round_up)
-            carried = Mux(magnitude[17], 1 << 16, magnitude[:17])
+        with m.Elif(~s.zero):
+            carried = Mux(s.magnitude[17], 1 << 16, s.magnitude[:17])
             m.d.comb += [
-                weight.mantissa.eq(Mux(raw_weight[31], -carried, carried)),
-                weight.exponent.eq(field.as_unsigned() - 143 + magnitude[17]),
+                weight.mantissa.eq(Mux(s.sign, -carried, carried)),
+                weight.exponent.eq(s.field - 143 + s.magnitude[17]),
             ]
-
-        first = Signal()
+        assert p.depth == FILL_CYCLES
         m.d.comb += [
             total_r.addr.eq(entry.token),
             done_r.addr.eq(entry.token),
-            first.eq(Mux(same, resident_r.data.first, done_r.data == 0)),
             resident_r.addr.eq(slot),
-            resident_w.addr.eq(slot),
-            resident_w.data.token.eq(entry.token),
-            resident_w.data.first.eq(first),
-            self.slot_w_address.eq(Cat(slot[: layouts.slot_bits(config)], slot_bank)),
-            self.slot_w_data.token.eq(entry.token),
+            cursor_r.addr.eq(expert_id),
+            count_r.addr.eq(Mux(counting, expert_id, walk)),
+            self.slot_w_en.eq(p.valid),
+            self.slot_w_address.eq(s.address),
+            self.slot_w_data.token.eq(s.token),
             self.slot_w_data.weight.eq(weight),
-            self.slot_w_data.first.eq(first),
-            self.slot_w_data.last.eq(done_r.data + 1 == total_r.data),
+            self.slot_w_data.first.eq(s.first),
+            self.slot_w_data.last.eq(s.last),
             sorted_r.addr.eq(position + slot),
             sorted_w.data.token.eq(token),
             sorted_w.data.index.eq(index),
         ]
+        filling = Signal(FILL_CYCLES)
+        m.d.sync += filling.eq(Cat(filled, filling))
+        sorted_token, resident_token = (Signal(layouts.token_bits(config)) for _ in range(2))
+        equal = Signal()
+        m.d.comb += equal.eq(sorted_token == resident_token)
+        zero_token, zero_is_last = Signal(layouts.token_bits(config)), Signal()
         running = Signal()
-        m.d.comb += self.o_done.eq(~running)
+        m.d.comb += [self.o_done.eq(~running), self.o_zero.payload.eq(zero_token)]
 
         with m.FSM():
             with m.State("IDLE"):
@@ -253,7 +301,9 @@ class Dispatcher(wiring.Component):
                 ]
                 m.next = "CLEAR"
                 with m.If(~job.linear):
-                    m.next = "REQUEST_IDS"
+                    m.next = "PREPARE_REQUEST"
+            with m.State("PREPARE_REQUEST"):
+                m.next = "REQUEST_IDS"
             with m.State("REQUEST_IDS"):
                 m.d.comb += self.reader.request.valid.eq(1)
                 with m.If(self.reader.request.ready):
@@ -274,15 +324,22 @@ class Dispatcher(wiring.Component):
                 with m.If(self.reader.request.ready):
                     m.next = "COUNT_START"
             with m.State("COUNT_START"):
-                m.d.sync += rewind
+                m.d.comb += rewind.eq(1)
+                m.d.sync += [counting.eq(1), valid_of_token.eq(0)]
+                m.next = "COUNT_FIRST"
+            with m.State("COUNT_FIRST"):  # the first id: address, memory, register
+                m.next = "COUNT_SECOND"
+            with m.State("COUNT_SECOND"):
+                m.next = "COUNT_TAKE"
+            with m.State("COUNT_TAKE"):
+                m.d.comb += take_first.eq(1)
                 m.next = "COUNT_ID"
             with m.State("COUNT_ID"):
                 m.next = "COUNT_READ"
             with m.State("COUNT_READ"):
-                m.d.comb += count_r.addr.eq(expert_id)
+                m.d.sync += third.eq(1)
                 m.next = "COUNT_WRITE"
             with m.State("COUNT_WRITE"):
-                last_of_token = k + 1 == job.top_k
                 now_valid = Signal(5)
                 m.d.comb += [
                     count_w.addr.eq(expert_id),
@@ -293,37 +350,52 @@ class Dispatcher(wiring.Component):
                     total_w.data.eq(now_valid),
                     total_w.en.eq(last_of_token),
                     done_w.addr.eq(token),
+                    done_w.data.eq(0),
                     done_w.en.eq(last_of_token),
-                    self.o_zero.payload.eq(token),
-                    self.o_zero.valid.eq(last_of_token & (now_valid == 0)),
                 ]
-                with m.If(~self.o_zero.valid | self.o_zero.ready):
-                    next_pair()
-                    m.d.sync += [
-                        valid_of_token.eq(Mux(last_of_token, 0, now_valid)),
-                        remaining.eq(remaining + id_valid),
-                        walk.eq(0),
-                        prefix.eq(0),
-                    ]
+                m.d.sync += [
+                    third.eq(0),
+                    counting.eq(~last_pair),
+                    valid_of_token.eq(Mux(last_of_token, 0, now_valid)),
+                    remaining.eq(remaining + id_valid),
+                    zero_token.eq(token),
+                    zero_is_last.eq(last_pair),
+                    walk.eq(0),
+                    prefix.eq(0),
+                ]
+                m.next = "COUNT_ID"
+                with m.If(last_of_token & (now_valid == 0)):
+                    m.next = "ZERO"
+                with m.Elif(last_pair):
+                    m.next = "PREFIX_READ"
+            with m.State("ZERO"):  # a token without any expert
+                m.d.comb += self.o_zero.valid.eq(1)
+                with m.If(self.o_zero.ready):
                     m.next = "COUNT_ID"
-                    with m.If(index + 1 == pairs):
+                    with m.If(zero_is_last):
                         m.next = "PREFIX_READ"
-                with m.Else():
-                    m.d.comb += count_w.en.eq(0)
             with m.State("PREFIX_READ"):
-                m.d.comb += count_r.addr.eq(walk)
                 m.next = "PREFIX_WRITE"
             with m.State("PREFIX_WRITE"):
                 m.d.comb += [cursor_w.addr.eq(walk), cursor_w.data.eq(prefix), cursor_w.en.eq(1)]
                 m.d.sync += [prefix.eq(prefix + count_r.data), walk.eq(walk + 1)]
                 m.next = "PREFIX_READ"
                 with m.If(walk + 1 == job.num_experts):
-                    m.d.sync += rewind
-                    m.next = "SCATTER_ID"
+                    m.next = "SCATTER_START"
+            with m.State("SCATTER_START"):
+                m.d.comb += rewind.eq(1)
+                m.next = "SCATTER_FIRST"
+            with m.State("SCATTER_FIRST"):
+                m.next = "SCATTER_SECOND"
+            with m.State("SCATTER_SECOND"):
+                m.next = "SCATTER_TAKE"
+            with m.State("SCATTER_TAKE"):
+                m.d.comb += take_first.eq(1)
+                m.next = "SCATTER_ID"
             with m.State("SCATTER_ID"):
                 m.next = "SCATTER_READ"
             with m.State("SCATTER_READ"):
-                m.d.comb += cursor_r.addr.eq(expert_id)
+                m.d.sync += third.eq(1)
                 m.next = "SCATTER_WRITE"
             with m.State("SCATTER_WRITE"):
                 m.d.comb += [
@@ -333,13 +405,12 @@ class Dispatcher(wiring.Component):
                     cursor_w.data.eq(cursor_r.data + 1),
                     cursor_w.en.eq(id_valid),
                 ]
-                next_pair()
+                m.d.sync += third.eq(0)
                 m.next = "SCATTER_ID"
-                with m.If(index + 1 == pairs):
+                with m.If(last_pair):
                     m.d.sync += [walk.eq(0), position.eq(0), image.eq(job.image_address)]
                     m.next = "EXPERT_READ"
             with m.State("EXPERT_READ"):
-                m.d.comb += count_r.addr.eq(walk)
                 m.next = "EXPERT"
                 with m.If(remaining == 0):
                     m.next = "EXPERT_READ"
@@ -378,6 +449,8 @@ class Dispatcher(wiring.Component):
                     m.d.sync += same.eq(slots == resident_count)
                     m.next = "COMPARE_READ"
             with m.State("COMPARE_READ"):
+                with m.If(slot != 0):
+                    m.d.sync += same.eq(same & equal)
                 m.next = "COMPARE"
                 with m.If(~same):
                     m.d.sync += slot.eq(0)
@@ -385,12 +458,15 @@ class Dispatcher(wiring.Component):
             with m.State("COMPARE"):
                 m.d.sync += [
                     slot.eq(slot + 1),
-                    same.eq(sorted_r.data.token == resident_r.data.token),
+                    sorted_token.eq(sorted_r.data.token),
+                    resident_token.eq(resident_r.data.token),
                 ]
                 m.next = "COMPARE_READ"
                 with m.If(slot + 1 == slots):
-                    m.d.sync += slot.eq(0)
-                    m.next = "FILL_START"
+                    m.next = "COMPARE_LAST"
+            with m.State("COMPARE_LAST"):
+                m.d.sync += [same.eq(same & equal), slot.eq(0)]
+                m.next = "FILL_START"
             with m.State("FILL_START"):
                 with m.If(weights_arrived):  # asked for long before, but memory may be slow
                     with m.If(~same):
@@ -404,18 +480,14 @@ class Dispatcher(wiring.Component):
             with m.State("FILL_LOOKUP"):
                 m.next = "FILL_WRITE"
             with m.State("FILL_WRITE"):
-                m.d.comb += [
-                    self.slot_w_en.eq(1),
-                    resident_w.en.eq(1),
-                    self.o_assignments.eq(1),
-                    done_w.addr.eq(entry.token),
-                    done_w.data.eq(done_r.data + 1),
-                    done_w.en.eq(1),
-                ]
+                m.d.comb += [filled.eq(1), self.o_assignments.eq(1)]
                 m.d.sync += slot.eq(slot + 1)
                 m.next = "FILL_SORTED"
                 with m.If(slot + 1 == slots):
                     m.d.sync += resident_count.eq(slots)
+                    m.next = "FILL_END"
+            with m.State("FILL_END"):  # until the slot table is complete
+                with m.If(~filling[:-1].any()):
                     m.next = "PASS_OUT"
                     with m.If(~same):
                         m.next = "LOAD"
@@ -427,16 +499,18 @@ class Dispatcher(wiring.Component):
                 m.d.comb += self.o_pass.valid.eq(1)
                 with m.If(self.o_pass.ready):
                     m.d.comb += passed.eq(1)
-                    m.d.sync += [
-                        left.eq(left - slots),
-                        position.eq(position + slots),
-                        remaining.eq(remaining - slots),
-                        slot_bank.eq(~slot_bank),
-                    ]
-                    m.next = "PASS"
-                    with m.If(left == slots):
-                        m.d.sync += [walk.eq(walk + 1), image.eq(image + job.stride)]
-                        m.next = "EXPERT_READ"
+                    m.next = "PASSED"
+            with m.State("PASSED"):
+                m.d.sync += [
+                    left.eq(left - slots),
+                    position.eq(position + slots),
+                    remaining.eq(remaining - slots),
+                    slot_bank.eq(~slot_bank),
+                ]
+                m.next = "PASS"
+                with m.If(expert_ends):
+                    m.d.sync += [walk.eq(walk + 1), image.eq(image + job.stride)]
+                    m.next = "EXPERT_READ"
 
         return m
 

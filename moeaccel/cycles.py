@@ -275,8 +275,7 @@ def _passes(job: _Job) -> list[_Pass]:
             if slots == len(resident):
                 wrong = next((i for i in range(slots) if now.tokens[i] != resident[i]), None)
                 now.same = wrong is None
-                now.compare = (2 * slots if wrong is None or wrong == slots - 1
-                               else 2 * wrong + 3)
+                now.compare = 2 * slots + 1 if wrong is None else min(2 * slots + 1, 2 * wrong + 5)
             for slot, token in enumerate(now.tokens):
                 now.first.append(resident_first[slot] if now.same else done[token] == 0)
                 done[token] += 1
@@ -851,17 +850,17 @@ class _Machine:
         job, stream = self._job, self._stream
         weights: _Read | None = None
         if job.linear:
-            cycle = start + 4  # prepare, clear the count, rewind
+            cycle = start + 7  # prepare, clear the count, rewind, fetch the first id
         else:
             beats = job.beats(job.ids.size)
-            yield start + 2
-            ids = self._port.read(start + 2, beats)
+            yield start + 3
+            ids = self._port.read(start + 3, beats)
             yield ids
             # The counts are cleared meanwhile; then weights are asked for, and the walk begins.
-            request = max(start + 3 + job.num_experts, ids.last + 1) + 1
+            request = max(start + 4 + job.num_experts, ids.last + 1) + 1
             yield request
             weights = self._port.read(request, beats)
-            cycle = request + 2
+            cycle = request + 5
         cycle = self._sort(cycle)
 
         last_load: _Event | None = None
@@ -883,7 +882,7 @@ class _Machine:
             if weights is not None:
                 yield weights
                 cycle = max(cycle, weights.last + 1)
-            cycle += 1 + 4 * len(now.tokens)  # the slot table
+            cycle += 1 + 4 * len(now.tokens) + 3  # the slot table
             if not now.same:
                 if last_load is not None:
                     yield last_load
@@ -897,7 +896,7 @@ class _Machine:
                 yield self._issued[n - 1]
                 cycle = max(cycle, self._issued[n - 1].cycle + 1)
             self._schedule.set(self._handed[n], cycle)
-            cycle += 1
+            cycle += 2
         if self._passes:
             yield self._retired[-1]
             cycle = self._retired[-1].cycle
@@ -908,7 +907,7 @@ class _Machine:
         self._finished = max(cycle + 1, self._combiner_free) + 3
 
     def _sort(self, cycle: int) -> int:
-        """Return when a counting sort is over: 3 cycles for each pair, 2 an expert, 3 a pair.
+        """Return when a counting sort is over: 3 cycles for each pair, 2 an expert, 4, 3 a pair.
 
         A token without an expert waits until the row of zeros before it is written.
         """
@@ -917,12 +916,12 @@ class _Machine:
         without = ~((job.ids >= 0) & (job.ids < job.num_experts)).any(axis=1)
         counted = 0
         for token in np.nonzero(without)[0].tolist():
-            cycle += 3 * top_k * (token + 1 - counted) - 1
+            cycle += 3 * top_k * (token + 1 - counted)
             counted = token + 1
             cycle = max(cycle, self._combiner_free) + 1
             self._combiner_free = self._write_row(self._row_address(cycle) + 1, last=True) + 1
         cycle += 3 * top_k * (tokens - counted)
-        return cycle + 2 * job.num_experts + 3 * top_k * tokens
+        return cycle + 2 * job.num_experts + 4 + 3 * top_k * tokens
 
     # -- activation loader
     def _load(self, n: int, cycle: int) -> _Process:
