@@ -12,25 +12,30 @@ from moeaccel.sim.verilator import Model, build_model
 
 
 @functools.cache
-def _verilog(config: AcceleratorConfig) -> str:
+def accelerator_verilog(config: AcceleratorConfig, family: str = "generic") -> str:
+    """Return the accelerator's Verilog with models of the family's multiplier blocks."""
+    from moeaccel.hdl.dsp_models import DSP_MODELS
     from moeaccel.hdl.top import generate_verilog
 
-    return generate_verilog(config)
+    return generate_verilog(config, family=family) + DSP_MODELS[family]
 
 
-def build_accelerator_model(config: str | AcceleratorConfig, *, waves: bool = False,
-                            threads: int = 1) -> Model:
+def build_accelerator_model(config: str | AcceleratorConfig, *, family: str = "generic",
+                            waves: bool = False, threads: int = 1) -> Model:
     """Build the Verilated accelerator of a configuration, or take it from the cache."""
-    return build_model(_verilog(preset(config)), waves=waves, threads=threads)
+    return build_model(accelerator_verilog(preset(config), family), waves=waves, threads=threads)
 
 
-def build_accelerator(config: str | AcceleratorConfig, *, memory: MemoryModel | None = None,
-                      waves: bool = False, threads: int = 1, **options: Any) -> CoSimulation:
+def build_accelerator(config: str | AcceleratorConfig, *, family: str = "generic",
+                      memory: MemoryModel | None = None, waves: bool = False, threads: int = 1,
+                      **options: Any) -> CoSimulation:
     """Return a running simulation of the accelerator.
 
     Parameters
     ----------
     config : str or AcceleratorConfig
+    family : str
+        FPGA family of the multipliers; ``"generic"`` simulates fastest.
     memory : MemoryModel, optional
         Size and timing of the memory; ideal when left out.
     waves : bool
@@ -40,5 +45,5 @@ def build_accelerator(config: str | AcceleratorConfig, *, memory: MemoryModel | 
     **options
         Passed to :class:`~moeaccel.sim.cosim.CoSimulation`.
     """
-    model = build_accelerator_model(config, waves=waves, threads=threads)
+    model = build_accelerator_model(config, family=family, waves=waves, threads=threads)
     return CoSimulation(model, memory=memory, **options)

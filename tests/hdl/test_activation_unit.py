@@ -99,5 +99,5 @@ def test_every_segment():
 def test_parameters_are_checked():
     with pytest.raises(TypeError, match="config must be an AcceleratorConfig, not 'tiny'"):
         ActivationUnit("tiny")
-    with pytest.raises(ValueError, match="family must be one of generic, ecp5, not 'ice40'"):
+    with pytest.raises(ValueError, match="family must be one of generic, ecp5, xilinx, not"):
         ActivationUnit(preset("tiny"), "ice40")

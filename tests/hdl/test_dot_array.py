@@ -247,7 +247,7 @@ def test_families_have_the_same_structure():
 
 @pytest.mark.parametrize(("arguments", "error", "match"), [
     (("tiny",), TypeError, "config must be an AcceleratorConfig"),
-    ((TINY, "asic"), ValueError, "family must be one of generic, ecp5, not 'asic'"),
+    ((TINY, "asic"), ValueError, "family must be one of generic, ecp5, xilinx, not 'asic'"),
 ])
 def test_constructor(arguments, error, match):
     with pytest.raises(error, match=match):

@@ -66,7 +66,7 @@ def test_ecp5_sets_every_register():
 @pytest.mark.parametrize(("arguments", "match"), [
     ((19, 8, "ecp5"), "a_width must be an integer from 2 to 18, not 19"),
     ((8, 1), "b_width must be an integer from 2 to 64, not 1"),
-    ((8, 8, "asic"), "family must be one of generic, ecp5, not 'asic'"),
+    ((8, 8, "asic"), "family must be one of generic, ecp5, xilinx, not 'asic'"),
 ])
 def test_constructor(arguments, match):
     with pytest.raises(ValueError, match=match):

@@ -22,6 +22,7 @@ from moeaccel.host.memory import Allocation
 from moeaccel.host.transports.rtl import RtlTransport
 from moeaccel.registers import REGISTERS
 from moeaccel.sim import CoSimulation, MemoryModel, StallModel
+from moeaccel.sim.accelerator import accelerator_verilog
 from moeaccel.sim.verilator import Model, build_model
 
 MEMORY_BYTES = 1 << 24
@@ -47,14 +48,12 @@ def sources_digest() -> str:
     return total.hexdigest()[:16]
 
 
-def cached_model(config: AcceleratorConfig, folder: Path) -> Model:
+def cached_model(config: AcceleratorConfig, folder: Path, family: str = "generic") -> Model:
     """Return the Verilated accelerator; its Verilog, which takes a while, is kept in a folder."""
-    path = folder / f"{sources_digest()}-{config.digest:08x}.v"
+    path = folder / f"{sources_digest()}-{config.digest:08x}-{family}.v"
     if not path.is_file():
-        from moeaccel.hdl.top import generate_verilog
-
         made = path.with_suffix(f".{id(path)}.part")
-        made.write_text(generate_verilog(config), encoding="utf-8")
+        made.write_text(accelerator_verilog(config, family), encoding="utf-8")
         made.replace(path)
     return build_model(path.read_text(encoding="utf-8"))
 

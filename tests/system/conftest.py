@@ -24,11 +24,12 @@ def pair_of(request):
     folder = request.config.cache.mkdir("accelerators")
     models = {}
 
-    def get(config, **options):
+    def get(config, *, family="generic", **options):
         config = preset(config)
-        if config.digest not in models:
-            models[config.digest] = cached_model(config, folder)
-        return Pair(models[config.digest], config, **options)
+        key = config.digest, family
+        if key not in models:
+            models[key] = cached_model(config, folder, family)
+        return Pair(models[key], config, **options)
 
     return get
 
