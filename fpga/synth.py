@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from amaranth.back import verilog
 from amaranth.lib import wiring
 from rich.console import Console
 from rich.table import Table
@@ -29,7 +28,7 @@ from moeaccel.hdl.axi_arbiter import AxiArbiter
 from moeaccel.hdl.memory_port import ID_BITS
 from moeaccel.hdl.sdram_controller import SdramController, SdramTiming
 from moeaccel.hdl.serial_link import SerialLink
-from moeaccel.hdl.verilog_target import RAM_VERILOG, VerilogTarget
+from moeaccel.hdl.verilog_target import generate
 
 __all__ = ["BLOCKS", "Report", "synthesise"]
 
@@ -82,7 +81,8 @@ BLOCKS: dict[str, Block] = {
     "result_serialiser": _block("result_serialiser", "ResultSerialiser"),
     "activation_unit": _block("activation_unit", "ActivationUnit", "ecp5"),
     "hidden_buffer": _block("hidden_buffer", "HiddenBuffer"),
-    "combiner": _block("combiner", "Combiner", "ecp5"),
+    "row_sums": _block("row_sums", "RowSums", "ecp5"),
+    "combiner": _block("combiner", "Combiner"),
     "memory_port": _block("memory_port", "MemoryPort", readers=5, writers=2),
     "command_processor": _block("command_processor", "CommandProcessor"),
     "register_file": _block("register_file", "RegisterFile"),
@@ -156,9 +156,7 @@ def synthesise(name: str, config: AcceleratorConfig, *, seed: int = 1,
     """
     if name not in BLOCKS:
         raise ValueError(f"block must be one of {', '.join(BLOCKS)}, not {name!r}")
-    text = verilog.convert(Fold(BLOCKS[name](config)), name="top", platform=VerilogTarget(),
-                           emit_src=False) + RAM_VERILOG
-    build = Build(name=f"{name}-{config.name}", verilog=text,
+    build = Build(name=f"{name}-{config.name}", verilog=generate(Fold(BLOCKS[name](config)), "top"),
                   script="setattr -mod -set keep_hierarchy 1 \\top.block", route=ROUTE,
                   folder=folder)
     seconds = build.synthesise()

@@ -115,7 +115,7 @@ class ActivationUnit(wiring.Component):
         with m.If(arrives & ~element.row[0]):
             m.d.sync += held.eq(element.value)
         meta = Signal(data.StructLayout({
-            "slot": layouts.slot_bits(config), "index": layouts.element_bits(config), "last": 1}))
+            "slot": layouts.slot_bits(config), "index": layouts.row_bits(config) - 1, "last": 1}))
         m.d.comb += [
             meta.slot.eq(element.slot),
             meta.index.eq(element.row >> 1),

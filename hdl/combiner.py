@@ -1,25 +1,17 @@
-"""Weights an expert's outputs, sums them exactly, and hands each token's sum to memory."""
+"""Hands each token's sum to memory, where need be by way of the workspace."""
 
 from amaranth import *
 from amaranth.lib import data, fifo, stream, wiring
-from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import ceil_log2, exact_log2
 
 from moeaccel.config import AcceleratorConfig
 from moeaccel.hdl import layouts
-from moeaccel.hdl.multiplier import Multiplier
 from moeaccel.hdl.pipeline import Pipeline
+from moeaccel.hdl.row_sums import SUM_BITS, stripe, stripe_address
 from moeaccel.hdl.sequential_multiplier import SequentialMultiplier
 
 __all__ = ["Combiner", "drain_request"]
-
-SUM_BITS = 48
-TERM_LIMIT = 43
-"""Magnitude bits of a weighted output on the grid (arithmetic.TERM_BITS)."""
-LEFT = 10
-"""Largest left shift of a product that still fits: its 33 bits become 43."""
-
 
 def drain_request(config: AcceleratorConfig) -> data.StructLayout:
     """Return a request to empty the y buffer: the slot table of the set's last pass, its slots."""
@@ -66,41 +58,39 @@ class _ToFloat32(wiring.Component):
 
 
 class Combiner(wiring.Component):
-    """Sum weighted outputs on a fixed-point grid: order cannot matter (DESIGN section 3).
+    """Empty the y buffer, which every core has a part of (RowSums).
 
     ::
 
-        i_element --> (x) weight of its slot --> round to the grid --> [+] --> y buffer, 48 bits
         i_drain --> for each slot: workspace --> [+] --> y buffer --> float32 --> y
                                                                   \\-> workspace
 
-    term = round(value * weight / 2**grid_exponent), zero and counted if it needs more than 43 bits.
-    The first pass of a set of tokens (``i_fresh``) stores, later ones add. Draining goes slot by
-    slot; partial sums of an earlier set are added first (unless ``first``), and the row goes to y
-    (``last``) or back to the workspace. One slot's writes are acknowledged before the next slot's
-    reads, so that a token may occupy two slots.
+    Draining goes slot by slot; partial sums of an earlier set are added first (unless ``first``),
+    and the row goes to y (``last``) or back to the workspace. One slot's writes are acknowledged
+    before the next slot's reads, so that a token may occupy two slots.
 
-    Throughput: one element per cycle; draining Q = quantiser_lanes elements, or one beat, per
-    cycle. Elements must not come while draining. Reset forgets everything under way.
+    Throughput: Q = quantiser_lanes elements, or one beat, per cycle. Reset forgets everything under
+    way.
 
     Parameters
     ----------
     config : :class:`AcceleratorConfig`
         ``quantiser_lanes`` must be ``port_bytes / 8`` or ``port_bytes / 4``: a word of the y buffer
         keeps up with the port.
-    family : :class:`str`
-        FPGA family of the multiplier.
 
     Members
     -------
     i_grid_exponent, i_steps_out, i_y_address, i_workspace_address
         Of the command.
-    i_valid, i_element : an output; ``i_slot_bank``, ``i_fresh``: of its pass; ``i_last``: its
-        pass's last one
-    o_pass_done : :py:`Out(1)`
-        Pulse: the element marked ``i_last`` is in the y buffer.
+    i_lookup : :py:`In(slot_bits + 1)`
+        Slot table address that the cores' elements need: slot, bank.
     slot_address, slot_data
-        Slot table: {bank, slot} -> layouts.slot, one cycle later.
+        Slot table: {bank, slot} -> layouts.slot, one cycle later; the cores' while not draining.
+    o_draining : :py:`Out(1)`
+        The y buffer is the Combiner's, by ``r_*`` and ``w_*``.
+    r_address, r_data : :py:`Out(stripe_address(config))`, :py:`In(stripe(config))` one cycle later
+    w_en, w_address, w_data
+        An enable for each sum.
     i_drain : :py:`In(stream.Signature(drain_request(config)))`
     o_drained : :py:`Out(1)`
         Pulse: every write of the drain is acknowledged.
@@ -108,37 +98,34 @@ class Combiner(wiring.Component):
         Writes a row of zeros.
     o_idle : :py:`Out(1)`
         No drain and no row of zeros is under way.
-    o_overflow : :py:`Out(1)`
-        Pulse for each output beyond the grid.
     reader, writer
         Ports to memory.
     """
 
-    def __init__(self, config: AcceleratorConfig, family="generic"):
+    def __init__(self, config: AcceleratorConfig):
         if config.quantiser_lanes * 8 not in (config.port_bytes, 2 * config.port_bytes):
             raise ValueError(
                 f"Quantiser lanes must be {config.port_bytes // 8} or {config.port_bytes // 4} "
                 f"behind a port of {config.port_bytes} bytes, not {config.quantiser_lanes!r}")
         self._config = config
-        self._family = family
         super().__init__({
             "i_grid_exponent": In(signed(8)),
             "i_steps_out": In(layouts.steps_bits(config)),
             "i_y_address": In(config.address_bits),
             "i_workspace_address": In(config.address_bits),
-            "i_valid": In(1),
-            "i_element": In(layouts.element(config)),
-            "i_slot_bank": In(1),
-            "i_fresh": In(1),
-            "i_last": In(1),
-            "o_pass_done": Out(1),
+            "i_lookup": In(1 + layouts.slot_bits(config)),
             "slot_address": Out(1 + layouts.slot_bits(config)),
             "slot_data": In(layouts.slot(config)),
             "i_drain": In(stream.Signature(drain_request(config))),
             "o_drained": Out(1),
             "i_zero": In(stream.Signature(layouts.token_bits(config))),
             "o_idle": Out(1),
-            "o_overflow": Out(1),
+            "o_draining": Out(1),
+            "r_address": Out(stripe_address(config)),
+            "r_data": In(stripe(config)),
+            "w_en": Out(stripe(config).length),
+            "w_address": Out(stripe_address(config)),
+            "w_data": Out(stripe(config)),
             "reader": Out(layouts.ReadClientSignature(config)),
             "writer": Out(layouts.WriteClientSignature(config)),
         })
@@ -148,63 +135,12 @@ class Combiner(wiring.Component):
         config = self._config
         lanes = config.quantiser_lanes
         lanes_log2 = exact_log2(lanes)
+        # A word is what leaves in a cycle; a stripe, one word of each core, has one or more.
+        words_log2 = exact_log2(stripe(config).length // lanes)
         row_bits = ceil_log2(config.max_dim // lanes)
         port_log2 = exact_log2(config.port_bytes)
-        words = Memory(shape=data.ArrayLayout(signed(SUM_BITS), lanes),
-                       depth=config.max_slots << row_bits, init=[])
-        m.submodules.words = words
-        write = words.write_port(granularity=1)
-        read = words.read_port()
         draining = Signal()
-
-        # Elements: weight, round, add
-        element = self.i_element
-        pipe = Pipeline(m, self.i_valid & ~draining)
-        along = {"slot": element.slot, "row": element.row, "fresh": self.i_fresh,
-                 "last": self.i_last}
-
-        def carried(s, **more):
-            return {name: getattr(s, name) for name in along} | more
-
-        s = pipe.stage(**along, mantissa=element.value.mantissa, exponent=element.value.exponent)
-        m.submodules.multiplier = multiplier = Multiplier(18, 18, self._family)
-        weight = self.slot_data.weight
-        m.d.comb += [multiplier.i_a.eq(s.mantissa), multiplier.i_b.eq(weight.mantissa)]
-        s = pipe.delay(Multiplier.LATENCY_CYCLES, **carried(
-            s, zero=(s.mantissa == 0) | (weight.mantissa == 0),
-            shift=s.exponent + weight.exponent))
-        product = multiplier.o_product
-        s = pipe.stage(**carried(
-            s, zero=s.zero, product=product, large=product[33] ^ product[35],
-            shift=s.shift - self.i_grid_exponent))
-        # (product << 10) >> amount, with a rounding and a sticky bit below
-        amount = LEFT - s.shift
-        s = pipe.stage(**carried(
-            s, overflow=~s.zero & (s.shift > LEFT - s.large), product=s.product,
-            amount=Mux(amount < 0, 0, Mux(amount > 63, 63, amount))[:6]))
-        wide = Cat(C(0, LEFT + 2), s.product).as_signed()
-        coarse = Cat(C(0, 3), s.amount[3:])
-        below = (1 << coarse) - 1
-        s = pipe.stage(**carried(s, overflow=s.overflow, amount=s.amount[:3],
-                                 value=wide >> coarse, sticky=(wide & below[:len(wide)]).any()))
-        below = (1 << s.amount) - 1
-        s = pipe.stage(**carried(s, overflow=s.overflow, value=s.value >> s.amount,
-                                 sticky=s.sticky | (s.value & below).any()))
-        value = s.value
-        up = value[1] & (value[0] | s.sticky | value[2])
-        s = pipe.stage(**carried(s, overflow=s.overflow, term=Mux(
-            s.overflow, 0, (value[2:].as_signed() + up)[:TERM_LIMIT + 1].as_signed())))
-        element_read = Signal(read.addr.shape())
-        m.d.comb += element_read.eq(Cat((s.row >> lanes_log2)[:row_bits], s.slot))
-        reading = pipe.valid
-        s = pipe.stage(**carried(s, overflow=s.overflow, term=s.term))
-        chosen = Array(read.data[i] for i in range(lanes))[s.row[:lanes_log2]]
-        s = pipe.stage(**carried(s, overflow=s.overflow, term=s.term,
-                                 old=Mux(s.fresh, 0, chosen)[:SUM_BITS].as_signed()))
-        s = pipe.stage(**carried(s, overflow=s.overflow, total=(s.old + s.term)[:SUM_BITS]))
-        total_valid = pipe.valid
-        m.d.comb += [self.o_overflow.eq(pipe.valid & s.overflow),
-                     self.o_pass_done.eq(pipe.valid & s.last)]
+        m.d.comb += self.o_draining.eq(draining)
 
         # Drain: one slot after another
         slot = Signal(range(config.max_slots + 1))
@@ -221,8 +157,7 @@ class Combiner(wiring.Component):
         m.d.comb += [
             words_in_row.eq(self.i_steps_out << (5 - lanes_log2)),
             offset.i_a.eq(token), offset.i_b.eq(self.i_steps_out),
-            self.slot_address.eq(Mux(draining, Cat(slot_index, slot_bank),
-                                     Cat(element.slot, self.i_slot_bank))),
+            self.slot_address.eq(Mux(draining, Cat(slot_index, slot_bank), self.i_lookup)),
             self.reader.request.p.address.eq(row),
             self.reader.request.p.beats.eq(self.i_steps_out << (8 - port_log2)),
             self.writer.request.p.address.eq(row),
@@ -296,35 +231,42 @@ class Combiner(wiring.Component):
         def word_of(index):
             return (index >> halves_log2)[:row_bits]
 
+        def word_at(index):
+            """Return the sums of a word of the stripe that was read."""
+            starts = range(0, len(self.r_data), lanes)
+            if not words_log2:
+                return list(self.r_data)
+            return [Array(self.r_data[start + i] for start in starts)[index[:words_log2]]
+                    for i in range(lanes)]
+
         beats = Pipeline(m, self.reader.valid, name="beat")
         b = beats.stage(data=self.reader.data, index=arriving, last=self.reader.last)
-        old_words = [read.data[i] for i in range(lanes)]
+        old_words = word_at(word_of(b.index))
         b = beats.stage(data=b.data, index=b.index, last=b.last, old=old_words)
         m.d.comb += added.eq(beats.valid & b.last)
         with m.If(self.reader.valid):
             m.d.sync += arriving.eq(arriving + 1)
 
-        # The y buffer's ports: elements, or partial sums and the way out
+        # The y buffer's ports: partial sums come in, or sums go out
         emit = Signal()
-        with m.If(draining):
+        half = b.index[0] if halves == 2 else C(0)
+        m.d.comb += [
+            self.r_address.word.eq(
+                Mux(self.reader.valid, word_of(arriving), emitted[:row_bits]) >> words_log2),
+            self.r_address.slot.eq(slot_index),
+            self.w_address.word.eq(word_of(b.index) >> words_log2),
+            self.w_address.slot.eq(slot_index),
+        ]
+        for i in range(len(self.w_data)):
+            word, lane = divmod(i, lanes)
             m.d.comb += [
-                read.addr.eq(Cat(Mux(self.reader.valid, word_of(arriving), emitted[:row_bits]),
-                                 slot_index)),
-                write.addr.eq(Cat(word_of(b.index), slot_index)),
+                self.w_en[i].eq(
+                    beats.valid & (half == lane // per_beat)
+                    & (word_of(b.index)[:words_log2] == word)),
+                self.w_data[i].eq(
+                    b.old[lane]
+                    + b.data.word_select(lane % per_beat, 64)[:SUM_BITS].as_signed()),
             ]
-            half = b.index[0] if halves == 2 else C(0)
-            for i in range(lanes):
-                m.d.comb += [
-                    write.en[i].eq(beats.valid & (half == i // per_beat)),
-                    write.data[i].eq(b.old[i]
-                                     + b.data.word_select(i % per_beat, 64)[:SUM_BITS].as_signed()),
-                ]
-        with m.Else():
-            m.d.comb += [read.addr.eq(element_read), read.en.eq(reading),
-                         write.addr.eq(Cat((s.row >> lanes_log2)[:row_bits], s.slot))]
-            for i in range(lanes):
-                m.d.comb += [write.en[i].eq(total_valid & (s.row[:lanes_log2] == i)),
-                             write.data[i].eq(s.total)]
 
         # The way out: a word of sums becomes float32 or int64, then beats
         depth, under_way = 32, _ToFloat32.LATENCY_CYCLES + 4
@@ -337,8 +279,8 @@ class Combiner(wiring.Component):
         with m.If(emit):
             m.d.sync += emitted.eq(emitted + 1)
         out = Pipeline(m, emit, name="out")
-        o = out.stage(odd=emitted[0])
-        sums = [Mux(zeroing, 0, read.data[i])[:SUM_BITS] for i in range(lanes)]
+        o = out.stage(odd=emitted[0], word=emitted[:max(1, words_log2)])
+        sums = [Mux(zeroing, 0, value)[:SUM_BITS] for value in word_at(o.word)]
         floats = []
         for i in range(lanes):
             m.submodules[f"to_float32_{i}"] = convert = _ToFloat32()

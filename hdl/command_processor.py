@@ -17,6 +17,7 @@ from moeaccel.commands import (
 )
 from moeaccel.config import BLOCK, TOP_K_MAX, AcceleratorConfig
 from moeaccel.formats import FORMATS
+from moeaccel.hdl import layouts
 from moeaccel.hdl.layouts import ReadClientSignature, WriteClientSignature, job, token_bits
 from moeaccel.image import Section
 
@@ -146,7 +147,7 @@ class CommandProcessor(wiring.Component):
             "idle": In(1),
             "fault_window": In(1),
             "fault_bus": In(1),
-            "fault_address": In(config.address_bits),
+            "fault_address": In(config.device_address_bits),
             "enable": In(1),
             "sq_base": In(64),
             "cq_base": In(64),
@@ -222,8 +223,10 @@ class CommandProcessor(wiring.Component):
         the multiplier in each cycle of ``step``. Returns a signal that is 1 when nothing is left to
         add, and for each section (product, row words, scale entries' product) and the scale words.
         """
-        constants = {f.code: Section(f, 2 * BLOCK, BLOCK, self._config.row_multipliers)
-                     for f in FORMATS.values()}
+        config = self._config
+        constants = {
+            f.code: Section(f, 2 * BLOCK, BLOCK, config.row_multipliers, config.channels)
+            for f in FORMATS.values()}
         busy = []
         results = []
         for i, (rows, steps) in enumerate(sections):
@@ -244,7 +247,7 @@ class CommandProcessor(wiring.Component):
                 for code, section in constants.items():
                     with m.Case(code):
                         m.d.comb += [
-                            tiles.eq(rows >> exact_log2(section.tile_rows)),
+                            tiles.eq(layouts.tiles(rows, section.tile_rows * section.channels)),
                             groups.eq(up(steps, section.format.steps_per_group)),
                         ]
                         m.d.sync += [
@@ -357,7 +360,7 @@ class CommandProcessor(wiring.Component):
         # -- the completion ------------------------------------------------------------------------
         status = Signal(8)
         detail = Signal(32)
-        fault_or_zero = Signal(address_bits)
+        fault_or_zero = Signal(config.device_address_bits)
         cycles = Signal(_CYCLES_BITS)
         ran = Signal()
         nonfinite = Signal()

@@ -17,6 +17,7 @@ def _amount_bits(name: str, config: AcceleratorConfig) -> int:
         "tokens": config.max_tokens.bit_length(),
         "assignments": config.max_assignments.bit_length(),
         "overflows": 32,
+        "bytes_read_weights": config.channels.bit_length(),
     }.get(name, 1)
 
 
@@ -34,9 +35,9 @@ class Counters(wiring.Component):
     Members
     -------
     busy, starved_weights, ... : :py:`In(1)` or wider
-        One input for each counter, named as the counter. ``bytes_*``: a strobe, one beat of
-        ``port_bytes`` bytes. ``tokens``, ``assignments``, ``overflows``: the amount, 0 when there
-        is nothing to add. Others: a strobe.
+        One input for each counter, named as the counter. ``bytes_*``: beats of ``port_bytes``
+        bytes, at most one; of weights, one of each channel. ``tokens``, ``assignments``,
+        ``overflows``: the amount, 0 when there is nothing to add. Others: a strobe.
     clear : :py:`In(1)`
         Set every counter to 0.
     ro_busy_lo, ro_busy_hi, ... : :py:`Out(32)`

@@ -197,9 +197,14 @@ class Dispatcher(wiring.Component):
         x_bank = Signal()
         prefix = Signal(pairs_bits)
 
-        tile_rows_log2 = Mux(
-            job.format == 0, exact_log2(config.row_multipliers), exact_log2(config.rows)
-        )
+
+        def tiles(rows):
+            return Mux(
+                job.format == 0,
+                layouts.tiles(rows, config.row_multipliers * config.channels),
+                layouts.tiles(rows, config.rows * config.channels),
+            )
+
         m.d.comb += [
             self.o_weights.p.address.eq(image),
             self.o_weights.p.words.eq(words),
@@ -435,7 +440,7 @@ class Dispatcher(wiring.Component):
                 m.d.comb += [
                     self.o_section.valid.eq(1),
                     self.o_section.p.steps.eq(job.steps_in),
-                    self.o_section.p.tiles.eq((job.steps_hidden << 6) >> tile_rows_log2),
+                    self.o_section.p.tiles.eq(tiles(job.steps_hidden << 6)),
                 ]
                 with m.If(self.o_section.ready):
                     m.next = "SECTION_DOWN"
@@ -443,7 +448,7 @@ class Dispatcher(wiring.Component):
                 m.d.comb += [
                     self.o_section.valid.eq(1),
                     self.o_section.p.steps.eq(job.steps_hidden),
-                    self.o_section.p.tiles.eq((job.steps_out << 5) >> tile_rows_log2),
+                    self.o_section.p.tiles.eq(tiles(job.steps_out << 5)),
                 ]
                 with m.If(self.o_section.ready):
                     m.d.sync += same.eq(slots == resident_count)

@@ -1,4 +1,6 @@
-"""Everything between a checked command and the memory port: dispatch, stream, multiply, combine."""
+"""Everything between a checked command and the memory ports: dispatch, multiply, combine."""
+
+import functools
 
 from amaranth import *
 from amaranth.lib import stream, wiring
@@ -8,21 +10,20 @@ from amaranth.lib.wiring import In, Out
 from moeaccel.config import AcceleratorConfig
 from moeaccel.hdl import layouts
 from moeaccel.hdl.activation_loader import ActivationLoader
-from moeaccel.hdl.activation_unit import ActivationUnit
 from moeaccel.hdl.combiner import Combiner
+from moeaccel.hdl.core import Core
 from moeaccel.hdl.dispatcher import Dispatcher
-from moeaccel.hdl.dot_array import DotArray
 from moeaccel.hdl.hidden_buffer import HiddenBuffer
-from moeaccel.hdl.lane_buffer import LaneBuffer
-from moeaccel.hdl.result_serialiser import ResultSerialiser
-from moeaccel.hdl.sequencer import Sequencer, step
-from moeaccel.hdl.tile_buffer import TileBuffer
-from moeaccel.hdl.weight_streamer import WeightStreamer
+from moeaccel.hdl.sequencer import Sequencer
+from moeaccel.hdl.verilog_target import add_replicas
 
-__all__ = ["READERS", "WRITERS", "Engine"]
+__all__ = ["READERS", "STREAMER", "WRITERS", "Engine"]
 
-READERS = ("dispatcher", "loader", "combiner", "streamer")
-"""Readers of memory; the weight stream comes last, for it asks for all that is left."""
+STREAMER = "streamer"
+"""The reader that every channel has (layouts.channel_name)."""
+
+READERS = ("dispatcher", "loader", "combiner", STREAMER)
+"""Readers of channel 0; the weight stream comes last, for it asks for all that is left."""
 
 WRITERS = ("combiner",)
 
@@ -35,7 +36,8 @@ class Engine(wiring.Component):
     """Execute one checked command at a time.
 
     See ``hdl/README.md`` for the picture. A reset (of the whole engine, by ``ResetInserter``) drops
-    the command; the memory port must be flushed with it.
+    the command; the memory ports must be flushed with it. What is not a core's: x is quantised once
+    and goes to all cores, h comes from all of them and goes to all of them, y is drained from all.
 
     Parameters
     ----------
@@ -45,12 +47,16 @@ class Engine(wiring.Component):
 
     Members
     -------
+    reset : :py:`In(1)`
+        The reset that ResetInserter gives: cores whose Verilog is apart get it here.
     i_job : :py:`In(stream.Signature(layouts.job(config)))`
     o_done : :py:`Out(1)`
         Pulse: everything is written and acknowledged; the three results below hold.
     o_nonfinite, o_nonfinite_token, o_overflows
         NaN or infinity in x, and its lowest token; outputs beyond the grid.
     dispatcher, loader, combiner, streamer : :py:`Out(layouts.ReadClientSignature(config))`
+    streamer1, ... : :py:`Out(layouts.ReadClientSignature(config))`
+        Of the other channels.
     combiner_writer : :py:`Out(layouts.WriteClientSignature(config))`
     count_busy, ... : pulses for the counters EVENTS
     """
@@ -58,13 +64,15 @@ class Engine(wiring.Component):
     def __init__(self, config: AcceleratorConfig, family="generic"):
         self._config = config
         self._family = family
+        streamers = [layouts.channel_name(STREAMER, c) for c in range(1, config.channels)]
         super().__init__({
+            "reset": In(1),
             "i_job": In(stream.Signature(layouts.job(config))),
             "o_done": Out(1),
             "o_nonfinite": Out(1),
             "o_nonfinite_token": Out(layouts.token_bits(config)),
             "o_overflows": Out(32),
-            **{name: Out(layouts.ReadClientSignature(config)) for name in READERS},
+            **{name: Out(layouts.ReadClientSignature(config)) for name in (*READERS, *streamers)},
             **{f"{name}_writer": Out(layouts.WriteClientSignature(config)) for name in WRITERS},
             **{f"count_{name}": Out(1) for name in EVENTS},
         })
@@ -73,18 +81,14 @@ class Engine(wiring.Component):
         m = Module()
         config = self._config
         m.submodules.dispatcher = dispatcher = Dispatcher(config)
-        m.submodules.streamer = streamer = WeightStreamer(config)
-        m.submodules.tiles = tiles = TileBuffer(config)
         m.submodules.loader = loader = ActivationLoader(config)
-        m.submodules.x_lanes = x_lanes = LaneBuffer(config, 2)
-        m.submodules.h_lanes = h_lanes = LaneBuffer(config, 1)
         m.submodules.sequencer = sequencer = Sequencer(config)
-        tag_shape = layouts.result_tag(config)
-        m.submodules.array = array = DotArray(config, self._family, tag_width=tag_shape.size)
-        m.submodules.serialiser = serialiser = ResultSerialiser(config)
-        m.submodules.activation = activation = ActivationUnit(config, self._family)
         m.submodules.hidden = hidden = HiddenBuffer(config)
-        m.submodules.combiner = combiner = Combiner(config, self._family)
+        m.submodules.combiner = combiner = Combiner(config)
+        cores = add_replicas(
+            m, platform, "core", functools.partial(Core, config, self._family),
+            range(config.channels), reset=self.reset)
+        lead = cores[0]
         job = dispatcher.o_job
 
         # Commands
@@ -109,12 +113,14 @@ class Engine(wiring.Component):
         with m.Else():
             with m.If(finished):
                 m.d.sync += running.eq(0)
-            m.d.sync += overflows.eq(overflows + combiner.o_overflow)
+            m.d.sync += overflows.eq(overflows + sum(core.o_overflow for core in cores))
 
         # Memory
-        for name, block in (("dispatcher", dispatcher), ("loader", loader), ("combiner", combiner),
-                            ("streamer", streamer)):
+        for name, block in (("dispatcher", dispatcher), ("loader", loader), ("combiner", combiner)):
             wiring.connect(m, outside=wiring.flipped(getattr(self, name)), block=block.reader)
+        for channel, core in enumerate(cores):
+            outside = getattr(self, layouts.channel_name(STREAMER, channel))
+            wiring.connect(m, outside=wiring.flipped(outside), block=core.reader)
         wiring.connect(m, outside=wiring.flipped(self.combiner_writer), block=combiner.writer)
 
         # Slot tables: one copy for each reader
@@ -134,10 +140,15 @@ class Engine(wiring.Component):
                 read.addr.eq(address), answer.eq(read.data),
             ]
 
-        # Weights
-        wiring.connect(m, dispatcher=dispatcher.o_weights, streamer=streamer.i_request)
-        wiring.connect(m, dispatcher=dispatcher.o_section, tiles=tiles.i_section)
-        wiring.connect(m, streamer=streamer.o_word, tiles=tiles.i_word)
+        # Weights: a request is for all channels
+        for source, name in ((dispatcher.o_weights, "i_weights"),
+                             (dispatcher.o_section, "i_section")):
+            sinks = [getattr(core, name) for core in cores]
+            m.d.comb += source.ready.eq(Cat(sink.ready for sink in sinks).all())
+            for sink in sinks:
+                others = [other.ready for other in sinks if other is not sink]
+                m.d.comb += [sink.payload.eq(source.payload),
+                             sink.valid.eq(Cat(source.valid, others).all())]
 
         # Activations
         wiring.connect(m, dispatcher=dispatcher.o_load, loader=loader.i_request)
@@ -145,10 +156,12 @@ class Engine(wiring.Component):
             loader.i_two_planes.eq(job.two_planes), loader.i_steps.eq(job.steps_in),
             loader.i_x_address.eq(job.x_address),
         ]
-        for lanes, source in ((x_lanes, loader), (h_lanes, hidden)):
+        for core in cores:
             m.d.comb += [
-                lanes.w_en.eq(source.w_en), lanes.w_address.eq(source.w_address),
-                lanes.w_data.eq(source.w_data),
+                core.x_en.eq(loader.w_en), core.x_address.eq(loader.w_address),
+                core.x_data.eq(loader.w_data),
+                core.h_en.eq(hidden.w_en), core.h_address.eq(hidden.w_address),
+                core.h_data.eq(hidden.w_data),
             ]
         base = layouts.base_address(config)
         m.submodules.bases = bases = Memory(
@@ -159,63 +172,39 @@ class Engine(wiring.Component):
             x_base.addr.eq(Cat(loader.base_address, C(0, 1))),
             h_base.en.eq(hidden.base_en), h_base.data.eq(hidden.base_data),
             h_base.addr.eq(Cat(hidden.base_address, C(0b10, 2))),
-            base_read.addr.eq(serialiser.base_address),
-            serialiser.base_data.eq(base_read.data),
+            base_read.addr.eq(lead.base_address),
+            *(core.base_data.eq(base_read.data) for core in cores),
         ]
 
-        # Steps: the tile and lane buffers answer together, one cycle after the step starts
-        assert tiles.READ_LATENCY_CYCLES == x_lanes.READ_LATENCY_CYCLES == 1
+        # Steps
         wiring.connect(m, dispatcher=dispatcher.o_pass, sequencer=sequencer.i_pass)
-        started = Signal(step(config))
-        tag = Signal(tag_shape)
         m.d.comb += [
             dispatcher.i_retired.eq(sequencer.o_retired),
             sequencer.i_job.eq(job),
-            sequencer.i_available.eq(tiles.o_available),
-            tiles.i_take.eq(sequencer.o_take),
-            tiles.i_tile_end.eq(sequencer.o_tile_end),
-            tiles.i_rewind.eq(sequencer.o_rewind),
-            tiles.i_free.eq(sequencer.o_free),
-            x_lanes.r_address.eq(Cat(sequencer.o_step.lane_address, sequencer.o_step.x_bank)),
-            x_lanes.r_en.eq(sequencer.o_take & ~sequencer.o_step.hidden),
-            h_lanes.r_address.eq(sequencer.o_step.lane_address),
-            h_lanes.r_en.eq(sequencer.o_take & sequencer.o_step.hidden),
-            array.i_first.eq(started.first),
-            array.i_last.eq(started.last),
-            array.i_format.eq(job.format),
-            array.i_codes.eq(tiles.o_codes),
-            array.i_scales.eq(tiles.o_scales),
-            array.i_lanes.eq(Mux(started.hidden, h_lanes.r_data, x_lanes.r_data)),
-            array.i_tag.eq(tag),
+            sequencer.i_available.eq(Cat(core.o_available for core in cores).all()),
+            sequencer.i_free.eq(lead.o_free),
+            sequencer.i_result.eq(lead.o_result),
         ]
-        m.d.sync += [
-            array.i_valid.eq(sequencer.o_take), started.eq(sequencer.o_step),
-            tag.eq(sequencer.o_tag),
-        ]
-
-        # Results
-        wiring.connect(m, tiles=tiles.o_row_exponents, serialiser=serialiser.i_row_exponents)
-        element = serialiser.o_element
-        m.d.comb += [
-            serialiser.i_valid.eq(array.o_valid),
-            serialiser.i_sums.eq(array.o_sums),
-            serialiser.i_tag.eq(array.o_tag),
-            sequencer.i_free.eq(serialiser.o_free),
-            sequencer.i_result.eq(array.o_valid),
-            activation.i_element.valid.eq(element.valid & ~element.p.down),
-            activation.i_element.payload.eq(element.payload),
-            combiner.i_valid.eq(element.valid & element.p.down),
-            combiner.i_element.slot.eq(element.p.slot),
-            combiner.i_element.row.eq(element.p.row),
-            combiner.i_element.value.eq(element.p.value),
-            combiner.i_slot_bank.eq(element.p.slot_bank),
-            combiner.i_fresh.eq(element.p.fresh),
-            combiner.i_last.eq(element.p.last),
-        ]
+        for core in cores:
+            m.d.comb += [
+                core.i_take.eq(sequencer.o_take),
+                core.i_tile_end.eq(sequencer.o_tile_end),
+                core.i_rewind.eq(sequencer.o_rewind),
+                core.i_free.eq(sequencer.o_free),
+                core.i_step.eq(sequencer.o_step),
+                core.i_tag.eq(sequencer.o_tag),
+                core.i_format.eq(job.format),
+                core.i_grid_exponent.eq(job.grid_exponent),
+            ]
 
         # h
-        wiring.connect(m, activation=activation.o_element, hidden=hidden.i_element)
+        elements = hidden.i_elements
         m.d.comb += [
+            elements.valid.eq(lead.o_hidden_valid),
+            elements.p.slot.eq(lead.o_hidden.slot),
+            elements.p.index.eq(lead.o_hidden.index),
+            elements.p.last.eq(lead.o_hidden.last),
+            *(elements.p.value[i].eq(core.o_hidden.value) for i, core in enumerate(cores)),
             hidden.i_start.eq(sequencer.o_hidden_start),
             hidden.i_count.eq(sequencer.o_pass.count),
             hidden.i_two_planes.eq(job.two_planes),
@@ -232,9 +221,23 @@ class Engine(wiring.Component):
             combiner.i_steps_out.eq(job.steps_out),
             combiner.i_y_address.eq(job.y_address),
             combiner.i_workspace_address.eq(job.workspace_address),
-            sequencer.i_down_done.eq(combiner.o_pass_done),
+            combiner.i_lookup.eq(lead.slot_address),
+            sequencer.i_down_done.eq(lead.o_down_done),
             sequencer.i_drained.eq(combiner.o_drained),
         ]
+        for i, core in enumerate(cores):
+            m.d.comb += [
+                core.i_weight.eq(combiner.slot_data.weight),
+                core.i_draining.eq(combiner.o_draining),
+                core.sums_r_address.eq(combiner.r_address),
+                core.sums_w_address.eq(combiner.w_address),
+            ]
+            for lane, at in enumerate(range(i, len(combiner.r_data), len(cores))):
+                m.d.comb += [
+                    combiner.r_data[at].eq(core.sums_r_data[lane]),
+                    core.sums_w_en[lane].eq(combiner.w_en[at]),
+                    core.sums_w_data[lane].eq(combiner.w_data[at]),
+                ]
 
         m.d.comb += [
             self.count_busy.eq(sequencer.o_take),

@@ -27,16 +27,17 @@ class HiddenBuffer(wiring.Component):
 
     ::
 
-        i_element --+--> [values, max_slots x max_dim] --> [BlockQuantiser] --> w_*, base_*
-                    +--> [largest of block, of token] -----------^
+        i_elements -+--> [values, max_slots x max_dim] --> [BlockQuantiser] --> w_*, base_*
+                    +--> [tree] --> [largest of block, of token] ----^
 
-    Elements of a slot come in the order of their index, those of different slots in any order. The
-    bits are those of :func:`moeaccel.arithmetic.quantise_elements`. ``i_start`` says what the pass
-    is; quantising begins when the element marked ``last`` has come, too, be it before or after.
+    As many consecutive elements of a slot come at once as there are channels, one from each core.
+    They come in the order of their index, those of different slots in any order. The bits are those
+    of :func:`moeaccel.arithmetic.quantise_elements`. ``i_start`` says what the pass is; quantising
+    begins when the element marked ``last`` has come, too, be it before or after.
 
-    Throughput: one element per cycle in; ``quantiser_lanes`` elements per cycle out, so that slot s
-    is counted by ``o_slots_ready`` about ``(s + 1) * 32 * i_steps / quantiser_lanes +
-    LATENCY_CYCLES`` cycles after the beginning. Nothing can be refused: elements of the next pass
+    Throughput: ``channels`` elements per cycle in; ``quantiser_lanes`` elements per cycle out, so
+    that slot s is counted by ``o_slots_ready`` about ``(s + 1) * 32 * i_steps / quantiser_lanes +
+    latency_cycles`` cycles after the beginning. Nothing can be refused: elements of the next pass
     may come only when all slots are ready. Reset forgets the pass.
 
     Parameters
@@ -45,7 +46,7 @@ class HiddenBuffer(wiring.Component):
 
     Members
     -------
-    i_element : :py:`In(stream.Signature(layouts.hidden_element(config), always_ready=True))`
+    i_elements : :py:`In(stream.Signature(layouts.hidden_elements(config), always_ready=True))`
     i_start : :py:`In(1)`
         Pulse, once in a pass, when the pass before is all ready.
     i_count : :py:`In(range(config.max_slots + 1))`
@@ -61,9 +62,6 @@ class HiddenBuffer(wiring.Component):
         Slots of this pass which are in the lane buffer; 0 from the cycle after ``i_start``.
     """
 
-    LATENCY_CYCLES = 4 + BlockQuantiser.LATENCY_CYCLES
-    """From the last element (or ``i_start``), beyond the groups of the first slot, to its count."""
-
     def __init__(self, config):
         if not isinstance(config, AcceleratorConfig):
             raise TypeError(f"config must be an AcceleratorConfig, not {config!r}")
@@ -72,8 +70,8 @@ class HiddenBuffer(wiring.Component):
         self._quantiser = BlockQuantiser(config, 1 - ELEMENT_BITS)
         members = self._quantiser.signature.members
         super().__init__({
-            "i_element": In(stream.Signature(
-                layouts.hidden_element(config), always_ready=True)),
+            "i_elements": In(stream.Signature(
+                layouts.hidden_elements(config), always_ready=True)),
             "i_start": In(1),
             "i_count": In(range(config.max_slots + 1)),
             "i_two_planes": In(1),
@@ -92,6 +90,14 @@ class HiddenBuffer(wiring.Component):
         """Configuration."""
         return self._config
 
+    @property
+    def latency_cycles(self):
+        """Cycles from the last elements to the count of the first slot, beyond that slot's groups.
+
+        From ``i_start``, if that is later, they are fewer: those of the tree, one a level.
+        """
+        return 4 + exact_log2(self._config.channels) + BlockQuantiser.LATENCY_CYCLES
+
     def elaborate(self, platform):
         m = Module()
         config = self._config
@@ -99,11 +105,15 @@ class HiddenBuffer(wiring.Component):
         for name in ("w_en", "w_address", "w_data", "base_en", "base_address", "base_data"):
             m.d.comb += getattr(self, name).eq(getattr(quantiser, name))
 
-        count = config.quantiser_lanes
+        count, cores = config.quantiser_lanes, config.channels
+        width = max(count, cores)  # elements of a word
+        core_bits = exact_log2(cores)
         lane_bits = exact_log2(count)
+        sub_bits = exact_log2(width) - lane_bits  # of a group within its word
         block_bits = exact_log2(BLOCK)
         step_bits = ceil_log2(config.max_steps)
-        word_bits = step_bits + block_bits - lane_bits
+        group_bits = step_bits + block_bits - lane_bits
+        word_bits = group_bits - sub_bits
         slot_bits = layouts.slot_bits(config)
         entry = layouts.hidden_float()
         shape = unsigned(block_top().size)
@@ -111,7 +121,7 @@ class HiddenBuffer(wiring.Component):
         # h is quantised when it is whole: nothing is read in the cycle in which it is written.
         unchecked = {"no_rw_check": 1}
         values = []
-        for i in range(count):
+        for i in range(width):
             m.submodules[f"values{i}"] = storage = memory.Memory(
                 shape=unsigned(entry.size), depth=1 << (word_bits + slot_bits), init=[],
                 attrs=unchecked)
@@ -127,22 +137,36 @@ class HiddenBuffer(wiring.Component):
         token_w, token_r = tokens.write_port(), tokens.read_port(domain="comb")
         token_q = tokens.read_port(domain="comb")
 
-        # -- 1: arrive; 2: store, compare ----------------------------------------------------------
-        element = self.i_element.payload
-        p = Pipeline(m, self.i_element.valid, "arrival")
-        s = p.stage(value=element.value, slot=element.slot, index=element.index, last=element.last)
+        # -- 1: arrive, store; the largest of them, a level of the tree in a stage; 2: compare -----
+        elements = self.i_elements.payload
+        first_index = Cat(C(0, core_bits), elements.index)
+        p = Pipeline(m, self.i_elements.valid, "arrival")
+        s = p.stage(value=[elements.value[i] for i in range(cores)], slot=elements.slot,
+                    index=first_index, last=elements.last)
         for i, (write, _) in enumerate(values):
             m.d.comb += [
-                write.en.eq(p.valid & (s.index[:lane_bits] == i)),
-                write.addr.eq(Cat(s.index[lane_bits:][:word_bits], s.slot)),
-                write.data.eq(s.value),
+                write.en.eq(
+                    p.valid & (s.index[core_bits:lane_bits + sub_bits] == i >> core_bits)),
+                write.addr.eq(Cat(s.index[lane_bits + sub_bits:][:word_bits], s.slot)),
+                write.data.eq(s.value[i % cores]),
             ]
-        new, block_old, token_old = (
-            Signal(block_top(), name=n) for n in ("new", "block_old", "token_old"))
+        found = []
+        for i, value in enumerate(s.value):
+            top = Signal(block_top(), name=f"new{i}")
+            m.d.comb += [
+                top.top.eq(value.exponent),
+                top.zero.eq(value.magnitude == 0),
+                top.raised.eq(value.magnitude >= RAISE_THRESHOLD),
+            ]
+            found.append(top)
+        while len(found) > 1:
+            pairs = zip(found[::2], found[1::2], strict=True)
+            found = [_larger(m, a, b, f"larger{len(found)}_{i}") for i, (a, b) in enumerate(pairs)]
+            s = p.stage(found=found, slot=s.slot, index=s.index, last=s.last)
+            found = s.found
+        (new,) = found
+        block_old, token_old = (Signal(block_top(), name=n) for n in ("block_old", "token_old"))
         m.d.comb += [
-            new.top.eq(s.value.exponent),
-            new.zero.eq(s.value.magnitude == 0),
-            new.raised.eq(s.value.magnitude >= RAISE_THRESHOLD),
             block_r.addr.eq(s.slot),
             token_r.addr.eq(s.slot),
             block_old.eq(block_r.data),
@@ -160,7 +184,7 @@ class HiddenBuffer(wiring.Component):
             token_w.en.eq(p.valid),
             token_w.addr.eq(s.slot),
             token_w.data.eq(_larger(m, new, token_old, "token_now")),
-            tops_w.en.eq(p.valid & s.index[:block_bits].all()),
+            tops_w.en.eq(p.valid & s.index[core_bits:block_bits].all()),
             tops_w.addr.eq(Cat(s.index[block_bits:][:step_bits], s.slot)),
             tops_w.data.eq(block_now),
         ]
@@ -185,21 +209,21 @@ class HiddenBuffer(wiring.Component):
             ]
 
         # -- quantise ------------------------------------------------------------------------------
-        group = Signal(word_bits)
+        group = Signal(group_bits)
         slot = Signal(self.i_count.shape())
         step = Signal(step_bits)
         block_end, slot_end = Signal(), Signal()
-        group_bits = block_bits - lane_bits
+        in_block = block_bits - lane_bits
         m.d.comb += [
-            step.eq(group >> group_bits),
-            block_end.eq(group[:group_bits].all()),
+            step.eq(group >> in_block),
+            block_end.eq(group[:in_block].all()),
             slot_end.eq(block_end & (step + 1 == steps)),
             tops_r.en.eq(active),
             tops_r.addr.eq(Cat(step, slot[:slot_bits])),
             token_q.addr.eq(slot[:slot_bits]),
         ]
         for _, read in values:
-            m.d.comb += [read.en.eq(active), read.addr.eq(Cat(group, slot[:slot_bits]))]
+            m.d.comb += [read.en.eq(active), read.addr.eq(Cat(group[sub_bits:], slot[:slot_bits]))]
         with m.If(active):
             m.d.sync += group.eq(group + 1)
             with m.If(slot_end):
@@ -210,7 +234,7 @@ class HiddenBuffer(wiring.Component):
         token = Signal(block_top())
         m.d.comb += token.eq(token_q.data)
         s = q.stage(step=step, slot=slot[:slot_bits], block_end=block_end, slot_end=slot_end,
-                    token_top=token.top, token_zero=token.zero)
+                    token_top=token.top, token_zero=token.zero, sub=group[:max(1, sub_bits)])
         out = quantiser.i_group
         m.d.comb += [
             quantiser.i_valid.eq(q.valid),
@@ -223,10 +247,11 @@ class HiddenBuffer(wiring.Component):
             out.step.eq(s.step),
             out.slot.eq(s.slot),
         ]
-        for i, (_, read) in enumerate(values):
+        for i in range(count):
             stored = Signal(entry, name=f"stored{i}")
+            among = Array(read.data for _, read in values[i::count])
             m.d.comb += [
-                stored.eq(read.data),
+                stored.eq(among[s.sub[:sub_bits]] if sub_bits else among[0]),
                 out.elements[i].significand.eq(stored.magnitude),
                 out.elements[i].sign.eq(stored.sign),
                 out.elements[i].top.eq(stored.exponent),

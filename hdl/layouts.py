@@ -1,9 +1,9 @@
 """Payloads that travel between blocks; every width follows from the configuration."""
 
-from amaranth.hdl import signed, unsigned
+from amaranth.hdl import Value, signed, unsigned
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
-from amaranth.utils import ceil_log2
+from amaranth.utils import ceil_log2, exact_log2
 
 from moeaccel.arithmetic import ELEMENT_BITS, MANTISSA_BITS
 from moeaccel.config import BLOCK, AcceleratorConfig
@@ -48,9 +48,28 @@ def token_bits(config: AcceleratorConfig) -> int:
     return max(1, ceil_log2(config.max_tokens))
 
 
-def element_bits(config: AcceleratorConfig) -> int:
-    """Return the bits of an element index along d_model or d_expert."""
-    return ceil_log2(config.max_dim)
+def row_bits(config: AcceleratorConfig) -> int:
+    """Return the bits of a row's index in a section of one channel."""
+    return ceil_log2(2 * config.max_dim // config.channels)
+
+
+def channel_name(name: str, channel: int) -> str:
+    """Return a member's name for a channel: channel 0 has the plain one, 1 a 1 behind it."""
+    return f"{name}{channel}" if channel else name
+
+
+def tiles(rows: Value, dealt: int) -> Value:
+    """Return the tiles of a section on each channel, as moeaccel.image.Section has them.
+
+    Parameters
+    ----------
+    rows : :class:`Value`
+        Of the section, a multiple of 32.
+    dealt : :class:`int`
+        Rows of a tile times channels.
+    """
+    more = dealt - 1 if dealt > BLOCK else 0  # else a tile is always whole
+    return (rows + more) >> exact_log2(dealt)
 
 
 def steps_bits(config: AcceleratorConfig) -> int:
@@ -145,28 +164,32 @@ def slot(config: AcceleratorConfig) -> data.StructLayout:
 
 
 def element(config: AcceleratorConfig) -> data.StructLayout:
-    """Return one value on its way from the array: the slot it belongs to, its row, the value."""
+    """Return one value on its way from an array: the slot it belongs to, its row, the value.
+
+    Rows are those of the core; with several, row r of core c is row ``r * channels + c`` of all.
+    """
     return data.StructLayout({
-        "slot": slot_bits(config), "row": element_bits(config) + 1, "value": internal_float(),
+        "slot": slot_bits(config), "row": row_bits(config), "value": internal_float(),
     })
 
 
 def result_tag(config: AcceleratorConfig) -> data.StructLayout:
     """Return what a result of the array (one tile times one group of tokens) is.
 
-    ``row``: the tile's first. ``slots``: tokens in the group. ``last``: the section's last result.
-    ``fresh``: the pass stores y, it does not add. ``packed``: a 4-bit format, all R rows are used.
+    ``row``: the tile's first. ``missing``: how many of the array's R rows the tile has not.
+    ``slots``: tokens in the group. ``last``: the section's last result. ``fresh``: the pass stores
+    y, it does not add.
     """
     return data.StructLayout({
         "group": max(1, ceil_log2(config.token_groups)),
-        "row": element_bits(config) + 1,
+        "row": row_bits(config),
+        "missing": exact_log2(config.rows),
         "slots": range(config.token_lanes + 1),
         "last_group": 1,
         "last": 1,
         "down": 1,
         "linear": 1,
         "two_planes": 1,
-        "packed": 1,
         "x_bank": 1,
         "slot_bank": 1,
         "fresh": 1,
@@ -185,12 +208,20 @@ def result_element(config: AcceleratorConfig) -> data.StructLayout:
 
 
 def hidden_element(config: AcceleratorConfig) -> data.StructLayout:
-    """Return one element of h; ``last``: the pass's last."""
+    """Return one element of h of one core; ``last``: the pass's last."""
     return data.StructLayout({
         "slot": slot_bits(config),
-        "index": element_bits(config),
+        "index": row_bits(config) - 1,
         "value": hidden_float(),
         "last": 1,
+    })
+
+
+def hidden_elements(config: AcceleratorConfig) -> data.StructLayout:
+    """Return consecutive elements of h, one of each core: from ``channels * index`` on."""
+    return data.StructLayout({
+        **dict(hidden_element(config).members),
+        "value": data.ArrayLayout(hidden_float(), config.channels),
     })
 
 

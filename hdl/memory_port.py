@@ -129,7 +129,7 @@ class MemoryPort(wiring.Component):
     config : :class:`AcceleratorConfig`
         Port width, burst length, address width.
     readers, writers : :class:`int`
-        Number of clients, 1 to 16.
+        Number of clients, 1 to 16; without writers AW and W stay idle.
 
     Members
     -------
@@ -152,9 +152,9 @@ class MemoryPort(wiring.Component):
     def __init__(self, config, *, readers, writers):
         if not isinstance(config, AcceleratorConfig):
             raise TypeError(f"config must be an AcceleratorConfig, not {config!r}")
-        for name, value in (("readers", readers), ("writers", writers)):
-            if not isinstance(value, int) or not 1 <= value <= 1 << ID_BITS:
-                raise ValueError(f"{name} must be from 1 to {1 << ID_BITS}, not {value!r}")
+        for name, value, least in (("readers", readers, 1), ("writers", writers, 0)):
+            if not isinstance(value, int) or not least <= value <= 1 << ID_BITS:
+                raise ValueError(f"{name} must be from {least} to {1 << ID_BITS}, not {value!r}")
         self._config = config
         self._readers = readers
         self._writers = writers
@@ -171,7 +171,7 @@ class MemoryPort(wiring.Component):
             "fault_bus": Out(1),
             "fault_address": Out(config.address_bits),
             "read_beat": Out(1),
-            "read_beat_reader": Out(range(readers)),
+            "read_beat_reader": Out(range(max(2, readers))),
             "write_beat": Out(1),
         })
 
@@ -222,7 +222,7 @@ class MemoryPort(wiring.Component):
 
         chosen_valid = Signal()
         chosen = Signal(burst_layout)
-        chosen_reader = Signal(range(len(readers)))
+        chosen_reader = Signal(range(max(2, len(readers))))
         issue = Signal()
         issue_inside = Signal()
         # The cycle after: AR's registers hold the burst, whether it was put on the bus or not.
@@ -284,14 +284,14 @@ class MemoryPort(wiring.Component):
 
         # -- answers: one register, then to the reader ---------------------------------------------
         beat_valid = Signal(len(readers))
-        beat_reader = Signal(range(len(readers)))
+        beat_reader = Signal(range(max(2, len(readers))))
         beat_data = Signal(8 * config.port_bytes)
         beat_last = Signal()
         beat_error = Signal()
         beat_is_zero = Signal()
         beat_zero_last = Signal()
         zero_ready = Signal()
-        zero_reader = Signal(range(len(readers)))
+        zero_reader = Signal(range(max(2, len(readers))))
         zero_left = Signal(index)
         zero_last = Signal()
         zero_beat = Signal()
@@ -352,115 +352,14 @@ class MemoryPort(wiring.Component):
         with m.If(flushing):
             m.d.sync += [zero_active.eq(0), zero_ready.eq(0)]
 
-        # -- writes: one request at a time ---------------------------------------------------------
-        owner_valid = Signal()
-        owner = Signal(range(len(writers)))
-        m.submodules.write_splitter = splitter = _Splitter(config=config)
-        m.d.comb += splitter.drop.eq(flushing)
-        free = ~owner_valid
-        for i, writer in enumerate(writers):
-            m.d.comb += writer.request.ready.eq(free & splitter.request.ready)
-            with m.If(free & writer.request.valid):
-                m.d.comb += [
-                    splitter.request.valid.eq(1),
-                    splitter.request.payload.eq(writer.request.payload),
-                ]
-                with m.If(~flushing):
-                    m.d.sync += [owner_valid.eq(1), owner.eq(i)]
-            free = free & ~writer.request.valid
-
-        checked_valid = Signal()
-        checked = Signal(burst_layout)
-        write_issue = Signal()
-        write_inside = Signal()
-        aw_free = Signal()
-        unanswered = Signal(pointer + 1)
-        write_issued = Signal()
-        write_allowed = Signal()
-        m.submodules.bursts = bursts = fifo.SyncFIFO(width=index + 1, depth=2 * WRITE_AHEAD_BURSTS)
-        m.d.comb += [
-            aw_free.eq(~axi.awvalid | axi.awready),
-            write_issue.eq(checked_valid & aw_free & (bursts.w_level < WRITE_AHEAD_BURSTS)
-                           & ~unanswered[-1] & ~flushing),
-            write_inside.eq(inside(checked)),
-            splitter.burst.ready.eq((~checked_valid | write_issue) & ~flushing),
-            bursts.w_en.eq(write_issued),
-            bursts.w_data.eq(Cat(axi.awlen[:index], write_allowed)),
-        ]
-        m.d.sync += [write_issued.eq(write_issue), write_allowed.eq(write_inside)]
-        with m.If(splitter.burst.ready):
-            m.d.sync += checked_valid.eq(splitter.burst.valid), checked.eq(splitter.burst.payload)
-        with m.If(flushing):
-            m.d.sync += checked_valid.eq(0)
-        with m.If(aw_free):
-            m.d.sync += [
-                axi.awvalid.eq(write_issue & write_inside),
-                axi.awaddr.eq(address_of(checked)),
-                axi.awlen.eq(checked.end - checked.start),
-            ]
-        m.d.comb += [
-            axi.awid.eq(0),
-            axi.awsize.eq(shift),
-            axi.awburst.eq(_BURST_INCR),
-            axi.bready.eq(1),
-        ]
-
-        # W: one burst after another, without a gap between them.
-        w_active = Signal()
-        w_left = Signal(index)
-        w_inside = Signal()
-        w_free = Signal()
-        w_take = Signal()
-        w_offered = Signal()
-        w_strobe = Signal()
-        data_valid = Signal()
-        data_payload = Signal(8 * config.port_bytes)
-        for i, writer in enumerate(writers):
-            mine = Signal(name=f"mine{i}")
-            m.d.comb += [
-                mine.eq(owner_valid & (owner == i)),
-                writer.data.ready.eq(mine & w_offered & ~flushing),
-            ]
-            with m.If(owner == i):
-                m.d.comb += data_valid.eq(writer.data.valid), data_payload.eq(writer.data.payload)
-        m.d.comb += [
-            w_free.eq(~axi.wvalid | axi.wready),
-            w_offered.eq(w_active & (w_free | ~w_inside)),
-            w_take.eq(w_offered & (data_valid | flushing)),
-            bursts.r_en.eq(~w_active | (w_take & (w_left == 0))),
-            axi.wstrb.eq(w_strobe.replicate(config.port_bytes)),
-        ]
-        with m.If(bursts.r_en):
-            m.d.sync += w_active.eq(bursts.r_rdy), Cat(w_left, w_inside).eq(bursts.r_data)
-        with m.Elif(w_take):
-            m.d.sync += w_left.eq(w_left - 1)
-        with m.If(w_free):
-            m.d.sync += [
-                axi.wvalid.eq(w_take & w_inside),
-                axi.wdata.eq(data_payload),
-                axi.wlast.eq(w_left == 0),
-                w_strobe.eq(~flushing),
-            ]
-        m.d.sync += self.write_beat.eq(axi.wvalid & axi.wready & w_strobe)
-
-        # B: count; the request is done when nothing of it is left anywhere.
-        b_error = Signal()
-        m.d.sync += [
-            b_error.eq(axi.bvalid & axi.bresp[1]),
-            unanswered.eq(unanswered + (write_issued & write_allowed) - axi.bvalid),
-        ]
-        writes_done = Signal()
-        m.d.comb += writes_done.eq(
-            ~splitter.burst.valid & ~checked_valid & ~axi.awvalid & ~write_issued & ~bursts.r_rdy
-            & ~w_active & ~axi.wvalid & (unanswered == 0))
-        finished = Signal()
-        m.d.comb += finished.eq(owner_valid & writes_done)
-        with m.If(finished):
-            m.d.sync += owner_valid.eq(0)
-        for i, writer in enumerate(writers):
-            done = Signal(name=f"done{i}")
-            m.d.sync += done.eq(finished & (owner == i) & ~flushing)
-            m.d.comb += writer.done.eq(done)
+        # -- writes
+        owner_valid, write_issued, write_allowed, b_error = (
+            Signal(name=name) for name in ("owner_valid", "write_issued", "write_allowed",
+                                           "b_error"))
+        m.d.comb += axi.bready.eq(1)
+        if writers:
+            self._write(m, writers, flushing, inside, address_of,
+                        owner_valid, write_issued, write_allowed, b_error)
 
         # -- faults: the first one since clear_faults ----------------------------------------------
         # Addresses of outstanding bursts, in block RAM, only to say which one memory refused.
@@ -503,3 +402,116 @@ class MemoryPort(wiring.Component):
             | suppressed | Cat(*outstanding).any() | beat_valid.any() | zero_active
             | owner_valid | Cat(w.done for w in writers).any()))
         return m
+
+    def _write(self, m, writers, flushing, inside, address_of,
+               owner_valid, write_issued, write_allowed, b_error):
+        """Serve one write request at a time; the last four signals say what goes on."""
+        config = self._config
+        axi = self.axi_mem
+        shift = exact_log2(config.port_bytes)
+        index = exact_log2(config.max_burst_beats)
+        pointer = exact_log2(OUTSTANDING_BURSTS)
+        burst_layout = _burst(config)
+        owner = Signal(range(len(writers)))
+        m.submodules.write_splitter = splitter = _Splitter(config=config)
+        m.d.comb += splitter.drop.eq(flushing)
+        free = ~owner_valid
+        for i, writer in enumerate(writers):
+            m.d.comb += writer.request.ready.eq(free & splitter.request.ready)
+            with m.If(free & writer.request.valid):
+                m.d.comb += [
+                    splitter.request.valid.eq(1),
+                    splitter.request.payload.eq(writer.request.payload),
+                ]
+                with m.If(~flushing):
+                    m.d.sync += [owner_valid.eq(1), owner.eq(i)]
+            free = free & ~writer.request.valid
+
+        checked_valid = Signal()
+        checked = Signal(burst_layout)
+        write_issue = Signal()
+        write_inside = Signal()
+        aw_free = Signal()
+        unanswered = Signal(pointer + 1)
+        m.submodules.bursts = bursts = fifo.SyncFIFO(width=index + 1, depth=2 * WRITE_AHEAD_BURSTS)
+        m.d.comb += [
+            aw_free.eq(~axi.awvalid | axi.awready),
+            write_issue.eq(checked_valid & aw_free & (bursts.w_level < WRITE_AHEAD_BURSTS)
+                           & ~unanswered[-1] & ~flushing),
+            write_inside.eq(inside(checked)),
+            splitter.burst.ready.eq((~checked_valid | write_issue) & ~flushing),
+            bursts.w_en.eq(write_issued),
+            bursts.w_data.eq(Cat(axi.awlen[:index], write_allowed)),
+        ]
+        m.d.sync += [write_issued.eq(write_issue), write_allowed.eq(write_inside)]
+        with m.If(splitter.burst.ready):
+            m.d.sync += checked_valid.eq(splitter.burst.valid), checked.eq(splitter.burst.payload)
+        with m.If(flushing):
+            m.d.sync += checked_valid.eq(0)
+        with m.If(aw_free):
+            m.d.sync += [
+                axi.awvalid.eq(write_issue & write_inside),
+                axi.awaddr.eq(address_of(checked)),
+                axi.awlen.eq(checked.end - checked.start),
+            ]
+        m.d.comb += [
+            axi.awid.eq(0),
+            axi.awsize.eq(shift),
+            axi.awburst.eq(_BURST_INCR),
+        ]
+
+        # W: one burst after another, without a gap between them.
+        w_active = Signal()
+        w_left = Signal(index)
+        w_inside = Signal()
+        w_free = Signal()
+        w_take = Signal()
+        w_offered = Signal()
+        w_strobe = Signal()
+        data_valid = Signal()
+        data_payload = Signal(8 * config.port_bytes)
+        for i, writer in enumerate(writers):
+            mine = Signal(name=f"mine{i}")
+            m.d.comb += [
+                mine.eq(owner_valid & (owner == i)),
+                writer.data.ready.eq(mine & w_offered & ~flushing),
+            ]
+            with m.If(owner == i):
+                m.d.comb += data_valid.eq(writer.data.valid), data_payload.eq(writer.data.payload)
+        m.d.comb += [
+            w_free.eq(~axi.wvalid | axi.wready),
+            w_offered.eq(w_active & (w_free | ~w_inside)),
+            w_take.eq(w_offered & (data_valid | flushing)),
+            bursts.r_en.eq(~w_active | (w_take & (w_left == 0))),
+            axi.wstrb.eq(w_strobe.replicate(config.port_bytes)),
+        ]
+        with m.If(bursts.r_en):
+            m.d.sync += w_active.eq(bursts.r_rdy), Cat(w_left, w_inside).eq(bursts.r_data)
+        with m.Elif(w_take):
+            m.d.sync += w_left.eq(w_left - 1)
+        with m.If(w_free):
+            m.d.sync += [
+                axi.wvalid.eq(w_take & w_inside),
+                axi.wdata.eq(data_payload),
+                axi.wlast.eq(w_left == 0),
+                w_strobe.eq(~flushing),
+            ]
+        m.d.sync += self.write_beat.eq(axi.wvalid & axi.wready & w_strobe)
+
+        # B: count; the request is done when nothing of it is left anywhere.
+        m.d.sync += [
+            b_error.eq(axi.bvalid & axi.bresp[1]),
+            unanswered.eq(unanswered + (write_issued & write_allowed) - axi.bvalid),
+        ]
+        writes_done = Signal()
+        m.d.comb += writes_done.eq(
+            ~splitter.burst.valid & ~checked_valid & ~axi.awvalid & ~write_issued & ~bursts.r_rdy
+            & ~w_active & ~axi.wvalid & (unanswered == 0))
+        finished = Signal()
+        m.d.comb += finished.eq(owner_valid & writes_done)
+        with m.If(finished):
+            m.d.sync += owner_valid.eq(0)
+        for i, writer in enumerate(writers):
+            done = Signal(name=f"done{i}")
+            m.d.sync += done.eq(finished & (owner == i) & ~flushing)
+            m.d.comb += writer.done.eq(done)

@@ -26,8 +26,9 @@ class ResultSerialiser(wiring.Component):
 
     ``value = sum * 2**(base[slot] + row_exponent[row])``, rounded as by
     :func:`moeaccel.arithmetic.normalise`. Order: slot 0 row 0, slot 0 row 1, ..., slot 1 row 0,
-    ...; rows are R for a 4-bit format (``tag.packed``), else R / 2; slots those of the tag. The sum
-    of row r is entry ``r * T + lane``.
+    ...; rows are the R of the array but for those that the tile has not (``tag.missing``: a row is
+    the last one when ``row ^ missing`` is all ones); slots those of the tag. The sum of row r is
+    entry ``r * T + lane``.
 
     A result cannot be refused; ``o_free`` says how many more there is room for. Element outputs
     cannot be refused either. Throughput: one element per cycle, also from one result to the next.
@@ -137,7 +138,7 @@ class ResultSerialiser(wiring.Component):
         exponents = self.i_row_exponents
         m.d.comb += [
             valid.eq((level != 0) & exponents.valid),
-            last_row.eq(Mux(tag.packed, row.all(), row[:row_bits - 1].all())),
+            last_row.eq((row ^ tag.missing).all()),
             last_member.eq(member + 1 == tag.slots),
             taken.eq(valid & last_row & last_member),
             exponents.ready.eq((level != 0) & last_row & last_member & tag.last_group),

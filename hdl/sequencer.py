@@ -107,6 +107,12 @@ class Sequencer(wiring.Component):
         lanes = config.token_lanes
         lanes_log2 = exact_log2(lanes)
         packed = job.format != 0
+        rows = {"gate_up": job.steps_hidden << 6, "down": job.steps_out << 5}
+        tiles = {
+            name: Mux(packed, layouts.tiles(value, config.rows * config.channels),
+                      layouts.tiles(value, config.row_multipliers * config.channels))
+            for name, value in rows.items()
+        }
         tile_rows_log2 = Mux(packed, exact_log2(config.rows), exact_log2(config.row_multipliers))
         count_shape = range(config.max_slots + 1)
 
@@ -136,6 +142,15 @@ class Sequencer(wiring.Component):
             last_step.eq(position + 1 == steps),
             last_group.eq(group + 1 == groups),
         ]
+
+        # Rows that the array has and the tile has not: half of them in an 8-bit format, and those
+        # by which the section's last tile is short.
+        rows_log2 = exact_log2(config.rows)
+        short = -(Mux(down, rows["down"], rows["gate_up"]) >> exact_log2(config.channels))
+        missing = Signal(rows_log2)
+        m.d.comb += missing.eq(Cat(
+            Mux(tiles_left == 1, short[: rows_log2 - 1], 0),
+            Mux(packed, (tiles_left == 1) & short[rows_log2 - 1], 1)))
 
         # -- may the step start?
         in_flight = Signal(range(32))
@@ -170,7 +185,7 @@ class Sequencer(wiring.Component):
             self.o_tag.down.eq(down),
             self.o_tag.linear.eq(job.linear),
             self.o_tag.two_planes.eq(job.two_planes),
-            self.o_tag.packed.eq(packed),
+            self.o_tag.missing.eq(missing),
             self.o_tag.x_bank.eq(current.x_bank),
             self.o_tag.slot_bank.eq(current.slot_bank),
             self.o_tag.fresh.eq(fresh),
@@ -211,7 +226,7 @@ class Sequencer(wiring.Component):
             position.eq(0),
             row.eq(0),
             steps.eq(job.steps_hidden),
-            tiles_left.eq((job.steps_out << 5) >> tile_rows_log2),
+            tiles_left.eq(tiles["down"]),
         ]
         taken_load = Signal()
         m.d.sync += loads.eq(loads + self.i_loaded - taken_load)
@@ -242,7 +257,7 @@ class Sequencer(wiring.Component):
                             position.eq(0),
                             row.eq(0),
                             steps.eq(job.steps_in),
-                            tiles_left.eq((job.steps_hidden << 6) >> tile_rows_log2),
+                            tiles_left.eq(tiles["gate_up"]),
                         ]
                         m.next = "GATE_UP"
             with m.State("GATE_UP"):

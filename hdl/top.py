@@ -1,12 +1,12 @@
-"""The accelerator: AXI4-Lite registers, rings, engine, AXI4 memory port."""
+"""The accelerator: AXI4-Lite registers, rings, engine, AXI4 memory ports."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 from amaranth import *
-from amaranth.back import verilog
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
@@ -14,10 +14,11 @@ from moeaccel.config import AcceleratorConfig
 from moeaccel.hdl.axi import AXI4LiteSignature, AXI4Signature
 from moeaccel.hdl.command_processor import CommandProcessor
 from moeaccel.hdl.counters import Counters
-from moeaccel.hdl.engine import EVENTS, READERS, Engine
+from moeaccel.hdl.engine import EVENTS, READERS, STREAMER, Engine
+from moeaccel.hdl.layouts import channel_name
 from moeaccel.hdl.memory_port import ID_BITS, MemoryPort
 from moeaccel.hdl.register_file import RegisterFile
-from moeaccel.hdl.verilog_target import RAM_VERILOG, VerilogTarget
+from moeaccel.hdl.verilog_target import add_replicas, generate
 from moeaccel.registers import ADDRESS_BITS, REGISTERS
 
 __all__ = ["Accelerator", "description", "generate_verilog"]
@@ -27,7 +28,7 @@ MODULE = "top"
 
 
 class Accelerator(wiring.Component):
-    """The whole accelerator with one memory channel.
+    """The whole accelerator.
 
     ::
 
@@ -35,6 +36,12 @@ class Accelerator(wiring.Component):
                      ^                    |                        |
                   Counters <----------- events                     |
         axi_mem <-------------------- MemoryPort <-----------------+
+        axi_mem1, ... <-------------- MemoryPort <----- weights ---+
+
+    Everything but weights is in the memory of channel 0. Weights of an expert lie at the same
+    address of each channel, and the memory window holds on every channel. Where a fault's address
+    is reported, the channel is above the address in its memory (``config.device_address``); of
+    several channels that have one, the lowest is reported.
 
     Parameters
     ----------
@@ -46,6 +53,7 @@ class Accelerator(wiring.Component):
     -------
     axil : :py:`In(AXI4LiteSignature(ADDRESS_BITS))`
     axi_mem : :py:`Out(AXI4Signature(config.address_bits, 8 * config.port_bytes, ID_BITS))`
+        Channel 0; ``axi_mem1``, ``axi_mem2``, ...: the other channels, which only read.
     irq : :py:`Out(1)`
         Level: an enabled interrupt is pending.
     busy : :py:`Out(1)`
@@ -55,9 +63,10 @@ class Accelerator(wiring.Component):
     def __init__(self, config: AcceleratorConfig, family="generic"):
         self._config = config
         self._family = family
+        memory = AXI4Signature(config.address_bits, 8 * config.port_bytes, ID_BITS)
         super().__init__({
             "axil": In(AXI4LiteSignature(ADDRESS_BITS)),
-            "axi_mem": Out(AXI4Signature(config.address_bits, 8 * config.port_bytes, ID_BITS)),
+            **{channel_name("axi_mem", c): Out(memory) for c in range(config.channels)},
             "irq": Out(1),
             "busy": Out(1),
         })
@@ -69,17 +78,24 @@ class Accelerator(wiring.Component):
         m.submodules.counters = counters = Counters(config)
         m.submodules.commands = commands = CommandProcessor(config)
         m.submodules.port = port = MemoryPort(config, readers=1 + len(READERS), writers=2)
+        ports = [port, *add_replicas(
+            m, platform, "port", functools.partial(MemoryPort, config, readers=1, writers=0),
+            range(1, config.channels))]
         engine_reset = Signal()
         engine = Engine(config, self._family)
         m.submodules.engine = ResetInserter(engine_reset)(engine)
 
         wiring.connect(m, outside=wiring.flipped(self.axil), registers=registers.axil)
-        wiring.connect(m, outside=wiring.flipped(self.axi_mem), port=port.axi_mem)
+        for c, one in enumerate(ports):
+            outside = getattr(self, channel_name("axi_mem", c))
+            wiring.connect(m, outside=wiring.flipped(outside), port=one.axi_mem)
         wiring.connect(m, commands=commands.reader, port=port.reader0)
         wiring.connect(m, commands=commands.writer, port=port.writer0)
         wiring.connect(m, engine=engine.combiner_writer, port=port.writer1)
         for i, name in enumerate(READERS, start=1):
             wiring.connect(m, engine=getattr(engine, name), port=getattr(port, f"reader{i}"))
+        for c, one in enumerate(ports[1:], start=1):
+            wiring.connect(m, engine=getattr(engine, channel_name(STREAMER, c)), port=one.reader0)
         wiring.connect(m, commands=commands.o_job, engine=engine.i_job)
 
         m.d.comb += [
@@ -105,23 +121,33 @@ class Accelerator(wiring.Component):
             commands.i_nonfinite_token.eq(engine.o_nonfinite_token),
             commands.i_overflows.eq(engine.o_overflows),
             engine_reset.eq(commands.o_engine_reset),
-            commands.progress.eq(port.read_beat | port.write_beat | engine.count_busy),
-            commands.idle.eq(port.idle),
-            commands.fault_window.eq(port.fault_window),
-            commands.fault_bus.eq(port.fault_bus),
-            commands.fault_address.eq(port.fault_address),
-            port.flush.eq(commands.flush),
-            port.clear_faults.eq(commands.clear_faults),
+            engine.reset.eq(commands.o_engine_reset),
+            commands.progress.eq(Cat(one.read_beat for one in ports).any() | port.write_beat
+                                 | engine.count_busy),
+            commands.idle.eq(Cat(one.idle for one in ports).all()),
+            commands.fault_window.eq(Cat(one.fault_window for one in ports).any()),
+            commands.fault_bus.eq(Cat(one.fault_bus for one in ports).any()),
+            *(one.flush.eq(commands.flush) for one in ports),
+            *(one.clear_faults.eq(commands.clear_faults) for one in ports),
         ]
+        *others, fault_address = (
+            one.fault_address | c << config.address_bits for c, one in enumerate(ports))
+        for one, address in reversed(list(zip(ports, others, strict=False))):
+            reported = Mux(commands.fault_window, one.fault_window, one.fault_bus)
+            fault_address = Mux(reported, address, fault_address)
+        m.d.comb += commands.fault_address.eq(fault_address)
         # Bits that no address has must not be cut off: they would widen the window.
-        for inside, register in ((port.window_base, registers.rw_window_base),
-                                 (port.window_limit, registers.rw_window_limit)):
+        for name in ("window_base", "window_limit"):
+            register = getattr(registers, f"rw_{name}")
             beyond = register[config.address_bits:].any()
-            m.d.comb += inside.eq(Mux(beyond, 1 << config.address_bits, register))
-        weights = port.read_beat_reader == 1 + READERS.index("streamer")
+            bound = Signal(config.address_bits + 1, name=name)
+            m.d.comb += bound.eq(Mux(beyond, 1 << config.address_bits, register))
+            m.d.comb += [getattr(one, name).eq(bound) for one in ports]
+        weights = port.read_beat_reader == 1 + READERS.index(STREAMER)
         m.d.comb += [
             counters.clear.eq(commands.o_reset_done),
-            counters.bytes_read_weights.eq(port.read_beat & weights),
+            counters.bytes_read_weights.eq(
+                (port.read_beat & weights) + sum(one.read_beat for one in ports[1:])),
             counters.bytes_read_other.eq(port.read_beat & ~weights),
             counters.bytes_written.eq(port.write_beat),
             counters.commands.eq(commands.count_commands),
@@ -173,10 +199,7 @@ class _Module(wiring.Component):
 
 def generate_verilog(config: AcceleratorConfig, *, family: str = "generic") -> str:
     """Return the accelerator's Verilog, module ``top``."""
-    text = verilog.convert(
-        _Module(Accelerator(config, family)), name=MODULE, platform=VerilogTarget(),
-        emit_src=False)
-    return text + RAM_VERILOG
+    return generate(_Module(Accelerator(config, family)), MODULE)
 
 
 def description(config: AcceleratorConfig) -> dict[str, Any]:

@@ -1,9 +1,11 @@
-"""How memories become Verilog: one small module, instead of initial values bit by bit."""
+"""How a design becomes Verilog: memories and equal parts are modules that are there once."""
 
 from amaranth import *
+from amaranth.back import verilog
 from amaranth.lib.memory import Memory
+from amaranth.lib.wiring import In
 
-__all__ = ["RAM_VERILOG", "VerilogTarget"]
+__all__ = ["RAM_VERILOG", "VerilogTarget", "add_replicas", "generate"]
 
 _MODULE = """
 module {name} #(
@@ -28,7 +30,7 @@ RAM_VERILOG = "".join(
     _MODULE.format(name=name, attribute=attribute)
     for name, attribute in (("moeaccel_ram", ""), ("moeaccel_ram_unchecked", "(* no_rw_check *) "))
 )
-"""Verilog of the modules that :class:`VerilogTarget` instantiates."""
+"""Verilog of the modules that memories become."""
 
 
 class VerilogTarget:
@@ -37,7 +39,15 @@ class VerilogTarget:
     That is done for memories of zeros with one write and one synchronous read port that gives the
     old data on a collision; all others become what Amaranth makes of them. Amaranth writes initial
     values bit by bit, which for megabytes of buffers takes minutes, here and in the tools behind.
+
+    Attributes
+    ----------
+    parts : dict
+        Components by the names of their modules, which :func:`add_replicas` has instantiated.
     """
+
+    def __init__(self):
+        self.parts = {}
 
     def get_memory(self, memory: Memory):
         """Return the fragment of a memory; called by Amaranth."""
@@ -60,3 +70,61 @@ class VerilogTarget:
             i_w_en=write.en, i_w_addr=write.addr, i_w_data=Value.cast(write.data),
             i_r_en=read.en, i_r_addr=read.addr, o_r_data=Value.cast(read.data),
         )
+
+
+def add_replicas(m, platform, name, make, numbers, *, reset=0):
+    """Add equal components as submodules, of which Verilog has the text once; return them.
+
+    For a :class:`VerilogTarget` those are interfaces of instances.
+
+    Parameters
+    ----------
+    m : :class:`Module`
+    platform : :class:`VerilogTarget` or another
+    name : :class:`str`
+        Of the submodules, with a number behind it; of the Verilog module, ``moeaccel_<name>``.
+    make : callable
+        Returns a component.
+    numbers : range
+        Of the submodules.
+    reset : 1-bit value
+        What ``ResetInserter`` resets the parent with: it does not reach into instances.
+    """
+    replicas = []
+    if isinstance(platform, VerilogTarget):
+        module = f"moeaccel_{name}"
+        if module not in platform.parts and numbers:
+            platform.parts[module] = make()
+        for i in numbers:
+            signature = platform.parts[module].signature
+            replica = signature.create(path=(f"{name}{i}",))
+            ports = {}
+            for path, member, value in signature.flatten(replica):
+                port = f"{'i' if member.flow == In else 'o'}_{'__'.join(map(str, path))}"
+                if len(value := Value.cast(value)):
+                    ports[port] = value
+            m.submodules[f"{name}{i}"] = Instance(
+                module, i_clk=ClockSignal(), i_rst=ResetSignal() | reset, **ports)
+            replicas.append(replica)
+    else:
+        for i in numbers:
+            m.submodules[f"{name}{i}"] = replica = make()
+            replicas.append(replica)
+    return replicas
+
+
+def generate(component, name, *, target=None):
+    """Return the Verilog of a component, module ``name``, and of all that it instantiates.
+
+    Parameters
+    ----------
+    component : elaboratable
+    name : :class:`str`
+    target : :class:`VerilogTarget`, optional
+        A new one when left out.
+    """
+    target = target or VerilogTarget()
+    text = verilog.convert(component, name=name, platform=target, emit_src=False)
+    for module, part in target.parts.items():
+        text += verilog.convert(part, name=module, platform=target, emit_src=False)
+    return text + RAM_VERILOG

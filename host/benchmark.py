@@ -41,7 +41,7 @@ class BenchmarkResult:
     stored_bytes : :class:`int`
         Weights, scales and tables of the experts used, without padding (DESIGN section 6).
     memory_share : :class:`float`
-        stored_bytes / (port bytes per cycle x cycles).
+        stored_bytes / (channels x port bytes per cycle x cycles).
     mac_useful_share : :class:`float`
         Useful multiplier slots / (multipliers x cycles); a 4-bit format does two multiplications a
         slot.
@@ -247,7 +247,7 @@ def bench_gemm(
     wall = time.perf_counter() - begin
     counters = _difference(before, device.counters())
     expected = golden.gemm(x, matrix, planes=activation_bits // 8)
-    section = Section(fmt, n, k, config.row_multipliers)
+    section = Section(fmt, n, k, config.row_multipliers, config.channels)
     return _result(
         device,
         config,
@@ -301,7 +301,8 @@ def _result(
     device_name: str,
 ) -> BenchmarkResult:
     per_cycle = config.multipliers * (2 if weight_format(fmt).packed else 1)
-    memory_share = stored_bytes / (config.port_bytes * cycles) if cycles else 0.0
+    width = config.channels * config.port_bytes
+    memory_share = stored_bytes / (width * cycles) if cycles else 0.0
     useful_share = useful / (per_cycle * cycles) if cycles else 0.0
     return BenchmarkResult(
         what=what,

@@ -152,9 +152,12 @@ class Device:
         self._last_cycles = 0
         self._total_cycles = 0
         self._check_identity()
-        # Address 0 belongs to nobody: a forgotten address is then a window violation.
+        # Every channel has the same addresses, and one owner for each: images use them on all
+        # channels, all else on channel 0. Address 0 belongs to nobody: a forgotten address is then
+        # a window violation.
         size = (transport.memory_bytes - PAGE) // COMMAND_ALIGNMENT * COMMAND_ALIGNMENT
-        self._residents = Residents(transport)
+        self._residents = Residents(
+            transport, [config.device_address(channel, 0) for channel in range(config.channels)])
         self._memory = Allocator(PAGE, size, before_use=self._forget)
         self._rings = CommandRings(transport, self._memory, entries_log2=ring_log2)
         self.reset()
@@ -317,18 +320,21 @@ class Device:
         fmt = weight_format(format_name)
         planes = self._check_options(activation, activation_bits, grid_exponent)
         self._check_limits(count, d_model=d_model, d_expert=d_expert)
-        shape = ExpertShape(fmt, d_model, d_expert, self._config.row_multipliers)
+        config = self._config
+        shape = ExpertShape(fmt, d_model, d_expert, config.row_multipliers, config.channels)
         images = self._memory.allocate(count * shape.stride, alignment=PAGE, keeps=True)
         with _freed_on_error(images):
             self._enter(images, shape.stride, count)
             coarsened = 0
             previous: Expert | None = None
-            image = np.empty(0, np.uint8)
+            parts: list[Bytes] = []
             for e, expert in enumerate(experts):
                 if expert is not previous:
-                    image = build_image(expert.gate_up, expert.down, self._config.row_multipliers)
+                    parts = [build_image(expert.gate_up, expert.down, config.row_multipliers,
+                                         channel=channel, channels=config.channels)
+                             for channel in range(config.channels)]
                     previous = expert
-                self._upload(images.address + e * shape.stride, image, f"expert {e}")
+                self._upload(images.address + e * shape.stride, parts, f"expert {e}")
                 coarsened += expert.gate_up.coarsened + expert.down.coarsened
                 if progress is not None:
                     progress(e + 1, count)
@@ -349,13 +355,16 @@ class Device:
         planes = self._check_options("silu", activation_bits, grid_exponent)
         d_out, d_in = weight.shape
         self._check_limits(1, d_in=d_in, d_out=d_out)
-        shape = LinearShape(fmt, d_out, d_in, self._config.row_multipliers)
+        config = self._config
+        shape = LinearShape(fmt, d_out, d_in, config.row_multipliers, config.channels)
         matrix = quantise(float32("weight", weight), fmt)
         images = self._memory.allocate(shape.stride, alignment=PAGE, keeps=True)
         with _freed_on_error(images):
             self._enter(images, shape.stride, 1)
-            self._upload(images.address, build_linear_image(matrix, self._config.row_multipliers),
-                         "the linear layer")
+            parts = [build_linear_image(matrix, config.row_multipliers, channel=channel,
+                                        channels=config.channels)
+                     for channel in range(config.channels)]
+            self._upload(images.address, parts, "the linear layer")
             descriptor = self._describe({
                 "kind": LayerKind.LINEAR, "format": fmt.code, "planes": planes, "num_experts": 1,
                 "d_in": d_in, "d_expert": d_in, "d_out": d_out, "grid_exponent": grid_exponent,
@@ -401,7 +410,14 @@ class Device:
             self._check_open()
             self._residents.enter(images.address, stride, count)
 
-    def _upload(self, address: int, image: Bytes, what: str) -> None:
+    def _upload(self, address: int, parts: Sequence[Bytes], what: str) -> None:
+        """Write each channel's part of an image to the same address of its memory."""
+        for channel, part in enumerate(parts):
+            where = f" on channel {channel}" if len(parts) > 1 else ""
+            self._upload_part(
+                self._config.device_address(channel, address), part, f"{what}{where}")
+
+    def _upload_part(self, address: int, image: Bytes, what: str) -> None:
         """Write an image, unless it is there; its header last, so that it is never half there."""
         header = image[:HEADER_BYTES]
         with self._lock:
@@ -596,8 +612,8 @@ def open_device(spec: str | Transport, config: str | AcceleratorConfig | None = 
         What the device was built from: a preset's name, or a configuration; when left out,
         ``"ulx3s"`` at a serial port, else ``"small"``.
     memory_bytes : :class:`int`, optional
-        Size of a model's memory, of which only used pages cost anything; 4 GiB when left out. A
-        board or a recording says itself how much it has.
+        Size of a model's memory on each channel, of which only used pages cost anything; 4 GiB when
+        left out. A board or a recording says itself how much it has.
     timeout_s, ring_log2, watchdog_cycles
         See :class:`Device`.
     record : path, optional

@@ -1,10 +1,11 @@
 """Which images a device's memory still holds from an earlier session, so that they are not sent
 again.
 
-Page 0 of the memory, which no command can touch, lists the ranges that hold images and nothing
-else: since a range was entered, only uploads wrote there, and an upload clears the image's header
-first and writes it last. So within such a range a header that is there is true, and its CRC-32 says
-which image follows it. A range is struck out before its bytes are used for anything else.
+Page 0 of the memory, that of channel 0 where there are several, which no command can touch, lists
+the ranges that hold images and nothing else: since a range was entered, only uploads wrote there,
+and an upload clears the image's header first and writes it last. So within such a range a header
+that is there is true, and its CRC-32 says which image follows it. A range is struck out before its
+bytes are used for anything else.
 
 The list is true as long as memory keeps its content. MEMORY_STATE.listed says so: it is set when
 page 0 has been written, and 0 after whatever may have cost memory its content, as when an FPGA is
@@ -20,6 +21,7 @@ from __future__ import annotations
 import logging
 import struct
 import zlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -59,10 +61,13 @@ class Residents:
     Parameters
     ----------
     transport : :class:`Transport`
+    channels : sequence of :class:`int`
+        Where the memory of each channel begins; a range is the same on all of them.
     """
 
-    def __init__(self, transport: Transport) -> None:
+    def __init__(self, transport: Transport, channels: Sequence[int] = (0,)) -> None:
         self._transport = transport
+        self._channels = tuple(channels)
         self._registers = RegisterAccess(transport)
         self._listed = bool(self._registers.read("MEMORY_STATE") & _LISTED)
         self._ranges = self._read() if self._listed else []
@@ -112,7 +117,9 @@ class Residents:
         if entry in self._ranges:
             return
         self.forget(address, stride * count)
-        for image in range(count):
-            self._transport.memory_write(address + image * stride, np.zeros(HEADER_BYTES, np.uint8))
+        for channel in self._channels:
+            for image in range(count):
+                self._transport.memory_write(
+                    channel + address + image * stride, np.zeros(HEADER_BYTES, np.uint8))
         self._ranges = [*self._ranges, entry][-_MOST:]
         self._write()

@@ -36,9 +36,12 @@ class AcceleratorConfig:
     name : :class:`str`
         Name of the configuration, for reports.
     port_bytes : :class:`int`
-        Bytes of one beat of the memory port: 8, 16, 32 or 64.
+        Bytes of one beat of a memory port: 8, 16, 32 or 64.
+    channels : :class:`int`
+        Memory channels, each with a port, a stream of weights and an array of its own; rows are
+        dealt to them one by one. A power of two from 1 to 32.
     row_multipliers : :class:`int`
-        Multiplier rows of the array; each computes one row of an 8-bit format, or two of a 4-bit
+        Multiplier rows of an array; each computes one row of an 8-bit format, or two of a 4-bit
         format. A power of two from 2 to 16 (a gate row and its up row are always in the same tile).
     token_lanes : :class:`int`
         Tokens (``a8``) or half tokens (``a16``) multiplied in one cycle; a power of two from 2 to
@@ -50,14 +53,15 @@ class AcceleratorConfig:
     max_experts, max_tokens, max_assignments : :class:`int`
         Limits of one command: experts in a layer, tokens, and tokens times top-k. Powers of two.
     read_ahead_beats : :class:`int`
-        Beats of weights that may be requested ahead; a power of two, at least two full bursts.
+        Beats of weights that may be requested ahead on a channel; a power of two, at least two full
+        bursts.
     tile_words : :class:`int`
-        Depth of the row-tile buffer in array words; a power of two, at least ``max_dim / 32``.
+        Depth of a row-tile buffer in array words; a power of two, at least ``max_dim / 32``.
     quantiser_lanes : :class:`int`
         Elements quantised, and outputs drained, in one cycle; a power of two, at most ``port_bytes
         / 4``.
     address_bits : :class:`int`
-        Width of device addresses, 16 to 64.
+        Width of an address in a channel's memory; with the channel's number above it, 16 to 64.
 
     Raises
     ------
@@ -67,6 +71,7 @@ class AcceleratorConfig:
 
     name: str
     port_bytes: int
+    channels: int = 1
     row_multipliers: int = 2
     token_lanes: int = 2
     token_groups: int = 8
@@ -93,6 +98,7 @@ class AcceleratorConfig:
             )
 
         power("port_bytes", 8, 64)
+        power("channels", 1, BLOCK)
         power("row_multipliers", 2, 16)
         power("token_lanes", 2, 64)
         power("token_groups", 1, 64)
@@ -116,8 +122,10 @@ class AcceleratorConfig:
         )
         require(
             "address_bits",
-            isinstance(self.address_bits, int) and 16 <= self.address_bits <= 64,
-            "from 16 to 64",
+            isinstance(self.address_bits, int)
+            and 16 <= self.address_bits
+            and self.device_address_bits <= 64,
+            f"from 16 to {64 - self.channels.bit_length() + 1}",
         )
 
     def replace(self, **changes: object) -> AcceleratorConfig:
@@ -127,12 +135,12 @@ class AcceleratorConfig:
     # -- shape
     @property
     def multipliers(self) -> int:
-        """Multipliers in the array: K (32) x row multipliers x token lanes."""
-        return BLOCK * self.row_multipliers * self.token_lanes
+        """Multipliers in all arrays: channels x K (32) x row multipliers x token lanes."""
+        return self.channels * BLOCK * self.row_multipliers * self.token_lanes
 
     @property
     def rows(self) -> int:
-        """Rows of the array in a 4-bit format (half of them are used in an 8-bit format)."""
+        """Rows of an array in a 4-bit format (half of them are used in an 8-bit format)."""
         return 2 * self.row_multipliers
 
     @property
@@ -159,6 +167,16 @@ class AcceleratorConfig:
     def beats_per_word(self) -> int:
         """Memory beats of one array word (1 when the port is wider than a word)."""
         return max(1, self.word_bytes // self.port_bytes)
+
+    # -- addresses
+    @property
+    def device_address_bits(self) -> int:
+        """Bits of an address in the whole device: the channel above the address in its memory."""
+        return self.address_bits + self.channels.bit_length() - 1
+
+    def device_address(self, channel: int, address: int) -> int:
+        """Return the address in the whole device of an address in a channel's memory."""
+        return channel << self.address_bits | address
 
     # -- widths
     @property
@@ -237,6 +255,23 @@ PRESETS: dict[str, AcceleratorConfig] = {
             read_ahead_beats=512,
             tile_words=1024,
             quantiser_lanes=8,
+        ),
+        # An Alveo U55C: a channel for each pseudo-channel of the HBM. 4-bit weights arrive at half
+        # the rate of an array, so two groups of tokens fill it; with four token lanes the arrays
+        # alone would need 8,192 of 9,024 DSP slices. The buffer of x is 4,096 blocks deep, as URAM.
+        AcceleratorConfig(
+            name="hbm32",
+            port_bytes=32,
+            channels=32,
+            token_groups=4,
+            max_dim=16384,
+            max_experts=1024,
+            max_tokens=2048,
+            max_assignments=16384,
+            read_ahead_beats=512,
+            tile_words=1024,
+            quantiser_lanes=8,
+            address_bits=29,
         ),
         AcceleratorConfig(
             name="peer256",

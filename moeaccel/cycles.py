@@ -19,6 +19,9 @@ down section for the y buffer; a drain for the next pass to be known; the dispat
 and for the pass before the last. Reads share the port in the order of their requests, and wait
 while something is written.
 
+Of several channels, channel 0 is followed: all read the same weights in step, and only channel 0
+moves anything else.
+
 The memory is ideal (``MemoryModel.ideal``): it never refuses, has a fixed latency and one port for
 reads and writes. Accuracy, held by tests/system/test_cycles.py: 1 % or 16 cycles of the RTL;
 typically it is exact. What is not: bursts of two readers in the same cycles, row and scale words
@@ -56,7 +59,7 @@ round."""
 QUANTISER_CYCLES = 9
 """BlockQuantiser: from the last elements of a block to the lane buffer."""
 COMBINER_CYCLES = 12
-"""Combiner: from an output to its place in the y buffer."""
+"""RowSums: from an output to its place in the y buffer."""
 FLOAT_CYCLES = 6
 """Combiner: from a sum to float32."""
 ROW_EXPONENTS = 29
@@ -821,7 +824,7 @@ class _Machine:
             starved_activations=self._starved_activations,
             stalled_output=self._stalled_output,
             idle=self._finished - active,
-            bytes_read_weights=weights * width,
+            bytes_read_weights=weights * width * self._job.config.channels,
             bytes_read_other=(port.beats_read - weights) * width,
             bytes_written=port.beats_written * width + ENTRY_BYTES,
         )
@@ -981,7 +984,9 @@ class _Machine:
                     if not job.linear:
                         # Elements, h, and two registers until all of it is known to be there; then
                         # slot by slot through the quantiser.
-                        all_there = results.taken + self._element_cycles + ACTIVATION_CYCLES + 2
+                        tree = config.channels.bit_length() - 1
+                        all_there = (
+                            results.taken + self._element_cycles + ACTIVATION_CYCLES + 2 + tree)
                         groups = section.k // config.quantiser_lanes
                         ready = [
                             max(free, all_there + slot * groups + QUANTISER_CYCLES + 2)
@@ -991,23 +996,23 @@ class _Machine:
                         self._starved_activations += 2
                 words = self._stream.sections[index]
                 index += 1
-                rows = section.tile_rows
-                yield from self._section(words, results, [rows * s for s in slots], ready)
+                yield from self._section(words, results, slots, ready)
             self._schedule.set(self._issued[n], results.end)
             self._schedule.set(
                 self._in_y[n], results.taken + self._element_cycles + COMBINER_CYCLES)
         while True:
             yield
 
-    def _section(self, words: _Words, results: _Results, elements: list[int], ready: list[int]
+    def _section(self, words: _Words, results: _Results, slots: list[int], ready: list[int]
                  ) -> Iterator[None]:
         """Start the steps of a section: for each tile, for each group.
 
         A group of a tile starts when the one before has, when its operands are there and when a
         result has a place; it takes a step a cycle, in the first group as words come.
         """
-        steps, tiles = words.steps, words.tiles
-        count, most = len(elements), max(elements)
+        steps, tiles, rows = words.steps, words.tiles, words.section.tile_rows
+        short = tiles * rows - words.section.channel_rows  # rows that the last tile has not
+        count, most = len(slots), rows * max(slots)
         # Results leave as fast as they come and there is always room for them; at first, results
         # of the section before may be in the way.
         free_running = steps >= most and (RESULTS - 1) * steps > ARRAY_CYCLES + most
@@ -1019,7 +1024,8 @@ class _Machine:
         for tile in range(words.settled):
             while len(arrived) <= tile:
                 yield
-            for group, size in enumerate(elements):
+            for group, slot_count in enumerate(slots):
+                size = slot_count * (rows - short if tile + 1 == tiles else rows)
                 start = end + 1
                 if tile == 0 and ready[group] > start:
                     self._starved_activations += ready[group] - start
@@ -1045,13 +1051,13 @@ class _Machine:
                 continue
             end = max(max(ended[-1], began[tile]) + steps, arrived[tile] + 1) + later_groups
             ended.append(end)
-            words.taken.append(end + 1 + ARRAY_CYCLES + elements[-1])
+            left = rows - short if tile + 1 == tiles else rows
+            words.taken.append(end + 1 + ARRAY_CYCLES + slots[-1] * left)
         end = ended[-1]
         self._busy += words.busy * tiles
         if tiles > words.settled:
             self._starved_weights += end - settled_end - words.busy * (tiles - words.settled)
-            taken.extend(end + 1 + ARRAY_CYCLES + elements[-1] - i * steps
-                         for i in reversed(range(RESULTS)))
+            taken.extend(words.taken[-1] - i * steps for i in reversed(range(RESULTS)))
         results.end = end
         results.history = list(taken)
 

@@ -15,6 +15,12 @@ u1, ...), so that a pair is always in one tile. For each section::
                 entry += 1
             weight word: R x 32 weights
 
+Where the device has several channels, an image has a part for each, a whole image with a header of
+its own, and all parts of an expert lie at the same address, each in its channel's memory. Rows are
+dealt one by one: row r of down is row ``r // channels`` of the part of channel ``r % channels``,
+and so it is with pairs of gate and up. A part's last tile is filled up with rows of zeros, for
+which the device has no output.
+
 Inside a weight word, byte ``rm * 32 + k`` holds column k of row rm (8-bit), or of rows 2 rm (low
 nibble) and 2 rm + 1 (high nibble). Entries of row and scale words are packed from the least
 significant bit, row 0 first; numbers are little-endian. Padding at the end of a section is zero.
@@ -24,7 +30,8 @@ from __future__ import annotations
 
 import struct
 import zlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,7 +51,7 @@ from moeaccel.formats import (
 
 MAGIC = 0x4558_4F4D  # "MOXE" in memory order
 VERSION = 1
-HEADER = struct.Struct("<IHBBIIIII")
+HEADER = struct.Struct("<IHBBIIIIIBB")
 HEADER_BYTES = 64
 ALIGNMENT = 4096
 """Images start on a page, so that their bursts are whole."""
@@ -62,13 +69,16 @@ class Section:
     rows, k : :class:`int`
         Multiples of 32.
     row_multipliers : :class:`int`
-        Of the array that will read it.
+        Of an array that will read it.
+    channels : :class:`int`
+        To which the rows are dealt; tiles and words are those of one channel.
     """
 
     format: WeightFormat
     rows: int
     k: int
     row_multipliers: int
+    channels: int = 1
 
     @property
     def word_bytes(self) -> int:
@@ -82,8 +92,13 @@ class Section:
 
     @property
     def tiles(self) -> int:
-        """Tiles in the section."""
-        return self.rows // self.tile_rows
+        """Tiles in the section; the last one may be short."""
+        return -(-self.channel_rows // self.tile_rows)
+
+    @property
+    def channel_rows(self) -> int:
+        """Rows of the section on one channel."""
+        return self.rows // self.channels
 
     @property
     def steps(self) -> int:
@@ -122,7 +137,8 @@ class Section:
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of weights, scales and row exponents without padding (DESIGN section 6)."""
+        """Bytes of weights, scales and row exponents without padding (DESIGN section 6), on all
+        channels."""
         weights = self.rows * self.k * self.format.weight_bits // 8
         return weights + self.rows * self.groups * self.format.scale_bits // 8 + 2 * self.rows
 
@@ -141,12 +157,13 @@ class Section:
 
 @dataclass(frozen=True)
 class ExpertShape:
-    """Shape of an expert: the two sections of its image."""
+    """Shape of an expert: the two sections of its image; bytes and words are those of a part."""
 
     format: WeightFormat
     d_model: int
     d_expert: int
     row_multipliers: int
+    channels: int = 1
 
     def __post_init__(self) -> None:
         check_dims(d_model=self.d_model, d_expert=self.d_expert)
@@ -154,12 +171,14 @@ class ExpertShape:
     @property
     def gate_up(self) -> Section:
         """Rows g0, u0, g1, u1, ... of d_model inputs."""
-        return Section(self.format, 2 * self.d_expert, self.d_model, self.row_multipliers)
+        return Section(
+            self.format, 2 * self.d_expert, self.d_model, self.row_multipliers, self.channels)
 
     @property
     def down(self) -> Section:
         """d_model rows of d_expert inputs."""
-        return Section(self.format, self.d_model, self.d_expert, self.row_multipliers)
+        return Section(
+            self.format, self.d_model, self.d_expert, self.row_multipliers, self.channels)
 
     @property
     def header_bytes(self) -> int:
@@ -168,7 +187,7 @@ class ExpertShape:
 
     @property
     def image_bytes(self) -> int:
-        """Bytes of the whole image."""
+        """Bytes of the image, or of each part."""
         return self.header_bytes + (self.gate_up.words + self.down.words) * self.gate_up.word_bytes
 
     @property
@@ -178,7 +197,7 @@ class ExpertShape:
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of weights, scales and row exponents without padding."""
+        """Bytes of weights, scales and row exponents without padding, in all parts."""
         return self.gate_up.stored_bytes + self.down.stored_bytes
 
 
@@ -190,6 +209,7 @@ class LinearShape:
     d_out: int
     d_in: int
     row_multipliers: int
+    channels: int = 1
 
     def __post_init__(self) -> None:
         check_dims(d_out=self.d_out, d_in=self.d_in)
@@ -197,7 +217,7 @@ class LinearShape:
     @property
     def section(self) -> Section:
         """The only section."""
-        return Section(self.format, self.d_out, self.d_in, self.row_multipliers)
+        return Section(self.format, self.d_out, self.d_in, self.row_multipliers, self.channels)
 
     @property
     def header_bytes(self) -> int:
@@ -206,7 +226,7 @@ class LinearShape:
 
     @property
     def image_bytes(self) -> int:
-        """Bytes of the whole image."""
+        """Bytes of the image, or of each part."""
         return self.header_bytes + self.section.words * self.section.word_bytes
 
     @property
@@ -216,7 +236,7 @@ class LinearShape:
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of weights, scales and row exponents without padding."""
+        """Bytes of weights, scales and row exponents without padding, in all parts."""
         return self.section.stored_bytes
 
 
@@ -227,6 +247,34 @@ def _pack_entries(values: NDArray[np.integer], bits: int, per_word: int, word_by
     out = np.zeros((words * per_word, entries.shape[1]), entries.dtype)
     out[: len(entries)] = entries
     return np.ascontiguousarray(out).view(np.uint8).reshape(words, word_bytes)
+
+
+def _deal(
+    matrix: QuantisedMatrix, row_multipliers: int, channel: int, channels: int, together: int
+) -> QuantisedMatrix:
+    """Return the rows of one channel, ``together`` consecutive ones at a time, in whole tiles."""
+    rows = matrix.integers.shape[0]
+    chosen = np.arange(rows).reshape(-1, channels, together)[:, channel].reshape(-1)
+    padding = -len(chosen) % matrix.format.rows(row_multipliers)
+
+    def part(values: NDArray[np.integer]) -> NDArray[np.integer]:
+        return np.pad(values[chosen], [(0, padding)] + [(0, 0)] * (values.ndim - 1))
+
+    return replace(
+        matrix, integers=part(matrix.integers), significand=part(matrix.significand),
+        shift=part(matrix.shift), row_exponent=part(matrix.row_exponent))
+
+
+def _gather(parts: Sequence[QuantisedMatrix], section: Section, together: int) -> QuantisedMatrix:
+    """Return the matrix of which every channel has a part: the inverse of :func:`_deal`."""
+
+    def whole(name: str) -> NDArray[np.integer]:
+        dealt = np.stack([getattr(part, name)[: section.channel_rows] for part in parts])
+        pieces = dealt.reshape(len(parts), -1, together, *dealt.shape[2:])
+        return pieces.swapaxes(0, 1).reshape(section.rows, *dealt.shape[2:])
+
+    return replace(parts[0], **{
+        name: whole(name) for name in ("integers", "significand", "shift", "row_exponent")})
 
 
 def pack_section(matrix: QuantisedMatrix, row_multipliers: int) -> Bytes:
@@ -262,16 +310,30 @@ def pack_section(matrix: QuantisedMatrix, row_multipliers: int) -> Bytes:
     return out.reshape(-1)
 
 
-def unpack_section(words: Bytes, section: Section) -> QuantisedMatrix:
-    """Return the matrix of a section from its words: the inverse of :func:`pack_section`.
+def unpack_section(words: Sequence[Bytes], section: Section, *, paired: bool) -> QuantisedMatrix:
+    """Return the matrix of a section from the words that each channel holds of it.
 
     What the words do not hold is not restored: ``coarsened`` is 0.
+
+    Parameters
+    ----------
+    words : sequence of uint8 array
+        One for each channel.
+    section : :class:`Section`
+    paired : :class:`bool`
+        Rows are pairs of gate and up.
 
     Raises
     ------
     ImageError
         If the bytes are not as many as the section has.
     """
+    parts = [_unpack_part(part, section) for part in words]
+    return parts[0] if section.channels == 1 else _gather(parts, section, 1 + paired)
+
+
+def _unpack_part(words: Bytes, section: Section) -> QuantisedMatrix:
+    """Return one channel's rows, those of zeros included: the inverse of :func:`pack_section`."""
     fmt, tile_rows, tiles = section.format, section.tile_rows, section.tiles
     if words.size != section.words * section.word_bytes:
         raise ImageError(
@@ -284,13 +346,13 @@ def unpack_section(words: Bytes, section: Section) -> QuantisedMatrix:
     scales = np.ascontiguousarray(words[kinds == 1]).view("<u2" if fmt.scale_bits == 16 else "u1")
     scales = scales.reshape(-1, tile_rows)[: tiles * section.groups]
     scales = scales.reshape(tiles, section.groups, tile_rows).transpose(0, 2, 1)
-    scales = scales.reshape(section.rows, section.groups)
+    scales = scales.reshape(tiles * tile_rows, section.groups)
 
     codes: Bytes = words[kinds == 2].reshape(tiles, section.steps, section.row_multipliers, BLOCK)
     if fmt.packed:
         codes = np.stack([codes & 15, codes >> 4], axis=3).astype(np.uint8)
     codes = codes.reshape(tiles, section.steps, tile_rows, BLOCK).transpose(0, 2, 1, 3)
-    integers = decode_integers(fmt, np.ascontiguousarray(codes).reshape(section.rows, section.k))
+    integers = decode_integers(fmt, np.ascontiguousarray(codes).reshape(-1, section.k))
     return QuantisedMatrix(
         fmt,
         integers,
@@ -301,25 +363,27 @@ def unpack_section(words: Bytes, section: Section) -> QuantisedMatrix:
     )
 
 
-def unpack_expert(payload: Bytes, shape: ExpertShape) -> Expert:
-    """Return the expert of an image without its header, as the device sees it: nothing is
-    checked."""
-    split = shape.gate_up.words * shape.gate_up.word_bytes
-    return Expert(
-        unpack_section(payload[:split], shape.gate_up), unpack_section(payload[split:], shape.down)
-    )
-
-
-def unpack_image(image: Bytes) -> Expert:
+def unpack_image(*parts: Bytes) -> Expert:
     """Check an expert's image and return the expert: the inverse of :func:`build_image`.
+
+    Parameters
+    ----------
+    *parts : uint8 array
+        The parts of all channels, in their order.
 
     Raises
     ------
     ImageError
         Naming what is wrong.
     """
-    shape = check_image(image)
-    return unpack_expert(image[shape.header_bytes : shape.image_bytes], shape)
+    shapes = {check_image(part, channel=channel) for channel, part in enumerate(parts)}
+    if len(shapes) != 1 or (shape := shapes.pop()).channels != len(parts):
+        raise ImageError(
+            f"parts must be all those of one image, not {len(parts)} of {sorted(map(str, shapes))}")
+    split = shape.header_bytes + shape.gate_up.words * shape.gate_up.word_bytes
+    return Expert(
+        unpack_section([p[shape.header_bytes : split] for p in parts], shape.gate_up, paired=True),
+        unpack_section([p[split : shape.image_bytes] for p in parts], shape.down, paired=False))
 
 
 def interleave_gate_up(gate_up: NDArray[np.floating]) -> NDArray[np.floating]:
@@ -328,8 +392,15 @@ def interleave_gate_up(gate_up: NDArray[np.floating]) -> NDArray[np.floating]:
     return np.stack([gate_up[:half], gate_up[half:]], axis=1).reshape(gate_up.shape)
 
 
-def build_image(gate_up: QuantisedMatrix, down: QuantisedMatrix, row_multipliers: int) -> Bytes:
-    """Return the image of one expert, header included.
+def build_image(
+    gate_up: QuantisedMatrix,
+    down: QuantisedMatrix,
+    row_multipliers: int,
+    *,
+    channel: int = 0,
+    channels: int = 1,
+) -> Bytes:
+    """Return the image of one expert, or a channel's part of it, header included.
 
     Parameters
     ----------
@@ -337,54 +408,64 @@ def build_image(gate_up: QuantisedMatrix, down: QuantisedMatrix, row_multipliers
         (2 d_expert, d_model), rows interleaved (:func:`interleave_gate_up`).
     down : :class:`QuantisedMatrix`
         (d_model, d_expert).
+    row_multipliers : :class:`int`
+        Of the array that will read it.
+    channel, channels : :class:`int`
     """
     shape = ExpertShape(
-        gate_up.format, gate_up.integers.shape[1], down.integers.shape[1], row_multipliers
-    )
-    payload = np.concatenate(
-        [pack_section(gate_up, row_multipliers), pack_section(down, row_multipliers)]
-    )
-    return np.concatenate([header(shape, payload), payload])
-
-
-def build_linear_image(matrix: QuantisedMatrix, row_multipliers: int) -> Bytes:
-    """Return the image of one linear layer, (d_out, d_in), header included."""
-    d_out, d_in = matrix.integers.shape
-    shape = LinearShape(matrix.format, d_out, d_in, row_multipliers)
-    payload = pack_section(matrix, row_multipliers)
-    raw = HEADER.pack(
-        MAGIC,
-        VERSION,
-        shape.format.code,
-        row_multipliers,
-        shape.d_out,
-        shape.d_in,
-        0,
-        shape.section.words,
-        zlib.crc32(payload.data),
-    )
-    head = np.frombuffer(raw.ljust(shape.header_bytes, b"\0"), np.uint8)
+        gate_up.format, gate_up.integers.shape[1], down.integers.shape[1], row_multipliers,
+        channels)
+    payload = np.concatenate([
+        pack_section(_deal(matrix, row_multipliers, channel, channels, together), row_multipliers)
+        for matrix, together in ((gate_up, 2), (down, 1))])
+    words = shape.gate_up.words, shape.down.words
+    head = _header(shape, shape.d_model, shape.d_expert, words, channel, payload)
     return np.concatenate([head, payload])
 
 
-def header(shape: ExpertShape, payload: Bytes) -> Bytes:
+def build_linear_image(
+    matrix: QuantisedMatrix, row_multipliers: int, *, channel: int = 0, channels: int = 1
+) -> Bytes:
+    """Return the image of one linear layer, (d_out, d_in), or a channel's part of it."""
+    d_out, d_in = matrix.integers.shape
+    shape = LinearShape(matrix.format, d_out, d_in, row_multipliers, channels)
+    payload = pack_section(_deal(matrix, row_multipliers, channel, channels, 1), row_multipliers)
+    head = _header(shape, shape.d_out, shape.d_in, (0, shape.section.words), channel, payload)
+    return np.concatenate([head, payload])
+
+
+def _header(
+    shape: ExpertShape | LinearShape,
+    first_dim: int,
+    second_dim: int,
+    words: tuple[int, int],
+    channel: int,
+    payload: Bytes,
+) -> Bytes:
     """Return an image's header for its payload."""
     raw = HEADER.pack(
         MAGIC,
         VERSION,
         shape.format.code,
         shape.row_multipliers,
-        shape.d_model,
-        shape.d_expert,
-        shape.gate_up.words,
-        shape.down.words,
+        first_dim,
+        second_dim,
+        *words,
         zlib.crc32(payload.data),
+        channel,
+        shape.channels - 1,
     )
     return np.frombuffer(raw.ljust(shape.header_bytes, b"\0"), np.uint8)
 
 
-def check_image(image: Bytes) -> ExpertShape:
+def check_image(image: Bytes, *, channel: int = 0) -> ExpertShape:
     """Check an image's header and CRC-32 and return its shape.
+
+    Parameters
+    ----------
+    image : uint8 array
+    channel : :class:`int`
+        Whose part it must be.
 
     Raises
     ------
@@ -393,9 +474,8 @@ def check_image(image: Bytes) -> ExpertShape:
     """
     if len(image) < HEADER_BYTES:
         raise ImageError(f"image must be at least {HEADER_BYTES} bytes, not {len(image)}")
-    magic, version, code, row_multipliers, d_model, d_expert, gate_up, down, crc = (
-        HEADER.unpack_from(image.tobytes())
-    )
+    (magic, version, code, row_multipliers, d_model, d_expert, gate_up, down, crc, found_channel,
+     last_channel) = HEADER.unpack_from(image.tobytes())
     if magic != MAGIC:
         raise ImageError(
             f"image must start with {MAGIC:#010x}, not {magic:#010x}; this is no expert image"
@@ -407,7 +487,12 @@ def check_image(image: Bytes) -> ExpertShape:
         raise ImageError(
             f"image format code must be one of {[f.code for f in FORMATS.values()]}, not {code}"
         )
-    shape = ExpertShape(fmt, d_model, d_expert, row_multipliers)
+    if found_channel != channel:
+        raise ImageError(
+            f"image must be the part of channel {channel}, not of {found_channel} of "
+            f"{last_channel + 1} channels"
+        )
+    shape = ExpertShape(fmt, d_model, d_expert, row_multipliers, last_channel + 1)
     if (gate_up, down) != (shape.gate_up.words, shape.down.words) or len(image) < shape.image_bytes:
         raise ImageError(
             f"image must be {shape.image_bytes} bytes for its header, "

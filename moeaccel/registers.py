@@ -138,7 +138,9 @@ _PLAIN: tuple[Register, ...] = (
     ),
     Register("SQ_HEAD", 0x04C, Access.RO, "Index of the next submission to fetch."),
     Register("CQ_TAIL", 0x050, Access.RO, "Index of the next completion to write."),
-    Register("WINDOW_BASE_LO", 0x058, Access.RW, "First byte that bursts may touch."),
+    Register(
+        "WINDOW_BASE_LO", 0x058, Access.RW, "First byte that bursts may touch, on every channel."
+    ),
     Register("WINDOW_BASE_HI", 0x05C, Access.RW, "High word."),
     Register(
         "WINDOW_LIMIT_LO",

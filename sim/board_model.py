@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from amaranth import *
-from amaranth.back import verilog
 from amaranth.lib import wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -14,7 +13,7 @@ from amaranth.lib.wiring import In, Out
 from moeaccel.config import AcceleratorConfig
 from moeaccel.hdl.sdram_controller import SdramTiming
 from moeaccel.hdl.serial_board import SerialBoard
-from moeaccel.hdl.verilog_target import RAM_VERILOG, VerilogTarget
+from moeaccel.hdl.verilog_target import RAM_VERILOG, VerilogTarget, generate
 from moeaccel.sim.sdram_chip import SdramChip, Violation
 
 __all__ = ["BoardModel", "board_verilog"]
@@ -97,6 +96,7 @@ class _Target(VerilogTarget):
     """Makes the chip's memory a module of its own, whose array the harness may touch."""
 
     def __init__(self, memory: Memory):
+        super().__init__()
         self._memory = memory
 
     def get_memory(self, memory: Memory):
@@ -110,7 +110,7 @@ def board_verilog(config: AcceleratorConfig, *, clock_hz: int, cycles_per_bit: i
     """Return the Verilog of a board, module ``top``; its SDRAM is ``top.chip.memory.mem``."""
     model = BoardModel(config, timing=SdramTiming.ulx3s(clock_hz=clock_hz),
                        cycles_per_bit=cycles_per_bit)
-    text = verilog.convert(model, name="top", platform=_Target(model.memory), emit_src=False)
+    text = generate(model, "top", target=_Target(model.memory))
     array = RAM_VERILOG.split("endmodule")[0].replace("module moeaccel_ram ", f"module {_ARRAY} ")
     array = array.replace("[0:DEPTH-1];", "[0:DEPTH-1] /*verilator public_flat_rw*/;")
-    return text + RAM_VERILOG + array + "endmodule\n"
+    return text + array + "endmodule\n"

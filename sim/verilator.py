@@ -142,6 +142,30 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part or -1) if part.isdigit() else -1, part) for part in re.split(r"(\d+)", name)]
 
 
+def check_verilog(verilog: str, *, top: str = "top") -> None:
+    """Let Verilator look for mistakes, with the warnings and waivers of a build; nothing is built.
+
+    Parameters
+    ----------
+    verilog : str
+    top : str
+        Name of the module.
+
+    Raises
+    ------
+    ToolMissingError
+        If there is no Verilator.
+    BuildError
+        If it finds something; the message has what it says.
+    """
+    translator, root = _verilator()
+    flags = _translate_flags(top=top, threads=1, waves=False, assertions=True)
+    with tempfile.TemporaryDirectory() as folder:
+        build = _Build(work=Path(folder), runtime=Path(folder), root=root, compiler="", flags=(),
+                       waves=False)
+        build.translate(translator, ("--lint-only", *flags[1:]), verilog)
+
+
 def build_model(verilog: str, *, top: str = "top", threads: int = 1, waves: bool = False,
                 assertions: bool = True, cache: Path | None = None,
                 flags: Sequence[str] = ()) -> Model:

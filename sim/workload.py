@@ -71,11 +71,14 @@ class Layout:
     def place_experts(self, experts: Sequence[Expert], *, planes: int,
                       grid_exponent: int = DEFAULT_GRID_EXPONENT) -> dict[str, int]:
         """Place the images of a layer and return the fields of its descriptor."""
-        images = [build_image(e.gate_up, e.down, self.config.row_multipliers) for e in experts]
-        shape: ExpertShape = check_image(images[0])
-        address = self.reserve(shape.stride * len(images), alignment=ALIGNMENT)
-        self._pieces += [(address + shape.stride * i, image.tobytes())
-                         for i, image in enumerate(images)]
+        config = self.config
+        places = [{"channel": c, "channels": config.channels} for c in range(config.channels)]
+        parts = [[build_image(e.gate_up, e.down, config.row_multipliers, **place)
+                  for place in places] for e in experts]
+        shape: ExpertShape = check_image(parts[0][0])
+        address = self.reserve(shape.stride * len(parts), alignment=ALIGNMENT)
+        self._pieces += [(config.device_address(c, address + shape.stride * i), part.tobytes())
+                         for i, image in enumerate(parts) for c, part in enumerate(image)]
         return {
             "kind": LayerKind.EXPERTS, "format": shape.format.code, "planes": planes,
             "activation": Activation.SILU, "num_experts": len(experts), "d_in": shape.d_model,
@@ -86,10 +89,15 @@ class Layout:
     def place_linear(self, matrix: QuantisedMatrix, *, planes: int,
                      grid_exponent: int = DEFAULT_GRID_EXPONENT) -> dict[str, int]:
         """Place the image of a linear layer and return the fields of its descriptor."""
-        image = build_linear_image(matrix, self.config.row_multipliers)
+        config = self.config
         d_out, d_in = matrix.integers.shape
-        shape = LinearShape(matrix.format, d_out, d_in, self.config.row_multipliers)
-        address = self.place(image.tobytes(), alignment=ALIGNMENT)
+        shape = LinearShape(
+            matrix.format, d_out, d_in, config.row_multipliers, config.channels)
+        address = self.reserve(shape.stride, alignment=ALIGNMENT)
+        self._pieces += [
+            (config.device_address(c, address), build_linear_image(
+                matrix, config.row_multipliers, channel=c, channels=config.channels).tobytes())
+            for c in range(config.channels)]
         return {
             "kind": LayerKind.LINEAR, "format": matrix.format.code, "planes": planes,
             "num_experts": 1, "d_in": d_in, "d_expert": d_in, "d_out": d_out,

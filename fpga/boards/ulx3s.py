@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from amaranth import *
-from amaranth.back import verilog
 from amaranth.hdl import IOPort
 from amaranth.lib import wiring
 from amaranth.lib.cdc import FFSynchronizer
@@ -23,7 +22,7 @@ from moeaccel.errors import ClockRateError
 from moeaccel.fpga.boards import Board, Design
 from moeaccel.hdl.sdram_controller import SdramTiming
 from moeaccel.hdl.serial_board import SerialBoard
-from moeaccel.hdl.verilog_target import RAM_VERILOG, VerilogTarget
+from moeaccel.hdl.verilog_target import generate
 
 __all__ = ["BOARD", "IO_CYCLES", "Pll", "Ulx3s", "Ulx3sTop"]
 
@@ -273,10 +272,9 @@ class Ulx3s(Board):
     baud = 3_000_000
 
     def design(self, config: AcceleratorConfig, *, clock_hz: int, baud: int) -> Design:
-        text = verilog.convert(Ulx3sTop(config, clock_hz=clock_hz, baud=baud), name="top",
-                               platform=VerilogTarget(), emit_src=False)
         return Design(
-            verilog=text + RAM_VERILOG, constraints=_constraints(),
+            verilog=generate(Ulx3sTop(config, clock_hz=clock_hz, baud=baud), "top"),
+            constraints=_constraints(),
             route=("--85k", "--package", "CABGA381", "--speed", "6"),
             # The flash is read at 62 MHz; compressed, which halves the time of a start.
             pack=("--compress", "--freq", "62.0"))

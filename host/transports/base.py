@@ -15,13 +15,16 @@ Bytes = NDArray[np.uint8]
 class Transport(ABC):
     """A way to a device: registers, memory, interrupt.
 
+    Where the device has several memory channels, addresses are ``config.device_address(channel,
+    address)``; an access stays within a channel.
+
     Nothing above this class knows what is behind it. A transport is used by one thread at a time.
     """
 
     @property
     @abstractmethod
     def memory_bytes(self) -> int:
-        """Bytes of device memory, which starts at address 0."""
+        """Bytes of device memory on each channel; that of channel 0 starts at address 0."""
 
     @abstractmethod
     def register_read(self, address: int) -> int:

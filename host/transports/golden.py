@@ -145,7 +145,7 @@ class GoldenTransport(Transport):
     ----------
     config : :class:`AcceleratorConfig`
     memory_bytes : :class:`int`
-        A multiple of 4096; only pages that are touched cost anything.
+        Of each channel: a multiple of 4096; only pages that are touched cost anything.
     cache_bytes : :class:`int`
         Decoded weights that are kept, in bytes.
     latency : :class:`int`
@@ -160,7 +160,7 @@ class GoldenTransport(Transport):
     def __init__(self, config: AcceleratorConfig, *, memory_bytes: int,
                  cache_bytes: int = 1 << 30, latency: int = 40) -> None:
         self._config = config
-        self._memory: _Memory | None = _Memory(memory_bytes)
+        self._memories = tuple(_Memory(memory_bytes) for _ in range(config.channels))
         self._memory_bytes = memory_bytes
         self._latency = latency
         self._registers = {r.address: r.reset for r in REGISTERS.values()}
@@ -204,18 +204,20 @@ class GoldenTransport(Transport):
             self._execute_ring()
 
     def memory_read(self, address: int, count: int) -> Bytes:
-        return self._range(address, count).read(address, count)
+        memory, address = self._range(address, count)
+        return memory.read(address, count)
 
     def memory_write(self, address: int, data: bytes | Bytes) -> None:
         raw = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data.reshape(-1)
-        self._range(address, raw.size).write(address, raw)
+        memory, address = self._range(address, raw.size)
+        memory.write(address, raw)
 
     def wait_interrupt(self, timeout_s: float) -> bool:
         del timeout_s  # whatever can happen has happened
         return bool(self._get("IRQ_STATUS") & self._get("IRQ_ENABLE"))
 
     def close(self) -> None:
-        self._memory = None
+        self._memories = ()
         self._cache.clear()
 
     # -- registers and memory ----------------------------------------------------------------------
@@ -229,17 +231,27 @@ class GoldenTransport(Transport):
         self._registers[REGISTERS[name].address] = value
 
     @property
-    def _ram(self) -> _Memory:
-        if self._memory is None:
+    def _channels(self) -> tuple[_Memory, ...]:
+        if not self._memories:
             raise DeviceClosed("transport must not be used after it was closed; open a new device")
-        return self._memory
+        return self._memories
 
-    def _range(self, address: int, count: int) -> _Memory:
-        memory = self._ram
-        if address < 0 or count < 0 or address + count > len(memory):
-            raise UploadError(f"memory access must be within {len(memory):#x} bytes, not {count} "
-                              f"bytes at {address:#x}")
-        return memory
+    @property
+    def _ram(self) -> _Memory:
+        """Memory of channel 0, where all but weights is."""
+        return self._channels[0]
+
+    def _range(self, address: int, count: int) -> tuple[_Memory, int]:
+        """Return the memory that a device address is in, and the address there."""
+        channels = self._channels
+        channel = address >> self._config.address_bits
+        inside = address & ((1 << self._config.address_bits) - 1)
+        size = self._memory_bytes
+        if not 0 <= channel < len(channels) or count < 0 or inside + count > size:
+            raise UploadError(f"memory access must be within {size:#x} bytes"
+                              f"{'' if len(channels) == 1 else f' of {len(channels)} channels'}, "
+                              f"not {count} bytes at {address:#x}")
+        return channels[channel], inside
 
     def _check(self, address: int, count: int) -> None:
         """End the command unless every burst of the range is inside the window and the memory."""
@@ -397,8 +409,9 @@ class GoldenTransport(Transport):
             if not ok[field.name]:
                 raise _Fault(Status.BAD_LAYER, detail=field.word)
         fmt = _FORMAT_BY_CODE[values["format"]]
-        down = Section(fmt, values["d_out"], values["d_expert"], config.row_multipliers)
-        gate_up = Section(fmt, 2 * values["d_expert"], values["d_in"], config.row_multipliers)
+        array = config.row_multipliers, config.channels
+        down = Section(fmt, values["d_out"], values["d_expert"], *array)
+        gate_up = Section(fmt, 2 * values["d_expert"], values["d_in"], *array)
         return _Layer(
             kind, fmt, values["planes"], values["num_experts"], values["d_in"], values["d_expert"],
             values["d_out"], values["grid_exponent"], values["stride"], values["image_address"],
@@ -407,7 +420,7 @@ class GoldenTransport(Transport):
     def _decoded(self, layer: _Layer, expert: int) -> tuple[QuantisedMatrix, ...]:
         """Return the matrices of an image as they are in memory now."""
         address = layer.image_address + expert * layer.stride
-        version = self._ram.version(address, layer.payload_bytes)
+        version = sum(memory.version(address, layer.payload_bytes) for memory in self._channels)
         key = (address, layer.sections)
         found = self._cache.get(key)
         if found is not None and found[0] == version:
@@ -415,9 +428,11 @@ class GoldenTransport(Transport):
             return found[1]
         matrices = []
         for section in layer.sections:
-            words = self._ram.view(address, section.words * section.word_bytes)
-            matrices.append(unpack_section(words, section))
-            address += section.words * section.word_bytes
+            size = section.words * section.word_bytes
+            words = [memory.view(address, size) for memory in self._channels]
+            matrices.append(unpack_section(
+                words, section, paired=len(layer.sections) == 2 and not matrices))
+            address += size
         size = sum(matrix.integers.nbytes for matrix in matrices)
         if found is not None:
             self._cached_bytes -= self._cache.pop(key)[2]
@@ -461,7 +476,8 @@ class GoldenTransport(Transport):
                 seen[token] = True
         port = self._config.port_bytes
         self._count(
-            bytes_read_weights=passes * (-(-layer.payload_bytes // port) * port),
+            bytes_read_weights=self._config.channels * passes
+                               * (-(-layer.payload_bytes // port) * port),
             bytes_read_other=read, bytes_written=written, tokens=ids.shape[0],
             expert_passes=passes,
             assignments=int(((ids >= 0) & (ids < layer.num_experts)).sum()))
@@ -472,6 +488,7 @@ class GoldenTransport(Transport):
         if layer.kind is LayerKind.LINEAR:
             return linear_cycles(
                 config, layer.sections[0], len(ids), planes=planes, latency=latency)
-        shape = ExpertShape(layer.format, layer.d_in, layer.d_expert, config.row_multipliers)
+        shape = ExpertShape(layer.format, layer.d_in, layer.d_expert, config.row_multipliers,
+                            config.channels)
         return expert_cycles(
             config, shape, ids, layer.num_experts, planes=planes, latency=latency)

@@ -39,7 +39,7 @@ class RtlTransport(Transport):
     ----------
     config : :class:`AcceleratorConfig`
     memory_bytes : :class:`int`, optional
-        A multiple of 4096; that of ``memory``, or 4 GiB, when left out.
+        Of each channel: a multiple of 4096; that of ``memory``, or 4 GiB, when left out.
     memory : :class:`moeaccel.sim.memory.MemoryModel`, optional
         Size and timing of the memory; ideal when left out.
     cycles_per_second : :class:`int`
@@ -60,7 +60,9 @@ class RtlTransport(Transport):
         if simulation is None:
             simulation = _build(config, memory_bytes, memory, options)
         self._simulation: CoSimulation | None = simulation
-        self._memory_bytes = min(simulation.memory_models[0].size, 1 << config.address_bits)
+        self._memory_bytes = min(
+            1 << config.address_bits, *(model.size for model in simulation.memory_models))
+        self._address_bits = config.address_bits
 
     @property
     def simulation(self) -> CoSimulation:
@@ -80,10 +82,16 @@ class RtlTransport(Transport):
         self.simulation.reg_write(address, value)
 
     def memory_read(self, address: int, count: int) -> Bytes:
-        return np.asarray(self.simulation.mem_read(address, count), np.uint8)
+        channel, address = self._place(address)
+        return np.asarray(self.simulation.mem_read(address, count, port=channel), np.uint8)
 
     def memory_write(self, address: int, data: bytes | Bytes) -> None:
-        self.simulation.mem_write(address, data)
+        channel, address = self._place(address)
+        self.simulation.mem_write(address, data, port=channel)
+
+    def _place(self, address: int) -> tuple[int, int]:
+        """Return the channel of a device address, and the address in its memory."""
+        return address >> self._address_bits, address & ((1 << self._address_bits) - 1)
 
     def wait_interrupt(self, timeout_s: float) -> bool:
         simulation = self.simulation

@@ -1,9 +1,12 @@
 """``moeaccel bench``: cycles, bytes and bits of layers of real size."""
 
 import json
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from moeaccel.config import AcceleratorConfig
 
 app = typer.Typer(no_args_is_help=True, help="Measure layers of real size on the RTL or its model.")
 
@@ -12,6 +15,7 @@ Format = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="rtl (Verilated, exact cycles) or golden.")]
 Config = Annotated[str, typer.Option(help="Preset of the accelerator.")]
+Channels = Annotated[int, typer.Option(help="Memory channels; 0: as many as the preset has.")]
 Bits = Annotated[int, typer.Option(help="Activation bits: 16 or 8.")]
 Latency = Annotated[int, typer.Option(help="Read and write latency of the ideal memory, cycles.")]
 Memory = Annotated[str, typer.Option(help="ideal, or dram (rows, refresh, turnaround).")]
@@ -29,6 +33,7 @@ def decode(
     weight_format: Format = "int4_g32",
     device: Device = "rtl",
     config: Config = "wide512",
+    channels: Channels = 0,
     activation_bits: Bits = 16,
     latency: Latency = 100,
     memory: Memory = "ideal",
@@ -44,7 +49,7 @@ def decode(
         "uniform",
         weight_format,
         device,
-        config,
+        _config(config, channels),
         activation_bits,
         latency,
         memory,
@@ -64,6 +69,7 @@ def prefill(
     weight_format: Format = "int4_g32",
     device: Device = "rtl",
     config: Config = "wide512",
+    channels: Channels = 0,
     activation_bits: Bits = 16,
     latency: Latency = 100,
     memory: Memory = "ideal",
@@ -79,7 +85,7 @@ def prefill(
         routing,
         weight_format,
         device,
-        config,
+        _config(config, channels),
         activation_bits,
         latency,
         memory,
@@ -96,6 +102,7 @@ def gemm(
     weight_format: Format = "mxint8",
     device: Device = "rtl",
     config: Config = "peer256",
+    channels: Channels = 0,
     activation_bits: Bits = 8,
     latency: Latency = 100,
     memory: Memory = "ideal",
@@ -103,13 +110,13 @@ def gemm(
     as_json: Json = False,
 ) -> None:
     """Run one matrix product, for comparison with other accelerators."""
-    from moeaccel.config import preset
     from moeaccel.host.benchmark import bench_gemm
 
-    with _open(device, config, latency, memory) as opened, _Status(as_json) as status:
+    chosen = _config(config, channels)
+    with _open(device, chosen, latency, memory) as opened, _Status(as_json) as status:
         result = bench_gemm(
             opened,
-            preset(config),
+            chosen,
             m=m,
             k=k,
             n=n,
@@ -169,14 +176,13 @@ def _experts(
     routing: str,
     weight_format: str,
     device: str,
-    config: str,
+    config: "AcceleratorConfig",
     activation_bits: int,
     latency: int,
     memory: str,
     seed: int,
     as_json: bool,
 ) -> None:
-    from moeaccel.config import preset
     from moeaccel.host.benchmark import bench_experts
     from moeaccel.zoo import model as find_model
 
@@ -187,7 +193,7 @@ def _experts(
             results.append(
                 bench_experts(
                     opened,
-                    preset(config),
+                    config,
                     found,
                     tokens=tokens,
                     weight_format_name=weight_format,
@@ -206,21 +212,31 @@ def _experts(
     _print(results, as_json)
 
 
+def _config(name: str, channels: int) -> "AcceleratorConfig":
+    from moeaccel.config import preset
+
+    config = preset(name)
+    if channels:
+        config = config.replace(name=f"{name}, {channels} channels", channels=channels)
+    return config
+
+
 def _memory_name(memory: str, latency: int) -> str:
     return f"{memory}, latency {latency}"
 
 
-def _open(device: str, config: str, latency: int, memory: str) -> Any:
+def _open(device: str, config: "AcceleratorConfig", latency: int, memory: str) -> Any:
     from moeaccel.host import open_device
 
+    size = min(1 << 32, 1 << config.address_bits)
     if device != "rtl":
-        return open_device(device, config=config, memory_bytes=1 << 32, latency=latency)
+        return open_device(device, config=config, memory_bytes=size, latency=latency)
     from moeaccel.host.benchmark import BenchmarkError
     from moeaccel.sim.memory import MemoryModel
 
     models = {
-        "ideal": lambda: MemoryModel.ideal(latency),
-        "dram": lambda: MemoryModel.dram(latency=latency),
+        "ideal": lambda: MemoryModel.ideal(latency, size=size),
+        "dram": lambda: MemoryModel.dram(latency=latency, size=size),
     }
     if memory not in models:
         raise BenchmarkError(f"memory must be one of {', '.join(models)}, not {memory!r}")

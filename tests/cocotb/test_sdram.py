@@ -4,12 +4,11 @@ import json
 
 import pytest
 from amaranth import *
-from amaranth.back import verilog
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
 from moeaccel.hdl.sdram_controller import CHIP_BYTES
-from moeaccel.hdl.verilog_target import RAM_VERILOG, VerilogTarget
+from moeaccel.hdl.verilog_target import generate
 from moeaccel.sim.cocotb_runner import run_cocotb
 from moeaccel.sim.sdram_chip import Violation
 from tests.support.axi_traffic import AxiTraffic
@@ -46,8 +45,8 @@ class Top(wiring.Component):
 def measure(folder, *, clock_hz, io_cycles, region, cycles):
     """Return words read and written in a cycle, by pattern."""
     top = Top(clock_hz=clock_hz, io_cycles=io_cycles, region=region)
-    text = verilog.convert(top, name="sdram_top", platform=VerilogTarget(), emit_src=False)
-    run_cocotb(text + RAM_VERILOG, "sdram_top", "tests.cocotb.sdram_bench", seed=1, folder=folder,
+    run_cocotb(generate(top, "sdram_top"), "sdram_top", "tests.cocotb.sdram_bench", seed=1,
+               folder=folder,
                env={"BENCH_BASE": str(CHIP_BYTES - region), "BENCH_REGION": str(region),
                     "BENCH_CYCLES": str(cycles)})
     return json.loads((folder / "figures.json").read_text(encoding="utf-8"))

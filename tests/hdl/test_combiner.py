@@ -1,9 +1,10 @@
-"""The combiner against moeaccel.arithmetic: sums, workspace, float32, overflow."""
+"""Row sums and combiner against moeaccel.arithmetic: sums, workspace, float32, overflow."""
 
 import random
 
 import numpy as np
 import pytest
+from amaranth import Cat, Elaboratable, Module
 from amaranth.sim import Simulator
 
 from moeaccel.arithmetic import (
@@ -14,16 +15,46 @@ from moeaccel.arithmetic import (
 )
 from moeaccel.config import PRESETS
 from moeaccel.hdl.combiner import Combiner
+from moeaccel.hdl.row_sums import RowSums
 
 Y, WORKSPACE = 0x10000, 0x40000
 GRID = -28
+
+
+class Joined(Elaboratable):
+    """The combiner and the row sums of every core."""
+
+    def __init__(self, config):
+        self.combiner = Combiner(config)
+        self.cores = [RowSums(config) for _ in range(config.channels)]
+
+    def elaborate(self, platform):
+        m = Module()
+        m.submodules.combiner = combiner = self.combiner
+        for c, core in enumerate(self.cores):
+            m.submodules[f"core{c}"] = core
+            m.d.comb += [
+                core.i_grid_exponent.eq(combiner.i_grid_exponent),
+                core.i_weight.eq(combiner.slot_data.weight),
+                core.i_draining.eq(combiner.o_draining),
+                core.r_address.eq(combiner.r_address),
+                core.w_address.eq(combiner.w_address),
+            ]
+            for lane, at in enumerate(range(c, len(combiner.r_data), len(self.cores))):
+                m.d.comb += [
+                    combiner.r_data[at].eq(core.r_data[lane]),
+                    core.w_en[lane].eq(combiner.w_en[at]),
+                    core.w_data[lane].eq(combiner.w_data[at]),
+                ]
+        return m
 
 
 class Bench:
     """A combiner with a slot table and a memory that answers when it likes."""
 
     def __init__(self, config, seed, *, stalls=True):
-        self.config, self.dut = config, Combiner(config)
+        self.config, self.joined = config, Joined(config)
+        self.dut, self.cores = self.joined.combiner, self.joined.cores
         self.rng = random.Random(seed)
         self.stalls = stalls
         self.memory = bytearray(1 << 20)
@@ -82,27 +113,31 @@ class Bench:
 
     async def count_overflows(self, ctx):
         while True:
-            *_, overflow = await ctx.tick().sample(self.dut.o_overflow)
-            self.overflows += overflow
+            *_, found = await ctx.tick().sample(
+                Cat(core.o_overflow for core in self.cores))
+            self.overflows += found.bit_count()
 
     async def elements(self, ctx, values, *, bank, fresh):
         """Send one pass: ``values`` (slots, rows)."""
-        dut = self.dut
         slots, rows = values.mantissa.shape
+        own = rows // len(self.cores)
         for slot in range(slots):
-            for row in range(rows):
+            for row in range(own):
                 while self.pause():
                     await ctx.tick()
-                ctx.set(dut.i_valid, 1)
-                ctx.set(dut.i_element, {"slot": slot, "row": row, "value": {
-                    "mantissa": int(values.mantissa[slot, row]),
-                    "exponent": int(values.exponent[slot, row])}})
-                ctx.set(dut.i_slot_bank, bank)
-                ctx.set(dut.i_fresh, fresh)
-                ctx.set(dut.i_last, (slot, row) == (slots - 1, rows - 1))
+                ctx.set(self.dut.i_lookup, slot | bank << (self.config.max_slots - 1).bit_length())
+                for c, core in enumerate(self.cores):
+                    at = row * len(self.cores) + c
+                    ctx.set(core.i_valid, 1)
+                    ctx.set(core.i_element, {"slot": slot, "row": row, "value": {
+                        "mantissa": int(values.mantissa[slot, at]),
+                        "exponent": int(values.exponent[slot, at])}})
+                    ctx.set(core.i_fresh, fresh)
+                    ctx.set(core.i_last, (slot, row) == (slots - 1, own - 1))
                 await ctx.tick()
-                ctx.set(dut.i_valid, 0)
-        await ctx.tick().until(dut.o_pass_done)
+                for core in self.cores:
+                    ctx.set(core.i_valid, 0)
+        await ctx.tick().until(self.cores[0].o_pass_done)
 
     async def drain(self, ctx, *, bank, count):
         dut = self.dut
@@ -117,7 +152,7 @@ class Bench:
         return np.frombuffer(bytes(self.memory[at : at + 4 * rows]), "<f4")
 
     def run(self, scenario):
-        sim = Simulator(self.dut)
+        sim = Simulator(self.joined)
         sim.add_clock(1e-6)
         for process in (self.slots, self.reads, self.writes, self.count_overflows):
             sim.add_testbench(process, background=True)
@@ -129,10 +164,11 @@ def draw(rng, shape, low=-30, high=-10):
     return normalise(rng.integers(-(1 << 40), 1 << 40, shape), rng.integers(low, high, shape) - 24)
 
 
-@pytest.mark.parametrize("name", ["tiny", "small"])
+@pytest.mark.parametrize(("name", "channels"), [
+    ("tiny", 1), ("small", 1), ("tiny", 2), ("tiny", 8), ("small", 4), ("small", 32)])
 @pytest.mark.parametrize("seed", [1, 2])
-def test_sums_travel_through_the_workspace_and_end_as_float32(name, seed):
-    config = PRESETS[name]
+def test_sums_travel_through_the_workspace_and_end_as_float32(name, channels, seed):
+    config = PRESETS[name].replace(channels=channels)
     bench = Bench(config, seed)
     rng = np.random.default_rng(seed)
     rows, steps = 64, 2

@@ -10,6 +10,8 @@ from tests.support.elements import hidden_rows, lane_writes, monitor_lanes
 WIDE = AcceleratorConfig(
     name="wide", port_bytes=64, token_lanes=4, token_groups=2, max_dim=160, quantiser_lanes=8,
     read_ahead_beats=128)
+SEVERAL = [preset("tiny").replace(channels=2), preset("tiny").replace(channels=32),
+           WIDE.replace(channels=4)]
 NARROW = WIDE.replace(name="narrow", quantiser_lanes=1, token_groups=1, max_dim=96)
 
 
@@ -27,23 +29,29 @@ class Bench:
         self.stall = stall
         self.lanes, self.bases = {}, {}
 
+    def elements(self, h, slot, index):
+        """Return the elements that come with an index, one of each core."""
+        significand, exponent = h
+        first = index * self.config.channels
+        return [hidden(significand[slot, i], exponent[slot, i])
+                for i in range(first, first + self.config.channels)]
+
     async def send(self, ctx, h, planes, rows):
         """Send h as tiles of ``rows`` elements, groups of slots, slots."""
-        port = self.dut.i_element
-        significand, exponent = h
-        count, dim = significand.shape
+        port, cores = self.dut.i_elements, self.config.channels
+        count, dim = h[0].shape
         per_group = self.config.token_lanes // planes
         for first in range(0, dim, rows):
             for group in range(0, count, per_group):
                 for slot in range(group, min(count, group + per_group)):
-                    for index in range(first, first + rows):
+                    for index in range(first // cores, (first + rows) // cores):
                         while self.rng.random() < self.stall:
                             await ctx.tick()
                         ctx.set(port.valid, 1)
                         ctx.set(port.payload, {
                             "slot": slot, "index": index,
-                            "value": hidden(significand[slot, index], exponent[slot, index]),
-                            "last": slot + 1 == count and index + 1 == dim})
+                            "value": self.elements(h, slot, index),
+                            "last": slot + 1 == count and cores * (index + 1) == dim})
                         await ctx.tick()
                         ctx.set(port.valid, 0)
 
@@ -90,7 +98,7 @@ class Bench:
 
 @pytest.mark.parametrize("stall", [0.0, 0.3])
 @pytest.mark.parametrize("planes", [1, 2])
-@pytest.mark.parametrize("config", [preset("tiny"), WIDE, NARROW])
+@pytest.mark.parametrize("config", [preset("tiny"), WIDE, NARROW, *SEVERAL])
 def test_bits(config, planes, stall):
     bench = Bench(config, planes, stall)
     most = config.max_slots // planes
@@ -102,26 +110,27 @@ def test_bits(config, planes, stall):
             chosen = bench.rng.permutation(np.arange(8) % 6)[:count]
             h = tuple(part[chosen] for part in rows)
             blocks = quantise_elements(*h, planes)
-            await bench.send(ctx, h, planes, 2)
+            await bench.send(ctx, h, planes, 2 * config.channels if config.channels < 32 else 32)
             await bench.start(ctx, count, planes, steps)
             await bench.finish(ctx, blocks, count)
 
     bench.run(testbench)
 
 
-@pytest.mark.parametrize("config", [preset("tiny"), WIDE])
+@pytest.mark.parametrize("config", [preset("tiny"), WIDE, *SEVERAL])
 def test_start_before_the_last_element(config):
     bench = Bench(config, 5)
     count, steps = config.max_slots, config.max_steps
 
     async def testbench(ctx):
         dut = bench.dut
-        for wait in (0, 1, 5, 200):
-            h = significand, exponent = hidden_rows(bench.rng, count, BLOCK * steps)
-            part = BLOCK * steps * count - wait
+        for wait in (0, 1, 5, 200 // config.channels):
+            h = hidden_rows(bench.rng, count, BLOCK * steps)
+            indices = BLOCK * steps // config.channels
+            part = indices * count - wait
             sent = 0
-            port = dut.i_element
-            order = [(slot, index) for index in range(BLOCK * steps) for slot in range(count)]
+            port = dut.i_elements
+            order = [(slot, index) for index in range(indices) for slot in range(count)]
             for slot, index in order:
                 ctx.set(dut.i_start, sent == part)
                 ctx.set(dut.i_count, count)
@@ -130,7 +139,7 @@ def test_start_before_the_last_element(config):
                 ctx.set(port.valid, 1)
                 ctx.set(port.payload, {
                     "slot": slot, "index": index,
-                    "value": hidden(significand[slot, index], exponent[slot, index]),
+                    "value": bench.elements(h, slot, index),
                     "last": sent + 1 == len(order)})
                 await ctx.tick()
                 sent += 1
@@ -142,7 +151,7 @@ def test_start_before_the_last_element(config):
             ctx.set(dut.i_start, 0)
             at = await bench.finish(ctx, quantise_elements(*h, 1), count)
             row = BLOCK * steps // config.quantiser_lanes
-            assert at[0] <= row + dut.LATENCY_CYCLES
+            assert at[0] <= row + dut.latency_cycles
             assert np.diff(at).tolist() == [row] * (count - 1)
 
     bench.run(testbench)

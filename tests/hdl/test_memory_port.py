@@ -283,6 +283,25 @@ def test_reads_outside_the_window_are_zeros_in_order(latency):
         assert bench.counted[i] == sum(beats for _, reader, _, beats in bench.ar if reader == i)
 
 
+@pytest.mark.parametrize("stall", [0.0, 0.4])
+def test_a_port_that_only_reads(stall):
+    window = (0x200, 0x600)
+    bench = Bench(readers=1, writers=0, latency=9, stall=stall, window=window)
+
+    async def testbench(ctx):
+        for address, zeros in ((0x200, ()), (0x400, range(64, 128)), (0x100, range(32))):
+            bench.got[0].clear()
+            await bench.request(ctx, bench.readers[0], address, 128)
+            await bench.until(ctx, lambda: len(bench.got[0]) == 128)
+            assert bench.got[0] == bench.expect(address, 128, zeros)
+            await bench.until_idle(ctx)
+        assert ctx.get(bench.dut.fault_window) == 1
+        assert ctx.get(bench.dut.fault_address) == 0x600
+        assert not ctx.get(bench.dut.axi_mem.awvalid) and not ctx.get(bench.dut.axi_mem.wvalid)
+
+    bench.run(start(testbench))
+
+
 def test_an_empty_window_allows_nothing():
     bench = Bench(window=(0, 0))
 
@@ -455,7 +474,7 @@ def test_flush_completes_a_half_sent_burst_with_strobes_off():
 
 @pytest.mark.parametrize(("arguments", "message"), [
     ({"readers": 0, "writers": 1}, "readers must be from 1 to 16, not 0"),
-    ({"readers": 1, "writers": 17}, "writers must be from 1 to 16, not 17"),
+    ({"readers": 1, "writers": 17}, "writers must be from 0 to 16, not 17"),
 ])
 def test_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):

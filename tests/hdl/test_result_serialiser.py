@@ -106,22 +106,23 @@ class Bench:
         for section in sections:
             self.section(**section)
 
-    def section(self, *, tiles, count, down=0, linear=0, two=0, packed=1, bank=0, fresh=0):
+    def section(self, *, tiles, count, down=0, linear=0, two=0, packed=1, bank=0, fresh=0, short=0):
         config = self.config
         per_group = config.token_lanes // (1 + two)
         groups = -(-count // per_group)
-        rows = config.rows if packed else config.rows // 2
+        tile_rows = config.rows if packed else config.rows // 2
         for tile in range(tiles):
+            rows = tile_rows - (short if tile + 1 == tiles else 0)
             exponents = self.rng.integers(-200, 100, config.rows).tolist()
             self.row_exponents.append(exponents)
             for group in range(groups):
                 slots = min(per_group, count - group * per_group)
                 last_group = group + 1 == groups
                 tag = {
-                    "group": group, "row": tile * rows, "slots": slots, "last_group": last_group,
+                    "group": group, "row": tile * tile_rows, "missing": config.rows - rows,
+                    "slots": slots, "last_group": last_group,
                     "last": last_group and tile + 1 == tiles, "down": down, "linear": linear,
-                    "two_planes": two, "packed": packed, "x_bank": bank, "slot_bank": bank ^ 1,
-                    "fresh": fresh,
+                    "two_planes": two, "x_bank": bank, "slot_bank": bank ^ 1, "fresh": fresh,
                 }
                 sums = sums_of(self.rng, config)
                 self.results.append((sums, {k: int(v) for k, v in tag.items()}))
@@ -137,8 +138,8 @@ class Bench:
                         e = normalise(np.array([value]), base + exponents[r])
                         last = tag["last"] and j + 1 == slots and r + 1 == rows
                         self.expected.append((
-                            slot, tile * rows + r, int(e.mantissa[0]), int(e.exponent[0]), down,
-                            int(last), bank ^ 1, fresh))
+                            slot, tile * tile_rows + r, int(e.mantissa[0]), int(e.exponent[0]),
+                            down, int(last), bank ^ 1, fresh))
 
     async def drive(self, ctx):
         dut = self.dut
@@ -202,6 +203,9 @@ def sections(config):
         {"tiles": 4, "count": 1, "two": 0, "packed": 0, "down": 1},
         {"tiles": 4, "count": slots - 1, "packed": 0, "down": 1, "linear": 1, "bank": 1},
         {"tiles": 3, "count": 1, "two": 1, "packed": 0},
+        {"tiles": 2, "count": slots // 2, "two": 1, "short": 1, "down": 1},
+        {"tiles": 1, "count": slots, "short": config.rows - 2},
+        {"tiles": 3, "count": slots - 1, "packed": 0, "short": config.rows // 2 - 1, "down": 1},
     ]
 
 

@@ -24,6 +24,7 @@ def test_widths_close_at_the_largest_dimension():
     ("field", "value", "expected"),
     [
         ("port_bytes", 12, "a power of two from 8 to 64"),
+        ("channels", 64, "a power of two from 1 to 32"),
         ("row_multipliers", 1, "a power of two from 2 to 16"),
         ("token_lanes", 3, "a power of two from 2 to 64"),
         ("max_dim", 100, "a multiple of 32 from 64 to 32768"),
@@ -39,7 +40,7 @@ def test_bad_field_is_named(field, value, expected):
 
 def test_unknown_preset_lists_the_known_ones():
     with pytest.raises(
-        ConfigurationError, match="tiny, small, ulx3s, wide512, peer256, not 'huge'"
+        ConfigurationError, match="tiny, small, ulx3s, wide512, hbm32, peer256, not 'huge'"
     ):
         preset("huge")
 
@@ -49,6 +50,7 @@ def test_digest_depends_on_every_field_but_the_name():
     assert config.replace(name="other").digest == config.digest
     changed = {
         "port_bytes": 16,
+        "channels": 2,
         "row_multipliers": 4,
         "token_lanes": 4,
         "token_groups": 4,
@@ -63,6 +65,14 @@ def test_digest_depends_on_every_field_but_the_name():
     }
     digests = {config.replace(**{field: value}).digest for field, value in changed.items()}
     assert len(digests) == len(changed) and config.digest not in digests
+
+
+def test_a_device_address_has_the_channel_above_the_address():
+    config = PRESETS["tiny"].replace(channels=4, address_bits=29)
+    assert config.device_address_bits == 31
+    assert config.device_address(3, 0x1000) == 3 << 29 | 0x1000
+    with pytest.raises(ConfigurationError, match="address_bits must be from 16 to 62, not 63"):
+        config.replace(address_bits=63)
 
 
 def test_configuration_is_immutable():

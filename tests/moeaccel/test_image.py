@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from moeaccel import image
 from moeaccel.errors import ImageError
@@ -86,14 +86,18 @@ def test_gate_and_up_rows_alternate():
     assert quantise(np.ones((2, 32)), "mxint8").integers.shape == (2, 32)
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(list(FORMATS)),
     st.integers(1, 6),
     st.integers(1, 6),
     st.sampled_from([2, 4, 8, 16]),
+    st.sampled_from([1, 2, 4, 32]),
     st.integers(0, 1 << 30),
 )
-def test_unpacking_gives_back_what_was_packed(name, steps, hidden, row_multipliers, seed):
+def test_unpacking_gives_back_what_was_packed(
+    name, steps, hidden, row_multipliers, channels, seed
+):
     rng = np.random.default_rng(seed)
     spread = np.exp(4 * rng.standard_normal((64 * hidden, 1)))
     before = Expert.quantise(
@@ -101,17 +105,21 @@ def test_unpacking_gives_back_what_was_packed(name, steps, hidden, row_multiplie
         rng.standard_normal((32 * steps, 32 * hidden)) * (rng.random((32 * steps, 1)) > 0.3),
         name,
     )
-    built = image.build_image(before.gate_up, before.down, row_multipliers)
-    after = image.unpack_image(built)
+    places = [{"channel": c, "channels": channels} for c in range(channels)]
+    after = image.unpack_image(*(
+        image.build_image(before.gate_up, before.down, row_multipliers, **place)
+        for place in places))
     for a, b in ((before.gate_up, after.gate_up), (before.down, after.down)):
         for field in ("integers", "significand", "shift", "row_exponent"):
             old, new = getattr(a, field), getattr(b, field)
             assert old.dtype == new.dtype
             assert np.array_equal(old, new)
-    linear = image.build_linear_image(before.down, row_multipliers)
-    shape = image.LinearShape(FORMATS[name], 32 * steps, 32 * hidden, row_multipliers)
-    assert len(linear) == shape.image_bytes <= shape.stride
-    down = image.unpack_section(linear[shape.header_bytes :], shape.section)
+    linear = [image.build_linear_image(before.down, row_multipliers, **place) for place in places]
+    shape = image.LinearShape(FORMATS[name], 32 * steps, 32 * hidden, row_multipliers, channels)
+    assert {len(part) for part in linear} == {shape.image_bytes}
+    assert shape.image_bytes <= shape.stride
+    down = image.unpack_section(
+        [part[shape.header_bytes :] for part in linear], shape.section, paired=False)
     assert np.array_equal(down.dequantise(), before.down.dequantise())
 
 
@@ -122,4 +130,29 @@ def test_damaged_images_are_not_unpacked():
         image.unpack_image(built[:-1])
     shape = image.check_image(built)
     with pytest.raises(ImageError, match="section must be"):
-        image.unpack_section(built[:64], shape.down)
+        image.unpack_section([built[:64]], shape.down, paired=False)
+
+
+def test_rows_are_dealt_one_by_one():
+    e = expert()
+    parts = [image.build_image(e.gate_up, e.down, 2, channel=c, channels=4) for c in range(4)]
+    shape = image.check_image(parts[2], channel=2)
+    split = shape.header_bytes + shape.gate_up.words * shape.gate_up.word_bytes
+    rows = np.arange(shape.gate_up.rows).reshape(-1, 4, 2)[:, 2].reshape(-1)
+    own = image.Section(shape.format, len(rows), shape.d_model, 2)
+    part = image.unpack_section([parts[2][shape.header_bytes : split]], own, paired=True)
+    assert np.array_equal(part.integers, e.gate_up.integers[rows])
+    own = image.Section(shape.format, shape.d_model // 4, shape.d_expert, 2)
+    part = image.unpack_section([parts[2][split:]], own, paired=False)
+    assert np.array_equal(part.integers, e.down.integers[2::4])
+
+
+def test_parts_of_several_images_do_not_make_one():
+    e = expert()
+    one, two = (image.build_image(e.gate_up, e.down, 2, channel=c, channels=2) for c in range(2))
+    with pytest.raises(ImageError, match="part of channel 1, not of 0 of 2 channels"):
+        image.unpack_image(one, one)
+    with pytest.raises(ImageError, match="parts must be all those of one image, not 1"):
+        image.unpack_image(one)
+    with pytest.raises(ImageError, match="CRC-32"):
+        image.unpack_image(one, np.r_[two[:-1], two[-1] ^ 1])

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 import moeaccel.sim.verilator as build
+from moeaccel.config import PRESETS
 from moeaccel.errors import ToolMissingError
+from moeaccel.hdl.top import generate_verilog
 from moeaccel.sim.cosim import CoSimulation
 from moeaccel.sim.errors import BuildError, SimulationError
 
@@ -198,3 +200,20 @@ def test_lz4_blocks_decode(tmp_path):
         assert 0 < size <= room
         assert decode_lz4(target.raw[:size]) == text
     assert compress(b"abc", ctypes.create_string_buffer(1), 3, 1) == 0
+
+
+def test_verilog_is_checked_without_a_build():
+    build.check_verilog(smallest())
+    with pytest.raises(BuildError, match="nowhere"):
+        build.check_verilog(smallest("assign irq = nowhere;"))
+    with pytest.raises(BuildError, match="SELRANGE"):  # a warning is fatal, too
+        build.check_verilog(smallest("assign irq = axil__awaddr[12];"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("config", PRESETS)
+def test_every_preset_passes_verilators_checks(config):
+    verilog = generate_verilog(PRESETS[config])
+    assert len(verilog) < 5 << 20  # a core's text is there once
+    build.check_verilog(verilog)

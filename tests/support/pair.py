@@ -129,8 +129,11 @@ class Pair:
         self.simulation.check()
         counters, expected = (device.counters() for device in self.devices)
         assert {name: counters[name] for name in WORK} == {name: expected[name] for name in WORK}
-        stats = self.simulation.stats()
-        assert counters["bytes_read_weights"] + counters["bytes_read_other"] == stats.bytes_read
+        stats, *others = (
+            self.simulation.stats(port=port) for port in range(self.simulation.port_count))
+        read = counters["bytes_read_weights"] + counters["bytes_read_other"]
+        assert read == stats.bytes_read + sum(other.bytes_read for other in others)
+        assert not any(other.bytes_written for other in others)
         assert counters["bytes_written"] == stats.bytes_written
         return counters
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moeaccel import cycles
-from moeaccel.config import PRESETS, AcceleratorConfig
+from moeaccel.config import PRESETS, AcceleratorConfig, preset
 from moeaccel.cycles import Prediction, predict_experts, predict_linear
 from moeaccel.formats import FORMATS, weight_format
 from moeaccel.hdl.activation_unit import ActivationUnit
@@ -17,6 +17,7 @@ from moeaccel.hdl.block_quantiser import BlockQuantiser
 from moeaccel.hdl.combiner import _ToFloat32
 from moeaccel.hdl.dot_array import DotArray
 from moeaccel.hdl.result_serialiser import ResultSerialiser
+from moeaccel.hdl.row_sums import RowSums
 from moeaccel.hdl.tile_buffer import TileBuffer
 from moeaccel.hdl.weight_streamer import WeightStreamer
 from moeaccel.host.device import Device
@@ -71,13 +72,13 @@ class Case:
 
     def predict(self, config: AcceleratorConfig, latency: int) -> Prediction:
         """Return what the model says."""
-        fmt, rows = weight_format(self.weight_format), config.row_multipliers
+        fmt, array = weight_format(self.weight_format), (config.row_multipliers, config.channels)
         options: dict[str, Any] = {"planes": self.planes, "latency": latency}
         if not self.ids:
             return predict_linear(
-                config, Section(fmt, self.d_other, self.d_in, rows), self.tokens, **options)
+                config, Section(fmt, self.d_other, self.d_in, *array), self.tokens, **options)
         return predict_experts(
-            config, ExpertShape(fmt, self.d_in, self.d_other, rows), np.array(self.ids),
+            config, ExpertShape(fmt, self.d_in, self.d_other, *array), np.array(self.ids),
             self.experts, **options)
 
     def measure(self, device: Device) -> dict[str, int]:
@@ -104,11 +105,11 @@ class Case:
         return {"cycles": handle.cycles} | {name: after[name] - before[name] for name in after}
 
 
-def compare(pair_of, config: str, latency: int, *, count: int, seed: int,
+def compare(pair_of, config: str | AcceleratorConfig, latency: int, *, count: int, seed: int,
             most_cycles: int) -> None:
     """Draw cases, and hold the model to the RTL in each."""
     rng = np.random.default_rng(seed)
-    parameters = PRESETS[config]
+    parameters = preset(config)
     wrong = []
     with pair_of(config, memory=MemoryModel.ideal(latency, size=1 << 28),
                  timeout_s=300) as pair:
@@ -156,6 +157,7 @@ def test_constants_are_the_blocks_own(config):
     assert cycles.element_cycles(config) == ResultSerialiser(config).latency_cycles
     assert cycles.ACTIVATION_CYCLES == ActivationUnit.LATENCY_CYCLES
     assert cycles.QUANTISER_CYCLES == BlockQuantiser.LATENCY_CYCLES
+    assert cycles.COMBINER_CYCLES == RowSums.LATENCY_CYCLES
     assert cycles.FLOAT_CYCLES == _ToFloat32.LATENCY_CYCLES
     assert cycles.ROW_EXPONENTS == TileBuffer(config).row_exponent_depth - TileBuffer.ROWS_MARGIN
     assert cycles.GRANT_CYCLES == WeightStreamer.BURST_CYCLES

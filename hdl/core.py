@@ -1,0 +1,195 @@
+"""One memory channel's part of the machine: its weights, its array, its rows of h and y."""
+
+from amaranth import *
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.wiring import In, Out
+
+from moeaccel.config import AcceleratorConfig
+from moeaccel.hdl import layouts
+from moeaccel.hdl.activation_unit import ActivationUnit
+from moeaccel.hdl.dispatcher import weight_request
+from moeaccel.hdl.dot_array import DotArray
+from moeaccel.hdl.lane_buffer import LaneBuffer
+from moeaccel.hdl.result_serialiser import ResultSerialiser
+from moeaccel.hdl.row_sums import RowSums, stripe_address, sums_word
+from moeaccel.hdl.sequencer import step
+from moeaccel.hdl.tile_buffer import TileBuffer
+from moeaccel.hdl.weight_streamer import WeightStreamer
+
+__all__ = ["Core"]
+
+
+class Core(wiring.Component):
+    """Multiply the rows of one channel with the tokens that all cores hold.
+
+    ::
+
+        i_weights --> WeightStreamer --> TileBuffer --+
+                                                      v
+        x_*, h_* ---> x, h LaneBuffer ------------> DotArray --> ResultSerialiser --> ActivationUnit
+                                                                        |                   |
+                                                                     RowSums            o_hidden
+
+    Cores start every step in the same cycle: ``i_take`` comes when all of them have its weights.
+    So whatever does not depend on weights is the same in all cores in every cycle: ``o_free``,
+    ``o_result``, ``base_address``, ``slot_address``, ``o_down_done`` and what is beside the value
+    of ``o_hidden``; core 0 speaks for all.
+
+    Parameters
+    ----------
+    config : :class:`AcceleratorConfig`
+    family : :class:`str`
+        FPGA family of the multipliers.
+
+    Members
+    -------
+    i_weights, i_section
+        What to stream, and the shapes of the sections in it.
+    reader : :py:`Out(layouts.ReadClientSignature(config))`
+    o_available, i_take, i_tile_end, i_rewind, i_free
+        Read side of the tile buffer.
+    i_step, i_tag : :py:`In(step(config))`, :py:`In(layouts.result_tag(config))`
+        The step that ``i_take`` starts.
+    i_format, i_grid_exponent
+        Of the command.
+    x_en, x_address, x_data, h_en, h_address, h_data
+        Write ports of the lane buffers.
+    o_free, o_result
+        Results that have a place behind the array; pulse, one has arrived there.
+    base_address, base_data
+        Base exponents, one cycle later.
+    o_hidden_valid, o_hidden : :py:`Out(1)`, :py:`Out(layouts.hidden_element(config))`
+    slot_address, i_weight
+        Slot and slot table bank of an output, and the slot's weight, one cycle later.
+    o_down_done : :py:`Out(1)`
+        Pulse: the last output of a pass is in the y buffer.
+    o_overflow : :py:`Out(1)`
+        Pulse for each output beyond the grid.
+    i_draining, sums_r_address, sums_r_data, sums_w_en, sums_w_address, sums_w_data
+        The y buffer's ports for the Combiner.
+    """
+
+    def __init__(self, config: AcceleratorConfig, family="generic"):
+        self._config = config
+        self._family = family
+        lanes = data.ArrayLayout(layouts.lane(config), config.token_lanes)
+        word = sums_word(config)
+        super().__init__({
+            "i_weights": In(stream.Signature(weight_request(config))),
+            "i_section": In(stream.Signature(layouts.section(config))),
+            "reader": Out(layouts.ReadClientSignature(config)),
+            "o_available": Out(1),
+            "i_take": In(1),
+            "i_tile_end": In(1),
+            "i_rewind": In(1),
+            "i_free": In(1),
+            "i_step": In(step(config)),
+            "i_tag": In(layouts.result_tag(config)),
+            "i_format": In(layouts.FORMAT_BITS),
+            "i_grid_exponent": In(signed(8)),
+            "x_en": In(config.token_lanes),
+            "x_address": In(layouts.lane_address_bits(config) + 1),
+            "x_data": In(lanes),
+            "h_en": In(config.token_lanes),
+            "h_address": In(layouts.lane_address_bits(config)),
+            "h_data": In(lanes),
+            "o_free": Out(range(ResultSerialiser.FIFO_DEPTH + 1)),
+            "o_result": Out(1),
+            "base_address": Out(layouts.base_address(config)),
+            "base_data": In(signed(layouts.EXPONENT_BITS)),
+            "o_hidden_valid": Out(1),
+            "o_hidden": Out(layouts.hidden_element(config)),
+            "slot_address": Out(1 + layouts.slot_bits(config)),
+            "i_weight": In(layouts.internal_float()),
+            "o_down_done": Out(1),
+            "o_overflow": Out(1),
+            "i_draining": In(1),
+            "sums_r_address": In(stripe_address(config)),
+            "sums_r_data": Out(word),
+            "sums_w_en": In(word.length),
+            "sums_w_address": In(stripe_address(config)),
+            "sums_w_data": In(word),
+        })
+
+    def elaborate(self, platform):
+        m = Module()
+        config = self._config
+        m.submodules.streamer = streamer = WeightStreamer(config)
+        m.submodules.tiles = tiles = TileBuffer(config)
+        m.submodules.x_lanes = x_lanes = LaneBuffer(config, 2)
+        m.submodules.h_lanes = h_lanes = LaneBuffer(config, 1)
+        tag_shape = layouts.result_tag(config)
+        m.submodules.array = array = DotArray(config, self._family, tag_width=tag_shape.size)
+        m.submodules.serialiser = serialiser = ResultSerialiser(config)
+        m.submodules.activation = activation = ActivationUnit(config, self._family)
+        m.submodules.sums = sums = RowSums(config, self._family)
+
+        # Weights
+        wiring.connect(m, wiring.flipped(self.i_weights), streamer.i_request)
+        wiring.connect(m, wiring.flipped(self.i_section), tiles.i_section)
+        wiring.connect(m, wiring.flipped(self.reader), streamer.reader)
+        wiring.connect(m, streamer.o_word, tiles.i_word)
+
+        # Steps: the tile and lane buffers answer together, one cycle after the step starts
+        assert tiles.READ_LATENCY_CYCLES == x_lanes.READ_LATENCY_CYCLES == 1
+        started = Signal(step(config))
+        tag = Signal(tag_shape)
+        m.d.comb += [
+            self.o_available.eq(tiles.o_available),
+            tiles.i_take.eq(self.i_take),
+            tiles.i_tile_end.eq(self.i_tile_end),
+            tiles.i_rewind.eq(self.i_rewind),
+            tiles.i_free.eq(self.i_free),
+            x_lanes.r_address.eq(Cat(self.i_step.lane_address, self.i_step.x_bank)),
+            x_lanes.r_en.eq(self.i_take & ~self.i_step.hidden),
+            h_lanes.r_address.eq(self.i_step.lane_address),
+            h_lanes.r_en.eq(self.i_take & self.i_step.hidden),
+            array.i_first.eq(started.first),
+            array.i_last.eq(started.last),
+            array.i_format.eq(self.i_format),
+            array.i_codes.eq(tiles.o_codes),
+            array.i_scales.eq(tiles.o_scales),
+            array.i_lanes.eq(Mux(started.hidden, h_lanes.r_data, x_lanes.r_data)),
+            array.i_tag.eq(tag),
+        ]
+        m.d.sync += [array.i_valid.eq(self.i_take), started.eq(self.i_step), tag.eq(self.i_tag)]
+        for name, lanes in (("x", x_lanes), ("h", h_lanes)):
+            m.d.comb += [
+                lanes.w_en.eq(getattr(self, f"{name}_en")),
+                lanes.w_address.eq(getattr(self, f"{name}_address")),
+                lanes.w_data.eq(getattr(self, f"{name}_data")),
+            ]
+
+        # Results
+        wiring.connect(m, tiles.o_row_exponents, serialiser.i_row_exponents)
+        element = serialiser.o_element
+        m.d.comb += [
+            serialiser.i_valid.eq(array.o_valid),
+            serialiser.i_sums.eq(array.o_sums),
+            serialiser.i_tag.eq(array.o_tag),
+            self.o_free.eq(serialiser.o_free),
+            self.o_result.eq(array.o_valid),
+            self.base_address.eq(serialiser.base_address),
+            serialiser.base_data.eq(self.base_data),
+            activation.i_element.valid.eq(element.valid & ~element.p.down),
+            activation.i_element.payload.eq(element.payload),
+            self.o_hidden_valid.eq(activation.o_element.valid),
+            self.o_hidden.eq(activation.o_element.payload),
+            self.slot_address.eq(Cat(element.p.slot, element.p.slot_bank)),
+            sums.i_valid.eq(element.valid & element.p.down),
+            sums.i_element.slot.eq(element.p.slot),
+            sums.i_element.row.eq(element.p.row),
+            sums.i_element.value.eq(element.p.value),
+            sums.i_fresh.eq(element.p.fresh),
+            sums.i_last.eq(element.p.last),
+            sums.i_weight.eq(self.i_weight),
+            sums.i_grid_exponent.eq(self.i_grid_exponent),
+            self.o_down_done.eq(sums.o_pass_done),
+            self.o_overflow.eq(sums.o_overflow),
+            sums.i_draining.eq(self.i_draining),
+            sums.r_address.eq(self.sums_r_address),
+            self.sums_r_data.eq(sums.r_data),
+            *(getattr(sums, name).eq(getattr(self, f"sums_{name}"))
+              for name in ("w_en", "w_address", "w_data")),
+        ]
+        return m

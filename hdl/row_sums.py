@@ -1,0 +1,181 @@
+"""Weights a core's outputs and sums them exactly."""
+
+from amaranth import *
+from amaranth.lib import data, wiring
+from amaranth.lib.memory import Memory
+from amaranth.lib.wiring import In, Out
+from amaranth.utils import ceil_log2, exact_log2
+
+from moeaccel.config import AcceleratorConfig
+from moeaccel.hdl import layouts
+from moeaccel.hdl.multiplier import Multiplier
+from moeaccel.hdl.pipeline import Pipeline
+
+__all__ = ["SUM_BITS", "RowSums", "stripe", "stripe_address", "sums_word"]
+
+SUM_BITS = 48
+TERM_LIMIT = 43
+"""Magnitude bits of a weighted output on the grid (arithmetic.TERM_BITS)."""
+LEFT = 10
+"""Largest left shift of a product that still fits: its 33 bits become 43."""
+
+
+def sums_word(config: AcceleratorConfig) -> data.ArrayLayout:
+    """Return a word of one core's y buffer."""
+    return data.ArrayLayout(signed(SUM_BITS), max(1, config.quantiser_lanes // config.channels))
+
+
+def stripe(config: AcceleratorConfig) -> data.ArrayLayout:
+    """Return one word of every core: consecutive sums, row r of all being row r // C of core r % C.
+
+    That is at least what is drained in a cycle, ``quantiser_lanes``.
+    """
+    return data.ArrayLayout(signed(SUM_BITS), sums_word(config).length * config.channels)
+
+
+def stripe_address(config: AcceleratorConfig) -> data.StructLayout:
+    """Return where a slot's word is."""
+    return data.StructLayout({
+        "word": ceil_log2(config.max_dim // stripe(config).length),
+        "slot": layouts.slot_bits(config)})
+
+
+class RowSums(wiring.Component):
+    """Sum a core's weighted outputs on a fixed-point grid: order cannot matter (DESIGN section 3).
+
+    ::
+
+        i_element --> (x) weight of its slot --> round to the grid --> [+] --> y buffer, 48 bits
+                                                     r_*, w_* <--------------------^
+
+    term = round(value * weight / 2**grid_exponent), zero and counted if it needs more than 43 bits.
+    The first pass of a set of tokens (``i_fresh``) stores, later ones add. While ``i_draining`` the
+    buffer belongs to the Combiner, which has the same words of all cores side by side.
+
+    Latency LATENCY_CYCLES from an element to its place in the buffer; throughput one per cycle.
+    Elements must not come while draining. Reset forgets everything under way.
+
+    Parameters
+    ----------
+    config : :class:`AcceleratorConfig`
+    family : :class:`str`
+        FPGA family of the multiplier.
+
+    Members
+    -------
+    i_grid_exponent
+        Of the command.
+    i_valid, i_element : an output; ``i_fresh``: of its pass; ``i_last``: its pass's last one
+    i_weight : :py:`In(layouts.internal_float())`
+        Of the element's slot, one cycle later.
+    o_pass_done : :py:`Out(1)`
+        Pulse: the element marked ``i_last`` is in the y buffer.
+    o_overflow : :py:`Out(1)`
+        Pulse for each output beyond the grid.
+    i_draining : :py:`In(1)`
+    r_address, r_data : :py:`In(stripe_address(config))`, this core's sums, one cycle later
+    w_en, w_address, w_data
+        An enable for each sum.
+    """
+
+    LATENCY_CYCLES = Multiplier.LATENCY_CYCLES + 9
+
+    def __init__(self, config: AcceleratorConfig, family="generic"):
+        if not isinstance(config, AcceleratorConfig):
+            raise TypeError(f"config must be an AcceleratorConfig, not {config!r}")
+        self._config = config
+        self._family = family
+        word = sums_word(config)
+        super().__init__({
+            "i_grid_exponent": In(signed(8)),
+            "i_valid": In(1),
+            "i_element": In(layouts.element(config)),
+            "i_weight": In(layouts.internal_float()),
+            "i_fresh": In(1),
+            "i_last": In(1),
+            "o_pass_done": Out(1),
+            "o_overflow": Out(1),
+            "i_draining": In(1),
+            "r_address": In(stripe_address(config)),
+            "r_data": Out(word),
+            "w_en": In(word.length),
+            "w_address": In(stripe_address(config)),
+            "w_data": In(word),
+        })
+
+    def elaborate(self, platform):
+        m = Module()
+        config = self._config
+        lanes = sums_word(config).length
+        lanes_log2 = exact_log2(lanes)
+        address = stripe_address(config)
+        words = Memory(shape=sums_word(config), depth=config.max_slots << address["word"].width,
+                       init=[])
+        m.submodules.words = words
+        write = words.write_port(granularity=1)
+        read = words.read_port()
+        draining = self.i_draining
+
+        # Elements: weight, round, add
+        element = self.i_element
+        pipe = Pipeline(m, self.i_valid & ~draining)
+        along = {"slot": element.slot, "row": element.row, "fresh": self.i_fresh,
+                 "last": self.i_last}
+
+        def carried(s, **more):
+            return {name: getattr(s, name) for name in along} | more
+
+        s = pipe.stage(**along, mantissa=element.value.mantissa, exponent=element.value.exponent)
+        m.submodules.multiplier = multiplier = Multiplier(18, 18, self._family)
+        weight = self.i_weight
+        m.d.comb += [multiplier.i_a.eq(s.mantissa), multiplier.i_b.eq(weight.mantissa)]
+        s = pipe.delay(Multiplier.LATENCY_CYCLES, **carried(
+            s, zero=(s.mantissa == 0) | (weight.mantissa == 0),
+            shift=s.exponent + weight.exponent))
+        product = multiplier.o_product
+        s = pipe.stage(**carried(
+            s, zero=s.zero, product=product, large=product[33] ^ product[35],
+            shift=s.shift - self.i_grid_exponent))
+        # (product << 10) >> amount, with a rounding and a sticky bit below
+        amount = LEFT - s.shift
+        s = pipe.stage(**carried(
+            s, overflow=~s.zero & (s.shift > LEFT - s.large), product=s.product,
+            amount=Mux(amount < 0, 0, Mux(amount > 63, 63, amount))[:6]))
+        wide = Cat(C(0, LEFT + 2), s.product).as_signed()
+        coarse = Cat(C(0, 3), s.amount[3:])
+        below = (1 << coarse) - 1
+        s = pipe.stage(**carried(s, overflow=s.overflow, amount=s.amount[:3],
+                                 value=wide >> coarse, sticky=(wide & below[:len(wide)]).any()))
+        below = (1 << s.amount) - 1
+        s = pipe.stage(**carried(s, overflow=s.overflow, value=s.value >> s.amount,
+                                 sticky=s.sticky | (s.value & below).any()))
+        value = s.value
+        up = value[1] & (value[0] | s.sticky | value[2])
+        s = pipe.stage(**carried(s, overflow=s.overflow, term=Mux(
+            s.overflow, 0, (value[2:].as_signed() + up)[:TERM_LIMIT + 1].as_signed())))
+        element_read = Signal(address)
+        m.d.comb += [element_read.word.eq(s.row >> lanes_log2), element_read.slot.eq(s.slot)]
+        reading = pipe.valid
+        s = pipe.stage(**carried(s, overflow=s.overflow, term=s.term))
+        chosen = Array(read.data[i] for i in range(lanes))[s.row[:lanes_log2]]
+        s = pipe.stage(**carried(s, overflow=s.overflow, term=s.term,
+                                 old=Mux(s.fresh, 0, chosen)[:SUM_BITS].as_signed()))
+        s = pipe.stage(**carried(s, overflow=s.overflow, total=(s.old + s.term)[:SUM_BITS]))
+        assert pipe.depth == self.LATENCY_CYCLES
+        total_valid = pipe.valid
+        m.d.comb += [self.o_overflow.eq(pipe.valid & s.overflow),
+                     self.o_pass_done.eq(pipe.valid & s.last)]
+
+        m.d.comb += self.r_data.eq(read.data)
+        element_write = Signal(address)
+        m.d.comb += [element_write.word.eq(s.row >> lanes_log2), element_write.slot.eq(s.slot)]
+        with m.If(draining):
+            m.d.comb += [read.addr.eq(self.r_address), write.addr.eq(self.w_address),
+                         write.en.eq(self.w_en), write.data.eq(self.w_data)]
+        with m.Else():
+            m.d.comb += [read.addr.eq(element_read), read.en.eq(reading),
+                         write.addr.eq(element_write)]
+            for i in range(lanes):
+                m.d.comb += [write.en[i].eq(total_valid & (s.row[:lanes_log2] == i)),
+                             write.data[i].eq(s.total)]
+        return m
