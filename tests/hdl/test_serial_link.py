@@ -5,6 +5,8 @@ import random
 import pytest
 
 from moeaccel.hdl.serial_link import SerialLink
+from moeaccel.host.errors import AccessFailed
+from moeaccel.host.transports.serial import SerialTransport
 from moeaccel.link import (
     HELLO_BYTES,
     MAX_PAYLOAD,
@@ -14,6 +16,7 @@ from moeaccel.link import (
     Status,
     frame,
 )
+from tests.support.serial_device import SerialStandIn
 from tests.support.serial_line import LinkBench
 
 READ, WRITE = Opcode.MEMORY_READ, Opcode.MEMORY_WRITE
@@ -335,6 +338,33 @@ def test_block_transfers_move_the_lines_rate(record_property):
     for name, value in share.items():
         record_property(name, value)
         assert value >= 0.85, share
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_host_on_the_rtl(tmp_path):
+    """Both real ends; the device is far slower than its line, and nothing is sent twice."""
+    bench = LinkBench(seed=3)
+    bench.start()
+    port = SerialStandIn(bench, tmp_path / "port")
+    try:
+        with SerialTransport(port.path) as transport:
+            for address, value in bench.registers.items():
+                assert transport.register_read(address) == value
+            data = bench.random.randbytes(60)
+            transport.memory_write(13, data)
+            transport.register_write(8, 77)
+            assert transport.memory_read(13, 60).tobytes() == data
+            assert bench.memory[13:73] == data
+            assert transport.register_read(8) == 77
+            transport.register_write(0x800, 1)
+            with pytest.raises(AccessFailed, match="register write of 4 bytes at 0x800"):
+                transport.wait_interrupt(0)
+            assert transport._attempt == 0
+    finally:
+        port.unplug()
+    writes = [a for a in bench.accesses if a[:2] == ("registers", "write")]
+    assert writes == [("registers", "write", 8, 77, 15), ("registers", "write", 0x800, 1, 15)]
 
 
 @pytest.mark.parametrize(("options", "message"), [

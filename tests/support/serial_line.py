@@ -1,6 +1,7 @@
 """A SerialLink in Amaranth's simulator: its line, its buses, and what goes wrong on them."""
 
 import random
+from collections import deque
 
 from amaranth.sim import Simulator
 
@@ -8,6 +9,7 @@ from moeaccel.hdl.serial_link import SerialLink
 from moeaccel.link import FrameReader, Reply, Request, frame
 
 OKAY, SLVERR, DECERR = 0, 2, 3
+CLOCK_S = 1e-8
 
 
 class LinkBench:
@@ -165,6 +167,41 @@ class LinkBench:
 
     def run(self, testbench):
         """Simulate until the testbench ends."""
+        async def main(ctx):
+            ctx.set(self.dut.i_rx, 1)
+            await testbench(ctx)
+
+        sim = self._simulator()
+        sim.add_testbench(main)
+        sim.run()
+
+    def start(self):
+        """Simulate as ``feed`` and ``poll`` ask for it: a device for a SerialStandIn."""
+        async def main(ctx):
+            ctx.set(self.dut.i_rx, 1)
+            while True:
+                if self._to_send:
+                    await self.send(ctx, bytes([self._to_send.popleft()]))
+                else:
+                    await ctx.tick()
+
+        self._to_send = deque()
+        self._now = 0
+        self._running = self._simulator()
+        self._running.add_testbench(main, background=True)
+
+    def feed(self, data):
+        """Take bytes, let the time of some pass, and return what was received."""
+        self._to_send += data
+        return self.poll()
+
+    def poll(self):
+        """Let the time of a few bytes pass, and return what was received."""
+        self._now += 8 * 10 * self.divisor
+        self._running.run_until(self._now * CLOCK_S)
+        return bytes(byte for _, byte in self.received_bytes())
+
+    def _simulator(self):
         async def check_constants(ctx):
             axi = self.dut.axi
             while True:
@@ -184,13 +221,8 @@ class LinkBench:
             await self._serve(ctx, "registers", self.dut.axil, self._register_write,
                               self._register_read)
 
-        async def main(ctx):
-            ctx.set(self.dut.i_rx, 1)
-            await testbench(ctx)
-
         sim = Simulator(self.dut)
-        sim.add_clock(1e-8)
-        sim.add_testbench(main)
+        sim.add_clock(CLOCK_S)
         for background in (count, self._listen, memory, registers, check_constants):
             sim.add_testbench(background, background=True)
-        sim.run()
+        return sim
