@@ -27,18 +27,19 @@ def _ram(m):
 
 
 def _drain(m, out, read_port, end):
-    """Offer the bytes up to ``end`` on a stream, one every two cycles; return the position.
+    """Offer the bytes up to ``end`` on a stream, one every three cycles; return the position.
 
-    A byte is read long after it was written, so no read meets the write of its address.
+    Block RAM is slow to answer, so its output meets a register; a byte may be written in the cycle
+    in which ``end`` moves behind it.
     """
     position = Signal(range(BUFFER_BYTES))
-    take = Signal()
-    m.d.comb += [
-        take.eq(out.valid & out.ready),
-        read_port.addr.eq(position),
-        out.payload.eq(read_port.data),
+    seen = Signal(range(BUFFER_BYTES))
+    take, took = Signal(), Signal()
+    m.d.comb += [take.eq(out.valid & out.ready), read_port.addr.eq(position)]
+    m.d.sync += [
+        seen.eq(end), took.eq(take), position.eq(position + take),
+        out.payload.eq(read_port.data), out.valid.eq((position != seen) & ~take & ~took),
     ]
-    m.d.sync += [out.valid.eq((position != end) & ~take), position.eq(position + take)]
     return position
 
 
@@ -51,12 +52,12 @@ class FrameReceiver(wiring.Component):
                                   +--> at the delimiter: keep or forget
 
     Content becomes visible only when its frame has ended with a correct CRC and has the length that
-    its header asks for; o_stream.valid then stays high, but for the cycle after each byte, until
+    its header asks for; o_stream.valid then stays high, but for two cycles after each byte, until
     that content is taken. A frame that does not fit the ring's free room counts as damaged, which
     is told by ``o_damaged``; empty frames are ignored.
 
-    Latency: 6 cycles from the delimiter to o_stream.valid. Throughput: one byte in every 3 cycles
-    or more on i_stream, one byte every 2 cycles on o_stream. Reset: outside any frame, empty.
+    Latency: 4 cycles from the delimiter to o_stream.valid. Throughput: one byte in every 3 cycles
+    or more on i_stream, one byte every 3 cycles on o_stream. Reset: outside any frame, empty.
 
     Members
     -------
@@ -156,7 +157,7 @@ class FrameTransmitter(wiring.Component):
 
     The code in front of a COBS block is written when the block ends, so a block becomes visible at
     once. Latency: up to 254 bytes wait for the end of their block. Throughput: one byte of content
-    in 2 cycles while the ring has room; o_stream one byte every 2 cycles. Reset: empty, outside any
+    in 3 cycles while the ring has room; o_stream one byte every 3 cycles. Reset: empty, outside any
     frame.
 
     Members
@@ -181,7 +182,8 @@ class FrameTransmitter(wiring.Component):
         code_position = Signal(range(BUFFER_BYTES))
         position = Signal(range(BUFFER_BYTES), init=1)
         visible = Signal(range(BUFFER_BYTES))
-        taken = _drain(m, self.o_stream, read_port, visible)
+        written = Signal(range(BUFFER_BYTES))  # the same, once it is in the ring
+        taken = _drain(m, self.o_stream, read_port, written)
         room = Signal(range(BUFFER_BYTES))
         has_room = Signal()
         m.d.sync += [room.eq(taken - position), has_room.eq(room[3:].any())]
@@ -192,12 +194,16 @@ class FrameTransmitter(wiring.Component):
         close = Signal()
         full = Signal()
         closing = Signal()
+        m.d.sync += is_zero.eq(byte == 0)
         m.d.comb += [
             closing.eq(close | (put & is_zero)),
             check.data.eq(byte),
+        ]
+        m.d.sync += [
             write_port.en.eq(put | close),
             write_port.addr.eq(Mux(closing, code_position, position)),
             write_port.data.eq(Mux(closing, code, byte)),
+            written.eq(visible),
         ]
         with m.If(put | close):
             m.d.sync += position.eq(position + 1)
@@ -213,12 +219,11 @@ class FrameTransmitter(wiring.Component):
             with m.State("TAKE"):
                 m.d.comb += [close.eq(full), self.i_stream.ready.eq(has_room)]
                 m.d.sync += [
-                    byte.eq(self.i_stream.payload.byte),
-                    is_zero.eq(self.i_stream.payload.byte == 0),
-                    last.eq(self.i_stream.payload.last),
-                ]
+                    byte.eq(self.i_stream.payload.byte), last.eq(self.i_stream.payload.last)]
                 with m.If(self.i_stream.valid & has_room):
-                    m.next = "PUT"
+                    m.next = "TEST"
+            with m.State("TEST"):
+                m.next = "PUT"
             with m.State("PUT"):
                 m.d.comb += [put.eq(1), check.valid.eq(1)]
                 with m.If(last):
@@ -227,7 +232,9 @@ class FrameTransmitter(wiring.Component):
                     m.next = "TAKE"
             with m.State("TAKE CRC"):
                 m.d.comb += close.eq(full)
-                m.d.sync += [byte.eq(tail_byte), is_zero.eq(tail_byte == 0)]
+                m.d.sync += byte.eq(tail_byte)
+                m.next = "TEST CRC"
+            with m.State("TEST CRC"):
                 m.next = "PUT CRC"
             with m.State("PUT CRC"):
                 m.d.comb += put.eq(1)

@@ -241,6 +241,24 @@ class SerialLink(wiring.Component):
             with m.Else():
                 m.d.sync += data.eq(hello)
 
+        # Told by a register, too, in the cycle of the state DECIDE.
+        decide = Signal()
+        m.d.sync += decide.eq(0)
+        with m.If(decide):
+            m.d.sync += [
+                beat.eq(address[_BEAT_LOG2:]), skip.eq(Mux(is_memory, address, 0)),
+                left.eq(count), load.eq(~writes), executed.eq(writes & in_order),
+                perform.eq(1), returns.eq(~writes), status.eq(Status.OK),
+            ]
+            with m.If(in_order):
+                m.d.sync += expected.eq(number + 1)
+            with m.If(~in_order & ~repeated):
+                m.d.sync += [perform.eq(0), returns.eq(0), status.eq(Status.OUT_OF_ORDER)]
+            with m.Elif(bad):
+                m.d.sync += [perform.eq(0), returns.eq(0), status.eq(Status.BAD_REQUEST)]
+            with m.Elif(~in_order & writes):
+                m.d.sync += [perform.eq(0), status.eq(endings_read.data)]
+
         def proceed():
             with m.If(~writes):
                 m.next = "GIVE"
@@ -267,22 +285,9 @@ class SerialLink(wiring.Component):
                     with m.If(last_step):
                         m.next = "CHECK"
             with m.State("CHECK"):
+                m.d.sync += decide.eq(1)
                 m.next = "DECIDE"
             with m.State("DECIDE"):
-                m.d.sync += [
-                    beat.eq(address[_BEAT_LOG2:]), skip.eq(Mux(is_memory, address, 0)),
-                    left.eq(count), load.eq(~writes), executed.eq(writes & in_order),
-                    perform.eq(1), returns.eq(~writes), status.eq(Status.OK),
-                ]
-                with m.If(in_order):
-                    m.d.sync += expected.eq(number + 1)
-                with m.If(~in_order & ~repeated):
-                    m.d.sync += [
-                        perform.eq(0), returns.eq(0), status.eq(Status.OUT_OF_ORDER)]
-                with m.Elif(bad):
-                    m.d.sync += [perform.eq(0), returns.eq(0), status.eq(Status.BAD_REQUEST)]
-                with m.Elif(~in_order & writes):
-                    m.d.sync += [perform.eq(0), status.eq(endings_read.data)]
                 m.next = "REPLY NUMBER"
             with m.State("REPLY NUMBER"):
                 m.d.comb += [send.valid.eq(1), send.payload.byte.eq(number)]

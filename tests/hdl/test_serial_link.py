@@ -308,7 +308,7 @@ def test_replies_have_no_gaps():
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_block_transfers_move_the_lines_rate(record_property):
+def test_block_transfers_move_the_lines_rate():
     """Payload bytes, times the cycles of a byte on the line, over the cycles that they took."""
     bench = LinkBench(stall=0.3)
     blocks = 4
@@ -335,9 +335,7 @@ def test_block_transfers_move_the_lines_rate(record_property):
         assert b"".join(r.payload for r in replies) == data
 
     bench.run(testbench)
-    for name, value in share.items():
-        record_property(name, value)
-        assert value >= 0.85, share
+    assert min(share.values()) >= 0.94, share
 
 
 @pytest.mark.slow
