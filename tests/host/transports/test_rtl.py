@@ -28,10 +28,12 @@ class Simulation:
     def reg_write(self, address, value):
         self.golden.register_write(address, value)
 
-    def mem_read(self, address, count):
+    def mem_read(self, address, count, *, port):
+        assert port == 0
         return self.golden.memory_read(address, count)
 
-    def mem_write(self, address, data):
+    def mem_write(self, address, data, *, port):
+        assert port == 0
         self.golden.memory_write(address, data)
 
     def run(self, max_cycles):
