@@ -105,7 +105,6 @@ class Sequencer(wiring.Component):
         config = self._config
         job = self.i_job
         lanes = config.token_lanes
-        lanes_log2 = exact_log2(lanes)
         packed = job.format != 0
         rows = {"gate_up": job.steps_hidden << 6, "down": job.steps_out << 5}
         tiles = {
@@ -120,11 +119,11 @@ class Sequencer(wiring.Component):
         fresh = Signal()  # the first pass over these tokens: y is stored, not added
         m.d.comb += self.o_pass.eq(current)
 
-        # -- position: tile, group, step
+        # -- position: tile, group, step; whether it is the first or the last is in registers, too
         tiles_left = Signal((2 * config.max_dim).bit_length())
-        groups = Signal(range(config.token_groups + 1))
         group = Signal(range(config.token_groups))
-        steps = Signal(layouts.steps_bits(config))
+        steps_last = Signal(layouts.steps_bits(config))
+        steps_left = Signal(layouts.steps_bits(config))  # behind this one
         position = Signal(layouts.steps_bits(config))
         slots_left = Signal(count_shape)  # slots of this and later groups
         slots_through = Signal(
@@ -135,13 +134,16 @@ class Sequencer(wiring.Component):
         down = Signal()
         in_section = Signal()
 
-        last_step = Signal()
-        last_group = Signal()
-        m.d.comb += [
-            per_group.eq(Mux(job.two_planes, lanes // 2, lanes)),
-            last_step.eq(position + 1 == steps),
-            last_group.eq(group + 1 == groups),
-        ]
+        one_step, one_group = Signal(), Signal()  # of the section, of the pass
+        first_step, last_step = Signal(), Signal()
+        last_group, last_tile = Signal(), Signal()
+        m.d.comb += per_group.eq(Mux(job.two_planes, lanes // 2, lanes))
+        # Constant long before the first pass begins.
+        tile_count = {name: Signal.like(tiles_left, name=f"tiles_{name}") for name in tiles}
+        one_tile = {name: Signal(name=f"one_tile_{name}") for name in tiles}
+        for name, value in tiles.items():
+            m.d.sync += [
+                tile_count[name].eq(value), one_tile[name].eq(tile_count[name] == 1)]
 
         # Rows that the array has and the tile has not: half of them in an 8-bit format, and those
         # by which the section's last tile is short.
@@ -149,19 +151,24 @@ class Sequencer(wiring.Component):
         short = -(Mux(down, rows["down"], rows["gate_up"]) >> exact_log2(config.channels))
         missing = Signal(rows_log2)
         m.d.comb += missing.eq(Cat(
-            Mux(tiles_left == 1, short[: rows_log2 - 1], 0),
-            Mux(packed, (tiles_left == 1) & short[rows_log2 - 1], 1)))
+            Mux(last_tile, short[: rows_log2 - 1], 0),
+            Mux(packed, last_tile & short[rows_log2 - 1], 1)))
 
-        # -- may the step start?
+        # -- may the step start? All of it is known a cycle ahead; a place that becomes free and a
+        # slot that becomes ready are seen a cycle late.
         in_flight = Signal(range(32))
         started = Signal()
-        m.d.sync += in_flight.eq(in_flight + started - self.i_result)
+        place = Signal()
+        m.d.sync += [
+            in_flight.eq(in_flight + started - self.i_result),
+            place.eq(Mux(started, in_flight + 1 < self.i_free, in_flight < self.i_free)),
+        ]
         room = Signal()
-        m.d.comb += room.eq((position != 0) | (in_flight < self.i_free))
+        m.d.comb += room.eq(~first_step | place)
         operand = Signal()
-        slots_reached = (self.i_slots_ready == current.count) | (
-            self.i_slots_ready >= slots_through
-        )
+        slots_reached = Signal()
+        all_ready = self.i_slots_ready == current.count
+        m.d.sync += slots_reached.eq(all_ready | (self.i_slots_ready >= slots_through))
         loads = Signal(2)
         retired = Signal(init=1)  # every pass before the current one has retired
         y_free = Signal()
@@ -172,8 +179,8 @@ class Sequencer(wiring.Component):
             self.o_tile_end.eq(last_step),
             self.o_rewind.eq(last_step & ~last_group),
             self.o_free.eq(last_group),
-            started.eq(self.o_take & (position == 0)),
-            self.o_step.first.eq(position == 0),
+            started.eq(self.o_take & first_step),
+            self.o_step.first.eq(first_step),
             self.o_step.last.eq(last_step),
             self.o_step.hidden.eq(down & ~job.linear),
             self.o_step.x_bank.eq(current.x_bank),
@@ -189,26 +196,40 @@ class Sequencer(wiring.Component):
             self.o_tag.x_bank.eq(current.x_bank),
             self.o_tag.slot_bank.eq(current.slot_bank),
             self.o_tag.fresh.eq(fresh),
-            self.o_tag.last.eq(last_group & (tiles_left == 1)),
+            self.o_tag.last.eq(last_group & last_tile),
         ]
         section_end = Signal()
-        first_group = [group.eq(0), slots_left.eq(current.count), slots_through.eq(per_group)]
+        first_group = [
+            group.eq(0), slots_left.eq(current.count), slots_through.eq(per_group),
+            last_group.eq(one_group),
+        ]
         with m.If(self.o_take):
-            m.d.sync += position.eq(position + 1)
+            m.d.sync += [
+                position.eq(position + 1), steps_left.eq(steps_left - 1),
+                first_step.eq(0), last_step.eq(steps_left == 1),
+            ]
             with m.If(last_step):
                 m.d.sync += [
                     position.eq(0),
+                    steps_left.eq(steps_last),
+                    first_step.eq(1),
+                    last_step.eq(one_step),
                     group.eq(group + 1),
                     slots_left.eq(slots_left - per_group),
+                    last_group.eq(slots_left <= (per_group << 1)),
                     slots_through.eq(slots_through + per_group),
+                    slots_reached.eq(
+                        all_ready | (self.i_slots_ready >= slots_through + per_group)),
                 ]
                 with m.If(last_group):
                     m.d.sync += [
                         *first_group,
+                        slots_reached.eq(1),  # all of them, for the tile before
                         tiles_left.eq(tiles_left - 1),
+                        last_tile.eq(tiles_left == 2),
                         row.eq(row + (1 << tile_rows_log2)),
                     ]
-                    m.d.comb += section_end.eq(tiles_left == 1)
+                    m.d.comb += section_end.eq(last_tile)
 
         waiting_x = Signal()
         m.d.comb += [
@@ -219,46 +240,46 @@ class Sequencer(wiring.Component):
         ]
 
         # -- sections
-        begin_down = [
-            *first_group,
-            in_section.eq(1),
-            down.eq(1),
-            position.eq(0),
-            row.eq(0),
-            steps.eq(job.steps_hidden),
-            tiles_left.eq(tiles["down"]),
-        ]
+        def begin(name, steps):
+            """Return what begins a section."""
+            return [
+                *first_group,
+                in_section.eq(1),
+                down.eq(name == "down"),
+                slots_reached.eq(0),
+                position.eq(0),
+                row.eq(0),
+                steps_last.eq(steps - 1),
+                steps_left.eq(steps - 1),
+                one_step.eq(steps == 1),
+                first_step.eq(1),
+                last_step.eq(steps == 1),
+                tiles_left.eq(tile_count[name]),
+                last_tile.eq(one_tile[name]),
+            ]
+
         taken_load = Signal()
         m.d.sync += loads.eq(loads + self.i_loaded - taken_load)
         finished = Signal()  # the last step of a pass has started
         with m.FSM(name="issue"):
             with m.State("PASS"):
                 m.d.comb += self.i_pass.ready.eq(1)
-                m.d.sync += [current.eq(self.i_pass.payload)]
+                m.d.sync += [
+                    current.eq(self.i_pass.payload),
+                    one_group.eq(self.i_pass.p.count <= per_group),
+                ]
                 with m.If(self.i_pass.valid):
                     m.next = "X"
             with m.State("X"):
                 m.d.comb += waiting_x.eq(1)
-                m.d.sync += groups.eq(
-                    (current.count + per_group - 1)
-                    >> Mux(job.two_planes, lanes_log2 - 1, lanes_log2)
-                )
                 with m.If(current.same | (loads != 0)):
                     m.d.comb += [taken_load.eq(~current.same), self.o_pass_start.eq(1)]
                     m.d.sync += fresh.eq(~current.same)
                     with m.If(job.linear):
-                        m.d.sync += begin_down
+                        m.d.sync += begin("down", job.steps_hidden)
                         m.next = "DOWN"
                     with m.Else():
-                        m.d.sync += [
-                            *first_group,
-                            in_section.eq(1),
-                            down.eq(0),
-                            position.eq(0),
-                            row.eq(0),
-                            steps.eq(job.steps_in),
-                            tiles_left.eq(tiles["gate_up"]),
-                        ]
+                        m.d.sync += begin("gate_up", job.steps_in)
                         m.next = "GATE_UP"
             with m.State("GATE_UP"):
                 with m.If(section_end):
@@ -269,7 +290,7 @@ class Sequencer(wiring.Component):
                 m.next = "HIDDEN_STARTED"
             with m.State("HIDDEN_STARTED"):  # i_slots_ready is of this pass from the next cycle on
                 m.d.comb += waiting_x.eq(1)
-                m.d.sync += begin_down
+                m.d.sync += begin("down", job.steps_hidden)
                 m.next = "DOWN"
             with m.State("DOWN"):
                 with m.If(section_end):

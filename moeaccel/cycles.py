@@ -989,7 +989,7 @@ class _Machine:
                             results.taken + self._element_cycles + ACTIVATION_CYCLES + 2 + tree)
                         groups = section.k // config.quantiser_lanes
                         ready = [
-                            max(free, all_there + slot * groups + QUANTISER_CYCLES + 2)
+                            max(free, all_there + slot * groups + QUANTISER_CYCLES + 3)
                             for free, slot in zip(ready, through, strict=True)
                         ]
                         results.end += 2  # the hidden buffer is started
@@ -1015,7 +1015,7 @@ class _Machine:
         count, most = len(slots), rows * max(slots)
         # Results leave as fast as they come and there is always room for them; at first, results
         # of the section before may be in the way.
-        free_running = steps >= most and (RESULTS - 1) * steps > ARRAY_CYCLES + most
+        free_running = steps >= most and (RESULTS - 1) * steps > ARRAY_CYCLES + 1 + most
         words.busy = steps * count
         words.settled = min(tiles, -(-RESULTS // count)) if free_running else tiles
         arrived, began, ended = words.arrived, words.began, words.ended
@@ -1033,9 +1033,9 @@ class _Machine:
                 if group == 0 and began[tile] >= start:
                     self._starved_weights += began[tile] + 1 - start
                     start = began[tile] + 1
-                if taken[0] >= start:
-                    self._stalled_output += taken[0] + 1 - start
-                    start = taken[0] + 1
+                if taken[0] + 1 >= start:  # a place that becomes free is seen a cycle later
+                    self._stalled_output += taken[0] + 2 - start
+                    start = taken[0] + 2
                 end = start + steps - 1
                 if group == 0 and arrived[tile] >= end:
                     self._starved_weights += arrived[tile] + 1 - end
