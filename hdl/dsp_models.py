@@ -1,11 +1,13 @@
 """What the vendors' multiplier blocks do, in the one mode that we use them in, for simulators."""
 
+from collections.abc import Mapping
+
 __all__ = ["DSP_MODELS"]
 
 _REQUIRE = '  if ({name} != {value}) $error("{module} is modelled with {name} = {text} only");'
 
 
-def _requirements(module: str, parameters: dict[str, str | int]) -> str:
+def _requirements(module: str, parameters: Mapping[str, str | int]) -> str:
     """Return declarations of a module's parameters, and that each must have its value."""
     lines = []
     for name, value in parameters.items():
@@ -15,18 +17,18 @@ def _requirements(module: str, parameters: dict[str, str | int]) -> str:
     return "\n".join(lines)
 
 
-def _parameters(parameters: dict[str, str | int]) -> str:
+def _parameters(parameters: Mapping[str, str | int]) -> str:
     """Return a parameter list whose defaults are the vendor's business: always wrong here."""
     return ", ".join(f'parameter {name} = {chr(34) * 2 if isinstance(value, str) else -1}'
                      for name, value in parameters.items())
 
 
-_MULT18X18D_PARAMETERS: dict[str, str | int] = {"GSR": "DISABLED"} | {
+_MULT18X18D_PARAMETERS: Mapping[str, str | int] = {"GSR": "DISABLED"} | {
     f"REG_{stage}_{what}": value
     for stage, enable in (("INPUTA", 0), ("INPUTB", 0), ("PIPELINE", 1), ("OUTPUT", 2))
     for what, value in (("CLK", "CLK0"), ("CE", f"CE{enable}"), ("RST", "RST0"))
 }
-_DSP48E2_PARAMETERS: dict[str, str | int] = {
+_DSP48E2_PARAMETERS: Mapping[str, str | int] = {
     "A_INPUT": "DIRECT", "B_INPUT": "DIRECT", "AMULTSEL": "A", "BMULTSEL": "B",
     "USE_MULT": "MULTIPLY", "USE_SIMD": "ONE48", "AREG": 1, "BREG": 1, "MREG": 1, "PREG": 1,
     "ACASCREG": 1, "BCASCREG": 1, "CREG": 1, "DREG": 1, "ADREG": 1, "OPMODEREG": 0,

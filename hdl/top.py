@@ -7,9 +7,11 @@ import functools
 from typing import Any
 
 from amaranth import *
+from amaranth.hdl import Shape
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
+from moeaccel import __version__
 from moeaccel.config import AcceleratorConfig
 from moeaccel.hdl.axi import AXI4LiteSignature, AXI4Signature
 from moeaccel.hdl.command_processor import CommandProcessor
@@ -19,12 +21,23 @@ from moeaccel.hdl.layouts import channel_name
 from moeaccel.hdl.memory_port import ID_BITS, MemoryPort
 from moeaccel.hdl.register_file import RegisterFile
 from moeaccel.hdl.verilog_target import add_replicas, generate
-from moeaccel.registers import ADDRESS_BITS, REGISTERS
+from moeaccel.registers import ADDRESS_BITS, REGISTERS, VERSION_VALUE
 
-__all__ = ["Accelerator", "description", "generate_verilog"]
+__all__ = ["Accelerator", "description", "generate_verilog", "members"]
 
 MODULE = "top"
 """Name of the Verilog module."""
+
+
+def members(config: AcceleratorConfig) -> dict[str, Any]:
+    """Return the members of the accelerator's signature."""
+    memory = AXI4Signature(config.address_bits, 8 * config.port_bytes, ID_BITS)
+    return {
+        "axil": In(AXI4LiteSignature(ADDRESS_BITS)),
+        **{channel_name("axi_mem", c): Out(memory) for c in range(config.channels)},
+        "irq": Out(1),
+        "busy": Out(1),
+    }
 
 
 class Accelerator(wiring.Component):
@@ -63,13 +76,7 @@ class Accelerator(wiring.Component):
     def __init__(self, config: AcceleratorConfig, family="generic"):
         self._config = config
         self._family = family
-        memory = AXI4Signature(config.address_bits, 8 * config.port_bytes, ID_BITS)
-        super().__init__({
-            "axil": In(AXI4LiteSignature(ADDRESS_BITS)),
-            **{channel_name("axi_mem", c): Out(memory) for c in range(config.channels)},
-            "irq": Out(1),
-            "busy": Out(1),
-        })
+        super().__init__(members(config))
 
     def elaborate(self, platform):
         m = Module()
@@ -203,9 +210,20 @@ def generate_verilog(config: AcceleratorConfig, *, family: str = "generic") -> s
 
 
 def description(config: AcceleratorConfig) -> dict[str, Any]:
-    """Return what a system needs beside the Verilog: configuration, digest and register map."""
+    """Return what a system needs beside the Verilog: ports, configuration and register map."""
+    signature = wiring.Signature(members(config))
+    ports = [{"name": name, "direction": "input", "width": 1} for name in ("clk", "rst")]
+    ports += [
+        {"name": "__".join(map(str, path)),
+         "direction": "input" if member.flow == In else "output",
+         "width": Shape.cast(member.shape).width}
+        for path, member, _ in signature.flatten(signature.create())
+    ]
     return {
         "module": MODULE,
+        "version": __version__,
+        "interface_version": f"{VERSION_VALUE:#010x}",
+        "ports": ports,
         "config": dataclasses.asdict(config),
         "digest": f"{config.digest:#010x}",
         "registers": [

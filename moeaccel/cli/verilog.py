@@ -1,4 +1,4 @@
-"""``moeaccel verilog``: the accelerator for a larger system."""
+"""``moeaccel verilog``: the accelerator for a larger system, or for a data-centre card."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,19 +8,43 @@ import typer
 
 def command(
     config: Annotated[str, typer.Option(help="Preset of the accelerator.")] = "small",
-    output: Annotated[Path, typer.Option(help="Verilog file; the JSON goes beside it.")] = Path(
-        "moeaccel.v"
-    ),
-    family: Annotated[str, typer.Option(help="Multipliers: generic or ecp5.")] = "generic",
+    output: Annotated[Path, typer.Option(
+        help="Verilog file, or a folder for moeaccel.v; the others go beside it.")] = Path(
+            "moeaccel.v"),
+    family: Annotated[str | None, typer.Option(
+        help="Multipliers: generic, ecp5 or xilinx; when left out generic, or the board's.")
+    ] = None,
+    board: Annotated[str | None, typer.Option(
+        help="Also write a Vivado project for a card: u55c. It has never been run.")] = None,
+    core_mhz: Annotated[float | None, typer.Option(
+        help="Clock of the accelerator on the card, in MHz.")] = None,
 ) -> None:
-    """Write the accelerator's Verilog, and its register map and configuration as JSON."""
-    import json
+    """Write the accelerator's Verilog, its register map as JSON and as a C header.
 
+    With vendors' multipliers also their models for simulators; with a board everything that Vivado
+    needs for a bitstream, which was written without Vivado and never run.
+    """
     from moeaccel.config import preset
-    from moeaccel.hdl.top import description, generate_verilog
+    from moeaccel.errors import ConfigurationError
+    from moeaccel.hdl.emission import emit
+    from moeaccel.hdl.multiplier import FAMILIES
 
     chosen = preset(config)
-    output.write_text(generate_verilog(chosen, family=family))
-    beside = output.with_suffix(".json")
-    beside.write_text(json.dumps(description(chosen), indent=2) + "\n")
-    typer.echo(f"wrote {output} and {beside}")
+    family = family or ("xilinx" if board else "generic")
+    if family not in FAMILIES or (board and family != "xilinx"):
+        known = "xilinx" if board else ", ".join(FAMILIES)
+        raise ConfigurationError(f"family must be one of {known}, not {family!r}")
+    if core_mhz is not None and not board:
+        raise ConfigurationError(f"core_mhz must come with a board, not alone ({core_mhz:g})")
+    if output.suffix != ".v":
+        output = output / "moeaccel.v"
+    files: dict[str, str] = {}
+    if board:
+        from moeaccel.fpga.vivado import CORE_MHZ, vivado_files
+
+        files = vivado_files(chosen, board=board, name=output.stem, core_mhz=core_mhz or CORE_MHZ)
+    files = emit(chosen, family=family, name=output.stem) | files
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (output.parent / name).write_text(text, encoding="utf-8")
+    typer.echo(f"wrote {', '.join(str(output.parent / name) for name in files)}")

@@ -36,15 +36,23 @@ uint64_t steps(uint64_t cycles, const uint64_t* in, uint64_t* out) {{
 """
 
 
-def translate(text, folder):
-    """Let Verilator translate the module ``top`` in an empty folder, and return the build."""
+def translate(text, folder, *flags, top="top"):
+    """Let Verilator translate a module in an empty folder, and return the build.
+
+    Warnings are those of models that users build, and as fatal.
+    """
     translator, root = verilator._verilator()
     build = verilator._Build(
         work=folder, runtime=verilator.cache_folder() / "runtime", root=root,
         compiler=verilator._compiler(), flags=("-O1",), waves=False)
-    build.translate(translator, verilator._translate_flags(
-        top="top", threads=1, waves=False, assertions=True), text)
+    build.translate(translator, (*flags, *verilator._translate_flags(
+        top=top, threads=1, waves=False, assertions=True)), text)
     return build
+
+
+def lint(text, folder, *, top="top"):
+    """Let Verilator check a module, and no more."""
+    translate(text, folder, "--lint-only", top=top)
 
 
 class Verilated:
