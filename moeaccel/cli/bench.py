@@ -168,6 +168,55 @@ def simulators(
     console.print(f"config {result.config}: {result.ratio:.1f} times as fast")
 
 
+@app.command()
+def board(
+    tokens: Annotated[
+        list[int] | None, typer.Option(help="Tokens of a command, repeatable; 1, 4, 16 and 64.")
+    ] = None,
+    token_groups: Annotated[
+        int | None, typer.Option(help="Groups over which weights are replayed, instead of the "
+                                      "preset's.")
+    ] = None,
+    d_model: Annotated[int, typer.Option(help="Width of x.")] = 1024,
+    d_expert: Annotated[int, typer.Option(help="Width of h.")] = 512,
+    weight_format: Format = "int4_g32",
+    config: Config = "ulx3s",
+    activation_bits: Bits = 8,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Run one expert on the simulated board: where its memory and where its array is the limit."""
+    from moeaccel.config import preset
+    from moeaccel.sim.board_bench import measure_board
+
+    chosen = preset(config)
+    if token_groups is not None:
+        chosen = chosen.replace(token_groups=token_groups)
+    with _Status(as_json) as status:
+        ridge = measure_board(chosen, tokens=tokens or (1, 4, 16, 64), d_model=d_model,
+                              d_expert=d_expert, weight_format_name=weight_format,
+                              activation_bits=activation_bits, seed=seed, progress=status)
+    if as_json:
+        typer.echo(json.dumps(ridge.as_dict()))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("tokens", "cycles", "passes", "of the bus", "weights/cycle", "of the array",
+                  "equal to golden")
+    for point in ridge.points:
+        table.add_row(str(point.tokens), f"{point.cycles:,}", str(point.passes),
+                      f"{point.bus_share:.1%}", f"{point.weights_per_cycle:.2f}",
+                      f"{point.array_share:.1%}", "yes" if point.equal else "NO")
+    console = Console()
+    console.print(table)
+    console.print(
+        f"{ridge.config}, {ridge.weight_format}, a{ridge.activation_bits}, d_model "
+        f"{ridge.d_model}, d_expert {ridge.d_expert}: array and memory balance at "
+        f"{ridge.tokens:.1f} tokens an expert; a pass holds {ridge.resident_tokens}",
+        highlight=False)
+
+
 def _experts(
     what: str,
     model: str,

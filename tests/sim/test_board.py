@@ -13,6 +13,7 @@ from moeaccel.config import PRESETS
 from moeaccel.host import open_device
 from moeaccel.host.errors import ConfigMismatch
 from moeaccel.sim.board import Board, BoardProcess, LineNoise
+from moeaccel.sim.board_bench import measure_board
 
 # The smallest accelerator that fits the board: it is built in a fraction of the time.
 CONFIG = PRESETS["tiny"].replace(name="tiny-board", address_bits=32)
@@ -133,6 +134,20 @@ def test_a_process_ends_with_its_parent():
                 return
         time.sleep(0.1)
     pytest.fail("the board's process outlives its parent")
+
+
+def test_the_ridge_is_measured():
+    """One token leaves the array idle most of the time; a second one is nearly free."""
+    ridge = measure_board(CONFIG, tokens=(1, 2), d_model=128, d_expert=64)
+    one, two = ridge.points
+    assert one.equal
+    assert two.equal
+    assert (one.passes, two.passes) == (1, 1)
+    assert 0 < one.bus_share < 1
+    assert two.cycles < 1.5 * one.cycles
+    assert two.array_share > one.array_share
+    assert ridge.resident_tokens == CONFIG.max_slots
+    assert ridge.tokens == pytest.approx(2 * CONFIG.multipliers / one.weights_per_cycle)
 
 
 @pytest.mark.parametrize(("name", "value"), [("flip", 1.0), ("lose", -0.1), ("repeat", 2)])
