@@ -26,10 +26,10 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-slow lint synth bitstream clean distclean
+.PHONY: help venv demo test test-slow lint synth synth-blocks bitstream clean distclean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(STAMP) ## make .venv and install everything into it
 
@@ -64,7 +64,10 @@ lint: $(STAMP) ## ruff and pyright
 	$(BIN)/pyright | sed -e "s,$(PYRIGHT_TREE)/moeaccel/\(hdl\|host\|sim\|fpga\)/,\1/," -e "s,$(PYRIGHT_TREE)/,,"
 
 synth: $(STAMP) ## place and route the accelerator core on an ECP5-85F; report area and clock rate
-	$(BIN)/python -m moeaccel.fpga.synth --core
+	$(BIN)/python -m moeaccel.fpga.synth --core --save
+
+synth-blocks: $(STAMP) ## the same for every block alone; both keep what they find in fpga/reports
+	$(BIN)/python -m moeaccel.fpga.synth --all --save
 
 bitstream: $(STAMP) ## build the bitstream of BOARD, with resources and routed clock
 	$(BIN)/moeaccel bitstream --board "$(BOARD)" --seed $(SEED) --seeds $(SEEDS) \

@@ -178,6 +178,26 @@ def _table(reports: list[Report]) -> Table:
     return table
 
 
+def _save(report: Report, folder: Path = REPORTS) -> None:
+    """Keep a report, and write the table of all that are kept."""
+    folder.mkdir(exist_ok=True)
+    text = json.dumps(asdict(report), indent=1) + "\n"
+    (folder / f"{report.block}-{report.config}.json").write_text(text, encoding="utf-8")
+    kept = [Report(**json.loads(path.read_text(encoding="utf-8")))
+            for path in sorted(folder.glob("*.json"))]
+    lines = [
+        "# Blocks on an LFE5U-85F, speed 6", "",
+        "Written by `make synth` (the core) and `make synth-blocks`, `--save` of `fpga/synth.py`.",
+        "Cells are those of the block alone; the clock is routed.", "",
+        "| block | config | MULT18 | LUT4 | carry | BRAM | LUTRAM | FF | MHz | seed | tools |",
+        "|---|---|" + "--:|" * 8 + "---|",
+        *(f"| {r.block} | {r.config} | {r.multipliers} | {r.lut4} | {r.carry} | {r.block_rams} "
+          f"| {r.lut_rams} | {r.flip_flops} | {r.fmax_mhz:.1f} | {r.seed} | {r.tools} |"
+          for r in kept),
+    ]
+    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
 app = typer.Typer(add_completion=False)
 
 
@@ -208,9 +228,7 @@ def main(
         with console.status(f"{name}: minutes, unless it was done before"):
             reports.append(synthesise(name, preset(config), seed=seed, folder=folder))
         if save:
-            REPORTS.mkdir(exist_ok=True)
-            text = json.dumps(asdict(reports[-1]), indent=1) + "\n"
-            (REPORTS / f"{name}-{config}.json").write_text(text, encoding="utf-8")
+            _save(reports[-1])
     if as_json:
         print(json.dumps([asdict(report) for report in reports], indent=1))
     else:

@@ -16,6 +16,23 @@ def test_unknown_names():
     assert result.exit_code == 2
 
 
+def test_what_is_kept_makes_a_table(tmp_path):
+    """A block that is done again replaces its row; others stay."""
+    def report(block, fmax_mhz):
+        return synth.Report(
+            block=block, config="tiny", seed=1, multipliers=2, lut4=30, carry=4, block_rams=5,
+            lut_rams=6, flip_flops=70, fmax_mhz=fmax_mhz, critical_path=[], tools="yosys 1",
+            digest="0", seconds=1.0)
+
+    for kept in (report("sequencer", 90.0), report("combiner", 110.0), report("sequencer", 120.0)):
+        synth._save(kept, tmp_path)
+    rows = [line for line in (tmp_path / "README.md").read_text().splitlines() if "tiny" in line]
+    assert rows == [
+        "| combiner | tiny | 2 | 30 | 4 | 5 | 6 | 70 | 110.0 | 1 | yosys 1 |",
+        "| sequencer | tiny | 2 | 30 | 4 | 5 | 6 | 70 | 120.0 | 1 | yosys 1 |",
+    ]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_block_is_placed_and_routed(tmp_path):
