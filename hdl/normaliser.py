@@ -7,7 +7,42 @@ from amaranth.lib.wiring import In, Out
 from moeaccel.arithmetic import MANTISSA_BITS
 from moeaccel.hdl.pipeline import Pipeline
 
-__all__ = ["Normaliser"]
+__all__ = ["Normaliser", "shift_out_zeros"]
+
+
+def shift_out_zeros(value, steps):
+    """Shift ``value`` left by each of ``steps`` for which there are that many leading zeros.
+
+    That two steps are due is known from ``value`` alone, so that one multiplexer does both.
+
+    Parameters
+    ----------
+    value : value
+        Unsigned.
+    steps : tuple of :class:`int`
+        One, or two of which the second is half of the first.
+
+    Returns
+    -------
+    shifted : value
+        As wide as ``value``.
+    taken : list of value
+        For each step, largest first, whether it was taken.
+    """
+    width = len(value)
+    step = steps[-1]
+
+    def empty(part):
+        """Return whether the part is zero; they count from the top, ``step`` bits each."""
+        return value[max(0, width - step * (part + 1)):max(0, width - step * part)] == 0
+
+    if len(steps) == 1:
+        taken = [empty(0)]
+    else:
+        both = empty(0) & empty(1)
+        taken = [both, Mux(both, empty(2), empty(0))]
+    amount = Cat(reversed(taken))
+    return (value << step * amount)[:width], taken
 
 
 class Normaliser(wiring.Component):
@@ -116,15 +151,8 @@ class Normaliser(wiring.Component):
         sign, tag = self.i_sign, self.i_tag
         zeros = Const(0, 0)  # leading zeros, the bits found so far
         for steps in self._shift_stages:
-            for step in steps:
-                empty = Signal(name=f"empty{step}")
-                shifted = Signal(width, name=f"shifted{step}")
-                m.d.comb += [
-                    empty.eq(magnitude[width - step:] == 0),
-                    shifted.eq(Mux(empty, magnitude << step, magnitude)),
-                ]
-                magnitude = shifted
-                zeros = Cat(empty, zeros)
+            magnitude, taken = shift_out_zeros(magnitude, steps)
+            zeros = Cat(*reversed(taken), zeros)
             s = p.stage(magnitude=magnitude, exponent=exponent, sign=sign, tag=tag, zeros=zeros)
             magnitude, exponent, sign, tag, zeros = (
                 s.magnitude, s.exponent, s.sign, s.tag, s.zeros)
