@@ -239,6 +239,8 @@ class CommandProcessor(wiring.Component):
             weights = Signal(32, name=f"weights{i}")
             entries = Signal(32, name=f"entries{i}")
             scale_words = Signal(32, name=f"scale_words{i}")
+            tiles_before = Signal(len(rows), name=f"tiles_before{i}")
+            m.d.sync += tiles_before.eq(tiles)
 
             def up(value, divisor):
                 return (value + (divisor - 1)) >> exact_log2(divisor)
@@ -251,7 +253,7 @@ class CommandProcessor(wiring.Component):
                             groups.eq(up(steps, section.format.steps_per_group)),
                         ]
                         m.d.sync += [
-                            row_words.eq(up(tiles, section.tiles_per_row_word)),
+                            row_words.eq(up(tiles_before, section.tiles_per_row_word)),
                             scale_words.eq(up(entries, section.entries_per_scale_word)),
                         ]
             with m.If(load):
@@ -389,11 +391,8 @@ class CommandProcessor(wiring.Component):
             self.count_overflows.eq(0),
         ]
 
-        def complete(code, *, detail_value=0, address=0):
-            return [
-                status.eq(code), detail.eq(detail_value), fault_or_zero.eq(address),
-                state.eq(_State.WRITE),
-            ]
+        def complete(code):
+            return [status.eq(code), state.eq(_State.WRITE)]
 
         # -- abort and watchdog --------------------------------------------------------------------
         running = Signal()
@@ -483,16 +482,15 @@ class CommandProcessor(wiring.Component):
 
             with m.Case(_State.DECIDE):
                 with m.If(self.fault_window):
-                    m.d.sync += complete(Status.WINDOW, address=self.fault_address)
+                    m.d.sync += complete(Status.WINDOW)
                 with m.Elif(self.fault_bus):
-                    m.d.sync += complete(Status.BUS_ERROR, address=self.fault_address)
+                    m.d.sync += complete(Status.BUS_ERROR)
                 with m.Elif(~known):
-                    m.d.sync += complete(Status.BAD_OPCODE, detail_value=opcode)
+                    m.d.sync += complete(Status.BAD_OPCODE)
                 with m.Elif(~work):
                     m.d.sync += complete(Status.OK)
                 with m.Elif(bad.any()):
-                    m.d.sync += complete(
-                        Mux(is_layer, Status.BAD_LAYER, Status.BAD_FIELD), detail_value=bad_word)
+                    m.d.sync += complete(Mux(is_layer, Status.BAD_LAYER, Status.BAD_FIELD))
                 with m.Elif(~is_layer):
                     m.d.sync += [is_layer.eq(1), state.eq(_State.REQUEST)]
                 with m.Else():
@@ -533,19 +531,31 @@ class CommandProcessor(wiring.Component):
 
             with m.Case(_State.FINISH):
                 with m.If(self.fault_window):
-                    m.d.sync += complete(Status.WINDOW, address=self.fault_address)
+                    m.d.sync += complete(Status.WINDOW)
                 with m.Elif(self.fault_bus):
-                    m.d.sync += complete(Status.BUS_ERROR, address=self.fault_address)
+                    m.d.sync += complete(Status.BUS_ERROR)
                 with m.Elif(nonfinite):
-                    m.d.sync += complete(Status.NONFINITE, detail_value=nonfinite_token)
+                    m.d.sync += complete(Status.NONFINITE)
                 with m.Elif(overflows != 0):
-                    m.d.sync += complete(Status.OVERFLOW, detail_value=overflows)
+                    m.d.sync += complete(Status.OVERFLOW)
                 with m.Else():
                     m.d.sync += complete(Status.OK)
 
             with m.Case(_State.WRITE):
                 m.d.comb += self.writer.request.valid.eq(~holding)
-                m.d.sync += [cycles.eq(cycles), sent.eq(0)]
+                m.d.sync += [cycles.eq(cycles), sent.eq(0), detail.eq(0), fault_or_zero.eq(0)]
+                # What these come from holds; chosen here, the state's decision is a short one.
+                with m.Switch(status):
+                    with m.Case(Status.WINDOW, Status.BUS_ERROR):
+                        m.d.sync += fault_or_zero.eq(self.fault_address)
+                    with m.Case(Status.BAD_OPCODE):
+                        m.d.sync += detail.eq(opcode)
+                    with m.Case(Status.BAD_FIELD, Status.BAD_LAYER):
+                        m.d.sync += detail.eq(bad_word)
+                    with m.Case(Status.NONFINITE):
+                        m.d.sync += detail.eq(nonfinite_token)
+                    with m.Case(Status.OVERFLOW):
+                        m.d.sync += detail.eq(overflows)
                 with m.If(self.writer.request.ready & ~holding):
                     m.d.sync += state.eq(_State.SEND)
 
