@@ -296,20 +296,22 @@ class ActivationLoader(wiring.Component):
         s = q.stage(
             sub=group[:max(1, sub_bits)], step=step_now, slot=out_slot, block_end=block_end,
             slot_end=slot_end, row_top=Mux(leaving, row_top[1], row_top[0]))
+        # Block RAM is slow to answer: a register behind it, ahead of everything else.
+        s = q.stage(**vars(s), line=line_r.data, top=tops_r.data)
 
         words = Signal(32 * count)
         if sub_bits:
             with m.Switch(s.sub):
                 for i in range(1 << sub_bits):
                     with m.Case(i):
-                        m.d.comb += words.eq(line_r.data[32 * count * i: 32 * count * (i + 1)])
+                        m.d.comb += words.eq(s.line[32 * count * i: 32 * count * (i + 1)])
         else:
-            m.d.comb += words.eq(line_r.data)
+            m.d.comb += words.eq(s.line)
         out = quantiser.i_group
         top = Signal(key)
         token_top = Signal(key)
         m.d.comb += [
-            top.eq(tops_r.data),
+            top.eq(s.top),
             token_top.eq(s.row_top),
             quantiser.i_valid.eq(q.valid),
             out.block.raised.eq(top.raised),

@@ -7,6 +7,7 @@ from amaranth.utils import ceil_log2, exact_log2
 
 from moeaccel.config import AcceleratorConfig
 from moeaccel.hdl import layouts
+from moeaccel.hdl.normaliser import shift_out_zeros
 from moeaccel.hdl.pipeline import Pipeline
 from moeaccel.hdl.row_sums import SUM_BITS, stripe, stripe_address
 from moeaccel.hdl.sequential_multiplier import SequentialMultiplier
@@ -24,7 +25,7 @@ class _ToFloat32(wiring.Component):
     Latency LATENCY_CYCLES, one per cycle, no flow control.
     """
 
-    LATENCY_CYCLES = 6
+    LATENCY_CYCLES = 7
 
     def __init__(self):
         super().__init__({"i_sum": In(signed(SUM_BITS)), "i_grid_exponent": In(signed(8)),
@@ -33,15 +34,12 @@ class _ToFloat32(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         pipe = Pipeline(m, C(1))
-        s = pipe.stage(sign=self.i_sum[-1],
-                       magnitude=Mux(self.i_sum[-1], -self.i_sum, self.i_sum)[:SUM_BITS])
+        # Block RAM is slow to answer: a register behind it, ahead of everything else.
+        s = pipe.stage(sum=self.i_sum)
+        s = pipe.stage(sign=s.sum[-1], magnitude=Mux(s.sum[-1], -s.sum, s.sum)[:SUM_BITS])
         lost = None  # leading zeros shifted out so far
         for shifts in ((32, 16), (8, 4), (2, 1)):
-            value, taken = s.magnitude, []
-            for shift in shifts:
-                empty = value[SUM_BITS - shift:] == 0
-                taken.append(empty)
-                value = Mux(empty, value << shift, value)[:SUM_BITS]
+            value, taken = shift_out_zeros(s.magnitude, shifts)
             lost = Cat(*reversed(taken), *([] if lost is None else [s.lost]))
             s = pipe.stage(sign=s.sign, magnitude=value, lost=lost)
         value = s.magnitude  # bit 47 is set, unless it is zero

@@ -60,7 +60,7 @@ QUANTISER_CYCLES = 9
 """BlockQuantiser: from the last elements of a block to the lane buffer."""
 COMBINER_CYCLES = 12
 """RowSums: from an output to its place in the y buffer."""
-FLOAT_CYCLES = 6
+FLOAT_CYCLES = 7
 """Combiner: from a sum to float32."""
 ROW_EXPONENTS = 29
 """TileBuffer: tiles whose row exponents are stored before the next word waits."""
@@ -951,8 +951,8 @@ class _Machine:
                 yield request
                 rows.append(self._port.read(request, beats))
                 lookup = request + 1
-        # A register, the quantiser, the count of rows, the pulse.
-        self._schedule.set(self._x_loaded[n], left + 1 + QUANTISER_CYCLES + 2)
+        # Two registers, the quantiser, the count of rows, the pulse.
+        self._schedule.set(self._x_loaded[n], left + 2 + QUANTISER_CYCLES + 2)
 
     # -- sequencer, array, serialiser, activation unit, hidden buffer
     def _compute(self) -> Iterator[None]:
