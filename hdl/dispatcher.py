@@ -95,12 +95,15 @@ class Dispatcher(wiring.Component):
         beats = config.max_assignments // per_beat
 
         job = Signal(layouts.job(config))
-        m.d.comb += self.o_job.eq(job)
+        running = Signal()
+        m.d.comb += [
+            self.o_job.eq(job), self.i_job.ready.eq(~running), self.o_done.eq(~running)]
         two = job.two_planes
 
-        # -- storage
+        # -- storage; what is read while it is written is not used
         def memory(name, shape, depth):
-            m.submodules[name] = mem = Memory(shape=shape, depth=depth, init=[])
+            m.submodules[name] = mem = Memory(
+                shape=shape, depth=depth, init=[], attrs={"no_rw_check": 1})
             return mem.write_port(), mem.read_port()
 
         ids_w, ids_r = memory("ids", 8 * config.port_bytes, beats)
@@ -119,6 +122,7 @@ class Dispatcher(wiring.Component):
         index = Signal(pairs_bits)
         k = Signal(5)
         token = Signal(config.max_tokens.bit_length())
+        zero_token = Signal(layouts.token_bits(config))
         valid_of_token = Signal(5)
         # Every pair has three cycles (ID, READ, WRITE); its id is read during the pair before it,
         # and all that the third needs to know comes from registers, be it that it is the third.
@@ -128,7 +132,9 @@ class Dispatcher(wiring.Component):
         id_valid = Signal()
         last_of_token, last_pair = Signal(), Signal()
         id_word = Signal(8 * config.port_bytes, reset_less=True)
+        no_expert = Signal()  # while counting, with the last pair of a token: none is valid
         rewind, take_first, third, counting = Signal(), Signal(), Signal(), Signal()
+        clearing, prefixing, counted, scattered = Signal(), Signal(), Signal(), Signal()
         m.d.comb += ids_r.addr.eq(ahead_index >> lane_bits)
         m.d.sync += [
             id_word.eq(ids_r.data),
@@ -136,7 +142,13 @@ class Dispatcher(wiring.Component):
             expert_id.eq(Mux(job.linear, 0, raw_id)),
             last_of_token.eq(k + 1 == job.top_k),
             last_pair.eq(index + 1 == pairs),
+            third.eq(0),
+            no_expert.eq(counting & last_of_token & (valid_of_token == 0) & ~id_valid),
         ]
+        rewound = Signal(3)  # the first id: address, memory, register
+        m.d.sync += rewound.eq(Cat(rewind, rewound))
+        m.d.comb += take_first.eq(rewound[-1])
+        m.d.comb += [counted.eq(third & counting), scattered.eq(third & ~counting)]
         with m.If(take_first | third):
             m.d.sync += [
                 raw_id.eq(id_word.word_select(ahead_index[:lane_bits], 32)),
@@ -146,9 +158,14 @@ class Dispatcher(wiring.Component):
             m.d.sync += [
                 index.eq(index + 1), k.eq(Mux(last_of_token, 0, k + 1)),
                 token.eq(token + last_of_token),
+                zero_token.eq(token),
+                counting.eq(counting & ~last_pair),
+                prefixing.eq(counting & last_pair),
+                valid_of_token.eq(Mux(last_of_token, 0, valid_of_token + id_valid)),
             ]
         with m.If(rewind):
-            m.d.sync += [index.eq(0), ahead_index.eq(0), k.eq(0), token.eq(0)]
+            m.d.sync += [
+                index.eq(0), ahead_index.eq(0), k.eq(0), token.eq(0), valid_of_token.eq(0)]
 
         # -- fetch
         fetch_beat = Signal(ceil_log2(beats) if beats > 1 else 1)
@@ -169,7 +186,10 @@ class Dispatcher(wiring.Component):
         ]
         ids_arrived, weights_arrived = Signal(), Signal()
         with m.If(self.i_job.valid & self.i_job.ready):
-            m.d.sync += [ids_arrived.eq(0), weights_arrived.eq(self.i_job.p.linear)]
+            m.d.sync += [
+                job.eq(self.i_job.payload), running.eq(1),
+                ids_arrived.eq(0), weights_arrived.eq(self.i_job.p.linear),
+            ]
         with m.If(self.reader.valid):
             with m.If(self.reader.last & fetching_weights):
                 m.d.sync += weights_arrived.eq(1)
@@ -183,6 +203,8 @@ class Dispatcher(wiring.Component):
         m.d.sync += ahead.eq(ahead + passed - self.i_retired)
         walk = Signal(expert_bits + 1)
         image = Signal(config.address_bits)
+        next_image = Signal(config.address_bits)  # of the expert at ``walk``
+        looked = Signal()  # at an expert, in the cycle before
         left = Signal(pairs_bits)  # pairs of this expert not yet in a pass
         position = Signal(pairs_bits)
         remaining = Signal(pairs_bits)  # pairs of the command not yet in a pass
@@ -192,7 +214,7 @@ class Dispatcher(wiring.Component):
         resident_count = Signal(range(config.max_slots + 1))
         same = Signal()
         words = Signal(32)
-        last_pass, expert_ends = Signal(), Signal()
+        last_pass, expert_ends, last_slot = Signal(), Signal(), Signal()
         slot_bank = Signal()
         x_bank = Signal()
         prefix = Signal(pairs_bits)
@@ -221,9 +243,19 @@ class Dispatcher(wiring.Component):
         # Known long before they are used.
         m.d.sync += [
             words.eq(job.gate_up_words + job.down_words),
+            last_slot.eq(slot + 1 == slots),
+            looked.eq(0),
             last_pass.eq(remaining == slots),
             expert_ends.eq(left == slots),
         ]
+
+        with m.If(counted):
+            m.d.sync += remaining.eq(remaining + id_valid)
+        with m.If(looked):
+            m.d.sync += next_image.eq(image + job.stride)
+        with m.If(rewind):
+            m.d.sync += [
+                walk.eq(0), prefix.eq(0), position.eq(0), next_image.eq(job.image_address)]
 
         # Weight of a pair: float32 to internal float (arithmetic.float32_to_internal).
         entry = Signal(pair)
@@ -241,9 +273,9 @@ class Dispatcher(wiring.Component):
             resident_w.addr.eq(s.slot),
             resident_w.data.token.eq(s.token),
             resident_w.data.first.eq(first),
-            done_w.en.eq(p.valid),
-            done_w.addr.eq(s.token),
-            done_w.data.eq(s.done + 1),
+            done_w.en.eq(p.valid | (counted & last_of_token)),
+            done_w.addr.eq(Mux(counting, token, s.token)),
+            done_w.data.eq(Mux(counting, 0, s.done + 1)),
         ]
         s = p.stage(
             raw=s.word.word_select(s.part[:lane_bits], 32) if lane_bits else s.word,
@@ -281,28 +313,39 @@ class Dispatcher(wiring.Component):
             sorted_r.addr.eq(position + slot),
             sorted_w.data.token.eq(token),
             sorted_w.data.index.eq(index),
+            sorted_w.addr.eq(cursor_r.data),
+            sorted_w.en.eq(scattered & id_valid),
+            total_w.addr.eq(token),
+            total_w.data.eq(valid_of_token + id_valid),
+            total_w.en.eq(counted & last_of_token),
+            # Until the counts are cleared and the prefixes complete, an entry may be written twice.
+            count_w.addr.eq(Mux(clearing, walk, expert_id)),
+            count_w.data.eq(Mux(clearing, 0, count_r.data + 1)),
+            count_w.en.eq(clearing | (counted & id_valid)),
+            cursor_w.addr.eq(Mux(prefixing, walk, expert_id)),
+            cursor_w.data.eq(Mux(prefixing, prefix, cursor_r.data + 1)),
+            cursor_w.en.eq(prefixing | (scattered & id_valid)),
         ]
         filling = Signal(FILL_CYCLES)
         m.d.sync += filling.eq(Cat(filled, filling))
         sorted_token, resident_token = (Signal(layouts.token_bits(config)) for _ in range(2))
         equal = Signal()
         m.d.comb += equal.eq(sorted_token == resident_token)
-        zero_token, zero_is_last = Signal(layouts.token_bits(config)), Signal()
-        running = Signal()
-        m.d.comb += [self.o_done.eq(~running), self.o_zero.payload.eq(zero_token)]
+        m.d.comb += self.o_zero.payload.eq(zero_token)
 
         with m.FSM():
             with m.State("IDLE"):
-                m.d.comb += self.i_job.ready.eq(1)
                 with m.If(self.i_job.valid):
-                    m.d.sync += [job.eq(self.i_job.payload), running.eq(1), walk.eq(0)]
                     m.next = "PREPARE"
             with m.State("PREPARE"):
                 m.d.sync += [
                     pairs.eq(job.tokens * job.top_k),
+                    walk.eq(0),
                     fetching_weights.eq(0),
                     resident_count.eq(0),
                     remaining.eq(0),
+                    clearing.eq(1),
+                    counting.eq(1),
                 ]
                 m.next = "CLEAR"
                 with m.If(~job.linear):
@@ -314,10 +357,10 @@ class Dispatcher(wiring.Component):
                 with m.If(self.reader.request.ready):
                     m.next = "CLEAR"
             with m.State("CLEAR"):  # while the ids are on their way
-                m.d.comb += [count_w.en.eq(1), count_w.addr.eq(walk), count_w.data.eq(0)]
                 m.d.sync += walk.eq(walk + 1)
                 with m.If(walk + 1 == job.num_experts):
-                    m.next = "COUNT_START"
+                    m.d.sync += clearing.eq(0)
+                    m.next = "START"
                     with m.If(~job.linear):
                         m.next = "WAIT_IDS"
             with m.State("WAIT_IDS"):
@@ -327,94 +370,40 @@ class Dispatcher(wiring.Component):
             with m.State("REQUEST_WEIGHTS"):
                 m.d.comb += self.reader.request.valid.eq(1)
                 with m.If(self.reader.request.ready):
-                    m.next = "COUNT_START"
-            with m.State("COUNT_START"):
+                    m.next = "START"
+            with m.State("START"):  # the walk that counts, and the one that scatters
                 m.d.comb += rewind.eq(1)
-                m.d.sync += [counting.eq(1), valid_of_token.eq(0)]
-                m.next = "COUNT_FIRST"
-            with m.State("COUNT_FIRST"):  # the first id: address, memory, register
-                m.next = "COUNT_SECOND"
-            with m.State("COUNT_SECOND"):
-                m.next = "COUNT_TAKE"
-            with m.State("COUNT_TAKE"):
-                m.d.comb += take_first.eq(1)
-                m.next = "COUNT_ID"
-            with m.State("COUNT_ID"):
-                m.next = "COUNT_READ"
-            with m.State("COUNT_READ"):
+                m.next = "FIRST"
+            with m.State("FIRST"):
+                with m.If(take_first):
+                    m.next = "ID"
+            with m.State("ID"):
+                m.next = "READ"
+            with m.State("READ"):
                 m.d.sync += third.eq(1)
-                m.next = "COUNT_WRITE"
-            with m.State("COUNT_WRITE"):
-                now_valid = Signal(5)
-                m.d.comb += [
-                    count_w.addr.eq(expert_id),
-                    count_w.data.eq(count_r.data + 1),
-                    count_w.en.eq(id_valid),
-                    now_valid.eq(valid_of_token + id_valid),
-                    total_w.addr.eq(token),
-                    total_w.data.eq(now_valid),
-                    total_w.en.eq(last_of_token),
-                    done_w.addr.eq(token),
-                    done_w.data.eq(0),
-                    done_w.en.eq(last_of_token),
-                ]
-                m.d.sync += [
-                    third.eq(0),
-                    counting.eq(~last_pair),
-                    valid_of_token.eq(Mux(last_of_token, 0, now_valid)),
-                    remaining.eq(remaining + id_valid),
-                    zero_token.eq(token),
-                    zero_is_last.eq(last_pair),
-                    walk.eq(0),
-                    prefix.eq(0),
-                ]
-                m.next = "COUNT_ID"
-                with m.If(last_of_token & (now_valid == 0)):
+                m.next = "WRITE"
+            with m.State("WRITE"):
+                m.next = "ID"
+                with m.If(no_expert):
                     m.next = "ZERO"
                 with m.Elif(last_pair):
-                    m.next = "PREFIX_READ"
+                    m.next = "EXPERT_READ"
+                    with m.If(counting):
+                        m.next = "PREFIX_READ"
             with m.State("ZERO"):  # a token without any expert
                 m.d.comb += self.o_zero.valid.eq(1)
                 with m.If(self.o_zero.ready):
-                    m.next = "COUNT_ID"
-                    with m.If(zero_is_last):
+                    m.next = "ID"
+                    with m.If(prefixing):
                         m.next = "PREFIX_READ"
             with m.State("PREFIX_READ"):
                 m.next = "PREFIX_WRITE"
             with m.State("PREFIX_WRITE"):
-                m.d.comb += [cursor_w.addr.eq(walk), cursor_w.data.eq(prefix), cursor_w.en.eq(1)]
                 m.d.sync += [prefix.eq(prefix + count_r.data), walk.eq(walk + 1)]
                 m.next = "PREFIX_READ"
                 with m.If(walk + 1 == job.num_experts):
-                    m.next = "SCATTER_START"
-            with m.State("SCATTER_START"):
-                m.d.comb += rewind.eq(1)
-                m.next = "SCATTER_FIRST"
-            with m.State("SCATTER_FIRST"):
-                m.next = "SCATTER_SECOND"
-            with m.State("SCATTER_SECOND"):
-                m.next = "SCATTER_TAKE"
-            with m.State("SCATTER_TAKE"):
-                m.d.comb += take_first.eq(1)
-                m.next = "SCATTER_ID"
-            with m.State("SCATTER_ID"):
-                m.next = "SCATTER_READ"
-            with m.State("SCATTER_READ"):
-                m.d.sync += third.eq(1)
-                m.next = "SCATTER_WRITE"
-            with m.State("SCATTER_WRITE"):
-                m.d.comb += [
-                    sorted_w.addr.eq(cursor_r.data),
-                    sorted_w.en.eq(id_valid),
-                    cursor_w.addr.eq(expert_id),
-                    cursor_w.data.eq(cursor_r.data + 1),
-                    cursor_w.en.eq(id_valid),
-                ]
-                m.d.sync += third.eq(0)
-                m.next = "SCATTER_ID"
-                with m.If(last_pair):
-                    m.d.sync += [walk.eq(0), position.eq(0), image.eq(job.image_address)]
-                    m.next = "EXPERT_READ"
+                    m.d.sync += prefixing.eq(0)
+                    m.next = "START"
             with m.State("EXPERT_READ"):
                 m.next = "EXPERT"
                 with m.If(remaining == 0):
@@ -423,15 +412,18 @@ class Dispatcher(wiring.Component):
                         m.d.sync += running.eq(0)
                         m.next = "IDLE"
             with m.State("EXPERT"):
-                m.d.sync += left.eq(count_r.data)
+                m.d.sync += [
+                    left.eq(count_r.data),
+                    walk.eq(walk + 1),
+                    image.eq(next_image),
+                    looked.eq(1),
+                ]
+                m.next = "PASS"
                 with m.If(count_r.data == 0):
-                    m.d.sync += [walk.eq(walk + 1), image.eq(image + job.stride)]
                     m.next = "EXPERT_READ"
-                with m.Else():
-                    m.next = "PASS"
             with m.State("PASS"):  # one pass runs, one is prepared; weights are asked for at once
                 m.d.comb += self.o_weights.valid.eq(ahead < 2)
-                m.d.sync += [slots.eq(Mux(left > capacity, capacity, left)), slot.eq(0), same.eq(1)]
+                m.d.sync += [slots.eq(Mux(left > capacity, capacity, left)), slot.eq(0)]
                 with m.If(self.o_weights.valid & self.o_weights.ready):
                     m.next = "SECTION_DOWN"
                     with m.If(~job.linear):
@@ -450,15 +442,14 @@ class Dispatcher(wiring.Component):
                     self.o_section.p.steps.eq(job.steps_hidden),
                     self.o_section.p.tiles.eq(tiles(job.steps_out << 5)),
                 ]
+                m.d.sync += same.eq(slots == resident_count)
                 with m.If(self.o_section.ready):
-                    m.d.sync += same.eq(slots == resident_count)
                     m.next = "COMPARE_READ"
             with m.State("COMPARE_READ"):
                 with m.If(slot != 0):
                     m.d.sync += same.eq(same & equal)
                 m.next = "COMPARE"
                 with m.If(~same):
-                    m.d.sync += slot.eq(0)
                     m.next = "FILL_START"
             with m.State("COMPARE"):
                 m.d.sync += [
@@ -467,12 +458,13 @@ class Dispatcher(wiring.Component):
                     resident_token.eq(resident_r.data.token),
                 ]
                 m.next = "COMPARE_READ"
-                with m.If(slot + 1 == slots):
+                with m.If(last_slot):
                     m.next = "COMPARE_LAST"
             with m.State("COMPARE_LAST"):
-                m.d.sync += [same.eq(same & equal), slot.eq(0)]
+                m.d.sync += same.eq(same & equal)
                 m.next = "FILL_START"
             with m.State("FILL_START"):
+                m.d.sync += slot.eq(0)
                 with m.If(weights_arrived):  # asked for long before, but memory may be slow
                     with m.If(~same):
                         m.d.sync += x_bank.eq(~x_bank)
@@ -488,10 +480,10 @@ class Dispatcher(wiring.Component):
                 m.d.comb += [filled.eq(1), self.o_assignments.eq(1)]
                 m.d.sync += slot.eq(slot + 1)
                 m.next = "FILL_SORTED"
-                with m.If(slot + 1 == slots):
-                    m.d.sync += resident_count.eq(slots)
+                with m.If(last_slot):
                     m.next = "FILL_END"
             with m.State("FILL_END"):  # until the slot table is complete
+                m.d.sync += resident_count.eq(slots)
                 with m.If(~filling[:-1].any()):
                     m.next = "PASS_OUT"
                     with m.If(~same):
@@ -514,7 +506,6 @@ class Dispatcher(wiring.Component):
                 ]
                 m.next = "PASS"
                 with m.If(expert_ends):
-                    m.d.sync += [walk.eq(walk + 1), image.eq(image + job.stride)]
                     m.next = "EXPERT_READ"
 
         return m
