@@ -144,7 +144,7 @@ def build_bitstream(board: str, *, config: str | AcceleratorConfig | None = None
         path = build.home / f"{board}-{best.seed}.bit"
         if not path.exists():
             progress("packing")
-            run_tool([ecppack.path, *design.pack, "--usercode", f"0x{build.digest[:8]}",
+            run_tool([ecppack.path, *design.pack, "--usercode", str(int(build.digest[:8], 16)),
                       f"top-{best.seed}.config", f"{path.name}.part"],
                      build.home, "ecppack.log")
             path.with_name(f"{path.name}.part").replace(path)

@@ -1,13 +1,20 @@
 """The ULX3S: dividers and phases of its PLL, and what goes into its bitstream."""
 
+import dataclasses
+from pathlib import Path
+
 import pytest
+from amaranth import *
+from amaranth.lib import wiring
+from amaranth.lib.wiring import In, Out
 from typer.testing import CliRunner
 
 from moeaccel.cli import app
 from moeaccel.errors import ClockRateError, UnknownBoardError
 from moeaccel.fpga.bitstream import build_bitstream
-from moeaccel.fpga.boards import BOARDS, board
+from moeaccel.fpga.boards import BOARDS, board, ulx3s
 from moeaccel.fpga.boards.ulx3s import _SITES, Pll, _margins
+from moeaccel.hdl.sdram_controller import SdramSignature
 
 MHZ = 1_000_000
 
@@ -49,6 +56,39 @@ def test_unknown_boards_are_named():
     assert "not 'ulx4s'" in result.stderr
 
 
+class Small(wiring.Component):
+    """What the board's top needs of a SerialBoard, and little else."""
+
+    def __init__(self, config, **_):
+        super().__init__({"i_rx": In(1), "o_tx": Out(1), "sdram": Out(SdramSignature()),
+                          "o_leds": Out(8)})
+
+    def elaborate(self, platform):
+        m = Module()
+        pins = self.sdram
+        m.d.sync += Cat(pins.a, pins.ba, pins.dq_o, pins.dq_oe, self.o_tx, self.o_leds).eq(
+            Cat(self.i_rx, pins.a, pins.ba, pins.dq_o, pins.dq_oe, pins.dq_i))
+        return m
+
+
+@pytest.mark.timeout(300)
+def test_a_small_design_becomes_a_bitstream(monkeypatch, tmp_path):
+    """The real tools on the real pins; registers sit at every pin of the SDRAM."""
+    monkeypatch.setattr(ulx3s, "SerialBoard", Small)
+    built = build_bitstream("ulx3s", clock_mhz=50, baud=1_000_000, folder=tmp_path)
+    assert built.reached
+    assert built.resources["PLLs"][0] == 1
+    assert built.resources["pin registers"][0] == 22 + 16 + 1
+    assert built.resources["pins"][0] == len(sites())
+    assert Path(built.path).stat().st_size > 10_000
+    assert built.path in built.program[0]
+    again = build_bitstream("ulx3s", clock_mhz=50, baud=1_000_000, folder=tmp_path)
+    assert again == dataclasses.replace(built, seconds=again.seconds)
+
+
+def sites():
+    return [site for names, _ in _SITES.values() for site in names.split()]
+
+
 def test_every_pin_has_its_own_site():
-    sites = [site for names, _ in _SITES.values() for site in names.split()]
-    assert len(set(sites)) == len(sites) == 16 + 13 + 2 + 2 + 6 + 8 + 5
+    assert len(set(sites())) == len(sites()) == 16 + 13 + 2 + 2 + 6 + 8 + 5
