@@ -249,6 +249,15 @@ class Dispatcher(wiring.Component):
             expert_ends.eq(left == slots),
         ]
 
+        handed = Signal()  # a pass, in the cycle before
+        m.d.sync += handed.eq(passed)
+        with m.If(handed):
+            m.d.sync += [
+                left.eq(left - slots),
+                position.eq(position + slots),
+                remaining.eq(remaining - slots),
+                slot_bank.eq(~slot_bank),
+            ]
         with m.If(counted):
             m.d.sync += remaining.eq(remaining + id_valid)
         with m.If(looked):
@@ -498,12 +507,6 @@ class Dispatcher(wiring.Component):
                     m.d.comb += passed.eq(1)
                     m.next = "PASSED"
             with m.State("PASSED"):
-                m.d.sync += [
-                    left.eq(left - slots),
-                    position.eq(position + slots),
-                    remaining.eq(remaining - slots),
-                    slot_bank.eq(~slot_bank),
-                ]
                 m.next = "PASS"
                 with m.If(expert_ends):
                     m.next = "EXPERT_READ"
