@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -17,9 +17,7 @@ from moeaccel.config import PRESETS, AcceleratorConfig, preset
 from moeaccel.formats import check_dims, quantise, weight_format
 from moeaccel.host.errors import (
     CommandFailed,
-    ConfigMismatch,
     DeviceClosed,
-    DeviceNotFound,
     DeviceTimeout,
     HostError,
     InvalidOption,
@@ -30,6 +28,7 @@ from moeaccel.host.errors import (
     UploadError,
     command_error,
 )
+from moeaccel.host.identity import check_config, check_version
 from moeaccel.host.layers import Experts, Linear
 from moeaccel.host.memory import COMMAND_ALIGNMENT, PAGE, Allocation, Allocator
 from moeaccel.host.registers import RegisterAccess, mask
@@ -45,7 +44,9 @@ from moeaccel.image import (
     build_image,
     build_linear_image,
 )
-from moeaccel.registers import ID_VALUE, VERSION_VALUE
+
+if TYPE_CHECKING:
+    from moeaccel.host.transports.xdma import XdmaTransport
 
 __all__ = ["Command", "Device", "open_device"]
 
@@ -151,7 +152,8 @@ class Device:
         self._pending: dict[int, Command] = {}
         self._last_cycles = 0
         self._total_cycles = 0
-        self._check_identity()
+        check_version(self._registers)
+        check_config(self._registers, config)
         # Every channel has the same addresses, and one owner for each: images use them on all
         # channels, all else on channel 0. Address 0 belongs to nobody: a forgotten address is then
         # a window violation.
@@ -161,27 +163,6 @@ class Device:
         self._memory = Allocator(PAGE, size, before_use=self._forget)
         self._rings = CommandRings(transport, self._memory, entries_log2=ring_log2)
         self.reset()
-
-    def _check_identity(self) -> None:
-        found = self._registers.read("ID")
-        if found != ID_VALUE:
-            raise DeviceNotFound(f"register ID must read {ID_VALUE:#010x}, not {found:#010x}; "
-                                 "this is no moeaccel device, or its clock does not run")
-        found = self._registers.read("VERSION")
-        major, minor = VERSION_VALUE >> 16, VERSION_VALUE & 0xFFFF
-        if found >> 16 != major or found & 0xFFFF < minor:
-            raise DeviceNotFound(
-                f"register VERSION must be {major}.{minor}, or a later {major}.x, not "
-                f"{found >> 16}.{found & 0xFFFF}; use the driver of the device's version, or load "
-                "the bitstream of this driver's")
-        found = self._registers.read("CONFIG_HASH")
-        if found != self._config.digest:
-            names = [c.name for c in PRESETS.values() if c.digest == found]
-            raise ConfigMismatch(
-                f"register CONFIG_HASH must be {self._config.digest:#010x} (config "
-                f"{self._config.name!r}), not {found:#010x} "
-                f"({f'config {names[0]!r}' if names else 'no preset'}); open the device with the "
-                "config that it was built from")
 
     # -- properties --------------------------------------------------------------------------------
     @property
@@ -606,14 +587,15 @@ def open_device(spec: str | Transport, config: str | AcceleratorConfig | None = 
     ----------
     spec : :class:`str` or :class:`Transport`
         ``"golden"``: the bit-exact model. ``"rtl"``: the Verilated hardware in this process.
-        ``"serial:PORT"``: a board at a serial port; option ``baud``. ``"replay:FILE"``: a recorded
-        session. A transport is used as it is.
+        ``"serial:PORT"``: a board at a serial port; option ``baud``. ``"xdma:N"``: a PCIe card.
+        ``"replay:FILE"``: a recorded session. A transport is used as it is.
     config : :class:`str` or :class:`AcceleratorConfig`, optional
         What the device was built from: a preset's name, or a configuration; when left out,
-        ``"ulx3s"`` at a serial port, else ``"small"``.
+        ``"ulx3s"`` at a serial port, the preset that a PCIe card names, else ``"small"``.
     memory_bytes : :class:`int`, optional
-        Size of a model's memory on each channel, of which only used pages cost anything; 4 GiB when
-        left out. A board or a recording says itself how much it has.
+        Size of the memory on each channel. A model's costs only what is used; 4 GiB when left out.
+        A PCIe card's is that of an Alveo U55C when left out. A board at a serial port or a
+        recording says itself how much it has.
     timeout_s, ring_log2, watchdog_cycles
         See :class:`Device`.
     record : path, optional
@@ -630,13 +612,16 @@ def open_device(spec: str | Transport, config: str | AcceleratorConfig | None = 
     PortUnavailable
         If there is no such port, or it may not be opened.
     """
-    if config is None:
-        config = "ulx3s" if isinstance(spec, str) and spec.startswith("serial:") else "small"
-    config = preset(config)
-    if isinstance(spec, Transport):
-        transport = spec
+    if isinstance(spec, str) and spec.startswith("xdma:"):
+        transport = _open_xdma(spec, None if config is None else preset(config), memory_bytes,
+                               options)
+        config = transport.config
     else:
-        transport = _open_transport(spec, config, memory_bytes, options)
+        if config is None:
+            config = "ulx3s" if isinstance(spec, str) and spec.startswith("serial:") else "small"
+        config = preset(config)
+        transport = spec if isinstance(spec, Transport) else _open_transport(
+            spec, config, memory_bytes, options)
     try:
         if record is not None:
             from moeaccel.host.transports.record import RecordTransport
@@ -647,6 +632,17 @@ def open_device(spec: str | Transport, config: str | AcceleratorConfig | None = 
     except BaseException:
         transport.close()
         raise
+
+
+def _open_xdma(spec: str, config: AcceleratorConfig | None, memory_bytes: int | None,
+               options: dict[str, Any]) -> XdmaTransport:
+    from moeaccel.host.transports.xdma import XdmaTransport
+
+    number = spec.partition(":")[2]
+    if not number.isdecimal():
+        raise UnsupportedTransport(
+            f"device must be 'xdma:N' with the N of /dev/xdmaN_user, not {spec!r}")
+    return XdmaTransport(int(number), config, memory_bytes=memory_bytes, **options)
 
 
 def _open_transport(spec: str, config: AcceleratorConfig, memory_bytes: int | None,
@@ -661,7 +657,7 @@ def _open_transport(spec: str, config: AcceleratorConfig, memory_bytes: int | No
 
         return RtlTransport(config, memory_bytes=memory_bytes, **options)
     kind, _, name = spec.partition(":")
-    known = "'golden', 'rtl', 'serial:PORT' or 'replay:FILE'"
+    known = "'golden', 'rtl', 'serial:PORT', 'xdma:N' or 'replay:FILE'"
     if kind in ("serial", "replay") and name:
         if memory_bytes is not None:
             raise InvalidOption(f"memory_bytes must be left out for {kind}:..., which says itself "
@@ -673,8 +669,4 @@ def _open_transport(spec: str, config: AcceleratorConfig, memory_bytes: int | No
         from moeaccel.host.transports.record import ReplayTransport
 
         return ReplayTransport(name, config, **options)
-    if kind == "xdma":
-        raise UnsupportedTransport(
-            f"device must be {known}, not {spec!r}: this version does not support {kind} devices "
-            "yet")
     raise UnsupportedTransport(f"device must be {known}, not {spec!r}")

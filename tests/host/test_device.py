@@ -595,10 +595,10 @@ def test_something_else_is_refused(register, value, message):
 
 
 @pytest.mark.parametrize(("spec", "message"), [
-    ("serial:", "'serial:PORT' or 'replay:FILE', not 'serial:'"),
-    ("xdma:0", "does not support xdma devices yet"),
+    ("serial:", "'serial:PORT', 'xdma:N' or 'replay:FILE', not 'serial:'"),
+    ("xdma:", "'xdma:N' with the N of /dev/xdmaN_user, not 'xdma:'"),
     ("replay:", "not 'replay:'"),
-    ("gold", "must be 'golden', 'rtl', 'serial:PORT' or 'replay:FILE', not 'gold'"),
+    ("gold", "must be 'golden', 'rtl', 'serial:PORT', 'xdma:N' or 'replay:FILE', not 'gold'"),
 ])
 def test_other_devices_are_not_supported_yet(spec, message):
     with pytest.raises(errors.UnsupportedTransport, match=message):
