@@ -126,9 +126,9 @@ class Sequencer(wiring.Component):
         steps_left = Signal(layouts.steps_bits(config))  # behind this one
         position = Signal(layouts.steps_bits(config))
         slots_left = Signal(count_shape)  # slots of this and later groups
-        slots_through = Signal(
-            range(config.max_slots + lanes + 1)
-        )  # slots up to the end of this group
+        slots_through, slots_then = (  # slots up to the end of this group, of the next one
+            Signal(range(config.max_slots + 2 * lanes + 1), name=f"slots_{name}")
+            for name in ("through", "then"))
         row = Signal(range(2 * config.max_dim + 1))
         per_group = Signal(range(lanes + 1))
         down = Signal()
@@ -154,28 +154,41 @@ class Sequencer(wiring.Component):
             Mux(last_tile, short[: rows_log2 - 1], 0),
             Mux(packed, last_tile & short[rows_log2 - 1], 1)))
 
-        # -- may the step start? All of it is known a cycle ahead; a place that becomes free and a
+        # -- may the step start? Whether x or h is there and the result has a place is known from
+        # registers, which are set for the step that comes next. A place that becomes free and a
         # slot that becomes ready are seen a cycle late.
         in_flight = Signal(range(32))
         started = Signal()
-        place = Signal()
+        operand, room = Signal(), Signal()
+        permitted = Signal()  # both, and there is a step
+        operand_next, room_next, in_section_next = Signal(), Signal(), Signal()
+        group_end = Signal()
         m.d.sync += [
             in_flight.eq(in_flight + started - self.i_result),
-            place.eq(Mux(started, in_flight + 1 < self.i_free, in_flight < self.i_free)),
+            operand.eq(operand_next),
+            room.eq(room_next),
+            in_section.eq(in_section_next),
+            permitted.eq(in_section_next & operand_next & room_next),
         ]
-        room = Signal()
-        m.d.comb += room.eq(~first_step | place)
-        operand = Signal()
-        slots_reached = Signal()
         all_ready = self.i_slots_ready == current.count
-        m.d.sync += slots_reached.eq(all_ready | (self.i_slots_ready >= slots_through))
+        reached_now = all_ready | (self.i_slots_ready >= slots_through)
+        # The next group's; that of the next tile has been used before.
+        reached_then = last_group | all_ready | (self.i_slots_ready >= slots_then)
         loads = Signal(2)
         retired = Signal(init=1)  # every pass before the current one has retired
-        y_free = Signal()
+        y_free = Signal()  # in the next cycle
         m.d.comb += [
-            y_free.eq(retired),
-            operand.eq(Mux(down, y_free & (job.linear | slots_reached), 1)),
-            self.o_take.eq(in_section & self.i_available & operand & room),
+            group_end.eq(self.o_take & last_step),
+            y_free.eq(retired | self.o_retired),
+            operand_next.eq(Mux(
+                group_end,
+                ~down | job.linear | reached_then,
+                Mux(in_section & down, y_free & (job.linear | reached_now), operand))),
+            room_next.eq(Mux(
+                self.o_take & first_step, ~group_end | (in_flight + 1 < self.i_free),
+                (~first_step & ~group_end) | (in_flight < self.i_free))),
+            in_section_next.eq(in_section),
+            self.o_take.eq(permitted & self.i_available),
             self.o_tile_end.eq(last_step),
             self.o_rewind.eq(last_step & ~last_group),
             self.o_free.eq(last_group),
@@ -201,7 +214,7 @@ class Sequencer(wiring.Component):
         section_end = Signal()
         first_group = [
             group.eq(0), slots_left.eq(current.count), slots_through.eq(per_group),
-            last_group.eq(one_group),
+            slots_then.eq(per_group << 1), last_group.eq(one_group),
         ]
         with m.If(self.o_take):
             m.d.sync += [
@@ -217,14 +230,12 @@ class Sequencer(wiring.Component):
                     group.eq(group + 1),
                     slots_left.eq(slots_left - per_group),
                     last_group.eq(slots_left <= (per_group << 1)),
-                    slots_through.eq(slots_through + per_group),
-                    slots_reached.eq(
-                        all_ready | (self.i_slots_ready >= slots_through + per_group)),
+                    slots_through.eq(slots_then),
+                    slots_then.eq(slots_then + per_group),
                 ]
                 with m.If(last_group):
                     m.d.sync += [
                         *first_group,
-                        slots_reached.eq(1),  # all of them, for the tile before
                         tiles_left.eq(tiles_left - 1),
                         last_tile.eq(tiles_left == 2),
                         row.eq(row + (1 << tile_rows_log2)),
@@ -241,12 +252,15 @@ class Sequencer(wiring.Component):
 
         # -- sections
         def begin(name, steps):
-            """Return what begins a section."""
-            return [
+            """Begin a section."""
+            m.d.comb += [
+                in_section_next.eq(1),
+                operand_next.eq(y_free & job.linear if name == "down" else 1),
+                room_next.eq(in_flight < self.i_free),
+            ]
+            m.d.sync += [
                 *first_group,
-                in_section.eq(1),
                 down.eq(name == "down"),
-                slots_reached.eq(0),
                 position.eq(0),
                 row.eq(0),
                 steps_last.eq(steps - 1),
@@ -276,26 +290,26 @@ class Sequencer(wiring.Component):
                     m.d.comb += [taken_load.eq(~current.same), self.o_pass_start.eq(1)]
                     m.d.sync += fresh.eq(~current.same)
                     with m.If(job.linear):
-                        m.d.sync += begin("down", job.steps_hidden)
+                        begin("down", job.steps_hidden)
                         m.next = "DOWN"
                     with m.Else():
-                        m.d.sync += begin("gate_up", job.steps_in)
+                        begin("gate_up", job.steps_in)
                         m.next = "GATE_UP"
             with m.State("GATE_UP"):
                 with m.If(section_end):
-                    m.d.sync += in_section.eq(0)
+                    m.d.comb += in_section_next.eq(0)
                     m.next = "HIDDEN"
             with m.State("HIDDEN"):
                 m.d.comb += [self.o_hidden_start.eq(1), waiting_x.eq(1)]
                 m.next = "HIDDEN_STARTED"
             with m.State("HIDDEN_STARTED"):  # i_slots_ready is of this pass from the next cycle on
                 m.d.comb += waiting_x.eq(1)
-                m.d.sync += begin("down", job.steps_hidden)
+                begin("down", job.steps_hidden)
                 m.next = "DOWN"
             with m.State("DOWN"):
                 with m.If(section_end):
-                    m.d.comb += finished.eq(1)
-                    m.d.sync += [in_section.eq(0), retired.eq(0)]
+                    m.d.comb += [finished.eq(1), in_section_next.eq(0)]
+                    m.d.sync += retired.eq(0)
                     m.next = "PASS"
 
         # -- retiring

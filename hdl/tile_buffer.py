@@ -32,11 +32,12 @@ class TileBuffer(wiring.Component):
     entry ``rm`` is that of multiplier row ``rm`` and entries from ``row_multipliers`` on are zero.
 
     Write side: one word per cycle while the ring and the FIFO of row exponents have room, also
-    across tiles and sections; ``i_word.ready`` is a register. Read side: when ``o_available``, the
-    sequencer may strobe ``i_take``; the step's data is on the outputs READ_LATENCY_CYCLES after it,
-    until the next one's. One take per cycle, also across rewinds and tile ends; a word may be taken
-    in the cycle after it was accepted. A tile's room is free when its last group has ended; to free
-    it word by word, so that the next tile is not held up by a ring which one tile nearly fills,
+    across tiles; between sections one cycle is lost. Read side: when ``o_available``, the sequencer
+    may strobe ``i_take``; the step's data is on the outputs READ_LATENCY_CYCLES after it, until the
+    next one's. One take per cycle, also across rewinds and tile ends; a word may be taken two cycles
+    after it was accepted, and what is taken makes room three cycles later. A tile's room is free
+    when its last group has ended; to free it word by word, so that the next tile is not held up by
+    a ring which one tile nearly fills,
     hold ``i_free`` during the last group. Reset empties everything.
 
     Parameters
@@ -110,9 +111,20 @@ class TileBuffer(wiring.Component):
         multiplier_rows, rows = config.row_multipliers, config.rows
         word_bits = 8 * config.word_bytes
         depth = config.tile_words
-        word = self.i_word
+
+        # -- one word waits; that the parser accepts it in this cycle is known from a register -----
+        word = Signal(word_bits, reset_less=True)
+        word_valid, word_follows = Signal(), Signal()
         accepted = Signal()
-        m.d.comb += accepted.eq(word.valid & word.ready)
+        incoming = Signal()
+        m.d.comb += [
+            self.i_word.ready.eq(~word_valid | accepted),
+            incoming.eq(self.i_word.valid & self.i_word.ready),
+            word_follows.eq(incoming | (word_valid & ~accepted)),
+        ]
+        m.d.sync += word_valid.eq(word_follows)
+        with m.If(incoming):
+            m.d.sync += word.eq(self.i_word.payload)
 
         # -- sections: one waits, one is parsed ---------------------------------------------------
         waiting = Signal(layouts.section(config))
@@ -121,7 +133,7 @@ class TileBuffer(wiring.Component):
         section_end = Signal()  # its last word is accepted
         load = Signal()
         m.d.comb += [
-            load.eq(waiting_valid & (~active | section_end)),
+            load.eq(waiting_valid & ~active),
             self.i_section.ready.eq(~waiting_valid),
         ]
         with m.If(self.i_section.valid & self.i_section.ready):
@@ -165,9 +177,9 @@ class TileBuffer(wiring.Component):
         row_word, scale_word = (Signal(word_bits, reset_less=True) for _ in range(2))
         with m.If(accepted):
             with m.If(row_next):
-                m.d.sync += [row_word.eq(word.payload), row_next.eq(0), weight_next.eq(~scale_next)]
+                m.d.sync += [row_word.eq(word), row_next.eq(0), weight_next.eq(~scale_next)]
             with m.Elif(scale_next):
-                m.d.sync += [scale_word.eq(word.payload), scale_next.eq(0), weight_next.eq(1)]
+                m.d.sync += [scale_word.eq(word), scale_next.eq(0), weight_next.eq(1)]
             with m.Else():
                 m.d.sync += [row_next.eq(rows_used), scale_next.eq(scales_used),
                              weight_next.eq(~(rows_used | scales_used)),
@@ -236,48 +248,54 @@ class TileBuffer(wiring.Component):
             shape=word_bits + 16 * rows, depth=depth, init=[],
             attrs={"no_rw_check": 1})  # a word is never read in the cycle in which it is written
         write, read = ring.write_port(), ring.read_port()
-        tail = Signal(range(2 * depth))  # next word is written here
-        head = Signal(range(2 * depth))  # current step
-        base = Signal(range(2 * depth))  # oldest word that is still needed; a rewind goes here
-        tail_after = Signal(range(2 * depth), init=1)
-        full, full_after = Signal(), Signal()
+        # Of each pointer, the one behind it is in a register, too: nothing is added on the way to a
+        # comparison.
+        tail, tail1, tail2 = (  # the next word is written to tail
+            Signal(range(2 * depth), init=i, name=f"tail{i}") for i in range(3))
+        head, head1 = (  # current step
+            Signal(range(2 * depth), init=i, name=f"head{i}") for i in range(2))
+        base, base1 = (  # oldest word that is still needed; a rewind goes here
+            Signal(range(2 * depth), init=i, name=f"base{i}") for i in range(2))
+        # Room for a word and for two. What is taken out makes room two cycles later.
+        room1, room2 = Signal(init=1), Signal(init=1)
         rows_fit = Signal()
-        after = Signal(range(2 * depth))
-        # Ready is a register: what is taken out now makes room a cycle later. Words other than
-        # weights need none.
         fits, fits_after = Signal(), Signal()
+        full0, full1, full2 = (
+            (pointer ^ base) == depth for pointer in (tail, tail1, tail2))
         m.d.comb += [
-            full.eq((tail ^ base) == depth),
-            full_after.eq((tail_after ^ base) == depth),
-            fits.eq((rows_fit & ~full) | (~weight_next & (~accepted | (row_next & scale_next)))),
-            fits_after.eq((rows_fit & ~full_after) | rows_used | scales_used),
+            # Words other than weights need no room.
+            fits.eq((rows_fit & room1) | (~weight_next & (~accepted | (row_next & scale_next)))),
+            fits_after.eq((rows_fit & room2) | rows_used | scales_used),
         ]
         m.d.sync += [
+            room1.eq(~Mux(weight_accepted, full1, full0)),
+            room2.eq(~Mux(weight_accepted, full1 | full2, full0 | full1)),
             rows_fit.eq(row_fifo.w_level < self._row_exponent_depth - self.ROWS_MARGIN),
-            word.ready.eq(load | (active & ~section_end & Mux(weight_accepted, fits_after, fits))),
+            accepted.eq(word_follows & (
+                load | (active & ~section_end & Mux(weight_accepted, fits_after, fits)))),
         ]
         m.d.comb += [
-            write.addr.eq(tail[:-1]), write.data.eq(Cat(word.payload, scales)),
+            write.addr.eq(tail[:-1]), write.data.eq(Cat(word, scales)),
             write.en.eq(weight_accepted),
             read.addr.eq(head[:-1]), read.en.eq(self.i_take),
             self.o_codes.eq(read.data[:word_bits]),
             self.o_scales.eq(read.data[word_bits:]),
-            after.eq(head + 1),
         ]
         with m.If(weight_accepted):
-            m.d.sync += [tail.eq(tail_after), tail_after.eq(tail_after + 1)]
+            m.d.sync += [tail.eq(tail1), tail1.eq(tail2), tail2.eq(tail2 + 1)]
         rewind = Signal()
         m.d.comb += rewind.eq(self.i_tile_end & self.i_rewind)
         with m.If(self.i_take):
             m.d.sync += [
-                head.eq(Mux(rewind, base, after)),
+                head.eq(Mux(rewind, base, head1)),
+                head1.eq(Mux(rewind, base1, head1 + 1)),
                 # After a rewind there is always a word: that of the tile's first step.
-                self.o_available.eq(weight_accepted | rewind | (after != tail)),
+                self.o_available.eq(weight_accepted | rewind | (head1 != tail)),
                 Assert(self.o_available, "the step that was taken is not there"),
                 Assert(~(rewind & self.i_free), "a tile that is needed again must not be freed"),
             ]
             with m.If(self.i_free | (self.i_tile_end & ~self.i_rewind)):
-                m.d.sync += base.eq(after)
+                m.d.sync += [base.eq(head1), base1.eq(head1 + 1)]
         with m.Else():
             m.d.sync += self.o_available.eq(weight_accepted | (head != tail))
         return m

@@ -118,7 +118,7 @@ class WeightStreamer(wiring.Component):
         fetch = Signal()  # a beat leaves the FIFO's memory
         fetched = Signal()
         credits = Signal(range(depth + 1), init=depth)
-        m.d.comb += grant.eq(fits & (~request.valid | request.ready))
+        m.d.comb += grant.eq(fits & ~request.valid)
         m.d.sync += [
             fits.eq(measured & ~grant & (credits >= beats)),
             fetched.eq(fetch),
