@@ -107,7 +107,7 @@ class CommandProcessor(wiring.Component):
         ``i_done`` pulses at the end of a job; the others are valid with it. Only counts without
         ``o_engine_reset``.
     o_engine_reset : :py:`Out(1)`
-        Resets everything behind ``o_job``, streams to the port included.
+        Resets everything behind ``o_job``, streams to the port included. A register, 1 after reset.
     progress : :py:`In(1)`
         Something moved: a beat of the port, a step of the array.
     flush, clear_faults : :py:`Out(1)`
@@ -140,7 +140,7 @@ class CommandProcessor(wiring.Component):
             "i_nonfinite": In(1),
             "i_nonfinite_token": In(token_bits(config)),
             "i_overflows": In(32),
-            "o_engine_reset": Out(1),
+            "o_engine_reset": Out(1, init=1),
             "progress": In(1),
             "flush": Out(1),
             "clear_faults": Out(1),
@@ -411,11 +411,11 @@ class CommandProcessor(wiring.Component):
             self.busy.eq(~in_state(_State.IDLE, _State.RESET)),
             self.draining.eq(
                 in_state(_State.DRAIN, _State.RESET) | (stopping & tag_missing)),
-            self.o_engine_reset.eq(holding),
             self.flush.eq(holding),
         ]
         m.d.sync += [
             holding.eq(in_state(_State.DRAIN, _State.RESET)),
+            self.o_engine_reset.eq(in_state(_State.DRAIN, _State.RESET)),
             drained.eq(Mux(in_state(_State.DRAIN, _State.RESET), drained + (drained != ~0), 0)),
         ]
         with m.If(self.progress | ~running):

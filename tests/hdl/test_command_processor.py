@@ -217,7 +217,9 @@ class Bench:
         async def setup(ctx):
             for name, value in self.inputs.items():
                 ctx.set(getattr(self.dut, name), value)
+            assert ctx.get(self.dut.o_engine_reset)  # a reset resets the engine, too
             await ctx.tick().repeat(2)
+            self.resets = 0
             await testbench(ctx)
 
         sim = Simulator(self.dut)
