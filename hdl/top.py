@@ -149,7 +149,7 @@ class Accelerator(wiring.Component):
             register = getattr(registers, f"rw_{name}")
             beyond = register[config.address_bits:].any()
             bound = Signal(config.address_bits + 1, name=name)
-            m.d.comb += bound.eq(Mux(beyond, 1 << config.address_bits, register))
+            m.d.sync += bound.eq(Mux(beyond, 1 << config.address_bits, register))
             m.d.comb += [getattr(one, name).eq(bound) for one in ports]
         weights = port.read_beat_reader == 1 + READERS.index(STREAMER)
         m.d.comb += [
