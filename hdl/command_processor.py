@@ -1,7 +1,12 @@
 """Fetch, check, run and complete commands: the device's end of the two rings."""
 
+import enum
+import functools
+import operator
+from contextlib import contextmanager
+
 from amaranth import *
-from amaranth.lib import enum, stream, wiring
+from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import exact_log2
 
@@ -32,26 +37,31 @@ _ALIGNMENT_BITS = exact_log2(ENTRY_BYTES)
 _CYCLES_BITS = 48
 
 
-class _State(enum.Enum, shape=4):
+class _State(enum.IntEnum):
+    """States, each a bit of its own: most of what a state does is one gate behind it."""
+
     IDLE = 0
     REQUEST = 1  # ask for the submission or the layer
     COLLECT = 2  # its beats
-    CHECK = 3  # every field, into one bit each
-    DECIDE = 4
-    MULTIPLY = 5  # words of the image's sections
-    ROUND = 6
-    ADD = 7
-    START = 8  # hand over the job
-    RUN = 9
-    FINISH = 10
-    WRITE = 11  # announce the completion
-    SEND = 12  # its beats
-    ACKNOWLEDGE = 13
-    DRAIN = 14  # abort, watchdog: then complete
-    RESET = 15  # soft reset: then forget
+    LIMIT = 3  # what depends on another field
+    CHECK = 4  # every field, into one bit each
+    JOIN = 5  # the bits
+    DECIDE = 6
+    MULTIPLY = 7  # words of the image's sections
+    ROUND = 8
+    ADD = 9
+    START = 10  # hand over the job
+    RUN = 11
+    FINISH = 12
+    WRITE = 13  # announce the completion
+    SEND = 14  # its beats
+    ACKNOWLEDGE = 15
+    DRAIN = 16  # abort, watchdog: then complete
+    RESET = 17  # soft reset: then forget
 
 
-_RUNNING = tuple(_State(i) for i in range(_State.REQUEST.value, _State.FINISH.value + 1))
+_RESTING = (_State.IDLE, _State.WRITE, _State.SEND, _State.ACKNOWLEDGE, _State.DRAIN, _State.RESET)
+"""What abort and watchdog do not end."""
 
 
 def _within(value, low, high):
@@ -87,9 +97,9 @@ class CommandProcessor(wiring.Component):
     needed. ``i_soft_reset`` does the same at any time, without a completion; then the ring indices
     are 0 and ``o_reset_done`` pulses. While memory does not answer, ``draining`` is 1.
 
-    Latency, without waiting for memory or engine: a submission is requested 1 cycle after its
-    doorbell shows. From the last beat of a submission it is 3 cycles to the request of the layer;
-    from the last beat of the layer 5 cycles, plus the bits of the larger of steps_in and
+    Latency, without waiting for memory or engine: a submission is requested 2 cycles after its
+    doorbell shows. From the last beat of a submission it is 5 cycles to the request of the layer;
+    from the last beat of the layer 7 cycles, plus the bits of the larger of steps_in and
     steps_hidden, to ``o_job``; from ``i_done`` 2 cycles to the request of the completion's write;
     from its ``done`` 1 cycle to ``o_irq``. Reset: idle, indices 0, phase 1.
 
@@ -107,7 +117,7 @@ class CommandProcessor(wiring.Component):
         ``i_done`` pulses at the end of a job; the others are valid with it. Only counts without
         ``o_engine_reset``.
     o_engine_reset : :py:`Out(1)`
-        Resets everything behind ``o_job``, streams to the port included.
+        Resets everything behind ``o_job``, streams to the port included. A register, 1 after reset.
     progress : :py:`In(1)`
         Something moved: a beat of the port, a step of the array.
     flush, clear_faults : :py:`Out(1)`
@@ -140,7 +150,7 @@ class CommandProcessor(wiring.Component):
             "i_nonfinite": In(1),
             "i_nonfinite_token": In(token_bits(config)),
             "i_overflows": In(32),
-            "o_engine_reset": Out(1),
+            "o_engine_reset": Out(1, init=1),
             "progress": In(1),
             "flush": Out(1),
             "clear_faults": Out(1),
@@ -172,14 +182,20 @@ class CommandProcessor(wiring.Component):
     def _bad_address(self, value):
         return (value[:_ALIGNMENT_BITS] != 0) | (value[self._config.address_bits:] != 0)
 
-    def _bad_submission(self, entry):
-        """Return what makes fields of a GEMM or EXPERTS submission bad, by field."""
+    def _bad_submission(self, m, entry):
+        """Return what makes fields of a GEMM or EXPERTS submission bad, by field.
+
+        A limit is one cycle behind the entry.
+        """
         config = self._config
         top_k = entry["top_k"]
-        tokens = entry["tokens"][:config.max_tokens.bit_length()]
         # tokens * top_k <= max_assignments, without the product.
-        too_many = Cat((top_k[:5] == k) & (tokens > config.max_assignments // k)
-                       for k in range(1, TOP_K_MAX + 1)).any()
+        limit = Signal(range(config.max_tokens + 1))
+        with m.Switch(top_k[:TOP_K_MAX.bit_length()]):
+            for k in range(1, TOP_K_MAX + 1):
+                with m.Case(k):
+                    m.d.sync += limit.eq(min(config.max_tokens, config.max_assignments // k))
+        too_many = entry["tokens"][:len(limit)] > limit
         gemm = entry["opcode"] == Opcode.GEMM
         bad = {
             "tokens": [~_within(entry["tokens"], 1, config.max_tokens)],
@@ -283,10 +299,17 @@ class CommandProcessor(wiring.Component):
         m = Module()
         config = self._config
         address_bits = config.address_bits
-        state = Signal(_State)
+        state = Signal(len(_State), init=1 << _State.IDLE)
+        following = {s: Signal(len(_State), name=f"after_{s.name.lower()}") for s in _State}
 
         def in_state(*states):
-            return Cat(state == s for s in states).any()
+            return Cat(state[s] for s in states).any()
+
+        @contextmanager
+        def in_only(s):
+            with m.If(state[s]):
+                m.d.comb += following[s].eq(1 << s)
+                yield lambda to: following[s].eq(1 << to)
 
         # -- rings ---------------------------------------------------------------------------------
         mask = Signal(RING_LOG2_MAX)
@@ -295,12 +318,15 @@ class CommandProcessor(wiring.Component):
         cq_next = Signal(RING_LOG2_MAX)
         phase = Signal(init=1)
         ready = Signal()
-        m.d.sync += mask.eq(Cat(self.ring_log2 > i for i in range(RING_LOG2_MAX)))
+        m.d.sync += [
+            mask.eq(Cat(self.ring_log2 > i for i in range(RING_LOG2_MAX))),
+            # Before IDLE the indices may be those of the last command; in the cycle of o_reset_done
+            # the doorbells still hold what they held.
+            ready.eq(in_state(_State.IDLE) & self.enable & ~self.o_reset_done
+                     & (sq_head != (self.sq_tail & mask)) & (cq_next != (self.cq_head & mask))),
+        ]
         m.d.comb += [
             cq_next.eq((cq_tail + 1) & mask),
-            # In the cycle of o_reset_done the doorbells still hold what they held.
-            ready.eq(self.enable & ~self.o_reset_done & (sq_head != (self.sq_tail & mask))
-                     & (cq_next != (self.cq_head & mask))),
             self.sq_head.eq(sq_head),
             self.cq_tail.eq(cq_tail),
         ]
@@ -330,7 +356,7 @@ class CommandProcessor(wiring.Component):
         known = Signal()
 
         def bad_words(structure, checks):
-            """Return a bit for each word with a bad field, one cycle behind the entry."""
+            """Return a bit for each word with a bad field, one cycle behind the checks."""
             words = [[] for _ in range(ENTRY_BYTES // 4)]
             for field in structure:
                 for i, check in enumerate(checks.get(field.name, [])):
@@ -342,20 +368,20 @@ class CommandProcessor(wiring.Component):
         o_job = self.o_job.payload
         bad = Signal(ENTRY_BYTES // 4)
         bad_word = Signal(range(ENTRY_BYTES // 4))
-        m.d.comb += bad.eq(Mux(
+        m.d.sync += bad.eq(Mux(
             is_layer,
             bad_words(LAYER, self._bad_layer(layer, o_job.linear)),
-            bad_words(SUBMISSION, self._bad_submission(submission))))
+            bad_words(SUBMISSION, self._bad_submission(m, submission))))
         for i in reversed(range(len(bad))):
             with m.If(bad[i]):
-                m.d.comb += bad_word.eq(i)
+                m.d.sync += bad_word.eq(i)
 
         # -- the job -------------------------------------------------------------------------------
         d_expert = Signal(range(config.max_dim + 1))
         d_out = Signal(range(config.max_dim + 1))
         multiplied, ((gate_up, gate_up_rows, gate_up_scales), (down, down_rows, down_scales)) = \
             self._words(
-                m, load=state == _State.DECIDE, step=state == _State.MULTIPLY,
+                m, load=in_state(_State.DECIDE), step=in_state(_State.MULTIPLY),
                 format_code=o_job.format,
                 sections=((d_expert << 1, o_job.steps_in), (d_out, o_job.steps_hidden)))
 
@@ -391,9 +417,6 @@ class CommandProcessor(wiring.Component):
             self.count_overflows.eq(0),
         ]
 
-        def complete(code):
-            return [status.eq(code), state.eq(_State.WRITE)]
-
         # -- abort and watchdog --------------------------------------------------------------------
         running = Signal()
         stopping = Signal()
@@ -402,199 +425,211 @@ class CommandProcessor(wiring.Component):
         drained = Signal(range(DRAIN_CYCLES))
         timer = Signal(32)
         expired = Signal()
+        restart = Signal()
+        quiet = Signal()
         holding = Signal()
         m.d.comb += [
-            running.eq(in_state(*_RUNNING)),
-            tag_missing.eq(
-                ~is_layer & in_state(_State.REQUEST, _State.COLLECT, _State.CHECK)),
-            expired.eq(running & (timer == 0) & (self.watchdog != 0)),
+            running.eq(~in_state(*_RESTING)),
+            tag_missing.eq(~is_layer & in_state(_State.REQUEST, _State.COLLECT, _State.LIMIT)),
             self.busy.eq(~in_state(_State.IDLE, _State.RESET)),
             self.draining.eq(
                 in_state(_State.DRAIN, _State.RESET) | (stopping & tag_missing)),
-            self.o_engine_reset.eq(holding),
             self.flush.eq(holding),
         ]
         m.d.sync += [
             holding.eq(in_state(_State.DRAIN, _State.RESET)),
+            self.o_engine_reset.eq(in_state(_State.DRAIN, _State.RESET)),
             drained.eq(Mux(in_state(_State.DRAIN, _State.RESET), drained + (drained != ~0), 0)),
+            restart.eq(self.progress | ~running),
+            timer.eq(Mux(restart, self.watchdog, timer - 1)),
+            expired.eq(~restart & (timer == 0) & (self.watchdog != 0)),
+            quiet.eq(self.idle),
         ]
-        with m.If(self.progress | ~running):
-            m.d.sync += timer.eq(self.watchdog)
-        with m.Elif(timer != 0):
-            m.d.sync += timer.eq(timer - 1)
-        held = (drained == DRAIN_CYCLES - 1) & self.idle
+        held = (drained == DRAIN_CYCLES - 1) & quiet
 
-        with m.Switch(state):
-            with m.Case(_State.IDLE):
+        with in_only(_State.IDLE) as go:
+            m.d.sync += [
+                is_layer.eq(0),
+                ran.eq(0),
+                stopping.eq(0),
+                cycles.eq(0),
+                fetch_address.eq(self.sq_base[_ALIGNMENT_BITS:address_bits] + sq_head),
+            ]
+            with m.If(ready):
+                m.d.comb += go(_State.REQUEST)
+                m.d.sync += self.clear_faults.eq(1)
+
+        with in_only(_State.REQUEST) as go:
+            m.d.comb += self.reader.request.valid.eq(~holding)
+            with m.If(self.reader.request.ready & ~holding):
+                m.d.comb += go(_State.COLLECT)
+
+        with in_only(_State.COLLECT) as go:
+            with m.If(self.reader.valid):
+                m.d.sync += entry.eq(Cat(entry, self.reader.data)[8 * config.port_bytes:])
+                with m.If(self.reader.last):
+                    m.d.comb += go(_State.LIMIT)
+
+        with in_only(_State.LIMIT) as go:
+            m.d.comb += go(_State.CHECK)
+            with m.If(~is_layer):
                 m.d.sync += [
-                    is_layer.eq(0),
-                    ran.eq(0),
-                    stopping.eq(0),
-                    cycles.eq(0),
-                    fetch_address.eq(self.sq_base[_ALIGNMENT_BITS:address_bits] + sq_head),
+                    sq_head.eq((sq_head + 1) & mask),
+                    opcode.eq(submission["opcode"]),
+                    tag.eq(submission["tag"]),
+                    known.eq(Cat(submission["opcode"] == code for code in Opcode).any()),
+                    work.eq((submission["opcode"] == Opcode.EXPERTS)
+                            | (submission["opcode"] == Opcode.GEMM)),
+                    fetch_address.eq(submission["layer_address"] >> _ALIGNMENT_BITS),
+                    o_job.linear.eq(submission["opcode"] == Opcode.GEMM),
                 ]
-                with m.If(ready):
-                    m.d.sync += [self.clear_faults.eq(1), state.eq(_State.REQUEST)]
-
-            with m.Case(_State.REQUEST):
-                m.d.comb += self.reader.request.valid.eq(~holding)
-                with m.If(self.reader.request.ready & ~holding):
-                    m.d.sync += state.eq(_State.COLLECT)
-
-            with m.Case(_State.COLLECT):
-                with m.If(self.reader.valid):
-                    m.d.sync += entry.eq(Cat(entry, self.reader.data)[8 * config.port_bytes:])
-                    with m.If(self.reader.last):
-                        m.d.sync += state.eq(_State.CHECK)
-
-            with m.Case(_State.CHECK):
-                m.d.sync += state.eq(_State.DECIDE)
-                with m.If(~is_layer):
-                    m.d.sync += [
-                        sq_head.eq((sq_head + 1) & mask),
-                        opcode.eq(submission["opcode"]),
-                        tag.eq(submission["tag"]),
-                        known.eq(Cat(submission["opcode"] == code for code in Opcode).any()),
-                        work.eq((submission["opcode"] == Opcode.EXPERTS)
-                                | (submission["opcode"] == Opcode.GEMM)),
-                        fetch_address.eq(submission["layer_address"] >> _ALIGNMENT_BITS),
-                        o_job.linear.eq(submission["opcode"] == Opcode.GEMM),
-                    ]
-                    m.d.sync += [
-                        o_job[name].eq(submission[name])
-                        for name in ("tokens", "top_k", "x_address", "ids_address",
-                                     "weights_address", "y_address", "workspace_address")
-                    ]
-                with m.Else():
-                    m.d.sync += [
-                        o_job[name].eq(layer[name])
-                        for name in ("format", "num_experts", "grid_exponent", "stride",
-                                     "image_address")
-                    ]
-                    m.d.sync += [
-                        o_job.two_planes.eq(layer["planes"] == 2),
-                        o_job.steps_in.eq(layer["d_in"] // BLOCK),
-                        o_job.steps_hidden.eq(layer["d_expert"] // BLOCK),
-                        o_job.steps_out.eq(layer["d_out"] // BLOCK),
-                        d_expert.eq(layer["d_expert"]),
-                        d_out.eq(layer["d_out"]),
-                    ]
-
-            with m.Case(_State.DECIDE):
-                with m.If(self.fault_window):
-                    m.d.sync += complete(Status.WINDOW)
-                with m.Elif(self.fault_bus):
-                    m.d.sync += complete(Status.BUS_ERROR)
-                with m.Elif(~known):
-                    m.d.sync += complete(Status.BAD_OPCODE)
-                with m.Elif(~work):
-                    m.d.sync += complete(Status.OK)
-                with m.Elif(bad.any()):
-                    m.d.sync += complete(Mux(is_layer, Status.BAD_LAYER, Status.BAD_FIELD))
-                with m.Elif(~is_layer):
-                    m.d.sync += [is_layer.eq(1), state.eq(_State.REQUEST)]
-                with m.Else():
-                    m.d.sync += state.eq(_State.MULTIPLY)
-
-            with m.Case(_State.MULTIPLY):
-                with m.If(multiplied):
-                    m.d.sync += state.eq(_State.ROUND)
-
-            with m.Case(_State.ROUND):
                 m.d.sync += [
-                    o_job.gate_up_words.eq(gate_up + gate_up_rows),
-                    o_job.down_words.eq(down + down_rows),
-                    state.eq(_State.ADD),
+                    o_job[name].eq(submission[name])
+                    for name in ("tokens", "top_k", "x_address", "ids_address",
+                                 "weights_address", "y_address", "workspace_address")
+                ]
+            with m.Else():
+                m.d.sync += [
+                    o_job[name].eq(layer[name])
+                    for name in ("format", "num_experts", "grid_exponent", "stride",
+                                 "image_address")
+                ]
+                m.d.sync += [
+                    o_job.two_planes.eq(layer["planes"] == 2),
+                    o_job.steps_in.eq(layer["d_in"] // BLOCK),
+                    o_job.steps_hidden.eq(layer["d_expert"] // BLOCK),
+                    o_job.steps_out.eq(layer["d_out"] // BLOCK),
+                    d_expert.eq(layer["d_expert"]),
+                    d_out.eq(layer["d_out"]),
                 ]
 
-            with m.Case(_State.ADD):
+        with in_only(_State.CHECK) as go:
+            m.d.comb += go(_State.JOIN)
+
+        with in_only(_State.JOIN) as go:
+            m.d.comb += go(_State.DECIDE)
+
+        with in_only(_State.DECIDE) as go:
+            m.d.comb += go(_State.WRITE)
+            with m.If(self.fault_window):
+                m.d.sync += status.eq(Status.WINDOW)
+            with m.Elif(self.fault_bus):
+                m.d.sync += status.eq(Status.BUS_ERROR)
+            with m.Elif(~known):
+                m.d.sync += status.eq(Status.BAD_OPCODE)
+            with m.Elif(~work):
+                m.d.sync += status.eq(Status.OK)
+            with m.Elif(bad.any()):
+                m.d.sync += status.eq(Mux(is_layer, Status.BAD_LAYER, Status.BAD_FIELD))
+            with m.Elif(~is_layer):
+                m.d.comb += go(_State.REQUEST)
+                m.d.sync += is_layer.eq(1)
+            with m.Else():
+                m.d.comb += go(_State.MULTIPLY)
+
+        with in_only(_State.MULTIPLY) as go:
+            with m.If(multiplied):
+                m.d.comb += go(_State.ROUND)
+
+        with in_only(_State.ROUND) as go:
+            m.d.comb += go(_State.ADD)
+            m.d.sync += [
+                o_job.gate_up_words.eq(gate_up + gate_up_rows),
+                o_job.down_words.eq(down + down_rows),
+            ]
+
+        with in_only(_State.ADD) as go:
+            m.d.comb += go(_State.START)
+            m.d.sync += [
+                o_job.gate_up_words.eq(
+                    Mux(o_job.linear, 0, o_job.gate_up_words + gate_up_scales)),
+                o_job.down_words.eq(o_job.down_words + down_scales),
+            ]
+
+        with in_only(_State.START) as go:
+            m.d.comb += self.o_job.valid.eq(1)
+            with m.If(self.o_job.ready):
+                m.d.comb += go(_State.RUN)
+
+        with in_only(_State.RUN) as go:
+            m.d.sync += [
+                nonfinite.eq(self.i_nonfinite),
+                nonfinite_token.eq(self.i_nonfinite_token),
+                overflows.eq(self.i_overflows),
+            ]
+            with m.If(self.i_done):
+                m.d.comb += go(_State.FINISH)
+                m.d.sync += ran.eq(1)
+
+        with in_only(_State.FINISH) as go:
+            m.d.comb += go(_State.WRITE)
+            with m.If(self.fault_window):
+                m.d.sync += status.eq(Status.WINDOW)
+            with m.Elif(self.fault_bus):
+                m.d.sync += status.eq(Status.BUS_ERROR)
+            with m.Elif(nonfinite):
+                m.d.sync += status.eq(Status.NONFINITE)
+            with m.Elif(overflows != 0):
+                m.d.sync += status.eq(Status.OVERFLOW)
+            with m.Else():
+                m.d.sync += status.eq(Status.OK)
+
+        with in_only(_State.WRITE) as go:
+            m.d.comb += self.writer.request.valid.eq(~holding)
+            m.d.sync += [cycles.eq(cycles), sent.eq(0), detail.eq(0), fault_or_zero.eq(0)]
+            # What these come from holds; chosen here, the state's decision is a short one.
+            with m.Switch(status):
+                with m.Case(Status.WINDOW, Status.BUS_ERROR):
+                    m.d.sync += fault_or_zero.eq(self.fault_address)
+                with m.Case(Status.BAD_OPCODE):
+                    m.d.sync += detail.eq(opcode)
+                with m.Case(Status.BAD_FIELD, Status.BAD_LAYER):
+                    m.d.sync += detail.eq(bad_word)
+                with m.Case(Status.NONFINITE):
+                    m.d.sync += detail.eq(nonfinite_token)
+                with m.Case(Status.OVERFLOW):
+                    m.d.sync += detail.eq(overflows)
+            with m.If(self.writer.request.ready & ~holding):
+                m.d.comb += go(_State.SEND)
+
+        with in_only(_State.SEND) as go:
+            m.d.comb += self.writer.data.valid.eq(1)
+            m.d.sync += cycles.eq(cycles)
+            with m.If(self.writer.data.ready):
+                m.d.sync += sent.eq(sent + 1)
+                with m.If(sent == beats - 1):
+                    m.d.comb += go(_State.ACKNOWLEDGE)
+
+        with in_only(_State.ACKNOWLEDGE) as go:
+            with m.If(self.writer.done):
+                m.d.comb += go(_State.IDLE)
                 m.d.sync += [
-                    o_job.gate_up_words.eq(
-                        Mux(o_job.linear, 0, o_job.gate_up_words + gate_up_scales)),
-                    o_job.down_words.eq(o_job.down_words + down_scales),
-                    state.eq(_State.START),
+                    cq_tail.eq(cq_next),
+                    phase.eq(phase ^ (cq_next == 0)),
+                    self.o_irq.eq(1),
+                    self.count_commands.eq(1),
+                ]
+                with m.If(ran):
+                    m.d.sync += [
+                        self.count_tokens.eq(o_job.tokens),
+                        self.count_overflows.eq(overflows),
+                    ]
+
+        with in_only(_State.DRAIN) as go:
+            with m.If(held):
+                m.d.comb += go(_State.WRITE)
+                m.d.sync += status.eq(stop_status)
+
+        with in_only(_State.RESET) as go:
+            m.d.sync += stopping.eq(0)
+            with m.If(held):
+                m.d.comb += go(_State.IDLE)
+                m.d.sync += [
+                    sq_head.eq(0), cq_tail.eq(0), phase.eq(1),
+                    self.o_reset_done.eq(1),
                 ]
 
-            with m.Case(_State.START):
-                m.d.comb += self.o_job.valid.eq(1)
-                with m.If(self.o_job.ready):
-                    m.d.sync += state.eq(_State.RUN)
-
-            with m.Case(_State.RUN):
-                m.d.sync += [
-                    nonfinite.eq(self.i_nonfinite),
-                    nonfinite_token.eq(self.i_nonfinite_token),
-                    overflows.eq(self.i_overflows),
-                ]
-                with m.If(self.i_done):
-                    m.d.sync += [ran.eq(1), state.eq(_State.FINISH)]
-
-            with m.Case(_State.FINISH):
-                with m.If(self.fault_window):
-                    m.d.sync += complete(Status.WINDOW)
-                with m.Elif(self.fault_bus):
-                    m.d.sync += complete(Status.BUS_ERROR)
-                with m.Elif(nonfinite):
-                    m.d.sync += complete(Status.NONFINITE)
-                with m.Elif(overflows != 0):
-                    m.d.sync += complete(Status.OVERFLOW)
-                with m.Else():
-                    m.d.sync += complete(Status.OK)
-
-            with m.Case(_State.WRITE):
-                m.d.comb += self.writer.request.valid.eq(~holding)
-                m.d.sync += [cycles.eq(cycles), sent.eq(0), detail.eq(0), fault_or_zero.eq(0)]
-                # What these come from holds; chosen here, the state's decision is a short one.
-                with m.Switch(status):
-                    with m.Case(Status.WINDOW, Status.BUS_ERROR):
-                        m.d.sync += fault_or_zero.eq(self.fault_address)
-                    with m.Case(Status.BAD_OPCODE):
-                        m.d.sync += detail.eq(opcode)
-                    with m.Case(Status.BAD_FIELD, Status.BAD_LAYER):
-                        m.d.sync += detail.eq(bad_word)
-                    with m.Case(Status.NONFINITE):
-                        m.d.sync += detail.eq(nonfinite_token)
-                    with m.Case(Status.OVERFLOW):
-                        m.d.sync += detail.eq(overflows)
-                with m.If(self.writer.request.ready & ~holding):
-                    m.d.sync += state.eq(_State.SEND)
-
-            with m.Case(_State.SEND):
-                m.d.comb += self.writer.data.valid.eq(1)
-                m.d.sync += cycles.eq(cycles)
-                with m.If(self.writer.data.ready):
-                    m.d.sync += sent.eq(sent + 1)
-                    with m.If(sent == beats - 1):
-                        m.d.sync += state.eq(_State.ACKNOWLEDGE)
-
-            with m.Case(_State.ACKNOWLEDGE):
-                with m.If(self.writer.done):
-                    m.d.sync += [
-                        cq_tail.eq(cq_next),
-                        phase.eq(phase ^ (cq_next == 0)),
-                        self.o_irq.eq(1),
-                        self.count_commands.eq(1),
-                        state.eq(_State.IDLE),
-                    ]
-                    with m.If(ran):
-                        m.d.sync += [
-                            self.count_tokens.eq(o_job.tokens),
-                            self.count_overflows.eq(overflows),
-                        ]
-
-            with m.Case(_State.DRAIN):
-                with m.If(held):
-                    m.d.sync += complete(stop_status)
-
-            with m.Case(_State.RESET):
-                m.d.sync += stopping.eq(0)
-                with m.If(held):
-                    m.d.sync += [
-                        sq_head.eq(0), cq_tail.eq(0), phase.eq(1),
-                        self.o_reset_done.eq(1),
-                        state.eq(_State.IDLE),
-                    ]
-
+        m.d.sync += state.eq(functools.reduce(operator.or_, following.values()))
         # These win over whatever the state does.
         with m.If(running & ~stopping & (self.i_abort | expired)):
             m.d.sync += [
@@ -602,7 +637,7 @@ class CommandProcessor(wiring.Component):
                 stop_status.eq(Mux(self.i_abort, Status.ABORTED, Status.WATCHDOG)),
             ]
         with m.If(running & stopping & ~tag_missing):
-            m.d.sync += [ran.eq(0), state.eq(_State.DRAIN)]
+            m.d.sync += [ran.eq(0), state.eq(1 << _State.DRAIN)]
         with m.If(self.i_soft_reset):
-            m.d.sync += [state.eq(_State.RESET), drained.eq(0)]
+            m.d.sync += [state.eq(1 << _State.RESET), drained.eq(0)]
         return m

@@ -25,7 +25,8 @@ class Counters(wiring.Component):
     """Count events in 48-bit counters, one for each entry of ``moeaccel.registers.COUNTERS``.
 
     A counter shows an event 2 cycles after it; every counter takes an event each cycle. ``clear``
-    wins over events of its cycle and of the one before, so that a soft reset leaves zeros.
+    shows 2 cycles after it and wins over events of its cycle, the one before and the one after, so
+    that a soft reset leaves zeros. A reset is one that clears a cycle later.
 
     Parameters
     ----------
@@ -57,14 +58,17 @@ class Counters(wiring.Component):
 
     def elaborate(self, platform):
         m = Module()
+        # Reset and clear in one register: hundreds of others read it.
+        clearing = Signal(init=1)
+        m.d.sync += clearing.eq(self.clear)
         for name, _ in COUNTERS:
             event = getattr(self, name)
             shift = exact_log2(self._config.port_bytes) if name.startswith("bytes_") else 0
-            amount = Signal.like(event, name=f"amount_{name}")
+            amount = Signal.like(event, name=f"amount_{name}", reset_less=True)
             # The low bits of a count of bytes never change.
-            total = Signal(COUNTER_BITS - shift, name=f"total_{name}")
+            total = Signal(COUNTER_BITS - shift, name=f"total_{name}", reset_less=True)
             m.d.sync += [amount.eq(event), total.eq(total + amount)]
-            with m.If(self.clear):
+            with m.If(clearing):
                 m.d.sync += [amount.eq(0), total.eq(0)]
             m.d.comb += Cat(getattr(self, f"ro_{name}_lo"), getattr(self, f"ro_{name}_hi")).eq(
                 Cat(C(0, shift), total))

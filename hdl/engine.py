@@ -35,8 +35,8 @@ EVENTS = ("busy", "starved_weights", "starved_activations", "stalled_output", "i
 class Engine(wiring.Component):
     """Execute one checked command at a time.
 
-    See ``hdl/README.md`` for the picture. A reset (of the whole engine, by ``ResetInserter``) drops
-    the command; the memory ports must be flushed with it. What is not a core's: x is quantised once
+    See ``hdl/README.md`` for the picture. A reset drops the command; the memory ports must be
+    flushed with it. What is not a core's: x is quantised once
     and goes to all cores, h comes from all of them and goes to all of them, y is drained from all.
 
     Parameters
@@ -47,8 +47,6 @@ class Engine(wiring.Component):
 
     Members
     -------
-    reset : :py:`In(1)`
-        The reset that ResetInserter gives: cores whose Verilog is apart get it here.
     i_job : :py:`In(stream.Signature(layouts.job(config)))`
     o_done : :py:`Out(1)`
         Pulse: everything is written and acknowledged; the three results below hold.
@@ -66,7 +64,6 @@ class Engine(wiring.Component):
         self._family = family
         streamers = [layouts.channel_name(STREAMER, c) for c in range(1, config.channels)]
         super().__init__({
-            "reset": In(1),
             "i_job": In(stream.Signature(layouts.job(config))),
             "o_done": Out(1),
             "o_nonfinite": Out(1),
@@ -87,7 +84,7 @@ class Engine(wiring.Component):
         m.submodules.combiner = combiner = Combiner(config)
         cores = add_replicas(
             m, platform, "core", functools.partial(Core, config, self._family),
-            range(config.channels), reset=self.reset)
+            range(config.channels))
         lead = cores[0]
         job = dispatcher.o_job
 

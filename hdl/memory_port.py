@@ -40,9 +40,9 @@ class _Splitter(wiring.Component):
     """Cut a linear request into bursts that stay within one aligned block of max_burst_beats.
 
     Blocks divide 4 KiB, so no burst crosses a page, and an address never needs a long addition:
-    after the first burst only the block number counts up. ``burst`` is offered from the cycle after
-    the request is accepted, one a cycle; a request is accepted when the previous one is used up.
-    ``drop`` forgets the request.
+    after the first burst only the block number counts up. ``burst`` is announced in the cycle after
+    the request is accepted, and may be taken from the next one on, one a cycle; a request is
+    accepted when the last burst of the previous one is taken. ``drop`` forgets the request.
     """
 
     def __init__(self, *, config):
@@ -67,14 +67,15 @@ class _Splitter(wiring.Component):
         more = Signal(len(beats) + 1 - index)
         final = Signal()
         m.d.comb += [
-            self.request.ready.eq(~valid & ~self.drop),
-            final.eq(more == 0),
+            self.request.ready.eq((~valid | (self.burst.ready & final)) & ~self.drop),
             self.burst.valid.eq(valid),
             self.burst.payload.start.eq(start),
             self.burst.payload.block.eq(block),
             self.burst.payload.end.eq(Mux(final, end, ~0)),
             self.burst.payload.last.eq(final),
         ]
+        # A cycle behind ``more``, which nobody takes a burst in.
+        m.d.sync += final.eq(more == self.burst.ready)
         with m.If(self.request.valid & self.request.ready):
             m.d.sync += [
                 Assert(beats != 0, "a request must have 1 beat or more"),
@@ -82,7 +83,7 @@ class _Splitter(wiring.Component):
                 Cat(start, block).eq(address),
                 Cat(end, more).eq(address[:index] + beats - 1),
             ]
-        with m.Elif(self.burst.ready & valid):
+        with m.Elif(self.burst.ready):
             m.d.sync += [valid.eq(~final), start.eq(0), block.eq(block + 1), more.eq(more - 1)]
         with m.If(self.drop):
             m.d.sync += valid.eq(0)
@@ -95,7 +96,7 @@ class MemoryPort(wiring.Component):
     ::
 
         reader0 --> [splitter] --+                                          +--> AR
-        reader1 --> [splitter] --+--> [priority] --> [window check, register] --> zero beats
+        reader1 --> [splitter] --+--> [priority, 2] --> [window check, register] --> zero beats
         ...     <----- valid, data, last <-- [register] <--------+------------ R
         writer0 --> [splitter] ------> [window check, register] -------------> AW
                 --> data ------------> [one burst after another] ------------> W
@@ -115,11 +116,12 @@ class MemoryPort(wiring.Component):
     both. An answer with an error sets ``fault_bus`` and passes as it comes. ``fault_address`` is
     the burst's first byte (0 for a write that memory refused), valid one cycle after the flag.
 
-    ``flush`` is held until ``idle``. Meanwhile no request is accepted, no burst is issued, what was
-    accepted is dropped without ``done`` or data, and write bursts already issued are completed with
-    beats whose strobes are 0. Then everything but the latched fault is as after reset.
+    ``flush`` is held until ``idle``. From the cycle after it until the one behind it no request is
+    accepted, no burst is issued, what was accepted is dropped without ``done`` or data, and write
+    bursts already issued are completed with beats whose strobes are 0. Then everything but the
+    latched fault is as after reset.
 
-    Latency: ARVALID 3 cycles after a request is accepted; data 1 cycle after the R beat; WVALID
+    Latency: ARVALID 4 cycles after a request is accepted; data 1 cycle after the R beat; WVALID
     1 cycle after a beat of data; ``done`` 2 cycles after the last BVALID. Throughput: one AR a
     cycle within a request, a request of one burst every 2 cycles for a reader; one R beat and one
     W beat a cycle. Changes of the window take 2 cycles.
@@ -185,10 +187,8 @@ class MemoryPort(wiring.Component):
         readers = [getattr(self, f"reader{i}") for i in range(self._readers)]
         writers = [getattr(self, f"writer{i}") for i in range(self._writers)]
 
-        draining = Signal()
         flushing = Signal()
-        m.d.comb += flushing.eq(self.flush | draining)
-        m.d.sync += draining.eq(flushing & ~self.idle)
+        m.d.sync += flushing.eq(self.flush | (flushing & ~self.idle))
 
         # The window in beats: the first allowed one, and the first behind the last whole one.
         first_beat = Signal(config.address_bits + 2 - shift)
@@ -241,37 +241,46 @@ class MemoryPort(wiring.Component):
             suppressed.eq(issue & ~issue_inside),
             issued_last.eq(chosen.last),
         ]
-        advance = Signal()
+        # The grant is a register, and whether a burst is taken does not depend on AR: while that
+        # is busy, one more burst waits in a spare register.
+        grants = Signal(len(readers))
+        spare_valid = Signal()
+        spare = Signal(burst_layout)
+        spare_reader = Signal.like(chosen_reader)
         selected = Signal(burst_layout)
         selected_reader = Signal.like(chosen_reader)
-        m.d.comb += advance.eq(~chosen_valid | issue)
-        granted = C(0)
-        grants = []
+        wanted = C(0)
         for i, splitter in enumerate(read_splitters):
-            # Four more bursts may be on their way when the count is looked at: a margin for them.
+            # Five more bursts may be on their way when the count is looked at: a margin for them.
             room = Signal(name=f"room{i}")
-            grant = Signal(name=f"grant{i}")
+            wants = Signal(name=f"wants{i}")
             m.d.sync += room.eq(~outstanding[i][-1] & ~outstanding[i][2:-1].all())
             m.d.comb += [
-                grant.eq(splitter.burst.valid & room & ~granted),
-                splitter.burst.ready.eq(grant & advance),
+                splitter.burst.ready.eq(grants[i] & ~spare_valid),
+                wants.eq(splitter.burst.valid & room & ~(grants[i] & splitter.burst.payload.last)),
             ]
+            with m.If(~spare_valid):
+                m.d.sync += grants[i].eq(wants & ~wanted)
             # A grant is exclusive: the choice is an AND and an OR, not a chain of multiplexers.
-            with m.If(grant):
+            with m.If(grants[i]):
                 m.d.comb += selected_reader.eq(i)
-            grants.append(grant)
-            granted = granted | (splitter.burst.valid & room)
+            wanted = wanted | wants
         m.d.comb += selected.eq(functools.reduce(operator.or_, (
             splitter.burst.payload.as_value() & grant.replicate(len(selected.as_value()))
             for splitter, grant in zip(read_splitters, grants, strict=True))))
-        with m.If(advance):
+        with m.If(~spare_valid):
+            m.d.sync += [spare.eq(selected), spare_reader.eq(selected_reader)]
+        with m.If(~chosen_valid | issue):
             m.d.sync += [
-                chosen_valid.eq(granted),
-                chosen.eq(selected),
-                chosen_reader.eq(selected_reader),
+                chosen_valid.eq(spare_valid | grants.any()),
+                chosen.eq(Mux(spare_valid, spare, selected)),
+                chosen_reader.eq(Mux(spare_valid, spare_reader, selected_reader)),
+                spare_valid.eq(0),
             ]
+        with m.Elif(~spare_valid):
+            m.d.sync += spare_valid.eq(grants.any())
         with m.If(flushing):
-            m.d.sync += chosen_valid.eq(0)
+            m.d.sync += [grants.eq(0), spare_valid.eq(0), chosen_valid.eq(0)]
 
         with m.If(ar_free):
             m.d.sync += [
@@ -329,7 +338,7 @@ class MemoryPort(wiring.Component):
             m.d.sync += [
                 write_index[i].eq(write_index[i] + mine),
                 read_index[i].eq(read_index[i] + answered),
-                outstanding[i].eq(outstanding[i] + mine - answered),
+                outstanding[i].eq(outstanding[i] + Mux(mine == answered, 0, Mux(mine, 1, -1))),
             ]
         m.d.comb += [
             self.read_beat.eq(beat_valid.any() & ~beat_is_zero),
@@ -382,23 +391,26 @@ class MemoryPort(wiring.Component):
         # Block RAM is slow to answer: a register behind it, ahead of everything else.
         m.d.sync += [refused.eq(refused << 1), refused_address.eq(addresses_read.data)]
         m.d.comb += self.fault_address.eq(first_address)
+        with m.If(~self.fault_window & ~self.fault_bus):
+            # Without a fault it means nothing, and need not wait for one to be found.
+            m.d.sync += first_address.eq(Mux(
+                suppressed, axi.araddr, Mux(write_issued & ~write_allowed, axi.awaddr, 0)))
         with m.If(refused[1]):
             m.d.comb += self.fault_address.eq(refused_address << shift)
             m.d.sync += first_address.eq(self.fault_address)
         with m.If(~self.fault_window & ~self.fault_bus & ~flushing):
-            with m.If(suppressed):
-                m.d.sync += self.fault_window.eq(1), first_address.eq(axi.araddr)
-            with m.Elif(write_issued & ~write_allowed):
-                m.d.sync += self.fault_window.eq(1), first_address.eq(axi.awaddr)
+            with m.If(suppressed | (write_issued & ~write_allowed)):
+                m.d.sync += self.fault_window.eq(1)
             with m.Elif(beat_error):
                 m.d.sync += self.fault_bus.eq(1), refused.eq(1)
             with m.Elif(b_error):
-                m.d.sync += self.fault_bus.eq(1), first_address.eq(0)
+                m.d.sync += self.fault_bus.eq(1)
         with m.If(self.clear_faults):
-            m.d.sync += [self.fault_window.eq(0), self.fault_bus.eq(0), first_address.eq(0)]
+            m.d.sync += [self.fault_window.eq(0), self.fault_bus.eq(0)]
 
         m.d.comb += self.idle.eq(~(
-            Cat(s.burst.valid for s in read_splitters).any() | chosen_valid | axi.arvalid
+            Cat(s.burst.valid for s in read_splitters).any() | grants.any() | spare_valid
+            | chosen_valid | axi.arvalid
             | suppressed | Cat(*outstanding).any() | beat_valid.any() | zero_active
             | owner_valid | Cat(w.done for w in writers).any()))
         return m
@@ -414,19 +426,24 @@ class MemoryPort(wiring.Component):
         burst_layout = _burst(config)
         owner = Signal(range(len(writers)))
         m.submodules.write_splitter = splitter = _Splitter(config=config)
-        m.d.comb += splitter.drop.eq(flushing)
-        free = ~owner_valid
+        # The splitter is empty while there is no owner.
+        accepted = Signal()
+        request = Signal(read_request(config))
+        m.d.comb += [
+            splitter.drop.eq(flushing),
+            splitter.request.valid.eq(accepted),
+            splitter.request.payload.eq(request),
+        ]
+        m.d.sync += accepted.eq(0)
+        free = ~owner_valid & ~flushing
         for i, writer in enumerate(writers):
-            m.d.comb += writer.request.ready.eq(free & splitter.request.ready)
+            m.d.comb += writer.request.ready.eq(free)
             with m.If(free & writer.request.valid):
-                m.d.comb += [
-                    splitter.request.valid.eq(1),
-                    splitter.request.payload.eq(writer.request.payload),
-                ]
-                with m.If(~flushing):
-                    m.d.sync += [owner_valid.eq(1), owner.eq(i)]
+                m.d.sync += [owner_valid.eq(1), owner.eq(i), accepted.eq(1),
+                             request.eq(writer.request.payload)]
             free = free & ~writer.request.valid
 
+        granted = Signal()
         checked_valid = Signal()
         checked = Signal(burst_layout)
         write_issue = Signal()
@@ -436,18 +453,22 @@ class MemoryPort(wiring.Component):
         m.submodules.bursts = bursts = fifo.SyncFIFO(width=index + 1, depth=2 * WRITE_AHEAD_BURSTS)
         m.d.comb += [
             aw_free.eq(~axi.awvalid | axi.awready),
-            write_issue.eq(checked_valid & aw_free & (bursts.w_level < WRITE_AHEAD_BURSTS)
+            write_issue.eq(checked_valid & aw_free & (bursts.w_level < WRITE_AHEAD_BURSTS - 1)
                            & ~unanswered[-1] & ~flushing),
             write_inside.eq(inside(checked)),
-            splitter.burst.ready.eq((~checked_valid | write_issue) & ~flushing),
+            splitter.burst.ready.eq(granted & (~checked_valid | write_issue)),
             bursts.w_en.eq(write_issued),
             bursts.w_data.eq(Cat(axi.awlen[:index], write_allowed)),
         ]
         m.d.sync += [write_issued.eq(write_issue), write_allowed.eq(write_inside)]
-        with m.If(splitter.burst.ready):
-            m.d.sync += checked_valid.eq(splitter.burst.valid), checked.eq(splitter.burst.payload)
+        with m.If(~checked_valid | write_issue):
+            m.d.sync += [
+                granted.eq(splitter.burst.valid & ~(granted & splitter.burst.payload.last)),
+                checked_valid.eq(granted),
+                checked.eq(splitter.burst.payload),
+            ]
         with m.If(flushing):
-            m.d.sync += checked_valid.eq(0)
+            m.d.sync += [granted.eq(0), checked_valid.eq(0)]
         with m.If(aw_free):
             m.d.sync += [
                 axi.awvalid.eq(write_issue & write_inside),
@@ -460,9 +481,14 @@ class MemoryPort(wiring.Component):
             axi.awburst.eq(_BURST_INCR),
         ]
 
-        # W: one burst after another, without a gap between them.
+        # W: one burst after another, without a gap between them: the next one waits in a register.
+        # While that is filled the burst before it has a beat to go, unless it is a request's last.
+        next_valid = Signal()
+        next_left = Signal(index)
+        next_inside = Signal()
         w_active = Signal()
         w_left = Signal(index)
+        w_last = Signal()
         w_inside = Signal()
         w_free = Signal()
         w_take = Signal()
@@ -482,31 +508,42 @@ class MemoryPort(wiring.Component):
             w_free.eq(~axi.wvalid | axi.wready),
             w_offered.eq(w_active & (w_free | ~w_inside)),
             w_take.eq(w_offered & (data_valid | flushing)),
-            bursts.r_en.eq(~w_active | (w_take & (w_left == 0))),
+            bursts.r_en.eq(~next_valid),
             axi.wstrb.eq(w_strobe.replicate(config.port_bytes)),
         ]
-        with m.If(bursts.r_en):
-            m.d.sync += w_active.eq(bursts.r_rdy), Cat(w_left, w_inside).eq(bursts.r_data)
+        with m.If(~next_valid):
+            m.d.sync += next_valid.eq(bursts.r_rdy), Cat(next_left, next_inside).eq(bursts.r_data)
+        with m.If(~w_active | (w_take & w_last)):
+            m.d.sync += [
+                w_active.eq(next_valid), w_left.eq(next_left), w_last.eq(next_left == 0),
+                w_inside.eq(next_inside),
+            ]
+            with m.If(next_valid):
+                m.d.sync += next_valid.eq(0)
         with m.Elif(w_take):
-            m.d.sync += w_left.eq(w_left - 1)
+            m.d.sync += [w_left.eq(w_left - 1), w_last.eq(w_left == 1)]
         with m.If(w_free):
             m.d.sync += [
                 axi.wvalid.eq(w_take & w_inside),
                 axi.wdata.eq(data_payload),
-                axi.wlast.eq(w_left == 0),
+                axi.wlast.eq(w_last),
                 w_strobe.eq(~flushing),
             ]
         m.d.sync += self.write_beat.eq(axi.wvalid & axi.wready & w_strobe)
 
+        asked = Signal()
         # B: count; the request is done when nothing of it is left anywhere.
         m.d.sync += [
             b_error.eq(axi.bvalid & axi.bresp[1]),
-            unanswered.eq(unanswered + (write_issued & write_allowed) - axi.bvalid),
+            unanswered.eq(unanswered + Mux(asked == axi.bvalid, 0, Mux(asked, 1, -1))),
         ]
         writes_done = Signal()
-        m.d.comb += writes_done.eq(
-            ~splitter.burst.valid & ~checked_valid & ~axi.awvalid & ~write_issued & ~bursts.r_rdy
-            & ~w_active & ~axi.wvalid & (unanswered == 0))
+        m.d.comb += [
+            asked.eq(write_issued & write_allowed),
+            writes_done.eq(~Cat(
+                accepted, splitter.burst.valid, granted, checked_valid, axi.awvalid, write_issued,
+                bursts.r_rdy, next_valid, w_active, axi.wvalid, unanswered).any()),
+        ]
         finished = Signal()
         m.d.comb += finished.eq(owner_valid & writes_done)
         with m.If(finished):

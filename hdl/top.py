@@ -88,9 +88,12 @@ class Accelerator(wiring.Component):
         ports = [port, *add_replicas(
             m, platform, "port", functools.partial(MemoryPort, config, readers=1, writers=0),
             range(1, config.channels))]
-        engine_reset = Signal()
+        # The engine's reset comes straight from a register: thousands of others read it.
+        m.domains.engine = ClockDomain(local=True)
+        m.d.comb += [ClockSignal("engine").eq(ClockSignal()),
+                     ResetSignal("engine").eq(commands.o_engine_reset)]
         engine = Engine(config, self._family)
-        m.submodules.engine = ResetInserter(engine_reset)(engine)
+        m.submodules.engine = DomainRenamer("engine")(engine)
 
         wiring.connect(m, outside=wiring.flipped(self.axil), registers=registers.axil)
         for c, one in enumerate(ports):
@@ -127,8 +130,6 @@ class Accelerator(wiring.Component):
             commands.i_nonfinite.eq(engine.o_nonfinite),
             commands.i_nonfinite_token.eq(engine.o_nonfinite_token),
             commands.i_overflows.eq(engine.o_overflows),
-            engine_reset.eq(commands.o_engine_reset),
-            engine.reset.eq(commands.o_engine_reset),
             commands.progress.eq(Cat(one.read_beat for one in ports).any() | port.write_beat
                                  | engine.count_busy),
             commands.idle.eq(Cat(one.idle for one in ports).all()),
@@ -148,7 +149,7 @@ class Accelerator(wiring.Component):
             register = getattr(registers, f"rw_{name}")
             beyond = register[config.address_bits:].any()
             bound = Signal(config.address_bits + 1, name=name)
-            m.d.comb += bound.eq(Mux(beyond, 1 << config.address_bits, register))
+            m.d.sync += bound.eq(Mux(beyond, 1 << config.address_bits, register))
             m.d.comb += [getattr(one, name).eq(bound) for one in ports]
         weights = port.read_beat_reader == 1 + READERS.index(STREAMER)
         m.d.comb += [

@@ -72,7 +72,7 @@ class VerilogTarget:
         )
 
 
-def add_replicas(m, platform, name, make, numbers, *, reset=0):
+def add_replicas(m, platform, name, make, numbers):
     """Add equal components as submodules, of which Verilog has the text once; return them.
 
     For a :class:`VerilogTarget` those are interfaces of instances.
@@ -87,8 +87,6 @@ def add_replicas(m, platform, name, make, numbers, *, reset=0):
         Returns a component.
     numbers : range
         Of the submodules.
-    reset : 1-bit value
-        What ``ResetInserter`` resets the parent with: it does not reach into instances.
     """
     replicas = []
     if isinstance(platform, VerilogTarget):
@@ -104,7 +102,7 @@ def add_replicas(m, platform, name, make, numbers, *, reset=0):
                 if len(value := Value.cast(value)):
                     ports[port] = value
             m.submodules[f"{name}{i}"] = Instance(
-                module, i_clk=ClockSignal(), i_rst=ResetSignal() | reset, **ports)
+                module, i_clk=ClockSignal(), i_rst=ResetSignal(), **ports)
             replicas.append(replica)
     else:
         for i in numbers:

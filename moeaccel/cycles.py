@@ -833,17 +833,17 @@ class _Machine:
     def _commands(self) -> _Process:
         """Fetch submission and layer, check them, derive the words of the sections, start the job.
 
-        From the submission's last beat 3 cycles to the request of the layer; from the layer's 5 and
+        From the submission's last beat 5 cycles to the request of the layer; from the layer's 7 and
         the bits of the larger count of steps to the job.
         """
         job, port = self._job, self._port
         beats = job.beats(ENTRY_BYTES, 1)
         read = port.read(0, beats)
         yield read
-        yield read.last + 3
-        read = port.read(read.last + 3, beats)
+        yield read.last + 5
+        read = port.read(read.last + 5, beats)
         yield read
-        start = read.last + 5 + max(section.steps for section in job.sections).bit_length()
+        start = read.last + 7 + max(section.steps for section in job.sections).bit_length()
         yield start
         self._schedule.start(start, self._dispatch(start))
 

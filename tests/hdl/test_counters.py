@@ -23,6 +23,7 @@ def test_sums(preset):
     rng = random.Random(1)
 
     async def testbench(ctx):
+        await ctx.tick()  # reset clears, a cycle later
         for _ in range(2):
             totals = dict.fromkeys(NAMES, 0)
             for _ in range(40):
@@ -43,6 +44,7 @@ def test_sums(preset):
             ctx.set(dut.clear, 1)
             await ctx.tick()
             ctx.set(dut.clear, 0)
+            await ctx.tick()
             ctx.set(dut.overflows, 0)
             await ctx.tick()
             assert all(value(ctx, dut, name) == 0 for name in NAMES)

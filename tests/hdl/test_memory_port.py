@@ -171,7 +171,7 @@ def test_latency_and_throughput_of_reads():
 
     bench.run(start(testbench))
     issued = [burst[0] for burst in bench.ar]
-    assert issued[0] - cycles["request"] == 3
+    assert issued[0] - cycles["request"] == 4
     assert [b - a for a, b in itertools.pairwise(issued)] == [1] * 9
     assert bench.r_cycles[-1] - bench.r_cycles[0] == 639
 

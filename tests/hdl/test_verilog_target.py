@@ -22,12 +22,11 @@ class Counter(wiring.Component):
 
 class Counters(wiring.Component):
     i_step: In(2)
-    i_reset: In(1)
     o_total: Out(10)
 
     def elaborate(self, platform):
         m = Module()
-        counters = add_replicas(m, platform, "counter", Counter, range(1, 4), reset=self.i_reset)
+        counters = add_replicas(m, platform, "counter", Counter, range(1, 4))
         m.d.comb += [
             *(counter.i_step.eq(self.i_step) for counter in counters),
             self.o_total.eq(sum(counter.o_count for counter in counters)),
@@ -39,7 +38,7 @@ def test_the_text_is_there_once():
     text = generate(Counters(), "top")
     assert re.findall(r"^module (\w+)", text, re.MULTILINE)[:2] == ["top", "moeaccel_counter"]
     assert re.findall(r"moeaccel_counter (counter\d)", text) == ["counter1", "counter2", "counter3"]
-    # What ResetInserter cannot reach is reset by a port.
+    # Clock and reset of their domain are ports.
     assert len(re.findall(r"\.rst\(", text)) == 3
 
 
