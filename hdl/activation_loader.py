@@ -267,11 +267,15 @@ class ActivationLoader(wiring.Component):
         running = Signal()
         block_end, slot_end = Signal(), Signal()
         step_now = Signal(step_bits)
+        # Down to 0 and to 1; that it is there is known from registers.
+        steps_left, last_step = Signal(step_bits), Signal()
+        steps_last, one_step = Signal(step_bits), Signal()
+        m.d.sync += [steps_last.eq(self.i_steps - 1), one_step.eq(self.i_steps == 1)]
         m.d.comb += [
             running.eq(Mux(leaving, ready[1], ready[0])),
             step_now.eq(group >> group_bits),
             block_end.eq(group[:group_bits].all()),
-            slot_end.eq(block_end & (step_now + 1 == self.i_steps)),
+            slot_end.eq(block_end & last_step),
             line_r.en.eq(running),
             line_r.addr.eq(Cat(group[sub_bits:], leaving)),
             tops_r.en.eq(running),
@@ -280,6 +284,8 @@ class ActivationLoader(wiring.Component):
         ]
         with m.If(running):
             m.d.sync += group.eq(group + 1)
+            with m.If(block_end):
+                m.d.sync += [steps_left.eq(steps_left - 1), last_step.eq(steps_left == 1)]
             with m.If(slot_end):
                 m.d.sync += [
                     group.eq(0),
@@ -290,6 +296,8 @@ class ActivationLoader(wiring.Component):
                 for i in range(2):  # a row may become ready in the cycle in which the other is left
                     with m.If(p.valid & s.at.row_end & (s.at.half == i)):
                         m.d.sync += ready[i].eq(1)
+        with m.If(~running | slot_end):
+            m.d.sync += [steps_left.eq(steps_last), last_step.eq(one_step)]
         with m.If(self.o_idle):
             m.d.sync += out_slot.eq(0)
         q = Pipeline(m, running, "out")

@@ -9,6 +9,7 @@ from moeaccel.arithmetic import ELEMENT_BITS, EXPONENT_RANGE, RAISE_THRESHOLD
 from moeaccel.config import BLOCK, AcceleratorConfig
 from moeaccel.hdl import layouts
 from moeaccel.hdl.layouts import EXPONENT_BITS
+from moeaccel.hdl.normaliser import any_of, shift_right
 from moeaccel.hdl.pipeline import Pipeline
 
 __all__ = ["BlockQuantiser", "block_top", "quantiser_group"]
@@ -194,31 +195,20 @@ class BlockQuantiser(wiring.Component):
             distances.append(new(5, Mux(
                 far, MAX_SHIFT, distance[:4] + Mux(s.meta.two, 0, EXTRA_FRACTION)), f"by{i}"))
         s = p.stage(
-            significand=s.significand, sign=s.sign, by=distances, meta=s.meta, base=s.base,
-            shift=s.shift)
+            significand=s.significand, parts=[any_of(v, 4) for v in s.significand], sign=s.sign,
+            by=distances, meta=s.meta, base=s.base, shift=s.shift)
 
         # 5, 6: shift; bits that leave are remembered in one
-        def shifted(value, by, unit, name):
-            result = Signal(value.shape(), name=name)
-            out = Signal(name=f"{name}_out")
-            with m.Switch(by):
-                for n in range(1 << len(by)):
-                    k = min(n * unit, ELEMENT_BITS)
-                    with m.Case(n):
-                        m.d.comb += [result.eq(value >> k), out.eq(value[:k].any() if k else 0)]
-            return result, out
-
-        fine = [shifted(v, by[:2], 1, f"fine{i}")
-                for i, (v, by) in enumerate(zip(s.significand, s.by, strict=True))]
+        coarse = [shift_right(m, v, by[2:], unit=4, parts=parts)
+                  for v, by, parts in zip(s.significand, s.by, s.parts, strict=True)]
         s = p.stage(
-            value=[v for v, _ in fine], sticky=[out for _, out in fine], sign=s.sign,
-            by=[by[2:] for by in s.by], meta=s.meta, base=s.base, shift=s.shift)
-        coarse = [shifted(v, by, 4, f"coarse{i}")
-                  for i, (v, by) in enumerate(zip(s.value, s.by, strict=True))]
+            value=[v for v, _ in coarse], sticky=[out for _, out in coarse], sign=s.sign,
+            by=[by[:2] for by in s.by], meta=s.meta, base=s.base, shift=s.shift)
+        fine = [shift_right(m, v, by) for v, by in zip(s.value, s.by, strict=True)]
         s = p.stage(
-            value=[v for v, _ in coarse],
+            value=[v for v, _ in fine],
             sticky=[new(1, a | out, f"sticky{i}")
-                    for i, (a, (_, out)) in enumerate(zip(s.sticky, coarse, strict=True))],
+                    for i, (a, (_, out)) in enumerate(zip(s.sticky, fine, strict=True))],
             sign=s.sign, meta=s.meta, base=s.base, shift=s.shift)
 
         # 7: round half to even

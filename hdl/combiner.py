@@ -9,7 +9,7 @@ from moeaccel.config import AcceleratorConfig
 from moeaccel.hdl import layouts
 from moeaccel.hdl.normaliser import shift_out_zeros
 from moeaccel.hdl.pipeline import Pipeline
-from moeaccel.hdl.row_sums import SUM_BITS, stripe, stripe_address
+from moeaccel.hdl.row_sums import SUM_BITS, RowSums, stripe, stripe_address
 from moeaccel.hdl.sequential_multiplier import SequentialMultiplier
 
 __all__ = ["Combiner", "drain_request"]
@@ -86,7 +86,8 @@ class Combiner(wiring.Component):
         Slot table: {bank, slot} -> layouts.slot, one cycle later; the cores' while not draining.
     o_draining : :py:`Out(1)`
         The y buffer is the Combiner's, by ``r_*`` and ``w_*``.
-    r_address, r_data : :py:`Out(stripe_address(config))`, :py:`In(stripe(config))` one cycle later
+    r_address, r_data : :py:`Out(stripe_address(config))`, :py:`In(stripe(config))`
+        ``RowSums.READ_LATENCY_CYCLES`` later.
     w_en, w_address, w_data
         An enable for each sum.
     i_drain : :py:`In(stream.Signature(drain_request(config)))`
@@ -238,7 +239,8 @@ class Combiner(wiring.Component):
                     for i in range(lanes)]
 
         beats = Pipeline(m, self.reader.valid, name="beat")
-        b = beats.stage(data=self.reader.data, index=arriving, last=self.reader.last)
+        b = beats.delay(RowSums.READ_LATENCY_CYCLES, data=self.reader.data, index=arriving,
+                        last=self.reader.last)
         old_words = word_at(word_of(b.index))
         b = beats.stage(data=b.data, index=b.index, last=b.last, old=old_words)
         m.d.comb += added.eq(beats.valid & b.last)
@@ -267,7 +269,7 @@ class Combiner(wiring.Component):
             ]
 
         # The way out: a word of sums becomes float32 or int64, then beats
-        depth, under_way = 32, _ToFloat32.LATENCY_CYCLES + 4
+        depth, under_way = 32, RowSums.READ_LATENCY_CYCLES + _ToFloat32.LATENCY_CYCLES + 3
         m.submodules.out_beats = out_beats = fifo.SyncFIFOBuffered(
             width=8 * config.port_bytes, depth=depth)
         pause = Signal()  # a word of two beats leaves in two cycles
@@ -277,7 +279,8 @@ class Combiner(wiring.Component):
         with m.If(emit):
             m.d.sync += emitted.eq(emitted + 1)
         out = Pipeline(m, emit, name="out")
-        o = out.stage(odd=emitted[0], word=emitted[:max(1, words_log2)])
+        o = out.delay(RowSums.READ_LATENCY_CYCLES, odd=emitted[0],
+                      word=emitted[:max(1, words_log2)])
         sums = [Mux(zeroing, 0, value)[:SUM_BITS] for value in word_at(o.word)]
         floats = []
         for i in range(lanes):

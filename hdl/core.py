@@ -130,10 +130,13 @@ class Core(wiring.Component):
         wiring.connect(m, wiring.flipped(self.reader), streamer.reader)
         wiring.connect(m, streamer.o_word, tiles.i_word)
 
-        # Steps: the tile and lane buffers answer together, one cycle after the step starts
-        assert tiles.READ_LATENCY_CYCLES == x_lanes.READ_LATENCY_CYCLES == 1
+        # Steps: the tile buffer answers a cycle after the step starts, the lane buffers when the
+        # array wants lanes
+        assert tiles.READ_LATENCY_CYCLES == 1
+        assert x_lanes.READ_LATENCY_CYCLES == 1 + array.LANES_LATER_CYCLES == 2
         started = Signal(step(config))
         tag = Signal(tag_shape)
+        of_hidden = Signal()
         m.d.comb += [
             self.o_available.eq(tiles.o_available),
             tiles.i_take.eq(self.i_take),
@@ -149,10 +152,11 @@ class Core(wiring.Component):
             array.i_format.eq(self.i_format),
             array.i_codes.eq(tiles.o_codes),
             array.i_scales.eq(tiles.o_scales),
-            array.i_lanes.eq(Mux(started.hidden, h_lanes.r_data, x_lanes.r_data)),
+            array.i_lanes.eq(Mux(of_hidden, h_lanes.r_data, x_lanes.r_data)),
             array.i_tag.eq(tag),
         ]
-        m.d.sync += [array.i_valid.eq(self.i_take), started.eq(self.i_step), tag.eq(self.i_tag)]
+        m.d.sync += [array.i_valid.eq(self.i_take), started.eq(self.i_step), tag.eq(self.i_tag),
+                     of_hidden.eq(started.hidden)]
         for name, lanes in (("x", x_lanes), ("h", h_lanes)):
             m.d.comb += [
                 lanes.w_en.eq(getattr(self, f"{name}_en")),

@@ -43,8 +43,9 @@ class DotArray(wiring.Component):
     where k runs over a block of 32.
 
         codes -> decode -> [multiplier] -> tree -> split -> [multiplier] -> shift ---> sum
-        lanes -> 0, 1 ---> [ 2, 3, 4  ]   5 to 9   rows     [10, 11, 12]    13, 14     15
-        scales-------------- delayed ---------------------> significand     shift
+           0      1, 2     [ 3, 4, 5  ]  6 to 10   rows     [11, 12, 13]    14, 15     16
+        lanes --> 1, 2 ----^                                significand     shift
+        scales-------------- delayed -----------------------^---------------^
 
     Two rows of a 4-bit format share a multiplier: P = ((w1 << 12) + w0) * x, whose low 12 bits,
     signed, are w0 * x because |w0 * x| <= 12 * 128. Sums over k of P and of its low field are
@@ -77,6 +78,7 @@ class DotArray(wiring.Component):
     i_codes : :py:`In(8 * config.word_bytes)`
     i_scales : :py:`In(scale_layout(config))`
     i_lanes : :py:`In(ArrayLayout(layouts.lane(config), config.token_lanes))`
+        LANES_LATER_CYCLES after the rest of the step, so that they may be chosen meanwhile.
         Mantissas in [-128, 127]; shift plus the row's shift at most MAX_SHIFT.
     i_tag : :py:`In(tag_width)`
     o_valid : :py:`Out(1)`
@@ -86,7 +88,8 @@ class DotArray(wiring.Component):
         Tag of the last step.
     """
 
-    LATENCY_CYCLES = 2 + 2 * Multiplier.LATENCY_CYCLES + len(TREE_LEVELS) + 3
+    LANES_LATER_CYCLES = 1
+    LATENCY_CYCLES = 3 + 2 * Multiplier.LATENCY_CYCLES + len(TREE_LEVELS) + 3
     MAX_SHIFT = max(f.max_shift for f in FORMATS.values()) + ACTIVATION_SHIFT_MAX
 
     def __init__(self, config, family="generic", *, tag_width=1, gated=None):
@@ -158,7 +161,7 @@ class DotArray(wiring.Component):
                 value = register(i, value.shape(), value, name)
             return value
 
-        multiply = 2  # first stage of the multipliers, and so on
+        multiply = 3  # first stage of the multipliers, and so on
         tree = multiply + Multiplier.LATENCY_CYCLES
         scale = tree + len(TREE_LEVELS)
         shift = scale + Multiplier.LATENCY_CYCLES
@@ -179,31 +182,34 @@ class DotArray(wiring.Component):
         e2m1_copies = self._copies(
             register, self._is(self.i_format, lambda f: f.name == "mxfp4"), "e2m1")
 
-        def decode(nibble, e2m1, name):
+        def decode(nibble, e2m1):
             """Return the integer that a 4-bit code stands for."""
-            magnitude = Signal(4, name=f"{name}_magnitude")
-            value = Signal(signed(5), name=name)
+            magnitude = Signal(4, name="magnitude")
+            value = Signal(signed(5), name="decoded")
             m.d.comb += [
                 magnitude.eq(C(E2M1_TABLE, 32) >> (nibble[:3] << 2)),
                 value.eq(Mux(e2m1, Mux(nibble[3], -magnitude, magnitude), nibble.as_signed())),
             ]
             return value
 
+        # What is decoded, what is joined and what crosses the array have registers of their own.
         factors = []
         for rm in range(multiplier_rows):
             for k in range(BLOCK):
-                name = f"factor{rm}_{k}"
-                code = register(0, 8, self.i_codes.word_select(rm * BLOCK + k, 8), f"code{rm}_{k}")
+                name = f"{rm}_{k}"
+                code = register(0, 8, self.i_codes.word_select(rm * BLOCK + k, 8), f"code{name}")
                 copy = k * len(packed_copies) // BLOCK
                 packed, e2m1 = packed_copies[copy], e2m1_copies[copy]
-                low = decode(code[:4], e2m1, f"{name}_low")
-                high = decode(code[4:], e2m1, f"{name}_high")
-                # Registers here and in the multiplier: one decodes, the other crosses the array.
-                factors.append(register(1, signed(FACTOR_BITS), Mux(
-                    packed, (high << FIELD_BITS) + low, code.as_signed()), name))
+                low = register(1, signed(8), Mux(
+                    packed, decode(code[:4], e2m1), code.as_signed()), f"low_factor{name}")
+                high = register(1, signed(5), Mux(
+                    packed, decode(code[4:], e2m1), 0)[:5].as_signed(), f"high_factor{name}")
+                factors.append(register(
+                    2, signed(FACTOR_BITS), (high << FIELD_BITS) + low, f"factor{name}"))
 
         # -- multiply, and sum over the block -----------------------------------------------------
-        mantissas = [[delay(0, 1, self.i_lanes[lane].mantissas[k], f"mantissa{lane}_{k}")
+        mantissas = [[delay(self.LANES_LATER_CYCLES, multiply - 1,
+                             self.i_lanes[lane].mantissas[k], f"mantissa{lane}_{k}")
                       for k in range(BLOCK)] for lane in range(lanes)]
         full_sums, low_sums = {}, {}  # by (rm, lane)
         for rm in range(multiplier_rows):
@@ -227,8 +233,8 @@ class DotArray(wiring.Component):
                         for row, s in enumerate(scales)]
         row_shifts = [delay(1, shift - 2, s[SIGNIFICAND_BITS:], f"row_shift{row}")
                       for row, s in enumerate(scales)]
-        lane_shifts = [delay(0, shift - 2, self.i_lanes[lane].shift, f"lane_shift{lane}")
-                       for lane in range(lanes)]
+        lane_shifts = [delay(self.LANES_LATER_CYCLES, shift - 2, self.i_lanes[lane].shift,
+                             f"lane_shift{lane}") for lane in range(lanes)]
 
         # Magnitudes follow from the formats; every operand, -128 and an empty scale included, fits.
         block_bits = (BLOCK * 128 * 12).bit_length() + 1

@@ -160,18 +160,23 @@ class Engine(wiring.Component):
                 core.h_en.eq(hidden.w_en), core.h_address.eq(hidden.w_address),
                 core.h_data.eq(hidden.w_data),
             ]
-        base = layouts.base_address(config)
-        m.submodules.bases = bases = Memory(
-            shape=signed(layouts.EXPONENT_BITS), depth=1 << base.size, init=[])
-        x_base, h_base, base_read = bases.write_port(), bases.write_port(), bases.read_port()
+        wanted = lead.base_address
+        of_hidden = Signal()
+        m.d.sync += of_hidden.eq(wanted.hidden)
+        bases = {}
+        for name, block, address in (("x", loader, Cat(wanted.slot, wanted.bank)),
+                                     ("h", hidden, wanted.slot)):
+            m.submodules[f"{name}_bases"] = memory = Memory(
+                shape=signed(layouts.EXPONENT_BITS), depth=1 << len(address), init=[],
+                attrs={"no_rw_check": 1})  # a base is never needed in the cycle that writes it
+            write, read = memory.write_port(), memory.read_port()
+            m.d.comb += [
+                write.en.eq(block.base_en), write.addr.eq(block.base_address),
+                write.data.eq(block.base_data), read.addr.eq(address),
+            ]
+            bases[name] = read.data
         m.d.comb += [
-            x_base.en.eq(loader.base_en), x_base.data.eq(loader.base_data),
-            x_base.addr.eq(Cat(loader.base_address, C(0, 1))),
-            h_base.en.eq(hidden.base_en), h_base.data.eq(hidden.base_data),
-            h_base.addr.eq(Cat(hidden.base_address, C(0b10, 2))),
-            base_read.addr.eq(lead.base_address),
-            *(core.base_data.eq(base_read.data) for core in cores),
-        ]
+            core.base_data.eq(Mux(of_hidden, bases["h"], bases["x"])) for core in cores]
 
         # Steps
         wiring.connect(m, dispatcher=dispatcher.o_pass, sequencer=sequencer.i_pass)

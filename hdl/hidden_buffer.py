@@ -17,8 +17,8 @@ __all__ = ["HiddenBuffer"]
 def _larger(m, a, b, name):
     """Return the larger of two ``block_top()``, where zero is less than anything."""
     out = Signal(block_top(), name=name)
-    key_a, key_b = (Cat(v.raised, v.top).as_signed() for v in (a, b))
-    m.d.comb += out.eq(Mux(~a.zero & (b.zero | (key_a > key_b)), a, b))
+    key_a, key_b = (Cat(v.raised, v.top[:-1], ~v.top[-1], ~v.zero) for v in (a, b))
+    m.d.comb += out.eq(Mux(key_a > key_b, a, b))
     return out
 
 
@@ -31,13 +31,14 @@ class HiddenBuffer(wiring.Component):
                     +--> [tree] --> [largest of block, of token] ----^
 
     As many consecutive elements of a slot come at once as there are channels, one from each core.
-    They come in the order of their index, those of different slots in any order. The bits are those
+    They come in the order of their index, those of different slots in any order, those of a slot
+    not in consecutive cycles (an ActivationUnit needs two for each). The bits are those
     of :func:`moeaccel.arithmetic.quantise_elements`. ``i_start`` says what the pass is; quantising
     begins when the element marked ``last`` has come, too, be it before or after.
 
-    Throughput: ``channels`` elements per cycle in; ``quantiser_lanes`` elements per cycle out, so
-    that slot s is counted by ``o_slots_ready`` about ``(s + 1) * 32 * i_steps / quantiser_lanes +
-    latency_cycles`` cycles after the beginning. Nothing can be refused: elements of the next pass
+    Throughput: ``channels`` elements in every other cycle; ``quantiser_lanes`` elements per cycle
+    out, so that slot s is counted by ``o_slots_ready`` about ``(s + 1) * 32 * i_steps /
+    quantiser_lanes + latency_cycles`` cycles after the beginning. Nothing can be refused: elements of the next pass
     may come only when all slots are ready. Reset forgets the pass.
 
     Parameters
@@ -94,9 +95,10 @@ class HiddenBuffer(wiring.Component):
     def latency_cycles(self):
         """Cycles from the last elements to the count of the first slot, beyond that slot's groups.
 
-        From ``i_start``, if that is later, they are fewer: those of the tree, one a level.
+        From ``i_start``, if that is later, they are fewer: by those of the tree, one a level, and
+        one.
         """
-        return 4 + exact_log2(self._config.channels) + BlockQuantiser.LATENCY_CYCLES
+        return 5 + exact_log2(self._config.channels) + BlockQuantiser.LATENCY_CYCLES
 
     def elaborate(self, platform):
         m = Module()
@@ -137,7 +139,8 @@ class HiddenBuffer(wiring.Component):
         token_w, token_r = tokens.write_port(), tokens.read_port(domain="comb")
         token_q = tokens.read_port(domain="comb")
 
-        # -- 1: arrive, store; the largest of them, a level of the tree in a stage; 2: compare -----
+        # -- 1: arrive, store; the largest of them, a level of the tree in a stage; 2: look up what
+        # the largest was; 3: compare
         elements = self.i_elements.payload
         first_index = Cat(C(0, core_bits), elements.index)
         p = Pipeline(m, self.i_elements.valid, "arrival")
@@ -176,14 +179,16 @@ class HiddenBuffer(wiring.Component):
             m.d.comb += block_old.zero.eq(1)
         with m.If(s.index == 0):
             m.d.comb += token_old.zero.eq(1)
-        block_now = _larger(m, new, block_old, "block_now")
+        s = p.stage(new=new, block_old=block_old, token_old=token_old, slot=s.slot, index=s.index,
+                    last=s.last)
+        block_now = _larger(m, s.new, s.block_old, "block_now")
         m.d.comb += [
             block_w.en.eq(p.valid),
             block_w.addr.eq(s.slot),
             block_w.data.eq(block_now),
             token_w.en.eq(p.valid),
             token_w.addr.eq(s.slot),
-            token_w.data.eq(_larger(m, new, token_old, "token_now")),
+            token_w.data.eq(_larger(m, s.new, s.token_old, "token_now")),
             tops_w.en.eq(p.valid & s.index[core_bits:block_bits].all()),
             tops_w.addr.eq(Cat(s.index[block_bits:][:step_bits], s.slot)),
             tops_w.data.eq(block_now),
@@ -196,7 +201,9 @@ class HiddenBuffer(wiring.Component):
         steps = Signal(self.i_steps.shape())
         with m.If(p.valid & s.last):
             m.d.sync += complete.eq(1)
-        with m.If(started & complete):
+        begin = Signal()
+        m.d.comb += begin.eq(started & complete)
+        with m.If(begin):
             m.d.sync += [started.eq(0), complete.eq(0), active.eq(1)]
         m.d.sync += self.o_slots_ready.eq(self.o_slots_ready + quantiser.base_en)
         with m.If(self.i_start):
@@ -209,31 +216,42 @@ class HiddenBuffer(wiring.Component):
             ]
 
         # -- quantise ------------------------------------------------------------------------------
+        # Counts go down to 0 and to 1; that they are there is known from registers.
         group = Signal(group_bits)
-        slot = Signal(self.i_count.shape())
+        slot = Signal(slot_bits)
         step = Signal(step_bits)
+        steps_left, slots_left = Signal(step_bits), Signal(slots.shape())
+        one_step, last_step, last_slot = Signal(), Signal(), Signal()
         block_end, slot_end = Signal(), Signal()
         in_block = block_bits - lane_bits
         m.d.comb += [
             step.eq(group >> in_block),
             block_end.eq(group[:in_block].all()),
-            slot_end.eq(block_end & (step + 1 == steps)),
+            slot_end.eq(block_end & last_step),
             tops_r.en.eq(active),
-            tops_r.addr.eq(Cat(step, slot[:slot_bits])),
-            token_q.addr.eq(slot[:slot_bits]),
+            tops_r.addr.eq(Cat(step, slot)),
+            token_q.addr.eq(slot),
         ]
         for _, read in values:
-            m.d.comb += [read.en.eq(active), read.addr.eq(Cat(group[sub_bits:], slot[:slot_bits]))]
+            m.d.comb += [read.en.eq(active), read.addr.eq(Cat(group[sub_bits:], slot))]
         with m.If(active):
             m.d.sync += group.eq(group + 1)
+            with m.If(block_end):
+                m.d.sync += [steps_left.eq(steps_left - 1), last_step.eq(steps_left == 1)]
             with m.If(slot_end):
-                m.d.sync += [group.eq(0), slot.eq(slot + 1)]
-                with m.If(slot + 1 == slots):
-                    m.d.sync += [slot.eq(0), active.eq(0)]
+                m.d.sync += [group.eq(0), slot.eq(slot + 1), steps_left.eq(steps - 1),
+                             last_step.eq(one_step), slots_left.eq(slots_left - 1),
+                             last_slot.eq(slots_left == 1)]
+                with m.If(last_slot):
+                    m.d.sync += active.eq(0)
+        with m.If(begin):
+            m.d.sync += [slot.eq(0), steps_left.eq(steps - 1), last_step.eq(steps == 1),
+                         one_step.eq(steps == 1), slots_left.eq(slots - 1),
+                         last_slot.eq(slots == 1)]
         q = Pipeline(m, active, "out")
         token = Signal(block_top())
         m.d.comb += token.eq(token_q.data)
-        s = q.stage(step=step, slot=slot[:slot_bits], block_end=block_end, slot_end=slot_end,
+        s = q.stage(step=step, slot=slot, block_end=block_end, slot_end=slot_end,
                     token_top=token.top, token_zero=token.zero, sub=group[:max(1, sub_bits)])
         out = quantiser.i_group
         m.d.comb += [

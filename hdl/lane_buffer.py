@@ -34,12 +34,12 @@ class LaneBuffer(wiring.Component):
     w_address : :py:`In(address_bits)`
     w_data : :py:`In(ArrayLayout(layouts.lane(config), config.token_lanes))`
     r_en : :py:`In(1)`
-        Keeps ``r_data`` when 0; left alone it is 1.
+        Reads nothing when 0; left alone it is 1.
     r_address : :py:`In(address_bits)`
     r_data : :py:`Out(ArrayLayout(layouts.lane(config), config.token_lanes))`
     """
 
-    READ_LATENCY_CYCLES = 1
+    READ_LATENCY_CYCLES = 2
 
     def __init__(self, config, banks):
         if not isinstance(config, AcceleratorConfig):
@@ -87,6 +87,7 @@ class LaneBuffer(wiring.Component):
                 write.data.eq(self.w_data[i]),
                 read.en.eq(self.r_en),
                 read.addr.eq(self.r_address),
-                self.r_data[i].eq(read.data),
             ]
+            # Block RAM is slow to answer: a register behind it, ahead of everything else.
+            m.d.sync += self.r_data[i].eq(read.data)
         return m

@@ -7,7 +7,10 @@ from amaranth.lib.wiring import In, Out
 from moeaccel.arithmetic import MANTISSA_BITS
 from moeaccel.hdl.pipeline import Pipeline
 
-__all__ = ["Normaliser", "shift_out_zeros"]
+__all__ = ["Normaliser", "any_of", "shift_out_zeros", "shift_right"]
+
+WIDE_STEP = 16
+"""Longest shift whose test for zero and multiplexer are one stage."""
 
 
 def shift_out_zeros(value, steps):
@@ -43,6 +46,41 @@ def shift_out_zeros(value, steps):
         taken = [both, Mux(both, empty(2), empty(0))]
     amount = Cat(reversed(taken))
     return (value << step * amount)[:width], taken
+
+
+def any_of(value, unit):
+    """Return for each ``unit`` bits of ``value``, from the low end on, whether there is a 1."""
+    return Cat(value[i:i + unit].any() for i in range(0, len(value), unit))
+
+
+def shift_right(m, value, by, *, unit=1, parts=None):
+    """Shift ``value`` right by ``by * unit``.
+
+    Parameters
+    ----------
+    m : :class:`Module`
+    value : value
+    by : value
+        Unsigned, a few bits.
+    unit : :class:`int`
+    parts : value, optional
+        Whether there is a 1 in each ``unit`` bits of ``value``, if that is known (:func:`any_of`).
+
+    Returns
+    -------
+    shifted : :class:`Signal`
+        Of the shape of ``value``.
+    lost : :class:`Signal`
+        A 1 was shifted out.
+    """
+    shifted, lost = Signal(value.shape(), name="shifted"), Signal(name="lost")
+    if parts is None:
+        parts = any_of(value, unit)
+    with m.Switch(by):
+        for n in range(1 << len(by)):
+            with m.Case(n):
+                m.d.comb += [shifted.eq(value >> n * unit), lost.eq(parts[:n].any() if n else 0)]
+    return shifted, lost
 
 
 class Normaliser(wiring.Component):
@@ -129,19 +167,16 @@ class Normaliser(wiring.Component):
 
     @property
     def _shift_stages(self):
-        """Shift distances, one tuple for each pipeline stage; a wide test for zero has its own."""
+        """Shift distances, one tuple for each multiplexer."""
         bits = range(self._max_leading_zeros.bit_length() - 1, -1, -1)
-        stages = [(1 << bit,) for bit in bits if bit > 3]
-        for pair in ((8, 4), (2, 1)):
-            stage = tuple(step for step in pair if step <= self._max_leading_zeros)
-            if stage:
-                stages.append(stage)
-        return stages
+        stages = [(1 << bit,) for bit in bits if bit > 1]
+        return [*stages, tuple(1 << bit for bit in bits if bit <= 1)]
 
     @property
     def latency_cycles(self):
         """Cycles from input to output."""
-        return len(self._shift_stages) + 2
+        wide = sum(steps[0] > WIDE_STEP for steps in self._shift_stages)
+        return wide + len(self._shift_stages) + 2
 
     def elaborate(self, platform):
         m = Module()
@@ -151,7 +186,14 @@ class Normaliser(wiring.Component):
         sign, tag = self.i_sign, self.i_tag
         zeros = Const(0, 0)  # leading zeros, the bits found so far
         for steps in self._shift_stages:
-            magnitude, taken = shift_out_zeros(magnitude, steps)
+            if steps[0] > WIDE_STEP:
+                (step,) = steps
+                s = p.stage(magnitude=magnitude, exponent=exponent, sign=sign, tag=tag, zeros=zeros,
+                            empty=magnitude[-step:] == 0)
+                exponent, sign, tag, zeros = s.exponent, s.sign, s.tag, s.zeros
+                magnitude, taken = (s.magnitude << step * s.empty)[:width], [s.empty]
+            else:
+                magnitude, taken = shift_out_zeros(magnitude, steps)
             zeros = Cat(*reversed(taken), zeros)
             s = p.stage(magnitude=magnitude, exponent=exponent, sign=sign, tag=tag, zeros=zeros)
             magnitude, exponent, sign, tag, zeros = (

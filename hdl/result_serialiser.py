@@ -85,7 +85,7 @@ class ResultSerialiser(wiring.Component):
     @property
     def latency_cycles(self):
         """Cycles from a result to its first element."""
-        return 5 + self._normaliser.latency_cycles
+        return 6 + self._normaliser.latency_cycles
 
     def _meta(self):
         fields = dict(layouts.result_element(self._config).members)
@@ -112,7 +112,7 @@ class ResultSerialiser(wiring.Component):
             level.eq(level + self.i_valid - taken),
         ]
 
-        def queue(name, value):
+        def queue(name, value, address):
             shape = unsigned(len(Value.cast(value)))
             m.submodules[name] = storage = memory.Memory(
                 shape=shape, depth=self.FIFO_DEPTH, init=[])
@@ -121,27 +121,38 @@ class ResultSerialiser(wiring.Component):
                 write.en.eq(self.i_valid),
                 write.addr.eq(write_at),
                 write.data.eq(value),
-                read.addr.eq(read_at),
+                read.addr.eq(address),
             ]
             return read.data
 
-        tag = Signal(layouts.result_tag(config))
-        m.d.comb += tag.eq(queue("tags", self.i_tag))
-        sums = [queue(f"sum{i}", self.i_sums[i]) for i in range(rows * lanes)]
+        # -- the first result's tag, in a register -------------------------------------------------
+        # The first to come goes there at once, those behind it by way of the FIFO.
+        tag, after = (Signal(layouts.result_tag(config), name=n) for n in ("tag", "after"))
+        tag_valid, tag_free = Signal(), Signal()
+        after_at = Signal(pointer)
+        after_valid = Signal()
+        waiting = Signal(self.FIFO_DEPTH - 1)  # behind the first: a 1 for each, from bit 0 on
+        m.d.comb += [
+            tag_free.eq(~tag_valid | taken),
+            after.eq(Mux(waiting[0], queue("tags", self.i_tag, after_at), self.i_tag)),
+            after_valid.eq(waiting[0] | self.i_valid),
+        ]
+        with m.If(self.i_valid & ~tag_free):
+            m.d.sync += waiting.eq(Cat(1, waiting))
+        with m.Elif(~self.i_valid & tag_free):
+            m.d.sync += waiting.eq(waiting >> 1)
 
         # -- 0: the next element -------------------------------------------------------------------
         row = Signal(row_bits)
         member = Signal(range(lanes))  # of the group
         valid = Signal()
-        last_row, last_member = Signal(), Signal()
+        last_row, last_member = Signal(), Signal()  # of its member, of the result
         slot = Signal(layouts.slot_bits(config))
         exponents = self.i_row_exponents
         m.d.comb += [
-            valid.eq((level != 0) & exponents.valid),
-            last_row.eq((row ^ tag.missing).all()),
-            last_member.eq(member + 1 == tag.slots),
+            valid.eq(tag_valid & exponents.valid),
             taken.eq(valid & last_row & last_member),
-            exponents.ready.eq((level != 0) & last_row & last_member & tag.last_group),
+            exponents.ready.eq(tag_valid & last_row & last_member & tag.last_group),
             slot.eq(Mux(
                 tag.two_planes,
                 Cat(member[:lane_bits - 1], tag.group),
@@ -151,11 +162,15 @@ class ResultSerialiser(wiring.Component):
             self.base_address.bank.eq(tag.x_bank & ~self.base_address.hidden),
         ]
         with m.If(valid):
-            m.d.sync += row.eq(row + 1)
+            m.d.sync += [row.eq(row + 1), last_row.eq(((row + 1)[:row_bits] ^ tag.missing).all())]
             with m.If(last_row):
-                m.d.sync += [row.eq(0), member.eq(member + 1)]
-                with m.If(last_member):
-                    m.d.sync += member.eq(0)
+                m.d.sync += [row.eq(0), last_row.eq(tag.missing.all()),
+                             member.eq(member + 1), last_member.eq(member + 2 == tag.slots)]
+        with m.If(tag_free):
+            m.d.sync += [tag.eq(after), tag_valid.eq(after_valid),
+                         after_at.eq(after_at + after_valid),
+                         row.eq(0), last_row.eq(after.missing.all()),
+                         member.eq(0), last_member.eq(after.slots == 1)]
         meta = Signal(self._meta())
         m.d.comb += [
             meta.slot.eq(slot),
@@ -166,33 +181,36 @@ class ResultSerialiser(wiring.Component):
             meta.fresh.eq(tag.fresh),
         ]
 
-        # A pair of lanes is a token of a16, or two of a8.
-        shape = signed(config.accumulator_bits)
-        even, odd = Signal(shape), Signal(shape)
         pair_of = Signal(range(max(2, lanes // 2)))
         m.d.comb += pair_of.eq(Mux(tag.two_planes, member, member >> 1))
-        with m.Switch(Cat(pair_of[:lane_bits - 1], row)):
-            for i in range(rows * lanes // 2):
-                with m.Case(i):
-                    m.d.comb += [even.eq(sums[2 * i]), odd.eq(sums[2 * i + 1])]
         row_exponent = Signal(signed(ROW_EXPONENT_BITS))
         with m.Switch(row):
             for i in range(rows):
                 with m.Case(i):
                     m.d.comb += row_exponent.eq(exponents.payload[i])
 
-        # -- 1, 2: join planes; 3: magnitude -------------------------------------------------------
+        # -- 1: choose; 2, 3: join planes; 4: magnitude --------------------------------------------
         p = Pipeline(m, valid)
-        s = p.stage(even=even, odd=odd, two=tag.two_planes, second=member[0],
-                    row_exponent=row_exponent, meta=meta)
-        joined = Signal(signed(config.joined_bits))
+        s = p.stage(at=read_at, pair=Cat(pair_of[:lane_bits - 1], row), two=tag.two_planes,
+                    second=member[0], row_exponent=row_exponent, meta=meta)
+        # A pair of lanes is a token of a16, or two of a8. What comes next to the place of a result
+        # that has just left is written at the end of this cycle at the earliest.
+        shape = signed(config.accumulator_bits)
+        even, odd = Signal(shape), Signal(shape)
+        sums = [queue(f"sum{i}", self.i_sums[i], s.at) for i in range(rows * lanes)]
+        with m.Switch(s.pair):
+            for i in range(rows * lanes // 2):
+                with m.Case(i):
+                    m.d.comb += [even.eq(sums[2 * i]), odd.eq(sums[2 * i + 1])]
         exponent = Signal(signed(ROW_EXPONENT_BITS + 2))
+        m.d.comb += exponent.eq(s.row_exponent + self.base_data)
+        s = p.stage(even=even, odd=odd, two=s.two, second=s.second, exponent=exponent, meta=s.meta)
+        joined = Signal(signed(config.joined_bits))
         with m.If(s.two):
             m.d.comb += joined.eq((s.even << 8) + s.odd)
         with m.Else():
             m.d.comb += joined.eq(Mux(s.second, s.odd, s.even))
-        m.d.comb += exponent.eq(s.row_exponent + self.base_data)
-        s = p.stage(joined=joined, exponent=exponent, meta=s.meta)
+        s = p.stage(joined=joined, exponent=s.exponent, meta=s.meta)
         magnitude = Signal(config.joined_bits - 1)
         m.d.comb += magnitude.eq(Mux(s.joined < 0, -s.joined, s.joined))
         s = p.stage(magnitude=magnitude, sign=s.joined[-1], exponent=s.exponent, meta=s.meta)

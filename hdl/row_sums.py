@@ -9,6 +9,7 @@ from amaranth.utils import ceil_log2, exact_log2
 from moeaccel.config import AcceleratorConfig
 from moeaccel.hdl import layouts
 from moeaccel.hdl.multiplier import Multiplier
+from moeaccel.hdl.normaliser import any_of, shift_right
 from moeaccel.hdl.pipeline import Pipeline
 
 __all__ = ["SUM_BITS", "RowSums", "stripe", "stripe_address", "sums_word"]
@@ -73,12 +74,13 @@ class RowSums(wiring.Component):
     o_overflow : :py:`Out(1)`
         Pulse for each output beyond the grid.
     i_draining : :py:`In(1)`
-    r_address, r_data : :py:`In(stripe_address(config))`, this core's sums, one cycle later
+    r_address, r_data : :py:`In(stripe_address(config))`, this core's sums, two cycles later
     w_en, w_address, w_data
         An enable for each sum.
     """
 
-    LATENCY_CYCLES = Multiplier.LATENCY_CYCLES + 9
+    LATENCY_CYCLES = Multiplier.LATENCY_CYCLES + 10
+    READ_LATENCY_CYCLES = 2
 
     def __init__(self, config: AcceleratorConfig, family="generic"):
         if not isinstance(config, AcceleratorConfig):
@@ -109,11 +111,14 @@ class RowSums(wiring.Component):
         lanes = sums_word(config).length
         lanes_log2 = exact_log2(lanes)
         address = stripe_address(config)
-        words = Memory(shape=sums_word(config), depth=config.max_slots << address["word"].width,
-                       init=[])
-        m.submodules.words = words
-        write = words.write_port(granularity=1)
-        read = words.read_port()
+        # A sum is not needed in the cycle in which it is written. A memory for each lane: that one
+        # of them is written does not touch the others.
+        ports = []
+        for i in range(lanes):
+            m.submodules[f"words{i}"] = words = Memory(
+                shape=signed(SUM_BITS), depth=config.max_slots << address["word"].width, init=[],
+                attrs={"no_rw_check": 1})
+            ports.append((words.write_port(), words.read_port()))
         draining = self.i_draining
 
         # Elements: weight, round, add
@@ -133,49 +138,48 @@ class RowSums(wiring.Component):
             s, zero=(s.mantissa == 0) | (weight.mantissa == 0),
             shift=s.exponent + weight.exponent))
         product = multiplier.o_product
+        base = Signal(signed(9))  # LEFT + grid exponent
+        m.d.sync += base.eq(self.i_grid_exponent + LEFT)
         s = pipe.stage(**carried(
             s, zero=s.zero, product=product, large=product[33] ^ product[35],
-            shift=s.shift - self.i_grid_exponent))
+            amount=base - s.shift))
         # (product << 10) >> amount, with a rounding and a sticky bit below
-        amount = LEFT - s.shift
-        s = pipe.stage(**carried(
-            s, overflow=~s.zero & (s.shift > LEFT - s.large), product=s.product,
-            amount=Mux(amount < 0, 0, Mux(amount > 63, 63, amount))[:6]))
         wide = Cat(C(0, LEFT + 2), s.product).as_signed()
-        coarse = Cat(C(0, 3), s.amount[3:])
-        below = (1 << coarse) - 1
-        s = pipe.stage(**carried(s, overflow=s.overflow, amount=s.amount[:3],
-                                 value=wide >> coarse, sticky=(wide & below[:len(wide)]).any()))
-        below = (1 << s.amount) - 1
-        s = pipe.stage(**carried(s, overflow=s.overflow, value=s.value >> s.amount,
-                                 sticky=s.sticky | (s.value & below).any()))
+        amount, beyond = s.amount, s.amount[6:-1].any()
+        s = pipe.stage(**carried(
+            s, overflow=~s.zero & ((amount < 0) | ((amount == 0) & s.large)), product=s.product,
+            amount=Mux(amount < 0, 0, Mux(beyond, 63, amount[:6])), parts=any_of(wide, 8)))
+        wide = Cat(C(0, LEFT + 2), s.product).as_signed()
+        value, sticky = shift_right(m, wide, s.amount[3:], unit=8, parts=s.parts)
+        s = pipe.stage(**carried(s, overflow=s.overflow, amount=s.amount[:3], value=value,
+                                 sticky=sticky))
+        value, sticky = shift_right(m, s.value, s.amount)
+        s = pipe.stage(**carried(s, overflow=s.overflow, value=value, sticky=s.sticky | sticky))
         value = s.value
         up = value[1] & (value[0] | s.sticky | value[2])
         s = pipe.stage(**carried(s, overflow=s.overflow, term=Mux(
             s.overflow, 0, (value[2:].as_signed() + up)[:TERM_LIMIT + 1].as_signed())))
         element_read = Signal(address)
         m.d.comb += [element_read.word.eq(s.row >> lanes_log2), element_read.slot.eq(s.slot)]
-        reading = pipe.valid
-        s = pipe.stage(**carried(s, overflow=s.overflow, term=s.term))
-        chosen = Array(read.data[i] for i in range(lanes))[s.row[:lanes_log2]]
+        # Block RAM is slow to answer: a register behind it, ahead of everything else.
+        s = pipe.delay(2, **carried(s, overflow=s.overflow, term=s.term))
+        m.d.sync += self.r_data.eq(Cat(read.data for _, read in ports))
+        chosen = Array(self.r_data[i] for i in range(lanes))[s.row[:lanes_log2]]
         s = pipe.stage(**carried(s, overflow=s.overflow, term=s.term,
                                  old=Mux(s.fresh, 0, chosen)[:SUM_BITS].as_signed()))
         s = pipe.stage(**carried(s, overflow=s.overflow, total=(s.old + s.term)[:SUM_BITS]))
         assert pipe.depth == self.LATENCY_CYCLES
-        total_valid = pipe.valid
         m.d.comb += [self.o_overflow.eq(pipe.valid & s.overflow),
                      self.o_pass_done.eq(pipe.valid & s.last)]
 
-        m.d.comb += self.r_data.eq(read.data)
         element_write = Signal(address)
         m.d.comb += [element_write.word.eq(s.row >> lanes_log2), element_write.slot.eq(s.slot)]
-        with m.If(draining):
-            m.d.comb += [read.addr.eq(self.r_address), write.addr.eq(self.w_address),
-                         write.en.eq(self.w_en), write.data.eq(self.w_data)]
-        with m.Else():
-            m.d.comb += [read.addr.eq(element_read), read.en.eq(reading),
-                         write.addr.eq(element_write)]
-            for i in range(lanes):
-                m.d.comb += [write.en[i].eq(total_valid & (s.row[:lanes_log2] == i)),
-                             write.data[i].eq(s.total)]
+        for i, (write, read) in enumerate(ports):
+            with m.If(draining):
+                m.d.comb += [read.addr.eq(self.r_address), write.addr.eq(self.w_address),
+                             write.en.eq(self.w_en[i]), write.data.eq(self.w_data[i])]
+            with m.Else():
+                m.d.comb += [read.addr.eq(element_read), write.addr.eq(element_write),
+                             write.en.eq(pipe.valid & (s.row[:lanes_log2] == i)),
+                             write.data.eq(s.total)]
         return m

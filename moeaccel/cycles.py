@@ -46,19 +46,19 @@ from moeaccel.config import BLOCK, AcceleratorConfig
 from moeaccel.image import HEADER_BYTES, ExpertShape, Section
 
 # -- pipeline depths, as the blocks document them (tests hold them to the RTL's own constants)
-ARRAY_CYCLES = 16
-"""DotArray: from a step to its sums. Decoding (2), two multipliers (3 each), 5 levels of the tree,
+ARRAY_CYCLES = 17
+"""DotArray: from a step to its sums. Decoding (3), two multipliers (3 each), 5 levels of the tree,
 two shifts, the sum."""
 RESULTS = 4
 """ResultSerialiser: results that may be under way or waiting behind the array."""
-SERIALISER_CYCLES = 5
+SERIALISER_CYCLES = 6
 """ResultSerialiser: from a result to its first element, but for the normaliser."""
 ACTIVATION_CYCLES = 24
 """ActivationUnit: from up to h. Position, table and output (6), three multipliers, each with 3 to
 round."""
 QUANTISER_CYCLES = 9
 """BlockQuantiser: from the last elements of a block to the lane buffer."""
-COMBINER_CYCLES = 12
+COMBINER_CYCLES = 13
 """RowSums: from an output to its place in the y buffer."""
 FLOAT_CYCLES = 7
 """Combiner: from a sum to float32."""
@@ -183,10 +183,11 @@ def predict_linear(
 def element_cycles(config: AcceleratorConfig) -> int:
     """Return the cycles from a result of the array to its first element.
 
-    It is normalised in a stage for each wide shift, two for the narrow ones and two to round.
+    It is normalised in a stage for each shift, two for one beyond 16, one for the last two, and two
+    to round.
     """
-    wide = range(4, (config.joined_bits - 2).bit_length())
-    return SERIALISER_CYCLES + len(wide) + 4
+    shifts = (config.joined_bits - 2).bit_length()
+    return SERIALISER_CYCLES + shifts + (shifts > 5) - 1 + 2
 
 
 # -- what is to be done
@@ -982,11 +983,11 @@ class _Machine:
                             yield
                         ready = [self._retired[n - 1].cycle + 1] * len(slots)
                     if not job.linear:
-                        # Elements, h, and two registers until all of it is known to be there; then
-                        # slot by slot through the quantiser.
+                        # Elements, h, and three registers until all of it is known to be there;
+                        # then slot by slot through the quantiser.
                         tree = config.channels.bit_length() - 1
                         all_there = (
-                            results.taken + self._element_cycles + ACTIVATION_CYCLES + 2 + tree)
+                            results.taken + self._element_cycles + ACTIVATION_CYCLES + 3 + tree)
                         groups = section.k // config.quantiser_lanes
                         ready = [
                             max(free, all_there + slot * groups + QUANTISER_CYCLES + 3)
@@ -1082,7 +1083,7 @@ class _Machine:
                     yield cycle
                     read = self._port.read(cycle, job.beats(job.d_out, 8))
                     yield read
-                    cycle = read.last + 3
+                    cycle = read.last + 4
                 yield cycle
                 cycle = self._write_row(cycle + 1, last=last)
             cycle += 1
@@ -1096,12 +1097,12 @@ class _Machine:
         """Return when a row is written and acknowledged; the request is accepted in ``cycle``.
 
         Sums leave a word a cycle, or in two if a word makes two beats (integers) or half of one
-        (float32); then a register, conversion, the FIFO (2) and W's register.
+        (float32); then two registers, conversion, the FIFO (2) and W's register.
         """
         job, config = self._job, self._job.config
         beats = job.beats(job.d_out, 4 if last else 8)
         words = job.d_out // config.quantiser_lanes
-        first = cycle + 1 + 1 + FLOAT_CYCLES + 2 + 1
+        first = cycle + 1 + 2 + FLOAT_CYCLES + 2 + 1
         spacing = 1
         if last and beats < words:
             first, spacing = first + 1, 2

@@ -1,5 +1,7 @@
 """DotArray against integer sums and against the golden matrix-vector product."""
 
+from collections import deque
+
 import numpy as np
 import pytest
 from amaranth.back import rtlil
@@ -83,6 +85,7 @@ def run(config, steps, *, gap=0.0, seed=0, gated=True):
     async def bench(ctx):
         nonlocal cycle
         queue = list(enumerate(steps))
+        late = deque([0] * DotArray.LANES_LATER_CYCLES)
         drain = DotArray.LATENCY_CYCLES + 2
         while drain:
             if queue and rng.random() >= gap:
@@ -94,7 +97,7 @@ def run(config, steps, *, gap=0.0, seed=0, gated=True):
                 ctx.set(dut.i_format, step.fmt.code)
                 ctx.set(dut.i_codes, codes)
                 ctx.set(dut.i_scales.as_value(), scales)
-                ctx.set(dut.i_lanes.as_value(), lanes)
+                late.append(lanes)
                 ctx.set(dut.i_tag, i & 255)
                 entered[i & 255] = cycle
             else:
@@ -103,7 +106,9 @@ def run(config, steps, *, gap=0.0, seed=0, gated=True):
                 ctx.set(dut.i_first, 1)
                 ctx.set(dut.i_last, 1)
                 ctx.set(dut.i_codes, int(rng.integers(1 << 62)))
+                late.append(int(rng.integers(1 << 62)))
                 drain -= not queue
+            ctx.set(dut.i_lanes.as_value(), late.popleft())
             if ctx.get(dut.o_valid):
                 raw = ctx.get(dut.o_sums.as_value())
                 tag = ctx.get(dut.o_tag)

@@ -54,6 +54,7 @@ class Bench:
                             "last": slot + 1 == count and cores * (index + 1) == dim})
                         await ctx.tick()
                         ctx.set(port.valid, 0)
+                        await ctx.tick()
 
     async def start(self, ctx, count, planes, steps):
         dut = self.dut
