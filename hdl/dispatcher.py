@@ -202,6 +202,7 @@ class Dispatcher(wiring.Component):
         passed = Signal()
         m.d.sync += ahead.eq(ahead + passed - self.i_retired)
         walk = Signal(expert_bits + 1)
+        walk_ends = Signal()  # it was the last expert, a cycle ago
         image = Signal(config.address_bits)
         next_image = Signal(config.address_bits)  # of the expert at ``walk``
         looked = Signal()  # at an expert, in the cycle before
@@ -244,6 +245,7 @@ class Dispatcher(wiring.Component):
         m.d.sync += [
             words.eq(job.gate_up_words + job.down_words),
             last_slot.eq(slot + 1 == slots),
+            walk_ends.eq(walk + 1 == job.num_experts),
             looked.eq(0),
             last_pass.eq(remaining == slots),
             expert_ends.eq(left == slots),
@@ -355,6 +357,7 @@ class Dispatcher(wiring.Component):
                     remaining.eq(0),
                     clearing.eq(1),
                     counting.eq(1),
+                    walk_ends.eq(0),
                 ]
                 m.next = "CLEAR"
                 with m.If(~job.linear):
@@ -367,7 +370,7 @@ class Dispatcher(wiring.Component):
                     m.next = "CLEAR"
             with m.State("CLEAR"):  # while the ids are on their way
                 m.d.sync += walk.eq(walk + 1)
-                with m.If(walk + 1 == job.num_experts):
+                with m.If(walk_ends):
                     m.d.sync += clearing.eq(0)
                     m.next = "START"
                     with m.If(~job.linear):
@@ -410,7 +413,7 @@ class Dispatcher(wiring.Component):
             with m.State("PREFIX_WRITE"):
                 m.d.sync += [prefix.eq(prefix + count_r.data), walk.eq(walk + 1)]
                 m.next = "PREFIX_READ"
-                with m.If(walk + 1 == job.num_experts):
+                with m.If(walk_ends):
                     m.d.sync += prefixing.eq(0)
                     m.next = "START"
             with m.State("EXPERT_READ"):

@@ -448,20 +448,23 @@ class MemoryPort(wiring.Component):
         checked = Signal(burst_layout)
         write_issue = Signal()
         write_inside = Signal()
-        aw_free = Signal()
+        write_room = Signal()
         unanswered = Signal(pointer + 1)
         m.submodules.bursts = bursts = fifo.SyncFIFO(width=index + 1, depth=2 * WRITE_AHEAD_BURSTS)
         m.d.comb += [
-            aw_free.eq(~axi.awvalid | axi.awready),
-            write_issue.eq(checked_valid & aw_free & (bursts.w_level < WRITE_AHEAD_BURSTS - 1)
-                           & ~unanswered[-1] & ~flushing),
+            write_issue.eq(checked_valid & ~axi.awvalid & write_room & ~flushing),
             write_inside.eq(inside(checked)),
-            splitter.burst.ready.eq(granted & (~checked_valid | write_issue)),
+            splitter.burst.ready.eq(granted & ~checked_valid),
             bursts.w_en.eq(write_issued),
             bursts.w_data.eq(Cat(axi.awlen[:index], write_allowed)),
         ]
-        m.d.sync += [write_issued.eq(write_issue), write_allowed.eq(write_inside)]
-        with m.If(~checked_valid | write_issue):
+        m.d.sync += [
+            write_issued.eq(write_issue), write_allowed.eq(write_inside),
+            write_room.eq((bursts.w_level < WRITE_AHEAD_BURSTS - 1) & ~unanswered[-1]),
+        ]
+        with m.If(write_issue):
+            m.d.sync += checked_valid.eq(0)
+        with m.If(~checked_valid):
             m.d.sync += [
                 granted.eq(splitter.burst.valid & ~(granted & splitter.burst.payload.last)),
                 checked_valid.eq(granted),
@@ -469,7 +472,9 @@ class MemoryPort(wiring.Component):
             ]
         with m.If(flushing):
             m.d.sync += [granted.eq(0), checked_valid.eq(0)]
-        with m.If(aw_free):
+        with m.If(axi.awready):
+            m.d.sync += axi.awvalid.eq(0)
+        with m.If(~axi.awvalid):
             m.d.sync += [
                 axi.awvalid.eq(write_issue & write_inside),
                 axi.awaddr.eq(address_of(checked)),
@@ -490,7 +495,9 @@ class MemoryPort(wiring.Component):
         w_left = Signal(index)
         w_last = Signal()
         w_inside = Signal()
-        w_free = Signal()
+        w_spare_valid = Signal()
+        w_spare = Signal(8 * config.port_bytes + 2)
+        w_beat = Signal.like(w_spare)
         w_take = Signal()
         w_offered = Signal()
         w_strobe = Signal()
@@ -505,8 +512,8 @@ class MemoryPort(wiring.Component):
             with m.If(owner == i):
                 m.d.comb += data_valid.eq(writer.data.valid), data_payload.eq(writer.data.payload)
         m.d.comb += [
-            w_free.eq(~axi.wvalid | axi.wready),
-            w_offered.eq(w_active & (w_free | ~w_inside)),
+            w_offered.eq(w_active & (~w_spare_valid | ~w_inside)),
+            w_beat.eq(Cat(w_last, ~flushing, data_payload)),
             w_take.eq(w_offered & (data_valid | flushing)),
             bursts.r_en.eq(~next_valid),
             axi.wstrb.eq(w_strobe.replicate(config.port_bytes)),
@@ -522,13 +529,17 @@ class MemoryPort(wiring.Component):
                 m.d.sync += next_valid.eq(0)
         with m.Elif(w_take):
             m.d.sync += [w_left.eq(w_left - 1), w_last.eq(w_left == 1)]
-        with m.If(w_free):
+        # Whether a beat is taken does not depend on W: while that is busy, one more waits.
+        with m.If(~w_spare_valid):
+            m.d.sync += w_spare.eq(w_beat)
+        with m.If(~axi.wvalid | axi.wready):
             m.d.sync += [
-                axi.wvalid.eq(w_take & w_inside),
-                axi.wdata.eq(data_payload),
-                axi.wlast.eq(w_last),
-                w_strobe.eq(~flushing),
+                axi.wvalid.eq(w_spare_valid | (w_take & w_inside)),
+                Cat(axi.wlast, w_strobe, axi.wdata).eq(Mux(w_spare_valid, w_spare, w_beat)),
+                w_spare_valid.eq(0),
             ]
+        with m.Elif(~w_spare_valid):
+            m.d.sync += w_spare_valid.eq(w_take & w_inside)
         m.d.sync += self.write_beat.eq(axi.wvalid & axi.wready & w_strobe)
 
         asked = Signal()
@@ -542,7 +553,7 @@ class MemoryPort(wiring.Component):
             asked.eq(write_issued & write_allowed),
             writes_done.eq(~Cat(
                 accepted, splitter.burst.valid, granted, checked_valid, axi.awvalid, write_issued,
-                bursts.r_rdy, next_valid, w_active, axi.wvalid, unanswered).any()),
+                bursts.r_rdy, next_valid, w_active, w_spare_valid, axi.wvalid, unanswered).any()),
         ]
         finished = Signal()
         m.d.comb += finished.eq(owner_valid & writes_done)

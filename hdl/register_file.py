@@ -1,5 +1,8 @@
 """The AXI4-Lite slave that moeaccel.registers describes."""
 
+import functools
+import operator
+
 from amaranth import *
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
@@ -121,12 +124,14 @@ class RegisterFile(wiring.Component):
         # One read at a time, in two steps: a register of each page, then the page.
         ar_held = Signal()
         ar_word = Signal(ADDRESS_BITS - 2)
+        ar_select = Signal(1 << _PAGE_BITS)  # the word within its page, a bit for each
         looked_up = Signal()
         read = Signal()
         m.d.comb += [axil.arready.eq(~ar_held), read.eq(looked_up & ~axil.rvalid)]
         m.d.sync += looked_up.eq(ar_held & ~read)
         with m.If(axil.arvalid & axil.arready):
-            m.d.sync += [ar_held.eq(1), ar_word.eq(axil.araddr[2:])]
+            m.d.sync += [ar_held.eq(1), ar_word.eq(axil.araddr[2:]),
+                         ar_select.eq(1 << axil.araddr[2:2 + _PAGE_BITS])]
         with m.If(axil.rvalid & axil.rready):
             m.d.sync += axil.rvalid.eq(0)
         with m.If(read):
@@ -136,7 +141,7 @@ class RegisterFile(wiring.Component):
         m.d.comb += mask.eq(Cat(bit.replicate(8) for bit in w_strobes))
 
         values = {}  # what a read of each register returns
-        selected = {}  # a write of each register is in progress
+        selected = {}  # the cycle behind ``write``: data and strobes are still there
         for register in REGISTERS.values():
             name = register.name.lower()
             used = sum((1 << f.bits) - 1 << f.offset for f in register.fields) or 0xFFFF_FFFF
@@ -179,13 +184,13 @@ class RegisterFile(wiring.Component):
         ]
         m.d.sync += self.irq.eq(Cat(*pending).any())
 
+        m.d.sync += [signal.eq(0) for signal in selected.values()]
         with m.If(write):
             m.d.sync += axil.bresp.eq(_SLVERR)
             with m.Switch(aw_word):
                 for register in REGISTERS.values():
                     with m.Case(register.address >> 2):
-                        m.d.comb += selected[register.name].eq(1)
-                        m.d.sync += axil.bresp.eq(_OKAY)
+                        m.d.sync += [selected[register.name].eq(1), axil.bresp.eq(_OKAY)]
         pages = {}
         for register in REGISTERS.values():
             page, word = divmod(register.address >> 2, 1 << _PAGE_BITS)
@@ -195,11 +200,11 @@ class RegisterFile(wiring.Component):
         for page, words in pages.items():
             found = Signal(name=f"found{page}")
             value = Signal(32, name=f"page{page}")
-            m.d.sync += [found.eq(0), value.eq(0)]
-            with m.Switch(ar_word[:_PAGE_BITS]):
-                for word, source in words.items():
-                    with m.Case(word):
-                        m.d.sync += [found.eq(1), value.eq(source)]
+            m.d.sync += [
+                found.eq(Cat(ar_select[word] for word in words).any()),
+                value.eq(functools.reduce(operator.or_, (
+                    source & ar_select[word].replicate(32) for word, source in words.items()))),
+            ]
             with m.If(read & found & (ar_word[_PAGE_BITS:] == page)):
                 m.d.sync += [axil.rresp.eq(_OKAY), axil.rdata.eq(value)]
         return m

@@ -251,16 +251,17 @@ class Sequencer(wiring.Component):
         ]
 
         # -- sections
-        def begin(name, steps):
-            """Begin a section."""
+        begin, begin_down = Signal(), Signal()  # a section; it is a down section
+        with m.If(begin):
+            steps = Mux(begin_down, job.steps_hidden, job.steps_in)
             m.d.comb += [
                 in_section_next.eq(1),
-                operand_next.eq(y_free & job.linear if name == "down" else 1),
+                operand_next.eq(~begin_down | (y_free & job.linear)),
                 room_next.eq(in_flight < self.i_free),
             ]
             m.d.sync += [
                 *first_group,
-                down.eq(name == "down"),
+                down.eq(begin_down),
                 position.eq(0),
                 row.eq(0),
                 steps_last.eq(steps - 1),
@@ -268,12 +269,15 @@ class Sequencer(wiring.Component):
                 one_step.eq(steps == 1),
                 first_step.eq(1),
                 last_step.eq(steps == 1),
-                tiles_left.eq(tile_count[name]),
-                last_tile.eq(one_tile[name]),
+                tiles_left.eq(Mux(begin_down, tile_count["down"], tile_count["gate_up"])),
+                last_tile.eq(Mux(begin_down, one_tile["down"], one_tile["gate_up"])),
             ]
 
         taken_load = Signal()
-        m.d.sync += loads.eq(loads + self.i_loaded - taken_load)
+        x_there = Signal()  # that of the pass in ``current``
+        loads_next = Signal.like(loads)
+        m.d.comb += loads_next.eq(loads + self.i_loaded - taken_load)
+        m.d.sync += [loads.eq(loads_next), x_there.eq(current.same | (loads_next != 0))]
         finished = Signal()  # the last step of a pass has started
         with m.FSM(name="issue"):
             with m.State("PASS"):
@@ -281,20 +285,21 @@ class Sequencer(wiring.Component):
                 m.d.sync += [
                     current.eq(self.i_pass.payload),
                     one_group.eq(self.i_pass.p.count <= per_group),
+                    x_there.eq(self.i_pass.p.same | (loads_next != 0)),
                 ]
                 with m.If(self.i_pass.valid):
                     m.next = "X"
             with m.State("X"):
                 m.d.comb += waiting_x.eq(1)
-                with m.If(current.same | (loads != 0)):
-                    m.d.comb += [taken_load.eq(~current.same), self.o_pass_start.eq(1)]
+                with m.If(x_there):
+                    m.d.comb += [
+                        taken_load.eq(~current.same), self.o_pass_start.eq(1),
+                        begin.eq(1), begin_down.eq(job.linear),
+                    ]
                     m.d.sync += fresh.eq(~current.same)
+                    m.next = "GATE_UP"
                     with m.If(job.linear):
-                        begin("down", job.steps_hidden)
                         m.next = "DOWN"
-                    with m.Else():
-                        begin("gate_up", job.steps_in)
-                        m.next = "GATE_UP"
             with m.State("GATE_UP"):
                 with m.If(section_end):
                     m.d.comb += in_section_next.eq(0)
@@ -304,7 +309,7 @@ class Sequencer(wiring.Component):
                 m.next = "HIDDEN_STARTED"
             with m.State("HIDDEN_STARTED"):  # i_slots_ready is of this pass from the next cycle on
                 m.d.comb += waiting_x.eq(1)
-                begin("down", job.steps_hidden)
+                m.d.comb += [begin.eq(1), begin_down.eq(1)]
                 m.next = "DOWN"
             with m.State("DOWN"):
                 with m.If(section_end):

@@ -163,6 +163,7 @@ class TileBuffer(wiring.Component):
         step_first = Signal()
         group_end = Signal()
         row_after, scale_after = Signal(4), Signal(5)
+        row_wraps, scale_wraps = Signal(), Signal()  # one of these is 0
         rows_used, scales_used = Signal(), Signal()  # with this weight word; the next is no weight
         weight_accepted = Signal()
         m.d.comb += [
@@ -170,8 +171,8 @@ class TileBuffer(wiring.Component):
             group_end.eq(tile_end | (group_step == group_last)),
             row_after.eq(row_position + row_stride),
             scale_after.eq(scale_position + scale_stride),
-            rows_used.eq(tile_end & (row_after == 0)),
-            scales_used.eq(group_end & (scale_after == 0)),
+            rows_used.eq(tile_end & row_wraps),
+            scales_used.eq(group_end & scale_wraps),
             section_end.eq(weight_accepted & tile_end & tiles_end),
         ]
         row_word, scale_word = (Signal(word_bits, reset_less=True) for _ in range(2))
@@ -187,6 +188,7 @@ class TileBuffer(wiring.Component):
                              step_first.eq(0), group_step.eq(group_step + 1)]
                 with m.If(group_end):
                     m.d.sync += [group_step.eq(0), scale_position.eq(scale_after),
+                                 scale_wraps.eq(scale_after + scale_stride == 1 << 5),
                                  scale_word.eq(
                                      Mux(scale_stride[2], scale_word >> 32 * multiplier_rows,
                                          Mux(scale_stride[1], scale_word >> 16 * multiplier_rows,
@@ -196,6 +198,7 @@ class TileBuffer(wiring.Component):
                                  step_first.eq(1), tiles_left.eq(tiles_left - 1),
                                  tiles_end.eq(tiles_left == 2),
                                  row_position.eq(row_after),
+                                 row_wraps.eq(row_after + row_stride == 1 << 4),
                                  row_word.eq(
                                      Mux(packed, row_word >> 32 * multiplier_rows,
                                          row_word >> 16 * multiplier_rows))]
@@ -206,7 +209,7 @@ class TileBuffer(wiring.Component):
                 one_step.eq(waiting.steps == 1), tile_end.eq(waiting.steps == 1),
                 tiles_left.eq(waiting.tiles), tiles_end.eq(waiting.tiles == 1),
                 step_first.eq(1), group_step.eq(0),
-                row_position.eq(0), scale_position.eq(0),
+                row_position.eq(0), scale_position.eq(0), row_wraps.eq(0), scale_wraps.eq(0),
                 row_next.eq(1), scale_next.eq(1), weight_next.eq(0),
             ]
             with m.Switch(waiting.format):
