@@ -30,6 +30,24 @@ CELLS = {
 }
 """Columns of a table of resources: cells as Yosys names them."""
 
+SYNTHESIS = (
+    "delete t:$print",
+    "synth_ecp5 -top top -run begin:map_ffs",
+    "opt_clean",
+    "dfflegalize -cell $_DFF_?_ 01 -cell $_DFF_?P?_ r -cell $_SDFF_?P?_ r "
+    "-cell $_DFFE_??_ 01 -cell $_DFFE_?P??_ r -cell $_SDFFE_?P??_ r -minsrst 100 -mince 5",
+    "synth_ecp5 -top top -run map_ffs: -json top.json",
+)
+"""Yosys commands from Verilog to cells.
+
+A slice shares its enable and its reset: a few registers with an enable of their own, or a reset of
+fewer than 100, become logic, or they would be torn from their neighbours. What assertions print is
+nothing that hardware has; Yosys would keep the logic in front of it.
+"""
+
+PLACEMENT = ("--placer", "static", "--router", "router1")
+"""Flags of nextpnr for every design: those that converge where multipliers and memories fill it."""
+
 
 @dataclass(frozen=True)
 class Tool:
@@ -119,9 +137,9 @@ class Build:
     verilog : str
         Text with the module ``top``.
     script : str
-        Yosys commands between reading ``top.v`` and ``synth_ecp5``.
+        Yosys commands between reading ``top.v`` and `SYNTHESIS`.
     route : sequence of str
-        Flags of nextpnr.
+        Flags of nextpnr, beside `PLACEMENT`.
     constraints : str, optional
         Text of ``top.lpf``.
     folder : pathlib.Path
@@ -139,11 +157,11 @@ class Build:
         self._inputs: Mapping[str, str] = {
             "top.v": verilog,
             "synth.ys": "\n".join([
-                "read_verilog -sv -noassert top.v", script, "synth_ecp5 -top top -json top.json",
+                "read_verilog -sv -noassert top.v", script, *SYNTHESIS,
                 "tee -q -o stat.json stat -json", ""]),
             **({"top.lpf": constraints} if constraints is not None else {}),
         }
-        self._route = (*route, *(("--lpf", "top.lpf") if constraints is not None else ()))
+        self._route = (*PLACEMENT, *route, *(("--lpf", "top.lpf") if constraints is not None else ()))
         self.tools = f"{self._yosys.identity}, {self._nextpnr.identity}"
         self.digest = hashlib.sha256("\0".join(
             [*self._inputs.values(), *self._route, self.tools]).encode()).hexdigest()[:16]

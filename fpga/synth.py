@@ -35,8 +35,8 @@ __all__ = ["BLOCKS", "Report", "synthesise"]
 TARGET_MHZ = 120
 """What nextpnr aims at; it stops improving a path that reaches it."""
 
-ROUTE = ("--85k", "--package", "CABGA381", "--speed", "6", "--freq", str(TARGET_MHZ), "--router",
-         "router2", "--lpf-allow-unconstrained", "--timing-allow-fail")
+ROUTE = ("--85k", "--package", "CABGA381", "--speed", "6", "--freq", str(TARGET_MHZ),
+         "--lpf-allow-unconstrained", "--timing-allow-fail")
 
 Block = Callable[[AcceleratorConfig], wiring.Component]
 

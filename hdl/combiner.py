@@ -149,12 +149,11 @@ class Combiner(wiring.Component):
         token = Signal(layouts.token_bits(config))
         first, last = Signal(), Signal()
         row = Signal(config.address_bits)
-        words_in_row = Signal(row_bits + 1)
+        words_last = Signal(row_bits + 1)  # of a row, counted from 0
         m.submodules.offset = offset = SequentialMultiplier(
             layouts.token_bits(config), layouts.steps_bits(config))
         slot_index = slot[:layouts.slot_bits(config)]
         m.d.comb += [
-            words_in_row.eq(self.i_steps_out << (5 - lanes_log2)),
             offset.i_a.eq(token), offset.i_b.eq(self.i_steps_out),
             self.slot_address.eq(Mux(draining, Cat(slot_index, slot_bank), self.i_lookup)),
             self.reader.request.p.address.eq(row),
@@ -163,6 +162,7 @@ class Combiner(wiring.Component):
             self.writer.request.p.beats.eq(Mux(
                 last, self.i_steps_out << (7 - port_log2), self.i_steps_out << (8 - port_log2))),
         ]
+        m.d.sync += words_last.eq((self.i_steps_out << (5 - lanes_log2)) - 1)
         emitting = Signal()
         emitted = Signal(row_bits + 1)
         arriving = Signal(row_bits + 2)  # beats of partial sums
@@ -269,13 +269,18 @@ class Combiner(wiring.Component):
             ]
 
         # The way out: a word of sums becomes float32 or int64, then beats
-        depth, under_way = 32, RowSums.READ_LATENCY_CYCLES + _ToFloat32.LATENCY_CYCLES + 3
+        depth, under_way = 32, RowSums.READ_LATENCY_CYCLES + _ToFloat32.LATENCY_CYCLES + 4
         m.submodules.out_beats = out_beats = fifo.SyncFIFOBuffered(
             width=8 * config.port_bytes, depth=depth)
         pause = Signal()  # a word of two beats leaves in two cycles
-        m.d.comb += emit.eq(emitting & ~pause & (emitted != words_in_row)
-                            & (out_beats.level <= depth - under_way))
-        m.d.sync += pause.eq(emit & ~last if halves == 2 else 0)
+        more = Signal()  # words of the row
+        room = Signal()
+        m.d.comb += emit.eq(emitting & ~pause & more & room)
+        m.d.sync += [
+            pause.eq(emit & ~last if halves == 2 else 0),
+            room.eq(out_beats.level <= depth - under_way),
+            more.eq(Mux(emit, emitted != words_last, ~emitting | more)),
+        ]
         with m.If(emit):
             m.d.sync += emitted.eq(emitted + 1)
         out = Pipeline(m, emit, name="out")

@@ -44,6 +44,8 @@ class Pipeline:
         m.d.sync += after.eq(self.valid)
 
         def register(name, value):
+            if not Shape.cast(value.shape()).width:
+                return value
             signal = Signal(value.shape(), name=f"{prefix}_{name}", reset_less=True)
             with m.If(self.valid):
                 m.d.sync += signal.eq(value)

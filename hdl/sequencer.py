@@ -321,10 +321,12 @@ class Sequencer(wiring.Component):
         leaving = Signal(pass_descriptor(config))
         has_next, next_same = Signal(), Signal()
         held = Signal()  # the issue FSM already holds the pass behind the leaving one
-        with m.If(finished):
-            m.d.sync += held.eq(0)
-        with m.Elif(self.i_pass.valid & self.i_pass.ready):
+        left = Signal()  # a cycle later, while ``current`` is still the pass that finished
+        m.d.sync += left.eq(finished)
+        with m.If(self.i_pass.valid & self.i_pass.ready):
             m.d.sync += held.eq(1)
+        with m.Elif(left):
+            m.d.sync += held.eq(0)
         m.d.comb += [
             has_next.eq(held | self.i_pass.valid),
             next_same.eq(Mux(held, current.same, self.i_pass.p.same)),
@@ -334,7 +336,7 @@ class Sequencer(wiring.Component):
         with m.FSM(name="retire"):
             with m.State("IDLE"):
                 m.d.sync += leaving.eq(current)
-                with m.If(finished):
+                with m.If(left):
                     m.next = "RESULTS"
             with m.State("RESULTS"):
                 with m.If(self.i_down_done):

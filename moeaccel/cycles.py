@@ -518,8 +518,8 @@ class _Stream:
         self._port = port
         self._bursts = port.bursts
         self._spacing = config.beats_per_word
-        # From a word's last beat to the parser: FIFO (2 cycles), and the gearbox.
-        self._delay = 2 if self._spacing == 1 else 3
+        # From a word's last beat to the parser: FIFO (2 cycles), the gearbox, and a register.
+        self._delay = 3 if self._spacing == 1 else 4
         self.sections: list[_Words] = []
         self.beats = 0
         self._requests: deque[tuple[int, int]] = deque()
@@ -561,9 +561,10 @@ class _Stream:
             return cycle
         left = self._beat_cycle(self._credit, beat) + 1
         # A beat leaves the FIFO's memory when the one before it is taken: the first of a word with
-        # the word before it (a word of one beat: itself), the others one a cycle from there.
+        # the word before it (a word of one beat: itself), the others one a cycle from there. A word
+        # is taken when the parser accepts the one before it.
         word, part = divmod(beat - 1, self._spacing)
-        word -= self._spacing > 1
+        word -= 1 + (self._spacing > 1)
         if word >= 0:
             left = max(left, self._accepted(word) + part)
         return max(cycle, left + CREDIT_CYCLES)
@@ -646,7 +647,7 @@ class _Stream:
                 return _NEVER
             else:
                 break
-        begin = words.ended[tile] - (steps - 1) + 2
+        begin = words.ended[tile] - (steps - 1) + 3
         if 0 < at <= into:
             return begin + max(at, at * span // into * self._spacing)
         return begin + at
@@ -664,9 +665,9 @@ class _Stream:
             place.section += 1
 
     def _load(self) -> None:
-        """Take up the next section as soon as the one before ends."""
+        """Take up the next section when the one before has ended."""
         words = self.sections[self._parser.section]
-        loaded = max(words.accepted + 1, self._arrived)
+        loaded = max(words.accepted, self._arrived) + 1
         words.turn = max(loaded + 1, self._arrived + self._spacing)
         self._arrived, self._before = words.turn - self._spacing, -1
         self._schedule.set(words.loaded, loaded)
@@ -854,14 +855,14 @@ class _Machine:
         job, stream = self._job, self._stream
         weights: _Read | None = None
         if job.linear:
-            cycle = start + 7  # prepare, clear the count, rewind, fetch the first id
+            cycle = start + 8  # prepare, clear the count, rewind, fetch the first id
         else:
             beats = job.beats(job.ids.size)
             yield start + 3
             ids = self._port.read(start + 3, beats)
             yield ids
             # The counts are cleared meanwhile; then weights are asked for, and the walk begins.
-            request = max(start + 4 + job.num_experts, ids.last + 1) + 1
+            request = max(start + 5 + job.num_experts, ids.last + 1) + 1
             yield request
             weights = self._port.read(request, beats)
             cycle = request + 5
