@@ -45,8 +45,9 @@ fewer than 100, become logic, or they would be torn from their neighbours. What 
 nothing that hardware has; Yosys would keep the logic in front of it.
 """
 
-PLACEMENT = ("--placer", "static", "--router", "router1")
-"""Flags of nextpnr for every design: those that converge where multipliers and memories fill it."""
+ROUTER = ("--router", "router1")
+"""Flags of nextpnr for every design: its newer router does not converge where multipliers and
+memories fill the device."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ class Build:
     script : str
         Yosys commands between reading ``top.v`` and `SYNTHESIS`.
     route : sequence of str
-        Flags of nextpnr, beside `PLACEMENT`.
+        Flags of nextpnr, beside `ROUTER`.
     constraints : str, optional
         Text of ``top.lpf``.
     folder : pathlib.Path
@@ -161,7 +162,7 @@ class Build:
                 "tee -q -o stat.json stat -json", ""]),
             **({"top.lpf": constraints} if constraints is not None else {}),
         }
-        self._route = (*PLACEMENT, *route, *(("--lpf", "top.lpf") if constraints is not None else ()))
+        self._route = (*ROUTER, *route, *(("--lpf", "top.lpf") if constraints is not None else ()))
         self.tools = f"{self._yosys.identity}, {self._nextpnr.identity}"
         self.digest = hashlib.sha256("\0".join(
             [*self._inputs.values(), *self._route, self.tools]).encode()).hexdigest()[:16]
