@@ -123,8 +123,9 @@ class MemoryPort(wiring.Component):
 
     Latency: ARVALID 4 cycles after a request is accepted; data 1 cycle after the R beat; WVALID
     1 cycle after a beat of data; ``done`` 2 cycles after the last BVALID. Throughput: one AR a
-    cycle within a request, a request of one burst every 2 cycles for a reader; one R beat and one
-    W beat a cycle. Changes of the window take 2 cycles.
+    cycle within a request, a request of one burst every 2 cycles for a reader; one AW every 3
+    cycles; one R beat and one W beat a cycle. No output depends on an input of the bus within a
+    cycle. Changes of the window take 2 cycles.
 
     Parameters
     ----------
