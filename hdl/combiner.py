@@ -25,7 +25,7 @@ class _ToFloat32(wiring.Component):
     Latency LATENCY_CYCLES, one per cycle, no flow control.
     """
 
-    LATENCY_CYCLES = 7
+    LATENCY_CYCLES = 10
 
     def __init__(self):
         super().__init__({"i_sum": In(signed(SUM_BITS)), "i_grid_exponent": In(signed(8)),
@@ -37,15 +37,21 @@ class _ToFloat32(wiring.Component):
         # Block RAM is slow to answer: a register behind it, ahead of everything else.
         s = pipe.stage(sum=self.i_sum)
         s = pipe.stage(sign=s.sum[-1], magnitude=Mux(s.sum[-1], -s.sum, s.sum)[:SUM_BITS])
-        lost = None  # leading zeros shifted out so far
-        for shifts in ((32, 16), (8, 4), (2, 1)):
+        # Whether to shift far is known a stage before it is done.
+        s = pipe.stage(sign=s.sign, magnitude=s.magnitude, empty=s.magnitude[-32:] == 0)
+        value = (s.magnitude << 32 * s.empty)[:SUM_BITS]
+        s = pipe.stage(sign=s.sign, magnitude=value, lost=s.empty, empty=value[-16:] == 0)
+        value = (s.magnitude << 16 * s.empty)[:SUM_BITS]
+        s = pipe.stage(sign=s.sign, magnitude=value, lost=Cat(s.empty, s.lost))
+        for shifts in ((8, 4), (2, 1)):
             value, taken = shift_out_zeros(s.magnitude, shifts)
-            lost = Cat(*reversed(taken), *([] if lost is None else [s.lost]))
-            s = pipe.stage(sign=s.sign, magnitude=value, lost=lost)
+            s = pipe.stage(sign=s.sign, magnitude=value, lost=Cat(*reversed(taken), s.lost))
         value = s.magnitude  # bit 47 is set, unless it is zero
-        keep, half, sticky = value[24:], value[23], value[:23].any()
+        s = pipe.stage(sign=s.sign, keep=value[24:], half=value[23], sticky=value[:23].any(),
+                       lost=s.lost)
         s = pipe.stage(
-            sign=s.sign, zero=~value[-1], rounded=(keep + (half & (sticky | keep[0])))[:25],
+            sign=s.sign, zero=~s.keep[-1],
+            rounded=(s.keep + (s.half & (s.sticky | s.keep[0])))[:25],
             exponent=(self.i_grid_exponent + (127 + SUM_BITS - 1) - s.lost)[:9])
         carry = s.rounded[24]
         s = pipe.stage(value=Mux(s.zero, 0, Cat(
@@ -150,6 +156,7 @@ class Combiner(wiring.Component):
         first, last = Signal(), Signal()
         row = Signal(config.address_bits)
         words_last = Signal(row_bits + 1)  # of a row, counted from 0
+        last_row = Signal()
         m.submodules.offset = offset = SequentialMultiplier(
             layouts.token_bits(config), layouts.steps_bits(config))
         slot_index = slot[:layouts.slot_bits(config)]
@@ -162,7 +169,10 @@ class Combiner(wiring.Component):
             self.writer.request.p.beats.eq(Mux(
                 last, self.i_steps_out << (7 - port_log2), self.i_steps_out << (8 - port_log2))),
         ]
-        m.d.sync += words_last.eq((self.i_steps_out << (5 - lanes_log2)) - 1)
+        m.d.sync += [
+            words_last.eq((self.i_steps_out << (5 - lanes_log2)) - 1),
+            last_row.eq(zeroing | (slot + 1 == count)),
+        ]
         emitting = Signal()
         emitted = Signal(row_bits + 1)
         arriving = Signal(row_bits + 2)  # beats of partial sums
@@ -217,7 +227,7 @@ class Combiner(wiring.Component):
                 with m.If(self.writer.done):
                     m.d.sync += [emitting.eq(0), slot.eq(slot + 1)]
                     m.next = "SLOT"
-                    with m.If(zeroing | (slot + 1 == count)):
+                    with m.If(last_row):
                         m.d.comb += self.o_drained.eq(~zeroing)
                         m.d.sync += draining.eq(0)
                         m.next = "IDLE"

@@ -54,18 +54,25 @@ class _State(enum.IntEnum):
     RUN = 11
     FINISH = 12
     WRITE = 13  # announce the completion
-    SEND = 14  # its beats
-    ACKNOWLEDGE = 15
-    DRAIN = 16  # abort, watchdog: then complete
-    RESET = 17  # soft reset: then forget
+    LOAD = 14  # put it together
+    SEND = 15  # its beats
+    ACKNOWLEDGE = 16
+    DRAIN = 17  # abort, watchdog: then complete
+    RESET = 18  # soft reset: then forget
 
 
-_RESTING = (_State.IDLE, _State.WRITE, _State.SEND, _State.ACKNOWLEDGE, _State.DRAIN, _State.RESET)
-"""What abort and watchdog do not end."""
+_RESTING = (_State.IDLE, _State.WRITE, _State.LOAD, _State.SEND, _State.ACKNOWLEDGE, _State.DRAIN,
+            _State.RESET)
+"""Where abort and watchdog end nothing."""
+
+_FETCHING = (_State.REQUEST, _State.COLLECT)
+
+_STOPPED = (*_FETCHING, _State.DECIDE, _State.START, _State.RUN, _State.FINISH)
+"""Where they do; the others take a few cycles at most."""
 
 
-def _within(value, low, high):
-    return (value >= low) & (value <= high)
+def _outside(value, low, high):
+    return [value < low, value > high]
 
 
 class CommandProcessor(wiring.Component):
@@ -94,8 +101,9 @@ class CommandProcessor(wiring.Component):
     ``o_engine_reset`` and ``flush`` are held for DRAIN_CYCLES and until the port is ``idle``, then
     the completion is written. It is ignored between commands and once the completion is being
     written; if it comes while the submission itself is fetched, that is waited for, as its tag is
-    needed. ``i_soft_reset`` does the same at any time, without a completion; then the ring indices
-    are 0 and ``o_reset_done`` pulses. While memory does not answer, ``draining`` is 1.
+    needed; a check under way is finished. ``i_soft_reset`` does the same at any time, without a
+    completion; then the ring indices are 0 and ``o_reset_done`` pulses. While memory does not
+    answer, ``draining`` is 1.
 
     Latency, without waiting for memory or engine: a submission is requested 2 cycles after its
     doorbell shows. From the last beat of a submission it is 5 cycles to the request of the layer;
@@ -180,7 +188,7 @@ class CommandProcessor(wiring.Component):
 
     # -- checks ------------------------------------------------------------------------------------
     def _bad_address(self, value):
-        return (value[:_ALIGNMENT_BITS] != 0) | (value[self._config.address_bits:] != 0)
+        return [value[:_ALIGNMENT_BITS] != 0, value[self._config.address_bits:] != 0]
 
     def _bad_submission(self, m, entry):
         """Return what makes fields of a GEMM or EXPERTS submission bad, by field.
@@ -198,11 +206,11 @@ class CommandProcessor(wiring.Component):
         too_many = entry["tokens"][:len(limit)] > limit
         gemm = entry["opcode"] == Opcode.GEMM
         bad = {
-            "tokens": [~_within(entry["tokens"], 1, config.max_tokens)],
-            "top_k": [~_within(top_k, 1, TOP_K_MAX), gemm & (top_k != 1), too_many],
+            "tokens": _outside(entry["tokens"], 1, config.max_tokens),
+            "top_k": [*_outside(top_k, 1, TOP_K_MAX), gemm & (top_k != 1), too_many],
         }
         return bad | {
-            field.name: [self._bad_address(entry[field.name])]
+            field.name: self._bad_address(entry[field.name])
             for field in SUBMISSION if field.name.endswith("_address")
         }
 
@@ -214,21 +222,21 @@ class CommandProcessor(wiring.Component):
             return ~Cat(entry[name] == value for value in values).any()
 
         def dimension(name):
-            return (entry[name][:exact_log2(BLOCK)] != 0) | ~_within(entry[name], 1, config.max_dim)
+            return [entry[name][:exact_log2(BLOCK)] != 0, *_outside(entry[name], 1, config.max_dim)]
 
         return {
             "kind": [entry["kind"] != Mux(gemm, LayerKind.LINEAR, LayerKind.EXPERTS)],
             "format": [unknown("format", [f.code for f in FORMATS.values()])],
             "planes": [unknown("planes", (1, 2))],
             "activation": [unknown("activation", Activation)],
-            "num_experts": [~_within(entry["num_experts"], 1, config.max_experts),
+            "num_experts": [*_outside(entry["num_experts"], 1, config.max_experts),
                             gemm & (entry["num_experts"] != 1)],
-            "d_in": [dimension("d_in")],
-            "d_expert": [dimension("d_expert"), gemm & (entry["d_expert"] != entry["d_in"])],
-            "d_out": [dimension("d_out")],
-            "grid_exponent": [~_within(entry["grid_exponent"], *GRID_EXPONENT_RANGE)],
+            "d_in": dimension("d_in"),
+            "d_expert": [*dimension("d_expert"), gemm & (entry["d_expert"] != entry["d_in"])],
+            "d_out": dimension("d_out"),
+            "grid_exponent": _outside(entry["grid_exponent"], *GRID_EXPONENT_RANGE),
             "stride": [entry["stride"][:_ALIGNMENT_BITS] != 0],
-            "image_address": [self._bad_address(entry["image_address"])],
+            "image_address": self._bad_address(entry["image_address"]),
         }
 
     # -- words of a section ------------------------------------------------------------------------
@@ -300,6 +308,8 @@ class CommandProcessor(wiring.Component):
         config = self._config
         address_bits = config.address_bits
         state = Signal(len(_State), init=1 << _State.IDLE)
+        is_layer = Signal()
+        stopping = Signal()
         following = {s: Signal(len(_State), name=f"after_{s.name.lower()}") for s in _State}
 
         def in_state(*states):
@@ -310,15 +320,20 @@ class CommandProcessor(wiring.Component):
             with m.If(state[s]):
                 m.d.comb += following[s].eq(1 << s)
                 yield lambda to: following[s].eq(1 << to)
+                if s in _STOPPED:  # once the submission's tag is known
+                    with m.If(stopping & (is_layer if s in _FETCHING else 1)):
+                        m.d.comb += following[s].eq(1 << _State.DRAIN)
 
         # -- rings ---------------------------------------------------------------------------------
         mask = Signal(RING_LOG2_MAX)
         sq_head = Signal(RING_LOG2_MAX)
         cq_tail = Signal(RING_LOG2_MAX)
         cq_next = Signal(RING_LOG2_MAX)
+        cq_wraps = Signal()
         phase = Signal(init=1)
         ready = Signal()
         m.d.sync += [
+            cq_wraps.eq(cq_next == 0),
             mask.eq(Cat(self.ring_log2 > i for i in range(RING_LOG2_MAX))),
             # Before IDLE the indices may be those of the last command; in the cycle of o_reset_done
             # the doorbells still hold what they held.
@@ -333,7 +348,6 @@ class CommandProcessor(wiring.Component):
 
         # -- the structure being read --------------------------------------------------------------
         entry = Signal(8 * ENTRY_BYTES)
-        is_layer = Signal()
         fetch_address = Signal(address_bits - _ALIGNMENT_BITS)
         beats = ENTRY_BYTES // config.port_bytes
         m.d.comb += [
@@ -368,10 +382,13 @@ class CommandProcessor(wiring.Component):
         o_job = self.o_job.payload
         bad = Signal(ENTRY_BYTES // 4)
         bad_word = Signal(range(ENTRY_BYTES // 4))
-        m.d.sync += bad.eq(Mux(
-            is_layer,
-            bad_words(LAYER, self._bad_layer(layer, o_job.linear)),
-            bad_words(SUBMISSION, self._bad_submission(m, submission))))
+        bad_any = Signal()
+        of_layer = bad_words(LAYER, self._bad_layer(layer, o_job.linear))
+        of_submission = bad_words(SUBMISSION, self._bad_submission(m, submission))
+        m.d.sync += [
+            bad.eq(Mux(is_layer, of_layer, of_submission)),
+            bad_any.eq(Mux(is_layer, of_layer.any(), of_submission.any())),
+        ]
         for i in reversed(range(len(bad))):
             with m.If(bad[i]):
                 m.d.sync += bad_word.eq(i)
@@ -403,8 +420,7 @@ class CommandProcessor(wiring.Component):
             *(completion[f.offset:f.offset + f.bits].eq(values[f.name]) for f in COMPLETION),
             self.writer.request.payload.address.eq(completion_address << _ALIGNMENT_BITS),
             self.writer.request.payload.beats.eq(beats),
-            self.writer.data.payload.eq(
-                completion if beats == 1 else completion.word_select(sent, 8 * config.port_bytes)),
+            self.writer.data.payload.eq(entry[:8 * config.port_bytes]),
         ]
         m.d.sync += [
             completion_address.eq(self.cq_base[_ALIGNMENT_BITS:address_bits] + cq_tail),
@@ -419,33 +435,31 @@ class CommandProcessor(wiring.Component):
 
         # -- abort and watchdog --------------------------------------------------------------------
         running = Signal()
-        stopping = Signal()
         stop_status = Signal(8)
-        tag_missing = Signal()
         drained = Signal(range(DRAIN_CYCLES))
         timer = Signal(32)
         expired = Signal()
+        aborted = Signal()
         restart = Signal()
-        quiet = Signal()
         holding = Signal()
         m.d.comb += [
-            running.eq(~in_state(*_RESTING)),
-            tag_missing.eq(~is_layer & in_state(_State.REQUEST, _State.COLLECT, _State.LIMIT)),
             self.busy.eq(~in_state(_State.IDLE, _State.RESET)),
             self.draining.eq(
-                in_state(_State.DRAIN, _State.RESET) | (stopping & tag_missing)),
+                in_state(_State.DRAIN, _State.RESET)
+                | (stopping & ~is_layer & in_state(*_FETCHING, _State.LIMIT))),
             self.flush.eq(holding),
         ]
         m.d.sync += [
             holding.eq(in_state(_State.DRAIN, _State.RESET)),
             self.o_engine_reset.eq(in_state(_State.DRAIN, _State.RESET)),
             drained.eq(Mux(in_state(_State.DRAIN, _State.RESET), drained + (drained != ~0), 0)),
+            running.eq(~in_state(*_RESTING)),
+            aborted.eq(self.i_abort),
             restart.eq(self.progress | ~running),
             timer.eq(Mux(restart, self.watchdog, timer - 1)),
             expired.eq(~restart & (timer == 0) & (self.watchdog != 0)),
-            quiet.eq(self.idle),
         ]
-        held = (drained == DRAIN_CYCLES - 1) & quiet
+        held = (drained == DRAIN_CYCLES - 1) & self.idle
 
         with in_only(_State.IDLE) as go:
             m.d.sync += [
@@ -465,10 +479,8 @@ class CommandProcessor(wiring.Component):
                 m.d.comb += go(_State.COLLECT)
 
         with in_only(_State.COLLECT) as go:
-            with m.If(self.reader.valid):
-                m.d.sync += entry.eq(Cat(entry, self.reader.data)[8 * config.port_bytes:])
-                with m.If(self.reader.last):
-                    m.d.comb += go(_State.LIMIT)
+            with m.If(self.reader.valid & self.reader.last):
+                m.d.comb += go(_State.LIMIT)
 
         with in_only(_State.LIMIT) as go:
             m.d.comb += go(_State.CHECK)
@@ -519,7 +531,7 @@ class CommandProcessor(wiring.Component):
                 m.d.sync += status.eq(Status.BAD_OPCODE)
             with m.Elif(~work):
                 m.d.sync += status.eq(Status.OK)
-            with m.Elif(bad.any()):
+            with m.Elif(bad_any):
                 m.d.sync += status.eq(Mux(is_layer, Status.BAD_LAYER, Status.BAD_FIELD))
             with m.Elif(~is_layer):
                 m.d.comb += go(_State.REQUEST)
@@ -590,7 +602,11 @@ class CommandProcessor(wiring.Component):
                 with m.Case(Status.OVERFLOW):
                     m.d.sync += detail.eq(overflows)
             with m.If(self.writer.request.ready & ~holding):
-                m.d.comb += go(_State.SEND)
+                m.d.comb += go(_State.LOAD)
+
+        with in_only(_State.LOAD) as go:
+            m.d.comb += go(_State.SEND)
+            m.d.sync += cycles.eq(cycles)
 
         with in_only(_State.SEND) as go:
             m.d.comb += self.writer.data.valid.eq(1)
@@ -605,7 +621,7 @@ class CommandProcessor(wiring.Component):
                 m.d.comb += go(_State.IDLE)
                 m.d.sync += [
                     cq_tail.eq(cq_next),
-                    phase.eq(phase ^ (cq_next == 0)),
+                    phase.eq(phase ^ cq_wraps),
                     self.o_irq.eq(1),
                     self.count_commands.eq(1),
                 ]
@@ -618,7 +634,7 @@ class CommandProcessor(wiring.Component):
         with in_only(_State.DRAIN) as go:
             with m.If(held):
                 m.d.comb += go(_State.WRITE)
-                m.d.sync += status.eq(stop_status)
+                m.d.sync += [status.eq(stop_status), ran.eq(0)]
 
         with in_only(_State.RESET) as go:
             m.d.sync += stopping.eq(0)
@@ -630,14 +646,19 @@ class CommandProcessor(wiring.Component):
                 ]
 
         m.d.sync += state.eq(functools.reduce(operator.or_, following.values()))
-        # These win over whatever the state does.
-        with m.If(running & ~stopping & (self.i_abort | expired)):
+        with m.If(state[_State.LOAD] | Mux(
+                state[_State.COLLECT], self.reader.valid,
+                state[_State.SEND] & self.writer.data.ready)):
+            # Sent as it is received: by a shift.
+            m.d.sync += entry.eq(Mux(
+                state[_State.LOAD], completion,
+                Cat(entry, self.reader.data)[8 * config.port_bytes:]))
+
+        with m.If(running & ~stopping & (aborted | expired)):
             m.d.sync += [
                 stopping.eq(1),
-                stop_status.eq(Mux(self.i_abort, Status.ABORTED, Status.WATCHDOG)),
+                stop_status.eq(Mux(aborted, Status.ABORTED, Status.WATCHDOG)),
             ]
-        with m.If(running & stopping & ~tag_missing):
-            m.d.sync += [ran.eq(0), state.eq(1 << _State.DRAIN)]
-        with m.If(self.i_soft_reset):
+        with m.If(self.i_soft_reset):  # wins over whatever the state does
             m.d.sync += [state.eq(1 << _State.RESET), drained.eq(0)]
         return m

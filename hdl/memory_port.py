@@ -66,7 +66,9 @@ class _Splitter(wiring.Component):
         end = Signal(index)
         more = Signal(len(beats) + 1 - index)
         final = Signal()
+        used_up = Signal()
         m.d.comb += [
+            used_up.eq(~valid | final),
             self.request.ready.eq((~valid | (self.burst.ready & final)) & ~self.drop),
             self.burst.valid.eq(valid),
             self.burst.payload.start.eq(start),
@@ -77,14 +79,16 @@ class _Splitter(wiring.Component):
         # A cycle behind ``more``, which nobody takes a burst in.
         m.d.sync += final.eq(more == self.burst.ready)
         with m.If(self.request.valid & self.request.ready):
-            m.d.sync += [
-                Assert(beats != 0, "a request must have 1 beat or more"),
-                valid.eq(1),
-                Cat(start, block).eq(address),
-                Cat(end, more).eq(address[:index] + beats - 1),
-            ]
-        with m.Elif(self.burst.ready):
-            m.d.sync += [valid.eq(~final), start.eq(0), block.eq(block + 1), more.eq(more - 1)]
+            m.d.sync += Assert(beats != 0, "a request must have 1 beat or more")
+        with m.If(~valid | self.burst.ready):
+            with m.If(used_up):  # whether there is a request or not
+                m.d.sync += [
+                    valid.eq(self.request.valid),
+                    Cat(start, block).eq(address),
+                    Cat(end, more).eq(address[:index] + beats - 1),
+                ]
+            with m.Else():
+                m.d.sync += [start.eq(0), block.eq(block + 1), more.eq(more - 1)]
         with m.If(self.drop):
             m.d.sync += valid.eq(0)
         return m
@@ -143,7 +147,7 @@ class MemoryPort(wiring.Component):
         First byte of the window, first byte behind it.
     flush, clear_faults : :py:`In(1)`
     idle : :py:`Out(1)`
-        Nothing accepted is unfinished.
+        Nothing accepted was unfinished in the cycle before.
     fault_window, fault_bus : :py:`Out(1)`
     fault_address : :py:`Out(config.address_bits)`
     read_beat, read_beat_reader : :py:`Out(1)`, :py:`Out(range(readers))`
@@ -409,7 +413,7 @@ class MemoryPort(wiring.Component):
         with m.If(self.clear_faults):
             m.d.sync += [self.fault_window.eq(0), self.fault_bus.eq(0)]
 
-        m.d.comb += self.idle.eq(~(
+        m.d.sync += self.idle.eq(~(
             Cat(s.burst.valid for s in read_splitters).any() | grants.any() | spare_valid
             | chosen_valid | axi.arvalid
             | suppressed | Cat(*outstanding).any() | beat_valid.any() | zero_active

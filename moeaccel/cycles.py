@@ -60,7 +60,7 @@ QUANTISER_CYCLES = 9
 """BlockQuantiser: from the last elements of a block to the lane buffer."""
 COMBINER_CYCLES = 13
 """RowSums: from an output to its place in the y buffer."""
-FLOAT_CYCLES = 7
+FLOAT_CYCLES = 10
 """Combiner: from a sum to float32."""
 ROW_EXPONENTS = 29
 """TileBuffer: tiles whose row exponents are stored before the next word waits."""
