@@ -34,8 +34,8 @@ SYNTHESIS = (
     "delete t:$print",
     "synth_ecp5 -top top -run begin:map_ffs",
     "opt_clean",
-    "dfflegalize -cell $_DFF_?_ 01 -cell $_DFF_?P?_ r -cell $_SDFF_?P?_ r "
-    "-cell $_DFFE_??_ 01 -cell $_DFFE_?P??_ r -cell $_SDFFE_?P??_ r -minsrst 100 -mince 5",
+    ("dfflegalize -cell $_DFF_?_ 01 -cell $_DFF_?P?_ r -cell $_SDFF_?P?_ r "
+     "-cell $_DFFE_??_ 01 -cell $_DFFE_?P??_ r -cell $_SDFFE_?P??_ r -minsrst 100 -mince 5"),
     "synth_ecp5 -top top -run map_ffs: -json top.json",
 )
 """Yosys commands from Verilog to cells.
