@@ -38,8 +38,8 @@ class HiddenBuffer(wiring.Component):
 
     Throughput: ``channels`` elements in every other cycle; ``quantiser_lanes`` elements per cycle
     out, so that slot s is counted by ``o_slots_ready`` about ``(s + 1) * 32 * i_steps /
-    quantiser_lanes + latency_cycles`` cycles after the beginning. Nothing can be refused: elements of the next pass
-    may come only when all slots are ready. Reset forgets the pass.
+    quantiser_lanes + latency_cycles`` cycles after the beginning. Nothing can be refused: elements
+    of the next pass may come only when all slots are ready. Reset forgets the pass.
 
     Parameters
     ----------

@@ -34,11 +34,11 @@ class TileBuffer(wiring.Component):
     Write side: one word per cycle while the ring and the FIFO of row exponents have room, also
     across tiles; between sections one cycle is lost. Read side: when ``o_available``, the sequencer
     may strobe ``i_take``; the step's data is on the outputs READ_LATENCY_CYCLES after it, until the
-    next one's. One take per cycle, also across rewinds and tile ends; a word may be taken two cycles
-    after it was accepted, and what is taken makes room three cycles later. A tile's room is free
-    when its last group has ended; to free it word by word, so that the next tile is not held up by
-    a ring which one tile nearly fills,
-    hold ``i_free`` during the last group. Reset empties everything.
+    next one's. One take per cycle, also across rewinds and tile ends; a word may be taken two
+    cycles after it was accepted, and what is taken makes room three cycles later. A tile's room is
+    free when its last group has ended; to free it word by word, so that the next tile is not held
+    up by a ring which one tile nearly fills, hold ``i_free`` during the last group. Reset
+    empties everything.
 
     Parameters
     ----------

@@ -177,7 +177,7 @@ def test_long_rows(name):
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize(("tiles", "k"), [(40, 32), (12, 96), (4, 256)])
 def test_one_word_per_cycle(name, tiles, k):
-    """Without stalls, and with one group, a word enters every cycle, but for one pause a section."""
+    """Without stalls, and with one group, a word enters every cycle; one is lost a section."""
     rng = np.random.default_rng(3)
     cases = [Case(rng, TINY, n, tiles, k, groups=-1) for n in (name, "int4_g128", name)]
     accepted, _ = run(TINY, cases)
