@@ -334,7 +334,7 @@ async def flush_at_any_time(dut, stalls):
             reader._requests._valid.value = 0
         for writer in bench.writers:
             writer._requests._valid.value = writer._data._valid.value = 0
-        await RisingEdge(dut.clk)
+        await ClockCycles(dut.clk, 2)  # flush is seen a cycle late
         for reader in bench.readers:
             reader.expected.clear()
         await bench.settle()
