@@ -46,8 +46,8 @@ nothing that hardware has; Yosys would keep the logic in front of it.
 """
 
 ROUTER = ("--router", "router1")
-"""Flags of nextpnr for every design: its newer router does not converge where multipliers and
-memories fill the device."""
+"""Flags of nextpnr for every design. router1 has routed the core; router2, the newer one, was never
+seen to get to its end there."""
 
 
 @dataclass(frozen=True)

@@ -66,9 +66,9 @@ ROW_EXPONENTS = 29
 """TileBuffer: tiles whose row exponents are stored before the next word waits."""
 
 # -- steps between blocks
-READ_CYCLES = 4
-"""From a reader's request to its first beat, but for the latency: splitter, choice and AR, and one
-register behind R."""
+READ_CYCLES = 5
+"""From a reader's request to its first beat, but for the latency: splitter, grant, choice and AR, and
+one register behind R."""
 WRITE_CYCLES = 2
 """From the last beat on W to the writer's ``done``, but for the latency: B is counted, ``done``."""
 GRANT_CYCLES = 3
