@@ -67,8 +67,8 @@ ROW_EXPONENTS = 29
 
 # -- steps between blocks
 READ_CYCLES = 5
-"""From a reader's request to its first beat, but for the latency: splitter, grant, choice and AR, and
-one register behind R."""
+"""From a reader's request to its first beat, but for the latency: splitter, grant, choice and AR,
+and one register behind R."""
 WRITE_CYCLES = 2
 """From the last beat on W to the writer's ``done``, but for the latency: B is counted, ``done``."""
 GRANT_CYCLES = 3
