@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moeaccel.config import AcceleratorConfig, preset
+from moeaccel.errors import ToolFailedError
 from moeaccel.fpga.flow import Build
 from moeaccel.fpga.fold import Fold
 from moeaccel.hdl.axi_arbiter import AxiArbiter
@@ -223,16 +224,22 @@ def main(
     if unknown:
         raise typer.BadParameter(f"must be one of {', '.join(BLOCKS)}, not {unknown[0]!r}")
     console = Console(stderr=True)
-    reports = []
+    reports, failed = [], False
     for name in names:
-        with console.status(f"{name}: minutes, unless it was done before"):
-            reports.append(synthesise(name, preset(config), seed=seed, folder=folder))
+        try:
+            with console.status(f"{name}: minutes, unless it was done before"):
+                reports.append(synthesise(name, preset(config), seed=seed, folder=folder))
+        except ToolFailedError as error:  # the others can be built all the same
+            console.print(f"{name}: {error}", markup=False, style="red")
+            failed = True
+            continue
         if save:
             _save(reports[-1])
     if as_json:
         print(json.dumps([asdict(report) for report in reports], indent=1))
-    else:
+    elif reports:
         Console().print(_table(reports))
+    raise typer.Exit(int(failed))
 
 
 if __name__ == "__main__":

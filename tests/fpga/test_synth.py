@@ -1,9 +1,12 @@
 """The synthesis report: what it refuses, and one real run."""
 
+import json
+
 import pytest
 from typer.testing import CliRunner
 
 from moeaccel.config import PRESETS
+from moeaccel.errors import ToolFailedError
 from moeaccel.fpga import synth
 
 TINY = PRESETS["tiny"]
@@ -31,6 +34,24 @@ def test_what_is_kept_makes_a_table(tmp_path):
         "| combiner | tiny | 2 | 30 | 4 | 5 | 6 | 70 | 110.0 | 1 | yosys 1 |",
         "| sequencer | tiny | 2 | 30 | 4 | 5 | 6 | 70 | 120.0 | 1 | yosys 1 |",
     ]
+
+
+def test_a_block_that_fails_does_not_stop_the_others(monkeypatch):
+    """Each is named, the others are reported, and the exit status tells."""
+    def synthesise(name, config, **options):
+        if name == "combiner":
+            raise ToolFailedError("yosys failed with exit status 1")
+        return synth.Report(
+            block=name, config=config.name, seed=1, multipliers=0, lut4=0, carry=0, block_rams=0,
+            lut_rams=0, flip_flops=0, fmax_mhz=100.0, critical_path=[], tools="", digest="",
+            seconds=0.0)
+
+    monkeypatch.setattr(synth, "synthesise", synthesise)
+    result = CliRunner().invoke(
+        synth.app, ["--block", "combiner", "--block", "sequencer", "--json"])
+    assert result.exit_code == 1
+    assert "combiner: yosys failed with exit status 1" in result.stderr
+    assert [report["block"] for report in json.loads(result.stdout)] == ["sequencer"]
 
 
 @pytest.mark.slow
