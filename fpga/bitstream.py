@@ -12,6 +12,7 @@ from typing import Any
 
 from moeaccel.config import AcceleratorConfig, preset
 from moeaccel.fpga.boards import board as find_board
+from moeaccel.fpga.floorplan import floorplan
 from moeaccel.fpga.flow import Build, Routed, find_tool, run_tool
 
 __all__ = ["RESOURCES", "Bitstream", "build_bitstream"]
@@ -127,8 +128,8 @@ def build_bitstream(board: str, *, config: str | AcceleratorConfig | None = None
     begin = time.monotonic()
     design = found.design(chosen, clock_hz=clock_hz, baud=baud)
     seconds = time.monotonic() - begin
-    build = Build(name=f"{board}-{chosen.name}", verilog=design.verilog, script="",
-                  route=(*design.route, "--timing-allow-fail"),
+    build = Build(name=f"{board}-{chosen.name}", verilog=design.verilog,
+                  finish=floorplan(chosen), route=(*design.route, "--timing-allow-fail"),
                   constraints=design.constraints, folder=folder)
     progress("synthesis, a few minutes")
     seconds += build.synthesise()

@@ -36,7 +36,7 @@ SYNTHESIS = (
     "opt_clean",
     ("dfflegalize -cell $_DFF_?_ 01 -cell $_DFF_?P?_ r -cell $_SDFF_?P?_ r "
      "-cell $_DFFE_??_ 01 -cell $_DFFE_?P??_ r -cell $_SDFFE_?P??_ r -minsrst 100 -mince 5"),
-    "synth_ecp5 -top top -run map_ffs: -json top.json",
+    "synth_ecp5 -top top -run map_ffs:",
 )
 """Yosys commands from Verilog to cells.
 
@@ -139,6 +139,8 @@ class Build:
         Text with the module ``top``.
     script : str
         Yosys commands between reading ``top.v`` and `SYNTHESIS`.
+    finish : str
+        Yosys commands behind it.
     route : sequence of str
         Flags of nextpnr, beside `ROUTER`.
     constraints : str, optional
@@ -152,14 +154,14 @@ class Build:
         If there is no Yosys or no nextpnr-ecp5.
     """
 
-    def __init__(self, *, name: str, verilog: str, script: str, route: Sequence[str],
-                 constraints: str | None = None, folder: Path) -> None:
+    def __init__(self, *, name: str, verilog: str, script: str = "", finish: str = "",
+                 route: Sequence[str], constraints: str | None = None, folder: Path) -> None:
         self._yosys, self._nextpnr = find_tool("yosys"), find_tool("nextpnr-ecp5")
         self._inputs: Mapping[str, str] = {
             "top.v": verilog,
             "synth.ys": "\n".join([
-                "read_verilog -sv -noassert top.v", script, *SYNTHESIS,
-                "tee -q -o stat.json stat -json", ""]),
+                "read_verilog -sv -noassert top.v", script, *SYNTHESIS, finish,
+                "write_json top.json", "tee -q -o stat.json stat -json", ""]),
             **({"top.lpf": constraints} if constraints is not None else {}),
         }
         self._route = (*ROUTER, *route, *(("--lpf", "top.lpf") if constraints is not None else ()))

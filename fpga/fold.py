@@ -4,6 +4,8 @@ from amaranth import *
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
+from moeaccel.hdl.global_buffer import GlobalBuffer
+
 __all__ = ["Fold"]
 
 
@@ -20,6 +22,9 @@ class Fold(wiring.Component):
     ----------
     block : :class:`amaranth.lib.wiring.Component`
         Becomes the submodule ``block``.
+    family : :class:`str`
+        Of the FPGA; for other than "generic" the block's reset comes from a register, through a
+        :class:`~moeaccel.hdl.global_buffer.GlobalBuffer`.
 
     Members
     -------
@@ -27,10 +32,11 @@ class Fold(wiring.Component):
     o_serial : :py:`Out(1)`
     """
 
-    def __init__(self, block):
+    def __init__(self, block, family="generic"):
         if not isinstance(block, wiring.Component):
             raise TypeError(f"block must be a component, not {block!r}")
         self._block = block
+        self._family = family
         super().__init__({"i_serial": In(1), "o_serial": Out(1)})
 
     @property
@@ -40,7 +46,16 @@ class Fold(wiring.Component):
 
     def elaborate(self, platform):
         m = Module()
-        m.submodules.block = self._block
+        if self._family == "generic":
+            m.submodules.block = self._block
+        else:
+            reset = Signal(init=1, reset_less=True)
+            m.submodules.reset = buffer = GlobalBuffer(self._family)
+            m.domains.block = ClockDomain(local=True)
+            m.d.sync += reset.eq(ResetSignal())
+            m.d.comb += [buffer.i.eq(reset), ClockSignal("block").eq(ClockSignal()),
+                         ResetSignal("block").eq(buffer.o)]
+            m.submodules.block = DomainRenamer("block")(self._block)
         inputs, outputs = [], []
         for _, member, value in self._block.signature.flatten(self._block):
             value = Value.cast(value)

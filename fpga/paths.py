@@ -21,10 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moeaccel.config import preset
-from moeaccel.fpga.flow import Build
-from moeaccel.fpga.fold import Fold
-from moeaccel.fpga.synth import BLOCKS
-from moeaccel.hdl.verilog_target import generate
+from moeaccel.fpga.synth import BLOCKS, FOLDER, block_build
 
 __all__ = ["Netlist", "TimingPath", "slowest_paths"]
 
@@ -195,14 +192,12 @@ def main(
     block: Annotated[str, typer.Option(help=f"Block: {', '.join(BLOCKS)}.")],
     config: Annotated[str, typer.Option(help="Name of a configuration.")] = "ulx3s",
     count: Annotated[int, typer.Option(help="Paths to list.")] = 20,
-    folder: Annotated[Path, typer.Option(help="Where builds are kept.")] = Path("build/synth"),
+    folder: Annotated[Path, typer.Option(help="Where builds are kept.")] = FOLDER,
 ) -> None:
     """Synthesise a block and list its slowest paths, estimated."""
     if block not in BLOCKS:
         raise typer.BadParameter(f"must be one of {', '.join(BLOCKS)}, not {block!r}")
-    build = Build(
-        name=f"{block}-{config}", verilog=generate(Fold(BLOCKS[block](preset(config))), "top"),
-        script="setattr -mod -set keep_hierarchy 1 \\top.block", route=(), folder=folder)
+    build = block_build(block, preset(config), folder=folder)
     with Console(stderr=True).status(f"{block}: synthesis"):
         build.synthesise()
     text = (build.home / "top.json").read_text(encoding="utf-8")

@@ -23,6 +23,7 @@ from rich.table import Table
 
 from moeaccel.config import AcceleratorConfig, preset
 from moeaccel.errors import ToolFailedError
+from moeaccel.fpga.floorplan import floorplan
 from moeaccel.fpga.flow import Build
 from moeaccel.fpga.fold import Fold
 from moeaccel.hdl.axi_arbiter import AxiArbiter
@@ -31,7 +32,7 @@ from moeaccel.hdl.sdram_controller import SdramController, SdramTiming
 from moeaccel.hdl.serial_link import SerialLink
 from moeaccel.hdl.verilog_target import generate
 
-__all__ = ["BLOCKS", "Report", "synthesise"]
+__all__ = ["BLOCKS", "FOLDER", "Report", "block_build", "synthesise"]
 
 TARGET_MHZ = 120
 """What nextpnr aims at; it stops improving a path that reaches it."""
@@ -40,6 +41,9 @@ ROUTE = ("--85k", "--package", "CABGA381", "--speed", "6", "--freq", str(TARGET_
          "--lpf-allow-unconstrained", "--timing-allow-fail")
 
 Block = Callable[[AcceleratorConfig], wiring.Component]
+
+FOLDER = Path("build/synth")
+"""Of all builds of blocks."""
 
 REPORTS = Path(__file__).resolve().parent / "reports"
 
@@ -134,8 +138,32 @@ class Report:
     seconds: float
 
 
+def block_build(name: str, config: AcceleratorConfig, *, folder: Path = FOLDER) -> Build:
+    """Return what synthesises, places and routes one block, alone, as the module ``top.block``.
+
+    Parameters
+    ----------
+    name : str
+        Key of :data:`BLOCKS`.
+    config : AcceleratorConfig
+    folder : pathlib.Path
+        Where results are kept, one folder each.
+
+    Raises
+    ------
+    ToolMissingError
+        If there is no Yosys or no nextpnr-ecp5.
+    """
+    if name not in BLOCKS:
+        raise ValueError(f"block must be one of {', '.join(BLOCKS)}, not {name!r}")
+    return Build(name=f"{name}-{config.name}",
+                 verilog=generate(Fold(BLOCKS[name](config), "ecp5"), "top"),
+                 script="setattr -mod -set keep_hierarchy 1 \\top.block",
+                 finish=floorplan(config) if name == CORE else "", route=ROUTE, folder=folder)
+
+
 def synthesise(name: str, config: AcceleratorConfig, *, seed: int = 1,
-               folder: Path = Path("build/synth")) -> Report:
+               folder: Path = FOLDER) -> Report:
     """Synthesise one block, or take the result from an earlier run.
 
     Parameters
@@ -155,11 +183,7 @@ def synthesise(name: str, config: AcceleratorConfig, *, seed: int = 1,
     ToolFailedError
         If one of them fails.
     """
-    if name not in BLOCKS:
-        raise ValueError(f"block must be one of {', '.join(BLOCKS)}, not {name!r}")
-    build = Build(name=f"{name}-{config.name}", verilog=generate(Fold(BLOCKS[name](config)), "top"),
-                  script="setattr -mod -set keep_hierarchy 1 \\top.block", route=ROUTE,
-                  folder=folder)
+    build = block_build(name, config, folder=folder)
     seconds = build.synthesise()
     routed = build.route(seed)
     return Report(
@@ -210,7 +234,7 @@ def main(
     core: Annotated[bool, typer.Option("--core", help="The whole accelerator.")] = False,
     config: Annotated[str, typer.Option(help="Name of a configuration.")] = "ulx3s",
     seed: Annotated[int, typer.Option(help="Seed of the placement.")] = 1,
-    folder: Annotated[Path, typer.Option(help="Where results are kept.")] = Path("build/synth"),
+    folder: Annotated[Path, typer.Option(help="Where results are kept.")] = FOLDER,
     save: Annotated[bool, typer.Option("--save", help="Also write fpga/reports/.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:

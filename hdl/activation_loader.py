@@ -306,6 +306,7 @@ class ActivationLoader(wiring.Component):
             slot_end=slot_end, row_top=Mux(leaving, row_top[1], row_top[0]))
         # Block RAM is slow to answer: a register behind it, ahead of everything else.
         s = q.stage(**vars(s), line=line_r.data, top=tops_r.data)
+        s = q.stage(**vars(s))  # the memory may be far away
 
         words = Signal(32 * count)
         if sub_bits:

@@ -78,7 +78,7 @@ class ActivationUnit(wiring.Component):
         ``last`` is that of the up element.
     """
 
-    LATENCY_CYCLES = 6 + 3 * (Multiplier.LATENCY_CYCLES + 3)
+    LATENCY_CYCLES = 7 + 3 * (Multiplier.LATENCY_CYCLES + 3)
 
     def __init__(self, config, family="generic"):
         if not isinstance(config, AcceleratorConfig):
@@ -153,17 +153,19 @@ class ActivationUnit(wiring.Component):
             above=~negative & (s.gate.magnitude != 0) & (s.over | beyond.any()),
             below=negative & (s.over | ~beyond.all()),
             fraction=s.value[:FRACTION_BITS], gate=s.gate, up=s.up, meta=s.meta)
+        # Block RAM is slow to answer: a register behind it, ahead of everything else.
+        s = p.stage(**vars(s), entry=rom.data)
 
-        # -- 5 to 8: interpolate -------------------------------------------------------------------
+        # -- 6 to 9: interpolate -------------------------------------------------------------------
         m.submodules.interpolate = interpolate = Multiplier(
             SLOPE_BITS + 1, FRACTION_BITS + 1, family=self._family)
         m.d.comb += [
-            interpolate.i_a.eq(rom.data[VALUE_BITS:VALUE_BITS + SLOPE_BITS]),
+            interpolate.i_a.eq(s.entry[VALUE_BITS:VALUE_BITS + SLOPE_BITS]),
             interpolate.i_b.eq(s.fraction),
         ]
         s = p.delay(
-            Multiplier.LATENCY_CYCLES, value=rom.data[:VALUE_BITS],
-            exponent=rom.data[VALUE_BITS + SLOPE_BITS:], above=s.above, below=s.below,
+            Multiplier.LATENCY_CYCLES, value=s.entry[:VALUE_BITS],
+            exponent=s.entry[VALUE_BITS + SLOPE_BITS:], above=s.above, below=s.below,
             gate=s.gate, up=s.up, meta=s.meta)
         bits = VALUE_BITS + FRACTION_BITS + 1
         exact = Signal(bits)

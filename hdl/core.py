@@ -133,9 +133,10 @@ class Core(wiring.Component):
         # Steps: the tile buffer answers a cycle after the step starts, the lane buffers when the
         # array wants lanes
         assert tiles.READ_LATENCY_CYCLES == 1
-        assert x_lanes.READ_LATENCY_CYCLES == 1 + array.LANES_LATER_CYCLES == 2
+        assert x_lanes.READ_LATENCY_CYCLES == 1 + array.LANES_LATER_CYCLES == 3
         started = Signal(step(config))
         tag = Signal(tag_shape)
+        hidden = Signal()
         of_hidden = Signal()
         m.d.comb += [
             self.o_available.eq(tiles.o_available),
@@ -156,7 +157,7 @@ class Core(wiring.Component):
             array.i_tag.eq(tag),
         ]
         m.d.sync += [array.i_valid.eq(self.i_take), started.eq(self.i_step), tag.eq(self.i_tag),
-                     of_hidden.eq(started.hidden)]
+                     hidden.eq(started.hidden), of_hidden.eq(hidden)]
         for name, lanes in (("x", x_lanes), ("h", h_lanes)):
             m.d.comb += [
                 lanes.w_en.eq(getattr(self, f"{name}_en")),

@@ -117,17 +117,17 @@ class Dispatcher(wiring.Component):
         resident = data.StructLayout({"token": layouts.token_bits(config), "first": 1})
         resident_w, resident_r = memory("resident", resident, config.max_slots)
 
-        # -- walking over the pairs in token order
+        # -- walking over the pairs in token order; a rewind sets what a reset need not
         pairs = Signal(pairs_bits)
-        index = Signal(pairs_bits)
-        k = Signal(5)
-        token = Signal(config.max_tokens.bit_length())
-        zero_token = Signal(layouts.token_bits(config))
-        valid_of_token = Signal(5)
+        index = Signal(pairs_bits, reset_less=True)
+        k = Signal(5, reset_less=True)
+        token = Signal(config.max_tokens.bit_length(), reset_less=True)
+        zero_token = Signal(layouts.token_bits(config), reset_less=True)
+        valid_of_token = Signal(5, reset_less=True)
         # Every pair has three cycles (ID, READ, WRITE); its id is read during the pair before it,
         # and all that the third needs to know comes from registers, be it that it is the third.
-        raw_id = Signal(32)
-        ahead_index = Signal(pairs_bits)  # of the pair whose id is being read
+        raw_id = Signal(32, reset_less=True)
+        ahead_index = Signal(pairs_bits, reset_less=True)  # of the pair whose id is being read
         expert_id = Signal(expert_bits)
         id_valid = Signal()
         last_of_token, last_pair = Signal(), Signal()
@@ -201,13 +201,13 @@ class Dispatcher(wiring.Component):
         ahead = Signal(2)  # passes handed out and not retired
         passed = Signal()
         m.d.sync += ahead.eq(ahead + passed - self.i_retired)
-        walk = Signal(expert_bits + 1)
+        walk = Signal(expert_bits + 1, reset_less=True)
         walk_ends = Signal()  # it was the last expert, a cycle ago
-        image = Signal(config.address_bits)
-        next_image = Signal(config.address_bits)  # of the expert at ``walk``
+        image = Signal(config.address_bits, reset_less=True)
+        next_image = Signal(config.address_bits, reset_less=True)  # of the expert at ``walk``
         looked = Signal()  # at an expert, in the cycle before
         left = Signal(pairs_bits)  # pairs of this expert not yet in a pass
-        position = Signal(pairs_bits)
+        position = Signal(pairs_bits, reset_less=True)
         remaining = Signal(pairs_bits)  # pairs of the command not yet in a pass
         slots = Signal(range(config.max_slots + 1))
         slot = Signal(range(config.max_slots + 1))
@@ -218,8 +218,7 @@ class Dispatcher(wiring.Component):
         last_pass, expert_ends, last_slot = Signal(), Signal(), Signal()
         slot_bank = Signal()
         x_bank = Signal()
-        prefix = Signal(pairs_bits)
-
+        prefix = Signal(pairs_bits, reset_less=True)
 
         def tiles(rows):
             return Mux(
@@ -284,9 +283,15 @@ class Dispatcher(wiring.Component):
             resident_w.addr.eq(s.slot),
             resident_w.data.token.eq(s.token),
             resident_w.data.first.eq(first),
+        ]
+        # Read three cycles later and more: a register in front of memories that may be far away.
+        m.d.sync += [
             done_w.en.eq(p.valid | (counted & last_of_token)),
             done_w.addr.eq(Mux(counting, token, s.token)),
             done_w.data.eq(Mux(counting, 0, s.done + 1)),
+            total_w.addr.eq(token),
+            total_w.data.eq(valid_of_token + id_valid),
+            total_w.en.eq(counted & last_of_token),
         ]
         s = p.stage(
             raw=s.word.word_select(s.part[:lane_bits], 32) if lane_bits else s.word,
@@ -326,9 +331,6 @@ class Dispatcher(wiring.Component):
             sorted_w.data.index.eq(index),
             sorted_w.addr.eq(cursor_r.data),
             sorted_w.en.eq(scattered & id_valid),
-            total_w.addr.eq(token),
-            total_w.data.eq(valid_of_token + id_valid),
-            total_w.en.eq(counted & last_of_token),
             # Until the counts are cleared and the prefixes complete, an entry may be written twice.
             count_w.addr.eq(Mux(clearing, walk, expert_id)),
             count_w.data.eq(Mux(clearing, 0, count_r.data + 1)),

@@ -88,7 +88,7 @@ class DotArray(wiring.Component):
         Tag of the last step.
     """
 
-    LANES_LATER_CYCLES = 1
+    LANES_LATER_CYCLES = 2
     LATENCY_CYCLES = 3 + 2 * Multiplier.LATENCY_CYCLES + len(TREE_LEVELS) + 3
     MAX_SHIFT = max(f.max_shift for f in FORMATS.values()) + ACTIVATION_SHIFT_MAX
 
@@ -177,20 +177,23 @@ class DotArray(wiring.Component):
             return unit.o_product
 
         # -- input registers and decoding ---------------------------------------------------------
-        packed_copies = self._copies(
-            register, self._is(self.i_format, lambda f: f.packed), "packed")
-        e2m1_copies = self._copies(
-            register, self._is(self.i_format, lambda f: f.name == "mxfp4"), "e2m1")
+        # One hot: what two of them have in common would be a wire to all of the array.
+        e2m1_copies, int4_copies, int8_copies = (
+            self._copies(register, self._is(self.i_format, predicate), name)
+            for name, predicate in (
+                ("e2m1", lambda f: f.name == "mxfp4"),
+                ("int4", lambda f: f.packed and f.name != "mxfp4"),
+                ("int8", lambda f: not f.packed)))
 
-        def decode(nibble, e2m1):
-            """Return the integer that a 4-bit code stands for."""
+        def decode(nibble, e2m1, int4):
+            """Return the integer that a 4-bit code stands for, 0 in an 8-bit format."""
             magnitude = Signal(4, name="magnitude")
-            value = Signal(signed(5), name="decoded")
+            value, negative = Signal(signed(5), name="value"), nibble[3]
             m.d.comb += [
                 magnitude.eq(C(E2M1_TABLE, 32) >> (nibble[:3] << 2)),
-                value.eq(Mux(e2m1, Mux(nibble[3], -magnitude, magnitude), nibble.as_signed())),
+                value.eq(Mux(negative, -magnitude, magnitude)),
             ]
-            return value
+            return (value & e2m1.replicate(5) | Cat(nibble, negative) & int4.replicate(5))[:5]
 
         # What is decoded, what is joined and what crosses the array have registers of their own.
         factors = []
@@ -198,12 +201,13 @@ class DotArray(wiring.Component):
             for k in range(BLOCK):
                 name = f"{rm}_{k}"
                 code = register(0, 8, self.i_codes.word_select(rm * BLOCK + k, 8), f"code{name}")
-                copy = k * len(packed_copies) // BLOCK
-                packed, e2m1 = packed_copies[copy], e2m1_copies[copy]
-                low = register(1, signed(8), Mux(
-                    packed, decode(code[:4], e2m1), code.as_signed()), f"low_factor{name}")
-                high = register(1, signed(5), Mux(
-                    packed, decode(code[4:], e2m1), 0)[:5].as_signed(), f"high_factor{name}")
+                copy = k * len(int8_copies) // BLOCK
+                e2m1, int4, int8 = e2m1_copies[copy], int4_copies[copy], int8_copies[copy]
+                low = register(
+                    1, signed(8), decode(code[:4], e2m1, int4).as_signed() | Mux(int8, code, 0),
+                    f"low_factor{name}")
+                high = register(1, signed(5), decode(code[4:], e2m1, int4).as_signed(),
+                                f"high_factor{name}")
                 factors.append(register(
                     2, signed(FACTOR_BITS), (high << FIELD_BITS) + low, f"factor{name}"))
 
@@ -227,7 +231,7 @@ class DotArray(wiring.Component):
                 low_sums[rm, lane] = self._tree(register, tree, low, f"low{name}")
 
         # -- scale --------------------------------------------------------------------------------
-        packed = delay(1, shift - 1, packed_copies[0], "packed")
+        packed = delay(1, shift - 1, ~int8_copies[0], "packed")
         scales = [register(0, 16, scale, f"scale{row}") for row, scale in enumerate(self.i_scales)]
         significands = [delay(1, scale - 1, s[:SIGNIFICAND_BITS], f"significand{row}")
                         for row, s in enumerate(scales)]

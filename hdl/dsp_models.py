@@ -1,4 +1,4 @@
-"""What the vendors' multiplier blocks do, in the one mode that we use them in, for simulators."""
+"""What the vendors' blocks do, in the one mode that we use them in, for simulators."""
 
 from collections.abc import Mapping
 
@@ -97,8 +97,15 @@ module DSP48E2 #({_parameters(_DSP48E2_PARAMETERS)}) (
 endmodule
 """
 
-DSP_MODELS = {"generic": "", "ecp5": _MULT18X18D, "xilinx": _DSP48E2}
-"""Verilog by family: the modules that :class:`~moeaccel.hdl.multiplier.Multiplier` instantiates.
+_DCCA = """
+module DCCA (input CLKI, CE, output CLKO);
+  assign CLKO = CLKI;
+endmodule
+"""
+
+DSP_MODELS = {"generic": "", "ecp5": _MULT18X18D + _DCCA, "xilinx": _DSP48E2}
+"""Verilog by family: the modules that :class:`~moeaccel.hdl.multiplier.Multiplier` and
+:class:`~moeaccel.hdl.global_buffer.GlobalBuffer` instantiate.
 
 Not for synthesis: there the vendor's own block is meant. A parameter other than the multiplier's,
 or an input that must be constant and is not, is an error.

@@ -95,16 +95,15 @@ class Engine(wiring.Component):
         in_machine = Signal(2)  # passes handed out and not retired
         m.d.sync += in_machine.eq(
             in_machine + (sequencer.i_pass.valid & sequencer.i_pass.ready) - sequencer.o_retired)
-        overflows = Signal(32)
+        overflows = Signal(32, reset_less=True)  # a job begins with 0
         begin = self.i_job.valid & self.i_job.ready
         m.d.comb += [
             finished.eq(running & dispatcher.o_done & (in_machine == 0) & combiner.o_idle),
-            loader.i_clear.eq(begin),
             self.o_nonfinite.eq(loader.o_nonfinite),
             self.o_nonfinite_token.eq(loader.o_nonfinite_token),
             self.o_overflows.eq(overflows),
         ]
-        m.d.sync += self.o_done.eq(finished)
+        m.d.sync += [self.o_done.eq(finished), loader.i_clear.eq(begin)]
         with m.If(begin):
             m.d.sync += [running.eq(1), overflows.eq(0)]
         with m.Else():

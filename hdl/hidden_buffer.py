@@ -98,7 +98,7 @@ class HiddenBuffer(wiring.Component):
         From ``i_start``, if that is later, they are fewer: by those of the tree, one a level, and
         one.
         """
-        return 5 + exact_log2(self._config.channels) + BlockQuantiser.LATENCY_CYCLES
+        return 7 + exact_log2(self._config.channels) + BlockQuantiser.LATENCY_CYCLES
 
     def elaborate(self, platform):
         m = Module()
@@ -139,19 +139,25 @@ class HiddenBuffer(wiring.Component):
         token_w, token_r = tokens.write_port(), tokens.read_port(domain="comb")
         token_q = tokens.read_port(domain="comb")
 
-        # -- 1: arrive, store; the largest of them, a level of the tree in a stage; 2: look up what
-        # the largest was; 3: compare
+        # -- 1: arrive; the largest of them, a level of the tree in a stage; 2: look up what the
+        # largest was; 3: compare. They are stored a cycle after they arrive: memories lie all over
+        # a device, so there are registers in front of them, and behind.
         elements = self.i_elements.payload
         first_index = Cat(C(0, core_bits), elements.index)
         p = Pipeline(m, self.i_elements.valid, "arrival")
         s = p.stage(value=[elements.value[i] for i in range(cores)], slot=elements.slot,
                     index=first_index, last=elements.last)
+        enables = Signal(len(values))
+        m.d.sync += enables.eq(Cat(
+            p.valid & (s.index[core_bits:lane_bits + sub_bits] == i >> core_bits)
+            for i in range(len(values))))
+        stored = Pipeline(m, p.valid, "stored").stage(
+            address=Cat(s.index[lane_bits + sub_bits:][:word_bits], s.slot), value=s.value)
         for i, (write, _) in enumerate(values):
             m.d.comb += [
-                write.en.eq(
-                    p.valid & (s.index[core_bits:lane_bits + sub_bits] == i >> core_bits)),
-                write.addr.eq(Cat(s.index[lane_bits + sub_bits:][:word_bits], s.slot)),
-                write.data.eq(s.value[i % cores]),
+                write.en.eq(enables[i]),
+                write.addr.eq(stored.address),
+                write.data.eq(stored.value[i % cores]),
             ]
         found = []
         for i, value in enumerate(s.value):
@@ -228,12 +234,8 @@ class HiddenBuffer(wiring.Component):
             step.eq(group >> in_block),
             block_end.eq(group[:in_block].all()),
             slot_end.eq(block_end & last_step),
-            tops_r.en.eq(active),
-            tops_r.addr.eq(Cat(step, slot)),
             token_q.addr.eq(slot),
         ]
-        for _, read in values:
-            m.d.comb += [read.en.eq(active), read.addr.eq(Cat(group[sub_bits:], slot))]
         with m.If(active):
             m.d.sync += group.eq(group + 1)
             with m.If(block_end):
@@ -251,12 +253,18 @@ class HiddenBuffer(wiring.Component):
         q = Pipeline(m, active, "out")
         token = Signal(block_top())
         m.d.comb += token.eq(token_q.data)
-        s = q.stage(step=step, slot=slot, block_end=block_end, slot_end=slot_end,
-                    token_top=token.top, token_zero=token.zero, sub=group[:max(1, sub_bits)])
+        along = {"step": step, "slot": slot, "block_end": block_end, "slot_end": slot_end,
+                 "token_top": token.top, "token_zero": token.zero, "sub": group[:max(1, sub_bits)]}
+        s = q.stage(**along, word=group[sub_bits:])
+        m.d.comb += [tops_r.en.eq(q.valid), tops_r.addr.eq(Cat(s.step, s.slot))]
+        for _, read in values:
+            m.d.comb += [read.en.eq(q.valid), read.addr.eq(Cat(s.word, s.slot))]
+        s = q.stage(**{name: getattr(s, name) for name in along})
+        s = q.stage(**vars(s), top=tops_r.data, values=[read.data for _, read in values])
         out = quantiser.i_group
         m.d.comb += [
             quantiser.i_valid.eq(q.valid),
-            out.block.eq(tops_r.data),
+            out.block.eq(s.top),
             out.token_top.eq(s.token_top),
             out.token_zero.eq(s.token_zero),
             out.two_planes.eq(two_planes),
@@ -267,7 +275,7 @@ class HiddenBuffer(wiring.Component):
         ]
         for i in range(count):
             stored = Signal(entry, name=f"stored{i}")
-            among = Array(read.data for _, read in values[i::count])
+            among = Array(s.values[i::count])
             m.d.comb += [
                 stored.eq(among[s.sub[:sub_bits]] if sub_bits else among[0]),
                 out.elements[i].significand.eq(stored.magnitude),

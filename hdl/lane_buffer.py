@@ -39,7 +39,7 @@ class LaneBuffer(wiring.Component):
     r_data : :py:`Out(ArrayLayout(layouts.lane(config), config.token_lanes))`
     """
 
-    READ_LATENCY_CYCLES = 2
+    READ_LATENCY_CYCLES = 3
 
     def __init__(self, config, banks):
         if not isinstance(config, AcceleratorConfig):
@@ -76,6 +76,12 @@ class LaneBuffer(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         shape = unsigned(layouts.lane(self._config).size)
+        # Memories lie all over a device and are slow to answer: registers in front and behind.
+        reads = Signal()
+        r_address = Signal.like(self.r_address, reset_less=True)
+        m.d.sync += reads.eq(self.r_en)
+        with m.If(self.r_en):
+            m.d.sync += r_address.eq(self.r_address)
         for i in range(self._config.token_lanes):
             lane = memory.Memory(
                 shape=shape, depth=1 << self.address_bits, init=[], attrs={"no_rw_check": 1})
@@ -85,9 +91,8 @@ class LaneBuffer(wiring.Component):
                 write.en.eq(self.w_en[i]),
                 write.addr.eq(self.w_address),
                 write.data.eq(self.w_data[i]),
-                read.en.eq(self.r_en),
-                read.addr.eq(self.r_address),
+                read.en.eq(reads),
+                read.addr.eq(r_address),
             ]
-            # Block RAM is slow to answer: a register behind it, ahead of everything else.
             m.d.sync += self.r_data[i].eq(read.data)
         return m

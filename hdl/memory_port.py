@@ -41,8 +41,8 @@ class _Splitter(wiring.Component):
 
     Blocks divide 4 KiB, so no burst crosses a page, and an address never needs a long addition:
     after the first burst only the block number counts up. ``burst`` is announced in the cycle after
-    the request is accepted, and may be taken from the next one on, one a cycle; a request is
-    accepted when the last burst of the previous one is taken. ``drop`` forgets the request.
+    the request is accepted, and may be taken from the next one on, one a cycle; the next request
+    is accepted in the cycle after the last of them. ``drop`` forgets the request.
     """
 
     def __init__(self, *, config):
@@ -66,10 +66,8 @@ class _Splitter(wiring.Component):
         end = Signal(index)
         more = Signal(len(beats) + 1 - index)
         final = Signal()
-        used_up = Signal()
         m.d.comb += [
-            used_up.eq(~valid | final),
-            self.request.ready.eq((~valid | (self.burst.ready & final)) & ~self.drop),
+            self.request.ready.eq(~valid & ~self.drop),
             self.burst.valid.eq(valid),
             self.burst.payload.start.eq(start),
             self.burst.payload.block.eq(block),
@@ -80,15 +78,14 @@ class _Splitter(wiring.Component):
         m.d.sync += final.eq(more == self.burst.ready)
         with m.If(self.request.valid & self.request.ready):
             m.d.sync += Assert(beats != 0, "a request must have 1 beat or more")
-        with m.If(~valid | self.burst.ready):
-            with m.If(used_up):  # whether there is a request or not
-                m.d.sync += [
-                    valid.eq(self.request.valid),
-                    Cat(start, block).eq(address),
-                    Cat(end, more).eq(address[:index] + beats - 1),
-                ]
-            with m.Else():
-                m.d.sync += [start.eq(0), block.eq(block + 1), more.eq(more - 1)]
+        with m.If(~valid):  # whether there is a request or not
+            m.d.sync += [
+                valid.eq(self.request.valid),
+                Cat(start, block).eq(address),
+                Cat(end, more).eq(address[:index] + beats - 1),
+            ]
+        with m.Elif(self.burst.ready):
+            m.d.sync += [valid.eq(~final), start.eq(0), block.eq(block + 1), more.eq(more - 1)]
         with m.If(self.drop):
             m.d.sync += valid.eq(0)
         return m
@@ -125,9 +122,9 @@ class MemoryPort(wiring.Component):
     bursts already issued are completed with beats whose strobes are 0. Then everything but the
     latched fault is as after reset.
 
-    Latency: ARVALID 4 cycles after a request is accepted; data 1 cycle after the R beat; WVALID
+    Latency: ARVALID 4 cycles after a request is accepted; data 2 cycles after the R beat; WVALID
     1 cycle after a beat of data; ``done`` 2 cycles after the last BVALID. Throughput: one AR a
-    cycle within a request, a request of one burst every 2 cycles for a reader; one AW every 3
+    cycle within a request, a request of one burst every 3 cycles for a reader; one AW every 3
     cycles; one R beat and one W beat a cycle. No output depends on an input of the bus within a
     cycle. Changes of the window take 2 cycles.
 
@@ -192,8 +189,9 @@ class MemoryPort(wiring.Component):
         readers = [getattr(self, f"reader{i}") for i in range(self._readers)]
         writers = [getattr(self, f"writer{i}") for i in range(self._writers)]
 
-        flushing = Signal()
-        m.d.sync += flushing.eq(self.flush | (flushing & ~self.idle))
+        flushing, flushing_next = Signal(), Signal()
+        m.d.comb += flushing_next.eq(self.flush | (flushing & ~self.idle))
+        m.d.sync += flushing.eq(flushing_next)
 
         # The window in beats: the first allowed one, and the first behind the last whole one.
         first_beat = Signal(config.address_bits + 2 - shift)
@@ -296,7 +294,7 @@ class MemoryPort(wiring.Component):
             ]
         m.d.comb += [axi.arsize.eq(shift), axi.arburst.eq(_BURST_INCR), axi.rready.eq(1)]
 
-        # -- answers: one register, then to the reader ---------------------------------------------
+        # -- answers: a register, whose they are, and one more, since readers are far away ----------
         beat_valid = Signal(len(readers))
         beat_reader = Signal(range(max(2, len(readers))))
         beat_data = Signal(8 * config.port_bytes)
@@ -309,6 +307,8 @@ class MemoryPort(wiring.Component):
         zero_left = Signal(index)
         zero_last = Signal()
         zero_beat = Signal()
+        data_out = Signal(8 * config.port_bytes, reset_less=True)
+        m.d.sync += data_out.eq(beat_data)
         m.d.comb += zero_beat.eq(zero_ready & ~axi.rvalid)
         m.d.sync += [
             beat_reader.eq(Mux(axi.rvalid, axi.rid, zero_reader)),
@@ -336,11 +336,11 @@ class MemoryPort(wiring.Component):
                 flags_write.addr.eq(write_index[i]),
                 flags_write.data.eq(issued_last),
                 flags_read.addr.eq(read_index[i]),
-                reader.valid.eq(beat_valid[i] & ~flushing),
-                reader.data.eq(beat_data),
-                reader.last.eq(beat_zero_last | (beat_last & flags_read.data)),
+                reader.data.eq(data_out),
             ]
             m.d.sync += [
+                reader.valid.eq(beat_valid[i] & ~flushing_next),
+                reader.last.eq(beat_zero_last | (beat_last & flags_read.data)),
                 write_index[i].eq(write_index[i] + mine),
                 read_index[i].eq(read_index[i] + answered),
                 outstanding[i].eq(outstanding[i] + Mux(mine == answered, 0, Mux(mine, 1, -1))),
@@ -372,7 +372,7 @@ class MemoryPort(wiring.Component):
                                            "b_error"))
         m.d.comb += axi.bready.eq(1)
         if writers:
-            self._write(m, writers, flushing, inside, address_of,
+            self._write(m, writers, flushing, flushing_next, inside, address_of,
                         owner_valid, write_issued, write_allowed, b_error)
 
         # -- faults: the first one since clear_faults ----------------------------------------------
@@ -420,7 +420,7 @@ class MemoryPort(wiring.Component):
             | owner_valid | Cat(w.done for w in writers).any()))
         return m
 
-    def _write(self, m, writers, flushing, inside, address_of,
+    def _write(self, m, writers, flushing, flushing_next, inside, address_of,
                owner_valid, write_issued, write_allowed, b_error):
         """Serve one write request at a time; the last four signals say what goes on."""
         config = self._config
@@ -430,6 +430,7 @@ class MemoryPort(wiring.Component):
         pointer = exact_log2(OUTSTANDING_BURSTS)
         burst_layout = _burst(config)
         owner = Signal(range(len(writers)))
+        feeds = Signal(len(writers))  # whose data W may take: the owner's, unless flushing
         m.submodules.write_splitter = splitter = _Splitter(config=config)
         # The splitter is empty while there is no owner.
         accepted = Signal()
@@ -444,7 +445,7 @@ class MemoryPort(wiring.Component):
         for i, writer in enumerate(writers):
             m.d.comb += writer.request.ready.eq(free)
             with m.If(free & writer.request.valid):
-                m.d.sync += [owner_valid.eq(1), owner.eq(i), accepted.eq(1),
+                m.d.sync += [owner_valid.eq(1), owner.eq(i), feeds[i].eq(1), accepted.eq(1),
                              request.eq(writer.request.payload)]
             free = free & ~writer.request.valid
 
@@ -509,11 +510,7 @@ class MemoryPort(wiring.Component):
         data_valid = Signal()
         data_payload = Signal(8 * config.port_bytes)
         for i, writer in enumerate(writers):
-            mine = Signal(name=f"mine{i}")
-            m.d.comb += [
-                mine.eq(owner_valid & (owner == i)),
-                writer.data.ready.eq(mine & w_offered & ~flushing),
-            ]
+            m.d.comb += writer.data.ready.eq(feeds[i] & w_offered)
             with m.If(owner == i):
                 m.d.comb += data_valid.eq(writer.data.valid), data_payload.eq(writer.data.payload)
         m.d.comb += [
@@ -564,6 +561,8 @@ class MemoryPort(wiring.Component):
         m.d.comb += finished.eq(owner_valid & writes_done)
         with m.If(finished):
             m.d.sync += owner_valid.eq(0)
+        with m.If(finished | flushing_next):
+            m.d.sync += feeds.eq(0)
         for i, writer in enumerate(writers):
             done = Signal(name=f"done{i}")
             m.d.sync += done.eq(finished & (owner == i) & ~flushing)

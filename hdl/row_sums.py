@@ -74,13 +74,13 @@ class RowSums(wiring.Component):
     o_overflow : :py:`Out(1)`
         Pulse for each output beyond the grid.
     i_draining : :py:`In(1)`
-    r_address, r_data : :py:`In(stripe_address(config))`, this core's sums, two cycles later
+    r_address, r_data : :py:`In(stripe_address(config))`, this core's sums, READ_LATENCY_CYCLES later
     w_en, w_address, w_data
         An enable for each sum.
     """
 
-    LATENCY_CYCLES = Multiplier.LATENCY_CYCLES + 10
-    READ_LATENCY_CYCLES = 2
+    LATENCY_CYCLES = Multiplier.LATENCY_CYCLES + 12
+    READ_LATENCY_CYCLES = 3
 
     def __init__(self, config: AcceleratorConfig, family="generic"):
         if not isinstance(config, AcceleratorConfig):
@@ -161,25 +161,32 @@ class RowSums(wiring.Component):
             s.overflow, 0, (value[2:].as_signed() + up)[:TERM_LIMIT + 1].as_signed())))
         element_read = Signal(address)
         m.d.comb += [element_read.word.eq(s.row >> lanes_log2), element_read.slot.eq(s.slot)]
-        # Block RAM is slow to answer: a register behind it, ahead of everything else.
-        s = pipe.delay(2, **carried(s, overflow=s.overflow, term=s.term))
+        # Memories lie all over a device and are slow to answer: registers in front and behind.
+        s = pipe.delay(self.READ_LATENCY_CYCLES, **carried(s, overflow=s.overflow, term=s.term))
         m.d.sync += self.r_data.eq(Cat(read.data for _, read in ports))
         chosen = Array(self.r_data[i] for i in range(lanes))[s.row[:lanes_log2]]
         s = pipe.stage(**carried(s, overflow=s.overflow, term=s.term,
                                  old=Mux(s.fresh, 0, chosen)[:SUM_BITS].as_signed()))
         s = pipe.stage(**carried(s, overflow=s.overflow, total=(s.old + s.term)[:SUM_BITS]))
-        assert pipe.depth == self.LATENCY_CYCLES
-        m.d.comb += [self.o_overflow.eq(pipe.valid & s.overflow),
-                     self.o_pass_done.eq(pipe.valid & s.last)]
+        m.d.comb += self.o_overflow.eq(pipe.valid & s.overflow)
 
+        r_address, w_address = Signal(address), Signal(address)
         element_write = Signal(address)
+        m.d.sync += [
+            r_address.eq(Mux(draining, self.r_address, element_read)),
+            w_address.eq(Mux(draining, self.w_address, element_write)),
+        ]
         m.d.comb += [element_write.word.eq(s.row >> lanes_log2), element_write.slot.eq(s.slot)]
         for i, (write, read) in enumerate(ports):
-            with m.If(draining):
-                m.d.comb += [read.addr.eq(self.r_address), write.addr.eq(self.w_address),
-                             write.en.eq(self.w_en[i]), write.data.eq(self.w_data[i])]
-            with m.Else():
-                m.d.comb += [read.addr.eq(element_read), write.addr.eq(element_write),
-                             write.en.eq(pipe.valid & (s.row[:lanes_log2] == i)),
-                             write.data.eq(s.total)]
+            w_en, w_data = Signal(name=f"w_en{i}"), Signal(signed(SUM_BITS), name=f"w_data{i}")
+            m.d.sync += [
+                w_en.eq(Mux(draining, self.w_en[i],
+                            pipe.valid & (s.row[:lanes_log2] == i))),
+                w_data.eq(Mux(draining, self.w_data[i], s.total)),
+            ]
+            m.d.comb += [read.addr.eq(r_address), write.addr.eq(w_address), write.en.eq(w_en),
+                         write.data.eq(w_data)]
+        s = pipe.stage(last=s.last)
+        m.d.comb += self.o_pass_done.eq(pipe.valid & s.last)
+        assert pipe.depth == self.LATENCY_CYCLES
         return m

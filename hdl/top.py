@@ -17,6 +17,7 @@ from moeaccel.hdl.axi import AXI4LiteSignature, AXI4Signature
 from moeaccel.hdl.command_processor import CommandProcessor
 from moeaccel.hdl.counters import Counters
 from moeaccel.hdl.engine import EVENTS, READERS, STREAMER, Engine
+from moeaccel.hdl.global_buffer import GlobalBuffer
 from moeaccel.hdl.layouts import channel_name
 from moeaccel.hdl.memory_port import ID_BITS, MemoryPort
 from moeaccel.hdl.register_file import RegisterFile
@@ -88,10 +89,11 @@ class Accelerator(wiring.Component):
         ports = [port, *add_replicas(
             m, platform, "port", functools.partial(MemoryPort, config, readers=1, writers=0),
             range(1, config.channels))]
-        # The engine's reset comes straight from a register: thousands of others read it.
+        m.submodules.engine_reset = engine_reset = GlobalBuffer(self._family)
         m.domains.engine = ClockDomain(local=True)
-        m.d.comb += [ClockSignal("engine").eq(ClockSignal()),
-                     ResetSignal("engine").eq(commands.o_engine_reset)]
+        m.d.comb += [engine_reset.i.eq(commands.o_engine_reset),
+                     ClockSignal("engine").eq(ClockSignal()),
+                     ResetSignal("engine").eq(engine_reset.o)]
         engine = Engine(config, self._family)
         m.submodules.engine = DomainRenamer("engine")(engine)
 

@@ -86,11 +86,11 @@ class WeightStreamer(wiring.Component):
         block = Signal(config.address_bits - beat_shift - burst_bits)
         left = Signal(self.WORDS_WIDTH + exact_log2(config.beats_per_word))
         load = Signal()
-        m.d.comb += [
-            self.i_request.ready.eq(~pending_valid | load),
-        ]
-        with m.If(self.i_request.ready):
+        m.d.comb += self.i_request.ready.eq(~pending_valid)
+        with m.If(~pending_valid):
             m.d.sync += [pending_valid.eq(self.i_request.valid), pending.eq(self.i_request.payload)]
+        with m.Elif(load):
+            m.d.sync += pending_valid.eq(0)
         with m.If(self.i_request.valid & self.i_request.ready):
             m.d.sync += [
                 Assert(self.i_request.p.words != 0, "a request must be for at least one word"),

@@ -53,22 +53,24 @@ RESULTS = 4
 """ResultSerialiser: results that may be under way or waiting behind the array."""
 SERIALISER_CYCLES = 6
 """ResultSerialiser: from a result to its first element, but for the normaliser."""
-ACTIVATION_CYCLES = 24
-"""ActivationUnit: from up to h. Position, table and output (6), three multipliers, each with 3 to
+ACTIVATION_CYCLES = 25
+"""ActivationUnit: from up to h. Position, table and output (7), three multipliers, each with 3 to
 round."""
 QUANTISER_CYCLES = 9
 """BlockQuantiser: from the last elements of a block to the lane buffer."""
-COMBINER_CYCLES = 13
+COMBINER_CYCLES = 15
 """RowSums: from an output to its place in the y buffer."""
+SUMS_READ_CYCLES = 3
+"""RowSums: from an address to the sums."""
 FLOAT_CYCLES = 10
 """Combiner: from a sum to float32."""
 ROW_EXPONENTS = 29
 """TileBuffer: tiles whose row exponents are stored before the next word waits."""
 
 # -- steps between blocks
-READ_CYCLES = 5
+READ_CYCLES = 6
 """From a reader's request to its first beat, but for the latency: splitter, grant, choice and AR,
-and one register behind R."""
+and two registers behind R."""
 WRITE_CYCLES = 2
 """From the last beat on W to the writer's ``done``, but for the latency: B is counted, ``done``."""
 GRANT_CYCLES = 3
@@ -953,8 +955,8 @@ class _Machine:
                 yield request
                 rows.append(self._port.read(request, beats))
                 lookup = request + 1
-        # Two registers, the quantiser, the count of rows, the pulse.
-        self._schedule.set(self._x_loaded[n], left + 2 + QUANTISER_CYCLES + 2)
+        # Three registers, the quantiser, the count of rows, the pulse.
+        self._schedule.set(self._x_loaded[n], left + 3 + QUANTISER_CYCLES + 2)
 
     # -- sequencer, array, serialiser, activation unit, hidden buffer
     def _compute(self) -> Iterator[None]:
@@ -991,7 +993,7 @@ class _Machine:
                             results.taken + self._element_cycles + ACTIVATION_CYCLES + 3 + tree)
                         groups = section.k // config.quantiser_lanes
                         ready = [
-                            max(free, all_there + slot * groups + QUANTISER_CYCLES + 3)
+                            max(free, all_there + slot * groups + QUANTISER_CYCLES + 5)
                             for free, slot in zip(ready, through, strict=True)
                         ]
                         results.end += 2  # the hidden buffer is started
@@ -1084,7 +1086,7 @@ class _Machine:
                     yield cycle
                     read = self._port.read(cycle, job.beats(job.d_out, 8))
                     yield read
-                    cycle = read.last + 4
+                    cycle = read.last + 2 + SUMS_READ_CYCLES
                 yield cycle
                 cycle = self._write_row(cycle + 1, last=last)
             cycle += 1
@@ -1098,12 +1100,12 @@ class _Machine:
         """Return when a row is written and acknowledged; the request is accepted in ``cycle``.
 
         Sums leave a word a cycle, or in two if a word makes two beats (integers) or half of one
-        (float32); then two registers, conversion, the FIFO (2) and W's register.
+        (float32); then their memories, conversion, the FIFO (2) and W's register.
         """
         job, config = self._job, self._job.config
         beats = job.beats(job.d_out, 4 if last else 8)
         words = job.d_out // config.quantiser_lanes
-        first = cycle + 1 + 2 + FLOAT_CYCLES + 2 + 1
+        first = cycle + 1 + SUMS_READ_CYCLES + FLOAT_CYCLES + 2 + 1
         spacing = 1
         if last and beats < words:
             first, spacing = first + 1, 2

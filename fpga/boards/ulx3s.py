@@ -20,6 +20,7 @@ from amaranth.lib.wiring import In, Out
 from moeaccel.config import AcceleratorConfig
 from moeaccel.errors import ClockRateError
 from moeaccel.fpga.boards import Board, Design
+from moeaccel.hdl.global_buffer import GlobalBuffer
 from moeaccel.hdl.sdram_controller import SdramTiming
 from moeaccel.hdl.serial_board import SerialBoard
 from moeaccel.hdl.verilog_target import generate
@@ -226,7 +227,8 @@ class Ulx3sTop(wiring.Component):
         with m.Elif(~count[-1]):
             m.d.start += count.eq(count + 1)
         m.d.start += reset.eq(~count[-1])
-        m.d.comb += sync.rst.eq(reset)
+        m.submodules.reset = buffer = GlobalBuffer("ecp5")
+        m.d.comb += [buffer.i.eq(reset), sync.rst.eq(buffer.o)]
 
 
 # Site of each pin, and what its buffer is set to.

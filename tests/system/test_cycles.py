@@ -158,6 +158,7 @@ def test_constants_are_the_blocks_own(config):
     assert cycles.ACTIVATION_CYCLES == ActivationUnit.LATENCY_CYCLES
     assert cycles.QUANTISER_CYCLES == BlockQuantiser.LATENCY_CYCLES
     assert cycles.COMBINER_CYCLES == RowSums.LATENCY_CYCLES
+    assert cycles.SUMS_READ_CYCLES == RowSums.READ_LATENCY_CYCLES
     assert cycles.FLOAT_CYCLES == _ToFloat32.LATENCY_CYCLES
     assert cycles.ROW_EXPONENTS == TileBuffer(config).row_exponent_depth - TileBuffer.ROWS_MARGIN
     assert cycles.GRANT_CYCLES == WeightStreamer.BURST_CYCLES
