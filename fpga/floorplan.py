@@ -22,10 +22,13 @@ _COLUMNS = (4, 13, 22, 31, 40, 49, 58, 69, 78, 87, 96, 105, 114)
 
 _MULTIPLIERS = ((0, "MULT18_0"), (1, "MULT18_1"), (4, "MULT18_4"), (5, "MULT18_5"))
 _MULTIPLIER_ROWS = (10, 34, 58)
-_RAMS = ((0, "EBR0"), (2, "EBR1"), (4, "EBR2"), (6, "EBR3"))
+_RAMS = ((0, "EBR0"), (4, "EBR2"))
 _RAM_ROWS = (22, 46)
-"""What a tile has, as X within it and name; Y of the tiles, for block RAMs those between rows of
-multipliers."""
+"""What we use of a tile, as X within it and name, and Y of the tiles. Of block RAMs those between
+rows of multipliers, and every other one: each has a hundred wires."""
+
+_CENTRE = (58, 69)
+"""Tiles of the middle row for the multipliers that scale sums, which come from everywhere."""
 
 _RAM_BITS = 36
 
@@ -36,12 +39,15 @@ Site = tuple[int, int, str]
 def _multiplier_sites() -> list[Site]:
     """Return sites, neighbours one after another: along a row, back along the next, and so on.
 
-    The tiles at both ends of a row are left to the other multipliers.
+    In the middle row the tiles in its middle are left out, in the others those at the ends.
     """
-    return [
-        (x + dx, y, name)
-        for row, y in enumerate(_MULTIPLIER_ROWS)
-        for x in _COLUMNS[1:-1][::-1 if row % 2 else 1] for dx, name in _MULTIPLIERS]
+    first, middle, last = _MULTIPLIER_ROWS
+    tiles = [
+        *((x, first) for x in _COLUMNS[1:-1]),
+        *((x, middle) for x in reversed(_COLUMNS) if x not in _CENTRE),
+        *((x, last) for x in _COLUMNS[1:-1]),
+    ]
+    return [(x + dx, y, name) for x, y in tiles for dx, name in _MULTIPLIERS]
 
 
 def _memories(config: AcceleratorConfig) -> Iterator[tuple[str, list[tuple[int, int, int]]]]:
@@ -70,6 +76,13 @@ def floorplan(config: AcceleratorConfig) -> str:
     if len(sites) < len(multipliers) or config.channels > 1:
         return ""
     placed = {"array.multiply{}_{}_{}.mult18x18d".format(*key): site for key, site in sites.items()}
+    centre = [(x + dx, _MULTIPLIER_ROWS[1], name) for x in _CENTRE for dx, name in _MULTIPLIERS]
+    scales = product(range(config.rows), range(config.token_lanes))
+    placed |= {f"array.scale{row}_{token}*.mult18x18d": site
+               for (row, token), site in zip(scales, centre, strict=False)}
+    corner = [(_COLUMNS[-1] + dx, _MULTIPLIER_ROWS[-1], name) for dx, name in _MULTIPLIERS]
+    placed |= {f"activation.{name}.mult18x18d": site for name, site in zip(
+        ("interpolate", "activate", "gated"), corner, strict=False)}
 
     free = [(x + dx, y, name) for y, x, (dx, name) in product(_RAM_ROWS, _COLUMNS, _RAMS)]
     for cell, feeds in _memories(config):

@@ -294,7 +294,7 @@ class MemoryPort(wiring.Component):
             ]
         m.d.comb += [axi.arsize.eq(shift), axi.arburst.eq(_BURST_INCR), axi.rready.eq(1)]
 
-        # -- answers: a register, whose they are, and one more, since readers are far away ----------
+        # -- answers: a register, whose they are, and one more, since readers are far away ---------
         beat_valid = Signal(len(readers))
         beat_reader = Signal(range(max(2, len(readers))))
         beat_data = Signal(8 * config.port_bytes)

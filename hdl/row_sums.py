@@ -74,7 +74,7 @@ class RowSums(wiring.Component):
     o_overflow : :py:`Out(1)`
         Pulse for each output beyond the grid.
     i_draining : :py:`In(1)`
-    r_address, r_data : :py:`In(stripe_address(config))`, this core's sums, READ_LATENCY_CYCLES later
+    r_address, r_data : :py:`In(stripe_address(config))`, this core's sums after READ_LATENCY_CYCLES
     w_en, w_address, w_data
         An enable for each sum.
     """
