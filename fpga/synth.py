@@ -34,7 +34,7 @@ from moeaccel.hdl.verilog_target import generate
 
 __all__ = ["BLOCKS", "FOLDER", "Report", "block_build", "synthesise"]
 
-TARGET_MHZ = 120
+TARGET_MHZ = 100
 """What nextpnr aims at; it stops improving a path that reaches it."""
 
 ROUTE = ("--85k", "--package", "CABGA381", "--speed", "6", "--freq", str(TARGET_MHZ),
