@@ -165,7 +165,8 @@ class Build:
                 "write_json top.json", "tee -q -o stat.json stat -json", ""]),
             **({"top.lpf": constraints} if constraints is not None else {}),
         }
-        self._route = (*ALGORITHMS, *route, *(("--lpf", "top.lpf") if constraints is not None else ()))
+        files = ("--lpf", "top.lpf") if constraints is not None else ()
+        self._route = (*ALGORITHMS, *route, *files)
         self.tools = f"{self._yosys.identity}, {self._nextpnr.identity}"
         self.digest = hashlib.sha256("\0".join(
             [*self._inputs.values(), *self._route, self.tools]).encode()).hexdigest()[:16]

@@ -429,7 +429,7 @@ class MemoryPort(wiring.Component):
         index = exact_log2(config.max_burst_beats)
         pointer = exact_log2(OUTSTANDING_BURSTS)
         burst_layout = _burst(config)
-        owner = Signal(range(len(writers)))
+        owner = Signal(range(max(2, len(writers))))
         feeds = Signal(len(writers))  # whose data W may take: the owner's, unless flushing
         m.submodules.write_splitter = splitter = _Splitter(config=config)
         # The splitter is empty while there is no owner.
