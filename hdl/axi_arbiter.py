@@ -21,7 +21,7 @@ class AxiArbiter(wiring.Component):
 
         master0 ar, aw --> [queue] --+                           +--> slave ar, aw
         master1 ar, aw --> [queue] --+--> [take turns] ----------+
-                w -----------------------> [in the order of aw] ----> slave w
+                w ---------------> [in the order of aw] --> [register] --> slave w
                 r, b <-------------------- [by the id's top bits] --- slave r, b
 
     Masters that have an address waiting take turns, reads and writes separately; one alone gets
@@ -31,9 +31,9 @@ class AxiArbiter(wiring.Component):
     before its data holds up the writes of the others, and one that does not take its answers holds
     up the answers behind them.
 
-    Latency: 1 cycle for addresses, 1 for the first data of a write behind its address, none for R
-    and B. Throughput: one address of each kind and one beat of W and R in a cycle. AxREADY comes
-    from registers. Reset empties the queues.
+    Latency: 1 cycle for addresses, 1 for data of writes, whose first beat is taken 2 cycles after
+    its address, none for R and B. Throughput: one address of each kind and one beat of W and R in a
+    cycle. AxREADY, WREADY and the slave's W come from registers. Reset empties the queues.
 
     Parameters
     ----------
@@ -114,22 +114,37 @@ class AxiArbiter(wiring.Component):
         # -- data of writes ------------------------------------------------------------------------
         m.submodules.order = order = fifo.SyncFIFO(width=self._number_bits, depth=_QUEUE)
         writer, sent = addresses("aw", order.w_level < _QUEUE - 1)
-        owner = order.r_data
+        owners = Signal(self._masters)  # at most one
+        names = ("wlast", "wdata", "wstrb")
+        beat, spare = (Signal(sum(len(getattr(slave, name)) for name in names), name=name)
+                       for name in ("w_beat", "w_spare"))
+        offered, taken, spare_valid = (Signal(name=name) for name in (
+            "w_offered", "w_taken", "w_spare_valid"))
         m.d.comb += [
             order.w_en.eq(sent),
             order.w_data.eq(writer),
-            order.r_en.eq(slave.wvalid & slave.wready & slave.wlast),
+            order.r_en.eq(~owners.any() | (taken & beat[0])),
+            taken.eq(offered & ~spare_valid),
         ]
         m.d.sync += Assert(~sent | order.w_rdy, "a write has no place in the order")
+        with m.If(order.r_en):
+            m.d.sync += owners.eq(Mux(order.r_rdy, 1 << order.r_data, 0))
         for i, master in enumerate(masters):
-            with m.If(owner == i):
-                m.d.comb += [
-                    slave.wdata.eq(master.wdata),
-                    slave.wstrb.eq(master.wstrb),
-                    slave.wlast.eq(master.wlast),
-                    slave.wvalid.eq(master.wvalid & order.r_rdy),
-                ]
-            m.d.comb += master.wready.eq(slave.wready & order.r_rdy & (owner == i))
+            m.d.comb += master.wready.eq(owners[i] & ~spare_valid)
+            with m.If(owners[i]):
+                m.d.comb += [offered.eq(master.wvalid),
+                             beat.eq(Cat(getattr(master, name) for name in names))]
+        # Whether a beat is taken does not depend on the slave: while that is busy, one more waits.
+        with m.If(~spare_valid):
+            m.d.sync += spare.eq(beat)
+        with m.If(~slave.wvalid | slave.wready):
+            m.d.sync += [
+                slave.wvalid.eq(spare_valid | taken),
+                Cat(getattr(slave, name) for name in names).eq(Mux(spare_valid, spare, beat)),
+                spare_valid.eq(0),
+            ]
+        with m.Elif(~spare_valid):
+            m.d.sync += spare_valid.eq(taken)
 
         # -- answers -------------------------------------------------------------------------------
         for channel, fields in (("r", ("data", "resp", "last", "id")), ("b", ("resp", "id"))):
