@@ -121,7 +121,7 @@ class Sequencer(wiring.Component):
 
         # -- position: tile, group, step; whether it is the first or the last is in registers, too
         tiles_left = Signal((2 * config.max_dim).bit_length())
-        group = Signal(range(config.token_groups))
+        group = Signal(range(max(2, config.token_groups)))
         steps_last = Signal(layouts.steps_bits(config))
         steps_left = Signal(layouts.steps_bits(config))  # behind this one
         position = Signal(layouts.steps_bits(config))
