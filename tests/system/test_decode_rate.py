@@ -63,6 +63,6 @@ def test_a_decode_waits_for_weights_only(pair, weights, name):
     cycles, counters, _ = decode(pair, weights, weight_format=name)
     share = counters["bytes_read_weights"] / (cycles * pair.config.port_bytes)
     assert counters["stalled_output"] == 0
-    assert counters["starved_activations"] < 160 * EXPERTS + 20  # from gate_up to the first h
+    assert counters["starved_activations"] < 166 * EXPERTS + 20  # from gate_up to the first h
     latency = pair.simulation.memory_models[0].read_latency
     assert share > (0.96 if latency == 40 else 0.88)
