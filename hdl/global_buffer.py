@@ -28,14 +28,11 @@ class GlobalBuffer(wiring.Component):
     o : :py:`Out(1)`
     """
 
-    i: In(1)
-    o: Out(1)
-
     def __init__(self, family="generic"):
         if family not in FAMILIES:
             raise ValueError(f"family must be one of {', '.join(FAMILIES)}, not {family!r}")
         self._family = family
-        super().__init__()
+        super().__init__({"i": In(1), "o": Out(1)})
 
     def elaborate(self, platform):
         m = Module()
