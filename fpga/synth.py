@@ -168,13 +168,10 @@ def synthesise(name: str, config: AcceleratorConfig, *, seed: int = 1,
 
     Parameters
     ----------
-    name : str
-        Key of :data:`BLOCKS`.
-    config : AcceleratorConfig
+    name, config, folder
+        As for :func:`block_build`.
     seed : int
         Of the placement.
-    folder : pathlib.Path
-        Where results are kept, one folder each.
 
     Raises
     ------

@@ -16,6 +16,9 @@ class GlobalBuffer(wiring.Component):
     instantiated: wires to every corner of the device would stand in the way of all others. For
     other families it is a wire; Vivado chooses by itself.
 
+    nextpnr's timing counts the way to the buffer, but not the network behind it: only for what may
+    reach its readers a cycle apart, as a reset that is held for many cycles may.
+
     Parameters
     ----------
     family : :class:`str`

@@ -151,13 +151,13 @@ class HiddenBuffer(wiring.Component):
         m.d.sync += enables.eq(Cat(
             p.valid & (s.index[core_bits:lane_bits + sub_bits] == i >> core_bits)
             for i in range(len(values))))
-        stored = Pipeline(m, p.valid, "stored").stage(
+        arrived = Pipeline(m, p.valid, "stored").stage(
             address=Cat(s.index[lane_bits + sub_bits:][:word_bits], s.slot), value=s.value)
         for i, (write, _) in enumerate(values):
             m.d.comb += [
                 write.en.eq(enables[i]),
-                write.addr.eq(stored.address),
-                write.data.eq(stored.value[i % cores]),
+                write.addr.eq(arrived.address),
+                write.data.eq(arrived.value[i % cores]),
             ]
         found = []
         for i, value in enumerate(s.value):
