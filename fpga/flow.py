@@ -18,7 +18,7 @@ from pathlib import Path
 
 from moeaccel.errors import ToolFailedError, ToolMissingError
 
-__all__ = ["Build", "CELLS", "Routed", "Tool", "find_tool", "run_tool"]
+__all__ = ["Build", "CELLS", "Routed", "Tool", "find_tool", "run_tool", "run_yosys"]
 
 CELLS = {
     "multipliers": ("MULT18X18D",),
@@ -36,13 +36,17 @@ SYNTHESIS = (
     "opt_clean",
     ("dfflegalize -cell $_DFF_?_ 01 -cell $_DFF_?P?_ r -cell $_SDFF_?P?_ r "
      "-cell $_DFFE_??_ 01 -cell $_DFFE_?P??_ r -cell $_SDFFE_?P??_ r -minsrst 100 -mince 5"),
-    "synth_ecp5 -top top -run map_ffs:",
+    "synth_ecp5 -top top -run map_ffs:map_luts",
+    "splitnets",
+    "synth_ecp5 -top top -run map_luts:",
 )
 """Yosys commands from Verilog to cells.
 
 A slice shares its enable and its reset: a few registers with an enable of their own, or a reset of
 fewer than 100, become logic, or they would be torn from their neighbours. What assertions print is
-nothing that hardware has; Yosys would keep the logic in front of it.
+nothing that hardware has; Yosys would keep the logic in front of it. Nets are split into bits
+before they are mapped: ABC9's result may name one bit like another net, and Yosys then stops
+(https://github.com/YosysHQ/yosys/issues/4349).
 """
 
 ALGORITHMS = ("--placer", "static", "--router", "router1")
@@ -90,19 +94,39 @@ def find_tool(name: str, *, package: str | None = None) -> Tool:
 def run_tool(command: Sequence[str], folder: Path, log: str) -> None:
     """Run a tool in the folder of its inputs (YoWASP's see nothing else).
 
+    Parameters
+    ----------
+    command : sequence of str
+    folder : pathlib.Path
+    log : str
+        File there for what the tool prints, unless the command has it written by the tool itself
+        (``-l``): YoWASP's Yosys prints nothing more once ABC has failed.
+
+    Raises
+    ------
+    ToolFailedError
+        With the end of the log.
+    """
+    result = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True, check=False)
+    path = folder / log
+    if log not in command or not path.exists():
+        path.write_text(result.stdout, encoding="utf-8")
+    if result.returncode != 0:
+        lines = path.read_text(encoding="utf-8").splitlines()[-20:]
+        what = f"{Path(command[0]).name} failed with exit status {result.returncode}; see {path}"
+        raise ToolFailedError("\n".join([what, *lines]))
+
+
+def run_yosys(yosys: Tool, folder: Path) -> None:
+    """Run ``synth.ys`` in its folder, with ``yosys.log``.
+
     Raises
     ------
     ToolFailedError
         With the end of its log.
     """
-    with (folder / log).open("w", encoding="utf-8") as output:
-        result = subprocess.run(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT,
-                                check=False)
-    if result.returncode != 0:
-        lines = (folder / log).read_text(encoding="utf-8").splitlines()[-20:]
-        what = (f"{Path(command[0]).name} failed with exit status {result.returncode}; "
-                f"see {folder / log}")
-        raise ToolFailedError("\n".join([what, *lines]))
+    run_tool([yosys.path, "-q", "-l", "yosys.log", "-s", "synth.ys"], folder, "yosys.log")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +209,7 @@ class Build:
             for name, text in self._inputs.items():
                 (self.home / name).write_text(text, encoding="utf-8")
             begin = time.monotonic()
-            run_tool([self._yosys.path, "-q", "-s", "synth.ys"], self.home, "yosys.log")
+            run_yosys(self._yosys, self.home)
             self._write(done, {"seconds": round(time.monotonic() - begin, 1)})
         return json.loads(done.read_text(encoding="utf-8"))["seconds"]
 
@@ -199,9 +223,10 @@ class Build:
         done = self.home / f"routed-{seed}.json"
         if not done.exists():
             begin = time.monotonic()
+            log = f"nextpnr-{seed}.log"
             run_tool([self._nextpnr.path, "--json", "top.json", "--report", f"report-{seed}.json",
-                      "--textcfg", f"top-{seed}.config", "--seed", str(seed), *self._route],
-                     self.home, f"nextpnr-{seed}.log")
+                      "--textcfg", f"top-{seed}.config", "--seed", str(seed), "-q", "-l", log,
+                      *self._route], self.home, log)
             report = json.loads((self.home / f"report-{seed}.json").read_text(encoding="utf-8"))
             self._write(done, asdict(Routed(
                 seed=seed, **_timing(report), seconds=round(time.monotonic() - begin, 1))))

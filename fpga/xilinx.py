@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moeaccel.config import AcceleratorConfig, preset
-from moeaccel.fpga.flow import find_tool, run_tool
+from moeaccel.fpga.flow import find_tool, run_yosys
 from moeaccel.hdl.top import generate_verilog
 
 __all__ = ["U55C", "Usage", "map_blocks"]
@@ -146,7 +146,7 @@ def map_blocks(config: AcceleratorConfig, *,
         home.mkdir(parents=True, exist_ok=True)
         (home / "top.v").write_text(text, encoding="utf-8")
         (home / "synth.ys").write_text(script, encoding="utf-8")
-        run_tool([yosys.path, "-q", "-s", "synth.ys"], home, "yosys.log")
+        run_yosys(yosys, home)
         statistics = json.loads((home / "stat.json").read_text(encoding="utf-8"))
         cells = {name.lstrip("\\"): {cell.lstrip("\\"): count for cell, count in
                                      module["num_cells_by_type"].items()}
