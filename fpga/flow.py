@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from moeaccel.errors import ToolFailedError, ToolMissingError
+from moeaccel.fpga import netlist
 
 __all__ = ["Build", "CELLS", "Routed", "Tool", "find_tool", "run_tool", "run_yosys"]
 
@@ -186,14 +189,15 @@ class Build:
             "top.v": verilog,
             "synth.ys": "\n".join([
                 "read_verilog -sv -noassert top.v", script, *SYNTHESIS, finish,
-                "write_json top.json", "tee -q -o stat.json stat -json", ""]),
+                "write_json top.json", ""]),
             **({"top.lpf": constraints} if constraints is not None else {}),
         }
         files = ("--lpf", "top.lpf") if constraints is not None else ()
         self._route = (*ALGORITHMS, *route, *files)
         self.tools = f"{self._yosys.identity}, {self._nextpnr.identity}"
         self.digest = hashlib.sha256("\0".join(
-            [*self._inputs.values(), *self._route, self.tools]).encode()).hexdigest()[:16]
+            [*self._inputs.values(), inspect.getsource(netlist), *self._route, self.tools]
+        ).encode()).hexdigest()[:16]
         self.home = folder / f"{name}-{self.digest}"
 
     def synthesise(self) -> float:
@@ -210,7 +214,13 @@ class Build:
                 (self.home / name).write_text(text, encoding="utf-8")
             begin = time.monotonic()
             run_yosys(self._yosys, self.home)
-            self._write(done, {"seconds": round(time.monotonic() - begin, 1)})
+            path = self.home / "top.json"
+            mapped = json.loads(path.read_text(encoding="utf-8"))
+            netlist.absorb_output_registers(mapped)
+            path.write_text(json.dumps(mapped), encoding="utf-8")
+            cells = {name: Counter(cell["type"] for cell in module["cells"].values())
+                     for name, module in mapped["modules"].items()}
+            self._write(done, {"seconds": round(time.monotonic() - begin, 1), "cells": cells})
         return json.loads(done.read_text(encoding="utf-8"))["seconds"]
 
     def route(self, seed: int) -> Routed:
@@ -234,8 +244,8 @@ class Build:
 
     def cells(self, module: str) -> dict[str, int]:
         """Return the cells of a module, without those below it, by the columns of `CELLS`."""
-        statistics = json.loads((self.home / "stat.json").read_text(encoding="utf-8"))
-        found = statistics["modules"][f"\\{module}"]["num_cells_by_type"]
+        done = json.loads((self.home / "synthesised.json").read_text(encoding="utf-8"))
+        found = done["cells"][module]
         return {column: sum(found.get(cell, 0) for cell in cells)
                 for column, cells in CELLS.items()}
 

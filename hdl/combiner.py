@@ -39,9 +39,9 @@ class _ToFloat32(wiring.Component):
         s = pipe.stage(sign=s.sum[-1], magnitude=Mux(s.sum[-1], -s.sum, s.sum)[:SUM_BITS])
         # Whether to shift far is known a stage before it is done.
         s = pipe.stage(sign=s.sign, magnitude=s.magnitude, empty=s.magnitude[-32:] == 0)
-        value = (s.magnitude << 32 * s.empty)[:SUM_BITS]
+        value = Mux(s.empty, s.magnitude << 32, s.magnitude)[:SUM_BITS]
         s = pipe.stage(sign=s.sign, magnitude=value, lost=s.empty, empty=value[-16:] == 0)
-        value = (s.magnitude << 16 * s.empty)[:SUM_BITS]
+        value = Mux(s.empty, s.magnitude << 16, s.magnitude)[:SUM_BITS]
         s = pipe.stage(sign=s.sign, magnitude=value, lost=Cat(s.empty, s.lost))
         for shifts in ((8, 4), (2, 1)):
             value, taken = shift_out_zeros(s.magnitude, shifts)

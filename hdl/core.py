@@ -138,6 +138,9 @@ class Core(wiring.Component):
         tag = Signal(tag_shape)
         hidden = Signal()
         of_hidden = Signal()
+        # A token's planes are in lanes side by side.
+        tokens = [tag.slots > lane for lane in range(config.token_lanes)]
+        pairs = [tokens[lane >> 1] for lane in range(config.token_lanes)]
         m.d.comb += [
             self.o_available.eq(tiles.o_available),
             tiles.i_take.eq(self.i_take),
@@ -150,6 +153,7 @@ class Core(wiring.Component):
             h_lanes.r_en.eq(self.i_take & self.i_step.hidden),
             array.i_first.eq(started.first),
             array.i_last.eq(started.last),
+            array.i_used.eq(Mux(tag.two_planes, Cat(pairs), Cat(tokens))),
             array.i_format.eq(self.i_format),
             array.i_codes.eq(tiles.o_codes),
             array.i_scales.eq(tiles.o_scales),

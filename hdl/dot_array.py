@@ -65,8 +65,9 @@ class DotArray(wiring.Component):
     tag_width : :class:`int`
         Bits of ``i_tag``; 1 or more.
     gated : :class:`bool`
-        Registers hold where no step passes, which simulates faster. By default not for
-        ``"ecp5"``: an enable for each stage would have to cross the whole array in a cycle.
+        Registers hold where no step passes, and in lanes without a token, which simulates faster.
+        By default not for ``"ecp5"``: an enable for each stage would have to cross the whole array
+        in a cycle.
 
     Members
     -------
@@ -74,6 +75,8 @@ class DotArray(wiring.Component):
         A step enters.
     i_first, i_last : :py:`In(1)`
         It is the first, the last of its tile and group.
+    i_used : :py:`In(config.token_lanes)`
+        Lanes that hold a token, all when left alone; the sums of others are meaningless.
     i_format : :py:`In(2)`
     i_codes : :py:`In(8 * config.word_bytes)`
     i_scales : :py:`In(scale_layout(config))`
@@ -107,6 +110,7 @@ class DotArray(wiring.Component):
             "i_valid": In(1),
             "i_first": In(1),
             "i_last": In(1),
+            "i_used": In(config.token_lanes, init=(1 << config.token_lanes) - 1),
             "i_format": In(layouts.FORMAT_BITS),
             "i_codes": In(8 * config.word_bytes),
             "i_scales": In(scale_layout(config)),
@@ -147,18 +151,25 @@ class DotArray(wiring.Component):
         valid = [self.i_valid, *(Signal(name=f"valid{i}") for i in range(1, stages + 1))]
         for before, after in pairwise(valid):
             m.d.sync += after.eq(before)
+        # used[i][lane]: it is for this lane, too; without a lane, for any.
+        used = [{None: valid[0]} | dict(enumerate(self.i_used & valid[0].replicate(lanes)))]
+        for i in range(1, stages + 1):
+            used.append({None: valid[i]})
+            for lane in range(lanes):
+                used[i][lane] = after = Signal(name=f"used{i}_{lane}")
+                m.d.sync += after.eq(used[i - 1][lane])
 
-        def register(stage, shape, value, name):
+        def register(stage, shape, value, name, lane=None):
             """Return ``value`` after the register of ``stage``."""
             signal = Signal(shape, name=f"{name}_{stage}", reset_less=True)
-            with m.If(valid[stage] if self._gated else 1):
+            with m.If(used[stage][lane] if self._gated else 1):
                 m.d.sync += signal.eq(value)
             return signal
 
-        def delay(stage, last, value, name):
+        def delay(stage, last, value, name, lane=None):
             """Return ``value`` after the registers of stages ``stage`` to ``last``."""
             for i in range(stage, last + 1):
-                value = register(i, value.shape(), value, name)
+                value = register(i, value.shape(), value, name, lane)
             return value
 
         multiply = 3  # first stage of the multipliers, and so on
@@ -168,12 +179,12 @@ class DotArray(wiring.Component):
         accumulate = shift + 2
         assert accumulate == stages - 1
 
-        def multiplier(name, stage, a, b, a_width, b_width):
+        def multiplier(name, stage, a, b, a_width, b_width, lane):
             """Return the product of two values that are at the input of ``stage``."""
             m.submodules[name] = unit = Multiplier(a_width, b_width, self._family)
             m.d.comb += [unit.i_a.eq(a), unit.i_b.eq(b)]
             if self._gated:
-                m.d.comb += unit.i_enable.eq(Cat(valid[stage:stage + 3]))
+                m.d.comb += unit.i_enable.eq(Cat(used[i][lane] for i in range(stage, stage + 3)))
             return unit.o_product
 
         # -- input registers and decoding ---------------------------------------------------------
@@ -213,7 +224,7 @@ class DotArray(wiring.Component):
 
         # -- multiply, and sum over the block -----------------------------------------------------
         mantissas = [[delay(self.LANES_LATER_CYCLES, multiply - 1,
-                             self.i_lanes[lane].mantissas[k], f"mantissa{lane}_{k}")
+                             self.i_lanes[lane].mantissas[k], f"mantissa{lane}_{k}", lane)
                       for k in range(BLOCK)] for lane in range(lanes)]
         full_sums, low_sums = {}, {}  # by (rm, lane)
         for rm in range(multiplier_rows):
@@ -224,11 +235,11 @@ class DotArray(wiring.Component):
                     product = Signal(signed(PRODUCT_BITS), name=f"product{name}_{k}")
                     m.d.comb += product.eq(multiplier(
                         f"multiply{name}_{k}", multiply, factors[rm * BLOCK + k],
-                        mantissas[lane][k], FACTOR_BITS, 8))
+                        mantissas[lane][k], FACTOR_BITS, 8, lane))
                     full.append(product)
                     low.append(product[:FIELD_BITS].as_signed())
-                full_sums[rm, lane] = self._tree(register, tree, full, f"full{name}")
-                low_sums[rm, lane] = self._tree(register, tree, low, f"low{name}")
+                full_sums[rm, lane] = self._tree(register, tree, full, f"full{name}", lane)
+                low_sums[rm, lane] = self._tree(register, tree, low, f"low{name}", lane)
 
         # -- scale --------------------------------------------------------------------------------
         packed = delay(1, shift - 1, ~int8_copies[0], "packed")
@@ -238,7 +249,7 @@ class DotArray(wiring.Component):
         row_shifts = [delay(1, shift - 2, s[SIGNIFICAND_BITS:], f"row_shift{row}")
                       for row, s in enumerate(scales)]
         lane_shifts = [delay(self.LANES_LATER_CYCLES, shift - 2, self.i_lanes[lane].shift,
-                             f"lane_shift{lane}") for lane in range(lanes)]
+                             f"lane_shift{lane}", lane) for lane in range(lanes)]
 
         # Magnitudes follow from the formats; every operand, -128 and an empty scale included, fits.
         block_bits = (BLOCK * 128 * 12).bit_length() + 1
@@ -262,23 +273,25 @@ class DotArray(wiring.Component):
                 scaled = Signal(signed(scaled_bits), name=f"scaled{name}")
                 m.d.comb += scaled.eq(multiplier(
                     f"scale{name}", scale, block, Cat(significands[row], C(0, 1)).as_signed(),
-                    block_bits, SIGNIFICAND_BITS + 1))
+                    block_bits, SIGNIFICAND_BITS + 1, lane))
                 if row < multiplier_rows:  # entry of an 8-bit format
                     plain = delay(scale, shift - 1, full_sums[row, lane][:plain_bits].as_signed(),
-                                  f"plain{name}")
+                                  f"plain{name}", lane)
                     value = Mux(packed, scaled, plain)
                 else:
                     value = scaled
                 amount = register(shift - 1, range(self.MAX_SHIFT + 1),
-                                  row_shifts[row] + lane_shifts[lane], f"amount{name}")
+                                  row_shifts[row] + lane_shifts[lane], f"amount{name}", lane)
                 fine = register(shift, signed(shifted_bits), value << amount[:coarse_bits],
-                                f"fine{name}")
-                amount = register(shift, 2, amount[coarse_bits:], f"coarse_amount{name}")
-                addend = register(shift + 1, signed(addend_bits),
-                                  fine << (amount << coarse_bits), f"addend{name}")
+                                f"fine{name}", lane)
+                amount = register(shift, 2, amount[coarse_bits:], f"coarse_amount{name}", lane)
+                # Not shifted by a variable, which would make it wider than it can be.
+                for i, much in enumerate(amount):
+                    fine = Mux(much, fine << (1 << coarse_bits + i), fine)[:addend_bits].as_signed()
+                addend = register(shift + 1, signed(addend_bits), fine, f"addend{name}", lane)
                 total = Signal(signed(config.accumulator_bits), name=f"total{name}",
                                reset_less=True)
-                with m.If(valid[accumulate]):
+                with m.If(used[accumulate][lane] if self._gated else valid[accumulate]):
                     m.d.sync += total.eq(Mux(first, 0, total) + addend)
                 m.d.comb += self.o_sums[row * lanes + lane].eq(total)
 
@@ -305,12 +318,12 @@ class DotArray(wiring.Component):
         return Cat(format_ == f.code for f in FORMATS.values() if predicate(f)).any()
 
     @staticmethod
-    def _tree(register, stage, terms, name):
+    def _tree(register, stage, terms, name, lane):
         """Return the sum of ``terms``, added in pairs; stages follow TREE_LEVELS."""
         for i, levels in enumerate(TREE_LEVELS):
             for _ in range(levels):
                 terms = [a + b for a, b in zip(terms[::2], terms[1::2], strict=True)]
-            terms = [register(stage + i, term.shape(), term, f"{name}_{j}")
+            terms = [register(stage + i, term.shape(), term, f"{name}_{j}", lane)
                      for j, term in enumerate(terms)]
         (total,) = terms
         return total

@@ -94,5 +94,7 @@ class LaneBuffer(wiring.Component):
                 read.en.eq(reads),
                 read.addr.eq(r_address),
             ]
-            m.d.sync += self.r_data[i].eq(read.data)
+            held = Signal(shape, name=f"held{i}", reset_less=True)
+            m.d.sync += held.eq(read.data)
+            m.d.comb += self.r_data[i].eq(held)
         return m

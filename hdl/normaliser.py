@@ -44,8 +44,9 @@ def shift_out_zeros(value, steps):
     else:
         both = empty(0) & empty(1)
         taken = [both, Mux(both, empty(2), empty(0))]
-    amount = Cat(reversed(taken))
-    return (value << step * amount)[:width], taken
+    for distance, shift in zip(steps, taken, strict=True):
+        value = Mux(shift, value << distance, value)[:width]
+    return value, taken
 
 
 def any_of(value, unit):
@@ -191,7 +192,7 @@ class Normaliser(wiring.Component):
                 s = p.stage(magnitude=magnitude, exponent=exponent, sign=sign, tag=tag, zeros=zeros,
                             empty=magnitude[-step:] == 0)
                 exponent, sign, tag, zeros = s.exponent, s.sign, s.tag, s.zeros
-                magnitude, taken = (s.magnitude << step * s.empty)[:width], [s.empty]
+                magnitude, taken = Mux(s.empty, s.magnitude << step, s.magnitude)[:width], [s.empty]
             else:
                 magnitude, taken = shift_out_zeros(magnitude, steps)
             zeros = Cat(*reversed(taken), zeros)

@@ -163,7 +163,9 @@ class RowSums(wiring.Component):
         m.d.comb += [element_read.word.eq(s.row >> lanes_log2), element_read.slot.eq(s.slot)]
         # Memories lie all over a device and are slow to answer: registers in front and behind.
         s = pipe.delay(self.READ_LATENCY_CYCLES, **carried(s, overflow=s.overflow, term=s.term))
-        m.d.sync += self.r_data.eq(Cat(read.data for _, read in ports))
+        held = Signal.like(self.r_data, reset_less=True)
+        m.d.sync += held.eq(Cat(read.data for _, read in ports))
+        m.d.comb += self.r_data.eq(held)
         chosen = Array(self.r_data[i] for i in range(lanes))[s.row[:lanes_log2]]
         s = pipe.stage(**carried(s, overflow=s.overflow, term=s.term,
                                  old=Mux(s.fresh, 0, chosen)[:SUM_BITS].as_signed()))

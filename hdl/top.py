@@ -207,9 +207,10 @@ class _Module(wiring.Component):
         return m
 
 
-def generate_verilog(config: AcceleratorConfig, *, family: str = "generic") -> str:
-    """Return the accelerator's Verilog, module ``top``."""
-    return generate(_Module(Accelerator(config, family)), MODULE)
+def generate_verilog(config: AcceleratorConfig, *, family: str = "generic",
+                     simulation: bool = False) -> str:
+    """Return the accelerator's Verilog, module ``top``; ``simulation`` as for ``generate``."""
+    return generate(_Module(Accelerator(config, family)), MODULE, simulation=simulation)
 
 
 def description(config: AcceleratorConfig) -> dict[str, Any]:

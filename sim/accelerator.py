@@ -17,7 +17,7 @@ def accelerator_verilog(config: AcceleratorConfig, family: str = "generic") -> s
     from moeaccel.hdl.dsp_models import DSP_MODELS
     from moeaccel.hdl.top import generate_verilog
 
-    return generate_verilog(config, family=family) + DSP_MODELS[family]
+    return generate_verilog(config, family=family, simulation=True) + DSP_MODELS[family]
 
 
 def build_accelerator_model(config: str | AcceleratorConfig, *, family: str = "generic",

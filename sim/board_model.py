@@ -110,7 +110,7 @@ def board_verilog(config: AcceleratorConfig, *, clock_hz: int, cycles_per_bit: i
     """Return the Verilog of a board, module ``top``; its SDRAM is ``top.chip.memory.mem``."""
     model = BoardModel(config, timing=SdramTiming.ulx3s(clock_hz=clock_hz),
                        cycles_per_bit=cycles_per_bit)
-    text = generate(model, "top", target=_Target(model.memory))
+    text = generate(model, "top", target=_Target(model.memory), simulation=True)
     array = RAM_VERILOG.split("endmodule")[0].replace("module moeaccel_ram ", f"module {_ARRAY} ")
     array = array.replace("[0:DEPTH-1];", "[0:DEPTH-1] /*verilator public_flat_rw*/;")
     return text + array + "endmodule\n"

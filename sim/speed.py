@@ -115,7 +115,7 @@ def compare(config: AcceleratorConfig, *, experts: int = 8, tokens: int = 4, d_m
     d_model, d_expert = min(d_model, config.max_dim), min(d_expert, config.max_dim)
     experts = min(experts, config.max_experts)
     job = _prepare(config, experts, tokens, d_model, d_expert, weight_format, planes, seed)
-    verilog = generate_verilog(config, family="generic")
+    verilog = generate_verilog(config, simulation=True)
     fast, slow = _run_cosim(verilog, job), _run_cocotb(verilog, job)
     return SpeedComparison(
         config=config.name,

@@ -8,16 +8,22 @@ from moeaccel.errors import ToolFailedError, ToolMissingError
 from moeaccel.fpga import flow
 from moeaccel.fpga.flow import Build, find_tool
 
+
 # Stand-ins for the tools, which leave what ours look for and count their runs.
-STATISTICS = {"modules": {
-    "\\top": {"num_cells_by_type": {"TRELLIS_FF": 500, "top.block": 1}},
-    "\\top.block": {"num_cells_by_type": {"TRELLIS_FF": 7, "LUT4": 3, "MULT18X18D": 2}},
+def cells(**counts):
+    return {f"{kind}_{i}": {"type": kind, "connections": {}, "port_directions": {}}
+            for kind, count in counts.items() for i in range(count)}
+
+
+NETLIST = {"modules": {
+    "top": {"cells": cells(TRELLIS_FF=500, block=1)},
+    "top.block": {"cells": cells(TRELLIS_FF=7, LUT4=3, MULT18X18D=2)},
 }}
 YOSYS = f"""#!/bin/sh
 [ "$1" = --version ] && {{ echo Yosys 1; exit; }}
 echo run >> runs.yosys; grep -q broken top.v && {{ echo "ERROR: it is broken"; exit 3; }}
-cat > stat.json <<'END'
-{json.dumps(STATISTICS)}
+cat > top.json <<'END'
+{json.dumps(NETLIST)}
 END
 """
 NEXTPNR = """#!/bin/sh

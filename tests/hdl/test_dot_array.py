@@ -28,6 +28,7 @@ class Step:
         self.fmt, self.first, self.last = fmt, first, last
         self.weights, self.mantissas = weights, mantissas
         self.significand, self.row_shift, self.lane_shift = significand, row_shift, lane_shift
+        self.used = range(len(mantissas))
 
     @classmethod
     def random(cls, rng, config, fmt, *, extreme=None, first, last):
@@ -94,6 +95,7 @@ def run(config, steps, *, gap=0.0, seed=0, gated=True):
                 ctx.set(dut.i_valid, 1)
                 ctx.set(dut.i_first, int(step.first))
                 ctx.set(dut.i_last, int(step.last))
+                ctx.set(dut.i_used, sum(1 << lane for lane in step.used))
                 ctx.set(dut.i_format, step.fmt.code)
                 ctx.set(dut.i_codes, codes)
                 ctx.set(dut.i_scales.as_value(), scales)
@@ -137,12 +139,18 @@ def check(config, steps, **kwargs):
         sums = np.array(step.sums(), dtype=object)
         total = sums if step.first else total + sums
         if step.last:
-            expected.append((total.tolist(), i & 255))
+            expected.append((total, i & 255, step.used))
     assert len(results) == len(expected)
-    for (sums, tag, latency), (want, want_tag) in zip(results, expected, strict=True):
+    held = [0] * config.token_lanes
+    for (sums, tag, latency), (want, want_tag, used) in zip(results, expected, strict=True):
         assert tag == want_tag
         assert latency == DotArray.LATENCY_CYCLES
-        assert sums[:len(want)] == want
+        for lane, (column, wanted) in enumerate(zip(np.array(sums, object).T, want.T, strict=True)):
+            if lane in used:
+                assert column[:len(wanted)].tolist() == wanted.tolist()
+            elif kwargs.get("gated", True):
+                assert column.tolist() == held[lane]
+            held[lane] = column.tolist()
 
 
 def sequence(rng, config, fmt, lengths, **kwargs):
@@ -160,6 +168,18 @@ def test_random_steps_of_all_formats(shape, gap, gated):
         for fmt in FORMATS.values():
             steps += sequence(rng, SHAPES[shape], fmt, rng.integers(1, 6, 3))
     check(SHAPES[shape], steps, gap=gap, gated=gated)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_lanes_without_a_token_hold(gated):
+    rng, config = np.random.default_rng(2), SHAPES["lanes4"]
+    steps = []
+    for used in (range(4), range(1), range(2), range(3), range(4)):
+        new = sequence(rng, config, FORMATS["int4_g32"], [2])
+        for step in new:
+            step.used = used
+        steps += new
+    check(config, steps, gap=0.2, gated=gated)
 
 
 @pytest.mark.parametrize("name", FORMATS)

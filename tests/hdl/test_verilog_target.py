@@ -54,3 +54,21 @@ def test_elsewhere_they_are_submodules():
     sim.add_clock(1e-6)
     sim.add_testbench(testbench)
     sim.run()
+
+
+class Enabled(wiring.Component):
+    i_en: In(1)
+    i_value: In(signed(8))
+    o_value: Out(signed(16))
+
+    def elaborate(self, platform):
+        m = Module()
+        with m.If(self.i_en):
+            m.d.sync += self.o_value.eq(self.i_value)
+        return m
+
+
+def test_for_simulation_registers_have_enables():
+    register = r"if \(rst\) o_value <= 16'h0000;\s*else if \(i_en\) o_value <= "
+    assert re.search(register, generate(Enabled(), "top", simulation=True))
+    assert not re.search(register, generate(Enabled(), "top"))
