@@ -9,6 +9,7 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -56,6 +57,9 @@ ALGORITHMS = ("--placer", "static", "--router", "router1")
 """Flags of nextpnr for every design. For the core, with its floorplan, the static placer needs less
 wire than the default one, and router2 leaves a few nets of many readers with long detours, which
 router1 does not."""
+
+THREADS = ("--threads", str(os.cpu_count() or 1))
+"""Of nextpnr, for which more than there are processors is slow; results do not depend on it."""
 
 
 @dataclass(frozen=True)
@@ -235,8 +239,8 @@ class Build:
             begin = time.monotonic()
             log = f"nextpnr-{seed}.log"
             run_tool([self._nextpnr.path, "--json", "top.json", "--report", f"report-{seed}.json",
-                      "--textcfg", f"top-{seed}.config", "--seed", str(seed), "-q", "-l", log,
-                      *self._route], self.home, log)
+                      "--textcfg", f"top-{seed}.config", "--seed", str(seed), *THREADS, "-q",
+                      "-l", log, *self._route], self.home, log)
             report = json.loads((self.home / f"report-{seed}.json").read_text(encoding="utf-8"))
             self._write(done, asdict(Routed(
                 seed=seed, **_timing(report), seconds=round(time.monotonic() - begin, 1))))
