@@ -139,7 +139,8 @@ _SIMULATION = ("proc -norom", "opt_clean", "opt_dff", "opt_clean", "memory_colle
 """Yosys commands from RTLIL to Verilog whose registers have enables and resets of their own.
 
 Amaranth's has logic that chooses between old and new value: Verilator computes that in every cycle
-and copies each register twice, also where nothing is enabled.
+and copies each register twice, also where nothing is enabled. The co-simulation takes this text,
+cocotb the one that is shipped: both are held to the golden model.
 """
 
 

@@ -16,6 +16,7 @@ from moeaccel import golden
 from moeaccel.commands import COMPLETION, ENTRY_BYTES, SUBMISSION, Opcode, Status, decode, encode
 from moeaccel.config import AcceleratorConfig
 from moeaccel.hdl.top import generate_verilog
+from moeaccel.sim.accelerator import accelerator_verilog
 from moeaccel.sim.cocotb_runner import build_simulator, run_cocotb
 from moeaccel.sim.cosim import CoSimulation
 from moeaccel.sim.errors import SimulationError
@@ -115,8 +116,8 @@ def compare(config: AcceleratorConfig, *, experts: int = 8, tokens: int = 4, d_m
     d_model, d_expert = min(d_model, config.max_dim), min(d_expert, config.max_dim)
     experts = min(experts, config.max_experts)
     job = _prepare(config, experts, tokens, d_model, d_expert, weight_format, planes, seed)
-    verilog = generate_verilog(config, simulation=True)
-    fast, slow = _run_cosim(verilog, job), _run_cocotb(verilog, job)
+    fast = _run_cosim(accelerator_verilog(config), job)
+    slow = _run_cocotb(generate_verilog(config), job)
     return SpeedComparison(
         config=config.name,
         command=f"EXPERTS, {tokens} tokens, top-2 of {experts}, d_model {d_model}, d_expert "

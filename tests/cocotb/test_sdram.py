@@ -45,8 +45,8 @@ class Top(wiring.Component):
 def measure(folder, *, clock_hz, io_cycles, region, cycles):
     """Return words read and written in a cycle, by pattern."""
     top = Top(clock_hz=clock_hz, io_cycles=io_cycles, region=region)
-    run_cocotb(generate(top, "sdram_top", simulation=True), "sdram_top",
-               "tests.cocotb.sdram_bench", seed=1, folder=folder,
+    run_cocotb(generate(top, "sdram_top"), "sdram_top", "tests.cocotb.sdram_bench", seed=1,
+               folder=folder,
                env={"BENCH_BASE": str(CHIP_BYTES - region), "BENCH_REGION": str(region),
                     "BENCH_CYCLES": str(cycles)})
     return json.loads((folder / "figures.json").read_text(encoding="utf-8"))

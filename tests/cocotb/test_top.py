@@ -21,7 +21,7 @@ LONG = "random_layers|largest_dimensions"
 def verilog_of(config):
     from moeaccel.hdl.top import generate_verilog
 
-    return generate_verilog(preset(config), simulation=True)
+    return generate_verilog(preset(config), family="generic")
 
 
 def run(config, *, stalls, seed, folder, test_filter=None):
