@@ -25,7 +25,7 @@ from moeaccel.sim import CoSimulation, MemoryModel, StallModel
 from moeaccel.sim.accelerator import accelerator_verilog
 from moeaccel.sim.verilator import Model, build_model
 
-MEMORY_BYTES = 1 << 24
+MEMORY_BYTES = 1 << 27  # 128 experts, each as large as a drawn case reads them
 
 TIME = ("busy", "starved_weights", "starved_activations", "stalled_output", "idle")
 """Counters of cycles; the golden model keeps none of them."""
