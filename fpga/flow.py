@@ -114,10 +114,11 @@ def run_tool(command: Sequence[str], folder: Path, log: str) -> None:
     ToolFailedError
         With the end of the log.
     """
+    path = folder / log
+    path.unlink(missing_ok=True)  # that of a run before would speak of other things
     result = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                             text=True, check=False)
-    path = folder / log
-    if log not in command or not path.exists():
+    if not path.exists():
         path.write_text(result.stdout, encoding="utf-8")
     if result.returncode != 0:
         lines = path.read_text(encoding="utf-8").splitlines()[-20:]

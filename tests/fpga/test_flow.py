@@ -77,6 +77,7 @@ def test_a_failure_ends_with_the_log_and_is_tried_again(tools, tmp_path):
     for _ in range(2):
         with pytest.raises(ToolFailedError, match=r"(?s)yosys failed with exit status 3.*ERROR"):
             broken.synthesise()
+        (broken.home / "yosys.log").write_text("of this run, before it is tried again")
     assert (broken.home / "runs.yosys").read_text() == "run\nrun\n"
 
 
