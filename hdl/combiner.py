@@ -28,12 +28,12 @@ class _ToFloat32(wiring.Component):
     LATENCY_CYCLES = 10
 
     def __init__(self):
-        super().__init__({"i_sum": In(signed(SUM_BITS)), "i_grid_exponent": In(signed(8)),
-                          "o_float": Out(32)})
+        super().__init__({"i_valid": In(1), "i_sum": In(signed(SUM_BITS)),
+                          "i_grid_exponent": In(signed(8)), "o_valid": Out(1), "o_float": Out(32)})
 
     def elaborate(self, platform):
         m = Module()
-        pipe = Pipeline(m, C(1))
+        pipe = Pipeline(m, self.i_valid)
         # Block RAM is slow to answer: a register behind it, ahead of everything else.
         s = pipe.stage(sum=self.i_sum)
         s = pipe.stage(sign=s.sum[-1], magnitude=Mux(s.sum[-1], -s.sum, s.sum)[:SUM_BITS])
@@ -57,7 +57,7 @@ class _ToFloat32(wiring.Component):
         s = pipe.stage(value=Mux(s.zero, 0, Cat(
             Mux(carry, 0, s.rounded[:23]), (s.exponent + carry)[:8], s.sign)))
         assert pipe.depth == self.LATENCY_CYCLES
-        m.d.comb += self.o_float.eq(s.value)
+        m.d.comb += [self.o_valid.eq(pipe.valid), self.o_float.eq(s.value)]
         return m
 
 
@@ -294,20 +294,21 @@ class Combiner(wiring.Component):
         with m.If(emit):
             m.d.sync += emitted.eq(emitted + 1)
         out = Pipeline(m, emit, name="out")
-        o = out.delay(RowSums.READ_LATENCY_CYCLES, odd=emitted[0],
-                      word=emitted[:max(1, words_log2)])
+        o = out.delay(RowSums.READ_LATENCY_CYCLES, word=emitted[:max(1, words_log2)])
         sums = [Mux(zeroing, 0, value)[:SUM_BITS] for value in word_at(o.word)]
-        floats = []
-        for i in range(lanes):
-            m.submodules[f"to_float32_{i}"] = convert = _ToFloat32()
-            m.d.comb += [convert.i_sum.eq(sums[i]),
+        converters = [_ToFloat32() for _ in range(lanes)]
+        for i, (convert, value) in enumerate(zip(converters, sums, strict=True)):
+            m.submodules[f"to_float32_{i}"] = convert
+            m.d.comb += [convert.i_valid.eq(out.valid & last), convert.i_sum.eq(value),
                          convert.i_grid_exponent.eq(self.i_grid_exponent)]
-            floats.append(convert.o_float)
-        for _ in range(_ToFloat32.LATENCY_CYCLES):
-            o = out.stage(odd=o.odd, sums=sums)
-            sums = o.sums
-        integers = [Cat(x, x[-1].replicate(64 - SUM_BITS)) for x in sums]
-        low = Signal(4 * config.port_bytes)  # float32 of the even word
+        floats = Cat(convert.o_float for convert in converters)
+        floats_valid = converters[0].o_valid
+        odd = Signal()  # which half of a beat the next floats are
+        # Whole sums need no conversion; rows of both kinds never follow each other closely.
+        whole = Pipeline(m, out.valid & ~last, name="whole")
+        w = whole.stage(sums=sums)
+        integers = [Cat(x, x[-1].replicate(64 - SUM_BITS)) for x in w.sums]
+        low = Signal(4 * config.port_bytes)  # floats of the even word
         high = Signal(8 * config.port_bytes)  # second beat of a word of integers
         high_valid = Signal()
         m.d.sync += high_valid.eq(0)
@@ -316,15 +317,14 @@ class Combiner(wiring.Component):
                      out_beats.r_en.eq(self.writer.data.ready)]
         with m.If(high_valid):
             m.d.comb += [out_beats.w_data.eq(high), out_beats.w_en.eq(1)]
-        with m.Elif(out.valid):
-            with m.If(~last):
-                m.d.comb += [out_beats.w_data.eq(Cat(*integers[:per_beat])), out_beats.w_en.eq(1)]
-                if halves == 2:
-                    m.d.sync += [high.eq(Cat(*integers[per_beat:])), high_valid.eq(1)]
-            with m.Else():
-                if halves == 2:
-                    m.d.comb += [out_beats.w_data.eq(Cat(*floats)), out_beats.w_en.eq(1)]
-                else:
-                    m.d.sync += low.eq(Cat(*floats))
-                    m.d.comb += [out_beats.w_data.eq(Cat(low, *floats)), out_beats.w_en.eq(o.odd)]
+        with m.Elif(whole.valid):
+            m.d.comb += [out_beats.w_data.eq(Cat(*integers[:per_beat])), out_beats.w_en.eq(1)]
+            if halves == 2:
+                m.d.sync += [high.eq(Cat(*integers[per_beat:])), high_valid.eq(1)]
+        with m.Elif(floats_valid):
+            if halves == 2:
+                m.d.comb += [out_beats.w_data.eq(floats), out_beats.w_en.eq(1)]
+            else:
+                m.d.sync += [low.eq(floats), odd.eq(~odd)]
+                m.d.comb += [out_beats.w_data.eq(Cat(low, floats)), out_beats.w_en.eq(odd)]
         return m

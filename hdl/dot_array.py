@@ -5,6 +5,7 @@ from itertools import pairwise
 from amaranth import *
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
+from amaranth.utils import exact_log2
 
 from moeaccel.config import ACTIVATION_SHIFT_MAX, BLOCK, AcceleratorConfig
 from moeaccel.formats import E2M1_DOUBLED, FORMATS, SIGNIFICAND_BITS
@@ -21,10 +22,13 @@ FACTOR_BITS = 17
 """Bits of a multiplier's weight operand: |(w1 << 12) + w0| <= 12 * 4097 < 2**16."""
 
 PRODUCT_BITS = 24
-TREE_LEVELS = (1, 1, 1, 1, 1)
-"""Adder-tree levels in each pipeline stage; 32 columns make 5."""
+TREE_LEVELS = exact_log2(BLOCK)
+"""Levels of an adder tree, each a pipeline stage."""
 
-E2M1_TABLE = sum(int(value) << 4 * code for code, value in enumerate(E2M1_DOUBLED))
+E2M1_LOW_BITS = sum(int(value & 15) << 4 * code
+                    for code, value in enumerate([*E2M1_DOUBLED, *-E2M1_DOUBLED]))
+E2M1_SIGNS = sum(1 << code + 8 for code, value in enumerate(E2M1_DOUBLED) if value)
+"""The integers that the 16 codes stand for: the low 4 of their 5 bits, and their signs."""
 
 
 def sums_layout(config):
@@ -92,7 +96,7 @@ class DotArray(wiring.Component):
     """
 
     LANES_LATER_CYCLES = 2
-    LATENCY_CYCLES = 3 + 2 * Multiplier.LATENCY_CYCLES + len(TREE_LEVELS) + 3
+    LATENCY_CYCLES = 3 + 2 * Multiplier.LATENCY_CYCLES + TREE_LEVELS + 3
     MAX_SHIFT = max(f.max_shift for f in FORMATS.values()) + ACTIVATION_SHIFT_MAX
 
     def __init__(self, config, family="generic", *, tag_width=1, gated=None):
@@ -174,7 +178,7 @@ class DotArray(wiring.Component):
 
         multiply = 3  # first stage of the multipliers, and so on
         tree = multiply + Multiplier.LATENCY_CYCLES
-        scale = tree + len(TREE_LEVELS)
+        scale = tree + TREE_LEVELS
         shift = scale + Multiplier.LATENCY_CYCLES
         accumulate = shift + 2
         assert accumulate == stages - 1
@@ -198,13 +202,9 @@ class DotArray(wiring.Component):
 
         def decode(nibble, e2m1, int4):
             """Return the integer that a 4-bit code stands for, 0 in an 8-bit format."""
-            magnitude = Signal(4, name="magnitude")
-            value, negative = Signal(signed(5), name="value"), nibble[3]
-            m.d.comb += [
-                magnitude.eq(C(E2M1_TABLE, 32) >> (nibble[:3] << 2)),
-                value.eq(Mux(negative, -magnitude, magnitude)),
-            ]
-            return (value & e2m1.replicate(5) | Cat(nibble, negative) & int4.replicate(5))[:5]
+            value = Cat((C(E2M1_LOW_BITS, 64) >> (nibble << 2))[:4],
+                        (C(E2M1_SIGNS, 16) >> nibble)[0])
+            return value & e2m1.replicate(5) | Cat(nibble, nibble[3]) & int4.replicate(5)
 
         # What is decoded, what is joined and what crosses the array have registers of their own.
         factors = []
@@ -226,20 +226,23 @@ class DotArray(wiring.Component):
         mantissas = [[delay(self.LANES_LATER_CYCLES, multiply - 1,
                              self.i_lanes[lane].mantissas[k], f"mantissa{lane}_{k}", lane)
                       for k in range(BLOCK)] for lane in range(lanes)]
-        full_sums, low_sums = {}, {}  # by (rm, lane)
+        high_sums, low_sums = {}, {}  # by (rm, lane)
         for rm in range(multiplier_rows):
             for lane in range(lanes):
                 name = f"{rm}_{lane}"
-                full, low = [], []
+                high, low = [], []
                 for k in range(BLOCK):
                     product = Signal(signed(PRODUCT_BITS), name=f"product{name}_{k}")
                     m.d.comb += product.eq(multiplier(
                         f"multiply{name}_{k}", multiply, factors[rm * BLOCK + k],
                         mantissas[lane][k], FACTOR_BITS, 8, lane))
-                    full.append(product)
                     low.append(product[:FIELD_BITS].as_signed())
-                full_sums[rm, lane] = self._tree(register, tree, full, f"full{name}", lane)
+                    high.append(product[FIELD_BITS:].as_signed())
                 low_sums[rm, lane] = self._tree(register, tree, low, f"low{name}", lane)
+                # A low field below 0 has borrowed from the high one.
+                borrows = [field[-1] for field in low]
+                high_sum = self._tree(register, tree, high, f"high{name}", lane, borrows)
+                high_sums[rm, lane] = high_sum
 
         # -- scale --------------------------------------------------------------------------------
         packed = delay(1, shift - 1, ~int8_copies[0], "packed")
@@ -264,19 +267,15 @@ class DotArray(wiring.Component):
             rm, half = divmod(row, 2)
             for lane in range(lanes):
                 name = f"{row}_{lane}"
-                low_sum = low_sums[rm, lane]
-                block = Signal(signed(block_bits), name=f"block{name}")
-                if half:
-                    m.d.comb += block.eq((full_sums[rm, lane] - low_sum) >> FIELD_BITS)
-                else:
-                    m.d.comb += block.eq(low_sum)
+                block = (high_sums if half else low_sums)[rm, lane]
                 scaled = Signal(signed(scaled_bits), name=f"scaled{name}")
                 m.d.comb += scaled.eq(multiplier(
                     f"scale{name}", scale, block, Cat(significands[row], C(0, 1)).as_signed(),
                     block_bits, SIGNIFICAND_BITS + 1, lane))
                 if row < multiplier_rows:  # entry of an 8-bit format
-                    plain = delay(scale, shift - 1, full_sums[row, lane][:plain_bits].as_signed(),
-                                  f"plain{name}", lane)
+                    full = (high_sums[row, lane] << FIELD_BITS) + low_sums[row, lane]
+                    plain = delay(scale, shift - 1, full[:plain_bits].as_signed(), f"plain{name}",
+                                  lane)
                     value = Mux(packed, scaled, plain)
                 else:
                     value = scaled
@@ -318,12 +317,22 @@ class DotArray(wiring.Component):
         return Cat(format_ == f.code for f in FORMATS.values() if predicate(f)).any()
 
     @staticmethod
-    def _tree(register, stage, terms, name, lane):
-        """Return the sum of ``terms``, added in pairs; stages follow TREE_LEVELS."""
-        for i, levels in enumerate(TREE_LEVELS):
-            for _ in range(levels):
-                terms = [a + b for a, b in zip(terms[::2], terms[1::2], strict=True)]
-            terms = [register(stage + i, term.shape(), term, f"{name}_{j}", lane)
-                     for j, term in enumerate(terms)]
+    def _tree(register, stage, terms, name, lane, carries=None):
+        """Return the sum of ``terms``, added in pairs, a level in each stage.
+
+        A bit for each term may be added, too: each adder has room for one, and the last comes on
+        top.
+        """
+        carries = Cat(carries or [])
+        for i in range(TREE_LEVELS):
+            pairs = list(zip(terms[::2], terms[1::2], strict=True))
+            sums = [a + b for a, b in pairs]
+            if len(carries):
+                sums = [(Cat(1, a).as_signed() + Cat(carry, b).as_signed())[1:len(a) + 2].as_signed()
+                        for (a, b), carry in zip(pairs, carries[:len(pairs)], strict=True)]
+                carries = register(stage + i, len(carries) - len(pairs), carries[len(pairs):],
+                                   f"{name}_carries", lane)
+            terms = [register(stage + i, total.shape(), total, f"{name}_{j}", lane)
+                     for j, total in enumerate(sums)]
         (total,) = terms
-        return total
+        return (total + carries)[:len(total)].as_signed() if len(carries) else total
