@@ -317,21 +317,23 @@ class DotArray(wiring.Component):
         return Cat(format_ == f.code for f in FORMATS.values() if predicate(f)).any()
 
     @staticmethod
-    def _tree(register, stage, terms, name, lane, carries=None):
+    def _tree(register, stage, terms, name, lane, carries=()):
         """Return the sum of ``terms``, added in pairs, a level in each stage.
 
-        A bit for each term may be added, too: each adder has room for one, and the last comes on
-        top.
+        A bit for each term may be added, too: each adder takes one, and the last comes on top.
         """
-        carries = Cat(carries or [])
+        def add(a, b, carry):
+            return (Cat(1, a).as_signed() + Cat(carry, b).as_signed())[1:].as_signed()
+
+        carries = Cat(carries)
         for i in range(TREE_LEVELS):
             pairs = list(zip(terms[::2], terms[1::2], strict=True))
-            sums = [a + b for a, b in pairs]
             if len(carries):
-                sums = [(Cat(1, a).as_signed() + Cat(carry, b).as_signed())[1:len(a) + 2].as_signed()
-                        for (a, b), carry in zip(pairs, carries[:len(pairs)], strict=True)]
-                carries = register(stage + i, len(carries) - len(pairs), carries[len(pairs):],
-                                   f"{name}_carries", lane)
+                now, later = carries[:len(pairs)], carries[len(pairs):]
+                sums = [add(*pair, carry) for pair, carry in zip(pairs, now, strict=True)]
+                carries = register(stage + i, later.shape(), later, f"{name}_carries", lane)
+            else:
+                sums = [a + b for a, b in pairs]
             terms = [register(stage + i, total.shape(), total, f"{name}_{j}", lane)
                      for j, total in enumerate(sums)]
         (total,) = terms
