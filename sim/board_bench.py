@@ -100,7 +100,7 @@ class _BackDoor(SerialTransport):
 
 
 def measure_board(config: str | AcceleratorConfig = "ulx3s", *,
-                  tokens: Sequence[int] = (1, 4, 16, 64), d_model: int = 1024,
+                  tokens: Sequence[int] = (4, 16, 64, 128), d_model: int = 1024,
                   d_expert: int = 512, weight_format_name: str = "int4_g32",
                   activation_bits: int = 8, seed: int = 0,
                   progress: Callable[[str], None] = lambda _: None) -> Ridge:
@@ -110,7 +110,7 @@ def measure_board(config: str | AcceleratorConfig = "ulx3s", *,
     ----------
     config : str or AcceleratorConfig
     tokens : sequence of int
-        Of each command, at least one.
+        Of each command; one with a single token always comes first, for the ridge.
     d_model, d_expert : int
     weight_format_name : str
     activation_bits : int
@@ -122,8 +122,9 @@ def measure_board(config: str | AcceleratorConfig = "ulx3s", *,
     from moeaccel import golden
 
     config = preset(config)
-    if not tokens or min(tokens) < 1:
-        raise ValueError(f"tokens must be positive numbers, at least one, not {tokens!r}")
+    if any(number < 1 for number in tokens):
+        raise ValueError(f"tokens must be positive numbers, not {tokens!r}")
+    tokens = (1, *(number for number in tokens if number != 1))
     rng = np.random.default_rng(seed)
     fmt, planes = weight_format(weight_format_name), activation_bits // 8
 
@@ -155,9 +156,8 @@ def measure_board(config: str | AcceleratorConfig = "ulx3s", *,
                 weights_per_cycle=taken["expert_passes"] * count / handle.cycles,
                 array_share=number * planes * count / (per_cycle * handle.cycles),
                 equal=bool((y == expected).all())))
-    one = min(points, key=lambda point: point.tokens)
     return Ridge(
         config=config.name, weight_format=fmt.name, activation_bits=activation_bits,
         d_model=d_model, d_expert=d_expert,
-        tokens=per_cycle / planes / one.weights_per_cycle,
+        tokens=per_cycle / planes / points[0].weights_per_cycle,
         resident_tokens=config.max_slots // planes, points=points)

@@ -171,7 +171,8 @@ def simulators(
 @app.command()
 def board(
     tokens: Annotated[
-        list[int] | None, typer.Option(help="Tokens of a command, repeatable; 1, 4, 16 and 64.")
+        list[int] | None, typer.Option(help="Tokens of a command behind that with one, repeatable; "
+                                            "4, 16, 64, 128.")
     ] = None,
     token_groups: Annotated[
         int | None, typer.Option(help="Groups over which weights are replayed, instead of the "
@@ -193,7 +194,7 @@ def board(
     if token_groups is not None:
         chosen = chosen.replace(token_groups=token_groups)
     with _Status(as_json) as status:
-        ridge = measure_board(chosen, tokens=tokens or (1, 4, 16, 64), d_model=d_model,
+        ridge = measure_board(chosen, tokens=tokens or (4, 16, 64, 128), d_model=d_model,
                               d_expert=d_expert, weight_format_name=weight_format,
                               activation_bits=activation_bits, seed=seed, progress=status)
     if as_json:

@@ -138,7 +138,7 @@ def test_a_process_ends_with_its_parent():
 
 def test_the_ridge_is_measured():
     """One token leaves the array idle most of the time; a second one is nearly free."""
-    ridge = measure_board(CONFIG, tokens=(1, 2), d_model=128, d_expert=64)
+    ridge = measure_board(CONFIG, tokens=[2], d_model=128, d_expert=64)
     one, two = ridge.points
     assert one.equal
     assert two.equal
