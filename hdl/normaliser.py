@@ -209,14 +209,15 @@ class Normaliser(wiring.Component):
             up.eq(half & (magnitude[:fraction - 1].any() | keep[0])),
             scaled.eq(exponent + fraction - zeros),
         ]
-        s = p.stage(keep=keep, up=up, exponent=scaled, sign=sign, tag=tag)
+        # Not the sum's carry: that would join the carry chains of mantissa and exponent.
+        s = p.stage(keep=keep, full=keep.all(), up=up, exponent=scaled, sign=sign, tag=tag)
 
-        total = Signal(mantissa_bits + 1)
+        total = Signal(mantissa_bits - 1)
         zero = Signal()
-        m.d.comb += [total.eq(s.keep + s.up), zero.eq(~s.keep[-1])]
+        m.d.comb += [total.eq(s.keep[:-1] + s.up), zero.eq(~s.keep[-1])]
         out = p.stage(
-            magnitude=Cat(total[:mantissa_bits - 1], total[mantissa_bits - 1:].any()),
-            exponent=Mux(zero, 0, s.exponent + total[-1]), sign=s.sign & ~zero, tag=s.tag)
+            magnitude=Cat(total, s.keep[-1]), exponent=Mux(zero, 0, s.exponent + (s.full & s.up)),
+            sign=s.sign & ~zero, tag=s.tag)
         m.d.comb += [
             self.o_valid.eq(p.valid),
             self.o_sign.eq(out.sign),

@@ -574,7 +574,7 @@ class SdramController(wiring.Component):
         words = Signal(64, reset_less=True)
         masks = Signal(8, init=~0)
         m.d.comb += [
-            take_word.eq((phase == 0) & current_valid & current.write),
+            take_word.eq((phase == _COLUMN - 1) & current_valid & current.write),
             sdram.dq_o.eq(words),
             sdram.dqm.eq(masks),
         ]
@@ -582,11 +582,12 @@ class SdramController(wiring.Component):
         m.d.sync += word.eq(write_out.data), words.eq(words >> 16)
         with m.If(configured):
             m.d.sync += masks.eq(masks >> 2)
+        writing = Signal()  # in phase _COLUMN
+        m.d.sync += writing.eq(take_word & ~current.outside)
         with m.If(phase == _COLUMN):
-            writing = current_valid & current.write & ~current.outside
             m.d.sync += words.eq(word), sdram.dq_oe.eq(writing)
-            with m.If(writing):
-                m.d.sync += masks.eq(~word[64:])
+        with m.If(writing):
+            m.d.sync += masks.eq(~word[64:])
         m.d.comb += [
             acknowledgements.w_en.eq(column & current.write & current_last & current.final),
             acknowledgements.w_data.eq(Cat(current.id, current.outside)),

@@ -1,5 +1,7 @@
 """Reads the weight stream: bursts far ahead, a FIFO of beats, a gearbox to array words."""
 
+from itertools import pairwise
+
 from amaranth import *
 from amaranth.lib import data, memory, stream, wiring
 from amaranth.lib.wiring import In, Out
@@ -192,10 +194,8 @@ class WeightStreamer(wiring.Component):
             with m.If(beat_taken):
                 m.d.sync += [index.eq(index + 1),
                              word.valid.eq(index == config.beats_per_word - 1)]
-                with m.Switch(index):
-                    for i, part in enumerate(parts):
-                        with m.Case(i):
-                            m.d.sync += part.eq(read.data)
+                # Shifted, for a beat that went to any of the parts would have to reach them all.
+                m.d.sync += [part.eq(after) for part, after in pairwise([*parts, read.data])]
             busy = beat_valid | word.valid | (index != 0)
 
         m.d.sync += self.o_idle.eq(~(self.i_request.valid | pending_valid | active | request.valid
