@@ -113,7 +113,9 @@ class AxiArbiter(wiring.Component):
 
         # -- data of writes ------------------------------------------------------------------------
         m.submodules.order = order = fifo.SyncFIFO(width=self._number_bits, depth=_QUEUE)
-        writer, sent = addresses("aw", order.w_level < _QUEUE - 1)
+        room = Signal()  # for one, and for that which was sent since
+        writer, sent = addresses("aw", room)
+        m.d.sync += room.eq(order.w_level < _QUEUE - 1)
         owners = Signal(self._masters)  # at most one
         names = ("wlast", "wdata", "wstrb")
         beat, spare = (Signal(sum(len(getattr(slave, name)) for name in names), name=name)

@@ -61,7 +61,13 @@ module MULT18X18D #({_parameters(_MULT18X18D_PARAMETERS)}) (
     end
     if (CE1) pipeline <= a * b;
     if (CE2) product <= pipeline;
-    assert (SIGNEDA && SIGNEDB && !SOURCEA && !SOURCEB && !RST0);
+    if (RST0) begin
+      a <= 0;
+      b <= 0;
+      pipeline <= 0;
+      product <= 0;
+    end
+    assert (SIGNEDA && SIGNEDB && !SOURCEA && !SOURCEB);
   end
 endmodule
 """

@@ -15,7 +15,8 @@ class Multiplier(wiring.Component):
     """Multiply two signed numbers: ``o_product = i_a * i_b``, exactly.
 
     Latency LATENCY_CYCLES (input, pipeline and output register), one product per cycle, no flow
-    control. A reset leaves the registers alone: whoever uses the product carries the valid bit.
+    control. What a reset does to the registers is undefined: whoever uses the product carries the
+    valid bit.
     ``i_enable`` holds registers whose stage has nothing to do; left alone it is all ones and the
     multiplier runs freely.
 
@@ -106,7 +107,11 @@ class Multiplier(wiring.Component):
         return m
 
     def _mult18x18d(self, m, a, b):
-        """Add a MULT18X18D; clock enables 0, 1 and 2 belong to its three rows of registers."""
+        """Add a MULT18X18D; clock enables 0, 1 and 2 belong to its three rows of registers.
+
+        They need no reset, but to keep it at 0 takes a wire of which every block has few; a reset
+        that reaches everything has lines of its own.
+        """
         product = Signal(signed(len(a) + len(b)))
         m.d.comb += self.o_product.eq(product)
         stages = {"INPUTA": 0, "INPUTB": 0, "PIPELINE": 1, "OUTPUT": 2}
@@ -114,8 +119,9 @@ class Multiplier(wiring.Component):
         for stage, enable in stages.items():
             parameters |= {f"p_REG_{stage}_CLK": "CLK0", f"p_REG_{stage}_CE": f"CE{enable}",
                            f"p_REG_{stage}_RST": "RST0"}
-        ports = {"i_CLK0": ClockSignal("sync"), "i_RST0": Const(0, 1), "i_SIGNEDA": Const(1, 1),
-                 "i_SIGNEDB": Const(1, 1), "i_SOURCEA": Const(0, 1), "i_SOURCEB": Const(0, 1)}
+        ports = {"i_CLK0": ClockSignal("sync"), "i_RST0": ResetSignal("sync"),
+                 "i_SIGNEDA": Const(1, 1), "i_SIGNEDB": Const(1, 1), "i_SOURCEA": Const(0, 1),
+                 "i_SOURCEB": Const(0, 1)}
         ports |= {f"i_CE{i}": self.i_enable[i] for i in range(3)}
         ports |= {f"i_A{i}": a[i] for i in range(len(a))}
         ports |= {f"i_B{i}": b[i] for i in range(len(b))}
