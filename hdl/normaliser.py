@@ -209,14 +209,16 @@ class Normaliser(wiring.Component):
             up.eq(half & (magnitude[:fraction - 1].any() | keep[0])),
             scaled.eq(exponent + fraction - zeros),
         ]
-        # Not the sum's carry: that would join the carry chains of mantissa and exponent.
-        s = p.stage(keep=keep, full=keep.all(), up=up, exponent=scaled, sign=sign, tag=tag)
+        # Not the sum's carry: that would join the carry chains of mantissa and exponent, which may
+        # be far apart.
+        s = p.stage(keep=keep, up=up, carry=magnitude[fraction - 1:].all(), exponent=scaled,
+                    sign=sign, tag=tag)
 
         total = Signal(mantissa_bits - 1)
         zero = Signal()
         m.d.comb += [total.eq(s.keep[:-1] + s.up), zero.eq(~s.keep[-1])]
         out = p.stage(
-            magnitude=Cat(total, s.keep[-1]), exponent=Mux(zero, 0, s.exponent + (s.full & s.up)),
+            magnitude=Cat(total, s.keep[-1]), exponent=Mux(zero, 0, s.exponent + s.carry),
             sign=s.sign & ~zero, tag=s.tag)
         m.d.comb += [
             self.o_valid.eq(p.valid),
