@@ -46,14 +46,15 @@ class DotArray(wiring.Component):
 
     where k runs over a block of 32.
 
-        codes -> decode -> [multiplier] -> tree -> split -> [multiplier] -> shift ---> sum
-           0      1, 2     [ 3, 4, 5  ]  6 to 10   rows     [11, 12, 13]    14, 15     16
+        codes -> decode -> [multiplier] -> split, trees --> [multiplier] -> shift ---> sum
+           0      1, 2     [ 3, 4, 5  ]      6 to 10        [11, 12, 13]    14, 15     16
         lanes --> 1, 2 ----^                                significand     shift
         scales-------------- delayed -----------------------^---------------^
 
     Two rows of a 4-bit format share a multiplier: P = ((w1 << 12) + w0) * x, whose low 12 bits,
-    signed, are w0 * x because |w0 * x| <= 12 * 128. Sums over k of P and of its low field are
-    separate, and the high row is their difference >> 12: exact for every operand. Rows are numbered
+    signed, are w0 * x because |w0 * x| <= 12 * 128. These low fields are summed in one tree and
+    what is above them in another, to which each field below 0 returns the 1 that it borrowed: exact
+    for every operand. In 8-bit formats the two sums are joined again. Rows are numbered
     as by :class:`~moeaccel.hdl.tile_buffer.TileBuffer`: 4-bit formats fill all entries, 8-bit
     formats the first ``row_multipliers`` (the others are meaningless); in 8-bit formats the
     significand is taken as 1.

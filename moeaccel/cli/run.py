@@ -13,7 +13,9 @@ def command(
     demo: Annotated[bool, typer.Option(
         "--demo", help="Prompts of every task, that the model never saw in training.")] = False,
     per_task: Annotated[int, typer.Option(help="With --demo: prompts of each task.")] = 3,
-    device: Annotated[str, typer.Option(help="rtl (Verilated, exact cycles) or golden.")] = "rtl",
+    device: Annotated[str, typer.Option(
+        help="rtl (Verilated, exact cycles), golden, serial:PORT, or what else open_device takes.")
+    ] = "rtl",
     config: Annotated[str, typer.Option(help="Preset of the accelerator.")] = "small",
     weight_format: Annotated[str, typer.Option(help="Weight format of the experts.")] = "int4_g32",
     activation_bits: Annotated[int, typer.Option(help="Activation bits: 16 or 8.")] = 16,
