@@ -11,6 +11,7 @@ import pytest
 
 from moeaccel.config import PRESETS
 from moeaccel.host import open_device
+from moeaccel.host.demo.run import run as run_demo
 from moeaccel.host.errors import ConfigMismatch
 from moeaccel.sim.board import Board, BoardProcess, LineNoise
 from moeaccel.sim.board_bench import measure_board
@@ -134,6 +135,20 @@ def test_a_process_ends_with_its_parent():
                 return
         time.sleep(0.1)
     pytest.fail("the board's process outlives its parent")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_the_demo_model_generates_through_it():
+    """On the preset of the real board; its build alone takes minutes."""
+    with Board("ulx3s") as board:
+        result = run_demo(["27+85="], right_answers=["112"], device=f"serial:{board.port}",
+                          config="ulx3s")
+        state = board.state
+    assert result.logits_equal
+    assert result.device_answers == ["112"]
+    assert state.violation == "NONE"
+    assert state.bytes_received > 300_000  # the experts of all layers
 
 
 def test_the_ridge_is_measured():
