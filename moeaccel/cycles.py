@@ -934,7 +934,8 @@ class _Machine:
     def _load(self, n: int, cycle: int) -> _Process:
         """Fetch and quantise the rows of a pass; the line buffer holds two.
 
-        A row: 2 cycles to look up its token, a multiplication by the steps, the request. When its
+        A row: 2 cycles to look up its token (the first one's begins a cycle later), a multiplication
+        by the steps, the request. When its
         last beat is through the tree of maxima it leaves, ``quantiser_lanes`` elements a cycle.
         """
         job, config = self._job, self._job.config
