@@ -934,9 +934,9 @@ class _Machine:
     def _load(self, n: int, cycle: int) -> _Process:
         """Fetch and quantise the rows of a pass; the line buffer holds two.
 
-        A row: 2 cycles to look up its token (the first one's begins a cycle later), a multiplication
-        by the steps, the request. When its
-        last beat is through the tree of maxima it leaves, ``quantiser_lanes`` elements a cycle.
+        A row: 2 cycles to look up its token (one more for the first row), a multiplication by the
+        steps, the request. When its last beat is through the tree of maxima it leaves,
+        ``quantiser_lanes`` elements a cycle.
         """
         job, config = self._job, self._job.config
         beats = job.beats(job.d_in)
