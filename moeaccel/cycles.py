@@ -899,10 +899,11 @@ class _Machine:
                 self._schedule.start(cycle, self._load(n, cycle))
                 cycle += 1
             self._schedule.set(self._offered[n], cycle)
+            seen = cycle + 1  # where the sequencer waits for it
             if n:
                 yield self._issued[n - 1]
                 cycle = max(cycle, self._issued[n - 1].cycle + 1)
-            self._schedule.set(self._handed[n], cycle)
+            self._schedule.set(self._handed[n], max(cycle, seen))
             cycle += 2
         if self._passes:
             yield self._retired[-1]

@@ -137,6 +137,22 @@ def test_the_model_predicts_the_rtl(pair_of, config, latency, count, most_cycles
     compare(pair_of, config, latency, count=count, seed=latency, most_cycles=most_cycles)
 
 
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("latency", [1, 40])
+def test_a_decode_is_predicted_exactly(pair_of, latency):
+    """Where nothing but the memory is waited for, every counter is."""
+    config = preset("small")
+    names = ("cycles", "busy", "starved_weights", "starved_activations", "stalled_output")
+    with pair_of(config, memory=MemoryModel.ideal(latency, size=1 << 28), timeout_s=300) as pair:
+        for d, experts in ((32, 1), (64, 6), (256, 3)):
+            case = Case(d, d, "mxfp4", 1, 1, experts, (tuple(range(experts)),))
+            measured, predicted = case.measure(pair.rtl), case.predict(config, latency)
+            assert {name: getattr(predicted, name) for name in names} == {
+                name: measured[name] for name in names}
+            # Idle cycles before the command are counted, too.
+            assert predicted.idle <= measured["idle"]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("latency", [1, 7, 40, 100, 300])
