@@ -1,8 +1,9 @@
 """The submission and the completion ring.
 
-Both have the same number of entries and wrap. The device tells a new completion from an old one by
-its phase bit, which inverts on every pass around the ring; so the driver polls memory, not a
-register. One entry always stays empty: equal indices mean an empty ring.
+Both have the same number of entries and wrap. One entry always stays empty: equal indices mean an
+empty ring. A completion is there when ``CQ_TAIL`` has passed it. Its phase bit, which inverts on
+every pass around the ring, is not enough: it is in the first beat of an entry that may have eight,
+and memory may be read between them.
 """
 
 from __future__ import annotations
@@ -123,16 +124,19 @@ class CommandRings:
     def take(self) -> list[Completion]:
         """Return the new completions, oldest first, and give their entries back."""
         taken: list[Completion] = []
-        begin = self._head
-        while self._in_flight:
+        if not self._in_flight:
+            return taken
+        begin, tail = self._head, self._registers.read("CQ_TAIL") % self.entries
+        while self._head != tail:
             where = self._completions.address + ENTRY_BYTES * self._head
             values = decode(COMPLETION, self._transport.memory_read(where, ENTRY_BYTES).tobytes())
-            if values.pop("phase") != self._phase:
-                break
+            written = values.pop("phase") == self._phase
             completion = Completion(**values)
             logger.debug("complete tag %d, status %d, %d cycles", completion.tag,
                          completion.status, completion.cycles)
-            if completion.tag in self._in_flight:
+            if not written:  # the device cannot report an error of this very write
+                logger.warning("completion %d was not written, and is lost", self._head)
+            elif completion.tag in self._in_flight:
                 self._in_flight.remove(completion.tag)
                 taken.append(completion)
             else:

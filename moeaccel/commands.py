@@ -141,7 +141,13 @@ LAYER = _fields(
 COMPLETION = _fields(
     ("tag", 0, 0, 16, "Of the submission."),
     ("status", 0, 16, 8, "Status."),
-    ("phase", 0, 24, 1, "Inverts on each pass around the ring; the first pass writes 1."),
+    (
+        "phase",
+        0,
+        24,
+        1,
+        "Inverts on each pass around the ring, first 1; the rest may come later: see CQ_TAIL.",
+    ),
     ("detail", 1, 0, 32, "What the status says."),
     ("address", 2, 0, 64, "What the status says."),
     ("cycles", 4, 0, 64, "Clock cycles from fetching the submission to writing this."),

@@ -137,7 +137,10 @@ _PLAIN: tuple[Register, ...] = (
         "CQ_HEAD", 0x048, Access.RW, "Doorbell: index of the first completion not yet consumed."
     ),
     Register("SQ_HEAD", 0x04C, Access.RO, "Index of the next submission to fetch."),
-    Register("CQ_TAIL", 0x050, Access.RO, "Index of the next completion to write."),
+    Register(
+        "CQ_TAIL", 0x050, Access.RO,
+        "Index of the next completion to write; those before it are whole."
+    ),
     Register(
         "WINDOW_BASE_LO", 0x058, Access.RW, "First byte that bursts may touch, on every channel."
     ),

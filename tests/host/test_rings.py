@@ -17,7 +17,7 @@ class Endpoint(Transport):
 
     def __init__(self):
         self.memory = np.zeros(1 << 16, np.uint8)
-        self.registers = {}
+        self.registers = {"CQ_TAIL": 0}
         self.head = self.tail = 0
         self.phase = 1
 
@@ -48,14 +48,18 @@ class Endpoint(Transport):
         self.head = (self.head + 1) % (1 << self.registers["RING_LOG2"])
         return decode(SUBMISSION, self.memory_read(at, ENTRY_BYTES).tobytes())
 
-    def complete(self, tag):
+    def complete(self, tag, *, written=ENTRY_BYTES, acknowledged=True):
+        """Write so many bytes of a completion; its index advances when that is acknowledged."""
         entries = 1 << self.registers["RING_LOG2"]
         assert (self.tail + 1) % entries != self.registers["CQ_HEAD"], "no room for a completion"
         values = {"tag": tag, "phase": self.phase, "cycles": tag * 10}
         at = self.registers["CQ_BASE_LO"] + ENTRY_BYTES * self.tail
-        self.memory_write(at, encode(COMPLETION, values))
+        self.memory_write(at, encode(COMPLETION, values)[:written])
+        if not acknowledged:
+            return
         self.tail = (self.tail + 1) % entries
         self.phase ^= self.tail == 0
+        self.registers["CQ_TAIL"] = self.tail
 
 
 def rings_on(endpoint, entries_log2):
@@ -107,6 +111,28 @@ def test_tags_in_use_are_not_given_again():
     rings._tag = 0xFFFF
     assert rings.submit({}) == 0xFFFF
     assert rings._tag == 0
+
+
+def test_a_completion_is_taken_when_it_is_whole():
+    """With a narrow port its phase is in memory beats before the rest of it."""
+    endpoint = Endpoint()
+    rings = rings_on(endpoint, 2)
+    tag = rings.submit({}) and rings.submit({})
+    endpoint.complete(tag, written=8, acknowledged=False)
+    assert rings.take() == []
+    endpoint.complete(tag)
+    assert [(c.tag, c.cycles) for c in rings.take()] == [(tag, 10 * tag)]
+
+
+def test_a_completion_that_was_not_written_does_not_hide_others(caplog):
+    endpoint = Endpoint()
+    rings = rings_on(endpoint, 2)
+    lost, tag = rings.submit({}), rings.submit({})
+    endpoint.complete(lost, written=0)
+    endpoint.complete(tag)
+    assert [c.tag for c in rings.take()] == [tag]
+    assert rings.in_flight == 1
+    assert "completion 0 was not written" in caplog.text
 
 
 def test_completions_of_strangers_are_dropped(caplog):
