@@ -129,7 +129,7 @@ def build_bitstream(board: str, *, config: str | AcceleratorConfig | None = None
     design = found.design(chosen, clock_hz=clock_hz, baud=baud)
     seconds = time.monotonic() - begin
     build = Build(name=f"{board}-{chosen.name}", verilog=design.verilog,
-                  finish=floorplan(chosen), route=(*design.route, "--timing-allow-fail"),
+                  sites=floorplan(chosen), route=(*design.route, "--timing-allow-fail"),
                   constraints=design.constraints, folder=folder)
     progress("synthesis, a few minutes")
     seconds += build.synthesise()

@@ -29,17 +29,15 @@ _SITES = [
 """Neighbours one after another: along the first row, back along the second, and so on."""
 
 
-def floorplan(config: AcceleratorConfig) -> str:
-    """Return Yosys commands that give the multipliers of a mapped accelerator's array their sites.
+def floorplan(config: AcceleratorConfig) -> dict[str, str]:
+    """Return the sites of the multipliers of a mapped accelerator's array, by ends of their names.
 
     None, if there are more of them than sites, or more than one core. nextpnr places all else.
     """
     multipliers = [
-        f"multiply{row}_{token}_{lane + k}"
+        f"core0.array.multiply{row}_{token}_{lane + k}.mult18x18d"
         for lane, token, row, k in product(
             range(0, BLOCK, 2), range(config.token_lanes), range(config.row_multipliers), (0, 1))]
     if len(multipliers) > len(_SITES) or config.channels > 1:
-        return ""
-    return "\n".join(
-        f'setattr -set BEL "{site}" */c:*core0.array.{name}.mult18x18d'
-        for name, site in zip(multipliers, _SITES, strict=False))
+        return {}
+    return dict(zip(multipliers, _SITES, strict=False))

@@ -36,7 +36,11 @@ CELLS = {
 
 SYNTHESIS = (
     "delete t:$print",
-    "synth_ecp5 -top top -run begin:map_ffs",
+    "synth_ecp5 -top top -run begin:coarse",
+    "proc",
+    "flatten",
+    "opt_clean -purge",
+    "synth_ecp5 -top top -run coarse:map_ffs",
     "opt_clean",
     ("dfflegalize -cell $_DFF_?_ 01 -cell $_DFF_?P?_ r -cell $_SDFF_?P?_ r "
      "-cell $_DFFE_??_ 01 -cell $_DFFE_?P??_ r -cell $_SDFFE_?P??_ r -minsrst 100 -mince 5"),
@@ -48,9 +52,10 @@ SYNTHESIS = (
 
 A slice shares its enable and its reset: a few registers with an enable of their own, or a reset of
 fewer than 100, become logic, or they would be torn from their neighbours. What assertions print is
-nothing that hardware has; Yosys would keep the logic in front of it. Nets are split into bits
-before they are mapped: ABC9's result may name one bit like another net, and Yosys then stops
-(https://github.com/YosysHQ/yosys/issues/4349).
+nothing that hardware has; Yosys would keep the logic in front of it. Names of ports that are gone
+once the design is flat go with them: every pass walks through them, for a fifth of the time. Nets
+are split into bits before they are mapped: ABC9's result may name one bit like another net, and
+Yosys then stops (https://github.com/YosysHQ/yosys/issues/4349).
 """
 
 ALGORITHMS = ("--placer", "static", "--router", "router1")
@@ -172,8 +177,8 @@ class Build:
         Text with the module ``top``.
     script : str
         Yosys commands between reading ``top.v`` and `SYNTHESIS`.
-    finish : str
-        Yosys commands behind it.
+    sites : mapping of str to str
+        Sites of cells: see :func:`~moeaccel.fpga.netlist.place`.
     route : sequence of str
         Flags of nextpnr, beside `ALGORITHMS`.
     constraints : str, optional
@@ -187,21 +192,24 @@ class Build:
         If there is no Yosys or no nextpnr-ecp5.
     """
 
-    def __init__(self, *, name: str, verilog: str, script: str = "", finish: str = "",
-                 route: Sequence[str], constraints: str | None = None, folder: Path) -> None:
+    def __init__(self, *, name: str, verilog: str, script: str = "",
+                 sites: Mapping[str, str] | None = None, route: Sequence[str],
+                 constraints: str | None = None, folder: Path) -> None:
         self._yosys, self._nextpnr = find_tool("yosys"), find_tool("nextpnr-ecp5")
         self._inputs: Mapping[str, str] = {
             "top.v": verilog,
             "synth.ys": "\n".join([
-                "read_verilog -sv -noassert top.v", script, *SYNTHESIS, finish,
-                "write_json top.json", ""]),
+                "read_verilog -sv -noassert top.v", script, *SYNTHESIS, "write_json top.json",
+                ""]),
             **({"top.lpf": constraints} if constraints is not None else {}),
         }
         files = ("--lpf", "top.lpf") if constraints is not None else ()
+        self._sites = sites or {}
         self._route = (*ALGORITHMS, *route, *files)
         self.tools = f"{self._yosys.identity}, {self._nextpnr.identity}"
         self.digest = hashlib.sha256("\0".join(
-            [*self._inputs.values(), inspect.getsource(netlist), *self._route, self.tools]
+            [*self._inputs.values(), json.dumps(self._sites), inspect.getsource(netlist),
+             *self._route, self.tools]
         ).encode()).hexdigest()[:16]
         self.home = folder / f"{name}-{self.digest}"
 
@@ -222,6 +230,7 @@ class Build:
             path = self.home / "top.json"
             mapped = json.loads(path.read_text(encoding="utf-8"))
             netlist.absorb_output_registers(mapped)
+            netlist.place(mapped, self._sites)
             path.write_text(json.dumps(mapped), encoding="utf-8")
             cells = {name: Counter(cell["type"] for cell in module["cells"].values())
                      for name, module in mapped["modules"].items()}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["absorb_output_registers"]
+__all__ = ["absorb_output_registers", "place"]
 
 Cell = dict[str, Any]
 
@@ -21,6 +22,32 @@ def absorb_output_registers(netlist: dict[str, Any]) -> int:
     all of these have the port's clock, one enable and no reset.
     """
     return sum(_absorb(module["cells"]) for module in netlist["modules"].values())
+
+
+def place(netlist: dict[str, Any], sites: Mapping[str, str]) -> None:
+    """Tell nextpnr where cells lie, in place.
+
+    Parameters
+    ----------
+    netlist : dict
+    sites : mapping of str to str
+        Sites by the ends of the cells' names, whole parts of them (between dots).
+
+    Raises
+    ------
+    KeyError
+        If there is no cell of such a name.
+    """
+    left = dict(sites)
+    lengths = {end.count(".") + 1 for end in sites}
+    for module in netlist["modules"].values():
+        for name, cell in module["cells"].items():
+            parts = name.split(".")
+            for end in (".".join(parts[-length:]) for length in lengths):
+                if end in left:
+                    cell["attributes"]["BEL"] = left.pop(end)
+    if left:
+        raise KeyError(f"The netlist has no cell named ...{next(iter(left))}")
 
 
 def _absorb(cells: dict[str, Cell]) -> int:

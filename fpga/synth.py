@@ -159,7 +159,7 @@ def block_build(name: str, config: AcceleratorConfig, *, folder: Path = FOLDER) 
     return Build(name=f"{name}-{config.name}",
                  verilog=generate(Fold(BLOCKS[name](config), "ecp5"), "top"),
                  script="setattr -mod -set keep_hierarchy 1 \\top.block",
-                 finish=floorplan(config) if name == CORE else "", route=ROUTE, folder=folder)
+                 sites=floorplan(config) if name == CORE else None, route=ROUTE, folder=folder)
 
 
 def synthesise(name: str, config: AcceleratorConfig, *, seed: int = 1,

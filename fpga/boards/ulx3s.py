@@ -160,9 +160,10 @@ class Ulx3sTop(wiring.Component):
         m.d.comb += [
             board.i_rx.eq(self.ftdi_txd),
             self.ftdi_rxd.eq(board.o_tx),
-            self.led.eq(board.o_leds),
             self.wifi_gpio0.eq(1),
         ]
+        for i, lit in enumerate(board.o_leds):
+            self._register(m, "OFS1P3DX", lit, self.led[i], name=f"led{i}")
         pins = board.sdram
         for name, value in (("cke", pins.cke), ("csn", pins.cs_n), ("rasn", pins.ras_n),
                             ("casn", pins.cas_n), ("wen", pins.we_n), ("ba", pins.ba),

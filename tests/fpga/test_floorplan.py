@@ -7,13 +7,13 @@ from moeaccel.fpga.floorplan import floorplan
 from moeaccel.hdl.core import Core
 from moeaccel.hdl.verilog_target import generate
 
-_LINE = re.compile(
-    r'setattr -set BEL "X(\d+)/Y(\d+)/MULT18_(\d)" \*/c:\*core0\.array\.(\w+)\.mult18x18d$')
+_CELL = re.compile(r"core0\.array\.(\w+)\.mult18x18d")
+_SITE = re.compile(r"X(\d+)/Y(\d+)/MULT18_(\d)")
 
 
 def _sites(config):
-    return {m[4]: (int(m[1]), int(m[2]), int(m[3]))
-            for m in map(_LINE.match, floorplan(config).splitlines())}
+    return {_CELL.fullmatch(cell)[1]: tuple(map(int, _SITE.fullmatch(site).groups()))
+            for cell, site in floorplan(config).items()}
 
 
 def test_sites_are_the_devices_and_used_once():
@@ -47,4 +47,4 @@ def test_multipliers_have_the_names_of_the_design():
 
 
 def test_several_cores_have_none():
-    assert floorplan(preset("hbm32")) == ""
+    assert floorplan(preset("hbm32")) == {}

@@ -45,9 +45,10 @@ def tools(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
 
 
-def build(folder, verilog="module top; endmodule", constraints=None, route=("--85k",)):
+def build(folder, verilog="module top; endmodule", constraints=None, route=("--85k",),
+          sites=None):
     return Build(name="a", verilog=verilog, script="", route=route, constraints=constraints,
-                 folder=folder)
+                 sites=sites, folder=folder)
 
 
 def test_each_step_is_done_once(tools, tmp_path):
@@ -67,7 +68,8 @@ def test_each_step_is_done_once(tools, tmp_path):
 
 
 @pytest.mark.parametrize("other", [
-    {"verilog": "module top; wire a; endmodule"}, {"constraints": ""}, {"route": ("--45k",)}])
+    {"verilog": "module top; wire a; endmodule"}, {"constraints": ""}, {"route": ("--45k",)},
+    {"sites": {"block_0": "X1/Y1/SLICEA"}}])
 def test_everything_that_goes_in_is_in_the_digest(tools, tmp_path, other):
     assert build(tmp_path, **other).digest != build(tmp_path).digest
 

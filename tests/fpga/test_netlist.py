@@ -1,10 +1,11 @@
-"""Registers behind block RAMs move into them where the silicon has just that, and nowhere else."""
+"""Registers behind block RAMs move into them where the silicon has just that, and nowhere else;
+cells get their sites."""
 
 import copy
 
 import pytest
 
-from moeaccel.fpga.netlist import absorb_output_registers
+from moeaccel.fpga.netlist import absorb_output_registers, place
 
 CLOCK, ENABLE, RESET = 1, 2, 3
 
@@ -70,3 +71,20 @@ def test_another_clock_is_left_alone():
     netlist = design(a=register(10, 20), b=register(11, 21))
     netlist["modules"]["top"]["cells"]["ram"]["connections"]["CLKB"] = [RESET]
     assert absorb_output_registers(netlist) == 0
+
+
+def test_cells_are_placed_by_the_ends_of_their_names():
+    netlist = {"modules": {
+        "top": {"cells": {name: {"attributes": {}} for name in ("a.b.c", "a.xb.c", "a.b.c_LUT4")}},
+        "part": {"cells": {"x.a.b.d": {"attributes": {"keep": 1}}}},
+    }}
+    place(netlist, {"b.c": "X1", "a.b.d": "X2"})
+    cells = netlist["modules"]["top"]["cells"] | netlist["modules"]["part"]["cells"]
+    assert {name: cell["attributes"] for name, cell in cells.items()} == {
+        "a.b.c": {"BEL": "X1"}, "a.xb.c": {}, "a.b.c_LUT4": {}, "x.a.b.d": {"keep": 1, "BEL": "X2"}}
+
+
+def test_a_site_for_a_cell_that_is_not_there_is_refused():
+    with pytest.raises(KeyError, match=r"no cell named \.\.\.b\.d"):
+        place({"modules": {"top": {"cells": {"a.b.c": {"attributes": {}}}}}},
+              {"b.c": "X1", "b.d": "X2"})
