@@ -42,7 +42,7 @@ def test_two_planes_are_free(pair, weights, name):
     """a16 takes two lanes of one token; a decode leaves lanes idle anyway."""
     cycles = {bits: decode(pair, weights, weight_format=name, activation_bits=bits)[0]
               for bits in (8, 16)}
-    assert cycles[16] <= cycles[8] * 1.002
+    assert cycles[16] <= cycles[8]
 
 
 @pytest.mark.parametrize("name", FORMATS)
