@@ -145,8 +145,8 @@ def build_bitstream(board: str, *, config: str | AcceleratorConfig | None = None
         path = build.home / f"{board}-{best.seed}.bit"
         if not path.exists():
             progress("packing")
-            run_tool([ecppack.path, *design.pack, "--usercode", str(int(build.digest[:8], 16)),
-                      f"top-{best.seed}.config", f"{path.name}.part"],
+            run_tool(ecppack, [*design.pack, "--usercode", str(int(build.digest[:8], 16)),
+                               f"top-{best.seed}.config", f"{path.name}.part"],
                      build.home, "ecppack.log")
             path.with_name(f"{path.name}.part").replace(path)
     used = build.utilisation(best.seed)

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from moeaccel.errors import ToolFailedError, ToolMissingError
-from moeaccel.fpga import netlist
+from moeaccel.fpga import netlist, yowasp
 
 __all__ = ["Build", "CELLS", "Routed", "Tool", "find_tool", "run_tool", "run_yosys"]
 
@@ -69,9 +69,9 @@ THREADS = ("--threads", str(os.cpu_count() or 1))
 
 @dataclass(frozen=True)
 class Tool:
-    """A program, and what identifies it."""
+    """A program: how it is called, and what identifies it."""
 
-    path: str
+    command: tuple[str, ...]
     identity: str
 
 
@@ -94,24 +94,25 @@ def find_tool(name: str, *, package: str | None = None) -> Tool:
     if path is not None:
         version = subprocess.run([path, "--version"], capture_output=True, text=True, check=True)
         line = (version.stdout + version.stderr).strip().splitlines()[0]
-        return Tool(path, line.replace(path, name).replace(f'"{name}" -- ', ""))
+        return Tool((path,), line.replace(path, name).replace(f'"{name}" -- ', ""))
     other = f"yowasp-{name}"
-    path = shutil.which(other, path=str(Path(sys.executable).parent)) or shutil.which(other)
-    if path is None:
+    if not importlib.metadata.entry_points(group="console_scripts", name=other):
         raise ToolMissingError(f"Synthesis needs {name}, and there is none on PATH: install it, or "
                                "'pip install moeaccel[fpga]'")
-    return Tool(path, f"{other} {importlib.metadata.version(package or other)}")
+    return Tool((sys.executable, "-m", yowasp.__name__, other),
+                f"{other} {importlib.metadata.version(package or other)}")
 
 
-def run_tool(command: Sequence[str], folder: Path, log: str) -> None:
+def run_tool(tool: Tool, arguments: Sequence[str], folder: Path, log: str) -> None:
     """Run a tool in the folder of its inputs (YoWASP's see nothing else).
 
     Parameters
     ----------
-    command : sequence of str
+    tool : Tool
+    arguments : sequence of str
     folder : pathlib.Path
     log : str
-        File there for what the tool prints, unless the command has it written by the tool itself
+        File there for what the tool prints, unless the arguments have it write that itself
         (``-l``): YoWASP's Yosys prints nothing more once ABC has failed.
 
     Raises
@@ -121,13 +122,14 @@ def run_tool(command: Sequence[str], folder: Path, log: str) -> None:
     """
     path = folder / log
     path.unlink(missing_ok=True)  # that of a run before would speak of other things
-    result = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            text=True, check=False)
+    result = subprocess.run([*tool.command, *arguments], cwd=folder, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True, check=False)
     if not path.exists():
         path.write_text(result.stdout, encoding="utf-8")
     if result.returncode != 0:
         lines = path.read_text(encoding="utf-8").splitlines()[-20:]
-        what = f"{Path(command[0]).name} failed with exit status {result.returncode}; see {path}"
+        name = Path(tool.command[-1]).name
+        what = f"{name} failed with exit status {result.returncode}; see {path}"
         raise ToolFailedError("\n".join([what, *lines]))
 
 
@@ -139,7 +141,7 @@ def run_yosys(yosys: Tool, folder: Path) -> None:
     ToolFailedError
         With the end of its log.
     """
-    run_tool([yosys.path, "-q", "-l", "yosys.log", "-s", "synth.ys"], folder, "yosys.log")
+    run_tool(yosys, ["-q", "-l", "yosys.log", "-s", "synth.ys"], folder, "yosys.log")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,9 +250,10 @@ class Build:
         if not done.exists():
             begin = time.monotonic()
             log = f"nextpnr-{seed}.log"
-            run_tool([self._nextpnr.path, "--json", "top.json", "--report", f"report-{seed}.json",
-                      "--textcfg", f"top-{seed}.config", "--seed", str(seed), *THREADS, "-q",
-                      "-l", log, *self._route], self.home, log)
+            run_tool(self._nextpnr, [
+                "--json", "top.json", "--report", f"report-{seed}.json",
+                "--textcfg", f"top-{seed}.config", "--seed", str(seed), *THREADS, "-q",
+                "-l", log, *self._route], self.home, log)
             report = json.loads((self.home / f"report-{seed}.json").read_text(encoding="utf-8"))
             self._write(done, asdict(Routed(
                 seed=seed, **_timing(report), seconds=round(time.monotonic() - begin, 1))))

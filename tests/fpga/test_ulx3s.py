@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from moeaccel.cli import app
 from moeaccel.errors import ClockRateError, UnknownBoardError
+from moeaccel.fpga import bitstream
 from moeaccel.fpga.bitstream import build_bitstream
 from moeaccel.fpga.boards import BOARDS, board, ulx3s
 from moeaccel.fpga.boards.ulx3s import _SITES, Pll, _margins
@@ -73,12 +74,13 @@ class Small(wiring.Component):
 
 @pytest.mark.timeout(300)
 def test_a_small_design_becomes_a_bitstream(monkeypatch, tmp_path):
-    """The real tools on the real pins; registers sit at every pin of the SDRAM."""
+    """The real tools on the real pins; registers sit at every pin of the SDRAM and the LEDs."""
     monkeypatch.setattr(ulx3s, "SerialBoard", Small)
+    monkeypatch.setattr(bitstream, "floorplan", lambda config: {})
     built = build_bitstream("ulx3s", clock_mhz=50, baud=1_000_000, folder=tmp_path)
     assert built.reached
     assert built.resources["PLLs"][0] == 1
-    assert built.resources["pin registers"][0] == 22 + 16 + 1
+    assert built.resources["pin registers"][0] == 22 + 16 + 1 + 8
     assert built.resources["pins"][0] == len(sites())
     assert Path(built.path).stat().st_size > 10_000
     assert built.path in built.program[0]
