@@ -34,9 +34,9 @@ def _use_huge_pages() -> None:
     """Wait for the reservation and ask for huge pages in all of it; what grows inherits that."""
     while True:
         for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
-            addresses, _, _, _, file, *_ = line.split()
+            addresses, _, _, _, inode, *_ = line.split()
             begin, end = (int(address, 16) for address in addresses.split("-"))
-            if file == "0" and end - begin >= _RESERVED_BYTES:
+            if inode == "0" and end - begin >= _RESERVED_BYTES:
                 ctypes.CDLL(None).madvise(
                     ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_HUGEPAGE)
                 return
