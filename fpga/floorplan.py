@@ -32,7 +32,7 @@ _SITES = [
 def floorplan(config: AcceleratorConfig) -> dict[str, str]:
     """Return the sites of the multipliers of a mapped accelerator's array, by ends of their names.
 
-    None, if there are more of them than sites, or more than one core. nextpnr places all else.
+    Empty, if there are more of them than sites, or more than one core. nextpnr places all else.
     """
     multipliers = [
         f"core0.array.multiply{row}_{token}_{lane + k}.mult18x18d"
