@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tempfile
 import time
@@ -20,7 +21,7 @@ from moeaccel.sim.accelerator import accelerator_verilog
 from moeaccel.sim.cocotb_runner import build_simulator, run_cocotb
 from moeaccel.sim.cosim import CoSimulation
 from moeaccel.sim.errors import SimulationError
-from moeaccel.sim.memory import MemoryModel
+from moeaccel.sim.memory import MemoryModel, StallModel
 from moeaccel.sim.verilator import build_model
 from moeaccel.sim.workload import Layout, random_experts, register_writes, start_writes
 
@@ -30,6 +31,7 @@ MAX_CYCLES = 100_000_000
 # and the caches have settled.
 _LEAST_SECONDS = 1.0
 _READ_LATENCY = 4  # about that of the cocotb memory
+_NO_STALLS = StallModel()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +96,7 @@ class _Job:
 
 def compare(config: AcceleratorConfig, *, experts: int = 8, tokens: int = 4, d_model: int = 512,
             d_expert: int = 256, weight_format: str = "int4_g32", planes: int = 2,
-            seed: int = 0) -> SpeedComparison:
+            stalls: StallModel = _NO_STALLS, seed: int = 0) -> SpeedComparison:
     """Run one expert layer in the in-process co-simulation and under cocotb, and time both.
 
     Both results are compared with the golden model.
@@ -105,8 +107,10 @@ def compare(config: AcceleratorConfig, *, experts: int = 8, tokens: int = 4, d_m
     experts, tokens, d_model, d_expert, weight_format, planes
         The layer; every token goes to two experts, and every expert is used if tokens suffice.
         Dimensions are reduced to ``config.max_dim``.
+    stalls : StallModel
+        Random pauses of every channel of both buses, as tests have them, in both simulators.
     seed : int
-        Of weights and activations.
+        Of weights, activations and pauses.
 
     Raises
     ------
@@ -116,12 +120,13 @@ def compare(config: AcceleratorConfig, *, experts: int = 8, tokens: int = 4, d_m
     d_model, d_expert = min(d_model, config.max_dim), min(d_expert, config.max_dim)
     experts = min(experts, config.max_experts)
     job = _prepare(config, experts, tokens, d_model, d_expert, weight_format, planes, seed)
-    fast = _run_cosim(accelerator_verilog(config), job)
-    slow = _run_cocotb(generate_verilog(config), job)
+    fast = _run_cosim(accelerator_verilog(config), job, stalls, seed)
+    slow = _run_cocotb(generate_verilog(config), job, stalls, seed)
     return SpeedComparison(
         config=config.name,
         command=f"EXPERTS, {tokens} tokens, top-2 of {experts}, d_model {d_model}, d_expert "
-                f"{d_expert}, {weight_format}, a{8 * planes}",
+                f"{d_expert}, {weight_format}, a{8 * planes}"
+                + (", random pauses of every channel" if stalls != _NO_STALLS else ""),
         simulators=(fast, slow), ratio=fast.cycles_per_second / slow.cycles_per_second)
 
 
@@ -150,10 +155,12 @@ def _speed(simulator: str, cycles: int, seconds: float, cpu: float, runs: int) -
         runs=runs, cycles_per_second=cycles / seconds)
 
 
-def _run_cosim(verilog: str, job: _Job) -> SimulatorSpeed:
+def _run_cosim(verilog: str, job: _Job, stalls: StallModel, seed: int) -> SimulatorSpeed:
     model = build_model(verilog)
     cycles, seconds, cpu, runs = 0, 0.0, 0.0, 0
-    with CoSimulation(model, memory=MemoryModel.ideal(_READ_LATENCY)) as cosim:
+    memory = dataclasses.replace(MemoryModel.ideal(_READ_LATENCY), stalls=stalls,
+                                 never_refuse=stalls == _NO_STALLS)
+    with CoSimulation(model, memory=memory, register_stalls=stalls, seed=seed) as cosim:
         for address, data in job.pieces:
             cosim.mem_write(address, data)
         for address, value in job.start:
@@ -178,7 +185,7 @@ def _run_cosim(verilog: str, job: _Job) -> SimulatorSpeed:
     return _speed("in-process co-simulation", cycles, seconds, cpu, runs)
 
 
-def _run_cocotb(verilog: str, job: _Job) -> SimulatorSpeed:
+def _run_cocotb(verilog: str, job: _Job, stalls: StallModel, seed: int) -> SimulatorSpeed:
     build_simulator(verilog, "top", waves=False)
     with tempfile.TemporaryDirectory(prefix="moeaccel-speed.") as name:
         folder = Path(name)
@@ -187,6 +194,7 @@ def _run_cocotb(verilog: str, job: _Job) -> SimulatorSpeed:
         np.savez(folder / "memory.npz", **pieces)  # type: ignore[arg-type]
         (folder / "job.json").write_text(json.dumps({
             "start": job.start, "doorbell": register_writes(SQ_TAIL=1), "max_cycles": MAX_CYCLES,
+            "stalls": asdict(stalls), "seed": seed,
             "read": {"completion": (job.completion, ENTRY_BYTES),
                      "y": (job.y_address, job.y.nbytes)},
         }), encoding="utf-8")

@@ -12,13 +12,16 @@ import numpy as np
 from cocotb.utils import get_sim_time
 
 from moeaccel.sim import bfm
+from moeaccel.sim.memory import StallModel
 
 
 @cocotb.test(timeout_time=10, timeout_unit="sec")
 async def one_command(dut: Any) -> None:
     """Load memory and registers, ring the doorbell, wait for the interrupt."""
     job = json.loads(Path("job.json").read_text(encoding="utf-8"))
-    memory, registers = bfm.MemoryBus(dut), bfm.RegisterBus(dut)
+    stalls, seed = StallModel(**job["stalls"]), job["seed"]
+    memory = bfm.MemoryBus(dut, stalls=stalls, seed=seed)
+    registers = bfm.RegisterBus(dut, stalls=stalls, seed=seed + 1)
     with np.load("memory.npz") as pieces:
         for address in pieces.files:
             memory.write(int(address), pieces[address].tobytes())

@@ -31,6 +31,7 @@ import platformdirs
 
 from moeaccel.errors import ToolMissingError
 from moeaccel.sim.errors import BuildError, SimulationError
+from moeaccel.sim.vectorise import vectorise
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ _HARNESS_FILES = ("harness.cpp", "harness.h", "support.h", "memory_port.h", "reg
                   "lz4/lz4.h")
 _HOOKS = "runtime_hooks.h"
 _COMMON_FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-DVL_TIME_CONTEXT")
-_FAST_FLAGS = ("-O2", "-march=native")
+_FAST_FLAGS = ("-O3", "-march=native")  # for the loops of vectorise()
 _SLOW_FLAGS = ("-O1",)
 _LOG_LINES = 25
 
@@ -240,7 +241,8 @@ def build_library(verilog: str, *, harness: Sequence[str],
     translate = _translate_flags(top=top, threads=threads, waves=waves, assertions=assertions)
     digest = _digest(
         verilog, *translate, *_COMMON_FLAGS, *_FAST_FLAGS, *_SLOW_FLAGS, *flags,
-        *(_SOURCES.joinpath(name).read_text(encoding="utf-8") for name in (*harness, _HOOKS)),
+        *(_SOURCES.joinpath(name).read_text(encoding="utf-8")
+          for name in (*harness, _HOOKS, "vectorise.py")),
         *settings.values(), _compiler_identity(compiler), _verilator_identity(root))
     folder = (cache or cache_folder()) / "models"
     home = folder / digest
@@ -261,6 +263,7 @@ def build_library(verilog: str, *, harness: Sequence[str],
                            compiler=compiler, flags=tuple(flags), waves=waves)
             begin = time.monotonic()
             build.translate(translator, translate, verilog)
+            build.vectorise()
             build.write_settings(settings)
             build.compile(_SOURCES / harness[0])
             seconds = time.monotonic() - begin
@@ -398,6 +401,10 @@ class _Build:
         (self._work / "top.v").write_text(verilog, encoding="utf-8")
         self._run([str(verilator), *flags, "top.v"], what="Verilator refuses the Verilog",
                   env={**os.environ, "VERILATOR_ROOT": str(self._root)})
+
+    def vectorise(self) -> None:
+        folded = vectorise(self._objects)
+        logger.info("%d statements of the model are in loops", folded)
 
     def write_settings(self, settings: Mapping[str, str]) -> None:
         for name, text in settings.items():
