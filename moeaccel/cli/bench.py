@@ -168,10 +168,10 @@ def simulators(
 
     console = Console()
     for result in results:
-        table = Table("simulator", "cycles", "seconds", "CPU seconds", "cycles/s",
-                      title=result.command)
+        table = Table("simulator", "runs", "cycles", "seconds", "CPU seconds", "cycles/s",
+                      title=result.command, caption="the fastest run of each")
         for one in result.simulators:
-            table.add_row(one.simulator, f"{one.cycles:,}", f"{one.seconds:.3f}",
+            table.add_row(one.simulator, str(one.runs), f"{one.cycles:,}", f"{one.seconds:.3f}",
                           f"{one.cpu_seconds:.3f}", f"{one.cycles_per_second:,.0f}")
         console.print(table)
         console.print(f"config {result.config}: {result.ratio:.1f} times as fast")
