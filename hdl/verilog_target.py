@@ -134,8 +134,7 @@ def generate(component, name, *, target=None, simulation=False):
     return text + RAM_VERILOG
 
 
-_SIMULATION = ("proc -norom", "opt_clean", "opt_expr -mux_undef", "opt_muxtree", "opt_reduce",
-               "opt_merge", "opt_dff", "opt_clean", "memory_collect",
+_SIMULATION = ("proc -norom", "opt_clean", "opt_dff", "opt_clean", "memory_collect",
                "write_verilog -norename -noattr -noparallelcase")
 """Yosys commands from RTLIL to Verilog whose registers have enables and resets of their own.
 
