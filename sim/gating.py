@@ -86,6 +86,8 @@ def _gate_class(header: Path) -> int:
                                               re.MULTILINE))))
     groups = 0
     members: list[str] = []
+    elsewhere = "".join(path.read_text(encoding="utf-8") for path in sorted(
+        header.parent.glob("Vtop*.cpp")) if "Slow" not in path.stem and path not in sources)
     for number, names in enumerate(sequences("".join(sources.values()), header.stem)):
         functions = with_unique_locals(functions_of(sources, header.stem, names))
         local = local_variables(functions)
@@ -96,7 +98,7 @@ def _gate_class(header: Path) -> int:
         others = "".join(sources.values())
         for function in functions:
             others = others.replace(function.text, "")
-        foreign = written(others, variables) | variables.inputs
+        foreign = written(others + elsewhere, variables) | variables.inputs
         nodes = list(split(node for function in functions
                            for node in Reader(variables).statements(function.body)))
         if not all(node.known for node in nodes):
@@ -122,7 +124,7 @@ def _gate_class(header: Path) -> int:
 # -- what may run when -----------------------------------------------------------------------------
 
 def _with_first_values(nodes: list[Node], local: dict[str, Variable]) -> list[Node]:
-    """Return nodes with those before them that set a local variable before it is read."""
+    """Return nodes, before them those that set local variables that are read before they are."""
     users: dict[str, list[Node]] = defaultdict(list)
     for node in nodes:
         for name in node.names & local.keys():
@@ -132,9 +134,11 @@ def _with_first_values(nodes: list[Node], local: dict[str, Variable]) -> list[No
         variable = local[name]
         atoms = ({f"{name}[{word}]" for word in range(variable.words)} if variable.words
                  else {name})
-        if not variable.first or len(found) == 1 or all(
-                next(node for node in found if atom in node.reads | node.writes).sure >= {atom}
-                for atom in atoms if any(atom in node.reads | node.writes for node in found)):
+        early, given = False, set[str]()
+        for node in found:
+            early |= not node.reads & atoms <= given or not node.writes & atoms <= node.sure | given
+            given |= node.sure
+        if not variable.first or len(found) == 1 or not early:
             continue
         node = Statement(variable.first)
         node.writes, node.sure, node.names = set(atoms), set(atoms), {name}

@@ -305,8 +305,8 @@ def local_variables(functions: Iterable[Function]) -> dict[str, Variable] | None
 
 def written(text: str, variables: Variables) -> set[str]:
     """Return the names of the members to which a text assigns."""
-    found = re.findall(r"vlSelfRef\.(\w+)(?:\s*\[[^;=]*\])?\s*=[^=]", text)
-    found += re.findall(r"VL_\w+_W\w*\([\d, ]*vlSelfRef\.(\w+)", text)
+    found = re.findall(r"[.>](\w+)(?:\s*\[[^;=]*\])?\s*=[^=]", text)
+    found += re.findall(r"VL_\w+_W\w*\([\d, ]*\w+(?:\.|->)(\w+)", text)
     return {member for name in found for member in variables.arrays.get(name, [name])}
 
 

@@ -25,7 +25,9 @@ template <class T, int size> struct VlUnpacked {
     T at[size];
     T& operator[](int word) { return at[word]; }
 };
+static int extensions;
 static inline IData VL_EXTENDS_II(int, int bits, IData value) {
+    ++extensions;
     return IData(int32_t(value << (32 - bits)) >> (32 - bits));
 }
 static inline void VL_ASSIGN_W(int, VlWide<3>& to, const VlWide<3>& from) { to = from; }
@@ -35,6 +37,7 @@ static inline void say(IData what) { said = said * 31 + what; }
 
 INPUTS = tuple(f"in{i}" for i in range(6))
 WIDE, MEMORIES = ("wide0", "wide1"), ("memory0", "memory1")
+FLAGS = ("flags0", "flags1")  # set by the functions, cleared outside
 
 
 class Program:
@@ -44,16 +47,18 @@ class Program:
         self._draw = draw = random.Random(number)
         self.name = f"Vtop_{number}"
         self._scalars = {f"r{i}": draw.choice(list(KINDS)) for i in range(400)}
-        self._fresh = draw.sample(list(self._scalars), len(self._scalars))
+        self._fresh = draw.sample(list(self._scalars)[2:], len(self._scalars) - 2)
         self._array = [f"lane{i}" for i in range(12)]
         self._locals = {f"t{i}": draw.choice(list(KINDS)) for i in range(8)}
         # A local variable is of one function, and written there before it is read, or zero.
         self._usable = []
+        self.extensions = 0
         self.bodies = []
         for half in (0, 1):
             self._usable = [name for i, name in enumerate(self._locals) if i % 2 == half]
             statements = [self._statement(1) for _ in range(100)]
-            self.bodies.append("".join([f"    vlSelfRef.r0 = {self._value()};\n", *statements]))
+            self.bodies.append("".join([f"    vlSelfRef.r{half} = {self._value()};\n",
+                                        f"    vlSelfRef.flags{half}[1U] = 1U;\n", *statements]))
 
     def _operand(self):
         draw = self._draw
@@ -116,7 +121,7 @@ class Program:
         members += [f"{kind}/*{KINDS[kind] - 1}:0*/ {name};"
                     for name, kind in self._scalars.items()]
         members += [f"VlWide<3>/*95:0*/ {name};" for name in WIDE]
-        members += [f"VlUnpacked<SData/*15:0*/, 4> {name};" for name in MEMORIES]
+        members += [f"VlUnpacked<SData/*15:0*/, 4> {name};" for name in MEMORIES + FLAGS]
         members += [f"union {{ IData lanes0[{len(self._array)}]; struct {{ {lanes}; }}; }};",
                     "VlUnpacked<QData/*63:0*/, 1> __VnbaTriggered;"]
         (folder / f"{self.name}.h").write_text("".join([
@@ -139,6 +144,9 @@ class Program:
             f"void {self.name}___eval_nba({self.name}* vlSelf) {{\n    auto& vlSelfRef = *vlSelf;\n"
             "    // Body\n    if ((1ULL & vlSelfRef.__VnbaTriggered[0U])) {\n"
             f"{''.join(calls)}    }}\n}}\n", encoding="utf-8")
+        (folder / "Vtop__Trace__0.cpp").write_text(
+            f"static void trace({self.name}* self) {{\n    self->r1 = 0U;\n"
+            "    self->flags0[1U] = 0U;\n    self->flags1[1U] = 0U;\n}\n", encoding="utf-8")
 
     def run(self, folder):
         """Return all members after each of some steps, with inputs that change now and then."""
@@ -149,9 +157,11 @@ class Program:
                            for value in inputs[-1]])
         names = [*self._scalars, *self._array,
                  *(f"{name}[{word}]" for name in WIDE for word in range(3)),
-                 *(f"{name}[{word}]" for name in MEMORIES for word in range(4))]
-        text = RUN_TIME + "".join((folder / f"{self.name}{end}").read_text(encoding="utf-8")
-                                  for end in (".h", "__0.cpp", "__1.cpp", "__2.cpp"))
+                 *(f"{name}[{word}]" for name in MEMORIES + FLAGS for word in range(4))]
+        ends = (".h", "__0.cpp", "__1.cpp", "__2.cpp")
+        text = RUN_TIME + "".join(
+            (folder / name).read_text(encoding="utf-8")
+            for name in (*(f"{self.name}{end}" for end in ends), "Vtop__Trace__0.cpp"))
         values = ", ".join(f"{{{', '.join(map(str, step))}}}" for step in inputs)
         (folder / "all.cpp").write_text(
             f"{text}\nstatic const int inputs[][{len(INPUTS)}] = {{{values}}};\n"
@@ -161,11 +171,14 @@ class Program:
             + "".join(f"        s.{name} = step[{i}];\n" for i, name in enumerate(INPUTS))
             + f"        {self.name}___eval_ico(&s);\n        {self.name}___eval_nba(&s);\n"
             + "".join(f"        *out++ = s.{name};\n" for name in names)
-            + "        *out++ = said;\n    }\n}\n", encoding="utf-8")
+            + "        *out++ = said;\n        trace(&s);\n    }\n}\n"
+            "extern \"C\" int count() { return extensions; }\n", encoding="utf-8")
         subprocess.run([_compiler(), "-std=c++17", "-O1", "-shared", "-fPIC", "-w", "all.cpp",
                         "-o", "all.so"], cwd=folder, check=True)
         out = (ctypes.c_uint64 * (len(inputs) * (len(names) + 1)))()
-        ctypes.CDLL(os.fspath(folder / "all.so")).run(out)
+        library = ctypes.CDLL(os.fspath(folder / "all.so"))
+        library.run(out)
+        self.extensions = library.count()
         return list(out)
 
 
@@ -181,3 +194,33 @@ def test_programs_do_what_they_did(tmp_path, number):
             assert gate(folder) > 9
         results.append(program.run(folder))
     assert results[0] == results[1]
+
+
+def test_what_reads_nothing_new_does_not_run(tmp_path):
+    program = Program(0)
+    program.bodies = ["".join(
+        f"    vlSelfRef.r{i} = VL_EXTENDS_II(32,8, (IData)(vlSelfRef.in1));\n"
+        for i in range(2, 10)), ""]
+    counts = []
+    for name in ("before", "after"):
+        folder = tmp_path / name
+        folder.mkdir()
+        program.write(folder)
+        if name == "after":
+            assert gate(folder) == 1
+        program.run(folder)
+        counts.append(program.extensions)
+    assert counts[0] == 8 * (STEPS + 1)
+    assert 8 <= counts[1] < counts[0] / 3  # the input changes in a tenth of the steps
+
+
+@pytest.mark.parametrize("statement", [
+    "while (vlSelfRef.r1) { vlSelfRef.r1 = 0U; }", "vlSymsp->TOP__other.r1 = 1U;",
+    "unknown = vlSelfRef.r1;", "vlSelfRef.unknown = vlSelfRef.r1;"])
+def test_a_function_that_is_not_understood_stays(tmp_path, statement):
+    program = Program(0)
+    program.bodies[1] += f"    {statement}\n"
+    program.write(tmp_path)
+    texts = {path: path.read_text(encoding="utf-8") for path in tmp_path.iterdir()}
+    assert gate(tmp_path) == 0
+    assert texts == {path: path.read_text(encoding="utf-8") for path in tmp_path.iterdir()}
