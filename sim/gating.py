@@ -41,11 +41,13 @@ from moeaccel.sim.statements import (
     Statement,
     Variable,
     Variables,
+    class_headers,
     declaration,
     functions_of,
     local_variables,
     name_of,
     sequences,
+    sources_of,
     split,
     text_of,
     with_unique_locals,
@@ -73,15 +75,12 @@ def gate(folder: Path) -> int:
     int
         Groups that may be skipped now.
     """
-    return sum(_gate_class(header) for header in sorted(folder.glob("Vtop_*.h"))
-               if header.stem not in ("Vtop__Syms", "Vtop__pch"))
+    return sum(_gate_class(header) for header in class_headers(folder))
 
 
 def _gate_class(header: Path) -> int:
     declared = header.read_text(encoding="utf-8")
-    sources = {path: path.read_text(encoding="utf-8")
-               for path in sorted(header.parent.glob(f"{header.stem}__*.cpp"))
-               if "Slow" not in path.stem}
+    sources = sources_of(header)
     constants = "".join(sorted(set(re.findall(r"^extern const .*;\n", "".join(sources.values()),
                                               re.MULTILINE))))
     groups = 0

@@ -268,7 +268,21 @@ def sequences(text: str, name: str) -> list[list[str]]:
     return found
 
 
+def class_headers(folder: Path) -> list[Path]:
+    """Return the headers of the classes that Verilator has written into a folder."""
+    return [header for header in sorted(folder.glob("Vtop_*.h"))
+            if header.stem not in ("Vtop__Syms", "Vtop__pch")]
+
+
+def sources_of(header: Path) -> dict[Path, str]:
+    """Return the texts of a class that run more than once."""
+    return {path: path.read_text(encoding="utf-8")
+            for path in sorted(header.parent.glob(f"{header.stem}__*.cpp"))
+            if "Slow" not in path.stem}
+
+
 def functions_of(sources: dict[Path, str], name: str, wanted: list[str]) -> list[Function]:
+    """Return functions by their names, none if one of them is not found."""
     pattern = re.compile(
         rf"^(?P<head>void (?P<name>{name}___nba_\w+)\({name}\* vlSelf\) {{$(?:(?!^}}$).)*?)"
         r"(?:^    // Locals$(?P<locals>(?:(?!^}$).)*?))?^    // Body$(?P<body>.*?)^}$",

@@ -22,6 +22,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from moeaccel.sim.statements import class_headers, sources_of
+
 LEAST = 4
 """Statements that are worth a loop."""
 
@@ -128,16 +130,13 @@ def vectorise(folder: Path) -> int:
     int
         Statements that are in loops now.
     """
-    return sum(_vectorise_class(header) for header in sorted(folder.glob("Vtop_*.h"))
-               if header.stem not in ("Vtop__Syms", "Vtop__pch"))
+    return sum(_vectorise_class(header) for header in class_headers(folder))
 
 
 def _vectorise_class(header: Path) -> int:
     declared = header.read_text(encoding="utf-8")
     types = {name: kind for kind, name in _MEMBER.findall(declared)}
-    sources = {path: path.read_text(encoding="utf-8")
-               for path in sorted(header.parent.glob(f"{header.stem}__*.cpp"))
-               if "Slow" not in path.stem}
+    sources = sources_of(header)
     runs = {path: [run for run in _runs(text, header.stem, types) if len(run) >= LEAST]
             for path, text in sources.items()}
     groups = [group for found in runs.values() for run in found for group in _groups(run, types)]
