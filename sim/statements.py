@@ -36,6 +36,7 @@ _TOKEN = re.compile(
     r'(?P<comment>/\*.*?\*/|//[^\n]*)|"(?:\\.|[^"\\])*"|\'.\'|'
     r"(?P<number>0x[0-9a-fA-F]+|\d+)U?L*\b|(?P<name>[A-Za-z_]\w*)|"
     r"<<|>>|->|::|[=!<>]=|&&|\|\||\+\+|--|\S", re.DOTALL)
+_INDEX = re.compile(r"(?P<first>(?:0x[0-9a-fA-F]+|\d+)U?L*)(?: \+ (?P<stride>\d+) \* i)?")
 _MEMBER = re.compile(
     r"^ *(?:(?P<kind>[CSIQ]Data)/\*\d+:0\*/ (?P<name>\w+)"
     r"|VlWide<(?P<words>\d+)>/\*\d+:0\*/ (?P<wide>\w+)"
@@ -43,6 +44,10 @@ _MEMBER = re.compile(
     r"|VL_(?:IN|OUT)(?P<size>8|16|64|)\((?P<port>\w+),\d+,\d+\)"
     r"|VL_(?:IN|OUT)W\((?P<wideport>\w+),\d+,\d+,(?P<portwords>\d+)\));$", re.MULTILINE)
 _UNION = re.compile(r"^ *union \{ (\w+) (lanes\d+)\[\d+\]; struct \{ (.*?); \}; \};$", re.MULTILINE)
+_LOOP = re.compile(
+    r"(__Vilp\d+) = (?P<first>\w+);\s*while \(\(\1 <= (?P<last>\w+)\)\) \{(?P<body>[^;{}]*;)"
+    r"\s*\1 = \(\(IData\)\(1U\) \+ \1\);\s*\}")
+_LOOP_INDEX = re.compile(r"\[\(?__Vilp\d+(?: \+ \(IData\)\((?P<offset>\w+)\)\))?\]")
 _LOCAL = re.compile(
     r"\s*(?:(?P<kind>[CSIQ]Data)|VlWide<(?P<words>\d+)>)/\*\d+:0\*/ (?P<name>\w+);"
     r"(?P<first>\s*(?P=name) = 0;|\s*VL_ZERO_W\(\d+, (?P=name)\);|)")
@@ -288,9 +293,23 @@ def functions_of(sources: dict[Path, str], name: str, wanted: list[str]) -> list
         r"(?:^    // Locals$(?P<locals>(?:(?!^}$).)*?))?^    // Body$(?P<body>.*?)^}$",
         re.MULTILINE | re.DOTALL)
     found = {match["name"]: Function(path, match[0], match["head"], match["locals"] or "",
-                                      match["body"])
+                                      _LOOP.sub(_counted, match["body"]))
              for path, text in sources.items() for match in pattern.finditer(text)}
     return [found[name] for name in wanted] if found.keys() >= set(wanted) else []
+
+
+def _counted(loop: re.Match[str]) -> str:
+    """Return Verilator's loop over words as `vectorise` writes loops, or as it is."""
+    first = _number(loop["first"])
+    body = _LOOP_INDEX.sub(lambda index: f"[{first + _number(index['offset'] or '0')} + 1 * i]",
+                           loop["body"].strip())
+    if "__Vilp" in body:
+        return loop[0]
+    return f"for (int i = 0; i < {_number(loop['last']) - first + 1}; ++i) {body}"
+
+
+def _number(literal: str) -> int:
+    return int(literal.rstrip("UL"), 0)
 
 
 def with_unique_locals(functions: list[Function]) -> list[Function]:
@@ -334,10 +353,15 @@ class Reader:
         """Return a node for each statement."""
         tokens = [token for token in _TOKEN.finditer(text) if not token["comment"]]
         words = [token[0] for token in tokens]
-        nodes, at = [], 0
-        while at < len(words):
-            node, at = self._statement(text, tokens, words, at)
-            nodes.append(node)
+        nodes: list[Node] = []
+        at = 0
+        try:
+            while at < len(words):
+                node, at = self._statement(text, tokens, words, at)
+                nodes.append(node)
+        except IndexError:  # it ends in the midst of a statement
+            nodes.append(Statement(text))
+            nodes[-1].known = False
         return nodes
 
     def _statement(self, text: str, tokens: list[re.Match[str]], words: list[str],
@@ -374,14 +398,15 @@ class Reader:
         turns, share, at = 1, 1.0, 0
         if words[0] == "for":
             at = words.index(")") + 1
-            if words[:9] != "for ( int i = 0 ; i <".split() or words[at + 2] not in (
-                    self._variables.arrays):
+            target = words[at + 2] if words[at] == "vlSelfRef" else words[at]
+            element = self._variables.arrays.get(target, [target])[0]
+            if words[:9] != "for ( int i = 0 ; i <".split() or element not in self._variables:
                 node.known = False
                 return node
             turns = int(words[9])
-            element = self._variables.arrays[words[at + 2]][0]
-            share = max(1.0, turns * SCALARS[self._variables[element].kind] / VECTOR_BYTES)
-        target = False  # the next variable is written
+            kind = self._variables[element].kind or "IData"
+            share = max(1.0, turns * SCALARS[kind] / VECTOR_BYTES)
+        argument = False  # the next variable is written
         unknown = False  # by a function that may do anything to its arguments
         while at < len(words):
             word, token, after = words[at], tokens[at], words[at + 1:at + 2]
@@ -399,18 +424,18 @@ class Reader:
                     return node
                 node.names.add(word)
                 node.work += share
-                if target or unknown or assigned:
+                if argument or unknown or assigned:
                     node.writes |= atoms
                     node.sure |= atoms if whole and not unknown else set()
                     if words[0] != "for" and self._variables[word].kind:
                         node.compared |= atoms
-                if not assigned and not target:
+                if not assigned and not argument:
                     node.reads |= atoms
-                target = False
+                argument = False
             elif token["name"] and after == ["("] and word not in _HARMLESS:
                 called = _PURE.fullmatch(word)
                 if called:
-                    target = called["wide"] is not None
+                    argument = called["wide"] is not None
                 else:
                     unknown = True
                     node.free = False
@@ -426,20 +451,22 @@ class Reader:
     def _atoms(self, name: str, words: list[str], at: int,
                turns: int) -> tuple[set[str], bool, int]:
         """Return what of a variable is meant, whether as a whole, and where its name ends."""
-        index = words[at + 1] if words[at:at + 1] == ["["] else ""
-        array = self._variables.arrays.get(name)
-        if array is not None:
-            end = words.index("]", at)
-            first, stride = int(index), int(words[at + 3]) if end > at + 2 else 0
-            return {array[first + stride * turn] for turn in range(turns)}, True, end + 1
-        if name not in self._variables:
-            return set(), False, at
-        variable = self._variables[name]
-        if not variable.words:
-            return {name}, variable.kind != "", at
-        if index and words[at + 2] == "]":
-            return {f"{name}[{int(index.rstrip('UL'), 0)}]"}, True, at + 3
-        return {f"{name}[{word}]" for word in range(variable.words)}, not index, at
+        elements = self._variables.arrays.get(name)
+        if elements is None:
+            if name not in self._variables:
+                return set(), False, at
+            variable = self._variables[name]
+            if not variable.words:
+                return {name}, variable.kind != "", at
+            elements = [f"{name}[{word}]" for word in range(variable.words)]
+        if words[at:at + 1] != ["["]:
+            return set(elements), True, at
+        end = _closing(words, at)
+        index = _INDEX.fullmatch(" ".join(words[at + 1:end]))
+        if not index:
+            return set(elements), False, at
+        first, stride = _number(index["first"]), int(index["stride"] or 0)
+        return {elements[first + stride * turn] for turn in range(turns)}, True, end + 1
 
 
 def _closing(words: list[str], at: int) -> int:

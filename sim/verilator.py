@@ -320,6 +320,7 @@ def _translate_flags(*, top: str, threads: int, waves: bool, assertions: bool) -
     return (
         "--cc", "-O3", "--top-module", top, "--prefix", "Vtop", "--Mdir", "obj",
         "--x-assign", "fast", "--x-initial", "fast", "--timescale", "1ns/1ns", "--no-timing",
+        "--reloop-limit", "4",  # words that move together are a loop, which compiles sooner
         "--assert" if assertions else "--no-assert",
         *(("--threads", str(threads)) if threads > 1 else ()),
         *(("--trace-fst",) if waves else ()),

@@ -52,6 +52,7 @@ class Program:
         self._locals = {f"t{i}": draw.choice(list(KINDS)) for i in range(8)}
         # A local variable is of one function, and written there before it is read, or zero.
         self._usable = []
+        self._loops = 0
         self.bodies = []
         for half in (0, 1):
             self._usable = [name for i, name in enumerate(self._locals) if i % 2 == half]
@@ -68,6 +69,7 @@ class Program:
             f"vlSelfRef.{draw.choice(INPUTS)}", draw.choice(self._usable),
             f"vlSelfRef.{draw.choice(self._array)}",
             f"vlSelfRef.{draw.choice(WIDE)}[{draw.randrange(3)}U]",
+            f"vlSelfRef.{draw.choice(WIDE)}{index.replace('3U', '1U')}",
             f"vlSelfRef.{draw.choice(MEMORIES)}{index}"))
 
     def _value(self):
@@ -97,10 +99,12 @@ class Program:
                 for one in (condition, f"vlSelfRef.{target}") if one.startswith("vlSelfRef"))
         if kind < 0.38:
             return f"{pad}say({self._operand()});\n"
-        if kind < 0.39:
+        if kind < 0.40:
             one, other = draw.sample(WIDE, 2)
             return f"{pad}VL_ASSIGN_W(96, vlSelfRef.{one}, vlSelfRef.{other});\n"
         if kind < 0.41:
+            return self._loop(pad)
+        if kind < 0.43:
             first = draw.randrange(3)
             return (f"{pad}for (int i = 0; i < 8; ++i) vlSelfRef.lanes0[{first} + 1 * i] = "
                     f"( vlSelfRef.lanes0[{draw.randrange(4)} + 1 * i] + {self._operand()} ) ;\n")
@@ -110,9 +114,24 @@ class Program:
         target = draw.choice((
             f"vlSelfRef.{draw.choice(list(self._scalars))}", draw.choice(self._usable),
             f"vlSelfRef.{draw.choice(WIDE)}[{draw.randrange(3)}U]",
+            f"vlSelfRef.{draw.choice(WIDE)}[(1U & (IData)({self._operand()}))]",
             f"vlSelfRef.{draw.choice(self._array)}",
             f"vlSelfRef.{draw.choice(MEMORIES)}[(3U & (IData)({self._operand()}))]"))
         return f"{pad}{target} = {self._value()};\n"
+
+    def _loop(self, pad):
+        """Return a loop over words as Verilator writes it."""
+        index = f"__Vilp{self._loops}"
+        self._loops += 1
+        one, other = self._draw.sample(WIDE, 2)
+        last, value = self._draw.choice((
+            (2, f"vlSelfRef.{other}[{index}]"), (2, "0U"), (2, f"vlSelfRef.{one}[{index}]"),
+            (1, f"vlSelfRef.{other}[({index} + (IData)(1U))]"),
+            (1, f"vlSelfRef.{one}[({index} + (IData)(1U))]")))
+        return (f"{pad}{index} = {self._draw.randrange(2)}U;\n"
+                f"{pad}while (({index} <= 0x0000000{last}U)) {{\n"
+                f"{pad}    vlSelfRef.{one}[{index}] = {value};\n"
+                f"{pad}    {index} = ((IData)(1U) + {index});\n{pad}}}\n")
 
     def write(self, folder):
         lanes = "; ".join(f"IData {name}" for name in self._array)
@@ -134,6 +153,8 @@ class Program:
                     if i % 2 == half]
             local = "".join(f"    {kind}/*{KINDS[kind] - 1}:0*/ {name};\n    {name} = 0;\n"
                             for name, kind in mine)
+            local += "".join(f"    IData/*31:0*/ __Vilp{i};\n" for i in range(self._loops)
+                             if f"__Vilp{i} =" in body)
             (folder / f"{self.name}__{half}.cpp").write_text(
                 f"void {name}({self.name}* vlSelf) {{\n    auto& vlSelfRef = *vlSelf;\n"
                 f"    // Locals\n{local}    // Body\n{body}}}\n", encoding="utf-8")
@@ -212,7 +233,11 @@ def test_what_reads_nothing_new_does_not_run(tmp_path):
 
 @pytest.mark.parametrize("statement", [
     "while (vlSelfRef.r1) { vlSelfRef.r1 = 0U; }", "vlSymsp->TOP__other.r1 = 1U;",
-    "unknown = vlSelfRef.r1;", "vlSelfRef.unknown = vlSelfRef.r1;"])
+    "unknown = vlSelfRef.r1;", "vlSelfRef.unknown = vlSelfRef.r1;",
+    """__Vilp1 = 0U; while ((__Vilp1 <= 1U)) {
+        vlSelfRef.wide0[__Vilp1] = vlSelfRef.wide1[(2U - __Vilp1)];
+        __Vilp1 = ((IData)(1U) + __Vilp1); }""",
+    "if (vlSelfRef.r1) { vlSelfRef.r1 = 0U;", "vlSelfRef.r1 = (vlSelfRef.r2;"])
 def test_a_function_that_is_not_understood_stays(tmp_path, statement):
     program = Program(0)
     program.bodies[1] += f"    {statement}\n"
