@@ -46,6 +46,7 @@ from moeaccel.sim.statements import (
     functions_of,
     local_variables,
     name_of,
+    outlined,
     sequences,
     sources_of,
     split,
@@ -80,7 +81,7 @@ def gate(folder: Path) -> int:
 
 def _gate_class(header: Path) -> int:
     declared = header.read_text(encoding="utf-8")
-    sources = sources_of(header)
+    sources = {path: outlined(text, header.stem) for path, text in sources_of(header).items()}
     constants = "".join(sorted(set(re.findall(r"^extern const .*;\n", "".join(sources.values()),
                                               re.MULTILINE))))
     groups = 0

@@ -44,10 +44,14 @@ _MEMBER = re.compile(
     r"|VL_(?:IN|OUT)(?P<size>8|16|64|)\((?P<port>\w+),\d+,\d+\)"
     r"|VL_(?:IN|OUT)W\((?P<wideport>\w+),\d+,\d+,(?P<portwords>\d+)\));$", re.MULTILINE)
 _UNION = re.compile(r"^ *union \{ (\w+) (lanes\d+)\[\d+\]; struct \{ (.*?); \}; \};$", re.MULTILINE)
+_EVENT = re.compile(r"^    if \(\(\w+ & vlSelfRef\.__VnbaTriggered\[0U\]\)\) {$\n(.*?)^    }$",
+                    re.MULTILINE | re.DOTALL)
+_CALL = re.compile(r"^ +(\w+)\(vlSelf\);\n", re.MULTILINE)
+_NOT_CALLS = re.compile(r"^(?:(?! +\w+\(vlSelf\);$).*\n)+", re.MULTILINE)
 _LOOP = re.compile(
     r"(__Vilp\d+) = (?P<first>\w+);\s*while \(\(\1 <= (?P<last>\w+)\)\) \{(?P<body>[^;{}]*;)"
     r"\s*\1 = \(\(IData\)\(1U\) \+ \1\);\s*\}")
-_LOOP_INDEX = re.compile(r"\[\(?__Vilp\d+(?: \+ \(IData\)\((?P<offset>\w+)\)\))?\]")
+_LOOP_INDEX = re.compile(r"\[\(?__Vilp\d+(?:\s+\+ \(IData\)\((?P<offset>\w+)\)\))?\]")
 _LOCAL = re.compile(
     r"\s*(?:(?P<kind>[CSIQ]Data)|VlWide<(?P<words>\d+)>)/\*\d+:0\*/ (?P<name>\w+);"
     r"(?P<first>\s*(?P=name) = 0;|\s*VL_ZERO_W\(\d+, (?P=name)\);|)")
@@ -260,17 +264,35 @@ def declaration(variable: Variable, name: str) -> str:
 
 def sequences(text: str, name: str) -> list[list[str]]:
     """Return the functions that run one after the other at the same event, for each event."""
-    found = []
-    dispatch = re.search(rf"^void {name}___eval_nba\({name}\* vlSelf\) {{$(.*?)^}}$", text,
-                         re.MULTILINE | re.DOTALL)
-    for block in re.findall(
-            r"^    if \(\(\w+ & vlSelfRef\.__VnbaTriggered\[0U\]\)\) {$(.*?)^    }$",
-            dispatch[1] if dispatch else "", re.MULTILINE | re.DOTALL):
-        calls = re.findall(r"^ +(\w+)\(vlSelf\);$", block, re.MULTILINE)
-        if len(calls) == block.count(";") and all(
-                len(re.findall(rf"\b{call}\(vlSelf\)", text)) == 1 for call in calls):
-            found.append(calls)
-    return found
+    return [calls for block in _EVENT.findall(_dispatch(text, name))
+            if (calls := _CALL.findall(block)) and len(calls) == block.count(";")
+            and all(len(re.findall(rf"\b{call}\(vlSelf\)", text)) == 1 for call in calls)]
+
+
+def outlined(text: str, name: str) -> str:
+    """Return a text in which everything that runs at an event is in functions."""
+    dispatch = _dispatch(text, name)
+    if not dispatch or "// Locals" in dispatch:
+        return text
+    functions: list[str] = []
+
+    def call(statements: re.Match[str]) -> str:
+        function = f"{name}___nba_outlined__{len(functions)}"
+        functions.append(f"void {function}({name}* vlSelf) {{\n"
+                         "    auto& vlSelfRef = *vlSelf;\n"
+                         f"    // Body\n{statements[0]}}}\n\n")
+        return f"        {function}(vlSelf);\n"
+
+    changed = _EVENT.sub(
+        lambda event: event[0].replace(event[1], _NOT_CALLS.sub(call, event[1])), dispatch)
+    return text.replace(dispatch, "".join(functions) + changed)
+
+
+def _dispatch(text: str, name: str) -> str:
+    """Return the function that calls what runs at each event."""
+    found = re.search(rf"^void {name}___eval_nba\({name}\* vlSelf\) {{$.*?^}}$", text,
+                      re.MULTILINE | re.DOTALL)
+    return found[0] if found else ""
 
 
 def class_headers(folder: Path) -> list[Path]:
@@ -427,7 +449,8 @@ class Reader:
                 if argument or unknown or assigned:
                     node.writes |= atoms
                     node.sure |= atoms if whole and not unknown else set()
-                    if words[0] != "for" and self._variables[word].kind:
+                    if word not in self._variables.arrays and words[0] != "for" and (
+                            self._variables[word].kind):
                         node.compared |= atoms
                 if not assigned and not argument:
                     node.reads |= atoms

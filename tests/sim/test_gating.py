@@ -126,7 +126,7 @@ class Program:
         one, other = self._draw.sample(WIDE, 2)
         last, value = self._draw.choice((
             (2, f"vlSelfRef.{other}[{index}]"), (2, "0U"), (2, f"vlSelfRef.{one}[{index}]"),
-            (1, f"vlSelfRef.{other}[({index} + (IData)(1U))]"),
+            (1, f"vlSelfRef.{other}[({index}\n{pad}    + (IData)(1U))]"),
             (1, f"vlSelfRef.{one}[({index} + (IData)(1U))]")))
         return (f"{pad}{index} = {self._draw.randrange(2)}U;\n"
                 f"{pad}while (({index} <= 0x0000000{last}U)) {{\n"
@@ -148,7 +148,10 @@ class Program:
         calls = []
         for half, body in enumerate(self.bodies):
             name = f"{self.name}___nba_sequent__TOP__{half}"
-            calls.append(f"        {name}(vlSelf);\n")
+            calls.append(f"        {name}(vlSelf);\n"
+                         f"        if ((1U & (IData)(vlSelfRef.r{half + 3}))) {{\n"
+                         f"            vlSelfRef.memory{half}[(3U & (IData)(vlSelfRef.r4))]\n"
+                         f"                = vlSelfRef.r5;\n        }}\n")
             mine = [(name, kind) for i, (name, kind) in enumerate(self._locals.items())
                     if i % 2 == half]
             local = "".join(f"    {kind}/*{KINDS[kind] - 1}:0*/ {name};\n    {name} = 0;\n"

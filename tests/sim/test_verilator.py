@@ -13,8 +13,11 @@ import moeaccel.sim.verilator as build
 from moeaccel.config import PRESETS
 from moeaccel.errors import ToolMissingError
 from moeaccel.hdl.top import generate_verilog
+from moeaccel.sim.accelerator import accelerator_verilog
 from moeaccel.sim.cosim import CoSimulation
 from moeaccel.sim.errors import BuildError, SimulationError
+from moeaccel.sim.gating import gate
+from moeaccel.sim.vectorise import vectorise
 
 #: The least module that the harness can drive.
 PORTS = {
@@ -217,3 +220,16 @@ def test_every_preset_passes_verilators_checks(config):
     verilog = generate_verilog(PRESETS[config])
     assert len(verilog) < 5 << 20  # a core's text is there once
     build.check_verilog(verilog)
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("config", [
+    config if config == "wide512" else pytest.param(config, marks=pytest.mark.slow)
+    for config in PRESETS])
+def test_models_of_presets_are_made_faster(config, tmp_path):
+    translator, root = build._verilator()
+    flags = build._translate_flags(top="top", threads=1, waves=False, assertions=True)
+    build._Build(work=tmp_path, runtime=tmp_path, root=root, compiler="", flags=(),
+                 waves=False).translate(translator, flags, accelerator_verilog(PRESETS[config]))
+    assert vectorise(tmp_path / "obj") > 1000
+    assert gate(tmp_path / "obj") > 300
