@@ -225,9 +225,11 @@ class _Grouping:
     """Makes groups of nodes, in an order in which they may run."""
 
     def __init__(self, variables: Variables, nodes: list[Node], behind: list[set[int]]) -> None:
-        self._variables = variables
         self._nodes = nodes
         self._behind = behind
+        atoms = {atom for node in nodes for atom in node.reads | node.writes}
+        self._sources = {atom: variables.place(atom)[0] for atom in atoms}
+        self._weights = {atom: _weight(atom, variables) for atom in atoms}
         self._waits = [0] * len(nodes)  # for how many others each one has to wait
         for following in (index for edges in behind for index in edges):
             self._waits[following] += 1
@@ -270,14 +272,16 @@ class _Grouping:
         both = Node()
         for node in nodes:
             both.take(node)
-        sources = {self._variables.place(atom)[0] for atom in both.reads}
-        marks = _MARK * sum(map(self._weight, both.writes))
+        sources = {self._sources[atom] for atom in both.reads}
+        marks = _MARK * sum(self._weights[atom] for atom in both.writes)
         return _TEST + (1 - (1 - _CHANGE) ** len(sources)) * (both.work + marks)
 
-    def _weight(self, atom: str) -> float:
-        if "[" in atom or self._variables.is_element(atom):
-            return SCALARS[self._variables.of(atom).kind] / VECTOR_BYTES
-        return 1.0
+
+def _weight(atom: str, variables: Variables) -> float:
+    """Return how much of an atom can be marked at once."""
+    if "[" in atom or variables.is_element(atom):
+        return SCALARS[variables.of(atom).kind] / VECTOR_BYTES
+    return 1.0
 
 
 # -- writing ---------------------------------------------------------------------------------------

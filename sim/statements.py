@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -264,9 +264,10 @@ def declaration(variable: Variable, name: str) -> str:
 
 def sequences(text: str, name: str) -> list[list[str]]:
     """Return the functions that run one after the other at the same event, for each event."""
+    count = Counter(re.findall(r"\b(\w+)\(vlSelf\)", text))
     return [calls for block in _EVENT.findall(_dispatch(text, name))
             if (calls := _CALL.findall(block)) and len(calls) == block.count(";")
-            and all(len(re.findall(rf"\b{call}\(vlSelf\)", text)) == 1 for call in calls)]
+            and all(count[call] == 1 for call in calls)]
 
 
 def outlined(text: str, name: str) -> str:
