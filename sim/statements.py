@@ -44,7 +44,7 @@ _MEMBER = re.compile(
     r"|VL_(?:IN|OUT)(?P<size>8|16|64|)\((?P<port>\w+),\d+,\d+\)"
     r"|VL_(?:IN|OUT)W\((?P<wideport>\w+),\d+,\d+,(?P<portwords>\d+)\));$", re.MULTILINE)
 _UNION = re.compile(r"^ *union \{ (\w+) (lanes\d+)\[\d+\]; struct \{ (.*?); \}; \};$", re.MULTILINE)
-_EVENT = re.compile(r"^    if \(\(\w+ & vlSelfRef\.__VnbaTriggered\[0U\]\)\) {$\n(.*?)^    }$",
+_EVENT = re.compile(r"^    if \(\(\w+ & vlSelfRef\.__VnbaTriggered\[0U\]\)\) {$\n(.+?)^    }$",
                     re.MULTILINE | re.DOTALL)
 _CALL = re.compile(r"^ +(\w+)\(vlSelf\);\n", re.MULTILINE)
 _NOT_CALLS = re.compile(r"^(?:(?! +\w+\(vlSelf\);$).*\n)+", re.MULTILINE)
