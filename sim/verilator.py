@@ -50,6 +50,7 @@ _REWRITERS = ("vectorise.py", "gating.py", "statements.py")
 _COMMON_FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-DVL_TIME_CONTEXT")
 _FAST_FLAGS = ("-O3", "-march=native")  # for the loops of vectorise()
 _SLOW_FLAGS = ("-O1",)
+_PRECOMPILED_FROM = 5  # files that read the model's header: with so many it pays to precompile it
 _LOG_LINES = 25
 
 
@@ -430,16 +431,11 @@ class _Build:
         fast = [*common, *own, *_FAST_FLAGS, *self._flags]
         slow = [*common, *own, *_SLOW_FLAGS]
 
-        model = [*classes["CLASSES_FAST"], *classes["SUPPORT_FAST"]]
-        if len(model) > 4:  # worth a precompiled header
-            header = str(self._objects / "Vtop__pch.h")
-            self._run([*fast, "-x", "c++-header", header, "-o", f"{header}.gch"])
-        jobs: list[tuple[list[str], Path]] = [
-            (fast, harness),
-            *((fast, self._objects / f"{name}.cpp") for name in model),
-            *((slow, self._objects / f"{name}.cpp")
-              for name in [*classes["CLASSES_SLOW"], *classes["SUPPORT_SLOW"]]),
-        ]
+        groups = [(fast, [*classes["CLASSES_FAST"], *classes["SUPPORT_FAST"]]),
+                  (slow, [*classes["CLASSES_SLOW"], *classes["SUPPORT_SLOW"]])]
+        self._precompile([command for command, names in groups if len(names) >= _PRECOMPILED_FROM])
+        jobs = [(fast, harness), *((command, self._objects / f"{name}.cpp")
+                                   for command, names in groups for name in names)]
         # The largest first: they decide when the last one is done.
         jobs.sort(key=lambda job: -job[1].stat().st_size)
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
@@ -458,6 +454,17 @@ class _Build:
     def clean(self) -> None:
         """Remove what only the build needed; library, Verilog and log stay."""
         shutil.rmtree(self._objects)
+
+    def _precompile(self, commands: Sequence[list[str]]) -> None:
+        """Precompile the model's header for each of these; the compiler takes the one that fits."""
+        header = self._objects / "Vtop__pch.h"
+        headers = header.with_name(f"{header.name}.gch")
+        headers.mkdir()
+        with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+            for future in [pool.submit(self._run, [*command, "-x", "c++-header", str(header), "-o",
+                                                   str(headers / f"{number}.gch")])
+                           for number, command in enumerate(commands)]:
+                future.result()
 
     def _compile_one(self, command: list[str], source: Path) -> Path:
         target = self._objects / f"{source.stem}.o"
