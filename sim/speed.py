@@ -22,18 +22,22 @@ from moeaccel.sim.cocotb_runner import build_simulator, run_cocotb
 from moeaccel.sim.cosim import CoSimulation
 from moeaccel.sim.errors import SimulationError
 from moeaccel.sim.memory import MemoryModel, StallModel
-from moeaccel.sim.verilator import build_model
+from moeaccel.sim.verilator import Model, build_model
 from moeaccel.sim.workload import Layout, random_experts, register_writes, start_writes
 
 MAX_CYCLES = 100_000_000
 RING_ENTRIES = 2
 
-# The command is repeated for as long and as often, and the fastest run counts, as in timeit: what
-# else a machine does makes runs slower, never faster.
-LEAST_SECONDS = 3.0
-LEAST_RUNS = 3
+# The command is repeated for as long and as often in each round, and the fastest run counts, as in
+# timeit: what else a machine does makes runs slower, never faster. The simulators take turns, so
+# that a slow time of the machine does not fall on one of them alone.
+ROUNDS = 3
+LEAST_SECONDS = 1.5
+LEAST_RUNS = 2
 _READ_LATENCY = 4  # about that of the cocotb memory
 _NO_STALLS = StallModel()
+
+Run = tuple[int, float, float]  # cycles, seconds, CPU seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +126,14 @@ def compare(config: AcceleratorConfig, *, experts: int = 8, tokens: int = 4, d_m
     d_model, d_expert = min(d_model, config.max_dim), min(d_expert, config.max_dim)
     experts = min(experts, config.max_experts)
     job = _prepare(config, experts, tokens, d_model, d_expert, weight_format, planes, seed)
-    fast = _run_cosim(accelerator_verilog(config), job, stalls, seed)
-    slow = _run_cocotb(generate_verilog(config), job, stalls, seed)
+    model, verilog = build_model(accelerator_verilog(config)), generate_verilog(config)
+    build_simulator(verilog, "top", waves=False)
+    in_process: list[Run] = []
+    under_cocotb: list[Run] = []
+    for _ in range(ROUNDS):
+        in_process += _run_cosim(model, job, stalls, seed)
+        under_cocotb += _run_cocotb(verilog, job, stalls, seed)
+    fast, slow = _speed("in-process co-simulation", in_process), _speed("cocotb", under_cocotb)
     return SpeedComparison(
         config=config.name,
         command=f"EXPERTS, {tokens} tokens, top-2 of {experts}, d_model {d_model}, d_expert "
@@ -152,20 +162,19 @@ def _prepare(config: AcceleratorConfig, experts: int, tokens: int, d_model: int,
         y=golden.experts(x, ids, weights, layer, planes=planes).y)
 
 
-def again(runs: list[tuple[int, float, float]]) -> bool:
-    """Return whether there is to be one run more, after these: cycles, seconds, CPU seconds."""
+def again(runs: list[Run]) -> bool:
+    """Return whether there is to be one run more, after these."""
     return len(runs) < LEAST_RUNS or sum(seconds for _, seconds, _ in runs) < LEAST_SECONDS
 
 
-def _speed(simulator: str, runs: list[tuple[int, float, float]]) -> SimulatorSpeed:
+def _speed(simulator: str, runs: list[Run]) -> SimulatorSpeed:
     cycles, seconds, cpu_seconds = max(runs, key=lambda run: run[0] / run[1])
     return SimulatorSpeed(simulator=simulator, runs=len(runs), cycles=cycles, seconds=seconds,
                           cpu_seconds=cpu_seconds, cycles_per_second=cycles / seconds)
 
 
-def _run_cosim(verilog: str, job: _Job, stalls: StallModel, seed: int) -> SimulatorSpeed:
-    model = build_model(verilog)
-    runs: list[tuple[int, float, float]] = []
+def _run_cosim(model: Model, job: _Job, stalls: StallModel, seed: int) -> list[Run]:
+    runs: list[Run] = []
     memory = dataclasses.replace(MemoryModel.ideal(_READ_LATENCY), stalls=stalls,
                                  never_refuse=stalls == _NO_STALLS)
     with CoSimulation(model, memory=memory, register_stalls=stalls, seed=seed) as cosim:
@@ -192,11 +201,10 @@ def _run_cosim(verilog: str, job: _Job, stalls: StallModel, seed: int) -> Simula
             job.check(cosim.mem_read(where, ENTRY_BYTES).tobytes(),
                       cosim.mem_read(job.y_address, job.y.nbytes).tobytes())
             write_registers(IRQ_STATUS=1, CQ_HEAD=following)
-    return _speed("in-process co-simulation", runs)
+    return runs
 
 
-def _run_cocotb(verilog: str, job: _Job, stalls: StallModel, seed: int) -> SimulatorSpeed:
-    build_simulator(verilog, "top", waves=False)
+def _run_cocotb(verilog: str, job: _Job, stalls: StallModel, seed: int) -> list[Run]:
     with tempfile.TemporaryDirectory(prefix="moeaccel-speed.") as name:
         folder = Path(name)
         pieces = {str(address): np.frombuffer(data, np.uint8) for address, data in job.pieces}
@@ -210,4 +218,4 @@ def _run_cocotb(verilog: str, job: _Job, stalls: StallModel, seed: int) -> Simul
         result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     for completion, y in result["read"]:
         job.check(bytes.fromhex(completion), bytes.fromhex(y))
-    return _speed("cocotb", result["runs"])
+    return [tuple(run) for run in result["runs"]]

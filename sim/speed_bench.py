@@ -14,7 +14,7 @@ from cocotb.utils import get_sim_time
 from moeaccel.commands import ENTRY_BYTES
 from moeaccel.sim import bfm
 from moeaccel.sim.memory import StallModel
-from moeaccel.sim.speed import MAX_CYCLES, RING_ENTRIES, again
+from moeaccel.sim.speed import MAX_CYCLES, RING_ENTRIES, Run, again
 from moeaccel.sim.workload import register_writes
 
 
@@ -37,7 +37,7 @@ async def commands(dut: Any) -> None:
     await bfm.start(dut)
     for address, value in job["start"]:
         await registers.write(address, value)
-    runs: list[tuple[int, float, float]] = []
+    runs: list[Run] = []
     read = []
     while again(runs):
         entry = len(runs) % RING_ENTRIES

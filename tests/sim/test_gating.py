@@ -3,11 +3,12 @@
 import ctypes
 import os
 import random
+import re
 import subprocess
 
 import pytest
 
-from moeaccel.sim.gating import gate
+from moeaccel.sim.gating import BUSY, gate
 from moeaccel.sim.verilator import _compiler
 
 KINDS = {"CData": 8, "SData": 16, "IData": 32, "QData": 64}
@@ -208,11 +209,11 @@ class Program:
         return list(out), library.count()
 
 
-def run_both(program, folder):
+def run_both(program, folder, busy=BUSY):
     """Return how many groups may be skipped, and what a program gives without and with that."""
     program.write(folder)
     before = program.run(folder)
-    groups = gate(folder)
+    groups = gate(folder, busy=busy)
     return groups, before, program.run(folder)
 
 
@@ -223,12 +224,34 @@ def test_programs_do_what_they_did(tmp_path, number):
     assert before == after
 
 
-def test_what_reads_nothing_new_does_not_run(tmp_path):
+PART = re.compile("^r[0-9]*[05]")
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_programs_of_which_a_part_is_busy_do_what_they_did(tmp_path, number):
+    groups, (before, _), (after, _) = run_both(Program(number), tmp_path, PART)
+    assert groups > 9
+    assert before == after
+
+
+def copies():
+    """Return a program with eight statements, each of which can be counted."""
     program = Program(0)
     program.bodies = ["".join(
         f"    vlSelfRef.r{i} = VL_EXTENDS_II(32,8, (IData)(vlSelfRef.in1));\n"
         for i in range(2, 10)), ""]
-    groups, (_, before), (_, after) = run_both(program, tmp_path)
+    return program
+
+
+def test_what_is_busy_always_runs(tmp_path):
+    groups, (_, before), (_, after) = run_both(copies(), tmp_path, re.compile("r[2-5]"))
+    assert groups
+    assert before == 8 * (STEPS + 1)
+    assert before / 2 < after < before * 2 / 3
+
+
+def test_what_reads_nothing_new_does_not_run(tmp_path):
+    groups, (_, before), (_, after) = run_both(copies(), tmp_path)
     assert groups == 1
     assert before == 8 * (STEPS + 1)
     assert 8 <= after < before / 3  # the input changes in a tenth of the steps

@@ -3,6 +3,7 @@
 import ctypes
 import multiprocessing
 import random
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,7 +17,7 @@ from moeaccel.hdl.top import generate_verilog
 from moeaccel.sim.accelerator import accelerator_verilog
 from moeaccel.sim.cosim import CoSimulation
 from moeaccel.sim.errors import BuildError, SimulationError
-from moeaccel.sim.gating import gate
+from moeaccel.sim.gating import BUSY, gate
 from moeaccel.sim.vectorise import vectorise
 
 #: The least module that the harness can drive.
@@ -232,4 +233,9 @@ def test_models_of_presets_are_made_faster(config, tmp_path):
     build._Build(work=tmp_path, runtime=tmp_path, root=root, compiler="", flags=(),
                  waves=False).translate(translator, flags, accelerator_verilog(PRESETS[config]))
     assert vectorise(tmp_path / "obj") > 1000
+    names = set(re.findall(r"\b\w+__DOT__\w+", "".join(
+        path.read_text(encoding="utf-8") for path in (tmp_path / "obj").glob("*root.h"))))
+    # BUSY knows no name that is not there.
+    assert {match[1] for match in map(BUSY.search, names) if match} == {
+        "array", "tiles", "streamer", "serialiser", "x_lanes", "i_"}
     assert gate(tmp_path / "obj") > 300
