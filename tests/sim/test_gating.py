@@ -31,6 +31,7 @@ static inline IData VL_EXTENDS_II(int, int bits, IData value) {
     ++extensions;
     return IData(int32_t(value << (32 - bits)) >> (32 - bits));
 }
+static inline void VL_ZERO_W(int, VlWide<3>& value) { value = {}; }
 static inline void VL_ASSIGN_W(int, VlWide<3>& to, const VlWide<3>& from) { to = from; }
 static IData said;
 static inline void say(IData what) { said = said * 31 + what; }
@@ -157,6 +158,7 @@ class Program:
                     if i % 2 == half]
             local = "".join(f"    {kind}/*{KINDS[kind] - 1}:0*/ {name};\n    {name} = 0;\n"
                             for name, kind in mine)
+            local += f"    VlWide<3>/*95:0*/ words{half};\n    VL_ZERO_W(96, words{half});\n"
             local += "".join(f"    IData/*31:0*/ __Vilp{i};\n" for i in range(self._loops)
                              if f"__Vilp{i} =" in body)
             (folder / f"{self.name}__{half}.cpp").write_text(
@@ -221,6 +223,15 @@ def run_both(program, folder, busy=BUSY):
 def test_programs_do_what_they_did(tmp_path, number):
     groups, (before, _), (after, _) = run_both(Program(number), tmp_path)
     assert groups > 9
+    assert before == after
+
+
+def test_a_local_word_that_is_not_written_is_zero(tmp_path):
+    program = Program(0)
+    program.bodies = ["    words0[(1U & (IData)(vlSelfRef.in1))] = vlSelfRef.in2;\n"
+                      "    vlSelfRef.r2 = words0[1U];\n    say(words0[0U]);\n", ""]
+    groups, (before, _), (after, _) = run_both(program, tmp_path)
+    assert groups
     assert before == after
 
 
