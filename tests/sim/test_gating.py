@@ -228,8 +228,9 @@ def test_programs_do_what_they_did(tmp_path, number):
 
 def test_a_local_word_that_is_not_written_is_zero(tmp_path):
     program = Program(0)
-    program.bodies = ["    words0[(1U & (IData)(vlSelfRef.in1))] = vlSelfRef.in2;\n"
-                      "    vlSelfRef.r2 = words0[1U];\n    say(words0[0U]);\n", ""]
+    program.bodies[:] = "".join([
+        "    words0[(1U & (IData)(vlSelfRef.in1))] = vlSelfRef.in2;\n",
+        "    vlSelfRef.r2 = words0[1U];\n    say(words0[0U]);\n"]), ""
     groups, (before, _), (after, _) = run_both(program, tmp_path)
     assert groups
     assert before == after
