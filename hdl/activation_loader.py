@@ -1,6 +1,7 @@
 """Fetches the tokens of a pass and quantises them into the x lane buffer."""
 
 from amaranth import *
+from amaranth.hdl import Assert
 from amaranth.lib import data, memory, stream, wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import ceil_log2, exact_log2
@@ -43,8 +44,9 @@ class ActivationLoader(wiring.Component):
     Throughput: one port beat per cycle in, ``quantiser_lanes`` elements per cycle out; the next row
     is fetched while one is quantised. A slot takes about ``max_bits(steps) + 6`` cycles to look up,
     hidden behind the row before. The memory port cannot be refused: a row is asked for only when
-    half of the line buffer is free. Reset forgets the request under way; the memory port must be
-    flushed with it.
+    half of the line buffer is free. The x bank and the slot table's bank are free, for the
+    Dispatcher prepares a pass only when all but one of those before have retired. Reset forgets the
+    request under way; the memory port must be flushed with it.
 
     Parameters
     ----------
@@ -194,7 +196,8 @@ class ActivationLoader(wiring.Component):
             line_w.data.eq(self.reader.data),
         ]
         with m.If(self.reader.valid):
-            m.d.sync += beat.eq(beat + 1)
+            m.d.sync += [beat.eq(beat + 1),
+                         Assert(occupied != 0, "memory brought a beat that nobody asked for")]
             with m.If(self.reader.last):
                 m.d.sync += [beat.eq(0), arriving.eq(~arriving)]
 

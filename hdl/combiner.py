@@ -1,6 +1,7 @@
 """Hands each token's sum to memory, where need be by way of the workspace."""
 
 from amaranth import *
+from amaranth.hdl import Assert
 from amaranth.lib import data, fifo, stream, wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import ceil_log2, exact_log2
@@ -62,16 +63,22 @@ class _ToFloat32(wiring.Component):
 
 
 class Combiner(wiring.Component):
-    """Empty the y buffer, which every core has a part of (RowSums).
+    """Empty the y buffer, which every core has a part of (RowSums), and write rows of zeros.
 
     ::
 
         i_drain --> for each slot: workspace --> [+] --> y buffer --> float32 --> y
                                                                   \\-> workspace
+        i_zero ---------------------------------------------> 0 --> float32 --> y
 
     Draining goes slot by slot; partial sums of an earlier set are added first (unless ``first``),
     and the row goes to y (``last``) or back to the workspace. One slot's writes are acknowledged
     before the next slot's reads, so that a token may occupy two slots.
+
+    A row of zeros takes nothing from the y buffer: the buffer and the slot table stay the cores'
+    until ``i_drain`` is accepted, however long memory needs for the row. Both requests wait until
+    the one before is acknowledged. ``o_drained`` needs no answer: it comes cycles after ``i_drain``
+    was accepted, and the next request only after it.
 
     Throughput: Q = quantiser_lanes elements, or one beat, per cycle. Reset forgets everything under
     way.
@@ -91,7 +98,8 @@ class Combiner(wiring.Component):
     slot_address, slot_data
         Slot table: {bank, slot} -> layouts.slot, one cycle later; the cores' while not draining.
     o_draining : :py:`Out(1)`
-        The y buffer is the Combiner's, by ``r_*`` and ``w_*``.
+        The y buffer is the Combiner's, by ``r_*`` and ``w_*``: from the cycle after ``i_drain`` is
+        accepted to that of ``o_drained``.
     r_address, r_data : :py:`Out(stripe_address(config))`, :py:`In(stripe(config))`
         ``RowSums.READ_LATENCY_CYCLES`` later.
     w_en, w_address, w_data
@@ -100,7 +108,7 @@ class Combiner(wiring.Component):
     o_drained : :py:`Out(1)`
         Pulse: every write of the drain is acknowledged.
     i_zero : :py:`In(stream.Signature(token))`
-        Writes a row of zeros.
+        Writes a row of zeros; goes before ``i_drain``.
     o_idle : :py:`Out(1)`
         No drain and no row of zeros is under way.
     reader, writer
@@ -183,8 +191,7 @@ class Combiner(wiring.Component):
                              self.i_zero.ready.eq(1), self.i_drain.ready.eq(~self.i_zero.valid)]
                 m.d.sync += [slot.eq(0), zeroing.eq(self.i_zero.valid)]
                 with m.If(self.i_zero.valid):
-                    m.d.sync += [token.eq(self.i_zero.payload), first.eq(1), last.eq(1),
-                                 draining.eq(1)]
+                    m.d.sync += [token.eq(self.i_zero.payload), first.eq(1), last.eq(1)]
                     m.next = "OFFSET"
                 with m.Elif(self.i_drain.valid):
                     m.d.sync += [count.eq(self.i_drain.p.count),
@@ -311,7 +318,8 @@ class Combiner(wiring.Component):
         low = Signal(4 * config.port_bytes)  # floats of the even word
         high = Signal(8 * config.port_bytes)  # second beat of a word of integers
         high_valid = Signal()
-        m.d.sync += high_valid.eq(0)
+        m.d.sync += [high_valid.eq(0),
+                     Assert(~out_beats.w_en | out_beats.w_rdy, "a beat must have a place")]
         m.d.comb += [self.writer.data.payload.eq(out_beats.r_data),
                      self.writer.data.valid.eq(out_beats.r_rdy),
                      out_beats.r_en.eq(self.writer.data.ready)]

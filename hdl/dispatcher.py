@@ -1,6 +1,7 @@
 """Which tokens go to which expert: counting sort, passes, slot tables."""
 
 from amaranth import *
+from amaranth.hdl import Assert
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -25,9 +26,14 @@ class Dispatcher(wiring.Component):
 
     A stable counting sort by expert id over at most ``max_assignments`` token-expert pairs. Ids
     that are negative or not below ``num_experts`` are skipped; a token without any pair is
-    announced on ``o_zero``. A pass takes at most as many pairs as there are slots (``max_slots``,
-    half of it in ``a16``); consecutive passes over the very same tokens keep x and y on the chip
-    (``same``). At most one pass is prepared while another runs.
+    announced on ``o_zero`` before the first pass. A pass takes at most as many pairs as there are
+    slots (``max_slots``, half of it in ``a16``); consecutive passes over the very same tokens keep
+    x and y on the chip (``same``). At most one pass is prepared while another runs: a pass is begun
+    when fewer than two are handed out and not retired, so that nobody reads the bank of the slot
+    table, or of x, that it fills.
+
+    Counting begins when all ids have come, the first slot table when all weights have, and a
+    command is done when both have. All else that goes out is a stream.
 
     Cycles: 3 for each pair to count and 3 to scatter, 2 for each expert, then about 6 for each slot
     of a pass, and FILL_CYCLES. GEMM (``linear``) needs no ids: every token goes to image 0 with
@@ -200,7 +206,11 @@ class Dispatcher(wiring.Component):
         # -- passes
         ahead = Signal(2)  # passes handed out and not retired
         passed = Signal()
-        m.d.sync += ahead.eq(ahead + passed - self.i_retired)
+        m.d.sync += [
+            ahead.eq(ahead + passed - self.i_retired),
+            Assert(~self.i_retired | (ahead != 0), "a pass must be handed out before it retires"),
+            Assert(~passed | (ahead != 2), "two passes are handed out already"),
+        ]
         walk = Signal(expert_bits + 1, reset_less=True)
         walk_ends = Signal()  # it was the last expert, a cycle ago
         image = Signal(config.address_bits, reset_less=True)

@@ -3,6 +3,7 @@
 import functools
 
 from amaranth import *
+from amaranth.hdl import Assert
 from amaranth.lib import stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -35,9 +36,11 @@ EVENTS = ("busy", "starved_weights", "starved_activations", "stalled_output", "i
 class Engine(wiring.Component):
     """Execute one checked command at a time.
 
-    See ``hdl/README.md`` for the picture. A reset drops the command; the memory ports must be
-    flushed with it. What is not a core's: x is quantised once
-    and goes to all cores, h comes from all of them and goes to all of them, y is drained from all.
+    See ``hdl/README.md`` for the picture, and for who waits for whom. A command is done when every
+    pass is handed out and has retired, which its drain precedes, and the combiner is idle. A reset
+    drops the command; the memory ports must be flushed with it. What is not a core's: x is
+    quantised once and goes to all cores, h comes from all of them and goes to all of them, y is
+    drained from all.
 
     Parameters
     ----------
@@ -48,6 +51,7 @@ class Engine(wiring.Component):
     Members
     -------
     i_job : :py:`In(stream.Signature(layouts.job(config)))`
+        Accepted when the command before is done.
     o_done : :py:`Out(1)`
         Pulse: everything is written and acknowledged; the three results below hold.
     o_nonfinite, o_nonfinite_token, o_overflows
@@ -89,8 +93,12 @@ class Engine(wiring.Component):
         job = dispatcher.o_job
 
         # Commands
-        wiring.connect(m, job=wiring.flipped(self.i_job), dispatcher=dispatcher.i_job)
         running = Signal()
+        m.d.comb += [
+            dispatcher.i_job.payload.eq(self.i_job.payload),
+            dispatcher.i_job.valid.eq(self.i_job.valid & ~running),
+            self.i_job.ready.eq(dispatcher.i_job.ready & ~running),
+        ]
         finished = Signal()
         in_machine = Signal(2)  # passes handed out and not retired
         m.d.sync += in_machine.eq(
@@ -177,8 +185,13 @@ class Engine(wiring.Component):
         m.d.comb += [
             core.base_data.eq(Mux(of_hidden, bases["h"], bases["x"])) for core in cores]
 
-        # Steps
+        # Steps. Core 0 speaks for all: a step starts when all have its weights, and nothing behind
+        # it waits.
         wiring.connect(m, dispatcher=dispatcher.o_pass, sequencer=sequencer.i_pass)
+        for name in ("o_result", "o_hidden_valid", "o_down_done"):
+            m.d.sync += [
+                Assert(getattr(core, name) == getattr(lead, name), "cores must run in step")
+                for core in cores[1:]]
         m.d.comb += [
             dispatcher.i_retired.eq(sequencer.o_retired),
             sequencer.i_job.eq(job),

@@ -1,6 +1,7 @@
 """Keeps h until all of it is there, then quantises it for the down product."""
 
 from amaranth import *
+from amaranth.hdl import Assert
 from amaranth.lib import memory, stream, wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import ceil_log2, exact_log2
@@ -39,7 +40,11 @@ class HiddenBuffer(wiring.Component):
     Throughput: ``channels`` elements in every other cycle; ``quantiser_lanes`` elements per cycle
     out, so that slot s is counted by ``o_slots_ready`` about ``(s + 1) * 32 * i_steps /
     quantiser_lanes + latency_cycles`` cycles after the beginning. Nothing can be refused: elements
-    of the next pass may come only when all slots are ready. Reset forgets the pass.
+    of the next pass may come only when all slots are ready. They do, for each group of a pass's
+    first down tile waits until its slots are counted, and the next pass begins behind the last one.
+    The h lane buffer has one bank, too: it is written again when the last element of the next gate
+    and up rows has come, which has followed this pass's steps through the array. Reset forgets the
+    pass.
 
     Parameters
     ----------
@@ -209,6 +214,8 @@ class HiddenBuffer(wiring.Component):
             m.d.sync += complete.eq(1)
         begin = Signal()
         m.d.comb += begin.eq(started & complete)
+        m.d.sync += Assert(~active | ~(self.i_elements.valid | self.i_start),
+                           "h must not change while it is quantised")
         with m.If(begin):
             m.d.sync += [started.eq(0), complete.eq(0), active.eq(1)]
         m.d.sync += self.o_slots_ready.eq(self.o_slots_ready + quantiser.base_en)

@@ -77,16 +77,31 @@ def steps_bits(config: AcceleratorConfig) -> int:
     return (config.max_steps).bit_length()
 
 
+def most_beats(config: AcceleratorConfig) -> int:
+    """Return the beats of the longest request that any client of a memory port makes.
+
+    That is a command's ids or weights, a row of partial sums (8 bytes each; x and y have 4), or a
+    burst of the weight stream.
+    """
+    longest = max(4 * config.max_assignments, 8 * config.max_dim)
+    return max(longest // config.port_bytes, config.max_burst_beats)
+
+
 def read_request(config: AcceleratorConfig) -> data.StructLayout:
-    """Return a linear read or write: byte address, a multiple of the port's width, and beats."""
-    return data.StructLayout({"address": config.address_bits, "beats": 16})
+    """Return a linear read or write: byte address, a multiple of the port's width, and beats.
+
+    ``beats``, 1 or more, holds what a client may ask for (:func:`most_beats`).
+    """
+    return data.StructLayout({
+        "address": config.address_bits, "beats": range(most_beats(config) + 1)})
 
 
 class ReadClientSignature(wiring.Signature):
     """One reader of the memory port, seen from the reader.
 
     ``request`` is a stream. ``valid``/``data``/``last`` bring its beats in order and *cannot be
-    refused*: a reader asks only for what it has room for.
+    refused*: a reader asks only for what it has room for. Between request and beats, and from one
+    beat to the next, may lie any number of cycles.
     """
 
     def __init__(self, config: AcceleratorConfig):
@@ -104,7 +119,8 @@ class WriteClientSignature(wiring.Signature):
     """One writer of the memory port, seen from the writer.
 
     ``request`` announces a linear write of ``beats`` full beats; ``data`` brings them. ``done``
-    pulses when memory has acknowledged all of it; the next request may be raised only after that.
+    pulses when memory has acknowledged all of it, any number of cycles later; the next request may
+    be raised only after that.
     """
 
     def __init__(self, config: AcceleratorConfig):

@@ -1,6 +1,7 @@
 """Turns the array's sums into internal floats, one after another."""
 
 from amaranth import *
+from amaranth.hdl import Assert
 from amaranth.lib import data, memory, stream, wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import exact_log2
@@ -30,10 +31,12 @@ class ResultSerialiser(wiring.Component):
     the last one when ``row ^ missing`` is all ones); slots those of the tag. The sum of row r is
     entry ``r * T + lane``.
 
-    A result cannot be refused; ``o_free`` says how many more there is room for. Element outputs
-    cannot be refused either. Throughput: one element per cycle, also from one result to the next.
-    Latency: ``latency_cycles`` from a result's arrival (in an empty FIFO, its row exponents being
-    there) to its first element. Stalls only for row exponents. Reset forgets everything under way.
+    A result cannot be refused; ``o_free`` says how many more there is room for, and the Sequencer
+    counts those that are still in the array against it. Element outputs cannot be refused either:
+    what follows them is as fast, and has a place for each (h, sums). Throughput: one element per
+    cycle, also from one result to the next. Latency: ``latency_cycles`` from a result's arrival (in
+    an empty FIFO, its row exponents being there) to its first element. Waits for row exponents, but
+    those are there before a tile's first step can start. Reset forgets everything under way.
 
     Parameters
     ----------
@@ -107,6 +110,7 @@ class ResultSerialiser(wiring.Component):
         taken = Signal()
         m.d.comb += self.o_free.eq(self.FIFO_DEPTH - level)
         m.d.sync += [
+            Assert(~self.i_valid | (level != self.FIFO_DEPTH), "a result must have a place"),
             write_at.eq(write_at + self.i_valid),
             read_at.eq(read_at + taken),
             level.eq(level + self.i_valid - taken),

@@ -1,6 +1,7 @@
 """Weights a core's outputs and sums them exactly."""
 
 from amaranth import *
+from amaranth.hdl import Assert
 from amaranth.lib import data, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -51,10 +52,12 @@ class RowSums(wiring.Component):
 
     term = round(value * weight / 2**grid_exponent), zero and counted if it needs more than 43 bits.
     The first pass of a set of tokens (``i_fresh``) stores, later ones add. While ``i_draining`` the
-    buffer belongs to the Combiner, which has the same words of all cores side by side.
+    buffer belongs to the Combiner, which has the same words of all cores side by side. No element
+    comes or is under way then, for the Sequencer hands the buffer over: to the Combiner after
+    ``o_pass_done``, back when the drain is acknowledged, until which no step of down starts.
 
     Latency LATENCY_CYCLES from an element to its place in the buffer; throughput one per cycle.
-    Elements must not come while draining. Reset forgets everything under way.
+    Reset forgets everything under way.
 
     Parameters
     ----------
@@ -123,7 +126,7 @@ class RowSums(wiring.Component):
 
         # Elements: weight, round, add
         element = self.i_element
-        pipe = Pipeline(m, self.i_valid & ~draining)
+        pipe = Pipeline(m, self.i_valid)
         along = {"slot": element.slot, "row": element.row, "fresh": self.i_fresh,
                  "last": self.i_last}
 
@@ -171,6 +174,8 @@ class RowSums(wiring.Component):
                                  old=Mux(s.fresh, 0, chosen)[:SUM_BITS].as_signed()))
         s = pipe.stage(**carried(s, overflow=s.overflow, total=(s.old + s.term)[:SUM_BITS]))
         m.d.comb += self.o_overflow.eq(pipe.valid & s.overflow)
+        m.d.sync += Assert(~draining | ~(self.i_valid | pipe.valid),
+                           "an element must not meet the drain")
 
         r_address, w_address = Signal(address), Signal(address)
         element_write = Signal(address)

@@ -1,6 +1,7 @@
 """What the array does in every cycle: sections, tiles, groups, steps."""
 
 from amaranth import *
+from amaranth.hdl import Assert
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import ceil_log2, exact_log2
@@ -35,6 +36,12 @@ class Sequencer(wiring.Component):
     ::
 
         i_pass --> [gate/up] --> [quantise h] --> [down] --> results in --> drain --> o_retired
+
+    Nothing relies on how fast others are. ``i_loaded`` and ``i_result`` are counted: loads not yet
+    taken, results under way. ``i_down_done`` and ``i_drained`` answer what is waited for, one at a
+    time: a pass begins its down section only when the one before has retired, and neither comes
+    within the two cycles that it takes to begin to wait, as the array and the drain's first look at
+    the slot table are longer.
 
     Throughput: one step per cycle. Nothing is lost between tiles, groups or, while weights last,
     sections, but for the latency from the last gate/up step to the first quantised h.
@@ -164,6 +171,7 @@ class Sequencer(wiring.Component):
         operand_next, room_next, in_section_next = Signal(), Signal(), Signal()
         group_end = Signal()
         m.d.sync += [
+            Assert(~self.i_result | (in_flight != 0), "a result must belong to a step"),
             in_flight.eq(in_flight + started - self.i_result),
             operand.eq(operand_next),
             room.eq(room_next),
@@ -277,7 +285,8 @@ class Sequencer(wiring.Component):
         x_there = Signal()  # that of the pass in ``current``
         loads_next = Signal.like(loads)
         m.d.comb += loads_next.eq(loads + self.i_loaded - taken_load)
-        m.d.sync += [loads.eq(loads_next), x_there.eq(current.same | (loads_next != 0))]
+        m.d.sync += [loads.eq(loads_next), x_there.eq(current.same | (loads_next != 0)),
+                     Assert(~self.i_loaded | (loads != 3), "loads must not be lost")]
         finished = Signal()  # the last step of a pass has started
         with m.FSM(name="issue"):
             with m.State("PASS"):
@@ -333,7 +342,7 @@ class Sequencer(wiring.Component):
             self.o_drain.p.slot_bank.eq(leaving.slot_bank),
             self.o_drain.p.count.eq(leaving.count),
         ]
-        with m.FSM(name="retire"):
+        with m.FSM(name="retire") as retire:
             with m.State("IDLE"):
                 m.d.sync += leaving.eq(current)
                 with m.If(left):
@@ -359,4 +368,9 @@ class Sequencer(wiring.Component):
                 m.d.comb += self.o_retired.eq(1)
                 m.d.sync += retired.eq(1)
                 m.next = "IDLE"
+        m.d.sync += [
+            Assert(~left | retire.ongoing("IDLE"), "one pass must retire at a time"),
+            Assert(~self.i_down_done | retire.ongoing("RESULTS"), "nobody waits for i_down_done"),
+            Assert(~self.i_drained | retire.ongoing("DRAINING"), "nobody waits for i_drained"),
+        ]
         return m

@@ -238,6 +238,7 @@ class TileBuffer(wiring.Component):
 
         m.submodules.row_exponents = row_fifo = fifo.SyncFIFOBuffered(
             width=16 * rows, depth=self._row_exponent_depth)
+        m.d.sync += Assert(~row_fifo.w_en | row_fifo.w_rdy, "row exponents must have a place")
         m.d.comb += [
             row_fifo.w_en.eq(weight_accepted & step_first),
             row_fifo.w_data.eq(row_word[:16 * rows]),

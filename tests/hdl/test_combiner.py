@@ -57,6 +57,7 @@ class Bench:
         self.dut, self.cores = self.joined.combiner, self.joined.cores
         self.rng = random.Random(seed)
         self.stalls = stalls
+        self.acknowledges = True
         self.memory = bytearray(1 << 20)
         self.table = {}
         self.overflows = 0
@@ -105,7 +106,7 @@ class Bench:
                     i += 1
             ctx.set(writer.data.ready, 0)
             if go:
-                while self.pause():
+                while self.pause() or not self.acknowledges:
                     await ctx.tick()
                 ctx.set(writer.done, 1)
                 await ctx.tick()
@@ -216,6 +217,50 @@ def test_sums_travel_through_the_workspace_and_end_as_float32(name, channels, se
     for token in range(4):
         assert (bench.row(token, rows) == expected[token]).all()
     assert bench.overflows == sum(overflows)
+
+
+@pytest.mark.parametrize(("name", "channels"), [("tiny", 1), ("small", 4)])
+def test_a_row_of_zeros_leaves_the_buffer_to_the_cores(name, channels):
+    """A pass comes while memory keeps the row's acknowledgement; the drain waits for it."""
+    config = PRESETS[name].replace(channels=channels)
+    bench = Bench(config, 3)
+    rng = np.random.default_rng(3)
+    rows, tokens = 64, [0, 2]
+    weights, values = draw(rng, len(tokens), -4, 2), draw(rng, (len(tokens), rows))
+    term, _ = weighted_output(
+        values, InternalFloat(weights.mantissa[:, None], weights.exponent[:, None]), GRID)
+    for slot, token in enumerate(tokens):
+        bench.table[slot] = {"token": token, "first": 1, "last": 1, "weight": {
+            "mantissa": int(weights.mantissa[slot]), "exponent": int(weights.exponent[slot])}}
+    bench.memory[Y : Y + 3 * 4 * rows] = b"\xee" * (3 * 4 * rows)
+    bench.acknowledges = False
+
+    async def scenario(ctx):
+        dut = bench.dut
+        ctx.set(dut.i_grid_exponent, GRID)
+        ctx.set(dut.i_steps_out, rows // 32)
+        ctx.set(dut.i_y_address, Y)
+        ctx.set(dut.i_zero.payload, 1)
+        ctx.set(dut.i_zero.valid, 1)
+        await ctx.tick().until(dut.i_zero.ready)
+        ctx.set(dut.i_zero.valid, 0)
+        for _ in range(300):
+            assert not ctx.get(dut.o_draining) and not ctx.get(dut.o_idle)
+            await ctx.tick()
+        assert not bench.row(1, rows).any()
+        await bench.elements(ctx, values, bank=0, fresh=1)
+        ctx.set(dut.i_drain.p, {"slot_bank": 0, "count": len(tokens)})
+        ctx.set(dut.i_drain.valid, 1)
+        for _ in range(100):
+            await ctx.tick()
+            assert not ctx.get(dut.i_drain.ready)
+        bench.acknowledges = True
+        await bench.drain(ctx, bank=0, count=len(tokens))
+
+    bench.run(scenario)
+    for token, sums in zip(tokens, term, strict=True):
+        assert (bench.row(token, rows) == grid_to_float32(sums, GRID)).all()
+    assert not bench.row(1, rows).any()
 
 
 def test_rounding_extremes_overflow_and_throughput():

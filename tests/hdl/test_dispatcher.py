@@ -216,6 +216,26 @@ def test_linear_layers_need_no_ids():
     assert sections == [(1, 1, 16)] * 3 and len(requests) == 3
 
 
+def test_the_longest_list_of_ids_is_asked_for_in_whole():
+    config = CONFIG.replace(max_assignments=1 << 17, max_tokens=1 << 16, token_groups=64)
+    dut = Dispatcher(config)
+    asked = []
+
+    async def scenario(ctx):
+        ctx.set(dut.i_job.p, {"num_experts": 2, "tokens": config.max_tokens, "top_k": 2})
+        ctx.set(dut.i_job.valid, 1)
+        await ctx.tick().until(dut.i_job.ready)
+        (beats,) = await ctx.tick().sample(dut.reader.request.p.beats).until(
+            dut.reader.request.valid)
+        asked.append(beats)
+
+    sim = Simulator(dut)
+    sim.add_clock(1e-6)
+    sim.add_testbench(scenario)
+    sim.run()
+    assert asked == [4 * config.max_assignments // config.port_bytes] == [1 << 16]
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_a_command_without_valid_ids_waits_for_its_weights(seed):
     passes, zeros, *_ = run(np.full((2, 1), -1), np.ones((2, 1)), num_experts=1, two_planes=1,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -66,8 +66,8 @@ class Pair:
     model : Model
         Of ``config``.
     config : AcceleratorConfig
-    memory : MemoryModel
-        Timing of the RTL's memory; its size is that of both.
+    memory : MemoryModel or sequence of MemoryModel
+        Timing of the RTL's memory, of each channel or of all; its size is that of both.
     register_stalls : StallModel, optional
         Pauses of the RTL's register master.
     **options
@@ -75,8 +75,9 @@ class Pair:
     """
 
     def __init__(self, model: Model, config: AcceleratorConfig, *,
-                 memory: MemoryModel | None = None, register_stalls: StallModel | None = None,
-                 seed: int = 1, **options: Any) -> None:
+                 memory: MemoryModel | Sequence[MemoryModel] | None = None,
+                 register_stalls: StallModel | None = None, seed: int = 1,
+                 **options: Any) -> None:
         memory = memory or MemoryModel.ideal(size=MEMORY_BYTES)
         self.config = config
         self.simulation = CoSimulation(model, memory=memory, register_stalls=register_stalls,
@@ -84,7 +85,8 @@ class Pair:
         options = {"timeout_s": 20.0} | options
         self.rtl = open_device(RtlTransport(config, simulation=self.simulation), config=config,
                                **options)
-        self.golden = open_device("golden", config=config, memory_bytes=memory.size, **options)
+        size = (memory if isinstance(memory, MemoryModel) else memory[0]).size
+        self.golden = open_device("golden", config=config, memory_bytes=size, **options)
 
     def __enter__(self) -> Self:
         return self
@@ -118,7 +120,7 @@ class Pair:
         if isinstance(golden, np.ndarray) and isinstance(rtl, np.ndarray):
             assert_same_bits(rtl, golden)
         else:
-            assert rtl == golden
+            assert type(rtl) is type(golden) and rtl == golden
         return rtl
 
     def check(self) -> dict[str, int]:
