@@ -272,7 +272,8 @@ def test_jobs_and_completions(preset, stall):
 
     async def testbench(ctx):
         assert await bench.run_one(ctx) | {"cycles": 0} == {
-            "tag": 0x1234, "status": Status.OK, "detail": 0, "address": 0, "cycles": 0}
+            "tag": 0x1234, "status": Status.OK, "detail": 0, "address": 0, "cycles": 0,
+            "underflows": 0}
         bench.put_layer(**LINEAR)
         assert (await bench.run_one(ctx, **GEMM, tag=9))["tag"] == 9
         bench.put_layer()
