@@ -113,14 +113,14 @@ class Bench:
         dut, rng, width = self.dut, self.random, self.width
         reads, write, faults = [], None, None
         self.written = []
-        latch = {"fault_window": 0, "fault_bus": 0, "fault_address": 0}
+        self.latch = {"fault_window": 0, "fault_bus": 0, "fault_address": 0}
         while True:
             go = [rng.random() >= self.stall and not self.hold() for _ in range(4)]
             ctx.set(dut.reader.request.ready, go[0])
             ctx.set(dut.writer.request.ready, go[1] and write is None)
             ctx.set(dut.writer.data.ready, go[2] and write is not None and not write[2])
             ctx.set(dut.idle, not reads)
-            for name, value in latch.items():
+            for name, value in self.latch.items():
                 ctx.set(getattr(dut, name), value)
             ctx.set(dut.reader.valid, 0)
             ctx.set(dut.reader.data, rng.getrandbits(8 * width))
@@ -154,7 +154,7 @@ class Bench:
                 dut.writer.data.valid, dut.writer.data.ready, dut.writer.data.payload,
                 dut.flush, dut.clear_faults, dut.writer.request.ready)
             if v[10]:
-                latch = dict.fromkeys(latch, 0)
+                self.latch = dict.fromkeys(self.latch, 0)
             if v[0] and go[0] and not v[9]:
                 assert v[1] % ENTRY_BYTES == 0
                 assert v[2] * width == ENTRY_BYTES
@@ -163,8 +163,8 @@ class Bench:
                     faults = "fault_window", v[1]
                 elif v[1] in self.refuse:
                     faults = "fault_bus", v[1]
-            if faults and not any(latch.values()):
-                latch |= {faults[0]: 1, "fault_address": faults[1]}
+            if faults and not any(self.latch.values()):
+                self.latch |= {faults[0]: 1, "fault_address": faults[1]}
                 faults = None
             if v[3] and v[11]:
                 assert v[5] * width == ENTRY_BYTES
@@ -423,8 +423,8 @@ def test_results_of_the_engine():
          (Status.NONFINITE, 63, NonFinite.X, 4)),
         ({"nonfinite": 1, "what": NonFinite.ROUTING_WEIGHT, "token": 6},
          (Status.NONFINITE, 6, NonFinite.ROUTING_WEIGHT, 0)),
-        ({"token": 5, "what": 1, "underflows": 7}, (Status.OK, 0, 0, 7)),
         ({}, (Status.OK, 0, 0, 0)),
+        ({"token": 5, "what": 1, "underflows": 7}, (Status.OK, 0, 0, 7)),
     ]
     queue = [result for result, _ in results]
     names = "status", "detail", "address", "underflows"
@@ -439,7 +439,24 @@ def test_results_of_the_engine():
 
     bench.run(testbench)
     assert [c[2:] for c in bench.counts] == [
-        (70000, 0), (9, 65536), (3, 4), (0, 0), (0, 7), (0, 0), (0, 0)]
+        (70000, 0), (9, 65536), (3, 4), (0, 0), (0, 0), (0, 7), (0, 0)]
+
+
+def test_a_job_that_met_a_fault_says_nothing_of_its_numbers():
+    """What it computed with is not what memory holds."""
+    def engine(job):
+        bench.latch |= {"fault_bus": 1, "fault_address": 0x4440}
+        return {"nonfinite": 1, "overflows": 3, "underflows": 5}
+
+    bench = Bench(engine=engine)
+
+    async def testbench(ctx):
+        entry = await bench.run_one(ctx)
+        assert entry | {"cycles": 0, "tag": 0} == {
+            "tag": 0, "status": Status.BUS_ERROR, "detail": 0, "address": 0x4440, "cycles": 0,
+            "underflows": 0}
+
+    bench.run(testbench)
 
 
 def test_counts_of_the_largest_configuration_end_at_the_last_number():
