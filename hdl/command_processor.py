@@ -23,7 +23,7 @@ from moeaccel.commands import (
 from moeaccel.config import BLOCK, TOP_K_MAX, AcceleratorConfig
 from moeaccel.formats import FORMATS
 from moeaccel.hdl import layouts
-from moeaccel.hdl.layouts import ReadClientSignature, WriteClientSignature, job, token_bits
+from moeaccel.hdl.layouts import ReadClientSignature, WriteClientSignature, job
 from moeaccel.image import Section
 
 RING_LOG2_MAX = 8
@@ -121,8 +121,8 @@ class CommandProcessor(wiring.Component):
     reader : :py:`Out(ReadClientSignature(config))`
     writer : :py:`Out(WriteClientSignature(config))`
     o_job : :py:`Out(stream.Signature(job(config)))`
-    i_done, i_nonfinite, i_nonfinite_token, i_overflows : :py:`In`
-        ``i_done`` pulses at the end of a job; the others are valid with it. Only counts without
+    i_done, i_result : :py:`In(1)`, :py:`In(layouts.job_result(config))`
+        ``i_done`` pulses at the end of a job; the result is valid with it. Only counts without
         ``o_engine_reset``.
     o_engine_reset : :py:`Out(1)`
         Resets everything behind ``o_job``, streams to the port included. A register, 1 after reset.
@@ -141,9 +141,9 @@ class CommandProcessor(wiring.Component):
         Fields of STATUS.
     o_irq, o_reset_done : :py:`Out(1)`
         Set IRQ_STATUS completion and reset_done; the latter also clears counters and doorbells.
-    count_commands, count_tokens, count_overflows : :py:`Out`
-        For Counters, one cycle each: a completion has been written; tokens and overflows of a job
-        that has run to its end.
+    count_commands, count_tokens, count_overflows, count_underflows : :py:`Out`
+        For Counters, one cycle each: a completion has been written; tokens, overflows and
+        underflows of a job that has run to its end.
     """
 
     def __init__(self, config):
@@ -155,9 +155,7 @@ class CommandProcessor(wiring.Component):
             "writer": Out(WriteClientSignature(config)),
             "o_job": Out(stream.Signature(job(config))),
             "i_done": In(1),
-            "i_nonfinite": In(1),
-            "i_nonfinite_token": In(token_bits(config)),
-            "i_overflows": In(32),
+            "i_result": In(layouts.job_result(config)),
             "o_engine_reset": Out(1, init=1),
             "progress": In(1),
             "flush": Out(1),
@@ -183,7 +181,8 @@ class CommandProcessor(wiring.Component):
             "o_reset_done": Out(1),
             "count_commands": Out(1),
             "count_tokens": Out(config.max_tokens.bit_length()),
-            "count_overflows": Out(32),
+            "count_overflows": Out(layouts.output_count_bits(config)),
+            "count_underflows": Out(layouts.output_count_bits(config)),
         })
 
     # -- checks ------------------------------------------------------------------------------------
@@ -405,17 +404,16 @@ class CommandProcessor(wiring.Component):
         # -- the completion ------------------------------------------------------------------------
         status = Signal(8)
         detail = Signal(32)
-        fault_or_zero = Signal(config.device_address_bits)
+        about = Signal(config.device_address_bits)
+        underflows = Signal(32)
         cycles = Signal(_CYCLES_BITS)
         ran = Signal()
-        nonfinite = Signal()
-        nonfinite_token = Signal.like(self.i_nonfinite_token)
-        overflows = Signal(32)
+        result = Signal(layouts.job_result(config))
         completion_address = Signal(address_bits - _ALIGNMENT_BITS)
         completion = Signal(8 * ENTRY_BYTES)
         sent = Signal(range(max(beats, 2)))
         values = {"tag": tag, "status": status, "phase": phase, "detail": detail,
-                  "address": fault_or_zero, "cycles": cycles}
+                  "address": about, "cycles": cycles, "underflows": underflows}
         m.d.comb += [
             *(completion[f.offset:f.offset + f.bits].eq(values[f.name]) for f in COMPLETION),
             self.writer.request.payload.address.eq(completion_address << _ALIGNMENT_BITS),
@@ -431,6 +429,7 @@ class CommandProcessor(wiring.Component):
             self.count_commands.eq(0),
             self.count_tokens.eq(0),
             self.count_overflows.eq(0),
+            self.count_underflows.eq(0),
         ]
 
         # -- abort and watchdog --------------------------------------------------------------------
@@ -564,11 +563,7 @@ class CommandProcessor(wiring.Component):
                 m.d.comb += go(_State.RUN)
 
         with in_only(_State.RUN) as go:
-            m.d.sync += [
-                nonfinite.eq(self.i_nonfinite),
-                nonfinite_token.eq(self.i_nonfinite_token),
-                overflows.eq(self.i_overflows),
-            ]
+            m.d.sync += result.eq(self.i_result)
             with m.If(self.i_done):
                 m.d.comb += go(_State.FINISH)
                 m.d.sync += ran.eq(1)
@@ -579,28 +574,32 @@ class CommandProcessor(wiring.Component):
                 m.d.sync += status.eq(Status.WINDOW)
             with m.Elif(self.fault_bus):
                 m.d.sync += status.eq(Status.BUS_ERROR)
-            with m.Elif(nonfinite):
+            with m.Elif(result.nonfinite):
                 m.d.sync += status.eq(Status.NONFINITE)
-            with m.Elif(overflows != 0):
+            with m.Elif(result.overflows != 0):
                 m.d.sync += status.eq(Status.OVERFLOW)
             with m.Else():
                 m.d.sync += status.eq(Status.OK)
 
         with in_only(_State.WRITE) as go:
             m.d.comb += self.writer.request.valid.eq(~holding)
-            m.d.sync += [cycles.eq(cycles), sent.eq(0), detail.eq(0), fault_or_zero.eq(0)]
+            m.d.sync += [
+                cycles.eq(cycles), sent.eq(0), detail.eq(0), about.eq(0),
+                underflows.eq(Mux(ran & ~self.fault_window & ~self.fault_bus,
+                                  layouts.limited_count(result.underflows), 0)),
+            ]
             # What these come from holds; chosen here, the state's decision is a short one.
             with m.Switch(status):
                 with m.Case(Status.WINDOW, Status.BUS_ERROR):
-                    m.d.sync += fault_or_zero.eq(self.fault_address)
+                    m.d.sync += about.eq(self.fault_address)
                 with m.Case(Status.BAD_OPCODE):
                     m.d.sync += detail.eq(opcode)
                 with m.Case(Status.BAD_FIELD, Status.BAD_LAYER):
                     m.d.sync += detail.eq(bad_word)
                 with m.Case(Status.NONFINITE):
-                    m.d.sync += detail.eq(nonfinite_token)
+                    m.d.sync += [detail.eq(result.token), about.eq(result.what)]
                 with m.Case(Status.OVERFLOW):
-                    m.d.sync += detail.eq(overflows)
+                    m.d.sync += detail.eq(layouts.limited_count(result.overflows))
             with m.If(self.writer.request.ready & ~holding):
                 m.d.comb += go(_State.LOAD)
 
@@ -628,7 +627,8 @@ class CommandProcessor(wiring.Component):
                 with m.If(ran):
                     m.d.sync += [
                         self.count_tokens.eq(o_job.tokens),
-                        self.count_overflows.eq(overflows),
+                        self.count_overflows.eq(result.overflows),
+                        self.count_underflows.eq(result.underflows),
                     ]
 
         with in_only(_State.DRAIN) as go:

@@ -63,8 +63,8 @@ class Core(wiring.Component):
         Slot and slot table bank of an output, and the slot's weight, one cycle later.
     o_down_done : :py:`Out(1)`
         Pulse: the last output of a pass is in the y buffer.
-    o_overflow : :py:`Out(1)`
-        Pulse for each output beyond the grid.
+    o_overflow, o_underflow : :py:`Out(1)`
+        Pulse for each output beyond the grid, and for each that the grid makes zero.
     i_draining, sums_r_address, sums_r_data, sums_w_en, sums_w_address, sums_w_data
         The y buffer's ports for the Combiner.
     """
@@ -103,6 +103,7 @@ class Core(wiring.Component):
             "i_weight": In(layouts.internal_float()),
             "o_down_done": Out(1),
             "o_overflow": Out(1),
+            "o_underflow": Out(1),
             "i_draining": In(1),
             "sums_r_address": In(stripe_address(config)),
             "sums_r_data": Out(word),
@@ -195,6 +196,7 @@ class Core(wiring.Component):
             sums.i_grid_exponent.eq(self.i_grid_exponent),
             self.o_down_done.eq(sums.o_pass_done),
             self.o_overflow.eq(sums.o_overflow),
+            self.o_underflow.eq(sums.o_underflow),
             sums.i_draining.eq(self.i_draining),
             sums.r_address.eq(self.sums_r_address),
             self.sums_r_data.eq(sums.r_data),

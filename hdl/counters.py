@@ -6,6 +6,7 @@ from amaranth.lib.wiring import In, Out
 from amaranth.utils import exact_log2
 
 from moeaccel.config import AcceleratorConfig
+from moeaccel.hdl import layouts
 from moeaccel.registers import COUNTERS
 
 COUNTER_BITS = 48
@@ -16,7 +17,8 @@ def _amount_bits(name: str, config: AcceleratorConfig) -> int:
     return {
         "tokens": config.max_tokens.bit_length(),
         "assignments": config.max_assignments.bit_length(),
-        "overflows": 32,
+        "overflows": layouts.output_count_bits(config),
+        "underflows": layouts.output_count_bits(config),
         "bytes_read_weights": config.channels.bit_length(),
     }.get(name, 1)
 
@@ -38,7 +40,7 @@ class Counters(wiring.Component):
     busy, starved_weights, ... : :py:`In(1)` or wider
         One input for each counter, named as the counter. ``bytes_*``: beats of ``port_bytes``
         bytes, at most one; of weights, one of each channel. ``tokens``, ``assignments``,
-        ``overflows``: the amount, 0 when there is nothing to add. Others: a strobe.
+        ``overflows``, ``underflows``: the amount, 0 when there is nothing to add. Others: a strobe.
     clear : :py:`In(1)`
         Set every counter to 0.
     ro_busy_lo, ro_busy_hi, ... : :py:`Out(32)`

@@ -7,6 +7,7 @@ from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import ceil_log2, exact_log2
 
+from moeaccel.arithmetic import SUBNORMAL_EXPONENT
 from moeaccel.config import AcceleratorConfig
 from moeaccel.hdl import layouts
 from moeaccel.hdl.pipeline import Pipeline
@@ -67,6 +68,9 @@ class Dispatcher(wiring.Component):
         Pulse for each pair put into a pass.
     o_done : :py:`Out(1)`
         High when every pass of the command has been handed out.
+    o_nonfinite, o_nonfinite_token : :py:`Out(1)`, :py:`Out(layouts.token_bits(config))`
+        The weight of a pair is NaN or infinite, and counts as zero; the lowest such token. Complete
+        with ``o_done``, forgotten when the next job is accepted.
     """
 
     def __init__(self, config: AcceleratorConfig):
@@ -87,6 +91,8 @@ class Dispatcher(wiring.Component):
                 "slot_w_data": Out(layouts.slot(config)),
                 "o_assignments": Out(1),
                 "o_done": Out(1),
+                "o_nonfinite": Out(1),
+                "o_nonfinite_token": Out(layouts.token_bits(config)),
             }
         )
 
@@ -195,6 +201,7 @@ class Dispatcher(wiring.Component):
             m.d.sync += [
                 job.eq(self.i_job.payload), running.eq(1),
                 ids_arrived.eq(0), weights_arrived.eq(self.i_job.p.linear),
+                self.o_nonfinite.eq(0),
             ]
         with m.If(self.reader.valid):
             with m.If(self.reader.last & fetching_weights):
@@ -308,22 +315,31 @@ class Dispatcher(wiring.Component):
             address=s.address, token=s.token, first=first, last=s.done + 1 == s.total)
         s = p.stage(
             magnitude=Cat(s.raw[7:23], C(1, 1)), sign=s.raw[31], field=s.raw[23:31],
-            round_up=s.raw[6] & (s.raw[:6].any() | s.raw[7]),
-            zero=(s.raw[23:31] == 0) | s.raw[23:31].all(),
+            round_up=s.raw[6] & (s.raw[:6].any() | s.raw[7]), fraction=s.raw[:23].any(),
+            tiny=s.raw[23:31] == 0, nonfinite=s.raw[23:31].all(),
             address=s.address, token=s.token, first=s.first, last=s.last)
+        rounded = s.magnitude + s.round_up
+        subnormal = s.tiny & s.fraction
         s = p.stage(
-            magnitude=s.magnitude + s.round_up, sign=s.sign, field=s.field, zero=s.zero,
+            magnitude=rounded[:17], power=rounded[17] | subnormal, sign=s.sign, field=s.field,
+            carry=rounded[17], subnormal=subnormal, zero=s.nonfinite | (s.tiny & ~s.fraction),
+            nonfinite=s.nonfinite & ~job.linear,
             address=s.address, token=s.token, first=s.first, last=s.last)
         weight = Signal(layouts.internal_float())
         with m.If(job.linear):
             m.d.comb += [weight.mantissa.eq(1 << 16), weight.exponent.eq(-16)]
         with m.Elif(~s.zero):
-            carried = Mux(s.magnitude[17], 1 << 16, s.magnitude[:17])
+            carried = Mux(s.power, 1 << 16, s.magnitude)
             m.d.comb += [
                 weight.mantissa.eq(Mux(s.sign, -carried, carried)),
-                weight.exponent.eq(s.field - 143 + s.magnitude[17]),
+                weight.exponent.eq(
+                    Mux(s.subnormal, SUBNORMAL_EXPONENT, s.field - 143 + s.carry)),
             ]
         assert p.depth == FILL_CYCLES
+        with m.If(p.valid & s.nonfinite):
+            m.d.sync += self.o_nonfinite.eq(1)
+            with m.If(~self.o_nonfinite | (s.token < self.o_nonfinite_token)):
+                m.d.sync += self.o_nonfinite_token.eq(s.token)
         m.d.comb += [
             total_r.addr.eq(entry.token),
             done_r.addr.eq(entry.token),

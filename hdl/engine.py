@@ -8,6 +8,7 @@ from amaranth.lib import stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
+from moeaccel.commands import NonFinite
 from moeaccel.config import AcceleratorConfig
 from moeaccel.hdl import layouts
 from moeaccel.hdl.activation_loader import ActivationLoader
@@ -53,9 +54,8 @@ class Engine(wiring.Component):
     i_job : :py:`In(stream.Signature(layouts.job(config)))`
         Accepted when the command before is done.
     o_done : :py:`Out(1)`
-        Pulse: everything is written and acknowledged; the three results below hold.
-    o_nonfinite, o_nonfinite_token, o_overflows
-        NaN or infinity in x, and its lowest token; outputs beyond the grid.
+        Pulse: everything is written and acknowledged; ``o_result`` holds.
+    o_result : :py:`Out(layouts.job_result(config))`
     dispatcher, loader, combiner, streamer : :py:`Out(layouts.ReadClientSignature(config))`
     streamer1, ... : :py:`Out(layouts.ReadClientSignature(config))`
         Of the other channels.
@@ -70,9 +70,7 @@ class Engine(wiring.Component):
         super().__init__({
             "i_job": In(stream.Signature(layouts.job(config))),
             "o_done": Out(1),
-            "o_nonfinite": Out(1),
-            "o_nonfinite_token": Out(layouts.token_bits(config)),
-            "o_overflows": Out(32),
+            "o_result": Out(layouts.job_result(config)),
             **{name: Out(layouts.ReadClientSignature(config)) for name in (*READERS, *streamers)},
             **{f"{name}_writer": Out(layouts.WriteClientSignature(config)) for name in WRITERS},
             **{f"count_{name}": Out(1) for name in EVENTS},
@@ -103,21 +101,30 @@ class Engine(wiring.Component):
         in_machine = Signal(2)  # passes handed out and not retired
         m.d.sync += in_machine.eq(
             in_machine + (sequencer.i_pass.valid & sequencer.i_pass.ready) - sequencer.o_retired)
-        overflows = Signal(32, reset_less=True)  # a job begins with 0
         begin = self.i_job.valid & self.i_job.ready
         m.d.comb += [
             finished.eq(running & dispatcher.o_done & (in_machine == 0) & combiner.o_idle),
-            self.o_nonfinite.eq(loader.o_nonfinite),
-            self.o_nonfinite_token.eq(loader.o_nonfinite_token),
-            self.o_overflows.eq(overflows),
         ]
-        m.d.sync += [self.o_done.eq(finished), loader.i_clear.eq(begin)]
+        # All of it holds before ``finished``: dispatcher and loader are done, and a pass retires
+        # behind its last output.
+        result = Signal(layouts.job_result(config), reset_less=True)
+        m.d.comb += self.o_result.eq(result)
+        m.d.sync += [
+            self.o_done.eq(finished), loader.i_clear.eq(begin),
+            result.nonfinite.eq(loader.o_nonfinite | dispatcher.o_nonfinite),
+            result.what.eq(Mux(loader.o_nonfinite, NonFinite.X, NonFinite.ROUTING_WEIGHT)),
+            result.token.eq(Mux(
+                loader.o_nonfinite, loader.o_nonfinite_token, dispatcher.o_nonfinite_token)),
+        ]
         with m.If(begin):
-            m.d.sync += [running.eq(1), overflows.eq(0)]
+            m.d.sync += [running.eq(1), result.overflows.eq(0), result.underflows.eq(0)]
         with m.Else():
             with m.If(finished):
                 m.d.sync += running.eq(0)
-            m.d.sync += overflows.eq(overflows + sum(core.o_overflow for core in cores))
+            m.d.sync += [
+                result.overflows.eq(result.overflows + sum(core.o_overflow for core in cores)),
+                result.underflows.eq(result.underflows + sum(core.o_underflow for core in cores)),
+            ]
 
         # Memory
         for name, block in (("dispatcher", dispatcher), ("loader", loader), ("combiner", combiner)):

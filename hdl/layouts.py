@@ -1,11 +1,12 @@
 """Payloads that travel between blocks; every width follows from the configuration."""
 
-from amaranth.hdl import Value, signed, unsigned
+from amaranth.hdl import Mux, Value, signed, unsigned
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import ceil_log2, exact_log2
 
 from moeaccel.arithmetic import ELEMENT_BITS, MANTISSA_BITS
+from moeaccel.commands import COUNT_MAX, NonFinite
 from moeaccel.config import BLOCK, AcceleratorConfig
 
 EXPONENT_BITS = 12
@@ -156,6 +157,32 @@ def job(config: AcceleratorConfig) -> data.StructLayout:
         "weights_address": address,
         "y_address": address,
         "workspace_address": address,
+    })
+
+
+def output_count_bits(config: AcceleratorConfig) -> int:
+    """Return the bits of a count of a command's weighted outputs."""
+    return (config.max_assignments * config.max_dim).bit_length()
+
+
+def limited_count(count: Value) -> Value:
+    """Return a count as a completion has it: COUNT_MAX from there on."""
+    bits = COUNT_MAX.bit_length()
+    return Mux(count[bits:].any(), COUNT_MAX, count[:bits]) if len(count) > bits else count
+
+
+def job_result(config: AcceleratorConfig) -> data.StructLayout:
+    """Return what a job that has run to its end says of its numbers.
+
+    ``nonfinite``: something that was computed with is NaN or infinite; then ``what`` and ``token``
+    are those that :class:`moeaccel.commands.Status` has reported.
+    """
+    return data.StructLayout({
+        "nonfinite": 1,
+        "what": NonFinite,
+        "token": token_bits(config),
+        "overflows": output_count_bits(config),
+        "underflows": output_count_bits(config),
     })
 
 

@@ -50,7 +50,8 @@ class RowSums(wiring.Component):
         i_element --> (x) weight of its slot --> round to the grid --> [+] --> y buffer, 48 bits
                                                      r_*, w_* <--------------------^
 
-    term = round(value * weight / 2**grid_exponent), zero and counted if it needs more than 43 bits.
+    term = round(value * weight / 2**grid_exponent), zero and counted if it needs more than 43 bits;
+    also counted is a term of zero whose value and weight are not.
     The first pass of a set of tokens (``i_fresh``) stores, later ones add. While ``i_draining`` the
     buffer belongs to the Combiner, which has the same words of all cores side by side. No element
     comes or is under way then, for the Sequencer hands the buffer over: to the Combiner after
@@ -74,8 +75,9 @@ class RowSums(wiring.Component):
         Of the element's slot, one cycle later.
     o_pass_done : :py:`Out(1)`
         Pulse: the element marked ``i_last`` is in the y buffer.
-    o_overflow : :py:`Out(1)`
-        Pulse for each output beyond the grid.
+    o_overflow, o_underflow : :py:`Out(1)`
+        Pulse for each output beyond the grid, and for each that the grid makes zero; before
+        ``o_pass_done``.
     i_draining : :py:`In(1)`
     r_address, r_data : :py:`In(stripe_address(config))`, this core's sums after READ_LATENCY_CYCLES
     w_en, w_address, w_data
@@ -100,6 +102,7 @@ class RowSums(wiring.Component):
             "i_last": In(1),
             "o_pass_done": Out(1),
             "o_overflow": Out(1),
+            "o_underflow": Out(1),
             "i_draining": In(1),
             "r_address": In(stripe_address(config)),
             "r_data": Out(word),
@@ -150,30 +153,39 @@ class RowSums(wiring.Component):
         wide = Cat(C(0, LEFT + 2), s.product).as_signed()
         amount, beyond = s.amount, s.amount[6:-1].any()
         s = pipe.stage(**carried(
-            s, overflow=~s.zero & ((amount < 0) | ((amount == 0) & s.large)), product=s.product,
+            s, zero=s.zero, overflow=~s.zero & ((amount < 0) | ((amount == 0) & s.large)),
+            product=s.product,
             amount=Mux(amount < 0, 0, Mux(beyond, 63, amount[:6])), parts=any_of(wide, 8)))
         wide = Cat(C(0, LEFT + 2), s.product).as_signed()
         value, sticky = shift_right(m, wide, s.amount[3:], unit=8, parts=s.parts)
-        s = pipe.stage(**carried(s, overflow=s.overflow, amount=s.amount[:3], value=value,
-                                 sticky=sticky))
+        s = pipe.stage(**carried(s, overflow=s.overflow, counts=~s.zero & ~s.overflow,
+                                 amount=s.amount[:3], value=value, sticky=sticky))
         value, sticky = shift_right(m, s.value, s.amount)
-        s = pipe.stage(**carried(s, overflow=s.overflow, value=value, sticky=s.sticky | sticky))
+        s = pipe.stage(**carried(s, overflow=s.overflow, counts=s.counts, value=value,
+                                 sticky=s.sticky | sticky))
         value = s.value
         up = value[1] & (value[0] | s.sticky | value[2])
-        s = pipe.stage(**carried(s, overflow=s.overflow, term=Mux(
+        s = pipe.stage(**carried(s, overflow=s.overflow, counts=s.counts, term=Mux(
             s.overflow, 0, (value[2:].as_signed() + up)[:TERM_LIMIT + 1].as_signed())))
         element_read = Signal(address)
         m.d.comb += [element_read.word.eq(s.row >> lanes_log2), element_read.slot.eq(s.slot)]
         # Memories lie all over a device and are slow to answer: registers in front and behind.
-        s = pipe.delay(self.READ_LATENCY_CYCLES, **carried(s, overflow=s.overflow, term=s.term))
+        s = pipe.stage(**carried(s, overflow=s.overflow, counts=s.counts, term=s.term,
+                                 parts=any_of(s.term, 8)))
+        s = pipe.stage(**carried(s, overflow=s.overflow, term=s.term,
+                                 underflow=s.counts & ~s.parts.any()))
+        s = pipe.delay(self.READ_LATENCY_CYCLES - 2, **carried(
+            s, overflow=s.overflow, underflow=s.underflow, term=s.term))
         held = Signal.like(self.r_data, reset_less=True)
         m.d.sync += held.eq(Cat(read.data for _, read in ports))
         m.d.comb += self.r_data.eq(held)
         chosen = Array(self.r_data[i] for i in range(lanes))[s.row[:lanes_log2]]
-        s = pipe.stage(**carried(s, overflow=s.overflow, term=s.term,
+        s = pipe.stage(**carried(s, overflow=s.overflow, underflow=s.underflow, term=s.term,
                                  old=Mux(s.fresh, 0, chosen)[:SUM_BITS].as_signed()))
-        s = pipe.stage(**carried(s, overflow=s.overflow, total=(s.old + s.term)[:SUM_BITS]))
-        m.d.comb += self.o_overflow.eq(pipe.valid & s.overflow)
+        s = pipe.stage(**carried(s, overflow=s.overflow, underflow=s.underflow,
+                                 total=(s.old + s.term)[:SUM_BITS]))
+        m.d.comb += [self.o_overflow.eq(pipe.valid & s.overflow),
+                     self.o_underflow.eq(pipe.valid & s.underflow)]
         m.d.sync += Assert(~draining | ~(self.i_valid | pipe.valid),
                            "an element must not meet the drain")
 

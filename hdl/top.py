@@ -129,9 +129,7 @@ class Accelerator(wiring.Component):
             commands.i_abort.eq(registers.pulse_control_abort),
             commands.i_soft_reset.eq(registers.pulse_control_soft_reset),
             commands.i_done.eq(engine.o_done),
-            commands.i_nonfinite.eq(engine.o_nonfinite),
-            commands.i_nonfinite_token.eq(engine.o_nonfinite_token),
-            commands.i_overflows.eq(engine.o_overflows),
+            commands.i_result.eq(engine.o_result),
             commands.progress.eq(Cat(one.read_beat for one in ports).any() | port.write_beat
                                  | engine.count_busy),
             commands.idle.eq(Cat(one.idle for one in ports).all()),
@@ -163,6 +161,7 @@ class Accelerator(wiring.Component):
             counters.commands.eq(commands.count_commands),
             counters.tokens.eq(commands.count_tokens),
             counters.overflows.eq(commands.count_overflows),
+            counters.underflows.eq(commands.count_underflows),
             *(getattr(counters, name).eq(getattr(engine, f"count_{name}")) for name in EVENTS),
         ]
         for name in registers.signature.members:

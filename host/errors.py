@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moeaccel.commands import LAYER, SUBMISSION, Field, Status
+from moeaccel.commands import LAYER, SUBMISSION, Field, NonFinite, Status
 from moeaccel.errors import MoeAccelError
 
 __all__ = [
@@ -87,7 +87,8 @@ class CommandFailed(HostError):
     message : :class:`str`
     status : :class:`Status`
     detail, address : :class:`int`
-        Of the completion; for ``NONFINITE`` the detail counts from the first token of the call.
+        Of the completion; for ``NONFINITE`` the detail counts from the first token of the call,
+        and the address is a :class:`NonFinite`.
     """
 
     def __init__(self, message: str, *, status: Status | int, detail: int, address: int) -> None:
@@ -110,12 +111,17 @@ class BusError(CommandFailed):
 
 
 class NonFiniteInput(CommandFailed):
-    """x holds NaN or infinity; ``token`` says where."""
+    """x or a routing weight is NaN or infinite; ``what`` says which, ``token`` where."""
 
     @property
     def token(self) -> int:
-        """Row of x."""
+        """Row of x, or of the routing weights."""
         return self.detail
+
+    @property
+    def what(self) -> str:
+        """``"x"`` or ``"routing weight"``."""
+        return _nonfinite(self.address)
 
 
 class GridOverflow(CommandFailed):
@@ -133,6 +139,12 @@ class CommandAborted(CommandFailed):
 
 class WatchdogExpired(CommandFailed):
     """The device made no progress for as many cycles as its watchdog allows."""
+
+
+def _nonfinite(address: int) -> str:
+    if address not in list(NonFinite):
+        return f"value of kind {address}"
+    return NonFinite(address).name.lower().replace("_", " ")
 
 
 def _field_at(fields: tuple[Field, ...], word: int) -> str:
@@ -174,7 +186,7 @@ def command_error(status: int, detail: int, address: int, *, first_token: int = 
         case Status.NONFINITE:
             detail += first_token
             kind, text = NonFiniteInput, (
-                f"x must be finite, but token {detail} holds NaN or infinity; "
+                f"{_nonfinite(address)} must be finite, but token {detail} holds NaN or infinity; "
                 "find the layer that made it")
         case Status.OVERFLOW:
             kind, text = GridOverflow, (

@@ -42,11 +42,14 @@ class CallStatistics:
     cycles : :class:`int`
         Sum over its commands, each from fetching the submission to writing the completion.
     commands, tokens : :class:`int`
+    underflows : :class:`int`
+        Weighted outputs that were not zero and became zero on the layer's output grid.
     """
 
     cycles: int
     commands: int
     tokens: int
+    underflows: int = 0
 
 
 @dataclass
@@ -73,6 +76,7 @@ class Handle:
         self._like = like
         self._cycles = 0
         self._commands = 0
+        self._underflows = 0
         self._error: CommandFailed | None = None
         self._consumed = False
 
@@ -84,7 +88,7 @@ class Handle:
     @property
     def statistics(self) -> CallStatistics:
         """What the call cost; complete after ``sync``."""
-        return CallStatistics(self._cycles, self._commands, len(self._y))
+        return CallStatistics(self._cycles, self._commands, len(self._y), self._underflows)
 
 
 class _Layer:
@@ -254,6 +258,7 @@ class _Layer:
             rows[:] = raw.view("<f4").reshape(rows.shape)
         handle._error = handle._error or error
         handle._cycles += done.cycles
+        handle._underflows += done.underflows
         part.buffers.free()
         del handle._parts[0]
 

@@ -33,7 +33,7 @@ class Completion:
 
     Parameters
     ----------
-    tag, status, detail, address, cycles : :class:`int`
+    tag, status, detail, address, cycles, underflows : :class:`int`
         As in :data:`moeaccel.commands.COMPLETION`.
     """
 
@@ -42,6 +42,7 @@ class Completion:
     detail: int = 0
     address: int = 0
     cycles: int = 0
+    underflows: int = 0
 
 
 class CommandRings:

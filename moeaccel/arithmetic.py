@@ -33,6 +33,10 @@ ELEMENT_BITS = 24
 EXPONENT_RANGE = 10
 """A block's exponent is at most this far below the token's largest."""
 
+SUBNORMAL_EXPONENT = -2048
+"""Exponent of the internal float that stands for a subnormal routing weight: no output times it
+reaches any grid, so that what it weights underflows, and is counted."""
+
 RAISE_THRESHOLD = 16711424
 """Least 24-bit significand that rounds to more than 32639 = 127 * 256 + 127, the largest balanced
 ``a16`` mantissa."""
@@ -152,10 +156,16 @@ def split_float32(values: NDArray[np.float32]) -> tuple[Ints, Ints, NDArray[np.b
 
 
 def float32_to_internal(values: NDArray[np.float32]) -> InternalFloat:
-    """Round float32 to internal floats (routing weights); subnormals and non-finite values count as
-    zero."""
-    significand, exponent, _ = split_float32(values)
-    return normalise(significand, exponent)
+    """Round float32 to internal floats (routing weights).
+
+    Non-finite values count as zero. Subnormals become ``+-2**16 * 2**SUBNORMAL_EXPONENT``.
+    """
+    significand, exponent, nonfinite = split_float32(values)
+    rounded = normalise(significand, exponent)
+    subnormal = (significand == 0) & ~nonfinite & (values != 0)
+    tiny = np.where(np.signbit(values), -1, 1) << (MANTISSA_BITS - 1)
+    return InternalFloat(np.where(subnormal, tiny, rounded.mantissa),
+                         np.where(subnormal, SUBNORMAL_EXPONENT, rounded.exponent))
 
 
 def quantise_elements(significand: Ints, exponent: Ints, planes: int) -> BlockFloat:
@@ -210,13 +220,14 @@ TERM_BITS = 43
 
 def weighted_output(
     output: InternalFloat, weight: InternalFloat, grid_exponent: int
-) -> tuple[Ints, Ints]:
+) -> tuple[Ints, Ints, Ints]:
     """Round ``output * weight`` once to the grid of ``2**grid_exponent``.
 
     Returns
     -------
-    (term, overflow)
+    (term, overflow, underflow)
         ``term`` fits 43 bits and a sign; where it would not, it is zero and ``overflow`` is 1.
+        Where it is rounded to zero and was not zero, ``underflow`` is 1.
     """
     product = output.mantissa * weight.mantissa
     shift = output.exponent + weight.exponent - grid_exponent
@@ -226,7 +237,8 @@ def weighted_output(
         round_shift(product, np.maximum(-shift, 0)),
         product << np.clip(shift, 0, TERM_BITS - 2 * (MANTISSA_BITS - 1)),
     )
-    return np.where(overflow, 0, term), overflow.astype(np.int64)
+    underflow = (product != 0) & (term == 0) & ~overflow
+    return np.where(overflow, 0, term), overflow.astype(np.int64), underflow.astype(np.int64)
 
 
 def grid_to_float32(total: Ints, grid_exponent: int) -> NDArray[np.float32]:

@@ -17,6 +17,7 @@ from moeaccel.commands import (
     Activation,
     Field,
     LayerKind,
+    NonFinite,
     Opcode,
     Status,
 )
@@ -27,7 +28,7 @@ from moeaccel.registers import REGISTERS, VERSION_VALUE
 __all__ = ["c_header"]
 
 _STRUCTURES = {"submission": SUBMISSION, "layer": LAYER, "completion": COMPLETION}
-_ENUMS: tuple[type[enum.IntEnum], ...] = (Opcode, Status, LayerKind, Activation)
+_ENUMS: tuple[type[enum.IntEnum], ...] = (Opcode, Status, NonFinite, LayerKind, Activation)
 
 
 def _define(name: str, value: int | str, text: str = "") -> str:

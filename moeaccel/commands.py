@@ -44,13 +44,23 @@ class Status(enum.IntEnum):
     BUS_ERROR = 5
     """Memory answered with an error; address is the first byte of the burst (writes: 0)."""
     NONFINITE = 6
-    """A token of x holds NaN or infinity; detail is the token."""
+    """NaN or infinity in what was computed with; detail is the token, address says what it is of
+    (NonFinite): x before routing weights, then the lowest token."""
     OVERFLOW = 7
-    """Weighted outputs beyond the grid; detail is their number."""
+    """Weighted outputs beyond the grid; detail is their number, at most COUNT_MAX."""
     ABORTED = 8
     """Ended by ABORT or soft reset."""
     WATCHDOG = 9
     """No progress for WATCHDOG cycles."""
+
+
+class NonFinite(enum.IntEnum):
+    """What is not finite: the address of a completion with NONFINITE."""
+
+    X = 0
+    """The token's x."""
+    ROUTING_WEIGHT = 1
+    """A weight of one of its pairs; weights of skipped ids are not looked at."""
 
 
 class LayerKind(enum.IntEnum):
@@ -151,7 +161,17 @@ COMPLETION = _fields(
     ("detail", 1, 0, 32, "What the status says."),
     ("address", 2, 0, 64, "What the status says."),
     ("cycles", 4, 0, 64, "Clock cycles from fetching the submission to writing this."),
+    (
+        "underflows",
+        6,
+        0,
+        32,
+        "Weighted outputs that were not zero and are zero on the grid; OK, NONFINITE, OVERFLOW.",
+    ),
 )
+
+COUNT_MAX = (1 << 32) - 1
+"""Where counts in a completion end: that many, or more."""
 
 
 def encode(fields: tuple[Field, ...], values: Mapping[str, int]) -> bytes:

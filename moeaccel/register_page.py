@@ -21,6 +21,7 @@ from moeaccel.commands import (
     Activation,
     Field,
     LayerKind,
+    NonFinite,
     Opcode,
     Status,
 )
@@ -81,7 +82,7 @@ def generated() -> str:
                          ("Completion", COMPLETION)):
         lines += _structure(name, fields)
     lines += ["## Codes", ""]
-    for kind in (Opcode, Status, LayerKind, Activation):
+    for kind in (Opcode, Status, NonFinite, LayerKind, Activation):
         lines += _enumeration(kind)
     lines += ["### Weight formats", "", *_table(("code", "name", "bits a weight"), [
         (str(f.code), f"`{f.name}`", f"{f.bits_per_weight():g}") for f in FORMATS.values()])]

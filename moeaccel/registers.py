@@ -46,7 +46,7 @@ class Register:
 
 
 ID_VALUE = 0x4145_4F4D  # "MOEA" in memory order
-VERSION_VALUE = 0x0001_0001
+VERSION_VALUE = 0x0001_0002
 ADDRESS_BITS = 12
 
 
@@ -68,8 +68,9 @@ COUNTERS: tuple[tuple[str, str], ...] = (
     ("assignments", "Token-expert pairs computed."),
     ("overflows", "Weighted outputs beyond the grid."),
     ("commands", "Commands completed."),
+    ("underflows", "Weighted outputs that were not zero and are zero on the grid."),
 )
-"""Event counters, 48 bits wide, two registers each from COUNTERS_BASE on."""
+"""Event counters, 48 bits wide, two registers each from COUNTERS_BASE on; new ones come last."""
 
 COUNTERS_BASE = 0x100
 

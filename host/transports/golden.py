@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from moeaccel.commands import (
     COMPLETION,
+    COUNT_MAX,
     ENTRY_BYTES,
     LAYER,
     SUBMISSION,
@@ -308,7 +309,7 @@ class GoldenTransport(Transport):
 
     def _execute(self, address: int) -> dict[str, int]:
         """Execute the submission at an address and return its completion, but for the phase."""
-        tag, cycles, status, detail, where = 0, 0, Status.OK, 0, 0
+        tag, cycles, status, detail, where, underflows = 0, 0, Status.OK, 0, 0, 0
         try:
             submission = decode(SUBMISSION, self._load(address, ENTRY_BYTES).tobytes())
             tag = submission["tag"]
@@ -317,15 +318,14 @@ class GoldenTransport(Transport):
                     pass
                 case Opcode.EXPERTS | Opcode.GEMM:
                     result, cycles = self._compute(submission)
-                    if result.nonfinite_tokens:
-                        status, detail = Status.NONFINITE, result.nonfinite_tokens[0]
-                    elif result.overflows:
-                        status, detail = Status.OVERFLOW, result.overflows
+                    status, detail, where = result.outcome
+                    underflows = min(result.underflows, COUNT_MAX)
                 case opcode:
                     raise _Fault(Status.BAD_OPCODE, detail=opcode)
         except _Fault as fault:
             status, detail, where = fault.status, fault.detail, fault.address
-        return {"tag": tag, "status": status, "detail": detail, "address": where, "cycles": cycles}
+        return {"tag": tag, "status": status, "detail": detail, "address": where, "cycles": cycles,
+                "underflows": underflows}
 
     # -- commands ----------------------------------------------------------------------------------
     def _compute(self, submission: dict[str, int]) -> tuple[DeviceResult, int]:
@@ -352,7 +352,7 @@ class GoldenTransport(Transport):
         self._check(submission["y_address"], y_bytes)
         self._account(layer, ids, used, submission)
 
-        result = DeviceResult(np.zeros((tokens, layer.d_out), np.float32), [], 0)
+        result = DeviceResult(np.zeros((tokens, layer.d_out), np.float32), [], [], 0, 0)
         if used.size:
             x = self._ram.read(submission["x_address"], 4 * tokens * layer.d_in).view("<f4")
             x = x.reshape(tokens, layer.d_in)
@@ -363,7 +363,7 @@ class GoldenTransport(Transport):
                 decoded = _Experts(layer.num_experts, lambda e: Expert(
                     *self._decoded(layer, e if e in used else int(used[0]))))
                 result = experts(x, ids, weights, decoded, **options)
-        self._count(overflows=result.overflows)
+        self._count(overflows=result.overflows, underflows=result.underflows)
         self._ram.write(submission["y_address"], np.ascontiguousarray(result.y).view(np.uint8)
                         .reshape(-1))
         return result, self._predict(layer, ids)

@@ -23,6 +23,7 @@ from moeaccel.arithmetic import (
     quantise_float32,
     weighted_output,
 )
+from moeaccel.commands import COUNT_MAX, NonFinite, Status
 from moeaccel.config import BLOCK
 from moeaccel.formats import QuantisedMatrix
 from moeaccel.image import Expert
@@ -38,15 +39,31 @@ class DeviceResult:
     Parameters
     ----------
     y : float32 array, (T, d_out)
-    nonfinite_tokens : :class:`list` of :class:`int`
-        Tokens of x with NaN or infinity (those elements count as zero).
+    nonfinite_tokens, nonfinite_weights : :class:`list` of :class:`int`
+        Tokens with NaN or infinity in x, and in the weight of one of their pairs (those count as
+        zero).
     overflows : :class:`int`
         Weighted outputs beyond the grid (they count as zero).
+    underflows : :class:`int`
+        Weighted outputs that were not zero and are zero on the grid.
     """
 
     y: NDArray[np.float32]
     nonfinite_tokens: list[int]
+    nonfinite_weights: list[int]
     overflows: int
+    underflows: int
+
+    @property
+    def outcome(self) -> tuple[Status, int, int]:
+        """Status, detail and address of the completion."""
+        if self.nonfinite_tokens:
+            return Status.NONFINITE, self.nonfinite_tokens[0], NonFinite.X
+        if self.nonfinite_weights:
+            return Status.NONFINITE, self.nonfinite_weights[0], NonFinite.ROUTING_WEIGHT
+        if self.overflows:
+            return Status.OVERFLOW, min(self.overflows, COUNT_MAX), 0
+        return Status.OK, 0, 0
 
 
 def matvec(x: BlockFloat, weights: QuantisedMatrix) -> InternalFloat:
@@ -92,22 +109,25 @@ def _combine(
 ) -> DeviceResult:
     quantised, nonfinite = quantise_float32(x, planes)
     total = np.zeros((x.shape[0], d_out), np.int64)
-    overflows = 0
-    used = np.zeros(x.shape[0], bool)
+    overflows = underflows = 0
+    used, unweighted = np.zeros(x.shape[0], bool), np.zeros(x.shape[0], bool)
     for e in np.unique(ids[(ids >= 0) & (ids < num_experts)]):
         tokens, slots = np.nonzero(ids == e)
         used[tokens] = True
-        weight = float32_to_internal(weights[tokens, slots])
-        term, overflow = weighted_output(
+        chosen = weights[tokens, slots]
+        unweighted[tokens[~np.isfinite(chosen)]] = True
+        weight = float32_to_internal(chosen)
+        term, overflow, underflow = weighted_output(
             output(int(e), _take(quantised, tokens)),
             InternalFloat(weight.mantissa[:, None], weight.exponent[:, None]),
             grid_exponent,
         )
         np.add.at(total, tokens, term)
         overflows += int(overflow.sum())
+        underflows += int(underflow.sum())
     return DeviceResult(
-        grid_to_float32(total, grid_exponent), np.nonzero(nonfinite & used)[0].tolist(), overflows
-    )
+        grid_to_float32(total, grid_exponent), np.nonzero(nonfinite & used)[0].tolist(),
+        np.nonzero(unweighted)[0].tolist(), overflows, underflows)
 
 
 def experts(

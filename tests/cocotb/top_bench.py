@@ -20,6 +20,7 @@ from moeaccel.commands import (
     ENTRY_BYTES,
     LAYER,
     SUBMISSION,
+    NonFinite,
     Opcode,
     Status,
     decode,
@@ -148,11 +149,7 @@ class Testbench:
 
     @staticmethod
     def _expect(fields, result):
-        if result.nonfinite_tokens:
-            return Work(fields, Status.NONFINITE, result.nonfinite_tokens[0], None, result)
-        if result.overflows:
-            return Work(fields, Status.OVERFLOW, result.overflows, None, result)
-        return Work(fields, result=result)
+        return Work(fields, *result.outcome, result)
 
     async def submit(self, *works, at_most=None):
         """Write submissions behind the tail and ring the doorbell once."""
@@ -192,7 +189,7 @@ class Testbench:
         raw = self.memory.read(self.completions + ENTRY_BYTES * self.head, ENTRY_BYTES)
         values = decode(COMPLETION, raw)
         assert values.pop("phase") == self.phase
-        assert not any(raw[24:]), "the rest of a completion must be zero"
+        assert not any(raw[28:]), "the rest of a completion must be zero"
         self.head = (self.head + 1) % self.entries
         self.phase ^= self.head == 0
         return values
@@ -206,6 +203,7 @@ class Testbench:
         assert work.address is None or got["address"] == work.address, \
             f"address {got['address']:#x}, not {work.address:#x}"
         assert got["cycles"] > 0
+        assert got["underflows"] == (work.result.underflows if work.result else 0)
         if work.result is not None:
             wanted = work.result.y
             raw = self.memory.read(work.fields["y_address"], wanted.nbytes)
@@ -346,8 +344,9 @@ async def largest_dimensions(dut):
 
 
 @cocotb.test(**TIMEOUT)
-async def nonfinite_and_overflow(dut):
-    """NaN and infinity name the first token that is used; overflows are counted; both give y."""
+async def nonfinite_overflow_and_underflow(dut):
+    """NaN and infinity name the first token that is used; what the grid has no room for is
+    counted; all give y."""
     bench = await started(dut)
     layer = bench.layer()
     x = bench.x(4, 64)
@@ -356,6 +355,17 @@ async def nonfinite_and_overflow(dut):
     assert work.status is Status.NONFINITE
     assert work.detail == 2  # token 0 is routed nowhere
     await bench.run(work)
+    weights = np.array([[np.nan], [1], [np.inf], [-np.inf]], np.float32)
+    work = bench.experts(layer, [[-1], [1], [1], [2]], weights=weights)
+    assert (work.status, work.detail, work.address) == (
+        Status.NONFINITE, 2, NonFinite.ROUTING_WEIGHT)
+    await bench.run(work)
+    before = (await bench.counters())["underflows"]
+    small = bench.experts(layer, [[0, 3], [1, 2]],
+                          weights=np.array([[1e-8, 1e-45], [1e-9, 0]], np.float32))
+    assert small.result.underflows > 64
+    await bench.run(small)
+    assert (await bench.counters())["underflows"] == before + small.result.underflows
     big = bench.experts(layer, [[0], [3]], x=bench.x(2, 64) + np.float32(1e12))
     assert big.status is Status.OVERFLOW
     await bench.run(big)

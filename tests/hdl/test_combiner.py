@@ -1,4 +1,4 @@
-"""Row sums and combiner against moeaccel.arithmetic: sums, workspace, float32, overflow."""
+"""Row sums and combiner against moeaccel.arithmetic: sums, workspace, float32, counts."""
 
 import random
 
@@ -60,7 +60,7 @@ class Bench:
         self.acknowledges = True
         self.memory = bytearray(1 << 20)
         self.table = {}
-        self.overflows = 0
+        self.overflows = self.underflows = 0
 
     def pause(self):
         return self.stalls and self.rng.random() < 0.3
@@ -112,11 +112,13 @@ class Bench:
                 await ctx.tick()
                 ctx.set(writer.done, 0)
 
-    async def count_overflows(self, ctx):
+    async def count(self, ctx):
         while True:
-            *_, found = await ctx.tick().sample(
-                Cat(core.o_overflow for core in self.cores))
-            self.overflows += found.bit_count()
+            *_, over, under = await ctx.tick().sample(
+                Cat(core.o_overflow for core in self.cores),
+                Cat(core.o_underflow for core in self.cores))
+            self.overflows += over.bit_count()
+            self.underflows += under.bit_count()
 
     async def elements(self, ctx, values, *, bank, fresh):
         """Send one pass: ``values`` (slots, rows)."""
@@ -155,7 +157,7 @@ class Bench:
     def run(self, scenario):
         sim = Simulator(self.joined)
         sim.add_clock(1e-6)
-        for process in (self.slots, self.reads, self.writes, self.count_overflows):
+        for process in (self.slots, self.reads, self.writes, self.count):
             sim.add_testbench(process, background=True)
         sim.add_testbench(scenario)
         sim.run()
@@ -178,7 +180,7 @@ def test_sums_travel_through_the_workspace_and_end_as_float32(name, channels, se
     passes = [2, 1, 1]
     touches = [t for tokens in sets for t in tokens]
     total = np.zeros((4, rows), np.int64)
-    overflows = []
+    overflows, underflows = [], []
 
     async def scenario(ctx):
         dut = bench.dut
@@ -204,10 +206,11 @@ def test_sums_travel_through_the_workspace_and_end_as_float32(name, channels, se
                         "weight": {"mantissa": int(weights.mantissa[slot]),
                                    "exponent": int(weights.exponent[slot])}}
                 values = draw(rng, (len(tokens), rows))
-                term, overflow = weighted_output(values, InternalFloat(
+                term, overflow, underflow = weighted_output(values, InternalFloat(
                     weights.mantissa[:, None], weights.exponent[:, None]), GRID)
                 np.add.at(total, tokens, term)
                 overflows.append(int(overflow.sum()))
+                underflows.append(int(underflow.sum()))
                 await bench.elements(ctx, values, bank=bank, fresh=repeat == 0)
             await bench.drain(ctx, bank=bank, count=len(tokens))
             seen += tokens
@@ -217,6 +220,7 @@ def test_sums_travel_through_the_workspace_and_end_as_float32(name, channels, se
     for token in range(4):
         assert (bench.row(token, rows) == expected[token]).all()
     assert bench.overflows == sum(overflows)
+    assert bench.underflows == sum(underflows)
 
 
 @pytest.mark.parametrize(("name", "channels"), [("tiny", 1), ("small", 4)])
@@ -227,7 +231,7 @@ def test_a_row_of_zeros_leaves_the_buffer_to_the_cores(name, channels):
     rng = np.random.default_rng(3)
     rows, tokens = 64, [0, 2]
     weights, values = draw(rng, len(tokens), -4, 2), draw(rng, (len(tokens), rows))
-    term, _ = weighted_output(
+    term, *_ = weighted_output(
         values, InternalFloat(weights.mantissa[:, None], weights.exponent[:, None]), GRID)
     for slot, token in enumerate(tokens):
         bench.table[slot] = {"token": token, "first": 1, "last": 1, "weight": {
@@ -263,7 +267,7 @@ def test_a_row_of_zeros_leaves_the_buffer_to_the_cores(name, channels):
     assert not bench.row(1, rows).any()
 
 
-def test_rounding_extremes_overflow_and_throughput():
+def test_rounding_extremes_overflow_underflow_and_throughput():
     config = PRESETS["tiny"]
     bench = Bench(config, 5, stalls=False)
     rng = np.random.default_rng(5)
@@ -272,10 +276,11 @@ def test_rounding_extremes_overflow_and_throughput():
     # Exact ties of the rounding, zero, the largest term, and one beyond it.
     for i, (m, e) in enumerate([(65536, -29), (98304, -29), (-98304, -29), (65536, -45),
                                 (0, 0), (131071, -2), (65536, -1), (-65536, 16), (-131071, -2),
-                                (65537, -45), (65536, -46), (-65536, -200), (65536, 1500)]):
+                                (65537, -45), (65536, -46), (-65536, -200), (65536, 1500),
+                                (-65537, -45), (-65536, -45), (131071, -46), (65536, -2048)]):
         values.mantissa[0, i], values.exponent[0, i] = m, e
     weight = InternalFloat(np.array([65536]), np.array([-16]))
-    term, overflow = weighted_output(values, weight, GRID)
+    term, overflow, underflow = weighted_output(values, weight, GRID)
     cycles = []
 
     async def scenario(ctx):
@@ -300,6 +305,9 @@ def test_rounding_extremes_overflow_and_throughput():
     bench.run(scenario)
     assert (bench.row(0, rows) == grid_to_float32(term, GRID)[0]).all()
     assert bench.overflows == overflow.sum() > 0
+    assert bench.underflows == underflow.sum() > 0
+    # Ties at half the grid's unit, the nearest beyond them, zero: what counts and what does not.
+    assert underflow[0, [3, 4, 9, 10, 11, 13, 14, 15, 16]].tolist() == [1, 0, 0, 1, 1, 0, 1, 1, 1]
     assert cycles[0] <= rows // config.quantiser_lanes + 40  # a word per cycle
 
 

@@ -10,10 +10,12 @@ from amaranth.sim import Simulator
 
 from moeaccel.commands import (
     COMPLETION,
+    COUNT_MAX,
     ENTRY_BYTES,
     LAYER,
     SUBMISSION,
     LayerKind,
+    NonFinite,
     Opcode,
     Status,
     decode,
@@ -111,14 +113,14 @@ class Bench:
         dut, rng, width = self.dut, self.random, self.width
         reads, write, faults = [], None, None
         self.written = []
-        latch = {"fault_window": 0, "fault_bus": 0, "fault_address": 0}
+        self.latch = {"fault_window": 0, "fault_bus": 0, "fault_address": 0}
         while True:
             go = [rng.random() >= self.stall and not self.hold() for _ in range(4)]
             ctx.set(dut.reader.request.ready, go[0])
             ctx.set(dut.writer.request.ready, go[1] and write is None)
             ctx.set(dut.writer.data.ready, go[2] and write is not None and not write[2])
             ctx.set(dut.idle, not reads)
-            for name, value in latch.items():
+            for name, value in self.latch.items():
                 ctx.set(getattr(dut, name), value)
             ctx.set(dut.reader.valid, 0)
             ctx.set(dut.reader.data, rng.getrandbits(8 * width))
@@ -152,7 +154,7 @@ class Bench:
                 dut.writer.data.valid, dut.writer.data.ready, dut.writer.data.payload,
                 dut.flush, dut.clear_faults, dut.writer.request.ready)
             if v[10]:
-                latch = dict.fromkeys(latch, 0)
+                self.latch = dict.fromkeys(self.latch, 0)
             if v[0] and go[0] and not v[9]:
                 assert v[1] % ENTRY_BYTES == 0
                 assert v[2] * width == ENTRY_BYTES
@@ -161,8 +163,8 @@ class Bench:
                     faults = "fault_window", v[1]
                 elif v[1] in self.refuse:
                     faults = "fault_bus", v[1]
-            if faults and not any(latch.values()):
-                latch |= {faults[0]: 1, "fault_address": faults[1]}
+            if faults and not any(self.latch.values()):
+                self.latch |= {faults[0]: 1, "fault_address": faults[1]}
                 faults = None
             if v[3] and v[11]:
                 assert v[5] * width == ENTRY_BYTES
@@ -183,10 +185,10 @@ class Bench:
             accept = wait is None and self.random.random() >= self.stall
             ctx.set(dut.o_job.ready, accept)
             ctx.set(dut.i_done, wait == 0)
-            for name in ("i_nonfinite", "i_nonfinite_token", "i_overflows"):
+            for name in dut.i_result.shape().members:
                 # Without i_done they mean nothing.
-                junk = self.random.getrandbits(len(getattr(dut, name)))
-                ctx.set(getattr(dut, name), result.get(name, 0) if wait == 0 else junk)
+                junk = self.random.getrandbits(len(dut.i_result[name]))
+                ctx.set(dut.i_result[name], result.get(name, 0) if wait == 0 else junk)
             if wait == 0:
                 wait = None
             elif wait is not None and wait > 0:
@@ -205,7 +207,7 @@ class Bench:
         dut = self.dut
         async for _, _, *v in ctx.tick().sample(
                 dut.o_irq, dut.o_reset_done, dut.count_commands, dut.count_tokens,
-                dut.count_overflows):
+                dut.count_overflows, dut.count_underflows):
             if v[0]:
                 self.log.append("irq")
             if v[1]:
@@ -270,7 +272,8 @@ def test_jobs_and_completions(preset, stall):
 
     async def testbench(ctx):
         assert await bench.run_one(ctx) | {"cycles": 0} == {
-            "tag": 0x1234, "status": Status.OK, "detail": 0, "address": 0, "cycles": 0}
+            "tag": 0x1234, "status": Status.OK, "detail": 0, "address": 0, "cycles": 0,
+            "underflows": 0}
         bench.put_layer(**LINEAR)
         assert (await bench.run_one(ctx, **GEMM, tag=9))["tag"] == 9
         bench.put_layer()
@@ -288,7 +291,8 @@ def test_jobs_and_completions(preset, stall):
         job_of(GOOD_SUBMISSION | GEMM, GOOD_LAYER | LINEAR, bench.config),
         job_of(GOOD_SUBMISSION | {"tokens": 5}, GOOD_LAYER, bench.config)]
     assert bench.log == ["done", "irq"] * 5  # acknowledged, then the interrupt
-    assert bench.counts == [(1, 3, 0), (1, 3, 0), (1, 0, 0), (1, 0, 0), (1, 5, 0)]
+    assert bench.counts == [
+        (1, 3, 0, 0), (1, 3, 0, 0), (1, 0, 0, 0), (1, 0, 0, 0), (1, 5, 0, 0)]
 
 
 @pytest.mark.parametrize(("config", "count"), [
@@ -413,20 +417,64 @@ def test_limits_are_allowed():
 
 def test_results_of_the_engine():
     results = [
-        ({"i_overflows": 70000}, (Status.OVERFLOW, 70000)),
-        ({"i_nonfinite": 1, "i_nonfinite_token": 63, "i_overflows": 3}, (Status.NONFINITE, 63)),
-        ({"i_nonfinite_token": 5}, (Status.OK, 0)),
+        ({"overflows": 70000}, (Status.OVERFLOW, 70000, 0, 0)),
+        ({"overflows": 9, "underflows": 65536}, (Status.OVERFLOW, 9, 0, 65536)),
+        ({"nonfinite": 1, "token": 63, "overflows": 3, "underflows": 4},
+         (Status.NONFINITE, 63, NonFinite.X, 4)),
+        ({"nonfinite": 1, "what": NonFinite.ROUTING_WEIGHT, "token": 6},
+         (Status.NONFINITE, 6, NonFinite.ROUTING_WEIGHT, 0)),
+        ({}, (Status.OK, 0, 0, 0)),
+        ({"token": 5, "what": 1, "underflows": 7}, (Status.OK, 0, 0, 7)),
     ]
     queue = [result for result, _ in results]
+    names = "status", "detail", "address", "underflows"
     bench = Bench(engine=lambda job: queue.pop(0))
 
     async def testbench(ctx):
         for _, wanted in results:
             entry = await bench.run_one(ctx)
-            assert (entry["status"], entry["detail"]) == wanted
+            assert tuple(entry[name] for name in names) == wanted
+        entry = await bench.run_one(ctx, opcode=Opcode.NOP)  # nothing is left of the last one
+        assert tuple(entry[name] for name in names) == (Status.OK, 0, 0, 0)
 
     bench.run(testbench)
-    assert [c[2] for c in bench.counts] == [70000, 3, 0]
+    assert [c[2:] for c in bench.counts] == [
+        (70000, 0), (9, 65536), (3, 4), (0, 0), (0, 0), (0, 7), (0, 0)]
+
+
+def test_a_job_that_met_a_fault_says_nothing_of_its_numbers():
+    """What it computed with is not what memory holds."""
+    def engine(job):
+        bench.latch |= {"fault_bus": 1, "fault_address": 0x4440}
+        return {"nonfinite": 1, "overflows": 3, "underflows": 5}
+
+    bench = Bench(engine=engine)
+
+    async def testbench(ctx):
+        entry = await bench.run_one(ctx)
+        assert entry | {"cycles": 0, "tag": 0} == {
+            "tag": 0, "status": Status.BUS_ERROR, "detail": 0, "address": 0x4440, "cycles": 0,
+            "underflows": 0}
+
+    bench.run(testbench)
+
+
+def test_counts_of_the_largest_configuration_end_at_the_last_number():
+    config = TINY.replace(max_tokens=1 << 16, max_assignments=1 << 17, max_dim=32768,
+                          tile_words=1024)
+    results = [{"overflows": 1 << 32, "underflows": (1 << 32) - 1}, {"underflows": 1 << 32}]
+    queue = [*results]
+    bench = Bench(config, engine=lambda job: queue.pop(0))
+
+    async def testbench(ctx):
+        entry = await bench.run_one(ctx)
+        assert (entry["status"], entry["detail"]) == (Status.OVERFLOW, COUNT_MAX)
+        assert entry["underflows"] == COUNT_MAX
+        entry = await bench.run_one(ctx)
+        assert (entry["status"], entry["underflows"]) == (Status.OK, COUNT_MAX)
+
+    bench.run(testbench)
+    assert [c[2:] for c in bench.counts] == [(1 << 32, (1 << 32) - 1), (0, 1 << 32)]
 
 
 @pytest.mark.parametrize("ring_log2", [1, 3])
@@ -558,7 +606,7 @@ def test_abort_at_any_time(delay):
         if entry["status"] == Status.ABORTED:
             assert busy
             assert bench.resets >= DRAIN_CYCLES
-            assert bench.counts == [(1, 0, 0)]
+            assert bench.counts == [(1, 0, 0, 0)]
         else:
             assert entry["status"] == Status.OK
             assert not bench.resets

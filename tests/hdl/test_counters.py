@@ -16,9 +16,12 @@ def value(ctx, dut, name):
     return ctx.get(getattr(dut, f"ro_{name}_hi")) << 32 | ctx.get(getattr(dut, f"ro_{name}_lo"))
 
 
-@pytest.mark.parametrize("preset", ["tiny", "small"])
-def test_sums(preset):
-    config = PRESETS[preset]
+LARGEST = PRESETS["wide512"].replace(max_tokens=1 << 16, max_assignments=1 << 17, max_dim=32768)
+
+
+@pytest.mark.parametrize("config", [PRESETS["tiny"], PRESETS["small"], LARGEST],
+                         ids=["tiny", "small", "largest"])
+def test_sums(config):
     dut = Counters(config)
     rng = random.Random(1)
 
@@ -38,7 +41,7 @@ def test_sums(preset):
                 ctx.set(getattr(dut, name), 0)
             await ctx.tick()
             assert {name: value(ctx, dut, name) for name in NAMES} == totals
-            assert totals["overflows"] > 1 << 32  # the high word is in use
+            assert config is not LARGEST or totals["overflows"] > 1 << 32  # the high word is in use
             ctx.set(dut.overflows, 5)
             await ctx.tick()
             ctx.set(dut.clear, 1)
@@ -56,10 +59,12 @@ def test_sums(preset):
 
 
 def test_amounts_are_wide_enough():
-    for config in PRESETS.values():
+    for config in (*PRESETS.values(), LARGEST):
         dut = Counters(config)
         assert 1 << len(dut.tokens) > config.max_tokens
         assert 1 << len(dut.assignments) > config.max_assignments
+        for count in (dut.overflows, dut.underflows):
+            assert 1 << len(count) > config.max_assignments * config.max_dim
 
 
 def test_outputs_are_registers():

@@ -26,15 +26,20 @@ def expected_passes(ids, num_experts, capacity):
     return passes
 
 
-def run(ids, weights, *, num_experts, two_planes, seed, linear=False, delay=0):
-    """Return (passes, zero tokens); a pass is (image, count, same, last, slots, x bank)."""
+def run(ids, weights, *, num_experts, two_planes, seed, linear=False, delay=0, more=(),
+        nonfinite=None):
+    """Return (passes, zero tokens); a pass is (image, count, same, last, slots, x bank).
+
+    ``more``: weights with which the job is run again; None: as a linear layer. ``nonfinite``: list
+    that takes, for each run, the token whose weight is not finite, or None.
+    """
     rng = random.Random(seed)
     tokens, top_k = ids.shape
     dut = Dispatcher(CONFIG)
     passes, zeros, requests, sections, loads = [], [], [], [], []
     table = {}
     unanswered = set()  # addresses asked for whose data is not complete
-    beats = {0x10000: ids.astype("<i4").tobytes(), 0x20000: weights.astype("<f4").tobytes()}
+    beats = {0x10000: ids.astype("<i4").tobytes()}
 
     async def memory(ctx):
         while True:
@@ -131,15 +136,23 @@ def run(ids, weights, *, num_experts, two_planes, seed, linear=False, delay=0):
             "weights_address": 0x20000,
         }.items():
             ctx.set(p[name], value)
-        ctx.set(dut.i_job.valid, 1)
-        await ctx.tick().until(dut.i_job.ready)
-        ctx.set(dut.i_job.valid, 0)
-        await ctx.tick()
-        await ctx.tick().until(dut.o_done)
-        # What comes later would be taken for the next command's.
-        assert not unanswered
-        for _ in range(200):
+        for now in (weights, *more):
+            if now is None:
+                ctx.set(p.linear, 1)
+            else:
+                beats[0x20000] = now.astype("<f4").tobytes()
+            ctx.set(dut.i_job.valid, 1)
+            await ctx.tick().until(dut.i_job.ready)
+            ctx.set(dut.i_job.valid, 0)
             await ctx.tick()
+            await ctx.tick().until(dut.o_done)
+            # What comes later would be taken for the next command's.
+            assert not unanswered
+            if nonfinite is not None:
+                found = ctx.get(dut.o_nonfinite)
+                nonfinite.append(ctx.get(dut.o_nonfinite_token) if found else None)
+            for _ in range(200):
+                await ctx.tick()
 
     sim = Simulator(dut)
     sim.add_clock(1e-6)
@@ -175,6 +188,8 @@ def test_passes_hold_every_pair_once_in_order(seed, two_planes):
     if seed == 5:
         ids[:] = 2  # one expert with all tokens, the others with none
     weights = rng.standard_normal((tokens, top_k)).astype(np.float32)
+    odd = np.array([0, -0.0, 1e-45, -1e-45, -1.1e-38, 2**-126, -(2**-126), 3.4e38], np.float32)
+    weights = np.where(rng.random(weights.shape) < 0.7, weights, rng.choice(odd, weights.shape))
     capacity = CONFIG.max_slots // (2 if two_planes else 1)
     passes, zeros, requests, sections, loads = run(
         ids, weights, num_experts=num_experts, two_planes=two_planes, seed=seed
@@ -205,6 +220,31 @@ def test_passes_hold_every_pair_once_in_order(seed, two_planes):
             seen[t] += 1
             left[t] -= 1
             assert first == firsts[s] and final == (left[t] == 0)
+
+
+def test_the_lowest_token_whose_weight_is_not_finite_is_named():
+    """Of pairs that are computed, whichever comes first, and not beyond the job."""
+    ids = np.array([[3, -1], [2, 5], [3, 1], [0, 1], [2, 0]])
+    good = np.full(ids.shape, 0.5, np.float32)
+
+    def holding(*places):
+        weights = good.copy()
+        for i, (token, k) in enumerate(places):
+            weights[token, k] = [np.nan, -np.inf, np.inf][i % 3]
+        return weights
+
+    found = []
+    run(ids, holding((0, 1), (1, 1)), num_experts=5, two_planes=1, seed=3, nonfinite=found, more=[
+        holding((3, 0), (2, 0)), good, holding((4, 1), (3, 1), (1, 1)), holding((0, 0)), good])
+    assert found == [None, 2, None, 3, 0, None]
+
+
+def test_a_linear_layer_has_no_weights_that_are_not_finite():
+    """What the memory of weights holds is another command's."""
+    found = []
+    run(np.zeros((3, 1), int), np.full((3, 1), np.nan, np.float32), num_experts=1, two_planes=0,
+        seed=1, more=[None], nonfinite=found)
+    assert found == [0, None]
 
 
 def test_linear_layers_need_no_ids():

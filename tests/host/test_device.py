@@ -381,6 +381,33 @@ def test_values_that_are_not_finite_name_their_token(device, experts, value, tok
     assert np.isfinite(experts(x, ids, weights)).all()
 
 
+@pytest.mark.parametrize("token", [0, 63, 64, 149])
+def test_routing_weights_that_are_not_finite_name_their_token(experts, token):
+    x, ids, weights = draw_call(np.random.default_rng(0), 150)
+    weights[token, 1], ids[token, 1] = np.nan, 0
+    with pytest.raises(errors.NonFiniteInput,
+                       match=f"^routing weight must be .* token {token} holds NaN") as caught:
+        experts(x, ids, weights)
+    assert (caught.value.token, caught.value.what) == (token, "routing weight")
+    ids[token, 1] = -1
+    assert np.isfinite(experts(x, ids, weights)).all()
+    x[token, 0] = np.inf
+    with pytest.raises(errors.NonFiniteInput, match=f"^x must be .* token {token} ") as caught:
+        experts(x, ids, weights)
+    assert (caught.value.token, caught.value.what) == (token, "x")
+
+
+def test_underflows_are_reported_with_the_call(device, experts):
+    x, ids, weights = draw_call(np.random.default_rng(0), 150)
+    before = device.counters()["underflows"]
+    experts(x, ids, weights)
+    assert experts.last.commands > 1
+    few = experts.last.underflows
+    experts(x, ids, weights * np.float32(1e-25))
+    assert experts.last.underflows == 64 * int(((ids >= 0) & (ids < 4)).sum()) > few
+    assert device.counters()["underflows"] == before + few + experts.last.underflows
+
+
 def test_values_too_large_for_float32_are_not_finite(experts):
     x, ids, weights = draw_call(np.random.default_rng(0), 3)
     x = x.astype(np.float64)
@@ -584,7 +611,7 @@ def test_another_configuration_is_refused():
 
 @pytest.mark.parametrize(("register", "value", "message"), [
     ("ID", 0xFFFFFFFF, "ID must read 0x41454f4d, not 0xffffffff"),
-    ("VERSION", 0x0002_0001, r"VERSION must be 1\.1, or a later 1\.x, not 2\.1"),
+    ("VERSION", 0x0002_0001, r"VERSION must be 1\.2, or a later 1\.x, not 2\.1"),
     ("VERSION", 0x0001_0000, r"not 1\.0; .* load the bitstream of this driver"),
 ])
 def test_something_else_is_refused(register, value, message):

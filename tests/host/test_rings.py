@@ -52,7 +52,7 @@ class Endpoint(Transport):
         """Write so many bytes of a completion; its index advances when that is acknowledged."""
         entries = 1 << self.registers["RING_LOG2"]
         assert (self.tail + 1) % entries != self.registers["CQ_HEAD"], "no room for a completion"
-        values = {"tag": tag, "phase": self.phase, "cycles": tag * 10}
+        values = {"tag": tag, "phase": self.phase, "cycles": tag * 10, "underflows": tag * 3}
         at = self.registers["CQ_BASE_LO"] + ENTRY_BYTES * self.tail
         self.memory_write(at, encode(COMPLETION, values)[:written])
         if not acknowledged:
@@ -88,6 +88,7 @@ def test_what_goes_in_comes_out_once(entries_log2, script, random):
         elif step == 3:
             new = rings.take()
             assert [c.cycles for c in new] == [10 * c.tag for c in new]
+            assert [c.underflows for c in new] == [3 * c.tag for c in new]
             taken += [c.tag for c in new]
             assert taken == completed
         assert rings.in_flight == len(submitted) - len(taken)

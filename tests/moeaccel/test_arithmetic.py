@@ -98,12 +98,12 @@ def internal(value):
 @given(
     st.integers(1 << 16, (1 << 17) - 1),
     st.integers(1 << 16, (1 << 17) - 1),
-    st.integers(-60, 30),
+    st.integers(-64, 30),
     st.booleans(),
 )
 def test_weighted_output_is_rounded_once(a, b, exponent, negative):
     sign = -1 if negative else 1
-    term, overflow = arithmetic.weighted_output(
+    term, overflow, underflow = arithmetic.weighted_output(
         arithmetic.InternalFloat(np.array([sign * a]), np.array([exponent])),
         arithmetic.InternalFloat(np.array([b]), np.array([-16])),
         -28,
@@ -113,6 +113,18 @@ def test_weighted_output_is_rounded_once(a, b, exponent, negative):
         assert term[0] == half_even(exact) and not overflow[0]
     if abs(exact) >= 1 << 43:
         assert term[0] == 0 and overflow[0]
+    assert underflow[0] == (term[0] == 0 and not overflow[0])
+
+
+def test_only_what_is_not_zero_can_underflow():
+    weights = arithmetic.float32_to_internal(
+        np.array([1, 0, -0.0, 1e-45, -1.1754942e-38, -(2.0**-126), np.nan, np.inf], np.float32))
+    for mantissa, exponent in [(0, 0), (1 << 16, 1000)]:
+        output = arithmetic.InternalFloat(np.array([mantissa]), np.array([exponent]))
+        term, overflow, underflow = arithmetic.weighted_output(output, weights, -100)
+        assert not term.any()
+        assert overflow.tolist() == ([1, 0, 0, 0, 0, 1, 0, 0] if mantissa else [0] * 8)
+        assert underflow.tolist() == ([0, 0, 0, 1, 1, 0, 0, 0] if mantissa else [0] * 8)
 
 
 @given(st.integers(-(1 << 47), (1 << 47) - 1), st.integers(-100, 60))

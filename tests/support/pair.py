@@ -31,7 +31,7 @@ TIME = ("busy", "starved_weights", "starved_activations", "stalled_output", "idl
 """Counters of cycles; the golden model keeps none of them."""
 
 WORK = ("bytes_read_weights", "bytes_read_other", "bytes_written", "tokens", "expert_passes",
-        "assignments", "overflows", "commands")
+        "assignments", "overflows", "commands", "underflows")
 """Counters of work, equal on both."""
 
 

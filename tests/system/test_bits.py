@@ -64,7 +64,8 @@ SCORES = {
     "zero": lambda rng, shape: np.zeros(shape),
     "every size": lambda rng, shape: _spread(rng, shape, -40, 10),
     "odd": lambda rng, shape: rng.choice(
-        [0.0, -0.0, 1e-45, -1e-39, 1.0, -1.0, 1.99999988, 2**-126, np.nan, np.inf], shape),
+        [0.0, -0.0, 1e-45, -1e-39, 1.0, -1.0, 1.99999988, 2**-126, 2**-30, -(2**-32)], shape),
+    "not finite": lambda rng, shape: rng.choice([0.5, 1e-45, np.nan, np.inf, -np.inf], shape),
 }
 
 
@@ -246,7 +247,10 @@ CORNERS = {
     "largest": replace(TINY, d_model=256, d_expert=256, tokens=5, top_k=2, name="mxint8"),
     "zeros": replace(TINY, tokens=5, top_k=2, x="zero"),
     "weights of zero": replace(TINY, tokens=5, top_k=2, scores="zero"),
-    "weights that are no numbers": replace(TINY, tokens=32, top_k=8, scores="odd"),
+    "weights that are no numbers": replace(TINY, tokens=32, top_k=8, scores="not finite"),
+    "weights that are no numbers, few valid": replace(
+        TINY, tokens=64, top_k=4, scores="not finite", routing="few valid"),
+    "weights of every kind": replace(TINY, tokens=32, top_k=8, scores="odd"),
     "outliers": replace(TINY, tokens=9, top_k=2, x="outliers", bits=8, grid_exponent=-8),
     "every exponent, which overflows": replace(TINY, tokens=9, top_k=2, x="any exponent",
                                                grid_exponent=60, scores="every size"),

@@ -87,6 +87,38 @@ def test_busy_is_the_steps_of_the_array(pair_of, config, name, bits):
         assert counters["assignments"] == (ids >= 0).sum()
 
 
+@pytest.mark.parametrize("config", ["tiny", "small"])
+def test_underflows_are_those_of_the_golden_model(pair_of, config):
+    """In the register, and call by call; a call has several commands; zeros do not count."""
+    rng = np.random.default_rng(0)
+    weights = draw_experts(rng, 4, 64, 64)
+    with pair_of(config, memory=MEMORIES["random"]) as pair:
+        layers = {device: device.load_experts(*weights) for device in pair.devices}
+        linear = {device: device.load_linear(weights[1][0], grid_exponent=2)
+                  for device in pair.devices}
+        tokens = pair.config.max_tokens + 1
+        x, ids, scores = call_of(rng, tokens, 2, 4, 64)
+        total, found = 0, {}
+        for name, (layer, call) in {
+            "all there": (layers, (x, ids, scores)),
+            "small": (layers, (x, ids, scores * np.float32(1e-8))),
+            "tiny": (layers, (x, ids, scores * np.float32(1e-30))),
+            "subnormal": (layers, (x, ids, np.full_like(scores, 1e-45))),
+            "zero": (layers, (x, ids, 0 * scores)),
+            "no x": (layers, (0 * x, ids, scores)),
+            "linear": (linear, (x,)),
+        }.items():
+            pair.same(lambda device, layer=layer, call=call: layer[device](*call))
+            found[name], expected = (layer[device].last.underflows for device in pair.devices)
+            assert found[name] == expected
+            total += expected
+            assert pair.check()["underflows"] == total
+        outputs = 64 * int((ids >= 0).sum())
+        assert found["all there"] == found["zero"] == found["no x"] == 0
+        assert found["tiny"] == found["subnormal"] == outputs
+        assert 0 < found["small"] < outputs and 0 < found["linear"] < 64 * tokens
+
+
 def test_large_counts_carry(pair_of):
     """The high halves are there; none of them moves by itself."""
     with pair_of("tiny") as pair:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from moeaccel.commands import LAYER, SUBMISSION, Opcode, Status, decode
+from moeaccel.commands import LAYER, SUBMISSION, NonFinite, Opcode, Status, decode
 from moeaccel.host import errors
 from moeaccel.sim import MemoryModel, StallModel
 from tests.support.pair import (
@@ -269,8 +269,32 @@ def test_values_that_are_not_finite(pair, tokens, value):
     x, ids, weights = draw_call(70)
     x[tokens, np.arange(len(tokens)) * 9] = value
     result = pair.same(lambda device: pair.layers[device](x, ids, weights))
-    assert result == ("NonFiniteInput", Status.NONFINITE, min(tokens), 0)
+    assert result == ("NonFiniteInput", Status.NONFINITE, min(tokens), NonFinite.X)
     pair.check()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("tokens", [[0], [63], [64], [69], [5, 3], [69, 66], [66, 2]])
+def test_routing_weights_that_are_not_finite(pair, tokens, value):
+    """Also in the call's second command; x comes first, whatever its token."""
+    x, ids, weights = draw_call(70)
+    weights[tokens, np.arange(len(tokens))] = value
+    found = pair.same(lambda device: pair.layers[device](x, ids, weights))
+    assert found == (
+        "NonFiniteInput", Status.NONFINITE, min(tokens), NonFinite.ROUTING_WEIGHT)
+    x[60, 3] = np.inf
+    found = pair.same(lambda device: pair.layers[device](x, ids, weights))
+    assert found == ("NonFiniteInput", Status.NONFINITE, 60, NonFinite.X)
+    pair.check()
+
+
+def test_weights_of_skipped_ids_may_hold_anything(pair):
+    x, ids, weights = (array.copy() for array in CALL)
+    skipped = [0, 0, 3, 5], [0, 2, 1, 0]
+    ids[skipped], weights[skipped] = [-1, EXPERTS, -7, 1 << 30], [np.nan, np.inf, -np.inf, np.nan]
+    y = pair.same(lambda device: pair.layers[device](x, ids, weights))
+    weights[skipped] = 0
+    assert_same_bits(y, pair.layers[pair.golden](x, ids, weights))
 
 
 def test_tokens_without_experts_may_hold_anything(pair):

@@ -3,6 +3,7 @@ import pytest
 
 from moeaccel import golden
 from moeaccel.arithmetic import quantise_float32
+from moeaccel.commands import NonFinite, Status
 from moeaccel.formats import FORMATS
 from moeaccel.golden.experts import matvec
 from moeaccel.golden.reference import experts_float64, quantised_float_experts
@@ -96,20 +97,33 @@ def test_bits_do_not_depend_on_batch_or_order():
     assert (golden.experts(x, ids[:, order], weights[:, order], layer).y == whole).all()
 
 
-def test_skipped_ids_nonfinite_and_overflow():
+def test_skipped_ids_nonfinite_overflow_and_underflow():
     rng = np.random.default_rng(4)
     layer = small_layer(rng)
     x = rng.standard_normal((3, 64)).astype(np.float32)
     ids = np.array([[-1, 4], [0, -7], [1, 1]])
     weights = np.ones((3, 2), np.float32)
     result = golden.experts(x, ids, weights, layer)
-    assert (result.y[0] == 0).all() and result.nonfinite_tokens == [] and result.overflows == 0
+    assert (result.y[0] == 0).all() and result.outcome == (Status.OK, 0, 0)
+    assert result.overflows == result.underflows == 0
     twice = golden.experts(x[2:], np.array([[1]]), np.array([[2.0]], np.float32), layer).y
     assert np.allclose(result.y[2], twice[0], rtol=1e-4, atol=1e-6)
     x[0, 0] = x[1, 5] = np.inf
     result = golden.experts(x, ids, weights, layer)
-    assert result.nonfinite_tokens == [1]  # token 0 is routed nowhere
-    assert golden.experts(x[2:] * np.float32(1e12), ids[2:], weights[2:], layer).overflows == 2 * 64
+    assert result.outcome == (Status.NONFINITE, 1, NonFinite.X)  # token 0 is routed nowhere
+    large = golden.experts(x[2:] * np.float32(1e12), ids[2:], weights[2:], layer)
+    assert large.outcome == (Status.OVERFLOW, 2 * 64, 0)
+    weights[0], weights[1, 1], weights[2, 0] = np.nan, np.inf, -np.inf  # one of the last counts
+    assert result.nonfinite_weights == []
+    result = golden.experts(x, ids, weights, layer)
+    assert result.nonfinite_weights == [2] and result.outcome == (Status.NONFINITE, 1, NonFinite.X)
+    result = golden.experts(x[2:], ids[2:], weights[2:], layer)
+    assert result.outcome == (Status.NONFINITE, 0, NonFinite.ROUTING_WEIGHT)
+    for weight in (1e-30, 1e-45):  # the first underflows in the product, the second by itself
+        small = np.array([[weight, 0]], np.float32)
+        result = golden.experts(x[2:], ids[2:], small, layer)
+        assert result.underflows == 64 and not result.y.any()
+        assert result.outcome == (Status.OK, 0, 0)
 
 
 def test_gemm():
