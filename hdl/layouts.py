@@ -6,6 +6,7 @@ from amaranth.lib.wiring import In, Out
 from amaranth.utils import ceil_log2, exact_log2
 
 from moeaccel.arithmetic import ELEMENT_BITS, MANTISSA_BITS
+from moeaccel.commands import Field
 from moeaccel.config import BLOCK, AcceleratorConfig
 
 EXPONENT_BITS = 12
@@ -141,6 +142,12 @@ def job(config: AcceleratorConfig) -> data.StructLayout:
         "y_address": address,
         "workspace_address": address,
     })
+
+
+def entry_fields(structure: tuple[Field, ...], entry: Value) -> dict[str, Value]:
+    """Return the fields of a submission, a layer descriptor or a completion, by name."""
+    parts = ((f, entry[f.offset:f.offset + f.bits]) for f in structure)
+    return {f.name: part.as_signed() if f.signed else part for f, part in parts}
 
 
 def section(config: AcceleratorConfig) -> data.StructLayout:

@@ -133,15 +133,15 @@ class MemoryPort(wiring.Component):
     bursts already issued are completed with beats whose strobes are 0. Then everything but the
     latched fault is as after reset.
 
-    **Reset** is such a flush, at any time, of any length, any number of times: memory knows nothing
-    of it. Registers that hold what was offered on the bus and count what was not answered are not
-    reset: ARVALID, AWVALID and WVALID stay, with what they offer, until they are taken, write bursts
-    are completed with beats whose strobes are 0 (so a row may be half written), and late answers
-    are swallowed, in reset as well. Memory must answer each burst, however late; until the last
-    answer no request is accepted. Where memory or the way to it is reset, too, nothing more comes:
-    ``forget``, held for a cycle or more in this reset, makes the port forget that it has asked.
-    (Nothing else may set it; where registers do not start at their initial values, it is needed
-    at power-on.)
+    **Reset** is such a flush, at any time, of any length, any number of times; memory knows nothing
+    of it. Registers that hold what is offered on the bus and count what is not answered are not
+    reset: ARVALID, AWVALID and WVALID stay, with what they offer, until they are taken; bursts on W
+    are completed with beats whose strobes are 0, so a row may be half written; late answers are
+    swallowed, also while the reset lasts. Memory must answer each burst, however late: until the
+    last answer no request is accepted. Where memory, or the way to it, is reset as well, nothing
+    more comes: then, and only then, ``forget`` is held for a cycle or more of the reset, and the
+    port forgets that it has asked. (Also at power-on, where registers do not start at their
+    initial values.)
 
     Latency: ARVALID 4 cycles after a request is accepted; data 2 cycles after the R beat; WVALID
     1 cycle after a beat of data; ``done`` 2 cycles after the last BVALID. Throughput: one AR a

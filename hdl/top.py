@@ -125,6 +125,8 @@ class Accelerator(wiring.Component):
             registers.ro_status.eq(Cat(commands.busy, commands.draining)),
             registers.set_irq_status_completion.eq(commands.o_irq),
             registers.set_irq_status_reset_done.eq(commands.o_reset_done),
+            *(getattr(registers, f"set_error_status_{f.name}").eq(commands.o_error[f.offset])
+              for f in REGISTERS["ERROR_STATUS"].fields),
             registers.clear.eq(commands.o_reset_done),
             commands.enable.eq(registers.rw_enable[0]),
             commands.sq_base.eq(registers.rw_sq_base),
@@ -133,6 +135,7 @@ class Accelerator(wiring.Component):
             commands.sq_tail.eq(registers.rw_sq_tail),
             commands.cq_head.eq(registers.rw_cq_head),
             commands.watchdog.eq(registers.rw_watchdog),
+            commands.error.eq(registers.w1c_error_status.any()),
             commands.i_abort.eq(registers.pulse_control_abort),
             commands.i_soft_reset.eq(registers.pulse_control_soft_reset),
             commands.i_done.eq(engine.o_done),
