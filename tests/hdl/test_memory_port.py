@@ -481,7 +481,6 @@ def test_reset_while_memory_goes_on(seed, readers, writers):
     rng = random.Random(200 + seed)
     bench = Bench(readers=readers, writers=writers, seed=seed, stall=rng.choice([0.0, 0.3, 0.6]),
                   latency=rng.choice([0, 5, 60, 300]))
-    dut = bench.dut
     clients = bench.readers + bench.writers
 
     async def busy(ctx, cycles):

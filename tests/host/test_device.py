@@ -584,7 +584,7 @@ def test_another_configuration_is_refused():
 
 @pytest.mark.parametrize(("register", "value", "message"), [
     ("ID", 0xFFFFFFFF, "ID must read 0x41454f4d, not 0xffffffff"),
-    ("VERSION", 0x0002_0001, r"VERSION must be 1\.1, or a later 1\.x, not 2\.1"),
+    ("VERSION", 0x0002_0001, r"VERSION must be 1\.2, or a later 1\.x, not 2\.1"),
     ("VERSION", 0x0001_0000, r"not 1\.0; .* load the bitstream of this driver"),
 ])
 def test_something_else_is_refused(register, value, message):
