@@ -6,7 +6,7 @@ from amaranth.lib.wiring import In, Out
 from amaranth.utils import ceil_log2, exact_log2
 
 from moeaccel.arithmetic import ELEMENT_BITS, MANTISSA_BITS
-from moeaccel.commands import COUNT_MAX, NonFinite
+from moeaccel.commands import COUNT_MAX, Field, NonFinite
 from moeaccel.config import BLOCK, AcceleratorConfig
 
 EXPONENT_BITS = 12
@@ -184,6 +184,12 @@ def job_result(config: AcceleratorConfig) -> data.StructLayout:
         "overflows": output_count_bits(config),
         "underflows": output_count_bits(config),
     })
+
+
+def entry_fields(structure: tuple[Field, ...], entry: Value) -> dict[str, Value]:
+    """Return the fields of a submission, a layer descriptor or a completion, by name."""
+    parts = ((f, entry[f.offset:f.offset + f.bits]) for f in structure)
+    return {f.name: part.as_signed() if f.signed else part for f, part in parts}
 
 
 def section(config: AcceleratorConfig) -> data.StructLayout:

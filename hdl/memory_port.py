@@ -5,7 +5,7 @@ import operator
 
 from amaranth import *
 from amaranth.hdl import Assert
-from amaranth.lib import data, fifo, memory, stream, wiring
+from amaranth.lib import data, memory, stream, wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import ceil_log2, exact_log2
 
@@ -91,6 +91,17 @@ class _Splitter(wiring.Component):
         return m
 
 
+class _Kept:
+    """Makes the registers that a reset leaves alone, since memory goes on where it was."""
+
+    def __init__(self):
+        self.signals = []
+
+    def __call__(self, shape, *, name):
+        self.signals.append(Signal(shape, name=name, reset_less=True))
+        return self.signals[-1]
+
+
 class MemoryPort(wiring.Component):
     """Join linear readers and writers in one AXI4 master whose every burst is checked.
 
@@ -122,6 +133,16 @@ class MemoryPort(wiring.Component):
     bursts already issued are completed with beats whose strobes are 0. Then everything but the
     latched fault is as after reset.
 
+    **Reset** is such a flush, at any time, of any length, any number of times; memory knows nothing
+    of it. Registers that hold what is offered on the bus and count what is not answered are not
+    reset: ARVALID, AWVALID and WVALID stay, with what they offer, until they are taken; bursts on W
+    are completed with beats whose strobes are 0, so a row may be half written; late answers are
+    swallowed, also while the reset lasts. Memory must answer each burst, however late: until the
+    last answer no request is accepted. Where memory, or the way to it, is reset as well, nothing
+    more comes: then, and only then, ``forget`` is held for a cycle or more of the reset, and the
+    port forgets that it has asked. (Also at power-on, where registers do not start at their
+    initial values.)
+
     Latency: ARVALID 4 cycles after a request is accepted; data 2 cycles after the R beat; WVALID
     1 cycle after a beat of data; ``done`` 2 cycles after the last BVALID. Throughput: one AR a
     cycle within a request, a request of one burst every 3 cycles for a reader; one AW every 3
@@ -142,7 +163,7 @@ class MemoryPort(wiring.Component):
     axi_mem : :py:`Out(AXI4Signature(config.address_bits, 8 * config.port_bytes, ID_BITS))`
     window_base, window_limit : :py:`In(config.address_bits + 1)`
         First byte of the window, first byte behind it.
-    flush, clear_faults : :py:`In(1)`
+    flush, forget, clear_faults : :py:`In(1)`
     idle : :py:`Out(1)`
         Nothing accepted was unfinished in the cycle before.
     fault_window, fault_bus : :py:`Out(1)`
@@ -169,6 +190,7 @@ class MemoryPort(wiring.Component):
             "window_base": In(config.address_bits + 1),
             "window_limit": In(config.address_bits + 1),
             "flush": In(1),
+            "forget": In(1),
             "clear_faults": In(1),
             "idle": Out(1),
             "fault_window": Out(1),
@@ -186,10 +208,12 @@ class MemoryPort(wiring.Component):
         shift = exact_log2(config.port_bytes)
         index = exact_log2(config.max_burst_beats)
         burst_layout = _burst(config)
+        kept = _Kept()
         readers = [getattr(self, f"reader{i}") for i in range(self._readers)]
         writers = [getattr(self, f"writer{i}") for i in range(self._writers)]
 
-        flushing, flushing_next = Signal(), Signal()
+        # A reset is a flush that has lost everything but what is kept.
+        flushing, flushing_next = Signal(init=1), Signal()
         m.d.comb += flushing_next.eq(self.flush | (flushing & ~self.idle))
         m.d.sync += flushing.eq(flushing_next)
 
@@ -219,23 +243,27 @@ class MemoryPort(wiring.Component):
 
         pointer = exact_log2(OUTSTANDING_BURSTS)
         numbers = range(len(readers))
-        outstanding = Array(Signal(pointer + 1, name=f"outstanding{i}") for i in numbers)
-        write_index = Array(Signal(pointer, name=f"write_index{i}") for i in numbers)
-        read_index = Array(Signal(pointer, name=f"read_index{i}") for i in numbers)
+        outstanding = Array(kept(pointer + 1, name=f"outstanding{i}") for i in numbers)
+        write_index = Array(kept(pointer, name=f"write_index{i}") for i in numbers)
+        read_index = Array(kept(pointer, name=f"read_index{i}") for i in numbers)
 
         chosen_valid = Signal()
         chosen = Signal(burst_layout)
         chosen_reader = Signal(range(max(2, len(readers))))
         issue = Signal()
         issue_inside = Signal()
+        ar_valid = kept(1, name="ar_valid")
+        ar_id = kept(ID_BITS, name="ar_id")
+        ar_address = kept(config.address_bits, name="ar_address")
+        ar_length = kept(len(axi.arlen), name="ar_length")
         # The cycle after: AR's registers hold the burst, whether it was put on the bus or not.
-        issued = Signal()
+        issued = kept(1, name="issued")
         suppressed = Signal()
         issued_last = Signal()
         zero_active = Signal()
         ar_free = Signal()
         m.d.comb += [
-            ar_free.eq(~axi.arvalid | axi.arready),
+            ar_free.eq(~ar_valid | axi.arready),
             issue.eq(chosen_valid & ar_free & ~suppressed & ~zero_active & ~flushing),
             issue_inside.eq(inside(chosen)),
         ]
@@ -287,18 +315,22 @@ class MemoryPort(wiring.Component):
 
         with m.If(ar_free):
             m.d.sync += [
-                axi.arvalid.eq(issue & issue_inside),
-                axi.arid.eq(chosen_reader),
-                axi.araddr.eq(address_of(chosen)),
-                axi.arlen.eq(chosen.end - chosen.start),
+                ar_valid.eq(issue & issue_inside),
+                ar_id.eq(chosen_reader),
+                ar_address.eq(address_of(chosen)),
+                ar_length.eq(chosen.end - chosen.start),
             ]
-        m.d.comb += [axi.arsize.eq(shift), axi.arburst.eq(_BURST_INCR), axi.rready.eq(1)]
+        m.d.comb += [
+            axi.arvalid.eq(ar_valid), axi.arid.eq(ar_id), axi.araddr.eq(ar_address),
+            axi.arlen.eq(ar_length), axi.arsize.eq(shift), axi.arburst.eq(_BURST_INCR),
+            axi.rready.eq(1),
+        ]
 
         # -- answers: a register, whose they are, and one more, since readers are far away ---------
-        beat_valid = Signal(len(readers))
+        beat_valid = kept(len(readers), name="beat_valid")
         beat_reader = Signal(range(max(2, len(readers))))
         beat_data = Signal(8 * config.port_bytes)
-        beat_last = Signal()
+        beat_last = kept(1, name="beat_last")
         beat_error = Signal()
         beat_is_zero = Signal()
         beat_zero_last = Signal()
@@ -330,7 +362,7 @@ class MemoryPort(wiring.Component):
             mine = Signal(name=f"issued{i}")
             answered = Signal(name=f"answered{i}")
             m.d.comb += [
-                mine.eq(issued & (axi.arid == i)),
+                mine.eq(issued & (ar_id == i)),
                 answered.eq(beat_valid[i] & beat_last),
                 flags_write.en.eq(mine),
                 flags_write.addr.eq(write_index[i]),
@@ -354,8 +386,8 @@ class MemoryPort(wiring.Component):
         with m.If(suppressed):
             m.d.sync += [
                 zero_active.eq(1),
-                zero_reader.eq(axi.arid),
-                zero_left.eq(axi.arlen),
+                zero_reader.eq(ar_id),
+                zero_left.eq(ar_length),
                 zero_last.eq(issued_last),
             ]
         m.d.sync += zero_ready.eq(zero_active & (outstanding[zero_reader] == 0))
@@ -367,12 +399,12 @@ class MemoryPort(wiring.Component):
             m.d.sync += [zero_active.eq(0), zero_ready.eq(0)]
 
         # -- writes
-        owner_valid, write_issued, write_allowed, b_error = (
-            Signal(name=name) for name in ("owner_valid", "write_issued", "write_allowed",
-                                           "b_error"))
+        owner_valid, write_issued, write_allowed = (
+            kept(1, name=name) for name in ("owner_valid", "write_issued", "write_allowed"))
+        b_error = Signal()
         m.d.comb += axi.bready.eq(1)
         if writers:
-            self._write(m, writers, flushing, flushing_next, inside, address_of,
+            self._write(m, kept, writers, flushing, flushing_next, inside, address_of,
                         owner_valid, write_issued, write_allowed, b_error)
 
         # -- faults: the first one since clear_faults ----------------------------------------------
@@ -389,8 +421,8 @@ class MemoryPort(wiring.Component):
         addresses_read = addresses.read_port()
         m.d.comb += [
             addresses_write.en.eq(issued),
-            addresses_write.addr.eq(Cat(write_index[axi.arid], axi.arid)),
-            addresses_write.data.eq(axi.araddr[shift:]),
+            addresses_write.addr.eq(Cat(write_index[ar_id], ar_id)),
+            addresses_write.data.eq(ar_address[shift:]),
             addresses_read.addr.eq(Cat(read_index[beat_reader], beat_reader)),
         ]
         # Block RAM is slow to answer: a register behind it, ahead of everything else.
@@ -399,7 +431,7 @@ class MemoryPort(wiring.Component):
         with m.If(~self.fault_window & ~self.fault_bus):
             # Without a fault it means nothing, and need not wait for one to be found.
             m.d.sync += first_address.eq(Mux(
-                suppressed, axi.araddr, Mux(write_issued & ~write_allowed, axi.awaddr, 0)))
+                suppressed, ar_address, Mux(write_issued & ~write_allowed, axi.awaddr, 0)))
         with m.If(refused[1]):
             m.d.comb += self.fault_address.eq(refused_address << shift)
             m.d.sync += first_address.eq(self.fault_address)
@@ -415,12 +447,14 @@ class MemoryPort(wiring.Component):
 
         m.d.sync += self.idle.eq(~(
             Cat(s.burst.valid for s in read_splitters).any() | grants.any() | spare_valid
-            | chosen_valid | axi.arvalid
-            | suppressed | Cat(*outstanding).any() | beat_valid.any() | zero_active
+            | chosen_valid | ar_valid | suppressed
+            | Cat(*outstanding).any() | beat_valid.any() | zero_active
             | owner_valid | Cat(w.done for w in writers).any()))
+        with m.If(self.forget):
+            m.d.sync += [signal.eq(0) for signal in kept.signals]
         return m
 
-    def _write(self, m, writers, flushing, flushing_next, inside, address_of,
+    def _write(self, m, kept, writers, flushing, flushing_next, inside, address_of,
                owner_valid, write_issued, write_allowed, b_error):
         """Serve one write request at a time; the last four signals say what goes on."""
         config = self._config
@@ -455,18 +489,36 @@ class MemoryPort(wiring.Component):
         write_issue = Signal()
         write_inside = Signal()
         write_room = Signal()
-        unanswered = Signal(pointer + 1)
-        m.submodules.bursts = bursts = fifo.SyncFIFO(width=index + 1, depth=2 * WRITE_AHEAD_BURSTS)
+        aw_valid = kept(1, name="aw_valid")
+        aw_address = kept(config.address_bits, name="aw_address")
+        aw_length = kept(len(axi.awlen), name="aw_length")
+        unanswered = kept(pointer + 1, name="unanswered")
+        # Bursts announced and not begun on W: length, and whether they are on the bus.
+        depth = 2 * WRITE_AHEAD_BURSTS
+        m.submodules.bursts = bursts = memory.Memory(
+            shape=unsigned(index + 1), depth=depth, init=[])
+        bursts_write, bursts_read = bursts.write_port(), bursts.read_port(domain="comb")
+        bursts_in, bursts_out = (
+            kept(range(depth), name=name) for name in ("bursts_in", "bursts_out"))
+        bursts_level = kept(range(depth + 1), name="bursts_level")
+        bursts_any = Signal()
+        bursts_taken = Signal()
         m.d.comb += [
-            write_issue.eq(checked_valid & ~axi.awvalid & write_room & ~flushing),
+            write_issue.eq(checked_valid & ~aw_valid & write_room & ~flushing),
             write_inside.eq(inside(checked)),
             splitter.burst.ready.eq(granted & ~checked_valid),
-            bursts.w_en.eq(write_issued),
-            bursts.w_data.eq(Cat(axi.awlen[:index], write_allowed)),
+            bursts_write.en.eq(write_issued),
+            bursts_write.addr.eq(bursts_in),
+            bursts_write.data.eq(Cat(aw_length[:index], write_allowed)),
+            bursts_read.addr.eq(bursts_out),
+            bursts_any.eq(bursts_level != 0),
         ]
         m.d.sync += [
             write_issued.eq(write_issue), write_allowed.eq(write_inside),
-            write_room.eq((bursts.w_level < WRITE_AHEAD_BURSTS - 1) & ~unanswered[-1]),
+            write_room.eq((bursts_level < WRITE_AHEAD_BURSTS - 1) & ~unanswered[-1]),
+            bursts_in.eq(bursts_in + write_issued),
+            bursts_out.eq(bursts_out + bursts_taken),
+            bursts_level.eq(bursts_level + write_issued - bursts_taken),
         ]
         with m.If(write_issue):
             m.d.sync += checked_valid.eq(0)
@@ -479,34 +531,32 @@ class MemoryPort(wiring.Component):
         with m.If(flushing):
             m.d.sync += [granted.eq(0), checked_valid.eq(0)]
         with m.If(axi.awready):
-            m.d.sync += axi.awvalid.eq(0)
-        with m.If(~axi.awvalid):
+            m.d.sync += aw_valid.eq(0)
+        with m.If(~aw_valid):
             m.d.sync += [
-                axi.awvalid.eq(write_issue & write_inside),
-                axi.awaddr.eq(address_of(checked)),
-                axi.awlen.eq(checked.end - checked.start),
+                aw_valid.eq(write_issue & write_inside),
+                aw_address.eq(address_of(checked)),
+                aw_length.eq(checked.end - checked.start),
             ]
         m.d.comb += [
-            axi.awid.eq(0),
-            axi.awsize.eq(shift),
-            axi.awburst.eq(_BURST_INCR),
+            axi.awvalid.eq(aw_valid), axi.awid.eq(0), axi.awaddr.eq(aw_address),
+            axi.awlen.eq(aw_length), axi.awsize.eq(shift), axi.awburst.eq(_BURST_INCR),
         ]
 
         # W: one burst after another, without a gap between them: the next one waits in a register.
         # While that is filled the burst before it has a beat to go, unless it is a request's last.
-        next_valid = Signal()
-        next_left = Signal(index)
-        next_inside = Signal()
-        w_active = Signal()
-        w_left = Signal(index)
-        w_last = Signal()
-        w_inside = Signal()
-        w_spare_valid = Signal()
-        w_spare = Signal(8 * config.port_bytes + 2)
-        w_beat = Signal.like(w_spare)
+        next_valid, next_inside, w_active, w_last, w_inside, w_spare_valid, w_valid = (
+            kept(1, name=name) for name in (
+                "next_valid", "next_inside", "w_active", "w_last", "w_inside", "w_spare_valid",
+                "w_valid"))
+        next_left = kept(index, name="next_left")
+        w_left = kept(index, name="w_left")
+        w_beat = Signal(8 * config.port_bytes + 2)
+        w_spare = Signal.like(w_beat, reset_less=True)
+        w_output = Signal.like(w_beat, reset_less=True)
         w_take = Signal()
         w_offered = Signal()
-        w_strobe = Signal()
+        w_strobe = w_output[1]
         data_valid = Signal()
         data_payload = Signal(8 * config.port_bytes)
         for i, writer in enumerate(writers):
@@ -517,11 +567,15 @@ class MemoryPort(wiring.Component):
             w_offered.eq(w_active & (~w_spare_valid | ~w_inside)),
             w_beat.eq(Cat(w_last, ~flushing, data_payload)),
             w_take.eq(w_offered & (data_valid | flushing)),
-            bursts.r_en.eq(~next_valid),
+            bursts_taken.eq(~next_valid & bursts_any),
+            axi.wvalid.eq(w_valid),
+            axi.wlast.eq(w_output[0]),
             axi.wstrb.eq(w_strobe.replicate(config.port_bytes)),
+            axi.wdata.eq(w_output[2:]),
         ]
         with m.If(~next_valid):
-            m.d.sync += next_valid.eq(bursts.r_rdy), Cat(next_left, next_inside).eq(bursts.r_data)
+            m.d.sync += [
+                next_valid.eq(bursts_any), Cat(next_left, next_inside).eq(bursts_read.data)]
         with m.If(~w_active | (w_take & w_last)):
             m.d.sync += [
                 w_active.eq(next_valid), w_left.eq(next_left), w_last.eq(next_left == 0),
@@ -534,15 +588,15 @@ class MemoryPort(wiring.Component):
         # Whether a beat is taken does not depend on W: while that is busy, one more waits.
         with m.If(~w_spare_valid):
             m.d.sync += w_spare.eq(w_beat)
-        with m.If(~axi.wvalid | axi.wready):
+        with m.If(~w_valid | axi.wready):
             m.d.sync += [
-                axi.wvalid.eq(w_spare_valid | (w_take & w_inside)),
-                Cat(axi.wlast, w_strobe, axi.wdata).eq(Mux(w_spare_valid, w_spare, w_beat)),
+                w_valid.eq(w_spare_valid | (w_take & w_inside)),
+                w_output.eq(Mux(w_spare_valid, w_spare, w_beat)),
                 w_spare_valid.eq(0),
             ]
         with m.Elif(~w_spare_valid):
             m.d.sync += w_spare_valid.eq(w_take & w_inside)
-        m.d.sync += self.write_beat.eq(axi.wvalid & axi.wready & w_strobe)
+        m.d.sync += self.write_beat.eq(w_valid & axi.wready & w_strobe)
 
         asked = Signal()
         # B: count; the request is done when nothing of it is left anywhere.
@@ -554,8 +608,8 @@ class MemoryPort(wiring.Component):
         m.d.comb += [
             asked.eq(write_issued & write_allowed),
             writes_done.eq(~Cat(
-                accepted, splitter.burst.valid, granted, checked_valid, axi.awvalid, write_issued,
-                bursts.r_rdy, next_valid, w_active, w_spare_valid, axi.wvalid, unanswered).any()),
+                accepted, splitter.burst.valid, granted, checked_valid, aw_valid, write_issued,
+                bursts_any, next_valid, w_active, w_spare_valid, w_valid, unanswered).any()),
         ]
         finished = Signal()
         m.d.comb += finished.eq(owner_valid & writes_done)

@@ -48,7 +48,8 @@ class RegisterFile(wiring.Component):
       ``stb_<register>`` pulses in the first cycle in which a written value shows.
     * RO: ``ro_<register>``, except constants (registers with a reset value, CONFIG_HASH).
     * W1P: ``pulse_<register>_<field>``, one cycle.
-    * W1C: ``set_<register>_<field>`` sets the bit, also in the cycle in which a host clears it.
+    * W1C: ``w1c_<register>``; ``set_<register>_<field>`` sets the bit, also in the cycle in which
+      a host clears it.
       ``irq`` is high while a bit of ``<X>_STATUS`` and its bit of ``<X>_ENABLE`` are both 1.
 
     Names are in lower case. Byte strobes are honoured in RW, W1P and W1C. Registers with fields
@@ -91,6 +92,7 @@ class RegisterFile(wiring.Component):
                     for field in register.fields:
                         members[f"pulse_{name}_{field.name}"] = Out(field.bits)
                 case Access.W1C:
+                    members[f"w1c_{name}"] = Out(32)
                     for field in register.fields:
                         members[f"set_{name}_{field.name}"] = In(field.bits)
         super().__init__(members)
@@ -166,7 +168,7 @@ class RegisterFile(wiring.Component):
                         m.d.sync += getattr(self, f"pulse_{name}_{field.name}").eq(
                             (w_data & mask)[part] & selected[register.name].replicate(field.bits))
                 case Access.W1C:
-                    value = values[register.name] = Signal(32, name=name)
+                    value = values[register.name] = getattr(self, f"w1c_{name}")
                     keep = Signal(32, name=f"{name}_keep")
                     m.d.comb += keep.eq(~(w_data & mask & selected[register.name].replicate(32)))
                     for field in register.fields:

@@ -96,6 +96,7 @@ class SerialBoard(wiring.Component):
             self.o_tx.eq(link.o_tx),
             link.i_irq.eq(accelerator.irq),
             self.o_busy.eq(accelerator.busy),
+            accelerator.mem_rst.eq(ResetSignal(allow_reset_less=True)),
         ]
 
         # -- LEDs ----------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ def members(config: AcceleratorConfig) -> dict[str, Any]:
     return {
         "axil": In(AXI4LiteSignature(ADDRESS_BITS)),
         **{channel_name("axi_mem", c): Out(memory) for c in range(config.channels)},
+        "mem_rst": In(1),
         "irq": Out(1),
         "busy": Out(1),
     }
@@ -57,6 +58,9 @@ class Accelerator(wiring.Component):
     is reported, the channel is above the address in its memory (``config.device_address``); of
     several channels that have one, the lowest is reported.
 
+    Reset: everything but memory's content, at any time. Memory may go on answering what was asked
+    before, on any channel: see :class:`MemoryPort`. Until it has, commands wait.
+
     Parameters
     ----------
     config : :class:`AcceleratorConfig`
@@ -68,6 +72,9 @@ class Accelerator(wiring.Component):
     axil : :py:`In(AXI4LiteSignature(ADDRESS_BITS))`
     axi_mem : :py:`Out(AXI4Signature(config.address_bits, 8 * config.port_bytes, ID_BITS))`
         Channel 0; ``axi_mem1``, ``axi_mem2``, ...: the other channels, which only read.
+    mem_rst : :py:`In(1)`
+        High with a reset, for a cycle or more: the memories, or the ways to them, are reset, too,
+        and answer nothing that was asked before.
     irq : :py:`Out(1)`
         Level: an enabled interrupt is pending.
     busy : :py:`Out(1)`
@@ -118,6 +125,8 @@ class Accelerator(wiring.Component):
             registers.ro_status.eq(Cat(commands.busy, commands.draining)),
             registers.set_irq_status_completion.eq(commands.o_irq),
             registers.set_irq_status_reset_done.eq(commands.o_reset_done),
+            *(getattr(registers, f"set_error_status_{f.name}").eq(commands.o_error[f.offset])
+              for f in REGISTERS["ERROR_STATUS"].fields),
             registers.clear.eq(commands.o_reset_done),
             commands.enable.eq(registers.rw_enable[0]),
             commands.sq_base.eq(registers.rw_sq_base),
@@ -126,6 +135,7 @@ class Accelerator(wiring.Component):
             commands.sq_tail.eq(registers.rw_sq_tail),
             commands.cq_head.eq(registers.rw_cq_head),
             commands.watchdog.eq(registers.rw_watchdog),
+            commands.error.eq(registers.w1c_error_status.any()),
             commands.i_abort.eq(registers.pulse_control_abort),
             commands.i_soft_reset.eq(registers.pulse_control_soft_reset),
             commands.i_done.eq(engine.o_done),
@@ -136,6 +146,7 @@ class Accelerator(wiring.Component):
             commands.fault_window.eq(Cat(one.fault_window for one in ports).any()),
             commands.fault_bus.eq(Cat(one.fault_bus for one in ports).any()),
             *(one.flush.eq(commands.flush) for one in ports),
+            *(one.forget.eq(self.mem_rst) for one in ports),
             *(one.clear_faults.eq(commands.clear_faults) for one in ports),
         ]
         *others, fault_address = (
@@ -180,7 +191,7 @@ class _Module(wiring.Component):
     Members
     -------
     clk, rst : :py:`In(1)`
-        Reset is synchronous, active high, held for 2 cycles or more.
+        Reset is synchronous, active high, held for 2 cycles or more; ``mem_rst`` is a reset, too.
     """
 
     def __init__(self, accelerator):
@@ -193,11 +204,14 @@ class _Module(wiring.Component):
         m.domains.sync = ClockDomain()
         m.submodules.accelerator = accelerator = self._accelerator
         reset = Signal(init=1, reset_less=True)
-        m.d.sync += reset.eq(self.rst)
+        forget = Signal(init=1, reset_less=True)
+        m.d.sync += [reset.eq(self.rst | self.mem_rst), forget.eq(self.mem_rst)]
         m.d.comb += [ClockSignal().eq(self.clk), ResetSignal().eq(reset)]
         outside = {path: value for path, _, value in self.signature.flatten(self)}
         for path, member, inside in accelerator.signature.flatten(accelerator):
-            if member.flow == In:
+            if path == ("mem_rst",):
+                m.d.comb += inside.eq(forget)
+            elif member.flow == In:
                 m.d.comb += inside.eq(outside[path])
             elif path[0] == "axil" and path[-1].endswith("ready"):
                 m.d.comb += outside[path].eq(inside & ~reset)

@@ -18,6 +18,7 @@ from moeaccel.formats import check_dims, quantise, weight_format
 from moeaccel.host.errors import (
     CommandFailed,
     DeviceClosed,
+    DeviceStopped,
     DeviceTimeout,
     HostError,
     InvalidOption,
@@ -31,7 +32,7 @@ from moeaccel.host.errors import (
 from moeaccel.host.identity import check_config, check_version
 from moeaccel.host.layers import Experts, Linear
 from moeaccel.host.memory import COMMAND_ALIGNMENT, PAGE, Allocation, Allocator
-from moeaccel.host.registers import RegisterAccess, mask
+from moeaccel.host.registers import RegisterAccess, fields_of, mask
 from moeaccel.host.residents import Residents
 from moeaccel.host.rings import CommandRings, Completion
 from moeaccel.host.tensors import Tensor, float32, shape_of
@@ -454,6 +455,8 @@ class Device:
         ------
         DeviceTimeout
             If it does not; the command stays in flight.
+        DeviceStopped
+            If the device has stopped, see there.
         """
         with self._lock:
             if command.completion is None:
@@ -488,15 +491,25 @@ class Device:
             self._registers.write("IRQ_STATUS", mask("IRQ_STATUS", "completion"))
             if self._take():
                 return
+            self._check_running()
         if self._take():  # completed, but the interrupt got lost
             return
+        self._check_running()
         raise DeviceTimeout(
             f"{what} must come within {timeout_s:g} s, but did not; {self._state()}; call "
             "device.reset(), or open the device with a larger timeout_s")
 
+    def _check_running(self) -> None:
+        if value := self._registers.read("ERROR_STATUS"):
+            errors = fields_of("ERROR_STATUS", value)
+            raise DeviceStopped(
+                f"device must run, but has stopped: ERROR_STATUS is {value:#x} "
+                f"({', '.join(errors)}); were rings or window changed, or is memory smaller than "
+                "the device was told? call device.reset()", errors)
+
     def _state(self) -> str:
         status = self._registers.read("STATUS")
-        busy = ", ".join(name for name in ("busy", "draining") if status & mask("STATUS", name))
+        busy = ", ".join(fields_of("STATUS", status))
         return (f"STATUS is {status:#x} ({busy or 'idle'}), SQ_HEAD "
                 f"{self._registers.read('SQ_HEAD')} of SQ_TAIL {self._registers.read('SQ_TAIL')}")
 
@@ -531,6 +544,7 @@ class Device:
             transport = self.transport
             registers.write("ENABLE", 0)
             registers.write("IRQ_ENABLE", done)
+            registers.write("ERROR_ENABLE", 0)
             registers.write("IRQ_STATUS", everything)
             registers.write("CONTROL", mask("CONTROL", "soft_reset"))
             if not (transport.wait_interrupt(self._timeout_s)
@@ -544,7 +558,9 @@ class Device:
             registers.write64("WINDOW_LIMIT", PAGE + self._memory.size)
             registers.write("WATCHDOG", self._watchdog_cycles)
             registers.write("IRQ_STATUS", everything)
+            registers.write("ERROR_STATUS", mask("ERROR_STATUS"))
             registers.write("IRQ_ENABLE", mask("IRQ_ENABLE", "completion"))
+            registers.write("ERROR_ENABLE", mask("ERROR_ENABLE"))
             registers.write("ENABLE", 1)
 
     def _drop_pending(self) -> None:

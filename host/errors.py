@@ -8,8 +8,8 @@ from moeaccel.errors import MoeAccelError
 __all__ = [
     "HostError", "UnsupportedTransport", "DeviceNotFound", "ConfigMismatch", "DeviceClosed",
     "InvalidTensor", "InvalidOption", "LimitExceeded", "OutOfDeviceMemory", "UploadError",
-    "DeviceTimeout", "HandleConsumed", "PortUnavailable", "LinkLost", "AccessFailed",
-    "RecordingError", "ReplayMismatch",
+    "DeviceTimeout", "DeviceStopped", "HandleConsumed", "PortUnavailable", "LinkLost",
+    "AccessFailed", "RecordingError", "ReplayMismatch",
     "CommandFailed", "CommandRejected", "WindowViolation", "BusError", "NonFiniteInput",
     "GridOverflow", "CommandAborted", "WatchdogExpired", "command_error",
     "UnsupportedExperts", "ExpertsIgnored", "TrainingUnsupported",
@@ -65,6 +65,23 @@ class UploadError(HostError):
 # -- while it runs ---------------------------------------------------------------------------------
 class DeviceTimeout(HostError, TimeoutError):
     """The device did not answer in time; :meth:`Device.reset` makes it usable again."""
+
+
+class DeviceStopped(HostError):
+    """The device cannot fetch commands, or not say that one has completed; ``errors`` says why.
+
+    :meth:`Device.reset` makes it usable again.
+
+    Parameters
+    ----------
+    message : :class:`str`
+    errors : tuple of :class:`str`
+        Fields of the ERROR_STATUS register that are set.
+    """
+
+    def __init__(self, message: str, errors: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.errors = errors
 
 
 class LinkLost(HostError, ConnectionError):

@@ -5,13 +5,18 @@ from __future__ import annotations
 from moeaccel.host.transports.base import Transport
 from moeaccel.registers import COUNTERS, REGISTERS
 
-__all__ = ["RegisterAccess", "mask"]
+__all__ = ["RegisterAccess", "fields_of", "mask"]
 
 
-def mask(register: str, field: str) -> int:
-    """Return the mask of a field of a register."""
-    found = next(f for f in REGISTERS[register].fields if f.name == field)
-    return ((1 << found.bits) - 1) << found.offset
+def mask(register: str, field: str | None = None) -> int:
+    """Return the mask of a field of a register, or of all of them."""
+    return sum(((1 << f.bits) - 1) << f.offset for f in REGISTERS[register].fields
+               if field in (f.name, None))
+
+
+def fields_of(register: str, value: int) -> tuple[str, ...]:
+    """Return the names of the fields of a register that are not 0 in a value."""
+    return tuple(f.name for f in REGISTERS[register].fields if value & mask(register, f.name))
 
 
 class RegisterAccess:

@@ -15,6 +15,9 @@ from moeaccel.errors import CommandError
 ENTRY_BYTES = 64
 """Bytes of a submission, a completion and a layer descriptor."""
 
+RING_LOG2_MAX = 8
+"""log2 of the entries that a ring may have at most."""
+
 
 class Opcode(enum.IntEnum):
     """What a submission asks for."""

@@ -835,10 +835,10 @@ class _Machine:
 
     # -- command processor
     def _commands(self) -> _Process:
-        """Fetch submission and layer, check them, derive the words of the sections, start the job.
+        """Fetch submission and layer, check them, derive sizes, start the job.
 
-        From the submission's last beat 5 cycles to the request of the layer; from the layer's 7 and
-        the bits of the larger count of steps to the job.
+        From the submission's last beat 5 cycles to the request of the layer; from the layer's 9 and
+        the bits of the largest factor of a size to the job.
         """
         job, port = self._job, self._port
         beats = job.beats(ENTRY_BYTES, 1)
@@ -847,7 +847,9 @@ class _Machine:
         yield read.last + 5
         read = port.read(read.last + 5, beats)
         yield read
-        start = read.last + 7 + max(section.steps for section in job.sections).bit_length()
+        factors = (*(section.steps for section in job.sections), job.d_out // BLOCK,
+                   job.ids.shape[1], job.num_experts - 1)
+        start = read.last + 9 + max(factors).bit_length()
         yield start
         self._schedule.start(start, self._dispatch(start))
 

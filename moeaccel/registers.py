@@ -7,7 +7,7 @@ Registers are 32 bits wide; 64-bit values are two registers, low word first.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 class Access(enum.Enum):
@@ -74,6 +74,14 @@ COUNTERS: tuple[tuple[str, str], ...] = (
 
 COUNTERS_BASE = 0x100
 
+_ERRORS = _fields(
+    ("ring_log2", 0, 1, "RING_LOG2 is not from 1 to 8."),
+    ("sq_base", 1, 1, "SQ_BASE is not aligned, or its ring does not end within the address space."),
+    ("cq_base", 2, 1, "CQ_BASE is not aligned, or its ring does not end within the address space."),
+    ("completion_window", 3, 1, "A completion is outside the memory window: it was not written."),
+    ("completion_bus", 4, 1, "Memory answered the write of a completion with an error."),
+)
+
 _PLAIN: tuple[Register, ...] = (
     Register("ID", 0x000, Access.RO, "Reads 0x41454F4D.", reset=ID_VALUE),
     Register(
@@ -127,6 +135,22 @@ _PLAIN: tuple[Register, ...] = (
         Access.RW,
         "Interrupts that drive irq.",
         _fields(("completion", 0, 1, "See IRQ_STATUS."), ("reset_done", 1, 1, "See IRQ_STATUS.")),
+    ),
+    Register(
+        "ERROR_STATUS",
+        0x028,
+        Access.W1C,
+        "What stopped the device. While a bit is 1 nothing is fetched, and a completion that was "
+        "not written waits; when all are cleared it is written again. Registers of the rings are "
+        "looked at while ENABLE or STATUS.busy is 1.",
+        _ERRORS,
+    ),
+    Register(
+        "ERROR_ENABLE",
+        0x02C,
+        Access.RW,
+        "Errors that drive irq.",
+        tuple(replace(field, text="See ERROR_STATUS.") for field in _ERRORS),
     ),
     Register("SQ_BASE_LO", 0x030, Access.RW, "Submission ring, 64-byte aligned."),
     Register("SQ_BASE_HI", 0x034, Access.RW, "Submission ring, high word."),

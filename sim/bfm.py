@@ -32,11 +32,17 @@ _PAGE_BYTES = 4096
 
 
 async def start(dut: Any, *, reset_cycles: int = 4) -> None:
-    """Start the clock and give a reset; to be called when the bus models are there."""
-    dut.rst.value = 1
+    """Start the clock and give a reset; to be called when the bus models are there.
+
+    They forget what they were asked when ``rst`` is high.
+    """
+    resets = [dut.rst, *([dut.mem_rst] if hasattr(dut, "mem_rst") else [])]
+    for reset in resets:
+        reset.value = 1
     Clock(dut.clk, CLOCK_NS, unit="ns").start()
     await ClockCycles(dut.clk, reset_cycles)
-    dut.rst.value = 0
+    for reset in resets:
+        reset.value = 0
     await RisingEdge(dut.clk)
 
 

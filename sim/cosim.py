@@ -38,7 +38,7 @@ from moeaccel.sim.errors import (
 from moeaccel.sim.memory import CHANNELS, MemoryModel, MemoryStats, StallModel
 from moeaccel.sim.verilator import Model
 
-_API_VERSION = 1
+_API_VERSION = 2
 _NEVER = (1 << 64) - 1
 _MESSAGE_BYTES = 4096
 # Python looks for Ctrl-C only between calls: at most this many cycles in one.
@@ -98,7 +98,7 @@ def _open_library(path: Path) -> ctypes.CDLL:
         "open": (handle, [ctypes.POINTER(_MemoryConfig), ctypes.POINTER(_RegisterConfig), u32,
                           text, u64]),
         "close": (None, [handle]),
-        "reset": (ctypes.c_int32, [handle, u64]),
+        "reset": (ctypes.c_int32, [handle, u64, u32]),
         "run": (ctypes.c_int32, [handle, u64, u32]),
         "cycle": (u64, [handle]),
         "irq": (u32, [handle]),
@@ -274,10 +274,19 @@ class CoSimulation:
 
     # -- time ------------------------------------------------------------------------------------
 
-    def reset(self, *, cycles: int = 4) -> None:
-        """Hold reset for `cycles`; transactions in flight are forgotten, memory stays."""
+    def reset(self, *, cycles: int = 4, memory: bool = True) -> None:
+        """Hold reset for `cycles`; what memory holds stays.
+
+        Parameters
+        ----------
+        cycles : int
+            At least 2.
+        memory : bool
+            Reset the memory ports, too: they forget what is in flight, and the model is told
+            (``mem_rst``). Else they know nothing of it, and answer what is in flight, late.
+        """
         _check_count("Reset cycles", cycles, least=2)  # kResetCycles of harness.cpp
-        self._finish(self._library.moeaccel_reset(self._open, cycles))
+        self._finish(self._library.moeaccel_reset(self._open, cycles, memory))
 
     def run(self, max_cycles: int, *, until_irq: bool = True) -> StopReason:
         """Let the clock run, until the interrupt is high or for `max_cycles`.

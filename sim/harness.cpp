@@ -53,6 +53,14 @@ struct RegisterPins {
     PIN(axil, rvalid) PIN(axil, rready)
 };
 
+// Models need not have the input that says that memory is reset, too.
+template <class Top>
+auto set_memory_reset(Top& top, bool value, int) -> decltype(top.mem_rst, void()) {
+    top.mem_rst = value;
+}
+template <class Top>
+void set_memory_reset(Top&, bool, long) {}
+
 // Every memory port is a member, so that the compiler sees through all of them.
 struct Memories {
 #define MEMBER(port) MemoryPort<MemoryPins_##port> port;
@@ -161,19 +169,29 @@ struct moeaccel_simulation {
         }
     }
 
-    int32_t reset(uint64_t cycles) {
-        memories->each([](auto& port) { port.reset(); });
-        registers->reset();
-        edge();
-        top->rst = 1;
-        settle();
-        for (uint64_t i = 1; i <= cycles; ++i) {
-            if (i > kResetCycles) memories->each([&](auto& port) { port.sample_reset(cycle); });
+    // Reset the model; memory is reset with it, or knows nothing of it and goes on.
+    int32_t reset(uint64_t cycles, bool memory) {
+        const auto set = [&](bool value) {
+            top->rst = value;
+            set_memory_reset(*top, value && memory, 0);
+            settle();
+        };
+        const auto advance = [&] {
+            if (!memory) memories->each([&](auto& port) { port.sample(cycle); });
             edge();
+            if (!memory) memories->each([&](auto& port) { port.drive(cycle); });
+        };
+        if (memory) memories->each([](auto& port) { port.reset(); });
+        registers->reset();
+        advance();
+        set(true);
+        for (uint64_t i = 1; i <= cycles; ++i) {
+            if (memory && i > kResetCycles)
+                memories->each([&](auto& port) { port.sample_reset(cycle); });
+            advance();
             // An assertion that failed is false until the reset has reached the registers.
             if (i == kResetCycles) stopped = finished = false;
-            if (i == cycles) top->rst = 0;
-            settle();
+            set(i != cycles);
         }
         return trouble();
     }
@@ -327,8 +345,8 @@ void moeaccel_close(moeaccel_simulation* simulation) {
     delete simulation;
 }
 
-int32_t moeaccel_reset(moeaccel_simulation* simulation, uint64_t cycles) {
-    return guarded(simulation, [&] { return simulation->reset(cycles); });
+int32_t moeaccel_reset(moeaccel_simulation* simulation, uint64_t cycles, uint32_t memory) {
+    return guarded(simulation, [&] { return simulation->reset(cycles, memory != 0); });
 }
 
 int32_t moeaccel_run(moeaccel_simulation* simulation, uint64_t cycles, uint32_t until_irq) {

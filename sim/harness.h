@@ -9,7 +9,7 @@
 
 #include <cstdint>
 
-#define MOEACCEL_API_VERSION 1
+#define MOEACCEL_API_VERSION 2
 
 #if defined(__GNUC__)
 #define MOEACCEL_EXPORT __attribute__((visibility("default")))
@@ -99,8 +99,10 @@ MOEACCEL_EXPORT moeaccel_simulation* moeaccel_open(const moeaccel_memory_config*
                                                    uint64_t message_size);
 MOEACCEL_EXPORT void moeaccel_close(moeaccel_simulation* simulation);
 
-// Hold reset for `cycles`. Transactions in flight are forgotten, memory and statistics stay.
-MOEACCEL_EXPORT int32_t moeaccel_reset(moeaccel_simulation* simulation, uint64_t cycles);
+// Hold reset for `cycles`; what memory holds and statistics stay. With `memory` the memory ports are
+// reset, too, and forget the transactions in flight; else they go on, and answer them.
+MOEACCEL_EXPORT int32_t moeaccel_reset(moeaccel_simulation* simulation, uint64_t cycles,
+                                       uint32_t memory);
 
 // Advance until irq is high (if asked for), something went wrong, or `cycles` have passed.
 MOEACCEL_EXPORT int32_t moeaccel_run(moeaccel_simulation* simulation, uint64_t cycles,

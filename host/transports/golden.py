@@ -23,6 +23,7 @@ from moeaccel.commands import (
     COUNT_MAX,
     ENTRY_BYTES,
     LAYER,
+    RING_LOG2_MAX,
     SUBMISSION,
     Activation,
     LayerKind,
@@ -36,6 +37,7 @@ from moeaccel.cycles import expert_cycles, linear_cycles
 from moeaccel.formats import FORMATS, QuantisedMatrix, WeightFormat
 from moeaccel.golden import DeviceResult, experts, gemm
 from moeaccel.host.errors import DeviceClosed, InvalidOption, UploadError
+from moeaccel.host.registers import mask
 from moeaccel.host.transports.base import Bytes, Transport
 from moeaccel.image import Expert, ExpertShape, Section, unpack_section
 from moeaccel.registers import COUNTERS, REGISTERS, Access
@@ -168,6 +170,7 @@ class GoldenTransport(Transport):
         self._registers[REGISTERS["CONFIG_HASH"].address] = config.digest
         self._counters = {name: 0 for name, _ in COUNTERS}
         self._phase = 1
+        self._unwritten: dict[str, int] | None = None  # a completion that could not be
         self._cache: OrderedDict[tuple[int, tuple[Section, ...]],
                                  tuple[int, tuple[QuantisedMatrix, ...], int]] = OrderedDict()
         self._cache_bytes, self._cached_bytes = cache_bytes, 0
@@ -201,7 +204,8 @@ class GoldenTransport(Transport):
         elif register.name == "CONTROL" and value & 1:
             self._soft_reset()
         # An abort finds nothing to end: every doorbell has done its work before it returns.
-        if register.name in ("ENABLE", "SQ_TAIL", "CQ_HEAD"):
+        self._check_rings()
+        if register.name in ("ENABLE", "SQ_TAIL", "CQ_HEAD", "ERROR_STATUS"):
             self._execute_ring()
 
     def memory_read(self, address: int, count: int) -> Bytes:
@@ -215,7 +219,8 @@ class GoldenTransport(Transport):
 
     def wait_interrupt(self, timeout_s: float) -> bool:
         del timeout_s  # whatever can happen has happened
-        return bool(self._get("IRQ_STATUS") & self._get("IRQ_ENABLE"))
+        return any(self._get(f"{name}_STATUS") & self._get(f"{name}_ENABLE")
+                   for name in ("IRQ", "ERROR"))
 
     def close(self) -> None:
         self._memories = ()
@@ -278,9 +283,25 @@ class GoldenTransport(Transport):
     # -- rings -------------------------------------------------------------------------------------
     @property
     def _entries(self) -> int:
-        return 1 << min(max(self._get("RING_LOG2"), 1), 8)
+        return 1 << min(self._get("RING_LOG2"), RING_LOG2_MAX)
+
+    def _set_error(self, field: str) -> None:
+        self._set("ERROR_STATUS", self._get("ERROR_STATUS") | mask("ERROR_STATUS", field))
+
+    def _check_rings(self) -> None:
+        """Set the errors of registers that describe no rings, as long as they do."""
+        if not (self._get("ENABLE") & 1 or self._unwritten):
+            return
+        if not 1 <= self._get("RING_LOG2") <= RING_LOG2_MAX:
+            self._set_error("ring_log2")
+        for name in ("SQ_BASE", "CQ_BASE"):
+            base = self._get64(name)
+            end = base + ENTRY_BYTES * self._entries
+            if base % ENTRY_BYTES or end > 1 << self._config.address_bits:
+                self._set_error(name.lower())
 
     def _soft_reset(self) -> None:
+        self._unwritten = None
         for name in ("SQ_HEAD", "SQ_TAIL", "CQ_HEAD", "CQ_TAIL"):
             self._set(name, 0)
         self._phase = 1
@@ -288,23 +309,29 @@ class GoldenTransport(Transport):
         self._set("IRQ_STATUS", self._get("IRQ_STATUS") | _RESET_IRQ)
 
     def _execute_ring(self) -> None:
-        mask = self._entries - 1
-        while (self._get("ENABLE") & 1
-               and self._get("SQ_HEAD") != self._get("SQ_TAIL") & mask
-               and (self._get("CQ_TAIL") + 1) & mask != self._get("CQ_HEAD") & mask):
+        last = self._entries - 1
+        while not self._get("ERROR_STATUS"):
             head, tail = self._get("SQ_HEAD"), self._get("CQ_TAIL")
-            completion = self._execute(self._get64("SQ_BASE") + ENTRY_BYTES * head)
-            self._set("SQ_HEAD", (head + 1) & mask)
+            if self._unwritten is None:
+                if (not self._get("ENABLE") & 1 or head == self._get("SQ_TAIL") & last
+                        or (tail + 1) & last == self._get("CQ_HEAD") & last):
+                    break
+                self._unwritten = self._execute(self._get64("SQ_BASE") + ENTRY_BYTES * head)
+                self._set("SQ_HEAD", (head + 1) & last)
             where = self._get64("CQ_BASE") + ENTRY_BYTES * tail
-            self._count(commands=1, bytes_written=ENTRY_BYTES)
             try:
                 self._check(where, ENTRY_BYTES)
-                entry = encode(COMPLETION, completion | {"phase": self._phase})
-                self._ram.write(where, np.frombuffer(entry, np.uint8))
-            except _Fault:
-                logger.debug("completion ring at %#x is outside the window", where)
-            self._set("CQ_TAIL", (tail + 1) & mask)
-            self._phase ^= (tail + 1) & mask == 0
+            except _Fault as fault:
+                logger.debug("completion at %#x cannot be written: %s", where, fault.status.name)
+                self._set_error("completion_window" if fault.status == Status.WINDOW
+                                else "completion_bus")
+                break
+            entry = encode(COMPLETION, self._unwritten | {"phase": self._phase})
+            self._unwritten = None
+            self._ram.write(where, np.frombuffer(entry, np.uint8))
+            self._count(commands=1, bytes_written=ENTRY_BYTES)
+            self._set("CQ_TAIL", (tail + 1) & last)
+            self._phase ^= (tail + 1) & last == 0
             self._set("IRQ_STATUS", self._get("IRQ_STATUS") | _COMPLETION_IRQ)
 
     def _execute(self, address: int) -> dict[str, int]:
@@ -333,6 +360,7 @@ class GoldenTransport(Transport):
         linear = submission["opcode"] == Opcode.GEMM
         self._check_submission(submission, linear=linear)
         layer = self._check_layer(submission["layer_address"], linear=linear)
+        self._check_ends(submission, layer)
         tokens, top_k = submission["tokens"], submission["top_k"]
         if linear:
             ids = np.zeros((tokens, 1), np.int64)
@@ -416,6 +444,21 @@ class GoldenTransport(Transport):
             kind, fmt, values["planes"], values["num_experts"], values["d_in"], values["d_expert"],
             values["d_out"], values["grid_exponent"], values["stride"], values["image_address"],
             (down,) if linear else (gate_up, down))
+
+    def _check_ends(self, submission: dict[str, int], layer: _Layer) -> None:
+        """End the command unless everything it may touch ends within the address space."""
+        top = 1 << self._config.address_bits
+        tokens = submission["tokens"]
+        pairs, y_bytes = 4 * tokens * submission["top_k"], 4 * tokens * layer.d_out
+        sizes = {"x_address": 4 * tokens * layer.d_in, "ids_address": pairs,
+                 "weights_address": pairs, "y_address": y_bytes, "workspace_address": 2 * y_bytes}
+        for field in SUBMISSION:
+            if field.name in sizes and submission[field.name] + sizes[field.name] > top:
+                raise _Fault(Status.BAD_FIELD, detail=field.word)
+        images = (layer.num_experts - 1) * layer.stride + layer.payload_bytes
+        if layer.image_address + images > top:
+            word = next(field.word for field in LAYER if field.name == "image_address")
+            raise _Fault(Status.BAD_LAYER, detail=word)
 
     def _decoded(self, layer: _Layer, expert: int) -> tuple[QuantisedMatrix, ...]:
         """Return the matrices of an image as they are in memory now."""

@@ -176,6 +176,7 @@ class Testbench:
         self.dut.window_base.value = BASE
         self.dut.window_limit.value = LIMIT
         self.dut.flush.value = 0
+        self.dut.forget.value = 0
         self.dut.clear_faults.value = 0
         for reader in self.readers:
             cocotb.start_soon(reader.monitor())

@@ -68,10 +68,11 @@ class Bench:
         self.inputs = {"enable": 1, "sq_base": SQ, "cq_base": CQ, "ring_log2": ring_log2,
                        "watchdog": watchdog}
         self.memory = bytearray(SIZE)
+        self.outside = None  # a completion is, or memory refuses it
         self.memory[LAYER_AT:LAYER_AT + ENTRY_BYTES] = encode(LAYER, GOOD_LAYER)
         self.jobs, self.completions, self.log, self.counts = [], [], [], []
         self.tail = self.head = 0
-        self.resets = 0
+        self.resets = self.errors = 0
 
     def put_layer(self, **changes):
         self.memory[LAYER_AT:LAYER_AT + ENTRY_BYTES] = encode(LAYER, GOOD_LAYER | changes)
@@ -144,7 +145,11 @@ class Bench:
                 write[2] -= 1
                 if not write[2]:
                     ctx.set(dut.writer.done, 1)
-                    self.written.append((write[0], bytes(write[1])))
+                    if self.outside:
+                        latch |= {self.outside: 1, "fault_address": write[0]}
+                        ctx.set(getattr(dut, self.outside), 1)
+                    else:
+                        self.written.append((write[0], bytes(write[1])))
                     self.log.append("done")
                     write = None
             _, _, *v = await ctx.tick().sample(
@@ -207,13 +212,16 @@ class Bench:
         dut = self.dut
         async for _, _, *v in ctx.tick().sample(
                 dut.o_irq, dut.o_reset_done, dut.count_commands, dut.count_tokens,
-                dut.count_overflows, dut.count_underflows):
+                dut.count_overflows, dut.count_underflows, dut.o_error):
             if v[0]:
                 self.log.append("irq")
             if v[1]:
                 self.log.append("reset")
-            if any(v[2:]):
-                self.counts.append(tuple(v[2:]))
+            if any(v[2:6]):
+                self.counts.append(tuple(v[2:6]))
+            # As ERROR_STATUS has it.
+            self.errors |= v[6]
+            ctx.set(dut.error, self.errors != 0)
 
     def run(self, testbench, *background):
         async def setup(ctx):
@@ -243,8 +251,8 @@ def words(layer, config):
     fmt = next(f for f in FORMATS.values() if f.code == layer["format"])
     linear = layer["kind"] == LayerKind.LINEAR
     rm = config.row_multipliers
-    gate_up = Section(fmt, 2 * layer["d_expert"], layer["d_in"], rm)
-    down = Section(fmt, layer["d_out"], layer["d_expert"], rm)
+    gate_up = Section(fmt, 2 * layer["d_expert"], layer["d_in"], rm, config.channels)
+    down = Section(fmt, layer["d_out"], layer["d_expert"], rm, config.channels)
     return {"gate_up_words": 0 if linear else gate_up.words, "down_words": down.words}
 
 
@@ -394,23 +402,221 @@ def test_bad_fields_of_layers():
 
 def test_limits_are_allowed():
     bench = Bench()
-    top = (1 << TINY.address_bits) - 64
 
     async def testbench(ctx):
         for changes in [
             {"tokens": TINY.max_tokens, "top_k": TINY.max_assignments // TINY.max_tokens},
             {"tokens": TINY.max_assignments // 16, "top_k": 16},
             {"tokens": TINY.max_assignments // 5, "top_k": 5},
-            {"y_address": top, "x_address": top, "ids_address": 0},
+            {"y_address": 0, "x_address": 0, "ids_address": 0},
         ]:
             assert (await bench.run_one(ctx, **changes))["status"] == Status.OK, changes
         for changes in [
             {"num_experts": TINY.max_experts, "d_in": TINY.max_dim, "d_expert": 32},
-            {"grid_exponent": -100, "stride": 0, "image_address": top},
+            {"grid_exponent": -100, "stride": 0},
             {"grid_exponent": 60, "planes": 1, "stride": 0xFFFF_FFC0},
         ]:
             bench.put_layer(**changes)
             assert (await bench.run_one(ctx))["status"] == Status.OK, changes
+
+    bench.run(testbench)
+
+
+def ends(submission, layer, config):
+    """Return how many bytes lie behind each address that a command may touch."""
+    tokens, d_in, d_out = submission["tokens"], layer["d_in"], layer["d_out"]
+    pairs = 4 * tokens * submission["top_k"]
+    payload = sum(words(layer, config).values()) * config.word_bytes
+    return {"x_address": 4 * tokens * d_in, "ids_address": pairs, "weights_address": pairs,
+            "y_address": 4 * tokens * d_out, "workspace_address": 8 * tokens * d_out,
+            "image_address": (layer["num_experts"] - 1) * layer["stride"] + payload}
+
+
+@pytest.mark.parametrize("config", [
+    TINY, PRESETS["hbm32"], PRESETS["small"].replace(row_multipliers=2, address_bits=24)],
+    ids=["tiny", "hbm32", "24 bits"])
+def test_everything_ends_within_the_address_space(config):
+    """At the top the last byte is used, and 64 bytes on the word is named; the lowest counts."""
+    bench = Bench(config, seed=6)
+    rng = random.Random(7)
+    top = 1 << config.address_bits
+
+    async def testbench(ctx):
+        for i in range(8):
+            layer = {name: 32 * rng.randint(1, min(config.max_steps, 40))
+                     for name in ("d_in", "d_expert", "d_out")}
+            layer["format"] = rng.randrange(len(FORMATS))
+            layer["num_experts"] = rng.choice([1, 2, rng.randint(1, config.max_experts)])
+            layer["stride"] = 64 * rng.choice([0, rng.randint(1, 3000)])
+            command = {"top_k": rng.choice([1, 16, rng.randint(1, 16)])}
+            if linear := i % 4 == 3:
+                layer |= LINEAR | {"d_expert": layer["d_in"]}
+                command = dict(GEMM)
+            command["tokens"] = rng.randint(
+                1, min(config.max_tokens, config.max_assignments // command["top_k"]))
+            sizes = ends(GOOD_SUBMISSION | command, GOOD_LAYER | layer, config)
+            highest = {name: (top - size) // 64 * 64 for name, size in sizes.items()}
+            layer["image_address"] = highest.pop("image_address")
+            bench.put_layer(**layer)
+            assert (await bench.run_one(ctx, **command | highest))["status"] == Status.OK
+            names = rng.sample(list(highest), 3) if i else list(highest)
+            for name in names:
+                wrong = highest | {name: highest[name] + 64}
+                later = rng.choice(list(highest))
+                wrong[later] = max(wrong[later], highest[later] + 64 * rng.randint(0, 1))
+                first = min(word_of(SUBMISSION, n) for n in wrong if wrong[n] > highest[n])
+                beyond = [n for n in wrong if wrong[n] >= top]
+                if beyond:
+                    first = min(word_of(SUBMISSION, n) for n in beyond)
+                entry = await bench.run_one(ctx, **command | wrong)
+                assert (entry["status"], entry["detail"]) == (Status.BAD_FIELD, first)
+            if layer["image_address"] + 64 < top:
+                bench.put_layer(**layer | {"image_address": layer["image_address"] + 64})
+                entry = await bench.run_one(ctx, **command | highest)
+                assert (entry["status"], entry["detail"]) == (
+                    Status.BAD_LAYER, word_of(LAYER, "image_address"))
+                name = rng.choice([n for n in highest if highest[n] + 64 < top] or ["y_address"])
+                entry = await bench.run_one(ctx, **command | {name: highest[name] + 64})
+                assert entry["status"] == Status.BAD_FIELD
+            assert linear == (len(bench.jobs) % 4 == 0)
+
+    bench.run(testbench)
+    assert len(bench.jobs) == 8
+
+
+@pytest.mark.parametrize(("register", "bad", "good", "error"), [
+    ("ring_log2", [0, 9, 15, 1 << 31], 2, 1),
+    ("sq_base", [SQ + 32, SQ + 1, 1 << TINY.address_bits, SQ | 1 << 63,
+                 (1 << TINY.address_bits) - 192], SQ, 2),
+    ("cq_base", [CQ + 8, CQ | 1 << TINY.address_bits, (1 << TINY.address_bits) - 64], CQ, 4),
+])
+def test_bad_registers_of_the_rings(register, bad, good, error):
+    """Nothing is fetched, the error says what is wrong, and with it mended the command runs."""
+    bench = Bench()
+    dut = bench.dut
+
+    async def testbench(ctx):
+        for tag, value in enumerate(bad):
+            ctx.set(dut.enable, 0)
+            ctx.set(getattr(dut, register), value)
+            await ctx.tick().repeat(20)
+            assert bench.errors == 0  # nobody has asked for anything
+            ctx.set(dut.enable, 1)
+            bench.submit(ctx, tag=tag)
+            for _ in range(40):
+                await ctx.tick()
+                assert not ctx.get(dut.reader.request.valid)
+            assert bench.errors == error, value
+            bench.errors = 0  # as long as it is wrong that does not help
+            await ctx.tick().repeat(5)
+            assert bench.errors == error
+            ctx.set(getattr(dut, register), good)
+            await ctx.tick().repeat(20)
+            assert not ctx.get(dut.busy)
+            bench.errors = 0
+            entry = await bench.completion(ctx)
+            assert (entry["tag"], entry["status"]) == (tag, Status.OK)
+            assert bench.errors == 0
+
+    bench.run(testbench)
+
+
+def test_the_last_ring_of_the_address_space():
+    bench = Bench()
+    top = 1 << TINY.address_bits
+    bench.memory[SIZE - 256:] = bytes(256)
+
+    async def testbench(ctx):
+        ctx.set(bench.dut.sq_base, top - 256)
+        ctx.set(bench.dut.cq_base, top - 256)
+        await ctx.tick().repeat(20)
+        assert bench.errors == 0
+
+    bench.run(testbench)
+
+
+@pytest.mark.parametrize(("fault", "error"), [("fault_window", 8), ("fault_bus", 16)])
+@pytest.mark.parametrize("status", [Status.OK, Status.WINDOW, Status.BAD_FIELD, Status.ABORTED])
+def test_completions_that_cannot_be_written(fault, error, status):
+    """Nothing says that the command is complete; when the host says so it is written again."""
+    bench = Bench(engine=lambda job: None if status == Status.ABORTED else {"overflows": 0})
+    dut = bench.dut
+
+    async def testbench(ctx):
+        bench.outside = fault
+        if status == Status.WINDOW:
+            bench.window = 0, LAYER_AT
+        bench.submit(ctx, tag=5, x_address=32 if status == Status.BAD_FIELD else 0x4000)
+        if status == Status.ABORTED:
+            await ctx.tick().repeat(60)
+            await pulse(ctx, dut.i_abort)
+        for again in range(3):
+            while not bench.errors:
+                await ctx.tick()
+            assert bench.errors == error
+            await pulse(ctx, dut.i_abort)  # ends nothing
+            await ctx.tick().repeat(100)
+            assert bench.log == ["done"] * (again + 1)
+            assert ctx.get(dut.cq_tail) == 0
+            assert ctx.get(dut.busy)
+            bench.outside = fault if again < 2 else None
+            bench.errors = 0
+            if again == 1:
+                await ctx.tick().repeat(30)
+        entry = await bench.completion(ctx)
+        assert (entry["tag"], entry["status"]) == (5, status)
+        detail, address = {Status.BAD_FIELD: (word_of(SUBMISSION, "x_address"), 0),
+                           Status.WINDOW: (0, LAYER_AT)}.get(status, (0, 0))
+        assert (entry["detail"], entry["address"]) == (detail, address)
+        bench.window, bench.engine = (0, SIZE), lambda job: {}
+        assert (await bench.run_one(ctx, tag=6))["tag"] == 6
+
+    bench.run(testbench)
+    assert bench.errors == 0
+
+
+def test_soft_reset_gives_up_a_completion():
+    bench = Bench()
+    dut = bench.dut
+
+    async def testbench(ctx):
+        bench.outside = "fault_window"
+        bench.submit(ctx, tag=5)
+        while not bench.errors:
+            await ctx.tick()
+        await pulse(ctx, dut.i_soft_reset)
+        while "reset" not in bench.log:
+            await ctx.tick()
+            if ctx.get(dut.o_reset_done):
+                bench.tail = bench.head = 0
+                await ctx.tick()
+                ctx.set(dut.sq_tail, 0)
+        bench.outside, bench.errors = None, 0
+        await ctx.tick().repeat(50)
+        assert not ctx.get(dut.busy)
+        assert bench.written == []
+        bench.log.clear()
+        assert (await bench.run_one(ctx, tag=3))["tag"] == 3
+
+    bench.run(testbench)
+
+
+def test_cq_base_that_turns_bad_while_a_command_runs():
+    bench = Bench(engine_cycles=100)
+    dut = bench.dut
+
+    async def testbench(ctx):
+        bench.submit(ctx, tag=5)
+        await ctx.tick().repeat(60)
+        ctx.set(dut.cq_base, CQ + 4)
+        ctx.set(dut.enable, 0)
+        await ctx.tick().repeat(200)
+        assert bench.errors == 4
+        assert bench.log == []
+        ctx.set(dut.cq_base, CQ)
+        await ctx.tick().repeat(5)
+        bench.errors = 0
+        assert (await bench.completion(ctx))["tag"] == 5
 
     bench.run(testbench)
 
@@ -588,7 +794,7 @@ def test_latencies():
     steps = [(b[0], b[1] - a[1]) for a, b in itertools.pairwise(seen)]
     # The others are the models' own.
     assert [s for s in steps if s[0] not in ("last", "done", "acknowledged")][:5] == [
-        ("request", 2), ("request", 5), ("job", 7 + 2), ("write", 2), ("irq", 1)]
+        ("request", 2), ("request", 5), ("job", 9 + 3), ("write", 2), ("irq", 1)]
 
 
 @pytest.mark.parametrize("delay", [*range(2, 71, 3)])

@@ -4,6 +4,7 @@ import itertools
 import random
 
 import pytest
+from amaranth.hdl import ResetInserter, Signal
 from amaranth.sim import Simulator
 
 from moeaccel.config import PRESETS
@@ -20,6 +21,7 @@ class Bench(AxiMemory):
         # Its clients may make longer requests than the preset's.
         self.config = PRESETS[preset].replace(max_assignments=1 << 14)
         self.dut = MemoryPort(self.config, readers=readers, writers=writers)
+        self.reset = Signal()
         super().__init__(self.dut.axi_mem, size=SIZE, max_burst=self.config.max_burst_beats,
                          window=window, **options)
         self.readers = [getattr(self.dut, f"reader{i}") for i in range(readers)]
@@ -80,7 +82,7 @@ class Bench(AxiMemory):
                 for k in range(beats)]
 
     def run(self, *testbenches):
-        sim = Simulator(self.dut)
+        sim = Simulator(ResetInserter(self.reset)(self.dut))
         sim.add_clock(1e-6)
         sim.add_testbench(self.serve, background=True)
         sim.add_testbench(self._monitor, background=True)
@@ -471,6 +473,111 @@ def test_flush_completes_a_half_sent_burst_with_strobes_off():
     assert [strobes for _, strobes in bench.w_beats] == [0xFF] * 5 + [0] * 15
     assert bench.written == 5
     assert bench.memory[552:] == before[552:]
+
+
+@pytest.mark.parametrize(("readers", "writers"), [(3, 2), (1, 0)])
+@pytest.mark.parametrize("seed", range(5))
+def test_reset_while_memory_goes_on(seed, readers, writers):
+    """At any moment, more than once: nothing late is delivered, nothing half is left on the bus."""
+    rng = random.Random(200 + seed)
+    bench = Bench(readers=readers, writers=writers, seed=seed, stall=rng.choice([0.0, 0.3, 0.6]),
+                  latency=rng.choice([0, 5, 60, 300]))
+    clients = bench.readers + bench.writers
+
+    async def busy(ctx, cycles):
+        """Let every client ask for as much as it can."""
+        def ask(one):
+            beats = rng.choice([1, rng.randint(1, 100)])
+            half = SIZE // 2 if one in bench.writers else 0
+            ctx.set(one.request.payload.address, half + 8 * rng.randrange(4096 - beats))
+            ctx.set(one.request.payload.beats, beats)
+
+        for one in clients:
+            ask(one)
+            ctx.set(one.request.valid, 1)
+        for one in bench.writers:
+            ctx.set(one.data.valid, 1)
+        for _ in range(cycles):
+            _, _, *taken = await ctx.tick().sample(*(one.request.ready for one in clients))
+            for one, ready in zip(clients, taken, strict=True):
+                if ready:
+                    ask(one)
+
+    async def testbench(ctx):
+        for most in (10, 40, 150):
+            await busy(ctx, rng.randint(1, most))
+            ctx.set(bench.reset, 1)
+            await ctx.tick()
+            for one in clients:
+                ctx.set(one.request.valid, 0)
+            for one in bench.writers:
+                ctx.set(one.data.valid, 0)
+            for _ in range(rng.choice([0, 1, 2, 50])):
+                await ctx.tick()
+            ctx.set(bench.reset, 0)
+            before = len(bench.ar), len(bench.aw), [len(got) for got in bench.got], list(bench.done)
+            for k, one in enumerate(bench.readers):
+                ctx.set(one.request.payload.address, 8 * k)
+                ctx.set(one.request.payload.beats, 1)
+                ctx.set(one.request.valid, 1)
+            while not any(ctx.get(one.request.ready) for one in bench.readers):
+                assert [len(got) for got in bench.got] == before[2], "a late beat was delivered"
+                await ctx.tick()
+            # One burst may have been offered in the cycle in which the reset came.
+            assert len(bench.ar) <= before[0] + 1
+            assert len(bench.aw) <= before[1] + 1
+            assert bench.unanswered == 0
+            assert bench.done == before[3]
+            for one in bench.readers:
+                ctx.set(one.request.valid, 0)
+            for got in bench.got:
+                got.clear()
+            for k, one in enumerate(bench.readers):
+                await bench.request(ctx, one, 512 * k + 64, 77)
+            for k, one in enumerate(bench.writers):
+                words = [rng.getrandbits(64) for _ in range(66)]
+                await bench.request(ctx, one, SIZE - 2048, 66)
+                await bench.send(ctx, one, words)
+                await bench.until_done(ctx, k)
+                assert [bench.beat(SIZE - 2048 + 8 * i) for i in range(66)] == words
+            for k in range(readers):
+                await bench.until(ctx, lambda k=k: len(bench.got[k]) == 77, limit=9000)
+                assert bench.got[k] == bench.expect(512 * k + 64, 77)
+            await bench.until_idle(ctx)
+
+    bench.run(start(testbench))
+
+
+def test_reset_with_memory():
+    """What is asked of a memory that is reset, too, is not waited for; nothing is offered."""
+    bench = Bench(readers=1, writers=1, latency=50)
+    dut, axi = bench.dut, bench.dut.axi_mem
+
+    async def testbench(ctx):
+        await bench.request(ctx, bench.readers[0], 0, 300)
+        await bench.request(ctx, bench.writers[0], 4096, 300)
+        await bench.send(ctx, bench.writers[0], [1] * 10)
+        bench.off = True
+        await ctx.tick().repeat(3)  # so that something waits on every channel
+        await bench.send(ctx, bench.writers[0], [1])
+        for signal in (bench.reset, dut.forget):
+            ctx.set(signal, 1)
+        await ctx.tick()
+        assert not any(ctx.get(valid) for valid in (axi.arvalid, axi.awvalid, axi.wvalid))
+        bench.got[0].clear()
+        bench.off = False
+        for signal in (bench.reset, dut.forget):
+            ctx.set(signal, 0)
+        await bench.request(ctx, bench.readers[0], 64, 77)
+        await bench.request(ctx, bench.writers[0], 8192, 66)
+        await bench.send(ctx, bench.writers[0], range(66))
+        await bench.until_done(ctx, 0)
+        await bench.until(ctx, lambda: len(bench.got[0]) == 77)
+        assert bench.got[0] == bench.expect(64, 77)
+        assert [bench.beat(8192 + 8 * k) for k in range(66)] == list(range(66))
+        await bench.until_idle(ctx)
+
+    bench.run(start(testbench))
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

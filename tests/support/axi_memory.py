@@ -14,7 +14,8 @@ class AxiMemory:
     offers until it is taken. Reads of different ids are answered in random order, their beats
     interleaved, not before ``latency`` cycles have passed. ``stall`` is the probability that a
     channel rests in a cycle; while ``hold()`` is true, all rest. Bursts that start in ``refuse``
-    are answered with SLVERR, and such writes are not performed.
+    are answered with SLVERR, and such writes are not performed. While ``off`` is true the memory is
+    in reset: it takes nothing, and forgets what it was asked.
     """
 
     def __init__(self, axi, *, size, max_burst, seed=0, stall=0.0, latency=0, refuse=(),
@@ -30,6 +31,7 @@ class AxiMemory:
         self.cycle = 0
         self.ar, self.aw, self.r_cycles, self.w_beats = [], [], [], []
         self.unanswered = 0
+        self.off = False
 
     def beat(self, address):
         """Return the beat at an address as an integer."""
@@ -43,8 +45,11 @@ class AxiMemory:
         writes, w_queue, responses = deque(), deque(), deque()
         held = {}
         while True:
+            if self.off:
+                for queue in (reads, writes, w_queue, responses, held):
+                    queue.clear()
             self.unanswered = sum(map(len, reads.values())) + len(writes) + len(responses)
-            hold = self.hold()
+            hold = self.hold() or self.off
             go = [not hold and rng.random() >= self.stall for _ in range(5)]
             ctx.set(axi.arready, go[0])
             ctx.set(axi.awready, go[1])

@@ -11,6 +11,8 @@ from hypothesis import given, settings, strategies as st
 
 from moeaccel.commands import LAYER, SUBMISSION, NonFinite, Opcode, Status, decode
 from moeaccel.host import errors
+from moeaccel.host.device import Command
+from moeaccel.host.registers import mask
 from moeaccel.sim import MemoryModel, StallModel
 from tests.support.pair import (
     Buffers,
@@ -104,7 +106,8 @@ def result_of(command):
 
 
 # -- fields ----------------------------------------------------------------------------------------
-BAD_ADDRESSES = [1, 32, PAGE + 63, 1 << 40, 1 << 63, (1 << 64) - 64]
+BAD_ADDRESSES = [1, 32, PAGE + 63, (1 << 40) - 64, (1 << 40) - 1024, 1 << 40, 1 << 63,
+                 (1 << 64) - 64]
 SUBMISSIONS = {
     "opcode": [0, 3, 4, 77, 128, 255],
     "tokens": [0, 1, 6, 65, 1 << 16, (1 << 16) + 1, (1 << 32) - 1],
@@ -149,7 +152,8 @@ def test_bad_fields(pair):
                     found.append((buffers.addresses["y"], buffers.sizes["y"]))
                     found.append((buffers.addresses["workspace"], buffers.sizes["workspace"]))
                 seen.add(command.completion.status)
-                return (*result_of(command), buffers.y().tobytes())
+                outside = command.completion.status == Status.WINDOW  # then y is anything
+                return (*result_of(command), None if outside else buffers.y().tobytes())
             finally:
                 buffers.memory.free()
                 own.free()
@@ -254,12 +258,106 @@ def test_the_window_is_as_large_as_it_says(pair):
 
 def test_rings_outside_the_window(pair):
     """Nothing is read or written; the device comes back with a reset."""
-    device = pair.rtl
-    write_register(device, "WINDOW_LIMIT", 0)
-    handle = pair.layers[device].submit(*CALL)
-    with untouched(pair), pytest.raises(errors.DeviceTimeout):
-        pair.layers[device].sync(handle, timeout_s=0.01)
-    device.reset()
+    for device in pair.devices:
+        write_register(device, "WINDOW_LIMIT", 0)
+        with untouched(pair):
+            handle = pair.layers[device].submit(*CALL)
+            with pytest.raises(errors.DeviceStopped, match=r"0x8 \(completion_window\)"):
+                pair.layers[device].sync(handle)
+        device.reset()
+        with pytest.raises(errors.CommandAborted):
+            pair.layers[device].sync(handle)
+
+
+@pytest.mark.parametrize(("place", "error"), [
+    (MIDDLE, "completion_window"), (SIZE, "completion_bus")])
+def test_a_completion_that_cannot_be_written(pair, place, error):
+    """The device does not say that it has completed; with the ring mended it does, rightly."""
+    expected = pair.layers.call(pair.golden)
+    for device in pair.devices:
+        write_register(device, "WINDOW_LIMIT", MIDDLE if place == MIDDLE else SIZE + 4096)
+        write_register(device, "CQ_BASE", place)
+        buffers = buffers_of(device)
+        command = Command("raw")
+        fields = buffers.fields(pair.layers[device]._descriptor.address)
+        allowed = [(buffers.addresses[name], buffers.sizes[name]) for name in ("y", "workspace")]
+        tail = read_register(device, "CQ_TAIL")
+        with untouched(pair, *allowed):
+            device.submit(fields, command)
+            for _ in range(2):  # clearing the error alone does not help
+                with pytest.raises(errors.DeviceStopped) as caught:
+                    device.wait(command)
+                assert caught.value.errors == (error,)
+                assert read_register(device, "CQ_TAIL") == tail
+                assert read_register(device, "IRQ_STATUS") == 0
+                assert read_register(device, "STATUS") == (device is pair.rtl)
+                write_register(device, "ERROR_STATUS", 0xFFFF_FFFF)
+            with pytest.raises(errors.DeviceStopped):
+                device.wait(command)
+        write_register(device, "CQ_BASE", device._rings._completions.address)
+        write_register(device, "ERROR_STATUS", 0xFFFF_FFFF)
+        assert device.wait(command).status == Status.OK
+        assert read_register(device, "ERROR_STATUS") == 0
+        assert_same_bits(buffers.y(), expected)
+        buffers.memory.free()
+        write_register(device, "WINDOW_LIMIT", SIZE)
+        pair.layers[device](*CALL)  # the ring goes on
+
+
+@pytest.mark.parametrize(("register", "values", "error"), [
+    ("RING_LOG2", [0, 9, 15, 1 << 31], "ring_log2"),
+    ("SQ_BASE", [PAGE + 32, 1 << 40, PAGE | 1 << 63, (1 << 40) - 64], "sq_base"),
+    ("CQ_BASE", [PAGE + 4, 1 << 45, (1 << 40) - 1024 + 64], "cq_base"),
+])
+def test_registers_that_describe_no_rings(pair, register, values, error):
+    for device in pair.devices:
+        rings = device._rings
+        good = {"RING_LOG2": 4, "SQ_BASE": rings._submissions.address,
+                "CQ_BASE": rings._completions.address}[register]
+        for value in values:
+            write_register(device, register, value)
+            handle = pair.layers[device].submit(*CALL)
+            with pytest.raises(errors.DeviceStopped) as caught:
+                pair.layers[device].sync(handle)
+            assert caught.value.errors == (error,)
+            assert read_register(device, "SQ_HEAD") == (rings._tail - 1) % rings.entries
+            write_register(device, "ERROR_STATUS", 0xFFFF_FFFF)
+            assert read_register(device, "ERROR_STATUS") == mask("ERROR_STATUS", error)
+            write_register(device, register, good)
+            assert read_register(device, "ERROR_STATUS") == mask("ERROR_STATUS", error)
+            write_register(device, "ERROR_STATUS", 0xFFFF_FFFF)
+            assert_same_bits(pair.layers[device].sync(handle), pair.layers.call(pair.golden))
+
+
+@pytest.mark.parametrize("what", ["x", "ids", "weights", "y", "workspace", "image", "stride"])
+def test_nothing_wraps_at_the_top_of_the_address_space(pair, what):
+    """What begins below the top and ends beyond it is refused before anything is touched."""
+    def script(device):
+        layer = pair.layers[device]._descriptor.address
+        buffers = buffers_of(device)
+        changes, fields = {}, {}
+        if what == "image":
+            changes = {"image_address": (1 << 40) - PAGE}
+        elif what == "stride":  # that of the last expert only
+            changes = {"stride": (1 << 32) - 64, "image_address": (1 << 40) - (2 << 32)}
+        else:
+            fields = {f"{what}_address": (1 << 40) - 64}
+        raw = device.transport.memory_read(layer, 64).tobytes()
+        own = place_layer(device, **(decode(LAYER, raw) | changes))
+        write_register(device, "WINDOW_LIMIT", 1 << 40)
+        guard = untouched(pair) if device is pair.rtl else contextlib.nullcontext()
+        with guard:
+            command = execute(device, buffers.fields(own.address, **fields))
+        write_register(device, "WINDOW_LIMIT", SIZE)
+        own.free()
+        buffers.memory.free()
+        return result_of(command)
+
+    structure, name, status = (
+        (LAYER, "image_address", Status.BAD_LAYER) if what in ("image", "stride")
+        else (SUBMISSION, f"{what}_address", Status.BAD_FIELD))
+    word = next(field.word for field in structure if field.name == name)
+    assert pair.same(script) == (status, word, 0)
 
 
 # -- numbers ---------------------------------------------------------------------------------------
