@@ -146,7 +146,7 @@ class Bench:
                 if not write[2]:
                     ctx.set(dut.writer.done, 1)
                     if self.outside:
-                        latch |= {self.outside: 1, "fault_address": write[0]}
+                        self.latch |= {self.outside: 1, "fault_address": write[0]}
                         ctx.set(getattr(dut, self.outside), 1)
                     else:
                         self.written.append((write[0], bytes(write[1])))
