@@ -2,7 +2,8 @@
 
 Everything the device does goes through its memory: experts are decoded from the images that were
 uploaded, results are written where the command says. A doorbell executes what is in the ring before
-it returns.
+it returns; a command that is interrupted is executed again, from its beginning, by the next
+doorbell or wait.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from moeaccel.cycles import expert_cycles, linear_cycles
 from moeaccel.formats import FORMATS, QuantisedMatrix, WeightFormat
 from moeaccel.golden import DeviceResult, experts, gemm
 from moeaccel.host.errors import DeviceClosed, InvalidOption, UploadError
+from moeaccel.host.options import whole
 from moeaccel.host.transports.base import Bytes, Transport
 from moeaccel.image import Expert, ExpertShape, Section, unpack_section
 from moeaccel.registers import COUNTERS, REGISTERS, Access
@@ -48,6 +50,7 @@ _COUNTER_BITS = 48
 _BY_ADDRESS = {register.address: register for register in REGISTERS.values()}
 _FORMAT_BY_CODE = {fmt.code: fmt for fmt in FORMATS.values()}
 _COMPLETION_IRQ, _RESET_IRQ = 1, 2
+_PHASE = -1  # kept among the registers, at no address, so that it changes with the ring's indices
 # Python 3.11's mmap does not name this flag.
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x40 if sys.platform == "darwin" else 0x4000)
 
@@ -159,17 +162,19 @@ class GoldenTransport(Transport):
 
     def __init__(self, config: AcceleratorConfig, *, memory_bytes: int,
                  cache_bytes: int = 1 << 30, latency: int = 40) -> None:
+        whole("cache_bytes", cache_bytes, least=0)
+        whole("latency", latency, least=0, unit=" cycles")
         self._config = config
         self._memories = tuple(_Memory(memory_bytes) for _ in range(config.channels))
         self._memory_bytes = memory_bytes
         self._latency = latency
         self._registers = {r.address: r.reset for r in REGISTERS.values()}
         self._registers[REGISTERS["CONFIG_HASH"].address] = config.digest
+        self._registers[_PHASE] = 1
         self._counters = {name: 0 for name, _ in COUNTERS}
-        self._phase = 1
         self._cache: OrderedDict[tuple[int, tuple[Section, ...]],
                                  tuple[int, tuple[QuantisedMatrix, ...], int]] = OrderedDict()
-        self._cache_bytes, self._cached_bytes = cache_bytes, 0
+        self._cache_bytes = cache_bytes
 
     # -- the five verbs ----------------------------------------------------------------------------
     @property
@@ -213,7 +218,8 @@ class GoldenTransport(Transport):
         memory.write(address, raw)
 
     def wait_interrupt(self, timeout_s: float) -> bool:
-        del timeout_s  # whatever can happen has happened
+        del timeout_s  # whatever can happen has happened, or does when it was interrupted
+        self._execute_ring()
         return bool(self._get("IRQ_STATUS") & self._get("IRQ_ENABLE"))
 
     def close(self) -> None:
@@ -282,7 +288,7 @@ class GoldenTransport(Transport):
     def _soft_reset(self) -> None:
         for name in ("SQ_HEAD", "SQ_TAIL", "CQ_HEAD", "CQ_TAIL"):
             self._set(name, 0)
-        self._phase = 1
+        self._registers[_PHASE] = 1
         self._counters = dict.fromkeys(self._counters, 0)
         self._set("IRQ_STATUS", self._get("IRQ_STATUS") | _RESET_IRQ)
 
@@ -292,19 +298,26 @@ class GoldenTransport(Transport):
                and self._get("SQ_HEAD") != self._get("SQ_TAIL") & mask
                and (self._get("CQ_TAIL") + 1) & mask != self._get("CQ_HEAD") & mask):
             head, tail = self._get("SQ_HEAD"), self._get("CQ_TAIL")
-            completion = self._execute(self._get64("SQ_BASE") + ENTRY_BYTES * head)
-            self._set("SQ_HEAD", (head + 1) & mask)
-            where = self._get64("CQ_BASE") + ENTRY_BYTES * tail
-            self._count(commands=1, bytes_written=ENTRY_BYTES)
+            counted = dict(self._counters)
             try:
-                self._check(where, ENTRY_BYTES)
-                entry = encode(COMPLETION, completion | {"phase": self._phase})
-                self._ram.write(where, np.frombuffer(entry, np.uint8))
-            except _Fault:
-                logger.debug("completion ring at %#x is outside the window", where)
-            self._set("CQ_TAIL", (tail + 1) & mask)
-            self._phase ^= (tail + 1) & mask == 0
-            self._set("IRQ_STATUS", self._get("IRQ_STATUS") | _COMPLETION_IRQ)
+                completion = self._execute(self._get64("SQ_BASE") + ENTRY_BYTES * head)
+                where = self._get64("CQ_BASE") + ENTRY_BYTES * tail
+                self._count(commands=1, bytes_written=ENTRY_BYTES)
+                try:
+                    self._check(where, ENTRY_BYTES)
+                    entry = encode(COMPLETION, completion | {"phase": self._registers[_PHASE]})
+                    self._ram.write(where, np.frombuffer(entry, np.uint8))
+                except _Fault:
+                    logger.debug("completion ring at %#x is outside the window", where)
+                behind = {"SQ_HEAD": (head + 1) & mask, "CQ_TAIL": (tail + 1) & mask,
+                          "IRQ_STATUS": self._get("IRQ_STATUS") | _COMPLETION_IRQ}
+                self._registers |= {REGISTERS[name].address: value
+                                    for name, value in behind.items()} | {
+                    _PHASE: self._registers[_PHASE] ^ (behind["CQ_TAIL"] == 0)}
+            except BaseException:
+                if self._get("SQ_HEAD") == head:
+                    self._counters = counted
+                raise
 
     def _execute(self, address: int) -> dict[str, int]:
         """Execute the submission at an address and return its completion, but for the phase."""
@@ -434,12 +447,11 @@ class GoldenTransport(Transport):
                 words, section, paired=len(layer.sections) == 2 and not matrices))
             address += size
         size = sum(matrix.integers.nbytes for matrix in matrices)
-        if found is not None:
-            self._cached_bytes -= self._cache.pop(key)[2]
         self._cache[key] = (version, tuple(matrices), size)
-        self._cached_bytes += size
-        while self._cached_bytes > self._cache_bytes and len(self._cache) > 1:
-            self._cached_bytes -= self._cache.popitem(last=False)[1][2]
+        self._cache.move_to_end(key)
+        while len(self._cache) > 1 and self._cache_bytes < sum(
+                kept[2] for kept in self._cache.values()):
+            self._cache.popitem(last=False)
         return tuple(matrices)
 
     def _account(self, layer: _Layer, ids: NDArray[np.int64], used: NDArray[np.int64],
