@@ -122,8 +122,8 @@ def test_a_handle_outlives_an_interrupted_sync(tmp_path, kind):
     with opened(kind, tmp_path) as device:
         experts = device.load_experts(*weights())
         expected, free, late = experts(*call), free_bytes(device), 0
-        handle = experts.submit(*call)
-        cycles, lines = experts.last.cycles, lines_of(lambda: experts.sync(handle))
+        first, cycles = experts.submit(*call), experts.last.cycles
+        lines = lines_of(lambda: experts.sync(first))
         for at in range(0, lines, KINDS[kind]):
             handle = experts.submit(*call)
             with Interrupter(at) as interrupter:

@@ -19,7 +19,7 @@ def _ends_of_with(code):
 
     There, before it calls ``__exit__``, CPython looks for no signal: locks rely on it.
     """
-    found, entered = set(), set()
+    found, entered, line = set(), set(), 0
     for instruction in dis.get_instructions(code):
         if instruction.opname == "BEFORE_WITH":
             entered.add(line)
@@ -53,9 +53,10 @@ class Interrupter:
         return self._line
 
     def _call(self, frame, event, _):
-        name = frame.f_code.co_filename
-        # Finalisers swallow exceptions, so CPython runs them to their end.
-        return self._line if name.startswith(WATCHED) and frame.f_code.co_name != "__del__" else None
+        code = frame.f_code
+        # What a finaliser raises goes nowhere.
+        watched = code.co_filename.startswith(WATCHED) and code.co_name != "__del__"
+        return self._line if watched else None
 
     def __enter__(self):
         self._before = sys.gettrace()

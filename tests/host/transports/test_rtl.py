@@ -94,7 +94,7 @@ def test_options_go_to_the_builder(monkeypatch):
         open_device("rtl", config="tiny", memory=memory, memory_bytes=1 << 20)
     with pytest.raises(InvalidOption, match="cycles_per_second"):
         open_device("rtl", config="tiny", cycles_per_second=0)
-    with pytest.raises(InvalidOption, match=r"option of rtl must be one of .*threads.*not 'thread'"):
+    with pytest.raises(InvalidOption, match=r"option of rtl must be .*threads.*not 'thread'"):
         open_device("rtl", config="tiny", thread=2)
     with pytest.raises(InvalidOption, match="memory must be a MemoryModel, not 3"):
         open_device("rtl", config="tiny", memory=3)
