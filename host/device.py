@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
+import os
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -12,11 +15,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from moeaccel.commands import LAYER, Activation, LayerKind, Opcode, Status, encode
+from moeaccel.commands import LAYER, Activation, LayerKind, Opcode, encode
 from moeaccel.config import PRESETS, AcceleratorConfig, preset
 from moeaccel.formats import check_dims, quantise, weight_format
 from moeaccel.host.errors import (
-    CommandFailed,
     DeviceClosed,
     DeviceStopped,
     DeviceTimeout,
@@ -27,14 +29,15 @@ from moeaccel.host.errors import (
     LinkLost,
     UnsupportedTransport,
     UploadError,
-    command_error,
 )
 from moeaccel.host.identity import check_config, check_version
-from moeaccel.host.layers import Experts, Linear
+from moeaccel.host.layers import Experts, Handle, Linear
 from moeaccel.host.memory import COMMAND_ALIGNMENT, PAGE, Allocation, Allocator
+from moeaccel.host.options import check_names, seconds, whole
+from moeaccel.host.process import Bound, Inherited
 from moeaccel.host.registers import RegisterAccess, fields_of, mask
 from moeaccel.host.residents import Residents
-from moeaccel.host.rings import CommandRings, Completion
+from moeaccel.host.rings import Command, CommandRings, Completion
 from moeaccel.host.tensors import Tensor, float32, shape_of
 from moeaccel.host.transports.base import Bytes, Transport
 from moeaccel.image import (
@@ -80,38 +83,15 @@ def _freed_on_error(allocation: Allocation) -> Iterator[None]:
         raise
 
 
-class Command:
-    """A command on its way: what it is, what it needs alive, and how it ended.
-
-    Parameters
-    ----------
-    name : :class:`str`
-        For messages.
-    keep : sequence
-        Whatever must stay in device memory until it has completed.
-    first_token : :class:`int`
-        Row of the caller's x that is this command's first token.
-    """
-
-    def __init__(self, name: str, keep: Sequence[object] = (), *, first_token: int = 0) -> None:
-        self.name = name
-        self.keep = keep
-        self.first_token = first_token
-        self.completion: Completion | None = None
-
-    def error(self) -> CommandFailed | None:
-        """Return why it failed; None if it succeeded or is not complete."""
-        done = self.completion
-        if done is None or done.status == Status.OK:
-            return None
-        return command_error(done.status, done.detail, done.address, first_token=self.first_token)
-
-
-class Device:
+class Device(Bound, Inherited):
     """An accelerator behind a transport; see :func:`open_device`.
 
     Every method may be called from several threads: a lock lets one at a time through. A thread
     that waits for a result holds the lock; the device executes commands in order anyway.
+
+    Every method may be interrupted by an exception (Ctrl-C, a signal's handler, a callback) at any
+    moment: the next call works, and nothing is lost but the interrupted call's own result. A
+    process that was forked finds the device closed; it cannot be copied or pickled.
 
     Parameters
     ----------
@@ -120,7 +100,7 @@ class Device:
     config : :class:`AcceleratorConfig`
         What the device was built from.
     timeout_s : :class:`float`
-        How long a wait for a completion may take.
+        How long a wait for a completion may take, more than 0.
     ring_log2 : :class:`int`
         log2 of the entries of the command rings, 1 to 8: all but one may be in flight.
     watchdog_cycles : :class:`int`
@@ -136,23 +116,25 @@ class Device:
 
     def __init__(self, transport: Transport, config: AcceleratorConfig, *, timeout_s: float = 30.0,
                  ring_log2: int = 4, watchdog_cycles: int = 1 << 24) -> None:
-        if not timeout_s > 0:
-            raise InvalidOption(f"timeout_s must be more than 0 seconds, not {timeout_s}")
-        if not 0 <= watchdog_cycles < 1 << 32:
-            raise InvalidOption(f"watchdog_cycles must fit 32 bits, not {watchdog_cycles}")
+        if not (timeout_s := seconds("timeout_s", timeout_s)):
+            raise InvalidOption("timeout_s must be more than 0 seconds, not 0; a single sync() may "
+                                "have 0, not to wait")
+        watchdog_cycles = whole("watchdog_cycles", watchdog_cycles, least=0, most=(1 << 32) - 1)
+        ring_log2 = whole("ring_log2", ring_log2, least=1, most=8)
         if not PAGE < transport.memory_bytes <= 1 << config.address_bits:
             raise InvalidOption(
                 f"memory_bytes must be more than {PAGE} and fit {config.address_bits} address "
                 f"bits, not {transport.memory_bytes:,}")
         self._transport: Transport | None = transport
+        self._why_closed = "it was closed, open it again"
         self._config = config
         self._timeout_s = timeout_s
         self._watchdog_cycles = watchdog_cycles
         self._registers = RegisterAccess(transport)
         self._lock = threading.RLock()
-        self._pending: dict[int, Command] = {}
+        self._handles: weakref.WeakSet[Handle] = weakref.WeakSet()
+        self._resetting = False
         self._last_cycles = 0
-        self._total_cycles = 0
         check_version(self._registers)
         check_config(self._registers, config)
         # Every channel has the same addresses, and one owner for each: images use them on all
@@ -161,9 +143,10 @@ class Device:
         size = (transport.memory_bytes - PAGE) // COMMAND_ALIGNMENT * COMMAND_ALIGNMENT
         self._residents = Residents(
             transport, [config.device_address(channel, 0) for channel in range(config.channels)])
-        self._memory = Allocator(PAGE, size, before_use=self._forget)
+        self._memory = Allocator(PAGE, size, before_use=self._forget, make_room=self._make_room)
         self._rings = CommandRings(transport, self._memory, entries_log2=ring_log2)
         self.reset()
+        Inherited.__init__(self)
 
     # -- properties --------------------------------------------------------------------------------
     @property
@@ -184,12 +167,24 @@ class Device:
 
     def _check_open(self) -> Transport:
         if self._transport is None:
-            raise DeviceClosed("device must be open; it was closed, open it again")
+            raise DeviceClosed(f"device must be open; {self._why_closed}")
         return self._transport
+
+    def _check_ready(self) -> None:
+        """Check that it is open, and finish a reset that was interrupted."""
+        self._check_open()
+        if self._resetting:
+            self.reset()
+
+    def _forked(self) -> None:
+        self._orphan, self._transport = self._transport, None  # not closed: it is the parent's
+        self._lock = threading.RLock()  # the thread that held it is not in this process
+        self._why_closed = ("it belongs to the process that opened it, of which this one is a "
+                            "fork; open another one here, or start processes by 'spawn'")
 
     @property
     def closed(self) -> bool:
-        """Whether :meth:`close` was called."""
+        """Whether :meth:`close` was called, or this process is a fork of the device's."""
         return self._transport is None
 
     @property
@@ -205,7 +200,12 @@ class Device:
     @property
     def total_cycles(self) -> int:
         """Cycles of every completion taken since the device was opened."""
-        return self._total_cycles
+        return self._rings.cycles
+
+    @property
+    def in_flight(self) -> tuple[Command, ...]:
+        """Commands that were sent and whose completion was not taken yet, oldest first."""
+        return self._rings.commands
 
     # -- weights -----------------------------------------------------------------------------------
     def load_experts(self, gate_up: Stack, down: Stack, *, activation: str = "silu",
@@ -445,11 +445,17 @@ class Device:
             while self._rings.full:
                 self._wait_for_progress(f"room in the submission ring for {command.name}",
                                         self._timeout_s)
-            self._pending[self._rings.submit(values)] = command
+            self._rings.submit(values, command)
             return command
 
     def wait(self, command: Command, *, timeout_s: float | None = None) -> Completion:
         """Wait until a command has completed, whatever its status.
+
+        Parameters
+        ----------
+        command : :class:`Command`
+        timeout_s : :class:`float`, optional
+            The device's when left out; 0: look once, do not wait.
 
         Raises
         ------
@@ -457,13 +463,15 @@ class Device:
             If it does not; the command stays in flight.
         DeviceStopped
             If the device has stopped, see there.
+        InvalidOption
+            If ``timeout_s`` is no such number.
         """
+        timeout_s = self._timeout_s if timeout_s is None else seconds("timeout_s", timeout_s)
         with self._lock:
             if command.completion is None:
                 self._take()
             while command.completion is None:
-                self._wait_for_progress(f"completion of {command.name}",
-                                        timeout_s or self._timeout_s)
+                self._wait_for_progress(f"completion of {command.name}", timeout_s)
             return command.completion
 
     def fence(self) -> None:
@@ -475,12 +483,23 @@ class Device:
 
     def _take(self) -> bool:
         """Take the completions that are there; return whether there were any."""
-        self._check_open()
-        completions = self._rings.take()
-        for completion in completions:
-            self._pending.pop(completion.tag).completion = completion
-            self._total_cycles += completion.cycles
-        return bool(completions)
+        self._check_ready()
+        return bool(self._rings.take())
+
+    def _make_room(self) -> bool:
+        """Get device memory back that need not be held; return whether there was any."""
+        with self._lock:
+            free = self._memory.free_bytes
+            self._take()
+            for handle in list(self._handles):
+                handle._fetch()
+            if self._memory.free_bytes > free:
+                return True
+            if self._rings.in_flight:
+                self._wait_for_progress("room in the device's memory", self._timeout_s)
+                return True
+            gc.collect()  # what was dropped may hold itself
+            return self._memory.free_bytes > free
 
     def _wait_for_progress(self, what: str, timeout_s: float) -> None:
         """Wait for at least one completion."""
@@ -517,13 +536,13 @@ class Device:
     def counters(self) -> dict[str, int]:
         """Return the event counters of :data:`moeaccel.registers.COUNTERS` by name."""
         with self._lock:
-            self._check_open()
+            self._check_ready()
             return self._registers.counters()
 
     def abort(self) -> None:
         """End the running command: taking its result raises :class:`CommandAborted`."""
         with self._lock:
-            self._check_open()
+            self._check_ready()
             self._registers.write("CONTROL", mask("CONTROL", "abort"))
 
     def reset(self) -> None:
@@ -542,6 +561,7 @@ class Device:
             everything = done | mask("IRQ_STATUS", "completion")
             registers = self._registers
             transport = self.transport
+            self._resetting = True  # until it has gone through, whoever comes next begins with it
             registers.write("ENABLE", 0)
             registers.write("IRQ_ENABLE", done)
             registers.write("ERROR_ENABLE", 0)
@@ -552,7 +572,6 @@ class Device:
                 raise DeviceTimeout(
                     f"soft reset must finish within {self._timeout_s:g} s, but did not; "
                     f"{self._state()}; switch the device off and on")
-            self._drop_pending()
             self._rings.reset()
             registers.write64("WINDOW_BASE", PAGE)
             registers.write64("WINDOW_LIMIT", PAGE + self._memory.size)
@@ -562,11 +581,7 @@ class Device:
             registers.write("IRQ_ENABLE", mask("IRQ_ENABLE", "completion"))
             registers.write("ERROR_ENABLE", mask("ERROR_ENABLE"))
             registers.write("ENABLE", 1)
-
-    def _drop_pending(self) -> None:
-        for tag, command in self._pending.items():
-            command.completion = Completion(tag, Status.ABORTED)
-        self._pending.clear()
+            self._resetting = False
 
     def close(self) -> None:
         """Stop the device and let it go; a second call does nothing."""
@@ -575,15 +590,17 @@ class Device:
                 return
             transport = self._transport
             try:
-                if self._pending:
+                if self._rings.in_flight:
                     with contextlib.suppress(HostError):
                         self.reset()
                 with contextlib.suppress(LinkLost):
                     self._registers.write("ENABLE", 0)
             finally:
-                self._drop_pending()
-                self._transport = None
-                transport.close()
+                self._rings.drop()
+                try:
+                    transport.close()
+                finally:
+                    self._transport = None
 
     def __enter__(self) -> Self:
         return self
@@ -623,21 +640,26 @@ def open_device(spec: str | Transport, config: str | AcceleratorConfig | None = 
     ------
     UnsupportedTransport
         For a specification that this version does not know.
+    InvalidOption
+        For options that the transport does not have, or values of the wrong type or range.
     DeviceNotFound, ConfigMismatch
         If something else answers, or nothing.
     PortUnavailable
         If there is no such port, or it may not be opened.
     """
+    if memory_bytes is not None:
+        memory_bytes = whole("memory_bytes", memory_bytes, least=1)
+    if record is not None and not isinstance(record, str | os.PathLike):
+        raise InvalidOption(f"record must be the name of a file, not {record!r}")
     if isinstance(spec, str) and spec.startswith("xdma:"):
         transport = _open_xdma(spec, None if config is None else preset(config), memory_bytes,
-                               options)
+                               {"timeout_s": timeout_s} | options)
         config = transport.config
     else:
         if config is None:
             config = "ulx3s" if isinstance(spec, str) and spec.startswith("serial:") else "small"
         config = preset(config)
-        transport = spec if isinstance(spec, Transport) else _open_transport(
-            spec, config, memory_bytes, options)
+        transport = _open_transport(spec, config, memory_bytes, options)
     try:
         if record is not None:
             from moeaccel.host.transports.record import RecordTransport
@@ -658,31 +680,39 @@ def _open_xdma(spec: str, config: AcceleratorConfig | None, memory_bytes: int | 
     if not number.isdecimal():
         raise UnsupportedTransport(
             f"device must be 'xdma:N' with the N of /dev/xdmaN_user, not {spec!r}")
+    check_names("xdma:N", options, XdmaTransport)
     return XdmaTransport(int(number), config, memory_bytes=memory_bytes, **options)
 
 
-def _open_transport(spec: str, config: AcceleratorConfig, memory_bytes: int | None,
+def _open_transport(spec: object, config: AcceleratorConfig, memory_bytes: int | None,
                     options: dict[str, Any]) -> Transport:
+    kind, _, name = spec.partition(":") if isinstance(spec, str) else ("", "", "")
+    if isinstance(spec, Transport) or (kind in ("serial", "replay") and name):
+        what = "an open transport" if isinstance(spec, Transport) else f"{kind}:..."
+        if memory_bytes is not None:
+            raise InvalidOption(f"memory_bytes must be left out for {what}, which says itself "
+                                f"how much there is, not {memory_bytes}")
+        if isinstance(spec, Transport):
+            check_names(what, options)
+            return spec
+        if kind == "serial":
+            from moeaccel.host.transports.serial import SerialTransport
+
+            check_names("serial:PORT", options, SerialTransport)
+            return SerialTransport(name, **options)
+        from moeaccel.host.transports.record import ReplayTransport
+
+        check_names("replay:FILE", options, ReplayTransport)
+        return ReplayTransport(name, config, **options)
     if spec == "golden":
         from moeaccel.host.transports.golden import GoldenTransport
 
+        check_names("golden", options, GoldenTransport)
         return GoldenTransport(
             config, memory_bytes=memory_bytes or min(1 << 32, 1 << config.address_bits), **options)
     if spec == "rtl":
         from moeaccel.host.transports.rtl import RtlTransport
 
         return RtlTransport(config, memory_bytes=memory_bytes, **options)
-    kind, _, name = spec.partition(":")
-    known = "'golden', 'rtl', 'serial:PORT', 'xdma:N' or 'replay:FILE'"
-    if kind in ("serial", "replay") and name:
-        if memory_bytes is not None:
-            raise InvalidOption(f"memory_bytes must be left out for {kind}:..., which says itself "
-                                f"how much there is, not {memory_bytes}")
-        if kind == "serial":
-            from moeaccel.host.transports.serial import SerialTransport
-
-            return SerialTransport(name, **options)
-        from moeaccel.host.transports.record import ReplayTransport
-
-        return ReplayTransport(name, config, **options)
-    raise UnsupportedTransport(f"device must be {known}, not {spec!r}")
+    raise UnsupportedTransport("device must be 'golden', 'rtl', 'serial:PORT', 'xdma:N' or "
+                               f"'replay:FILE', not {spec!r}")

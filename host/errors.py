@@ -6,7 +6,8 @@ from moeaccel.commands import LAYER, SUBMISSION, Field, NonFinite, Status
 from moeaccel.errors import MoeAccelError
 
 __all__ = [
-    "HostError", "UnsupportedTransport", "DeviceNotFound", "ConfigMismatch", "DeviceClosed",
+    "HostError", "NotCopyable", "UnsupportedTransport", "DeviceNotFound", "ConfigMismatch",
+    "DeviceClosed",
     "InvalidTensor", "InvalidOption", "LimitExceeded", "OutOfDeviceMemory", "UploadError",
     "DeviceTimeout", "DeviceStopped", "HandleConsumed", "PortUnavailable", "LinkLost",
     "AccessFailed", "RecordingError", "ReplayMismatch",
@@ -38,7 +39,11 @@ class ConfigMismatch(HostError):
 
 
 class DeviceClosed(HostError):
-    """The device, or something that lived in its memory, is closed."""
+    """The device, or something that lived in its memory, is closed, or is another process's."""
+
+
+class NotCopyable(HostError, TypeError):
+    """Something that belongs to an open device was to be copied or pickled."""
 
 
 # -- before anything is sent -----------------------------------------------------------------------

@@ -17,16 +17,20 @@ from moeaccel.host.errors import (
     CommandFailed,
     DeviceClosed,
     HandleConsumed,
+    InvalidOption,
     InvalidTensor,
     LimitExceeded,
     OutOfDeviceMemory,
 )
 from moeaccel.host.memory import COMMAND_ALIGNMENT, Allocation
+from moeaccel.host.options import seconds
+from moeaccel.host.process import Bound
+from moeaccel.host.rings import Command
 from moeaccel.host.tensors import Like, Tensor, float32, indices, shape_of
 from moeaccel.image import ExpertShape, LinearShape
 
 if TYPE_CHECKING:
-    from moeaccel.host.device import Command, Device
+    from moeaccel.host.device import Device
 
 __all__ = ["CallStatistics", "Experts", "Handle", "Linear"]
 
@@ -57,16 +61,17 @@ class _Part:
     """One command of a call: rows ``[first, first + count)`` of x."""
 
     command: Command
-    buffers: Allocation
     y_address: int
     first: int
     count: int
+    fetched: bool = False
 
 
-class Handle:
+class Handle(Bound):
     """A call on its way, from ``submit``; ``sync`` takes its result, in any order.
 
     When it is dropped without ``sync``, its buffers go back once the device has finished with them.
+    While it is kept they go back when the device's memory runs short: its result then waits here.
     """
 
     def __init__(self, layer: _Layer, tokens: int, d_out: int, like: Like) -> None:
@@ -74,24 +79,44 @@ class Handle:
         self._parts: list[_Part] = []
         self._y = np.zeros((tokens, d_out), np.float32)
         self._like = like
-        self._cycles = 0
-        self._commands = 0
-        self._underflows = 0
-        self._error: CommandFailed | None = None
         self._consumed = False
 
     @property
     def cycles(self) -> int:
         """Cycles of the commands whose results were taken: all of them after ``sync``."""
-        return self._cycles
+        return self.statistics.cycles
 
     @property
     def statistics(self) -> CallStatistics:
         """What the call cost; complete after ``sync``."""
-        return CallStatistics(self._cycles, self._commands, len(self._y), self._underflows)
+        done = [part.command.completion for part in self._parts
+                if part.fetched and part.command.completion is not None]
+        return CallStatistics(sum(c.cycles for c in done), len(self._parts), len(self._y),
+                              sum(c.underflows for c in done))
+
+    def _fetch(self) -> None:
+        """Take the rows of y that are there, and give their buffers back."""
+        for part in self._parts:
+            if not part.fetched and part.command.completion is not None:
+                if part.command.error() is None:
+                    rows = self._y[part.first : part.first + part.count]
+                    raw = self._layer.device.transport.memory_read(part.y_address, rows.nbytes)
+                    rows[:] = raw.view("<f4").reshape(rows.shape)
+                part.fetched = True
+            if part.fetched:
+                part.command.give_back()
+
+    def _error(self) -> CommandFailed | None:
+        """Return what went wrong first."""
+        return next(filter(None, (part.command.error() for part in self._parts)), None)
+
+    def _abandon(self) -> None:
+        """Give every buffer back as soon as its command is complete: nobody waits for it."""
+        for part in self._parts:
+            part.command.give_back()
 
 
-class _Layer:
+class _Layer(Bound):
     """What experts and linear layers have in common: images, a descriptor, calls in parts."""
 
     def __init__(self, device: Device, images: Allocation, descriptor: Allocation, *, d_in: int,
@@ -101,7 +126,6 @@ class _Layer:
         self._descriptor = descriptor
         self._d_in, self._d_out = d_in, d_out
         self._coarsened = coarsened
-        self._commands: list[Command] = []
         self._last: CallStatistics | None = None
 
     @property
@@ -132,7 +156,7 @@ class _Layer:
         handle : :class:`Handle`
             Of this layer's ``submit``; it can be used once.
         timeout_s : :class:`float`, optional
-            For each of its commands; the device's when left out.
+            For each of its commands; the device's when left out, 0: look once, do not wait.
 
         Returns
         -------
@@ -147,32 +171,52 @@ class _Layer:
             If the device reports an error; :class:`NonFiniteInput`, :class:`GridOverflow`, ...
         HandleConsumed
             If the handle is not one that this layer waits for.
+        InvalidOption
+            If ``timeout_s`` is no such number.
         """
+        if not isinstance(handle, Handle):
+            raise InvalidOption(
+                f"handle must be what submit() returned, not {type(handle).__name__}")
         if handle._layer is not self:
             raise HandleConsumed("handle must be one that this layer's submit() returned")
-        with self._device._lock:
+        if timeout_s is not None:
+            seconds("timeout_s", timeout_s)
+        device = self._device
+        with device._lock:
             if handle._consumed:
                 raise HandleConsumed("handle must be used once; its result was already taken")
-            while handle._parts:
-                self._collect(handle, timeout_s)
-            handle._consumed = True
-            self._commands = [c for c in self._commands if c.completion is None]
+            for part in handle._parts:
+                device.wait(part.command, timeout_s=timeout_s)
+                handle._fetch()
             self._last = handle.statistics
-            self._device._last_cycles = handle.cycles
-        if handle._error is not None:
-            raise handle._error
-        return handle._like(handle._y)
+            device._last_cycles = handle.cycles
+            error = handle._error()
+            result = None if error else handle._like(handle._y)
+            handle._consumed = True
+        if error is not None:
+            raise error
+        return result
+
+    def _call(self, handle: Handle) -> Any:
+        """Return the result of a call that nobody else has a handle of."""
+        try:
+            return self.sync(handle)
+        except BaseException:
+            handle._abandon()  # also while the traceback keeps it alive
+            raise
 
     def close(self) -> None:
         """Wait for what is in flight and free the device memory; a second call does nothing."""
-        with self._device._lock:
+        device = self._device
+        with device._lock:
             if self._images is None:
                 return
-            if not self._device.closed:
-                for command in self._commands:
-                    self._device.wait(command)
-            self._images.free()
-            self._descriptor.free()
+            if not device.closed:
+                for command in device.in_flight:
+                    if self._images in command.keep:
+                        device.wait(command)
+                self._images.free()
+                self._descriptor.free()
             self._images = None
 
     def __enter__(self) -> Self:
@@ -199,17 +243,28 @@ class _Layer:
             return handle
         config = self._device.config
         most = min(config.max_tokens, config.max_assignments // top_k)
-        with self._device._lock:
-            for first in range(0, len(x), most):
-                rows = slice(first, first + most)
-                handle._parts.append(
-                    self._send(handle, opcode, first, x[rows], ids[rows], weights[rows]))
+        first = 0
+        try:
+            with self._device._lock:
+                self._device._handles.add(handle)
+                while first < len(x):
+                    rows = slice(first, min(first + most, len(x)))
+                    try:
+                        self._send(handle, opcode, first, x[rows], ids[rows], weights[rows])
+                    except OutOfDeviceMemory:
+                        most = (rows.stop - first) // 2
+                        if not most:
+                            raise
+                    else:
+                        first = rows.stop
+        except BaseException:
+            handle._abandon()
+            raise
         return handle
 
     def _send(self, handle: Handle, opcode: Opcode, first: int, x: NDArray[np.float32],
-              ids: NDArray[np.int32], weights: NDArray[np.float32]) -> _Part:
-        from moeaccel.host.device import Command
-
+              ids: NDArray[np.int32], weights: NDArray[np.float32]) -> None:
+        """Send one command of a call, and note it in the handle."""
         device = self._device
         images = self._images
         if images is None:
@@ -219,48 +274,29 @@ class _Layer:
         y_bytes = 4 * tokens * self._d_out
         sizes = [array.nbytes for array in inputs] + [y_bytes, 2 * y_bytes]
         offsets = list(_offsets(sizes))
-        buffers = self._allocate(handle, offsets[-1] + sizes[-1])
-        data = np.zeros(offsets[len(inputs)], np.uint8)
-        for array, offset in zip(inputs, offsets, strict=False):
-            data[offset : offset + array.nbytes] = array.reshape(-1).view(np.uint8)
-        base = buffers.address
-        device.transport.memory_write(base, data)
-        fields = {"opcode": int(opcode), "tokens": tokens, "top_k": top_k,
-                  "layer_address": self._descriptor.address, "x_address": base,
-                  "y_address": base + offsets[-2], "workspace_address": base + offsets[-1]}
-        if opcode is Opcode.EXPERTS:
-            fields |= {"ids_address": base + offsets[1], "weights_address": base + offsets[2]}
+        device._take()  # what completed meanwhile gives its buffers back
+        buffers = device.memory.allocate(offsets[-1] + sizes[-1], top=True)
         # The command keeps buffers and weights alive, whatever happens to handle and layer.
-        command = Command(opcode.name, (buffers, images, self._descriptor), first_token=first)
-        device.submit(fields, command)
-        self._commands.append(command)
-        handle._commands += 1
-        return _Part(command, buffers, fields["y_address"], first, tokens)
-
-    def _allocate(self, handle: Handle, size: int) -> Allocation:
-        """Return buffers, if need be after taking results of the same call."""
-        while True:
-            try:
-                return self._device.memory.allocate(size, top=True)
-            except OutOfDeviceMemory:
-                if not handle._parts:
-                    raise
-                self._collect(handle, None)
-
-    def _collect(self, handle: Handle, timeout_s: float | None) -> None:
-        """Wait for the oldest part of a call and take its rows of y."""
-        part = handle._parts[0]
-        done = self._device.wait(part.command, timeout_s=timeout_s)
-        error = part.command.error()
-        if error is None:
-            rows = handle._y[part.first : part.first + part.count]
-            raw = self._device.transport.memory_read(part.y_address, rows.nbytes)
-            rows[:] = raw.view("<f4").reshape(rows.shape)
-        handle._error = handle._error or error
-        handle._cycles += done.cycles
-        handle._underflows += done.underflows
-        part.buffers.free()
-        del handle._parts[0]
+        command = Command(opcode.name, (images, self._descriptor), buffers=buffers,
+                          first_token=first)
+        try:
+            data = np.zeros(offsets[len(inputs)], np.uint8)
+            for array, offset in zip(inputs, offsets, strict=False):
+                data[offset : offset + array.nbytes] = array.reshape(-1).view(np.uint8)
+            base = buffers.address
+            device.transport.memory_write(base, data)
+            fields = {"opcode": int(opcode), "tokens": tokens, "top_k": top_k,
+                      "layer_address": self._descriptor.address, "x_address": base,
+                      "y_address": base + offsets[-2], "workspace_address": base + offsets[-1]}
+            if opcode is Opcode.EXPERTS:
+                fields |= {"ids_address": base + offsets[1], "weights_address": base + offsets[2]}
+            device.submit(fields, command)
+            handle._parts.append(_Part(command, fields["y_address"], first, tokens))
+        except BaseException:
+            command.give_back()
+            if command not in device.in_flight:
+                buffers.free()
+            raise
 
 
 def _offsets(sizes: list[int]) -> Iterator[int]:
@@ -296,13 +332,13 @@ class Experts(_Layer):
 
     def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Any:
         """Return y, (T, H); see :meth:`submit` and :meth:`sync`."""
-        return self.sync(self.submit(x, ids, weights))
+        return self._call(self.submit(x, ids, weights))
 
     def submit(self, x: Tensor, ids: Tensor, weights: Tensor) -> Handle:
         """Send a call to the device and return a handle for :meth:`sync`.
 
-        The call is cut into as many commands as the device's limits on tokens and assignments ask
-        for. When the ring is full this waits for room.
+        The call is cut into as many commands as the device's limits on tokens and assignments, and
+        its free memory, ask for. When ring or memory is full this waits for room.
 
         Parameters
         ----------
@@ -317,7 +353,7 @@ class Experts(_Layer):
         InvalidTensor, LimitExceeded
             Before anything is sent.
         OutOfDeviceMemory
-            If one command's buffers do not fit.
+            If not even the buffers of one token fit.
         """
         tokens = self._check_x(x)
         shape = shape_of("ids", ids, "T", "K")
@@ -350,7 +386,7 @@ class Linear(_Layer):
 
     def __call__(self, x: Tensor) -> Any:
         """Return y, (T, N); see :meth:`submit` and :meth:`sync`."""
-        return self.sync(self.submit(x))
+        return self._call(self.submit(x))
 
     def submit(self, x: Tensor) -> Handle:
         """Send a call to the device and return a handle for :meth:`sync`.
@@ -365,7 +401,7 @@ class Linear(_Layer):
         InvalidTensor
             Before anything is sent.
         OutOfDeviceMemory
-            If one command's buffers do not fit.
+            If not even the buffers of one token fit.
         """
         tokens = self._check_x(x)
         ids = np.zeros((tokens, 1), np.int32)

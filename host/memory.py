@@ -12,8 +12,10 @@ import weakref
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable
+from typing import NamedTuple
 
 from moeaccel.host.errors import DeviceClosed, InvalidOption, OutOfDeviceMemory
+from moeaccel.host.process import Bound
 
 __all__ = ["COMMAND_ALIGNMENT", "PAGE", "Allocation", "Allocator"]
 
@@ -24,7 +26,60 @@ PAGE = 4096
 """Alignment of expert images."""
 
 
-class Allocation:
+class _Claim(weakref.ref["Allocation"]):
+    """An allocation's entry in the books; says when nobody holds the allocation any more."""
+
+    address = -1  # until it is known
+    size = 0
+
+
+class _Books(NamedTuple):
+    """Who owns what. Never changed, only replaced as a whole: so there is no half-done change."""
+
+    starts: tuple[int, ...]  # of the free blocks, ascending
+    ends: tuple[int, ...]
+    used: dict[int, _Claim]  # by address
+
+    def with_claim(self, block: int, claim: _Claim) -> _Books:
+        """Cut a claim out of a free block."""
+        address, end = claim.address, claim.address + claim.size
+        pieces = [(self.starts[block], address), (end, self.ends[block])]
+        pieces = [(low, high) for low, high in pieces if low < high]
+        return _Books(
+            (*self.starts[:block], *(low for low, _ in pieces), *self.starts[block + 1 :]),
+            (*self.ends[:block], *(high for _, high in pieces), *self.ends[block + 1 :]),
+            self.used | {address: claim})
+
+    def without_claim(self, claim: _Claim) -> _Books:
+        """Make a claim's bytes free, and one block with free neighbours."""
+        if self.used.get(claim.address) is not claim:
+            return self  # never entered, or gone already
+        start, end = claim.address, claim.address + claim.size
+        first = last = bisect_left(self.starts, start)
+        if last < len(self.starts) and self.starts[last] == end:
+            end = self.ends[last]
+            last += 1
+        if first and self.ends[first - 1] == start:
+            first -= 1
+            start = self.starts[first]
+        return _Books(
+            (*self.starts[:first], start, *self.starts[last:]),
+            (*self.ends[:first], end, *self.ends[last:]),
+            {address: one for address, one in self.used.items() if one is not claim})
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest free block."""
+        return max((end - start for start, end in zip(self.starts, self.ends, strict=True)),
+                   default=0)
+
+    @property
+    def free(self) -> int:
+        """Bytes of all free blocks."""
+        return sum(self.ends) - sum(self.starts)
+
+
+class Allocation(Bound):
     """Bytes of device memory; freed by :meth:`free`, or when the last reference is gone.
 
     Parameters
@@ -36,11 +91,10 @@ class Allocation:
 
     def __init__(self, allocator: Allocator, address: int, size: int) -> None:
         self._allocator = allocator
-        self._address = address
-        self._size = size
-        # A finaliser may run in the middle of anything, so it only leaves a note.
-        self._finalizer = weakref.finalize(self, allocator._garbage.append, address)
-        self._finalizer.atexit = False
+        # The end of an object may come in the middle of anything, also of an allocation: it only
+        # leaves a note, by a function that no signal can interrupt.
+        self._claim = _Claim(self, allocator._garbage.append)
+        self._claim.address, self._claim.size = address, size
 
     @property
     def address(self) -> int:
@@ -52,28 +106,29 @@ class Allocation:
             If it was freed.
         """
         if not self.live:
-            raise DeviceClosed(
-                f"device memory at {self._address:#x} must not be used after it was freed")
-        return self._address
+            raise DeviceClosed(f"device memory at {self._claim.address:#x} must not be used after "
+                               "it was freed")
+        return self._claim.address
 
     @property
     def size(self) -> int:
         """Number of bytes."""
-        return self._size
+        return self._claim.size
 
     @property
     def live(self) -> bool:
         """Whether it was not freed yet."""
-        return self._finalizer.alive
+        return self._allocator._books.used.get(self._claim.address) is self._claim
 
     def free(self) -> None:
         """Give the bytes back; a second call does nothing."""
-        if self._finalizer.detach() is not None:
-            self._allocator._release(self._address)
+        self._allocator._release(self._claim)
 
 
 class Allocator:
     """First-fit allocator of ``[base, base + size)``, usable from several threads.
+
+    A call that is interrupted, whenever that is, has either been done or not.
 
     Parameters
     ----------
@@ -81,20 +136,22 @@ class Allocator:
         Multiples of 64.
     before_use : callable, optional
         Called with address and size of every allocation that will not keep what it holds.
+    make_room : callable, optional
+        Called when an allocation does not fit; returns whether it is worth trying again.
     """
 
     def __init__(self, base: int, size: int, *,
-                 before_use: Callable[[int, int], None] | None = None) -> None:
+                 before_use: Callable[[int, int], None] | None = None,
+                 make_room: Callable[[], bool] | None = None) -> None:
         for name, value in (("base", base), ("size", size)):
             if value < 0 or value % COMMAND_ALIGNMENT:
                 raise InvalidOption(
                     f"{name} must be a multiple of {COMMAND_ALIGNMENT}, not {value}")
-        self._base, self._size = base, size
+        self._size = size
         self._before_use = before_use
-        self._starts = [base] if size else []  # of the free blocks, ascending
-        self._ends = [base + size] if size else []
-        self._used: dict[int, int] = {}  # address -> size
-        self._garbage: deque[int] = deque()
+        self._make_room = make_room
+        self._books = _Books((base,), (base + size,), {}) if size else _Books((), (), {})
+        self._garbage: deque[_Claim] = deque()
         self._lock = threading.Lock()
 
     @property
@@ -106,22 +163,19 @@ class Allocator:
     def free_bytes(self) -> int:
         """Bytes that are not allocated."""
         with self._lock:
-            self._collect()
-            return self._size - sum(self._used.values())
+            return self._swept().free
 
     @property
     def largest_free_block(self) -> int:
         """Bytes of the largest free block."""
         with self._lock:
-            self._collect()
-            return self._largest()
+            return self._swept().largest
 
     @property
     def free_blocks(self) -> int:
         """Number of free blocks."""
         with self._lock:
-            self._collect()
-            return len(self._starts)
+            return len(self._swept().starts)
 
     def allocate(self, size: int, *, alignment: int = COMMAND_ALIGNMENT,
                  top: bool = False, keeps: bool = False) -> Allocation:
@@ -151,7 +205,9 @@ class Allocator:
             raise InvalidOption(
                 f"alignment must be a power of two from {COMMAND_ALIGNMENT} on, not {alignment}")
         size = -(-size // COMMAND_ALIGNMENT) * COMMAND_ALIGNMENT
-        allocation = self._find(size, alignment, top)
+        while (allocation := self._find(size, alignment, top)) is None:
+            if self._make_room is None or not self._make_room():
+                raise self._no_room(size)
         if self._before_use is not None and not keeps:
             try:
                 self._before_use(allocation.address, size)
@@ -160,54 +216,37 @@ class Allocator:
                 raise
         return allocation
 
-    def _find(self, size: int, alignment: int, top: bool) -> Allocation:
+    def _find(self, size: int, alignment: int, top: bool) -> Allocation | None:
         with self._lock:
-            self._collect()
-            order = range(len(self._starts))
+            books = self._swept()
+            order = range(len(books.starts))
             for i in reversed(order) if top else order:
-                start, end = self._starts[i], self._ends[i]
+                start, end = books.starts[i], books.ends[i]
                 if top:
                     address = (end - size) // alignment * alignment
                 else:
                     address = -(-start // alignment) * alignment
                 if start <= address and address + size <= end:
-                    self._take(i, address, address + size)
-                    self._used[address] = size
-                    return Allocation(self, address, size)
-            raise OutOfDeviceMemory(
-                f"allocation of {size:,} bytes must fit the device's free memory: "
-                f"{self._size - sum(self._used.values()):,} of {self._size:,} bytes are free, the "
-                f"largest block has {self._largest():,}; close experts that are no longer needed, "
-                "or open the device with more memory_bytes")
+                    allocation = Allocation(self, address, size)
+                    self._books = books.with_claim(i, allocation._claim)
+                    return allocation
+        return None
 
-    def _take(self, i: int, address: int, end: int) -> None:
-        """Cut ``[address, end)`` out of free block i."""
-        pieces = [(self._starts[i], address), (end, self._ends[i])]
-        pieces = [(low, high) for low, high in pieces if low < high]
-        self._starts[i : i + 1] = [low for low, _ in pieces]
-        self._ends[i : i + 1] = [high for _, high in pieces]
-
-    def _release(self, address: int) -> None:
+    def _no_room(self, size: int) -> OutOfDeviceMemory:
         with self._lock:
-            self._collect()
-            self._merge(address)
+            books = self._swept()
+        return OutOfDeviceMemory(
+            f"allocation of {size:,} bytes must fit the device's free memory: {books.free:,} of "
+            f"{self._size:,} bytes are free, the largest block has {books.largest:,}; close "
+            "experts that are no longer needed, or open the device with more memory_bytes")
 
-    def _collect(self) -> None:
+    def _release(self, claim: _Claim) -> None:
+        with self._lock:
+            self._books = self._swept().without_claim(claim)
+
+    def _swept(self) -> _Books:
+        """Return the books without what nobody holds any more."""
         while self._garbage:
-            self._merge(self._garbage.popleft())
-
-    def _merge(self, address: int) -> None:
-        start, end = address, address + self._used.pop(address)
-        i = bisect_left(self._starts, start)
-        if i < len(self._starts) and self._starts[i] == end:
-            end = self._ends[i]
-            del self._starts[i], self._ends[i]
-        if i and self._ends[i - 1] == start:
-            self._ends[i - 1] = end
-        else:
-            self._starts.insert(i, start)
-            self._ends.insert(i, end)
-
-    def _largest(self) -> int:
-        return max((end - start for start, end in zip(self._starts, self._ends, strict=True)),
-                   default=0)
+            self._books = self._books.without_claim(self._garbage[0])
+            self._garbage.popleft()
+        return self._books

@@ -295,9 +295,6 @@ def preset(name: str | AcceleratorConfig) -> AcceleratorConfig:
     """Return the preset of that name (a configuration is returned as it is)."""
     if isinstance(name, AcceleratorConfig):
         return name
-    try:
-        return PRESETS[name]
-    except KeyError:
-        raise ConfigurationError(
-            f"config must be one of {', '.join(PRESETS)}, not {name!r}"
-        ) from None
+    if not isinstance(name, str) or name not in PRESETS:
+        raise ConfigurationError(f"config must be one of {', '.join(PRESETS)}, not {name!r}")
+    return PRESETS[name]

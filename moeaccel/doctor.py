@@ -1,28 +1,35 @@
 """Examine the machine: which tools are present, what each is for, how to get a missing one.
 
-Nothing is installed or changed. Python packages are looked up in their metadata, not imported,
+Nothing is installed or changed, but for a file that is written and gone at once in the folder where
+built models are or will be. Python packages are looked up in their metadata, not imported,
 except where only an import tells (transformers' expert interface, torch's CUDA device).
 """
 
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
 
-__all__ = ["Finding", "build_cache", "examine", "is_healthy"]
+from moeaccel.errors import CacheError, ToolMissingError
+from moeaccel.toolchain import cache_folder, find_compiler, using_cache
+
+__all__ = ["Finding", "examine", "is_healthy"]
 
 MIN_PYTHON = (3, 11)
 MIN_VERILATOR = (5, 36)  # cocotb 2 refuses older ones
 MIN_YOSYS = (0, 40)  # Amaranth 0.5 refuses older ones
 MIN_FREE_BYTES = 2 << 30  # a handful of Verilated configurations and their objects
 PROBE_TIMEOUT_SECONDS = 20
+_PROBE_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,16 +107,6 @@ def examine() -> list[Finding]:
     return findings
 
 
-def build_cache() -> Path:
-    """Return the folder for build products of the simulator.
-
-    It is ``$MOEACCEL_CACHE`` if set, else ``moeaccel`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
-    """
-    if folder := os.environ.get("MOEACCEL_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moeaccel"
-
-
 # -- probes
 
 
@@ -161,14 +158,13 @@ def _python() -> _Found | str:
 
 
 def _compiler() -> _Found | str:
-    # $CXX may hold a launcher and options, as in "ccache g++".
-    chosen = os.environ.get("CXX", "").split()
-    for words in filter(None, (chosen, ["g++"], ["clang++"])):
-        if path := shutil.which(words[0]):
-            line = _first_line(path, *words[1:], "--version")
-            if line:
-                return _Found(_version_in(line), " ".join([path, *words[1:]]))
-    return f"$CXX is {' '.join(chosen)!r}, which does not run" if chosen else ""
+    try:
+        command = find_compiler()
+    except ToolMissingError as error:
+        return str(error)
+    if line := _first_line(*shlex.split(command), "--version"):
+        return _Found(_version_in(line), command)
+    return f"{command} does not run" + (", as $CXX names it" if os.environ.get("CXX") else "")
 
 
 def _make() -> _Found | str:
@@ -244,10 +240,17 @@ def _cuda() -> _Found | str:
     return ""
 
 
-def _disk() -> _Found | str:
-    cache = build_cache()
-    existing = next((path for path in (cache, *cache.parents) if path.exists()), Path.cwd())
-    free = shutil.disk_usage(existing).free
+def _cache() -> _Found | str:
+    try:
+        cache = cache_folder()
+        with using_cache(cache):
+            existing = next(path for path in (cache, *cache.parents) if path.exists())
+            with tempfile.TemporaryFile(dir=existing) as file:
+                file.write(bytes(_PROBE_BYTES))
+                file.flush()
+            free = shutil.disk_usage(existing).free
+    except CacheError as error:
+        return str(error)
     if free < MIN_FREE_BYTES:
         return f"{cache} has {free / 2**30:.1f} GiB left of the {MIN_FREE_BYTES >> 30} it may need"
     return _Found(detail=f"{cache}, {free / 2**30:.1f} GiB free")
@@ -277,7 +280,7 @@ _CHECKS = (
         "pip install 'moeaccel[torch]'",
     ),
     _Check(
-        "build cache", "Verilated models", True, _disk,
+        "build cache", "Verilated models", True, _cache,
         "free some space, or set MOEACCEL_CACHE to another folder",
     ),
     _Check(

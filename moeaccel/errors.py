@@ -21,6 +21,14 @@ class ToolMissingError(MoeAccelError):
     """A program that a job needs is not on this machine."""
 
 
+class CacheError(MoeAccelError, OSError):
+    """The folder of built models cannot be used; the message says how to choose another."""
+
+
+class OutputError(MoeAccelError, OSError):
+    """A file or folder that was to be written, and cannot be."""
+
+
 class CommandError(MoeAccelError, ValueError):
     """A command's field does not fit."""
 

@@ -31,6 +31,7 @@ from cocotb_tools.runner import SUPPORTED_RUNNERS, Verilator, get_runner
 
 from moeaccel.sim import verilator as builder
 from moeaccel.sim.errors import BuildError, SimulationError
+from moeaccel.toolchain import cache_folder, find_compiler, using_cache
 
 logger = logging.getLogger(__name__)
 
@@ -138,8 +139,8 @@ class PortsOnlyVerilator(Verilator):
         unset = re.search(r"^CFG_CXXFLAGS_PCH_I\s*=\s*$", makefile, re.MULTILINE)
         return [
             [flag for flag in translate if flag != "--public-flat-rw"],
-            [*make, f"CXX={builder._compiler()}", f"LINK={builder._compiler()}",
-             f"USER_LDLIBS={' '.join(builder.link_flags(builder._compiler()))}",
+            [*make, f"CXX={find_compiler()}", f"LINK={find_compiler()}",
+             f"USER_LDLIBS={' '.join(builder.link_flags(find_compiler()))}",
              f"PYTHON3={sys.executable}", *_OPTIMISE, *(f"-o{name}" for name in self.prebuilt),
              *(["CFG_CXXFLAGS_PCH_I=-include"] if unset else [])],
         ]
@@ -178,7 +179,7 @@ def run_cocotb(verilog: str, top: str, test_module: str | Sequence[str], *,
         Working folder of the simulator. Else a temporary one, which stays after a failure or when
         there are waves.
     cache : pathlib.Path, optional
-        Instead of :func:`moeaccel.sim.verilator.cache_folder`.
+        Instead of :func:`moeaccel.toolchain.cache_folder`.
 
     Raises
     ------
@@ -245,7 +246,7 @@ def build_simulator(verilog: str, top: str, *, parameters: Mapping[str, object] 
         If Verilator or the C++ compiler refuses the design.
     """
     waves = _wanted_waves(waves)
-    compiler = builder._compiler()
+    compiler = find_compiler()
     _, root = builder._verilator()
     tools = (f"waves={waves}", builder._compiler_identity(compiler),
              builder._verilator_identity(root))
@@ -254,29 +255,30 @@ def build_simulator(verilog: str, top: str, *, parameters: Mapping[str, object] 
         json.dumps(dict(parameters or {}), sort_keys=True, default=str),
         importlib.metadata.version("cocotb"), str(cocotb_tools.config.libs_dir))
     runtime_digest = builder._digest(*_FLAGS, _RUNTIME_OPTIMISE, *tools)
-    parent = (cache or builder.cache_folder()) / "cocotb"
+    parent = (cache or cache_folder()) / "cocotb"
     home = parent / digest
     runtime = parent / "runtime" / runtime_digest
     if (home / top).is_file():
         return home
-    parent.mkdir(parents=True, exist_ok=True)
-    with builder._locked(parent / f"{digest}.lock"):
-        if (home / top).is_file():  # another process built it meanwhile
-            return home
-        work = Path(tempfile.mkdtemp(prefix=f"{digest}.", suffix=".part", dir=parent))
-        try:
-            _build(verilog, top, dict(parameters or {}), waves=waves, work=work, runtime=runtime)
-        except BuildError as error:
-            failed = parent / f"{digest}.failed"
-            shutil.rmtree(failed, ignore_errors=True)
-            work.rename(failed)
-            raise BuildError(f"{error}\nThe whole log: {failed / error.log.name}",
-                             log=failed / error.log.name) from None
-        except BaseException:
-            shutil.rmtree(work, ignore_errors=True)
-            raise
-        shutil.rmtree(home, ignore_errors=True)
-        work.rename(home)
+    with using_cache(parent.parent):
+        parent.mkdir(parents=True, exist_ok=True)
+        with builder._locked(parent / f"{digest}.lock"):
+            if (home / top).is_file():  # another process built it meanwhile
+                return home
+            work = Path(tempfile.mkdtemp(prefix=f"{digest}.", suffix=".part", dir=parent))
+            try:
+                _build(verilog, top, dict(parameters or {}), waves=waves, work=work, runtime=runtime)
+            except BuildError as error:
+                failed = parent / f"{digest}.failed"
+                shutil.rmtree(failed, ignore_errors=True)
+                work.rename(failed)
+                raise BuildError(f"{error}\nThe whole log: {failed / error.log.name}",
+                                 log=failed / error.log.name) from None
+            except BaseException:
+                shutil.rmtree(work, ignore_errors=True)
+                raise
+            shutil.rmtree(home, ignore_errors=True)
+            work.rename(home)
     return home
 
 

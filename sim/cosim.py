@@ -17,7 +17,9 @@ import ctypes
 import enum
 import functools
 import mmap
+import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -41,8 +43,10 @@ from moeaccel.sim.verilator import Model
 _API_VERSION = 2
 _NEVER = (1 << 64) - 1
 _MESSAGE_BYTES = 4096
-# Python looks for Ctrl-C only between calls: at most this many cycles in one.
-_CHUNK_CYCLES = 1 << 18
+# Python looks for signals (Ctrl-C) only between calls: one takes about this long, in seconds, and
+# at least so many cycles, which cost no more than the call itself.
+_SLICE_S = 0.1
+_FIRST_CYCLES, _LEAST_CYCLES = 1 << 14, 1 << 8
 _RESPONSES = {2: "SLVERR", 3: "DECERR"}
 # Python 3.11's mmap does not name this flag.
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x40 if sys.platform == "darwin" else 0x4000)
@@ -185,6 +189,8 @@ class CoSimulation:
             raise ValueError(
                 f"Register timeout must be a positive number of cycles, not {register_timeout!r}")
         self._handle: int | None = None
+        self._process = os.getpid()
+        self._slice_cycles = _FIRST_CYCLES
         self._library = _open_library(model.library)
         self._model = model
         self._register_timeout = register_timeout
@@ -225,9 +231,9 @@ class CoSimulation:
 
     def close(self) -> None:
         """Let the model go; a second call does nothing. Views of its memory stay valid."""
-        if self._handle is not None:
-            self._library.moeaccel_close(self._handle)
-            self._handle = None
+        handle, self._handle = self._handle, None  # first: it must never be closed twice
+        if handle is not None and self._process == os.getpid():  # a fork has not its threads
+            self._library.moeaccel_close(handle)
 
     # -- properties ------------------------------------------------------------------------------
 
@@ -303,11 +309,17 @@ class CoSimulation:
         _check_count("Cycles", max_cycles, least=0)
         left = max_cycles
         while True:
-            chunk = min(left, _CHUNK_CYCLES)
-            reason = self._finish(self._library.moeaccel_run(self._open, chunk, until_irq))
-            left -= chunk
+            cycles = min(left, self._slice_cycles)
+            begin = time.monotonic()
+            reason = self._finish(self._library.moeaccel_run(self._open, cycles, until_irq))
+            left -= cycles
             if reason == StopReason.IRQ.value or left == 0:
                 return StopReason(reason)
+            took = time.monotonic() - begin
+            if took > 2 * _SLICE_S:
+                self._slice_cycles = max(cycles // 2, _LEAST_CYCLES)
+            elif took < _SLICE_S / 2:
+                self._slice_cycles = cycles * 2
 
     def wait_irq(self, *, max_cycles: int) -> int:
         """Run until the interrupt is high and return how many cycles that took.

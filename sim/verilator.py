@@ -8,6 +8,7 @@ PyPI wheel. Libraries are kept in a cache under a digest of everything that went
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import functools
 import hashlib
@@ -16,27 +17,27 @@ import importlib.util
 import json
 import logging
 import os
+import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-import platformdirs
 
 from moeaccel.errors import ToolMissingError
 from moeaccel.sim.errors import BuildError, SimulationError
 from moeaccel.sim.gating import gate
 from moeaccel.sim.vectorise import vectorise
+from moeaccel.toolchain import cache_folder, find_compiler, using_cache
 
 logger = logging.getLogger(__name__)
 
-CACHE_VARIABLE = "MOEACCEL_CACHE"
 LIBRARY_NAME = "model.so"
 
 #: Verilator's own warnings stay fatal, except for those that Amaranth's Verilog cannot avoid.
@@ -103,12 +104,6 @@ class Model:
     build_seconds: float
 
 
-def cache_folder() -> Path:
-    """Return where models are kept: ``$MOEACCEL_CACHE``, or the user's cache folder."""
-    chosen = os.environ.get(CACHE_VARIABLE)
-    return Path(chosen) if chosen else Path(platformdirs.user_cache_dir("moeaccel"))
-
-
 def find_memory_ports(verilog: str, *, top: str = "top") -> tuple[str, ...]:
     """Return the names of the AXI4 masters of a module.
 
@@ -173,7 +168,7 @@ def check_verilog(verilog: str, *, top: str = "top") -> None:
 def build_model(verilog: str, *, top: str = "top", threads: int = 1, waves: bool = False,
                 assertions: bool = True, cache: Path | None = None,
                 flags: Sequence[str] = ()) -> Model:
-    """Build a model, or take it from the cache.
+    """Build a model, or take it from the cache, which needs no C++ compiler.
 
     Parameters
     ----------
@@ -188,16 +183,18 @@ def build_model(verilog: str, *, top: str = "top", threads: int = 1, waves: bool
     assertions : bool
         Check the RTL's assertions.
     cache : pathlib.Path, optional
-        Folder of built models instead of :func:`cache_folder`.
+        Folder of built models instead of :func:`moeaccel.toolchain.cache_folder`.
     flags : sequence of str
         Further flags of the C++ compiler, after the usual ones.
 
     Raises
     ------
     ToolMissingError
-        If there is no Verilator or no C++ compiler.
+        If there is no Verilator, or neither a built model nor a C++ compiler.
     BuildError
         If one of them fails.
+    CacheError
+        If the cache cannot be used.
     SimulationError
         If the module has not the ports that the harness drives.
     """
@@ -235,24 +232,49 @@ def build_library(verilog: str, *, harness: Sequence[str],
 
     Raises
     ------
-    ToolMissingError, BuildError
+    ToolMissingError, BuildError, CacheError
         As :func:`build_model`.
     """
     settings = settings or {}
-    compiler = _compiler()
     translator, root = _verilator()
     translate = _translate_flags(top=top, threads=threads, waves=waves, assertions=assertions)
-    digest = _digest(
+    sources = (
         verilog, *translate, *_COMMON_FLAGS, *_FAST_FLAGS, *_SLOW_FLAGS, *flags,
         *(_SOURCES.joinpath(name).read_text(encoding="utf-8")
           for name in (*harness, _HOOKS, *_REWRITERS)),
-        *settings.values(), _compiler_identity(compiler), _verilator_identity(root))
+        *settings.values())
     folder = (cache or cache_folder()) / "models"
-    home = folder / digest
+    # Says what was built from these sources for this processor, by whatever compiler.
+    note = folder / f"{_digest(*sources, _processor(), _verilator_identity(root))}.built"
+    with using_cache(folder.parent):
+        try:
+            compiler = find_compiler()
+            identity = _compiler_identity(compiler)
+        except ToolMissingError:
+            if note.is_file() and (library := _load(folder / note.read_text(encoding="utf-8"))):
+                return library
+            raise
 
-    library = _load(home)
-    if library is not None:
+        def build(work: Path) -> None:
+            steps = _Build(work=work, runtime=folder.parent / "runtime", root=root,
+                           compiler=compiler, flags=tuple(flags), waves=waves)
+            steps.translate(translator, translate, verilog)
+            steps.rewrite()
+            steps.write_settings(settings)
+            steps.compile(_SOURCES / harness[0])
+            steps.clean()
+
+        digest = _digest(*sources, identity, _verilator_identity(root))
+        library = _load(folder / digest) or _make(folder, digest, build)
+        if not note.is_file() or note.read_text(encoding="utf-8") != digest:
+            with contextlib.suppress(OSError):  # the cache may be one that others have filled
+                note.write_text(digest, encoding="utf-8")
         return library
+
+
+def _make(folder: Path, digest: str, build: Callable[[Path], None]) -> Library:
+    """Let a function build in a folder of its own, and keep what it has made."""
+    home = folder / digest
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder / f"{digest}.lock"):
         library = _load(home)
@@ -261,15 +283,12 @@ def build_library(verilog: str, *, harness: Sequence[str],
         for left in folder.glob(f"{digest}.*.part"):  # by a build that was killed
             shutil.rmtree(left, ignore_errors=True)
         work = Path(tempfile.mkdtemp(prefix=f"{digest}.", suffix=".part", dir=folder))
+        begin = time.monotonic()
         try:
-            build = _Build(work=work, runtime=folder.parent / "runtime", root=root,
-                           compiler=compiler, flags=tuple(flags), waves=waves)
-            begin = time.monotonic()
-            build.translate(translator, translate, verilog)
-            build.rewrite()
-            build.write_settings(settings)
-            build.compile(_SOURCES / harness[0])
-            seconds = time.monotonic() - begin
+            build(work)
+            library = Library(path=home / LIBRARY_NAME, digest=digest,
+                              build_seconds=round(time.monotonic() - begin, 3))
+            _store(library, work=work, home=home)
         except BuildError as error:
             # Kept for a look, until the next failure of the same model.
             failed = folder / f"{digest}.failed"
@@ -280,10 +299,7 @@ def build_library(verilog: str, *, harness: Sequence[str],
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)
             raise
-        build.clean()
-        library = Library(path=home / LIBRARY_NAME, digest=digest, build_seconds=round(seconds, 3))
-        _store(library, work=work, home=home)
-    logger.info("built %s in %.1f s", library.path, seconds)
+    logger.info("built %s in %.1f s", library.path, library.build_seconds)
     return library
 
 
@@ -297,10 +313,10 @@ def _store(library: Library, *, work: Path, home: Path) -> None:
 def _load(home: Path) -> Library | None:
     try:
         description = json.loads((home / "model.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        library = Library(**description | {"path": home / description["path"]})
+    except (FileNotFoundError, ValueError, TypeError, KeyError):  # not there, or damaged
         return None
-    description["path"] = home / description["path"]
-    return Library(**description) if description["path"].is_file() else None
+    return library if library.path.is_file() else None
 
 
 @contextlib.contextmanager
@@ -331,25 +347,22 @@ def _translate_flags(*, top: str, threads: int, waves: bool, assertions: bool) -
 
 # -- tools ---------------------------------------------------------------------------------------
 
-def _compiler() -> str:
-    """Return the C++ compiler: ``$CXX``, or the first one found."""
-    named = os.environ.get("CXX")
-    for name in [named] if named else ["g++", "clang++", "c++"]:
-        path = shutil.which(name)
-        if path is not None:
-            return path
-    what = f"$CXX names {named!r}, which is not there" if named else "there is none on PATH"
-    hint = ("run 'xcode-select --install'" if sys.platform == "darwin" else
-            "install g++, for example with 'apt install g++' or 'dnf install gcc-c++'")
-    raise ToolMissingError(f"Simulating the RTL needs a C++ compiler, and {what}: {hint}")
+@functools.cache
+def _processor() -> str:
+    """Return what tells processors apart for which the same compiler makes other code."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        found = [line for line in lines if line.startswith(("flags", "Features"))]
+        return "\n".join([platform.machine(), *found[:1]])
+    return f"{platform.machine()} {platform.processor()}"
 
 
 @functools.cache
 def _compiler_identity(compiler: str) -> str:
     """Return version and target processor, as the compiler's own macros have them."""
     result = subprocess.run(
-        [compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull],
-        capture_output=True, text=True, check=False)
+        [*shlex.split(compiler), "-march=native", "-dM", "-E", "-x", "c++", os.devnull],
+        capture_output=True, text=True, errors="replace", check=False)
     if result.returncode != 0:
         raise ToolMissingError(
             f"C++ compiler {compiler} does not run: {result.stderr.strip()[-500:]}")
@@ -402,7 +415,7 @@ class _Build:
         self._runtime = runtime
         self._objects = work / "obj"
         self._root = root
-        self._compiler = compiler
+        self._compiler = shlex.split(compiler)
         self._flags = flags
         self._waves = waves
         self._log = work / "build.log"
@@ -425,7 +438,7 @@ class _Build:
     def compile(self, harness: Path) -> None:
         include = self._root / "include"
         classes = self._classes()
-        common = [self._compiler, *_COMMON_FLAGS, f"-I{_SOURCES / 'lz4'}", f"-I{include}",
+        common = [*self._compiler, *_COMMON_FLAGS, f"-I{_SOURCES / 'lz4'}", f"-I{include}",
                   f"-I{include / 'vltstd'}"]
         own = [f"-I{self._objects}", f"-I{_SOURCES}"]
         fast = [*common, *own, *_FAST_FLAGS, *self._flags]
@@ -444,12 +457,12 @@ class _Build:
             model_objects = [pool.submit(self._compile_one, *job) for job in jobs]
             try:
                 made = [future.result() for future in [*model_objects, *runtime]]
-            except BuildError:
+            except BaseException:  # also Ctrl-C
                 pool.shutdown(cancel_futures=True)
                 raise
-        self._run([self._compiler, "-shared", "-pthread", *_FAST_FLAGS, *self._flags,
+        self._run([*self._compiler, "-shared", "-pthread", *_FAST_FLAGS, *self._flags,
                    *map(str, made), "-o", str(self._work / LIBRARY_NAME),
-                   *(["-lz"] if self._waves else []), *link_flags(self._compiler)])
+                   *(["-lz"] if self._waves else []), *link_flags(shlex.join(self._compiler))])
 
     def clean(self) -> None:
         """Remove what only the build needed; library, Verilog and log stay."""
@@ -475,7 +488,7 @@ class _Build:
         """Compile a file of Verilator's run time; it is the same for every model, and kept."""
         hooks = _SOURCES / _HOOKS
         command = [*command, *_SLOW_FLAGS, "-include", str(hooks)]
-        digest = _digest(*command[1:], _compiler_identity(self._compiler),
+        digest = _digest(*command[1:], _compiler_identity(shlex.join(self._compiler)),
                          _verilator_identity(self._root), hooks.read_text(encoding="utf-8"))
         kept = self._runtime / f"{digest}-{source.stem}.o"
         if not kept.is_file():
@@ -498,5 +511,7 @@ class _Build:
         with self._log.open("a", encoding="utf-8") as log:
             log.write(f"$ {' '.join(command)}\n{result.stdout}")
         if result.returncode != 0:
+            if os.strerror(errno.ENOSPC) in result.stdout:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             last = "\n".join(result.stdout.splitlines()[-_LOG_LINES:])
             raise BuildError(f"{what} (exit status {result.returncode}):\n{last}", log=self._log)

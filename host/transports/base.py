@@ -9,16 +9,20 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from moeaccel.host.process import Bound
+
 Bytes = NDArray[np.uint8]
 
 
-class Transport(ABC):
+class Transport(Bound, ABC):
     """A way to a device: registers, memory, interrupt.
 
     Where the device has several memory channels, addresses are ``config.device_address(channel,
     address)``; an access stays within a channel.
 
     Nothing above this class knows what is behind it. A transport is used by one thread at a time.
+    A call may be interrupted by an exception at any moment (Ctrl-C, a signal's handler): it has
+    then been done, or in part, or not at all, and the next call works.
     """
 
     @property
@@ -48,7 +52,11 @@ class Transport(ABC):
 
     @abstractmethod
     def wait_interrupt(self, timeout_s: float) -> bool:
-        """Wait until the interrupt is high and return True, or False when the time is over."""
+        """Wait until the interrupt is high and return True, or False when the time is over.
+
+        With 0 this looks once; no wait is longer than some tenths of a second without looking for
+        signals (Ctrl-C).
+        """
 
     def reconnect(self) -> bool:
         """Bring a lost connection back and return True, or False if none was lost."""

@@ -2,7 +2,8 @@
 
 Everything the device does goes through its memory: experts are decoded from the images that were
 uploaded, results are written where the command says. A doorbell executes what is in the ring before
-it returns.
+it returns; a command that is interrupted is executed again, from its beginning, by the next
+doorbell or wait.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +38,7 @@ from moeaccel.cycles import expert_cycles, linear_cycles
 from moeaccel.formats import FORMATS, QuantisedMatrix, WeightFormat
 from moeaccel.golden import DeviceResult, experts, gemm
 from moeaccel.host.errors import DeviceClosed, InvalidOption, UploadError
+from moeaccel.host.options import whole
 from moeaccel.host.registers import mask
 from moeaccel.host.transports.base import Bytes, Transport
 from moeaccel.image import Expert, ExpertShape, Section, unpack_section
@@ -51,8 +53,18 @@ _COUNTER_BITS = 48
 _BY_ADDRESS = {register.address: register for register in REGISTERS.values()}
 _FORMAT_BY_CODE = {fmt.code: fmt for fmt in FORMATS.values()}
 _COMPLETION_IRQ, _RESET_IRQ = 1, 2
+_PHASE = -1  # kept among the registers, at no address, so that it changes with the ring's indices
 # Python 3.11's mmap does not name this flag.
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x40 if sys.platform == "darwin" else 0x4000)
+
+
+class _Done(NamedTuple):
+    """A command that has run and whose completion is not written yet."""
+
+    head: int
+    tail: int
+    completion: dict[str, int]
+    counters: dict[str, int]
 
 
 class _Fault(Exception):
@@ -162,18 +174,20 @@ class GoldenTransport(Transport):
 
     def __init__(self, config: AcceleratorConfig, *, memory_bytes: int,
                  cache_bytes: int = 1 << 30, latency: int = 40) -> None:
+        whole("cache_bytes", cache_bytes, least=0)
+        whole("latency", latency, least=0, unit=" cycles")
         self._config = config
         self._memories = tuple(_Memory(memory_bytes) for _ in range(config.channels))
         self._memory_bytes = memory_bytes
         self._latency = latency
         self._registers = {r.address: r.reset for r in REGISTERS.values()}
         self._registers[REGISTERS["CONFIG_HASH"].address] = config.digest
+        self._registers[_PHASE] = 1
         self._counters = {name: 0 for name, _ in COUNTERS}
-        self._phase = 1
-        self._unwritten: dict[str, int] | None = None  # a completion that could not be
+        self._unwritten: _Done | None = None
         self._cache: OrderedDict[tuple[int, tuple[Section, ...]],
                                  tuple[int, tuple[QuantisedMatrix, ...], int]] = OrderedDict()
-        self._cache_bytes, self._cached_bytes = cache_bytes, 0
+        self._cache_bytes = cache_bytes
 
     # -- the five verbs ----------------------------------------------------------------------------
     @property
@@ -218,7 +232,8 @@ class GoldenTransport(Transport):
         memory.write(address, raw)
 
     def wait_interrupt(self, timeout_s: float) -> bool:
-        del timeout_s  # whatever can happen has happened
+        del timeout_s  # whatever can happen has happened, or does when it was interrupted
+        self._execute_ring()
         return any(self._get(f"{name}_STATUS") & self._get(f"{name}_ENABLE")
                    for name in ("IRQ", "ERROR"))
 
@@ -304,35 +319,51 @@ class GoldenTransport(Transport):
         self._unwritten = None
         for name in ("SQ_HEAD", "SQ_TAIL", "CQ_HEAD", "CQ_TAIL"):
             self._set(name, 0)
-        self._phase = 1
+        self._registers[_PHASE] = 1
         self._counters = dict.fromkeys(self._counters, 0)
         self._set("IRQ_STATUS", self._get("IRQ_STATUS") | _RESET_IRQ)
 
     def _execute_ring(self) -> None:
+        """Run submissions and write completions as long as there are some.
+
+        An interruption at any point, by a signal's handler, leaves a device that goes on with it.
+        """
         last = self._entries - 1
         while not self._get("ERROR_STATUS"):
             head, tail = self._get("SQ_HEAD"), self._get("CQ_TAIL")
-            if self._unwritten is None:
-                if (not self._get("ENABLE") & 1 or head == self._get("SQ_TAIL") & last
-                        or (tail + 1) & last == self._get("CQ_HEAD") & last):
-                    break
-                self._unwritten = self._execute(self._get64("SQ_BASE") + ENTRY_BYTES * head)
-                self._set("SQ_HEAD", (head + 1) & last)
-            where = self._get64("CQ_BASE") + ENTRY_BYTES * tail
+            if self._unwritten is not None and self._unwritten.tail != tail:
+                self._unwritten = None  # it was written, and then came an interruption
+            counted = dict(self._counters)
             try:
-                self._check(where, ENTRY_BYTES)
-            except _Fault as fault:
-                logger.debug("completion at %#x cannot be written: %s", where, fault.status.name)
-                self._set_error("completion_window" if fault.status == Status.WINDOW
-                                else "completion_bus")
-                break
-            entry = encode(COMPLETION, self._unwritten | {"phase": self._phase})
-            self._unwritten = None
-            self._ram.write(where, np.frombuffer(entry, np.uint8))
-            self._count(commands=1, bytes_written=ENTRY_BYTES)
-            self._set("CQ_TAIL", (tail + 1) & last)
-            self._phase ^= (tail + 1) & last == 0
-            self._set("IRQ_STATUS", self._get("IRQ_STATUS") | _COMPLETION_IRQ)
+                if self._unwritten is None:
+                    if (not self._get("ENABLE") & 1 or head == self._get("SQ_TAIL") & last
+                            or (tail + 1) & last == self._get("CQ_HEAD") & last):
+                        break
+                    completion = self._execute(self._get64("SQ_BASE") + ENTRY_BYTES * head)
+                    self._unwritten = _Done(head, tail, completion, dict(self._counters))
+                done = self._unwritten
+                self._set("SQ_HEAD", (done.head + 1) & last)
+                where = self._get64("CQ_BASE") + ENTRY_BYTES * tail
+                try:
+                    self._check(where, ENTRY_BYTES)
+                except _Fault as fault:
+                    logger.debug("completion at %#x cannot be written: %s", where, fault.status)
+                    self._set_error("completion_window" if fault.status == Status.WINDOW
+                                    else "completion_bus")
+                    break
+                entry = encode(COMPLETION, done.completion | {"phase": self._registers[_PHASE]})
+                self._ram.write(where, np.frombuffer(entry, np.uint8))
+                self._count(commands=1, bytes_written=ENTRY_BYTES)
+                behind = (tail + 1) & last
+                self._registers |= {  # all at once
+                    REGISTERS["CQ_TAIL"].address: behind,
+                    REGISTERS["IRQ_STATUS"].address: self._get("IRQ_STATUS") | _COMPLETION_IRQ,
+                    _PHASE: self._registers[_PHASE] ^ (behind == 0)}
+            except BaseException:
+                if self._get("CQ_TAIL") == tail:
+                    self._counters = dict(
+                        counted if self._unwritten is None else self._unwritten.counters)
+                raise
 
     def _execute(self, address: int) -> dict[str, int]:
         """Execute the submission at an address and return its completion, but for the phase."""
@@ -477,12 +508,11 @@ class GoldenTransport(Transport):
                 words, section, paired=len(layer.sections) == 2 and not matrices))
             address += size
         size = sum(matrix.integers.nbytes for matrix in matrices)
-        if found is not None:
-            self._cached_bytes -= self._cache.pop(key)[2]
         self._cache[key] = (version, tuple(matrices), size)
-        self._cached_bytes += size
-        while self._cached_bytes > self._cache_bytes and len(self._cache) > 1:
-            self._cached_bytes -= self._cache.popitem(last=False)[1][2]
+        self._cache.move_to_end(key)
+        while len(self._cache) > 1 and self._cache_bytes < sum(
+                kept[2] for kept in self._cache.values()):
+            self._cache.popitem(last=False)
         return tuple(matrices)
 
     def _account(self, layer: _Layer, ids: NDArray[np.int64], used: NDArray[np.int64],

@@ -53,7 +53,8 @@ class RecordTransport(Transport):
     """Pass everything on to a transport, and write it down.
 
     Every line is in the file when the call returns, so that a session that crashes is recorded as
-    far as it came. What is no error of the driver (:class:`HostError`) is not recorded.
+    far as it came. What is no error of the driver (:class:`HostError`) is not recorded, so that a
+    session in which a call was interrupted is replayed as far as there.
 
     Parameters
     ----------
@@ -138,7 +139,7 @@ class ReplayTransport(Transport):
     """Answer as a recorded device did, as long as the driver asks the same.
 
     Timeouts are not compared: what was recorded comes at once. After the first difference every
-    call names it.
+    call names it; so does every call after one that was interrupted, unless it goes on as recorded.
 
     Parameters
     ----------
@@ -170,9 +171,12 @@ class ReplayTransport(Transport):
             raise RecordingError(
                 f"{str(path)!r} must begin as a recording of version {_VERSION}, not with "
                 f"{lines[0][:60]!r}; record the session again with this version")
+        if not all(isinstance(head.get(name), int) for name in ("digest", "memory_bytes")):
+            raise RecordingError(f"head of {str(path)!r} must name digest and memory_bytes, not "
+                                 f"{lines[0][:60]!r}; record the session again")
         if head["digest"] != config.digest:
             raise ConfigMismatch(
-                f"recording must be of config {config.name!r}, not {head['config']!r}; open it "
+                f"recording must be of config {config.name!r}, not {head.get('config')!r}; open it "
                 "with the config that it was recorded with")
         self._memory_bytes: int = head["memory_bytes"]
 

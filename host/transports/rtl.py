@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moeaccel.config import AcceleratorConfig
+from moeaccel.errors import MoeAccelError
 from moeaccel.host.errors import DeviceClosed, InvalidOption
+from moeaccel.host.options import check_names, whole
 from moeaccel.host.transports.base import Bytes, Transport
 
 if TYPE_CHECKING:
@@ -18,18 +20,28 @@ if TYPE_CHECKING:
 
 __all__ = ["RtlTransport"]
 
+_FOREVER_CYCLES = 1 << 62
+
 
 def _build(config: AcceleratorConfig, memory_bytes: int | None, memory: MemoryModel | None,
            options: dict[str, Any]) -> CoSimulation:
-    if memory is None:
-        from moeaccel.sim.memory import MemoryModel
-
-        memory = MemoryModel.ideal(size=memory_bytes or min(1 << 32, 1 << config.address_bits))
-    elif memory_bytes not in (None, memory.size):
-        raise InvalidOption(f"memory_bytes must be that of memory, {memory.size}, or left out, "
-                            f"not {memory_bytes}")
-    return importlib.import_module("moeaccel.sim").build_accelerator(
-        config, memory=memory, **options)
+    sim = importlib.import_module("moeaccel.sim")
+    check_names("rtl", options, RtlTransport, sim.build_accelerator, sim.CoSimulation)
+    try:
+        if memory is None:
+            memory = sim.MemoryModel.ideal(size=memory_bytes or min(1 << 32,
+                                                                    1 << config.address_bits))
+        elif not hasattr(memory, "size"):
+            raise InvalidOption(f"memory must be a MemoryModel, not {memory!r}")
+        elif memory_bytes not in (None, memory.size):
+            raise InvalidOption(f"memory_bytes must be that of memory, {memory.size}, or left "
+                                f"out, not {memory_bytes}")
+        return sim.build_accelerator(config, memory=memory, **options)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, MoeAccelError):
+            raise
+        raise InvalidOption(f"options of rtl must be as build_accelerator takes them, but: {error}"
+                            ) from error
 
 
 class RtlTransport(Transport):
@@ -54,9 +66,7 @@ class RtlTransport(Transport):
     def __init__(self, config: AcceleratorConfig, *, memory_bytes: int | None = None,
                  memory: MemoryModel | None = None, cycles_per_second: int = 1_000_000,
                  simulation: CoSimulation | None = None, **options: Any) -> None:
-        if cycles_per_second < 1:
-            raise InvalidOption(f"cycles_per_second must be at least 1, not {cycles_per_second}")
-        self._cycles_per_second = cycles_per_second
+        self._cycles_per_second = whole("cycles_per_second", cycles_per_second, least=1)
         if simulation is None:
             simulation = _build(config, memory_bytes, memory, options)
         self._simulation: CoSimulation | None = simulation
@@ -95,10 +105,10 @@ class RtlTransport(Transport):
 
     def wait_interrupt(self, timeout_s: float) -> bool:
         simulation = self.simulation
-        simulation.run(math.ceil(timeout_s * self._cycles_per_second))
+        simulation.run(math.ceil(min(timeout_s * self._cycles_per_second, _FOREVER_CYCLES)))
         return simulation.irq
 
     def close(self) -> None:
         if self._simulation is not None:
-            self._simulation.close()
+            self._simulation.close()  # may be called twice
             self._simulation = None

@@ -127,6 +127,9 @@ class SerialTransport(Transport):
     After :class:`LinkLost` every call raises it again, since nobody knows which writes were done,
     until :meth:`reconnect`, which :meth:`Device.reset` calls.
 
+    A request is on its way from the statement on that enters it into the window: when a call is
+    interrupted behind it, the request, be it half sent, is sent again like any that noise hit.
+
     Parameters
     ----------
     port : :class:`str`
@@ -225,7 +228,7 @@ class SerialTransport(Transport):
             self._port.close()
         self._lost: LinkLost | None = None
         self._window: deque[_Exchange] = deque()
-        self._number = secrets.randbelow(NUMBERS)
+        self._last_number = secrets.randbelow(NUMBERS)  # of the request before the window
         self._attempt = 0
         self._rounds = self._silent_rounds = 0
         self._timer = _REPLY_S
@@ -250,7 +253,8 @@ class SerialTransport(Transport):
 
     def _hello(self) -> Hello:
         """Start a session and return what the device says about itself."""
-        request = Request(number=self._next_number(), opcode=Opcode.HELLO, count=HELLO_BYTES,
+        self._last_number = self._next_number()
+        request = Request(number=self._last_number, opcode=Opcode.HELLO, count=HELLO_BYTES,
                           address=secrets.randbits(32))
         heard = 0
         for k in range(_HELLO_ATTEMPTS):
@@ -282,8 +286,8 @@ class SerialTransport(Transport):
         return hello
 
     def _next_number(self) -> int:
-        number, self._number = self._number, (self._number + 1) % NUMBERS
-        return number
+        last = self._window[-1].request.number if self._window else self._last_number
+        return (last + 1) % NUMBERS
 
     # -- requests and replies ----------------------------------------------------------------------
     def _submit(self, opcode: Opcode, address: int, count: int = 0, *,
@@ -309,9 +313,11 @@ class SerialTransport(Transport):
         self._check_usable()
         while self._window:
             self._receive()
-        if (failed := self._failed) is not None:
-            self._failed = None
-            raise _access_error(failed)
+        if self._failed is not None:
+            try:
+                raise _access_error(self._failed)
+            finally:  # not before it is raised: an interrupt must not lose it
+                self._failed = None
 
     def _collect(self, exchanges: list[_Exchange]) -> bytes:
         """Wait for reads and return what they read."""
@@ -337,9 +343,11 @@ class SerialTransport(Transport):
             self._take(reply)
         self._damaged += self._reader.damaged - damaged
         while self._window and (reply := self._window[0].reply) is not None:
-            request = self._window.popleft().request
+            request = self._window[0].request
             if reply.status is not Status.OK and self._failed is None:
                 self._failed = request, reply.status
+            self._last_number = request.number
+            self._window.popleft()
         if not self._window:
             return
         if self._damaged >= sum(exchange.reply is None for exchange in self._window):

@@ -18,7 +18,7 @@ import select
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -32,6 +32,7 @@ from moeaccel.host.errors import (
     UploadError,
 )
 from moeaccel.host.identity import check_config, check_version, detect_config
+from moeaccel.host.options import seconds
 from moeaccel.host.registers import RegisterAccess
 from moeaccel.host.transports.base import Bytes, Transport
 from moeaccel.registers import ADDRESS_BITS, REGISTERS
@@ -51,8 +52,13 @@ _GONE = 0xFFFF_FFFF  # what PCIe reads where nothing answers
 _LEVEL_S = 0.1  # the interrupt's level is looked at this often while no event comes
 _MEMORY_PAGE = 4096
 _VANISHED = (errno.ENODEV, errno.ENXIO, errno.ESHUTDOWN)
+_TRANSIENT = (errno.EINTR, errno.EAGAIN, errno.EWOULDBLOCK)
+_PAUSE_S = 0.01  # longest between two tries
 _NEXT_STEP = ("is it programmed and on the bus ('lspci -d 10ee:')? Once it is back, device.reset() "
               "connects again; a card that was programmed anew has lost its weights")
+
+
+_Result = TypeVar("_Result")
 
 
 class Words(Protocol):
@@ -125,7 +131,7 @@ class _Mapping:
 
 
 class SystemFiles:
-    """The files of this machine. Calls that a signal interrupts go on by themselves (PEP 475)."""
+    """The files of this machine."""
 
     def open(self, path: Path, flags: int) -> int:
         return os.open(path, flags | os.O_CLOEXEC)
@@ -165,6 +171,9 @@ class XdmaTransport(Transport):
     write there meanwhile (every allocation of the driver has its blocks for itself). A write is in
     memory when the call returns.
 
+    System calls that were interrupted or are to be tried again, and transfers that are short or
+    move nothing, are tried again until nothing has moved for ``timeout_s``.
+
     After :class:`LinkLost` every call raises it, until :meth:`reconnect`.
 
     Parameters
@@ -176,6 +185,8 @@ class XdmaTransport(Transport):
     memory_bytes : :class:`int`, optional
         Of each channel; a multiple of 4096. When left out that of an Alveo U55C: all that a channel
         of several can address, at most 8 GiB for a single one.
+    timeout_s : :class:`float`
+        How long to try again.
     folder : path
         Where the files are.
     files : :class:`DeviceFiles`
@@ -192,11 +203,12 @@ class XdmaTransport(Transport):
     """
 
     def __init__(self, number: int, config: AcceleratorConfig | None = None, *,
-                 memory_bytes: int | None = None, folder: str | Path = "/dev",
-                 files: DeviceFiles | None = None) -> None:
+                 memory_bytes: int | None = None, timeout_s: float = 30.0,
+                 folder: str | Path = "/dev", files: DeviceFiles | None = None) -> None:
         if memory_bytes is not None and (memory_bytes <= 0 or memory_bytes % _MEMORY_PAGE):
             raise InvalidOption(f"memory_bytes must be a positive multiple of {_MEMORY_PAGE}, not "
                                 f"{memory_bytes}")
+        self._timeout_s = seconds("timeout_s", timeout_s)
         self._prefix = Path(folder) / f"xdma{number}"
         self._files = files if files is not None else SystemFiles()
         self._handles: dict[str, int] = {}
@@ -232,25 +244,38 @@ class XdmaTransport(Transport):
                                 ("c2h_0", os.O_RDONLY), ("events_0", os.O_RDONLY)):
                 path = Path(f"{self._prefix}_{name}")
                 try:
-                    self._handles[name] = self._files.open(path, flags)
+                    self._handles[name] = self._again(self._files.open, path, flags)
                     if name == "user":
-                        self._files.lock(self._handles[name])
-                        self._words = self._files.map(self._handles[name], 1 << ADDRESS_BITS)
+                        self._files.lock(self._handles[name])  # EAGAIN: it is another's
+                        self._words = self._again(
+                            self._files.map, self._handles[name], 1 << ADDRESS_BITS)
                 except OSError as error:
                     raise _unavailable(path, error) from error
         except BaseException:
             self._release()
             raise
 
+    def _again(self, call: Callable[..., _Result], *arguments: Any) -> _Result:
+        """Return a system call's result, calling again while its error is a transient one."""
+        patience = _Patience(self._timeout_s)
+        while True:
+            try:
+                return call(*arguments)
+            except OSError as error:
+                if error.errno not in _TRANSIENT or not patience.more():
+                    raise
+
     def _release(self) -> None:
         """Close every file."""
         if self._words is not None:
             self._words.close()
             self._words = None
-        for handle in self._handles.values():
-            with contextlib.suppress(OSError):  # of a card that is gone
-                self._files.close(handle)
-        self._handles.clear()
+        for name, handle in list(self._handles.items()):
+            try:
+                with contextlib.suppress(OSError):  # of a card that is gone
+                    self._files.close(handle)
+            finally:
+                del self._handles[name]  # whatever comes: its number may soon be another file's
 
     def reconnect(self) -> bool:
         """Open a vanished card again; see :class:`Transport`.
@@ -331,8 +356,8 @@ class XdmaTransport(Transport):
         if not 0 <= value < 1 << 32:
             raise InvalidOption(f"register write must be 32 bits, not {value:#x}")
         assert self._words is not None
-        self._words[index] = value
         self._posted = True
+        self._words[index] = value
 
     # -- memory ------------------------------------------------------------------------------------
     @property
@@ -356,17 +381,24 @@ class XdmaTransport(Transport):
         call: Callable[[int, memoryview, int], int] = (
             self._files.read if name == "c2h_0" else self._files.write)
         what = f"{'reading' if name == 'c2h_0' else 'writing'} {self._prefix}_{name}"
+        patience = _Patience(self._timeout_s)
         while first < last:
-            where = address + first
+            which = f"{what}, {last - first} bytes at {address + first:#x},"
             try:
-                moved = call(self._handles[name], self._view[first:last], where)
+                moved = call(self._handles[name], self._view[first:last], address + first)
+                why = "the driver moved nothing"
             except OSError as error:
-                raise self._failure(
-                    f"{what}, {last - first} bytes at {where:#x},", error) from error
-            if not 0 < moved <= last - first:
-                raise AccessFailed(f"{what}, {last - first} bytes at {where:#x}, must move some of "
-                                   f"them, not {moved}; see dmesg")
-            first += moved - moved % ALIGNMENT or moved  # goes on at a beat, if there was one
+                if error.errno not in _TRANSIENT or self._word("ID") == _GONE:
+                    raise self._failure(which, error) from error
+                moved, why = 0, f"the driver answered {error.strerror or error}"
+            if not 0 <= moved <= last - first:
+                raise AccessFailed(f"{which} must move at most that, not {moved}; see dmesg")
+            if moved:
+                first += moved - moved % ALIGNMENT or moved  # at a beat, if there was one
+                patience = _Patience(self._timeout_s)
+            elif not patience.more():
+                raise AccessFailed(f"{which} must move some of them within {self._timeout_s:g} s, "
+                                   f"but {why}, {patience.tries:,} times in a row; see dmesg")
 
     def memory_read(self, address: int, count: int) -> Bytes:
         self._check_memory(address, count)
@@ -403,7 +435,25 @@ class XdmaTransport(Transport):
             try:
                 self._files.wait_event(self._handles["events_0"], min(left, _LEVEL_S))
             except OSError as error:
-                raise self._failure(f"waiting for {self._prefix}_events_0", error) from error
+                if error.errno not in _TRANSIENT:
+                    raise self._failure(f"waiting for {self._prefix}_events_0", error) from error
+                time.sleep(max(0.0, min(end - time.monotonic(), _PAUSE_S)))
+
+
+class _Patience:
+    """Counts tries, waits between them, longer each time, and knows when it is enough."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self.tries = 0
+        self._end = time.monotonic() + timeout_s
+
+    def more(self) -> bool:
+        """Wait for a moment and return True, or False when the time is over."""
+        self.tries += 1
+        left = self._end - time.monotonic()
+        if left > 0:
+            time.sleep(min(left, _PAUSE_S, self.tries * 1e-5))
+        return left > 0
 
 
 def _pieces(address: int, count: int) -> list[tuple[int, int, int, int, int]]:

@@ -361,10 +361,15 @@ def test_lack_of_device_memory_leaves_the_device_usable():
         loaded = device.load_experts(*draw_weights(rng, 2))
         with pytest.raises(errors.OutOfDeviceMemory, match="memory_bytes"):
             device.load_experts(*draw_weights(rng, 16))
-        big = TINY.max_tokens
+        call = draw_call(rng, 2, experts=2)
+        expected = loaded(*call)
+        taken = [device.memory.allocate(64) for _ in range(device.memory.free_bytes // 64 - 8)]
+        with pytest.raises(errors.OutOfDeviceMemory, match="allocation of 1,152 bytes"):
+            loaded(*call)
         with pytest.raises(errors.OutOfDeviceMemory):
-            device.load_linear(zeros(256, 64))(zeros(big, 64))
-        assert loaded(*draw_call(rng, 2, experts=2)).shape == (2, 64)
+            loaded.submit(*call)
+        del taken
+        assert np.array_equal(loaded(*call), expected)
 
 
 # -- errors of the device --------------------------------------------------------------------------

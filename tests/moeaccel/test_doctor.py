@@ -1,6 +1,8 @@
 """moeaccel doctor, and what every command has in common: help, version, errors, exit status."""
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,7 +13,7 @@ from typer.testing import CliRunner
 
 import moeaccel
 from moeaccel import cli, doctor
-from moeaccel.doctor import Finding, build_cache, examine, is_healthy
+from moeaccel.doctor import Finding, examine, is_healthy
 from moeaccel.errors import MoeAccelError
 
 
@@ -121,11 +123,53 @@ def test_program_that_fails_or_hangs_has_no_version(monkeypatch, tmp_path):
 
 def test_full_disk_is_reported_for_a_cache_that_does_not_exist_yet(monkeypatch, tmp_path):
     monkeypatch.setenv("MOEACCEL_CACHE", str(tmp_path / "not" / "yet"))
-    assert build_cache() == tmp_path / "not" / "yet"
-    assert isinstance(doctor._disk(), doctor._Found)
+    assert isinstance(doctor._cache(), doctor._Found)
+    assert not list(tmp_path.iterdir())
     usage = shutil._ntuple_diskusage(100, 99, 1)
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage)
-    assert "0.0 GiB left" in doctor._disk()
+    assert "0.0 GiB left" in doctor._cache()
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_cache_is_checked_by_writing(monkeypatch, tmp_path):
+    place = tmp_path / "file"
+    place.write_text("")
+    for chosen in (place, place / "below"):
+        monkeypatch.setenv("MOEACCEL_CACHE", str(chosen))
+        finding = named("build cache")
+        assert not finding.present
+        assert "a file is in its place" in finding.remedy and "MOEACCEL_CACHE" in finding.remedy
+
+    def refuse(code):
+        def temporary(dir):
+            raise OSError(code, os.strerror(code))
+        monkeypatch.setattr(doctor.tempfile, "TemporaryFile", temporary)
+
+    monkeypatch.setenv("MOEACCEL_CACHE", str(tmp_path))
+    assert named("build cache").present
+    for code, what in ((errno.EACCES, "this user may not write there"),
+                       (errno.EROFS, "this user may not write there"),
+                       (errno.ENOSPC, "there is no room")):
+        refuse(code)
+        finding = named("build cache")
+        assert not finding.present
+        assert what in finding.remedy and "set MOEACCEL_CACHE" in finding.remedy
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_compiler_that_would_be_used_is_checked(monkeypatch, tmp_path):
+    """Another one that runs does not help when $CXX names one that does not."""
+    program(tmp_path, "g++", "g++ (GCC) 14.2.0")
+    broken = program(tmp_path, "broken", "", status=1)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert named("C++ compiler").version == "14.2.0"
+    for chosen, what in ((str(broken), "does not run, as $CXX names it"), ("absent", "not there"),
+                         ("'", "$CXX must be a command")):
+        monkeypatch.setenv("CXX", chosen)
+        finding = named("C++ compiler")
+        assert not finding.present
+        assert what in finding.remedy
 
 
 def test_json_of_the_real_machine():

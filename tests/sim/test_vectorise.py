@@ -9,7 +9,7 @@ import subprocess
 import pytest
 
 from moeaccel.sim.vectorise import vectorise
-from moeaccel.sim.verilator import _compiler
+from moeaccel.toolchain import find_compiler
 
 BITS = {"CData": 8, "SData": 16, "IData": 32, "QData": 64}
 
@@ -100,7 +100,8 @@ def run(programs, folder):
         f"{text}\nextern \"C\" void run(uint64_t* out) {{ uint64_t state = 1;\n"
         "auto draw = [&] { return (state = state * 6364136223846793005u + 1) >> 17; };\n"
         + "\n".join(program.call() for program in programs) + "\n}\n", encoding="utf-8")
-    subprocess.run([_compiler(), "-std=c++17", "-O1", "-ftree-vectorize", "-shared", "-fPIC", "-w",
+    subprocess.run([find_compiler(), "-std=c++17", "-O1", "-ftree-vectorize", "-shared", "-fPIC",
+                    "-w",
                     "all.cpp", "-o", "all.so"], cwd=folder, check=True)
     out = (ctypes.c_uint64 * sum(len(program.members) for program in programs))()
     ctypes.CDLL(os.fspath(folder / "all.so")).run(out)

@@ -1,7 +1,9 @@
 """Building models: the cache, errors, and the tools."""
 
 import ctypes
+import errno
 import multiprocessing
+import os
 import random
 import re
 import shutil
@@ -12,13 +14,14 @@ import pytest
 
 import moeaccel.sim.verilator as build
 from moeaccel.config import PRESETS
-from moeaccel.errors import ToolMissingError
+from moeaccel.errors import CacheError, ToolMissingError
 from moeaccel.hdl.top import generate_verilog
 from moeaccel.sim.accelerator import accelerator_verilog
 from moeaccel.sim.cosim import CoSimulation
 from moeaccel.sim.errors import BuildError, SimulationError
 from moeaccel.sim.gating import BUSY, gate
 from moeaccel.sim.vectorise import vectorise
+from moeaccel.toolchain import cache_folder, find_compiler
 
 #: The least module that the harness can drive.
 PORTS = {
@@ -54,7 +57,7 @@ def smallest(body="assign irq = 1'b0;"):
 @pytest.fixture
 def cache(tmp_path):
     """A cache without models, but with Verilator's compiled run time when that is there."""
-    runtime = build.cache_folder() / "runtime"
+    runtime = cache_folder() / "runtime"
     runtime.mkdir(parents=True, exist_ok=True)
     (tmp_path / "runtime").symlink_to(runtime)
     return tmp_path
@@ -94,13 +97,6 @@ def test_two_processes_build_once(cache):
     assert results[0] == results[1]
 
 
-def test_cache_folder(monkeypatch, tmp_path):
-    monkeypatch.setenv(build.CACHE_VARIABLE, str(tmp_path))
-    assert build.cache_folder() == tmp_path
-    monkeypatch.delenv(build.CACHE_VARIABLE)
-    assert build.cache_folder().name == "moeaccel"
-
-
 def test_verilog_that_verilator_refuses(cache):
     with pytest.raises(BuildError, match="Verilator refuses the Verilog") as caught:
         build.build_model(smallest("assign irq = nothing;"), cache=cache)
@@ -137,6 +133,94 @@ def test_without_a_compiler(cache, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ToolMissingError, match="CXX names 'no-such-compiler', which is not there"):
         build.build_model(smallest(), cache=cache)
+
+
+def test_a_model_that_is_built_needs_no_compiler(cache, monkeypatch):
+    """Also one that an earlier version built, once it was used; another model still needs one."""
+    built = build.build_model(smallest(), cache=cache, flags=QUICK)
+    note, = (cache / "models").glob("*.built")
+    note.unlink()
+    assert build.build_model(smallest(), cache=cache, flags=QUICK) == built
+    (cache / "false").write_text("#!/bin/sh\nexit 1\n")
+    (cache / "false").chmod(0o755)
+    monkeypatch.setenv("PATH", str(cache))
+    for compiler in ("", "no-such-compiler", "false"):
+        monkeypatch.setenv("CXX", compiler)
+        assert build.build_model(smallest(), cache=cache, flags=QUICK) == built
+        with pytest.raises(ToolMissingError, match=r"C\+\+ compiler"):
+            build.build_model(smallest("assign irq = 1'b1;"), cache=cache, flags=QUICK)
+    with CoSimulation(built) as simulation:
+        simulation.run(10)
+    monkeypatch.setattr(build, "_processor", lambda: "another processor")
+    with pytest.raises(ToolMissingError, match=r"C\+\+ compiler"):
+        build.build_model(smallest(), cache=cache, flags=QUICK)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"path": 3}', '"path"',
+                                  '{"path": "model.so", "more": 1}'])
+def test_a_damaged_entry_is_none(tmp_path, text):
+    (tmp_path / "model.so").write_text("")
+    (tmp_path / "model.json").write_text(
+        '{"path": "model.so", "digest": "0", "build_seconds": 1}')
+    assert build._load(tmp_path).path == tmp_path / "model.so"
+    (tmp_path / "model.json").write_text(text)
+    assert build._load(tmp_path) is None
+
+
+@pytest.mark.parametrize("below", ["", "below"])
+def test_a_file_in_the_place_of_the_cache(tmp_path, below):
+    place = tmp_path / "file"
+    place.write_text("")
+    with pytest.raises(CacheError, match=r"a file is in its place .*set MOEACCEL_CACHE"):
+        build.build_model(smallest(), cache=place / below)
+
+
+@pytest.mark.parametrize(("method", "code", "match"), [
+    ("mkdir", errno.EACCES, "this user may not write there"),
+    ("mkdir", errno.EROFS, "this user may not write there"),
+    ("write_text", errno.ENOSPC, "there is no room"),
+    ("rename", errno.EDQUOT, "there is no room"),
+    ("read_text", errno.EIO, "the system says Input/output error"),
+])
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch, method, code, match):
+    """Nothing half made stays there."""
+    original = getattr(Path, method)
+
+    def refuse(path, *arguments, **options):
+        if path.is_relative_to(tmp_path):
+            raise OSError(code, os.strerror(code), str(path))
+        return original(path, *arguments, **options)
+
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(build._Build, "compile", lambda self, harness: None)
+    monkeypatch.setattr(Path, method, refuse)
+    with pytest.raises(CacheError, match=f"{match}.*set MOEACCEL_CACHE to another folder"):
+        build.build_model(smallest(), cache=cache)
+    assert not list(cache.rglob("*.part"))
+
+
+def test_a_cache_that_gets_full_while_the_compiler_writes(cache, monkeypatch):
+    real = find_compiler()
+    wrapper = cache / "compiler"
+    wrapper.write_text(f"""#!/bin/sh
+case "$*" in *-dM*) exec {real} "$@";; esac
+echo "fatal error: error writing to out.o: No space left on device"; exit 1
+""")
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("CXX", str(wrapper))
+    with pytest.raises(CacheError, match="there is no room .*MOEACCEL_CACHE"):
+        build.build_model(smallest(), cache=cache, flags=QUICK)
+    assert not [path for path in (cache / "models").iterdir() if path.is_dir()]
+
+
+def test_the_compiler_may_have_a_launcher_and_options(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", f"env {find_compiler()} -DOPTION=7")
+    assert "#define OPTION 7" in build._compiler_identity(find_compiler())
+    steps = build._Build(work=tmp_path, runtime=tmp_path, root=tmp_path, flags=(), waves=False,
+                         compiler=find_compiler())
+    (tmp_path / "obj").mkdir()
+    (tmp_path / "seven.cpp").write_text("static_assert(OPTION == 7);")
+    assert steps._compile_one(steps._compiler, tmp_path / "seven.cpp").is_file()
 
 
 def test_without_verilator(cache, monkeypatch):
@@ -183,7 +267,7 @@ def decode_lz4(block: bytes) -> bytes:
 
 
 def test_lz4_blocks_decode(tmp_path):
-    compiler = build._compiler()
+    compiler = find_compiler()
     source = tmp_path / "lz4.cpp"
     source.write_text('#include "lz4.h"\nextern "C" int compress(const char* s, char* t, int n, '
                       'int c) { return LZ4_compress_default(s, t, n, c); }\n')

@@ -8,6 +8,7 @@ from amaranth.back import verilog
 from amaranth.hdl import Shape
 
 from moeaccel.sim import verilator
+from moeaccel.toolchain import cache_folder, find_compiler
 
 _HARNESS = """
 #include <cstdint>
@@ -43,8 +44,8 @@ def translate(text, folder, *flags, top="top"):
     """
     translator, root = verilator._verilator()
     build = verilator._Build(
-        work=folder, runtime=verilator.cache_folder() / "runtime", root=root,
-        compiler=verilator._compiler(), flags=("-O1",), waves=False)
+        work=folder, runtime=cache_folder() / "runtime", root=root,
+        compiler=find_compiler(), flags=("-O1",), waves=False)
     build.translate(translator, (*flags, *verilator._translate_flags(
         top=top, threads=1, waves=False, assertions=True)), text)
     return build

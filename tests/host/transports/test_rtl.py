@@ -1,6 +1,7 @@
 """The transport without a simulator: it only hands on."""
 
 import importlib
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -66,14 +67,20 @@ def test_a_timeout_is_a_number_of_cycles():
     transport = RtlTransport(PRESETS["tiny"], simulation=simulation, cycles_per_second=1000)
     assert not transport.wait_interrupt(0.0123)
     assert simulation.cycle == 13
+    assert not transport.wait_interrupt(0)
+    assert simulation.cycle == 13
+    assert not transport.wait_interrupt(math.inf)
+    assert simulation.cycle == 13 + (1 << 62)
 
 
 def test_options_go_to_the_builder(monkeypatch):
     built = {}
 
-    def build(config, **options):
-        built.update(options, config=config)
-        return Simulation(options["memory"].size)
+    def build(config, *, memory, threads=1):
+        if threads < 1:
+            raise ValueError("Thread count must be positive")
+        built.update(config=config, memory=memory, threads=threads)
+        return Simulation(memory.size)
 
     monkeypatch.setattr(importlib.import_module("moeaccel.sim"), "build_accelerator", build)
     with open_device("rtl", config="tiny", memory_bytes=1 << 21, threads=2) as device:
@@ -87,3 +94,9 @@ def test_options_go_to_the_builder(monkeypatch):
         open_device("rtl", config="tiny", memory=memory, memory_bytes=1 << 20)
     with pytest.raises(InvalidOption, match="cycles_per_second"):
         open_device("rtl", config="tiny", cycles_per_second=0)
+    with pytest.raises(InvalidOption, match=r"option of rtl must be .*threads.*not 'thread'"):
+        open_device("rtl", config="tiny", thread=2)
+    with pytest.raises(InvalidOption, match="memory must be a MemoryModel, not 3"):
+        open_device("rtl", config="tiny", memory=3)
+    with pytest.raises(InvalidOption, match=r"options of rtl must .*Thread count"):
+        open_device("rtl", config="tiny", threads=0)

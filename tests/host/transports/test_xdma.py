@@ -187,9 +187,71 @@ def test_a_transfer_that_fails_once(files, expected, name):
 
 
 def test_a_transfer_that_moves_nothing(files):
-    with opened(files) as device:
+    with opened(files, timeout_s=0.05) as device:
         files._part = lambda *_: 0
-        with pytest.raises(AccessFailed, match="must move some of them, not 0"):
+        with pytest.raises(AccessFailed, match=r"must move some of them within 0.05 s, but the "
+                                               r"driver moved nothing, \d+ times in a row"):
+            device.transport.memory_read(64, 64)
+
+
+class Unsteady(StandIn):
+    """Every call is interrupted or refused some times before it is served; transfers are short."""
+
+    def __init__(self, card, rng):
+        super().__init__(card)
+        self.noise = rng
+        self.refused = dict.fromkeys(("h2c_0", "c2h_0", "events_0", "user", "map"), 0)
+        self._left = 3
+
+    def _check(self, name, code=errno.EIO):
+        if self._left:
+            self._left -= 1
+            self.refused[name] += 1
+            code = int(self.noise.choice([errno.EINTR, errno.EAGAIN]))
+            raise OSError(code, os.strerror(code))
+        self._left = int(self.noise.integers(0, 8))
+        super()._check(name, code)
+
+    def _part(self, buffer, position, name):
+        count = super()._part(buffer, position, name)
+        return count // 64 // int(self.noise.integers(1, 4)) * 64
+
+
+def test_transient_errors_are_tried_again(expected):
+    """Interrupted and try-again calls of any number, short and empty transfers: the same bits."""
+    with GoldenTransport(TINY, memory_bytes=SIZE) as card:
+        files = Unsteady(card, np.random.default_rng(9))
+        with opened(files) as device:
+            for _ in range(5):
+                assert np.array_equal(call(device), expected)
+        assert all(files.refused[name] for name in ("h2c_0", "c2h_0", "user", "map"))
+        assert not files.opened and not files.locked
+
+
+@pytest.mark.parametrize(("code", "match"), [(errno.EAGAIN, "Resource temporarily unavailable"),
+                                             (errno.EINTR, "Interrupted system call")])
+def test_what_stays_transient_is_named_after_the_timeout(files, expected, code, match):
+    with opened(files, timeout_s=0.05) as device:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(files, "_check", lambda *_: (_ for _ in ()).throw(
+                OSError(code, os.strerror(code))))
+            for name, action in (("c2h_0", lambda: device.transport.memory_read(64, 64)),
+                                 ("h2c_0", lambda: device.transport.memory_write(64, bytes(64)))):
+                with pytest.raises(AccessFailed, match=rf"xdma0_{name}, 64 bytes at 0x40, must "
+                                                       rf"move .* within 0.05 s, .*{match}, \d+"):
+                    action()
+            assert not device.transport.wait_interrupt(0.01)
+        assert np.array_equal(call(device), expected)
+
+
+def test_a_card_that_vanishes_while_it_is_tried_again(files):
+    with opened(files) as device:
+        def check(*_):
+            files.gone = True
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+        files._check = check
+        with pytest.raises(LinkLost, match="must answer"):
             device.transport.memory_read(64, 64)
 
 
@@ -314,9 +376,10 @@ def test_real_files(card):
         assert card.pages[where : where + 4] == bytes.fromhex("efbeadde")
         with pytest.raises(PortUnavailable, match="another process uses the card"):
             XdmaTransport(0, folder=card.folder)
-    with XdmaTransport(0, folder=card.folder, memory_bytes=1 << 20) as transport:
+    with XdmaTransport(0, folder=card.folder, memory_bytes=1 << 20,
+                       timeout_s=0.05) as transport:
         os.truncate(card.folder / "memory", 0)
-        with pytest.raises(AccessFailed, match="not 0"):
+        with pytest.raises(AccessFailed, match="moved nothing"):
             transport.memory_read(0, 64)
 
 

@@ -1,0 +1,95 @@
+"""What the simulator builds its models with, and where it keeps them; ``moeaccel doctor`` looks
+for the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from moeaccel.errors import CacheError, MoeAccelError, ToolMissingError
+
+__all__ = ["CACHE_VARIABLE", "cache_folder", "find_compiler", "using_cache"]
+
+CACHE_VARIABLE = "MOEACCEL_CACHE"
+
+_COMPILERS = ("g++", "clang++", "c++")
+
+
+def find_compiler() -> str:
+    """Return the C++ compiler's command: ``$CXX``, or the first one found.
+
+    ``$CXX`` may hold a launcher and options, as in ``ccache g++``.
+
+    Raises
+    ------
+    ToolMissingError
+        If there is none.
+    """
+    named = os.environ.get("CXX", "").strip()
+    try:
+        commands = [shlex.split(named)] if named else [[name] for name in _COMPILERS]
+    except ValueError as error:
+        raise ToolMissingError(f"$CXX must be a command, not {named!r}: {error}") from error
+    for program, *options in commands:
+        if path := shutil.which(program):
+            return shlex.join([path, *options])
+    what = f"$CXX names {named!r}, which is not there" if named else "there is none on PATH"
+    hint = ("run 'xcode-select --install'" if sys.platform == "darwin" else
+            "install g++, for example with 'apt install g++' or 'dnf install gcc-c++'")
+    raise ToolMissingError(f"Simulating the RTL needs a C++ compiler, and {what}: {hint}")
+
+
+def cache_folder() -> Path:
+    """Return where built models are kept.
+
+    It is ``$MOEACCEL_CACHE`` if set, else ``moeaccel`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
+
+    Raises
+    ------
+    CacheError
+        If there is no home folder, either.
+    """
+    try:
+        if chosen := os.environ.get(CACHE_VARIABLE):
+            return Path(chosen).expanduser().absolute()
+        if chosen := os.environ.get("XDG_CACHE_HOME"):
+            return Path(chosen).absolute() / "moeaccel"
+        return Path.home() / ".cache" / "moeaccel"
+    except RuntimeError as error:
+        raise CacheError(f"cache folder of built models must be known, but {error}; set "
+                         f"{CACHE_VARIABLE} to a folder") from error
+
+
+@contextlib.contextmanager
+def using_cache(folder: Path) -> Iterator[None]:
+    """Turn what the system refuses in a cache folder into an error that says what to do.
+
+    Raises
+    ------
+    CacheError
+        In the place of :class:`OSError`.
+    """
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, MoeAccelError):
+            raise
+        match error.errno:
+            case errno.ENOTDIR | errno.EEXIST:
+                what = f"a file is in its place ({error.filename or folder})"
+            case errno.EACCES | errno.EPERM | errno.EROFS:
+                what = f"this user may not write there ({error.strerror})"
+            case errno.ENOSPC | errno.EDQUOT | errno.EFBIG:
+                what = f"there is no room ({error.strerror}); free some, there or in $TMPDIR"
+            case _:
+                what = f"the system says {error.strerror or error}"
+        raise CacheError(
+            f"cache folder of built models must be one that can be written, not {str(folder)!r}: "
+            f"{what}, or set {CACHE_VARIABLE} to another folder") from error
