@@ -6,6 +6,7 @@ import pytest
 from moeaccel.commands import COMPLETION, SUBMISSION, Opcode, Status, decode, encode
 from moeaccel.config import PRESETS
 from moeaccel.host.errors import DeviceClosed, InvalidOption, UploadError
+from moeaccel.host.registers import mask
 from moeaccel.host.transports.golden import GoldenTransport
 from moeaccel.registers import COUNTERS, REGISTERS, Access
 
@@ -114,8 +115,11 @@ def test_a_soft_reset_empties_the_rings(golden):
 def test_rings_outside_the_window(golden):
     start(golden, limit=SQ)
     write(golden, SQ_TAIL=1)
-    assert read(golden, "CQ_TAIL") == 1
+    assert read(golden, "CQ_TAIL") == 0
+    assert read(golden, "ERROR_STATUS") == mask("ERROR_STATUS", "completion_window")
     assert not golden.memory_read(CQ, 64).any()
+    write(golden, WINDOW_LIMIT_LO=1 << 20, ERROR_STATUS=mask("ERROR_STATUS"))
+    assert read(golden, "CQ_TAIL") == 1 and completion(golden, 0)["status"] == Status.WINDOW
     start(golden, limit=SQ + 64)
     write(golden, WINDOW_LIMIT_LO=CQ + 4096, WINDOW_BASE_LO=CQ, SQ_TAIL=2)
     found = completion(golden, 1)
