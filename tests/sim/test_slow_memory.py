@@ -57,7 +57,7 @@ def test_what_nobody_wrote_is_not_read(model64):
         cosim.reg_write(engine.STATUS, 0)
         start(cosim, beats=BURST, source=SOURCE + (1 << 16))
         cosim.wait_irq(max_cycles=10_000)
-        with pytest.raises(ProtocolError, match="read of .* which nobody wrote"):
+        with pytest.raises(ProtocolError, match="which nobody wrote"):
             cosim.check()
         assert cosim.violation_count == BURST
 
