@@ -13,7 +13,8 @@ configured.
 
 Layout, little-endian: magic u32, version u16, number of ranges u16, CRC-32 of everything else u32,
 then for each range its address u64, the bytes from one image to the next u32, and the number of
-images u32.
+images u32; zeros up to the next multiple of 64. Memory with error correction must not be read
+before it is written, nor be written in parts: only blocks that a list needs are written, and read.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moeaccel.host.memory import PAGE
+from moeaccel.host.memory import COMMAND_ALIGNMENT, PAGE
 from moeaccel.host.registers import RegisterAccess, mask
 from moeaccel.host.transports.base import Transport
 from moeaccel.image import HEADER_BYTES
@@ -42,6 +43,11 @@ _HEAD = struct.Struct("<IHH")
 _CRC = struct.Struct("<I")
 _RANGE = struct.Struct("<QII")
 _MOST = (PAGE - _HEAD.size - _CRC.size) // _RANGE.size
+
+
+def _blocks(size: int) -> int:
+    """Return a size rounded up to whole blocks."""
+    return -(-size // COMMAND_ALIGNMENT) * COMMAND_ALIGNMENT
 
 
 class _Range(NamedTuple):
@@ -76,12 +82,15 @@ class Residents:
 
     def _read(self) -> list[_Range]:
         """Return the list in memory, empty if it is damaged or of other content."""
-        page = self._transport.memory_read(0, PAGE).tobytes()
+        page = self._transport.memory_read(0, COMMAND_ALIGNMENT).tobytes()
         magic, version, count = _HEAD.unpack_from(page)
         if (magic, version) != (_MAGIC, _VERSION) or count > _MOST:
             return []
         begin = _HEAD.size + _CRC.size
-        body = page[begin : begin + count * _RANGE.size]
+        end = begin + count * _RANGE.size
+        if end > len(page):
+            page += self._transport.memory_read(len(page), _blocks(end) - len(page)).tobytes()
+        body = page[begin:end]
         if _CRC.unpack_from(page, _HEAD.size)[0] != zlib.crc32(body, zlib.crc32(page[:_HEAD.size])):
             return []
         return [_Range(*fields) for fields in _RANGE.iter_unpack(body)]
@@ -89,7 +98,8 @@ class Residents:
     def _write(self) -> None:
         head = _HEAD.pack(_MAGIC, _VERSION, len(self._ranges))
         body = b"".join(_RANGE.pack(*entry) for entry in self._ranges)
-        self._transport.memory_write(0, head + _CRC.pack(zlib.crc32(body, zlib.crc32(head))) + body)
+        page = head + _CRC.pack(zlib.crc32(body, zlib.crc32(head))) + body
+        self._transport.memory_write(0, page.ljust(_blocks(len(page)), b"\0"))
         if not self._listed:
             self._registers.write("MEMORY_STATE", _LISTED)
             self._listed = True

@@ -891,7 +891,7 @@ class _Machine:
             if weights is not None:
                 yield weights
                 cycle = max(cycle, weights.last + 1)
-            cycle += 1 + 4 * len(now.tokens) + 3  # the slot table
+            cycle += 1 + 4 * len(now.tokens) + 4  # the slot table
             if not now.same:
                 if last_load is not None:
                     yield last_load
@@ -901,11 +901,10 @@ class _Machine:
                 self._schedule.start(cycle, self._load(n, cycle))
                 cycle += 1
             self._schedule.set(self._offered[n], cycle)
-            seen = cycle + 1  # where the sequencer waits for it
             if n:
                 yield self._issued[n - 1]
                 cycle = max(cycle, self._issued[n - 1].cycle + 1)
-            self._schedule.set(self._handed[n], max(cycle, seen))
+            self._schedule.set(self._handed[n], cycle)
             cycle += 2
         if self._passes:
             yield self._retired[-1]
@@ -937,8 +936,8 @@ class _Machine:
     def _load(self, n: int, cycle: int) -> _Process:
         """Fetch and quantise the rows of a pass; the line buffer holds two.
 
-        A row: 2 cycles to look up its token (one more for the first row), a multiplication by the
-        steps, the request. When its last beat is through the tree of maxima it leaves,
+        A row: 2 cycles to look up its token, a multiplication by the steps, the request. When its
+        last beat is through the tree of maxima it leaves,
         ``quantiser_lanes`` elements a cycle.
         """
         job, config = self._job, self._job.config
@@ -948,7 +947,7 @@ class _Machine:
         count = len(self._passes[n].tokens)
         rows: list[_Read] = []
         left = -1  # last group of the row that left last
-        lookup = cycle + 2
+        lookup = cycle + 1
         for row in range(count + 2):
             if row >= 2:
                 yield rows[row - 2]

@@ -41,6 +41,7 @@ from moeaccel.sim.memory import CHANNELS, MemoryModel, MemoryStats, StallModel
 from moeaccel.sim.verilator import Model
 
 _API_VERSION = 2
+_WRITTEN_BYTES = 64  # MOEACCEL_WRITTEN_BYTES of harness.h
 _NEVER = (1 << 64) - 1
 _MESSAGE_BYTES = 4096
 # Python looks for signals (Ctrl-C) only between calls: one takes about this long, in seconds, and
@@ -65,11 +66,12 @@ _VIOLATION, _STOP, _FINISH, _TIMEOUT, _DONE = range(2, 7)
 
 class _MemoryConfig(ctypes.Structure):
     _fields_ = [
-        ("data", ctypes.c_void_p),
+        ("data", ctypes.c_void_p), ("written", ctypes.c_void_p),
         *((name, ctypes.c_uint64) for name in
           ("size", "seed", "bandwidth_numerator", "bandwidth_denominator")),
         *((name, ctypes.c_uint32) for name in
-          ("shared_bandwidth", "never_refuse", "read_latency", "write_latency", "max_reads",
+          ("shared_bandwidth", "never_refuse", "read_latency", "write_latency",
+           "read_latency_most", "write_latency_most", "last_beat_delay", "max_reads",
            "max_writes", "refresh_interval", "refresh_cycles", "turnaround_cycles", "row_bytes",
            "banks", "row_miss_cycles")),
         ("stall", ctypes.c_uint32 * len(CHANNELS)),
@@ -145,14 +147,18 @@ def _thresholds(stalls: StallModel) -> Any:
     return (ctypes.c_uint32 * len(CHANNELS))(*values)
 
 
-def _memory_config(model: MemoryModel, data: npt.NDArray[np.uint8], *, port: int) -> _MemoryConfig:
+def _memory_config(model: MemoryModel, data: npt.NDArray[np.uint8],
+                   written: npt.NDArray[np.uint8] | None, *, port: int) -> _MemoryConfig:
     rate = model.bytes_per_cycle or 0
     return _MemoryConfig(
-        data=data.ctypes.data, size=model.size,
+        data=data.ctypes.data, written=None if written is None else written.ctypes.data,
+        size=model.size,
         seed=(model.seed + port * 0x9E3779B97F4A7C15) & _NEVER,
         bandwidth_numerator=rate.numerator, bandwidth_denominator=rate.denominator,
         shared_bandwidth=model.shared, never_refuse=model.never_refuse,
         read_latency=model.read_latency, write_latency=model.write_latency,
+        read_latency_most=model.read_latency_most, write_latency_most=model.write_latency_most,
+        last_beat_delay=model.last_beat_delay,
         max_reads=model.max_reads, max_writes=model.max_writes,
         refresh_interval=model.refresh_interval, refresh_cycles=model.refresh_cycles,
         turnaround_cycles=model.turnaround_cycles, row_bytes=model.row_bytes, banks=model.banks,
@@ -201,9 +207,12 @@ class CoSimulation:
             raise ValueError(f"Memory models must be one or {ports}, not {len(models)}")
         self._memory_models = models
         self._memories = tuple(_new_memory(one.size) for one in models)
+        self._written = tuple(
+            _new_memory(one.size // _WRITTEN_BYTES) if one.check_unwritten else None
+            for one in models)
         configs = (_MemoryConfig * ports)(*(
-            _memory_config(one, data, port=port)
-            for port, (one, data) in enumerate(zip(models, self._memories, strict=True))))
+            _memory_config(one, data, written, port=port) for port, (one, data, written)
+            in enumerate(zip(models, self._memories, self._written, strict=True))))
         stalls = register_stalls or StallModel()
         registers = _RegisterConfig(seed=seed, stall=_thresholds(stalls),
                                     stall_length=stalls.length)
@@ -388,6 +397,10 @@ class CoSimulation:
         else:
             source = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
         self.mem_view(address, source.size, port=port)[:] = source
+        written = self._written[port]
+        if written is not None and source.size:
+            written[address // _WRITTEN_BYTES:
+                    (address + source.size - 1) // _WRITTEN_BYTES + 1] = 1
 
     def inject_error(self, address: int, count: int, *, response: str = "SLVERR",
                      reads: bool = True, writes: bool = True, port: int = 0) -> None:

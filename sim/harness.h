@@ -36,8 +36,12 @@ enum moeaccel_reason : int32_t {
 enum { MOEACCEL_AR, MOEACCEL_R, MOEACCEL_AW, MOEACCEL_W, MOEACCEL_B, MOEACCEL_CHANNELS };
 
 // Timing of one memory. Every memory port has a memory of its own.
+#define MOEACCEL_WRITTEN_BYTES 64
+
 typedef struct {
     uint8_t* data;                  // the memory itself, which the caller keeps
+    uint8_t* written;               // a byte for each MOEACCEL_WRITTEN_BYTES: not 0 once written.
+                                    // Reads of others are violations; null: nobody asks
     uint64_t size;                  // bytes, a multiple of 4096; outside is SLVERR
     uint64_t seed;
     uint64_t bandwidth_numerator;   // bytes in a cycle, a fraction; 0: one beat in a cycle
@@ -46,6 +50,9 @@ typedef struct {
     uint32_t never_refuse;          // 1: AW, W and AR are always ready
     uint32_t read_latency;          // cycles from AR accepted to the first R beat, at least 1
     uint32_t write_latency;         // cycles from the last of AW and W accepted to B, at least 1
+    uint32_t read_latency_most;     // each burst's own, drawn up to here; less: always the same
+    uint32_t write_latency_most;
+    uint32_t last_beat_delay;       // of a read burst, behind the beat before or the latency
     uint32_t max_reads;             // bursts accepted and not finished
     uint32_t max_writes;
     uint32_t refresh_interval;      // 0: no refresh

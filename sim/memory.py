@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 MEMORY_ALIGNMENT_BYTES = 4096
 CHANNELS = ("ar", "r", "aw", "w", "b")
@@ -62,9 +65,14 @@ class MemoryModel:
         Bytes; a multiple of 4096. Only pages that are touched cost anything. Addresses outside are
         answered with SLVERR.
     read_latency : int
-        Cycles from an accepted read address to its first beat of data.
+        Cycles from an accepted read address to its first beat of data, at least 1.
     write_latency : int
-        Cycles from a write's last accepted beat to its response.
+        Cycles from a write's last accepted beat to its response, at least 1.
+    read_latency_most, write_latency_most : int
+        Where larger, each burst has a latency of its own up to here, with every power of two as
+        likely as every other.
+    last_beat_delay : int
+        Cycles that a read burst's last beat comes later.
     bytes_per_cycle : fractions.Fraction or int, optional
         Bandwidth; one beat of the bus a cycle when left out.
     shared : bool
@@ -93,6 +101,9 @@ class MemoryModel:
     check_races : bool
         An access that overlaps an unacknowledged write, or a write that overlaps an outstanding
         read, is a violation.
+    check_unwritten : bool
+        A read by the device of 64 bytes that nobody wrote, or a write of a part of 64, is a
+        violation: memory with error correction faults on the one and is slow at the other.
     seed : int
         Of everything random.
     """
@@ -100,6 +111,9 @@ class MemoryModel:
     size: int = 1 << 32
     read_latency: int = 40
     write_latency: int = 40
+    read_latency_most: int = 0
+    write_latency_most: int = 0
+    last_beat_delay: int = 0
     bytes_per_cycle: Fraction | int | None = None
     shared: bool = False
     never_refuse: bool = False
@@ -116,6 +130,7 @@ class MemoryModel:
     interleave: bool = False
     response_timeout: int = 100_000
     check_races: bool = True
+    check_unwritten: bool = False
     seed: int = 1
 
     def __post_init__(self) -> None:
@@ -125,6 +140,9 @@ class MemoryModel:
                 f"Memory size must be a multiple of {MEMORY_ALIGNMENT_BYTES}, not {self.size!r}")
         _check_integer("Read latency", self.read_latency, least=1)
         _check_integer("Write latency", self.write_latency, least=1)
+        _check_integer("Most read latency", self.read_latency_most, least=0, most=(1 << 31) - 1)
+        _check_integer("Most write latency", self.write_latency_most, least=0, most=(1 << 31) - 1)
+        _check_integer("Delay of last beats", self.last_beat_delay, least=0)
         _check_integer("Outstanding reads", self.max_reads, least=1)
         _check_integer("Outstanding writes", self.max_writes, least=1)
         if self.bytes_per_cycle is not None:
@@ -142,6 +160,8 @@ class MemoryModel:
         _check_integer("Row miss", self.row_miss_cycles, least=0)
         _check_integer("Response timeout", self.response_timeout, least=0)
         _check_integer("Seed", self.seed, least=0, most=(1 << 64) - 1)
+        if self.row_bytes and (self.read_latency_most or self.last_beat_delay):
+            raise ValueError("A memory with rows must have one read latency and no late beats")
         paused = any(getattr(self.stalls, name) for name in ("ar", "aw", "w"))
         if self.never_refuse and (paused or self.refresh_interval):
             raise ValueError("A memory that never refuses must have no refresh and no pauses of "
@@ -171,6 +191,43 @@ class MemoryModel:
             refresh_interval=refresh, refresh_cycles=refresh // 5,
             stalls=StallModel(**stalls, length=draw.choice((1, 4, 30))),
             reorder=True, interleave=draw.random() < 0.5)
+
+    @classmethod
+    def adversarial(cls, seed: int, *, size: int = 1 << 32) -> MemoryModel:
+        """Return a memory that may be slow to the extreme, on one channel or on several.
+
+        Half of the seeds have one thing that is slow and a memory that else answers at once, which
+        :meth:`random` never has; the others two or three. Latencies are up to 20,000 cycles,
+        log-uniform, the same for all bursts or each its own; pauses have a probability of up to
+        0.99 in each cycle and last up to 100.
+        """
+        draw = random.Random(seed)
+
+        def cycles(most: int) -> int:
+            return round(math.exp(draw.uniform(0, math.log(most))))
+
+        def latency(name: str) -> dict[str, Any]:
+            most = cycles(20_000)
+            each_its_own = draw.random() < 0.3
+            return {name: 1 if each_its_own else most,
+                    f"{name}_most": most if each_its_own else 0}
+
+        slow: dict[str, Callable[[], dict[str, Any]]] = {
+            "read": lambda: latency("read_latency"),
+            "write": lambda: latency("write_latency"),
+            "last beat": lambda: {"last_beat_delay": cycles(2000)},
+            "one read": lambda: {"max_reads": 1, "read_latency": cycles(300)},
+            "one write": lambda: {"max_writes": 1, "write_latency": cycles(300)},
+            "order": lambda: {"reorder": True, "interleave": draw.random() < 0.5,
+                              "read_latency": 1, "read_latency_most": cycles(2000)},
+        } | dict.fromkeys(CHANNELS, dict)
+        chosen = draw.sample(list(slow), draw.choice((1, 1, 1, 2, 2, 3)))
+        fields: dict[str, Any] = {"read_latency": 1, "write_latency": 1}
+        for name in chosen:
+            fields |= slow[name]()
+        pauses = {name: draw.choice((0.3, 0.9, 0.97, 0.99)) for name in CHANNELS if name in chosen}
+        return cls(size=size, seed=seed, **fields,
+                   stalls=StallModel(**pauses, length=draw.choice((1, 3, 10, 100))))
 
     @classmethod
     def dram(cls, *, bytes_per_cycle: Fraction | int | None = None, clock_mhz: int = 200,

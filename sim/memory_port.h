@@ -36,7 +36,9 @@ public:
             stall_[i] = Stall(config.stall[i], config.stall_length);
             random_mode_ |= stall_[i].enabled();
         }
-        random_mode_ |= config.reorder || config.interleave;
+        random_mode_ |= config.reorder || config.interleave ||
+                        config.read_latency_most > config.read_latency ||
+                        config.write_latency_most > config.write_latency;
         // Bandwidth is kept as integers: `cost_` for a beat, `gain_` in every cycle.
         gain_ = int64_t(config.bandwidth_numerator);
         cost_ = int64_t(kBytes) * int64_t(config.bandwidth_denominator);
@@ -140,6 +142,9 @@ private:
     // Pending bursts whose rows a controller opens ahead of their turn.
     static constexpr size_t kRowsAhead = 16;
 
+    // Bytes of which `written` has an entry.
+    static constexpr uint64_t kBlock = MOEACCEL_WRITTEN_BYTES;
+
     // An address channel as it was in the cycle before.
     struct Address {
         bool waiting = false;
@@ -183,6 +188,15 @@ private:
 
     void violation(uint64_t cycle, const char* channel, const std::string& text) {
         violations_.add(cycle, name_ + "." + channel, text);
+    }
+
+    // Cycles between two bounds: every power of two is as likely as every other.
+    uint64_t latency(uint32_t least, uint32_t most) {
+        if (most <= least) return least;
+        uint32_t octaves = 1;
+        while (uint64_t{least} << octaves <= most) ++octaves;
+        const uint64_t low = uint64_t{least} << random_.below(octaves);
+        return std::min<uint64_t>(low + random_.below(uint32_t(low)), most);
     }
 
     bool stalled(int channel) { return stall_[channel].enabled() && stall_[channel].blocked(random_); }
@@ -271,7 +285,8 @@ private:
         read.id = now.id;
         read.left = now.length + 1;
         read.accepted = cycle;
-        read.ready = cycle + config_.read_latency;
+        read.ready = cycle + latency(config_.read_latency, config_.read_latency_most);
+        if (read.left == 1) read.ready += config_.last_beat_delay;
         check_burst(cycle, "AR", now, read.last);
         if (config_.check_races) {
             for (size_t i = 0; i < addressed_; ++i) {
@@ -405,7 +420,7 @@ private:
     }
 
     void complete(Write& write, uint64_t cycle) {
-        write.ready = cycle + config_.write_latency;
+        write.ready = cycle + latency(config_.write_latency, config_.write_latency_most);
         if (!rows_.empty()) {
             Bank& bank = rows_[(write.first / config_.row_bytes) % rows_.size()];
             bank.row = write.first / config_.row_bytes;
@@ -428,6 +443,9 @@ private:
         pins_.bid() = write.id;
         pins_.bresp() = commit(write);
         bvalid_ = true;
+        if (config_.written != nullptr && (write.address % kBlock || (write.last + 1) % kBlock))
+            violation(cycle, "AW", "write of a part of " + std::to_string(kBlock) + " bytes, at " +
+                                       hex(write.first));
     }
 
     uint8_t commit(const Write& write) {
@@ -439,6 +457,7 @@ private:
             const uint8_t response = clean ? uint8_t(kOkay) : respond(address, false);
             worst = std::max(worst, response);
             if (response != kOkay) continue;
+            if (config_.written != nullptr) mark_written(address, write.strobes[beat]);
             const uint8_t* source = write.data.data() + size_t(beat) * kBytes;
             uint8_t* target = config_.data + address;
             const auto* strobes = reinterpret_cast<const uint8_t*>(&write.strobes[beat]);
@@ -519,7 +538,9 @@ private:
     }
 
     size_t next_read(uint64_t cycle) {
-        if (reading_ != kNone && !config_.interleave) return reading_;  // a burst is under way
+        if (reading_ != kNone && !config_.interleave) {  // a burst is under way
+            return is_ready(reads_[reading_], cycle) ? reading_ : kNone;
+        }
         if (config_.reorder) {
             return pick(reads_.size(), cycle, [&](size_t i) -> Read& { return reads_[i]; });
         }
@@ -538,7 +559,9 @@ private:
         pins_.rid() = read.id;
         pins_.rresp() = response;
         pins_.rlast() = --read.left == 0;
+        if (config_.written != nullptr && response == kOkay) check_written(read.address, cycle);
         read.address += kBytes;
+        if (read.left == 1) read.ready = std::max(read.ready, cycle + config_.last_beat_delay);
         rvalid_ = true;
         r_since_ = cycle;
         read_tokens_ -= cost_;
@@ -596,6 +619,22 @@ private:
         for (size_t i = count; i < reads_.size(); ++i) {
             if (!reads_[i].row_open) reads_[i].ready = ~uint64_t{0};
         }
+    }
+
+    // -- memory that nobody wrote ----------------------------------------------------------------
+
+    void check_written(uint64_t address, uint64_t cycle) {
+        for (uint64_t block = address / kBlock; block <= (address + kBytes - 1) / kBlock; ++block) {
+            if (config_.written[block] == 0)
+                violation(cycle, "R", "read of " + hex(address) + ", which nobody wrote");
+        }
+    }
+
+    void mark_written(uint64_t address, const Strobe& strobe) {
+        const Strobe none{};
+        if (std::memcmp(&strobe, &none, sizeof none) == 0) return;
+        for (uint64_t block = address / kBlock; block <= (address + kBytes - 1) / kBlock; ++block)
+            config_.written[block] = 1;
     }
 
     // -- addresses that fail ---------------------------------------------------------------------

@@ -44,11 +44,17 @@ class Transport(Bound, ABC):
 
     @abstractmethod
     def memory_read(self, address: int, count: int) -> Bytes:
-        """Return ``count`` bytes of device memory, uint8 (count,)."""
+        """Return ``count`` bytes of device memory, uint8 (count,).
+
+        The driver asks for nothing that was not written since the device was powered.
+        """
 
     @abstractmethod
     def memory_write(self, address: int, data: bytes | Bytes) -> None:
-        """Write bytes, uint8 (n,), to device memory; see :meth:`register_write`."""
+        """Write bytes, uint8 (n,), to device memory; see :meth:`register_write`.
+
+        The driver writes whole blocks of 64 bytes at multiples of 64.
+        """
 
     @abstractmethod
     def wait_interrupt(self, timeout_s: float) -> bool:

@@ -19,17 +19,26 @@ def one_thread():
 
 
 @pytest.fixture(scope="session")
-def pair_of(request):
-    """Return a function that opens a :class:`Pair` of a configuration; the caller closes it."""
+def model_of(request):
+    """Return a function from a configuration to its Verilated model."""
     folder = request.config.cache.mkdir("accelerators")
     models = {}
 
-    def get(config, *, family="generic", **options):
-        config = preset(config)
+    def get(config, family="generic"):
         key = config.digest, family
         if key not in models:
             models[key] = cached_model(config, folder, family)
-        return Pair(models[key], config, **options)
+        return models[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def pair_of(model_of):
+    """Return a function that opens a :class:`Pair` of a configuration; the caller closes it."""
+    def get(config, *, family="generic", **options):
+        config = preset(config)
+        return Pair(model_of(config, family), config, **options)
 
     return get
 

@@ -66,6 +66,23 @@ class Case:
                     and case.predict(config, 40).cycles <= most_steps):
                 return case
 
+    @classmethod
+    def draw_small(cls, rng: np.random.Generator, config: AcceleratorConfig) -> Case:
+        """Draw what is over before a pipeline is full: there a cycle at the wrong place shows."""
+        d_in, d_other = (32 * int(n) for n in np.exp2(rng.uniform(0, 3, 2)))
+        tokens, planes = int(rng.integers(1, 6)), int(rng.integers(1, 3))
+        name = str(rng.choice(list(FORMATS)))
+        if rng.random() < 0.2:
+            return cls(d_in, d_other, name, planes, tokens)
+        experts = int(rng.integers(1, 5))
+        top_k = int(rng.integers(1, experts + 1))
+        ids = np.stack([rng.permutation(experts)[:top_k] for _ in range(tokens)])
+        if rng.random() < 0.3:
+            ids[:] = ids[0]
+        elif rng.random() < 0.3:
+            ids[rng.random(ids.shape) < 0.3] = -1
+        return cls(d_in, d_other, name, planes, tokens, experts, tuple(map(tuple, ids.tolist())))
+
     @property
     def top_k(self) -> int:
         return len(self.ids[0]) if self.ids else 1
@@ -109,14 +126,25 @@ def compare(pair_of, config: str | AcceleratorConfig, latency: int, *, count: in
             most_cycles: int) -> None:
     """Draw cases, and hold the model to the RTL in each."""
     rng = np.random.default_rng(seed)
-    parameters = preset(config)
+    hold(pair_of, config, latency, [Case.draw(rng, preset(config), most_cycles)
+                                    for _ in range(count)])
+
+
+def compare_small(pair_of, config: str | AcceleratorConfig, latency: int, *, count: int,
+                  seed: int) -> None:
+    """The same for small shapes."""
+    rng = np.random.default_rng(seed)
+    hold(pair_of, config, latency, [Case.draw_small(rng, preset(config)) for _ in range(count)])
+
+
+def hold(pair_of, config: str | AcceleratorConfig, latency: int, cases: list[Case]) -> None:
+    """Hold the model to the RTL in each case."""
     wrong = []
     with pair_of(config, memory=MemoryModel.ideal(latency, size=1 << 28),
                  timeout_s=300) as pair:
-        for _ in range(count):
-            case = Case.draw(rng, parameters, most_cycles)
+        for case in cases:
             measured = case.measure(pair.rtl)
-            predicted = case.predict(parameters, latency)
+            predicted = case.predict(preset(config), latency)
             off = predicted.cycles - measured["cycles"]
             exact = all(getattr(predicted, name) == measured[name] for name in EXACT)
             if abs(off) > max(16, measured["cycles"] // 100) or not exact:
@@ -135,6 +163,21 @@ def compare(pair_of, config: str | AcceleratorConfig, latency: int, *, count: in
 ])
 def test_the_model_predicts_the_rtl(pair_of, config, latency, count, most_cycles):
     compare(pair_of, config, latency, count=count, seed=latency, most_cycles=most_cycles)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("config", "latency", "count"), [
+    ("tiny", 1, 60), ("tiny", 40, 30), ("small", 1, 120), ("small", 40, 60)])
+def test_the_model_predicts_small_shapes(pair_of, config, latency, count):
+    compare_small(pair_of, config, latency, count=count, seed=latency)
+
+
+def test_the_second_row_of_x_and_the_second_image(pair_of):
+    """They are asked for in the same cycle: the row comes first, and does not wait for a burst."""
+    both = (0, 1), (0, 1)
+    hold(pair_of, "small", 1, [Case(32, 32, "mxint8", 2, 2, 2, both),
+                               Case(32, 96, "int4_g32", 1, 2, 2, both),
+                               Case(32, 192, "mxfp4", 1, 2, 2, both)])
 
 
 @pytest.mark.timeout(900)
@@ -164,6 +207,7 @@ def test_a_decode_is_predicted_exactly(pair_of, latency):
 ])
 def test_the_model_predicts_the_rtl_in_many_cases(pair_of, config, latency, count, most_cycles):
     compare(pair_of, config, latency, count=count, seed=1000 + latency, most_cycles=most_cycles)
+    compare_small(pair_of, config, latency, count=150, seed=1000 + latency)
 
 
 @pytest.mark.parametrize("config", PRESETS.values(), ids=list(PRESETS))

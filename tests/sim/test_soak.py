@@ -1,0 +1,199 @@
+"""Cases are data: drawn, printed, read back, made smaller; a soak goes on, reports and ends."""
+
+import json
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from moeaccel.cli import app
+from moeaccel.config import PRESETS
+from moeaccel.cycles import Prediction
+from moeaccel.sim import MemoryModel, StallModel, cases, soak
+from moeaccel.sim.cases import PROMPT, Call, Case, afford, draw_case, shrink
+from moeaccel.sim.errors import SimulationError
+
+TARGETS = [("tiny", 1), ("small", 1), ("tiny", 4), ("small", 4)]
+
+
+def drawn(count):
+    return [draw_case(seed, *TARGETS[seed % 4], budget=60_000) for seed in range(count)]
+
+
+def smallest(case, fails):
+    simpler = [other for other, _ in shrink(case, lambda other: "wrong" if fails(other) else None)]
+    return simpler[-1] if simpler else case
+
+
+def test_cases_are_reproducible_and_differ():
+    found = drawn(60)
+    assert found == drawn(60)
+    assert len({case.to_json() for case in found}) == 60
+
+
+def test_cases_are_read_back():
+    for case in drawn(100):
+        text = case.to_json()
+        assert "\n" not in text and Case.from_json(text) == case
+    assert Case.from_json('{"calls":[{}],"memories":[{}]}') == Case()
+
+
+@pytest.mark.parametrize("text", [
+    "", "[]", "{}", '{"calls":[],"memories":[{}]}', '{"calls":[{}],"memories":[]}',
+    '{"calls":[{"x":1}],"memories":[{}]}', '{"config":"huge","calls":[{}],"memories":[{}]}',
+    '{"calls":[{"ids":[[0],[]]}],"memories":[{}]}', '{"calls":[{"end":"bang"}],"memories":[{}]}',
+    '{"calls":[{}],"memories":[{"read_latency":0}]}'])
+def test_what_is_no_case_is_refused(text):
+    with pytest.raises(SimulationError, match="case must be a line that"):
+        Case.from_json(text)
+
+
+def test_cases_have_everything():
+    """A few hundred seeds reach each kind that a fault may need."""
+    found = drawn(400)
+    calls = [call for case in found for call in case.calls]
+    assert {call.weight_format for call in calls} == set(cases.FORMATS)
+    assert {call.activation_bits for call in calls} == {8, 16}
+    assert {call.end for call in calls} == {"", "abort", "reset"}
+    assert any(call.nan >= 0 for call in calls) and any(not call.experts for call in calls)
+    without = [call for call in calls if call.experts and call.ids
+               and {all(not 0 <= i < call.experts for i in row) for row in call.ids}
+               == {True, False}]
+    assert len(without) > 50
+    assert any(len(call.ids) > PRESETS["tiny"].max_slots and call.experts > 1 for call in calls)
+    assert any(len(case.calls) > 3 for case in found)
+    assert any(case.memories.count(PROMPT) == 3 for case in found)
+    for case in found:
+        for at, call in enumerate(case.calls):
+            assert not call.end or at + 1 < len(case.calls)
+
+
+def test_a_case_is_within_its_budget():
+    """Extreme memories are made gentler, and only as far as they must."""
+    limits, budget = PRESETS["tiny"], 100_000
+    little = Prediction(bytes_read_weights=64, bytes_read_other=64, bytes_written=64)
+    much = Prediction(bytes_read_weights=1 << 16, bytes_read_other=1 << 16, bytes_written=1 << 16)
+    slow = MemoryModel(read_latency=10_000, last_beat_delay=10,
+                       stalls=StallModel(r=0.99, b=0.5, length=100))
+    assert afford(replace(slow, stalls=StallModel()), limits, little, budget=budget).read_latency \
+        == 10_000
+    gentle = afford(slow, limits, much, budget=budget)
+    assert gentle.read_latency < 100 and gentle.stalls.length < 10
+    assert afford(PROMPT, limits, little, budget=budget) == PROMPT
+
+
+def test_shrinking_finds_what_matters():
+    """Whatever is drawn with a token without an expert and slow acknowledgements ends the same."""
+    def fails(case):
+        return any(call.experts and any(all(not 0 <= i < call.experts for i in row)
+                                        for row in call.ids) for call in case.calls) and any(
+            memory.stalls.b > 0 or memory.write_latency > 400 for memory in case.memories)
+
+    found = {smallest(case, fails) for case in drawn(400) if fails(case)}
+    assert len(found) > 5
+    for case in found:
+        (call,), (memory,) = case.calls, case.memories
+        assert call.ids in (((-1,),), ((1,),), ((4,),)) and call.end == ""
+        assert (call.d_in, call.d_other, case.config, case.channels) == (32, 32, "tiny", 1)
+        changed = replace(memory, seed=PROMPT.seed, write_latency=1,
+                          stalls=StallModel(length=memory.stalls.length))
+        assert changed == replace(PROMPT, stalls=StallModel(length=1))
+        assert memory.write_latency == 1 or 400 < memory.write_latency < 804
+
+
+def test_shrinking_of_a_token():
+    rng = random.Random(0)
+    ids = tuple((rng.randrange(3),) for _ in range(37))
+    case = Case(calls=(Call(experts=3, ids=(*ids, (-1,)), nan=37), Call(), Call(experts=0,
+                                                                             ids=((),) * 5)))
+    found = smallest(case, lambda other: any(call.nan >= 0 and call.ids[call.nan] == (-1,)
+                                             for call in other.calls))
+    assert found == Case(calls=(Call(ids=((-1,),), nan=0),))
+
+
+# -- soaking ---------------------------------------------------------------------------------------
+@pytest.fixture
+def fails(monkeypatch):
+    """Let cases fail without a simulator: those with so many calls."""
+    checked = []
+
+    def check(self, case):
+        checked.append(case)
+        return "wrong" if len(case.calls) > 2 else None
+
+    monkeypatch.setattr(soak.Soak, "check", check)
+    monkeypatch.setattr(soak, "build_accelerator_model", lambda config: config.name)
+    return checked
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["soak", *arguments])
+
+
+def test_a_soak_reports_what_fails(fails):
+    result = run("--minutes", "1", "--seed", "5", "--config", "tiny", "--channels", "1", "--json")
+    assert result.exit_code == 1
+    report = json.loads(result.stdout)
+    assert len(report["failures"]) == soak.MOST_FAILURES and not report["interrupted"]
+    for failure in report["failures"]:
+        case, small = (Case.from_json(failure[name]) for name in ("case", "smallest"))
+        assert case == draw_case(failure["seed"], "tiny", 1, budget=soak.BUDGET["tiny"])
+        assert len(case.calls) > 2 and len(small.calls) == 3
+        for call in small.calls:
+            assert len(call.ids) == 1 and len(call.ids[0]) <= 1
+            assert replace(call, ids=((0,),), experts=1) == Call()
+        assert small.memories == (PROMPT,)
+    assert [case.config for case in fails] == ["tiny"] * len(fails)
+
+
+def test_a_soak_is_printed_so_that_it_can_be_run_again(fails):
+    result = run("--seed", "5", "--config", "tiny", "--channels", "1")
+    assert result.exit_code == 1 and "5 failed" in result.stdout
+    line = next(line for line in result.stdout.splitlines() if "--case" in line)
+    again = run("--case", line.split("'")[1])
+    assert (again.exit_code, again.stdout.strip()) == (1, "wrong")
+    assert json.loads(run("--case", line.split("'")[1], "--json").stdout) == {"failed": "wrong"}
+    assert run("--case", Case().to_json()).exit_code == 0
+
+
+def test_a_soak_without_a_failure_ends_in_time(fails, monkeypatch):
+    monkeypatch.setattr(soak.Soak, "check", lambda self, case: fails.append(case))
+    result = run("--minutes", "0.01", "--json")
+    report = json.loads(result.stdout)
+    assert result.exit_code == 0 and report["cases"] == len(fails) > 4
+    assert [(case.config, case.channels) for case in fails[:4]] == TARGETS
+
+
+@pytest.mark.parametrize("after", [3, 40])
+def test_control_c_ends_a_soak_with_what_it_found(monkeypatch, fails, after):
+    """Also while a case is being made smaller: the best so far is printed."""
+    check = soak.Soak.check
+
+    def interrupted(self, case):
+        if len(fails) == after:
+            raise KeyboardInterrupt
+        return check(self, case)
+
+    monkeypatch.setattr(soak.Soak, "check", interrupted)
+    result = run("--minutes", "5", "--seed", "5", "--config", "tiny", "--channels", "1", "--json")
+    report = json.loads(result.stdout)
+    assert report["interrupted"] and result.exit_code == (1 if report["failures"] else 0)
+    assert bool(report["failures"]) == (after == 40)
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--config", "huge"], ["--minutes", "0"], ["--seed", "-1"], ["--channels", "0"],
+    ["--channels", "3"], ["--case", "{"]])
+def test_bad_options(arguments):
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert "Traceback" not in result.output
+
+
+def test_ids_of_a_call_without_experts_are_empty_rows():
+    for case in drawn(100):
+        for call in case.calls:
+            assert np.array(call.ids).shape == (len(call.ids), len(call.ids[0]))
+            assert bool(call.ids[0]) == bool(call.experts)
