@@ -176,13 +176,15 @@ class Device:
     # -- weights -----------------------------------------------------------------------------------
     def load_experts(self, gate_up: Stack, down: Stack, *, activation: str = "silu",
                      weight_format: str = "int4_g32", activation_bits: int = 16,
-                     grid_exponent: int = -28, progress: Progress | None = None) -> Experts:
+                     grid_exponent: int | None = None, x_rms: float = 1.0,
+                     progress: Progress | None = None) -> Experts:
         """Quantise the experts of one layer and put them into the device's memory.
 
         Parameters
         ----------
         gate_up : float tensor, (E, 2 I, H)
             Gate rows, then up rows, of each expert. Or a sequence of E matrices, taken one by one.
+            Any H and I: memory holds them filled up with zeros to multiples of 32.
         down : float tensor, (E, H, I)
             Or a sequence of E matrices.
         activation : :class:`str`
@@ -191,9 +193,14 @@ class Device:
             One of :data:`moeaccel.formats.FORMATS`.
         activation_bits : :class:`int`
             8 or 16.
-        grid_exponent : :class:`int`
+        grid_exponent : :class:`int`, optional
             Outputs are summed on a grid of ``2**grid_exponent``, from -100 to 60; weighted outputs
-            below ``2**(grid_exponent + 43)`` fit.
+            below ``2**(grid_exponent + 43)`` fit. When left out, :mod:`moeaccel.grid` chooses it
+            from the weights: outputs ``2**-16`` times the typical one keep a relative error of
+            ``2**-10``, those up to ``2**16`` times the typical one fit. Read it as
+            ``experts.grid_exponent``.
+        x_rms : :class:`float`
+            Root mean square of the elements of x for which it is chosen.
         progress : callable, optional
             Called with (experts uploaded, experts in all).
 
@@ -208,32 +215,43 @@ class Device:
         """
         return weights.load_experts(
             self, gate_up, down, activation=activation, weight_format=weight_format,
-            activation_bits=activation_bits, grid_exponent=grid_exponent, progress=progress)
+            activation_bits=activation_bits, grid_exponent=grid_exponent, x_rms=x_rms,
+            progress=progress)
 
     def load_quantised(self, experts: Sequence[Expert], *, activation: str = "silu",
-                       activation_bits: int = 16, grid_exponent: int = -28,
-                       progress: Progress | None = None) -> Experts:
+                       activation_bits: int = 16, grid_exponent: int | None = None,
+                       x_rms: float = 1.0, progress: Progress | None = None) -> Experts:
         """Put experts that are quantised already, all of one format and shape, into memory.
 
         Parameters
         ----------
         experts : sequence of :class:`moeaccel.image.Expert`
+            Rows of ``gate_up`` alternate: g0, u0, g1, u1, ...
+            (:func:`moeaccel.image.interleave_gate_up`), other than in :meth:`load_experts`;
+            :meth:`moeaccel.image.Expert.quantise` makes them so.
 
-        See :meth:`load_experts` for the rest.
+        See :meth:`load_experts` for the rest; the grid is chosen from the quantised weights.
+
+        Raises
+        ------
+        FormatError
+            If an integer, a scale or an exponent is none that the format has, or an array has
+            another type or shape; before anything is sent.
         """
         return weights.load_quantised(
             self, experts, activation=activation, activation_bits=activation_bits,
-            grid_exponent=grid_exponent, progress=progress)
+            grid_exponent=grid_exponent, x_rms=x_rms, progress=progress)
 
     def load_linear(self, weight: Tensor, *, weight_format: str = "int4_g32",
-                    activation_bits: int = 16, grid_exponent: int = -28) -> Linear:
+                    activation_bits: int = 16, grid_exponent: int | None = None,
+                    x_rms: float = 1.0) -> Linear:
         """Quantise the matrix of a linear layer, (N, K) float, and put it into memory.
 
         See :meth:`load_experts`.
         """
         return weights.load_linear(
             self, weight, weight_format=weight_format, activation_bits=activation_bits,
-            grid_exponent=grid_exponent)
+            grid_exponent=grid_exponent, x_rms=x_rms)
 
     def _forget(self, address: int, size: int) -> None:
         with self._lock:

@@ -9,17 +9,33 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from numbers import Real
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moeaccel.commands import LAYER, Activation, LayerKind, encode
 from moeaccel.config import PRESETS
-from moeaccel.formats import check_dims, quantise, weight_format as find_format
+from moeaccel.formats import (
+    check_dims,
+    check_matrix,
+    quantise,
+    weight_format as find_format,
+)
+from moeaccel.grid import (
+    GRID_EXPONENTS,
+    Squares,
+    gated_output,
+    grid_exponent as choose_grid,
+    linear_output,
+    squares,
+)
 from moeaccel.host.errors import InvalidOption, InvalidTensor, LimitExceeded, UploadError
 from moeaccel.host.layers import Experts, Linear
 from moeaccel.host.memory import COMMAND_ALIGNMENT, PAGE, Allocation
+from moeaccel.host.report import WeightErrors, WeightReport
 from moeaccel.host.tensors import Tensor, float32, shape_of
 from moeaccel.host.transports.base import Bytes
 from moeaccel.image import (
@@ -29,6 +45,7 @@ from moeaccel.image import (
     LinearShape,
     build_image,
     build_linear_image,
+    interleave_gate_up,
 )
 
 if TYPE_CHECKING:
@@ -44,7 +61,8 @@ Progress = Callable[[int, int], None]
 Stack = Tensor | Sequence[Tensor]
 """One matrix for each expert."""
 
-_GRID_EXPONENTS = range(-100, 61)
+_Measured = tuple[Expert, dict[str, Squares]]
+"""An expert, and the sums of squares of its matrices by their kind."""
 
 
 def _stack_shape(name: str, stack: Stack, *dims: str) -> tuple[int, ...]:
@@ -65,8 +83,8 @@ def _freed_on_error(allocation: Allocation) -> Iterator[None]:
 
 
 def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str,
-                 weight_format: str, activation_bits: int, grid_exponent: int,
-                 progress: Progress | None) -> Experts:
+                 weight_format: str, activation_bits: int, grid_exponent: int | None,
+                 x_rms: float, progress: Progress | None) -> Experts:
     """Quantise the experts of one layer and put them into a device's memory."""
     experts, rows, d_model = _stack_shape("gate_up", gate_up, "2 I", "H")
     shape = _stack_shape("down", down, "H", "I")
@@ -75,51 +93,78 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
             f"down must have the shape (E, H, I) = {(experts, d_model, rows // 2)} for gate_up "
             f"{(experts, rows, d_model)} = (E, 2 I, H), not {shape}")
 
-    def quantised() -> Iterator[Expert]:
+    def quantised() -> Iterator[_Measured]:
         for e in range(experts):
             matrices = float32("gate_up", gate_up[e]), float32("down", down[e])
             if matrices[0].shape != (rows, d_model) or matrices[1].shape != shape[1:]:
                 raise InvalidTensor(
                     f"expert {e} must have the shapes of expert 0, {(rows, d_model)} and "
                     f"{shape[1:]}, not {matrices[0].shape} and {matrices[1].shape}")
-            yield Expert.quantise(*matrices, weight_format)
+            expert = Expert.quantise(*matrices, weight_format)
+            yield expert, {"gate_up": squares(expert.gate_up, interleave_gate_up(matrices[0])),
+                           "down": squares(expert.down, matrices[1])}
 
     return _load_experts(
         device, quantised(), experts, d_model, rows // 2, format_name=weight_format,
         activation=activation, activation_bits=activation_bits, grid_exponent=grid_exponent,
-        progress=progress)
+        x_rms=x_rms, progress=progress)
 
 
 def load_quantised(device: Device, experts: Sequence[Expert], *, activation: str,
-                   activation_bits: int, grid_exponent: int,
+                   activation_bits: int, grid_exponent: int | None, x_rms: float,
                    progress: Progress | None) -> Experts:
     """Put experts that are quantised already into a device's memory."""
-    if not experts:
+    if not len(experts):
         raise InvalidTensor("experts must be at least one, not none")
+    checked: set[int] = set()
+    for e, expert in enumerate(experts):
+        if id(expert) not in checked:
+            check_matrix(expert.gate_up, f"gate_up of expert {e}")
+            check_matrix(expert.down, f"down of expert {e}")
+            checked.add(id(expert))
     kinds = {(e.gate_up.format.name, e.gate_up.integers.shape, e.down.format.name,
               e.down.integers.shape) for e in experts}
     if len(kinds) > 1:
         raise InvalidTensor(f"experts must have one format and shape, not {sorted(kinds)}")
     name, (rows, d_model), down_name, down_shape = kinds.pop()
+    if rows % 2:
+        raise InvalidTensor(f"gate_up must have a row of up for each row of gate, not {rows} rows")
     if down_shape != (d_model, rows // 2) or name != down_name:
         raise InvalidTensor(
             f"down must be {name} of the shape {(d_model, rows // 2)}, not {down_name} of "
             f"{down_shape}")
+
+    def measured() -> Iterator[_Measured]:
+        previous: Expert | None = None
+        found: dict[str, Squares] = {}
+        for expert in experts:
+            if expert is not previous:
+                found = {"gate_up": squares(expert.gate_up), "down": squares(expert.down)}
+                previous = expert
+            yield expert, found
+
     return _load_experts(
-        device, experts, len(experts), d_model, rows // 2, format_name=name, activation=activation,
-        activation_bits=activation_bits, grid_exponent=grid_exponent, progress=progress)
+        device, measured(), len(experts), d_model, rows // 2, format_name=name,
+        activation=activation, activation_bits=activation_bits, grid_exponent=grid_exponent,
+        x_rms=x_rms, progress=progress)
 
 
 def load_linear(device: Device, weight: Tensor, *, weight_format: str, activation_bits: int,
-                grid_exponent: int) -> Linear:
+                grid_exponent: int | None, x_rms: float) -> Linear:
     """Quantise the matrix of a linear layer and put it into a device's memory."""
     d_out, d_in = shape_of("weight", weight, "N", "K")
     fmt = find_format(weight_format)
-    planes = _check_options("silu", activation_bits, grid_exponent)
+    planes = _check_options("silu", activation_bits, grid_exponent, x_rms)
     _check_limits(device, 1, d_in=d_in, d_out=d_out)
     config = device.config
     shape = LinearShape(fmt, d_out, d_in, config.row_multipliers, config.channels)
-    matrix = quantise(float32("weight", weight), fmt)
+    values = float32("weight", weight)
+    matrix = quantise(values, fmt)
+    found = squares(matrix, values)
+    if grid_exponent is None:
+        grid_exponent = choose_grid([linear_output(found, x_rms=x_rms)])
+    errors = WeightErrors(fmt.name)
+    errors.add(0, {"weight": found}, groups=matrix.shift.size, coarsened=matrix.coarsened)
     images = device.memory.allocate(shape.stride, alignment=PAGE, keeps=True)
     with _freed_on_error(images):
         _enter(device, images, shape.stride, 1)
@@ -129,56 +174,72 @@ def load_linear(device: Device, weight: Tensor, *, weight_format: str, activatio
         _upload(device, images.address, parts, "the linear layer")
         descriptor = _describe(device, {
             "kind": LayerKind.LINEAR, "format": fmt.code, "planes": planes, "num_experts": 1,
-            "d_in": d_in, "d_expert": d_in, "d_out": d_out, "grid_exponent": grid_exponent,
-            "stride": shape.stride, "image_address": images.address + shape.header_bytes})
-    return Linear(device, shape, images, descriptor, matrix.coarsened)
+            "d_in": shape.section.k, "d_expert": shape.section.k, "d_out": shape.section.rows,
+            "grid_exponent": grid_exponent, "stride": shape.stride,
+            "image_address": images.address + shape.header_bytes})
+    return Linear(device, shape, images, descriptor, planes, grid_exponent, _report(errors))
 
 
-def _load_experts(device: Device, experts: Iterable[Expert], count: int, d_model: int,
+def _load_experts(device: Device, experts: Iterable[_Measured], count: int, d_model: int,
                   d_expert: int, *, format_name: str, activation: str, activation_bits: int,
-                  grid_exponent: int, progress: Progress | None) -> Experts:
+                  grid_exponent: int | None, x_rms: float, progress: Progress | None) -> Experts:
     fmt = find_format(format_name)
-    planes = _check_options(activation, activation_bits, grid_exponent)
+    planes = _check_options(activation, activation_bits, grid_exponent, x_rms)
     _check_limits(device, count, d_model=d_model, d_expert=d_expert)
     config = device.config
     shape = ExpertShape(fmt, d_model, d_expert, config.row_multipliers, config.channels)
     images = device.memory.allocate(count * shape.stride, alignment=PAGE, keeps=True)
     with _freed_on_error(images):
         _enter(device, images, shape.stride, count)
-        coarsened = 0
+        errors = WeightErrors(fmt.name)
+        outputs: list[float] = []
         previous: Expert | None = None
         parts: list[Bytes] = []
-        for e, expert in enumerate(experts):
+        for e, (expert, found) in enumerate(experts):
             if expert is not previous:
                 parts = [build_image(expert.gate_up, expert.down, config.row_multipliers,
                                      channel=channel, channels=config.channels)
                          for channel in range(config.channels)]
                 previous = expert
             _upload(device, images.address + e * shape.stride, parts, f"expert {e}")
-            coarsened += expert.gate_up.coarsened + expert.down.coarsened
+            outputs.append(gated_output(found["gate_up"], found["down"], x_rms=x_rms))
+            errors.add(e, found, groups=expert.gate_up.shift.size + expert.down.shift.size,
+                       coarsened=expert.gate_up.coarsened + expert.down.coarsened)
             if progress is not None:
                 progress(e + 1, count)
-        if coarsened:
-            logger.info("%d scales of %d experts were coarsened to their row's range",
-                        coarsened, count)
+        # The grid is that of all experts: only now are they all seen.
+        if grid_exponent is None:
+            grid_exponent = choose_grid(outputs)
         descriptor = _describe(device, {
             "kind": LayerKind.EXPERTS, "format": fmt.code, "planes": planes,
             "activation": Activation[activation.upper()], "num_experts": count,
-            "d_in": d_model, "d_expert": d_expert, "d_out": d_model,
+            "d_in": shape.gate_up.k, "d_expert": shape.down.k, "d_out": shape.down.rows,
             "grid_exponent": grid_exponent, "stride": shape.stride,
             "image_address": images.address + shape.header_bytes})
-    return Experts(device, shape, count, images, descriptor, coarsened)
+    return Experts(device, shape, count, images, descriptor, planes, grid_exponent,
+                   _report(errors))
 
 
-def _check_options(activation: str, activation_bits: int, grid_exponent: int) -> int:
+def _report(errors: WeightErrors) -> WeightReport:
+    report = errors.report()
+    if report.warning:
+        logger.warning("%s", report.warning)
+    return report
+
+
+def _check_options(activation: str, activation_bits: int, grid_exponent: int | None,
+                   x_rms: float) -> int:
     """Return the number of planes."""
     names = [a.name.lower() for a in Activation]
     if activation not in names:
         raise InvalidOption(f"activation must be one of {', '.join(names)}, not {activation!r}")
     if activation_bits not in (8, 16):
         raise InvalidOption(f"activation_bits must be 8 or 16, not {activation_bits!r}")
-    if grid_exponent not in _GRID_EXPONENTS:
-        raise InvalidOption(f"grid_exponent must be from -100 to 60, not {grid_exponent!r}")
+    if grid_exponent is not None and grid_exponent not in GRID_EXPONENTS:
+        raise InvalidOption(f"grid_exponent must be from -100 to 60, not {grid_exponent!r}; leave "
+                            "it out to have it chosen from the weights")
+    if not (isinstance(x_rms, Real) and 0 < x_rms < math.inf):
+        raise InvalidOption(f"x_rms must be a positive number, not {x_rms!r}")
     return activation_bits // 8
 
 
