@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from moeaccel.config import AcceleratorConfig
 from moeaccel.cycles import expert_cycles, linear_cycles
 from moeaccel.errors import MoeAccelError
-from moeaccel.formats import weight_format
-from moeaccel.image import Section
+from moeaccel.formats import weight_format, whole_blocks
 from moeaccel.zoo import Model
 
 if TYPE_CHECKING:
@@ -99,11 +98,12 @@ def routing(tokens: int, experts: int, top_k: int, *, kind: str, seed: int) -> N
         try:
             exponent = float(kind[5:])
         except ValueError:
-            raise BenchmarkError(
-                f"routing must be uniform or zipf:S with a number S, not {kind!r}"
-            ) from None
+            exponent = -1.0
     else:
-        raise BenchmarkError(f"routing must be uniform or zipf:S with a number S, not {kind!r}")
+        exponent = -1.0
+    if not 0 <= exponent <= 100:
+        raise BenchmarkError(
+            f"routing must be uniform or zipf:S with a number S from 0 to 100, not {kind!r}")
     popularity = rng.permutation(np.arange(1, experts + 1) ** -exponent)
     # The largest of log(p) + Gumbel noise: sampling without replacement (Efraimidis and Spirakis,
     # 2006).
@@ -122,9 +122,9 @@ def bench_experts(
     kind: str = "uniform",
     what: str = "decode",
     seed: int = 0,
-    latency: int = 40,
-    memory: str = "",
-    device_name: str = "",
+    latency: int,
+    memory: str,
+    device_name: str,
     progress: Progress = lambda _: None,
 ) -> BenchmarkResult:
     """Run one MoE layer of a model's size on random weights; every other figure is derived from
@@ -177,7 +177,9 @@ def bench_experts(
     wall = time.perf_counter() - begin
     counters = _difference(before, device.counters())
     progress("checking against the golden model")
-    expected = golden.experts(x, ids, weights, all_experts, planes=activation_bits // 8)
+    expected = golden.experts(
+        _filled(x), ids, weights, [expert.filled() for expert in all_experts],
+        planes=activation_bits // 8, grid_exponent=loaded.grid_exponent).y[:, :d_model]
     order = {e: i for i, e in enumerate(used.tolist())}
     exact = experts_float64(
         x,
@@ -206,7 +208,7 @@ def bench_experts(
         useful,
         counters,
         wall,
-        bool((y == expected.y).all()),
+        bool((y == expected).all()),
         _relative(y, exact),
         memory,
         device_name,
@@ -223,9 +225,9 @@ def bench_gemm(
     weight_format_name: str,
     activation_bits: int,
     seed: int = 0,
-    latency: int = 40,
-    memory: str = "",
-    device_name: str = "",
+    latency: int,
+    memory: str,
+    device_name: str,
     progress: Progress = lambda _: None,
 ) -> BenchmarkResult:
     """Run ``y = x W^T`` with x (m, k) and W (n, k); ``latency`` as in :func:`bench_experts`."""
@@ -246,8 +248,10 @@ def bench_gemm(
     y = loaded.sync(handle)
     wall = time.perf_counter() - begin
     counters = _difference(before, device.counters())
-    expected = golden.gemm(x, matrix, planes=activation_bits // 8)
-    section = Section(fmt, n, k, config.row_multipliers, config.channels)
+    section = loaded.shape.section
+    expected = golden.gemm(
+        _filled(x), matrix.filled(section.rows, section.k), planes=activation_bits // 8,
+        grid_exponent=loaded.grid_exponent).y[:, :n]
     return _result(
         device,
         config,
@@ -260,15 +264,20 @@ def bench_gemm(
         1,
         handle.cycles,
         linear_cycles(config, section, m, planes=activation_bits // 8, latency=latency),
-        section.stored_bytes,
+        loaded.shape.stored_bytes,
         m * k * n * (activation_bits // 8),
         counters,
         wall,
-        bool((y == expected.y).all()),
+        bool((y == expected).all()),
         _relative(y, x.astype(np.float64) @ w.astype(np.float64).T),
         memory,
         device_name,
     )
+
+
+def _filled(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return x as device memory has it, with zeros up to whole blocks."""
+    return np.pad(x, ((0, 0), (0, whole_blocks(x.shape[1]) - x.shape[1])))
 
 
 def _difference(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:
@@ -276,7 +285,8 @@ def _difference(before: dict[str, int], after: dict[str, int]) -> dict[str, int]
 
 
 def _relative(y: NDArray[np.floating], exact: NDArray[np.float64]) -> float:
-    return float(np.linalg.norm(y - exact) / np.linalg.norm(exact))
+    size = np.linalg.norm(exact)
+    return float(np.linalg.norm(y - exact) / size) if size else 0.0
 
 
 def _result(
@@ -324,7 +334,7 @@ def _result(
         bytes_read=counters["bytes_read_weights"] + counters["bytes_read_other"],
         bytes_written=counters["bytes_written"],
         wall_s=round(wall, 3),
-        cycles_per_s=round(cycles / wall, 1),
+        cycles_per_s=round(cycles / wall, 1) if wall else 0.0,
         matches_golden=matches,
         rel_err_float=error,
         counters=counters,

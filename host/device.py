@@ -8,46 +8,35 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-import numpy as np
-
-from moeaccel.commands import LAYER, Activation, LayerKind, Opcode, encode
-from moeaccel.config import PRESETS, AcceleratorConfig, preset
-from moeaccel.formats import check_dims, quantise, weight_format
+from moeaccel.commands import Opcode
+from moeaccel.config import AcceleratorConfig, preset
+from moeaccel.host import weights
 from moeaccel.host.errors import (
     DeviceClosed,
     DeviceStopped,
     DeviceTimeout,
     HostError,
     InvalidOption,
-    InvalidTensor,
-    LimitExceeded,
     LinkLost,
     UnsupportedTransport,
-    UploadError,
 )
 from moeaccel.host.identity import check_config, check_version
 from moeaccel.host.layers import Experts, Handle, Linear
-from moeaccel.host.memory import COMMAND_ALIGNMENT, PAGE, Allocation, Allocator
+from moeaccel.host.memory import COMMAND_ALIGNMENT, PAGE, Allocator
 from moeaccel.host.options import check_names, seconds, whole
 from moeaccel.host.process import Bound, Inherited
 from moeaccel.host.registers import RegisterAccess, fields_of, mask
 from moeaccel.host.residents import Residents
 from moeaccel.host.rings import Command, CommandRings, Completion
-from moeaccel.host.tensors import Tensor, float32, shape_of
-from moeaccel.host.transports.base import Bytes, Transport
-from moeaccel.image import (
-    HEADER_BYTES,
-    Expert,
-    ExpertShape,
-    LinearShape,
-    build_image,
-    build_linear_image,
-)
+from moeaccel.host.tensors import Tensor
+from moeaccel.host.transports.base import Transport
+from moeaccel.host.weights import Progress, Stack
+from moeaccel.image import Expert
 
 if TYPE_CHECKING:
     from moeaccel.host.transports.xdma import XdmaTransport
@@ -56,31 +45,7 @@ __all__ = ["Command", "Device", "open_device"]
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[int, int], None]
-"""Called with (experts uploaded, experts in all)."""
-
-Stack = Tensor | Sequence[Tensor]
-"""One matrix for each expert."""
-
 _SPURIOUS_INTERRUPTS = 64
-_GRID_EXPONENTS = range(-100, 61)
-
-
-def _stack_shape(name: str, stack: Stack, *dims: str) -> tuple[int, ...]:
-    """Return (E, rows, K) of a tensor, or of a sequence of matrices by its first."""
-    if isinstance(stack, Sequence):
-        return len(stack), *(shape_of(f"{name}[0]", stack[0], *dims) if len(stack) else (0, 0))
-    return shape_of(name, stack, "E", *dims)
-
-
-@contextlib.contextmanager
-def _freed_on_error(allocation: Allocation) -> Iterator[None]:
-    """Free an allocation when something goes wrong, also while the traceback lives."""
-    try:
-        yield
-    except BaseException:
-        allocation.free()
-        raise
 
 
 class Device(Bound, Inherited):
@@ -210,13 +175,15 @@ class Device(Bound, Inherited):
     # -- weights -----------------------------------------------------------------------------------
     def load_experts(self, gate_up: Stack, down: Stack, *, activation: str = "silu",
                      weight_format: str = "int4_g32", activation_bits: int = 16,
-                     grid_exponent: int = -28, progress: Progress | None = None) -> Experts:
+                     grid_exponent: int | None = None, x_rms: float = 1.0,
+                     progress: Progress | None = None) -> Experts:
         """Quantise the experts of one layer and put them into the device's memory.
 
         Parameters
         ----------
         gate_up : float tensor, (E, 2 I, H)
             Gate rows, then up rows, of each expert. Or a sequence of E matrices, taken one by one.
+            Any H and I: memory holds them filled up with zeros to multiples of 32.
         down : float tensor, (E, H, I)
             Or a sequence of E matrices.
         activation : :class:`str`
@@ -225,9 +192,14 @@ class Device(Bound, Inherited):
             One of :data:`moeaccel.formats.FORMATS`.
         activation_bits : :class:`int`
             8 or 16.
-        grid_exponent : :class:`int`
+        grid_exponent : :class:`int`, optional
             Outputs are summed on a grid of ``2**grid_exponent``, from -100 to 60; weighted outputs
-            below ``2**(grid_exponent + 43)`` fit.
+            below ``2**(grid_exponent + 43)`` fit. When left out, :mod:`moeaccel.grid` chooses it
+            from the weights: outputs ``2**-16`` times the typical one keep a relative error of
+            ``2**-10``, those up to ``2**16`` times the typical one fit. Read it as
+            ``experts.grid_exponent``.
+        x_rms : :class:`float`
+            Root mean square of the elements of x for which it is chosen.
         progress : callable, optional
             Called with (experts uploaded, experts in all).
 
@@ -240,189 +212,49 @@ class Device(Bound, Inherited):
         UploadError
             If an image does not read back.
         """
-        experts, rows, d_model = _stack_shape("gate_up", gate_up, "2 I", "H")
-        shape = _stack_shape("down", down, "H", "I")
-        if shape != (experts, d_model, rows // 2) or rows % 2:
-            raise InvalidTensor(
-                f"down must have the shape (E, H, I) = {(experts, d_model, rows // 2)} for gate_up "
-                f"{(experts, rows, d_model)} = (E, 2 I, H), not {shape}")
-
-        def quantised() -> Iterator[Expert]:
-            for e in range(experts):
-                matrices = float32("gate_up", gate_up[e]), float32("down", down[e])
-                if matrices[0].shape != (rows, d_model) or matrices[1].shape != shape[1:]:
-                    raise InvalidTensor(
-                        f"expert {e} must have the shapes of expert 0, {(rows, d_model)} and "
-                        f"{shape[1:]}, not {matrices[0].shape} and {matrices[1].shape}")
-                yield Expert.quantise(*matrices, weight_format)
-
-        return self._load_experts(
-            quantised(), experts, d_model, rows // 2, format_name=weight_format,
-            activation=activation, activation_bits=activation_bits, grid_exponent=grid_exponent,
+        return weights.load_experts(
+            self, gate_up, down, activation=activation, weight_format=weight_format,
+            activation_bits=activation_bits, grid_exponent=grid_exponent, x_rms=x_rms,
             progress=progress)
 
     def load_quantised(self, experts: Sequence[Expert], *, activation: str = "silu",
-                       activation_bits: int = 16, grid_exponent: int = -28,
-                       progress: Progress | None = None) -> Experts:
+                       activation_bits: int = 16, grid_exponent: int | None = None,
+                       x_rms: float = 1.0, progress: Progress | None = None) -> Experts:
         """Put experts that are quantised already, all of one format and shape, into memory.
 
         Parameters
         ----------
         experts : sequence of :class:`moeaccel.image.Expert`
+            Rows of ``gate_up`` alternate: g0, u0, g1, u1, ...
+            (:func:`moeaccel.image.interleave_gate_up`), other than in :meth:`load_experts`;
+            :meth:`moeaccel.image.Expert.quantise` makes them so.
 
-        See :meth:`load_experts` for the rest.
+        See :meth:`load_experts` for the rest; the grid is chosen from the quantised weights.
+
+        Raises
+        ------
+        FormatError
+            If an integer, a scale or an exponent is none that the format has, or an array has
+            another type or shape; before anything is sent.
         """
-        if not experts:
-            raise InvalidTensor("experts must be at least one, not none")
-        kinds = {(e.gate_up.format.name, e.gate_up.integers.shape, e.down.format.name,
-                  e.down.integers.shape) for e in experts}
-        if len(kinds) > 1:
-            raise InvalidTensor(f"experts must have one format and shape, not {sorted(kinds)}")
-        name, (rows, d_model), down_name, down_shape = kinds.pop()
-        if down_shape != (d_model, rows // 2) or name != down_name:
-            raise InvalidTensor(
-                f"down must be {name} of the shape {(d_model, rows // 2)}, not {down_name} of "
-                f"{down_shape}")
-        return self._load_experts(
-            experts, len(experts), d_model, rows // 2, format_name=name, activation=activation,
-            activation_bits=activation_bits, grid_exponent=grid_exponent, progress=progress)
+        return weights.load_quantised(
+            self, experts, activation=activation, activation_bits=activation_bits,
+            grid_exponent=grid_exponent, x_rms=x_rms, progress=progress)
 
     def load_linear(self, weight: Tensor, *, weight_format: str = "int4_g32",
-                    activation_bits: int = 16, grid_exponent: int = -28) -> Linear:
+                    activation_bits: int = 16, grid_exponent: int | None = None,
+                    x_rms: float = 1.0) -> Linear:
         """Quantise the matrix of a linear layer, (N, K) float, and put it into memory.
 
         See :meth:`load_experts`.
         """
-        shape_of("weight", weight, "N", "K")
-        return self._load_linear(weight, weight_format, activation_bits, grid_exponent)
-
-    def _load_experts(self, experts: Iterable[Expert], count: int, d_model: int, d_expert: int, *,
-                      format_name: str, activation: str, activation_bits: int, grid_exponent: int,
-                      progress: Progress | None) -> Experts:
-        fmt = weight_format(format_name)
-        planes = self._check_options(activation, activation_bits, grid_exponent)
-        self._check_limits(count, d_model=d_model, d_expert=d_expert)
-        config = self._config
-        shape = ExpertShape(fmt, d_model, d_expert, config.row_multipliers, config.channels)
-        images = self._memory.allocate(count * shape.stride, alignment=PAGE, keeps=True)
-        with _freed_on_error(images):
-            self._enter(images, shape.stride, count)
-            coarsened = 0
-            previous: Expert | None = None
-            parts: list[Bytes] = []
-            for e, expert in enumerate(experts):
-                if expert is not previous:
-                    parts = [build_image(expert.gate_up, expert.down, config.row_multipliers,
-                                         channel=channel, channels=config.channels)
-                             for channel in range(config.channels)]
-                    previous = expert
-                self._upload(images.address + e * shape.stride, parts, f"expert {e}")
-                coarsened += expert.gate_up.coarsened + expert.down.coarsened
-                if progress is not None:
-                    progress(e + 1, count)
-            if coarsened:
-                logger.info("%d scales of %d experts were coarsened to their row's range",
-                            coarsened, count)
-            descriptor = self._describe({
-                "kind": LayerKind.EXPERTS, "format": fmt.code, "planes": planes,
-                "activation": Activation[activation.upper()], "num_experts": count,
-                "d_in": d_model, "d_expert": d_expert, "d_out": d_model,
-                "grid_exponent": grid_exponent, "stride": shape.stride,
-                "image_address": images.address + shape.header_bytes})
-        return Experts(self, shape, count, images, descriptor, coarsened)
-
-    def _load_linear(self, weight: Tensor, format_name: str, activation_bits: int,
-                     grid_exponent: int) -> Linear:
-        fmt = weight_format(format_name)
-        planes = self._check_options("silu", activation_bits, grid_exponent)
-        d_out, d_in = weight.shape
-        self._check_limits(1, d_in=d_in, d_out=d_out)
-        config = self._config
-        shape = LinearShape(fmt, d_out, d_in, config.row_multipliers, config.channels)
-        matrix = quantise(float32("weight", weight), fmt)
-        images = self._memory.allocate(shape.stride, alignment=PAGE, keeps=True)
-        with _freed_on_error(images):
-            self._enter(images, shape.stride, 1)
-            parts = [build_linear_image(matrix, config.row_multipliers, channel=channel,
-                                        channels=config.channels)
-                     for channel in range(config.channels)]
-            self._upload(images.address, parts, "the linear layer")
-            descriptor = self._describe({
-                "kind": LayerKind.LINEAR, "format": fmt.code, "planes": planes, "num_experts": 1,
-                "d_in": d_in, "d_expert": d_in, "d_out": d_out, "grid_exponent": grid_exponent,
-                "stride": shape.stride, "image_address": images.address + shape.header_bytes})
-        return Linear(self, shape, images, descriptor, matrix.coarsened)
-
-    @staticmethod
-    def _check_options(activation: str, activation_bits: int, grid_exponent: int) -> int:
-        """Return the number of planes."""
-        names = [a.name.lower() for a in Activation]
-        if activation not in names:
-            raise InvalidOption(f"activation must be one of {', '.join(names)}, not {activation!r}")
-        if activation_bits not in (8, 16):
-            raise InvalidOption(f"activation_bits must be 8 or 16, not {activation_bits!r}")
-        if grid_exponent not in _GRID_EXPONENTS:
-            raise InvalidOption(f"grid_exponent must be from -100 to 60, not {grid_exponent!r}")
-        return activation_bits // 8
-
-    def _check_limits(self, experts: int, **dims: int) -> None:
-        check_dims(**dims)
-        config = self._config
-        fitting = [c.name for c in sorted(PRESETS.values(), key=lambda c: c.max_dim)
-                   if c.max_dim >= max(dims.values()) and c.max_experts >= experts]
-        advice = (f"config {fitting[0]!r} fits this layer" if fitting
-                  else "no preset fits this layer, make a configuration that does")
-        if experts < 1:
-            raise InvalidTensor("number of experts must be at least 1, not 0")
-        if experts > config.max_experts:
-            raise LimitExceeded(
-                f"number of experts must be at most max_experts = {config.max_experts} of config "
-                f"{config.name!r}, not {experts}; {advice}")
-        for name, value in dims.items():
-            if value > config.max_dim:
-                raise LimitExceeded(f"{name} must be at most max_dim = {config.max_dim} of config "
-                                    f"{config.name!r}, not {value}; {advice}")
+        return weights.load_linear(
+            self, weight, weight_format=weight_format, activation_bits=activation_bits,
+            grid_exponent=grid_exponent, x_rms=x_rms)
 
     def _forget(self, address: int, size: int) -> None:
         with self._lock:
             self._residents.forget(address, size)
-
-    def _enter(self, images: Allocation, stride: int, count: int) -> None:
-        with self._lock:
-            self._check_open()
-            self._residents.enter(images.address, stride, count)
-
-    def _upload(self, address: int, parts: Sequence[Bytes], what: str) -> None:
-        """Write each channel's part of an image to the same address of its memory."""
-        for channel, part in enumerate(parts):
-            where = f" on channel {channel}" if len(parts) > 1 else ""
-            self._upload_part(
-                self._config.device_address(channel, address), part, f"{what}{where}")
-
-    def _upload_part(self, address: int, image: Bytes, what: str) -> None:
-        """Write an image, unless it is there; its header last, so that it is never half there."""
-        header = image[:HEADER_BYTES]
-        with self._lock:
-            transport = self.transport
-            found = transport.memory_read(address, HEADER_BYTES)
-            if np.array_equal(found, header):
-                logger.debug("%s is resident at %#x", what, address)
-                return
-            if found.any():
-                transport.memory_write(address, np.zeros(HEADER_BYTES, np.uint8))
-            transport.memory_write(address + HEADER_BYTES, image[HEADER_BYTES:])
-            transport.memory_write(address, header)
-            found = transport.memory_read(address, HEADER_BYTES)
-        if not np.array_equal(found, header):
-            raise UploadError(
-                f"header of {what} at {address:#x} must read back as it was written, with its "
-                f"CRC, but reads {found[:28].tobytes().hex()}; check the device's memory")
-
-    def _describe(self, values: Mapping[str, int]) -> Allocation:
-        descriptor = self._memory.allocate(COMMAND_ALIGNMENT)
-        with self._lock:
-            self.transport.memory_write(descriptor.address, encode(LAYER, values))
-        return descriptor
 
     # -- commands ----------------------------------------------------------------------------------
     def submit(self, values: Mapping[str, int], command: Command) -> Command:

@@ -213,7 +213,8 @@ def command_error(status: int, detail: int, address: int, *, first_token: int = 
         case Status.OVERFLOW:
             kind, text = GridOverflow, (
                 f"weighted outputs must fit the output grid, but {detail} did not; load the "
-                "weights again with a larger grid_exponent (8 more for values 256 times as large)")
+                "weights again with a larger grid_exponent than the layer has (8 more for values "
+                "256 times as large), or with the x_rms of this x")
         case Status.ABORTED:
             kind, text = CommandAborted, "command was ended by abort() or reset(); submit it again"
         case Status.WATCHDOG:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from moeaccel.commands import Opcode
 from moeaccel.config import TOP_K_MAX
+from moeaccel.formats import whole_blocks
 from moeaccel.host.errors import (
     CommandFailed,
     DeviceClosed,
@@ -25,6 +27,12 @@ from moeaccel.host.errors import (
 from moeaccel.host.memory import COMMAND_ALIGNMENT, Allocation
 from moeaccel.host.options import seconds
 from moeaccel.host.process import Bound
+from moeaccel.host.report import (
+    ActivationReport,
+    WeightReport,
+    measure_activations,
+    sample_rows,
+)
 from moeaccel.host.rings import Command
 from moeaccel.host.tensors import Like, Tensor, float32, indices, shape_of
 from moeaccel.image import ExpertShape, LinearShape
@@ -54,6 +62,21 @@ class CallStatistics:
     commands: int
     tokens: int
     underflows: int = 0
+    _sample: tuple[int, NDArray[np.float32], int] | None = field(
+        default=None, repr=False, compare=False)
+
+    @functools.cached_property
+    def activations(self) -> ActivationReport | None:
+        """What quantising x cost, measured when it is first asked for.
+
+        A call keeps up to 16 of its tokens for it (a copy, of microseconds); measuring 16 tokens of
+        4,096 elements takes some 30 ms. When ``flushed`` or ``coarsened`` is a large share, load
+        the layer with ``activation_bits=16``. None for a call without tokens.
+        """
+        if self._sample is None:
+            return None
+        step, rows, planes = self._sample
+        return measure_activations(rows, planes, step=step)
 
 
 @dataclass
@@ -79,6 +102,7 @@ class Handle(Bound):
         self._parts: list[_Part] = []
         self._y = np.zeros((tokens, d_out), np.float32)
         self._like = like
+        self._sample: tuple[int, NDArray[np.float32], int] | None = None
         self._consumed = False
 
     @property
@@ -92,7 +116,7 @@ class Handle(Bound):
         done = [part.command.completion for part in self._parts
                 if part.fetched and part.command.completion is not None]
         return CallStatistics(sum(c.cycles for c in done), len(self._parts), len(self._y),
-                              sum(c.underflows for c in done))
+                              sum(c.underflows for c in done), self._sample)
 
     def _fetch(self) -> None:
         """Take the rows of y that are there, and give their buffers back."""
@@ -100,8 +124,10 @@ class Handle(Bound):
             if not part.fetched and part.command.completion is not None:
                 if part.command.error() is None:
                     rows = self._y[part.first : part.first + part.count]
-                    raw = self._layer.device.transport.memory_read(part.y_address, rows.nbytes)
-                    rows[:] = raw.view("<f4").reshape(rows.shape)
+                    columns = whole_blocks(rows.shape[1])
+                    raw = self._layer.device.transport.memory_read(
+                        part.y_address, 4 * part.count * columns)
+                    rows[:] = raw.view("<f4").reshape(-1, columns)[:, : rows.shape[1]]
                 part.fetched = True
             if part.fetched:
                 part.command.give_back()
@@ -117,15 +143,21 @@ class Handle(Bound):
 
 
 class _Layer(Bound):
-    """What experts and linear layers have in common: images, a descriptor, calls in parts."""
+    """What experts and linear layers have in common: images, a descriptor, calls in parts.
+
+    ``d_in`` and ``d_out`` are the caller's; in memory x and y are filled up to whole blocks.
+    """
 
     def __init__(self, device: Device, images: Allocation, descriptor: Allocation, *, d_in: int,
-                 d_out: int, coarsened: int) -> None:
+                 d_out: int, planes: int, grid_exponent: int, report: WeightReport) -> None:
         self._device = device
         self._images: Allocation | None = images
         self._descriptor = descriptor
         self._d_in, self._d_out = d_in, d_out
-        self._coarsened = coarsened
+        self._planes = planes
+        self._grid_exponent = grid_exponent
+        self._report = report
+        self._calls, self._looks = 0, True
         self._last: CallStatistics | None = None
 
     @property
@@ -141,7 +173,17 @@ class _Layer(Bound):
     @property
     def coarsened(self) -> int:
         """Scales that the format's range within a row made coarser (DESIGN section 3)."""
-        return self._coarsened
+        return self._report.coarsened
+
+    @property
+    def report(self) -> WeightReport:
+        """What quantising the weights cost."""
+        return self._report
+
+    @property
+    def grid_exponent(self) -> int:
+        """Outputs are summed in units of ``2**grid_exponent``."""
+        return self._grid_exponent
 
     @property
     def last(self) -> CallStatistics | None:
@@ -192,6 +234,7 @@ class _Layer(Bound):
             device._last_cycles = handle.cycles
             error = handle._error()
             result = None if error else handle._like(handle._y)
+            self._look_at_x(self._last)
             handle._consumed = True
         if error is not None:
             raise error
@@ -226,6 +269,20 @@ class _Layer(Bound):
                  traceback: TracebackType | None) -> None:
         self.close()
 
+    def _look_at_x(self, last: CallStatistics) -> None:
+        """Warn once if quantising x loses much; seen at the calls 1, 2, 4, 8, ..., so that it costs
+        next to nothing."""
+        if not self._looks:
+            return
+        self._calls += 1
+        if self._calls & (self._calls - 1):
+            return
+        report = last.activations
+        if report is not None and report.warning:
+            self._looks = False
+            logger.warning("%s; %s", report.warning, "load the layer with activation_bits=16"
+                           if self._planes == 1 else "scale x, or leave these experts to the host")
+
     # -- calls in parts ----------------------------------------------------------------------------
     def _check_x(self, x: Tensor) -> int:
         tokens, d_in = shape_of("x", x, "T", str(self._d_in))
@@ -241,6 +298,10 @@ class _Layer(Bound):
         top_k = ids.shape[1]
         if not top_k:
             return handle
+        if len(x):
+            step, rows = sample_rows(x)
+            handle._sample = step, rows, self._planes
+        x = _whole_rows(x)
         config = self._device.config
         most = min(config.max_tokens, config.max_assignments // top_k)
         first = 0
@@ -271,7 +332,7 @@ class _Layer(Bound):
             raise DeviceClosed("layer must not be used after it was closed; load it again")
         tokens, top_k = ids.shape
         inputs = [x, ids, weights] if opcode is Opcode.EXPERTS else [x]
-        y_bytes = 4 * tokens * self._d_out
+        y_bytes = 4 * tokens * whole_blocks(self._d_out)
         sizes = [array.nbytes for array in inputs] + [y_bytes, 2 * y_bytes]
         offsets = list(_offsets(sizes))
         device._take()  # what completed meanwhile gives its buffers back
@@ -307,6 +368,16 @@ def _offsets(sizes: list[int]) -> Iterator[int]:
         offset += -(-size // COMMAND_ALIGNMENT) * COMMAND_ALIGNMENT
 
 
+def _whole_rows(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return x with its rows filled up with zeros to whole blocks."""
+    tokens, d_in = x.shape
+    if d_in == whole_blocks(d_in):
+        return x
+    filled = np.zeros((tokens, whole_blocks(d_in)), np.float32)
+    filled[:, :d_in] = x
+    return filled
+
+
 class Experts(_Layer):
     """The experts of one layer in device memory; from :meth:`Device.load_experts`.
 
@@ -314,15 +385,16 @@ class Experts(_Layer):
     """
 
     def __init__(self, device: Device, shape: ExpertShape, num_experts: int, images: Allocation,
-                 descriptor: Allocation, coarsened: int) -> None:
+                 descriptor: Allocation, planes: int, grid_exponent: int,
+                 report: WeightReport) -> None:
         super().__init__(device, images, descriptor, d_in=shape.d_model, d_out=shape.d_model,
-                         coarsened=coarsened)
+                         planes=planes, grid_exponent=grid_exponent, report=report)
         self._shape = shape
         self._num_experts = num_experts
 
     @property
     def shape(self) -> ExpertShape:
-        """Format and dimensions of each expert."""
+        """Format and dimensions of each expert; the dimensions are the caller's."""
         return self._shape
 
     @property
@@ -374,14 +446,15 @@ class Linear(_Layer):
     """A linear layer in device memory, ``y = x W^T``; from :meth:`Device.load_linear`."""
 
     def __init__(self, device: Device, shape: LinearShape, images: Allocation,
-                 descriptor: Allocation, coarsened: int) -> None:
+                 descriptor: Allocation, planes: int, grid_exponent: int,
+                 report: WeightReport) -> None:
         super().__init__(device, images, descriptor, d_in=shape.d_in, d_out=shape.d_out,
-                         coarsened=coarsened)
+                         planes=planes, grid_exponent=grid_exponent, report=report)
         self._shape = shape
 
     @property
     def shape(self) -> LinearShape:
-        """Format and dimensions."""
+        """Format and dimensions, the caller's."""
         return self._shape
 
     def __call__(self, x: Tensor) -> Any:

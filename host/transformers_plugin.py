@@ -39,6 +39,7 @@ from moeaccel.host.errors import (
     TrainingUnsupported,
     UnsupportedExperts,
 )
+from moeaccel.host.importers.fp8 import dequantise
 from moeaccel.host.layers import Experts
 
 __all__ = ["NAME", "Session", "check_model", "current_session", "register", "release",
@@ -66,7 +67,7 @@ class Session:
     device: Device
     weight_format: str = "int4_g32"
     activation_bits: int = 16
-    grid_exponent: int = -28
+    grid_exponent: int | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ _probe: contextvars.ContextVar[list[torch.nn.Module] | None] = contextvars.Conte
 
 
 def use_device(device: Device | None, *, weight_format: str = "int4_g32",
-               activation_bits: int = 16, grid_exponent: int = -28) -> None:
+               activation_bits: int = 16, grid_exponent: int | None = None) -> None:
     """Set the device for every model from now on; layers move to it on their next call.
 
     Parameters
@@ -190,16 +191,6 @@ def _fingerprint(module: torch.nn.Module) -> tuple[object, ...]:
         for tensor in _parameters(module))
 
 
-def _dequantise(weight: torch.Tensor, scale: torch.Tensor,
-                block: tuple[int, int] | None) -> torch.Tensor:
-    """Multiply one expert's FP8 weights, (N, K), by their scales, one for each block."""
-    rows, columns = weight.shape
-    # Without blocks there is one scale, or one for gate and one for up.
-    high, wide = block or (-(-rows // scale.shape[0]), columns)
-    scales = scale.float().repeat_interleave(high, 0)[:rows]
-    return weight.float() * scales.repeat_interleave(wide, 1)[:, :columns]
-
-
 class _Stack(Sequence[torch.Tensor]):
     """A view of one projection of all experts that converts one expert at a time."""
 
@@ -210,6 +201,7 @@ class _Stack(Sequence[torch.Tensor]):
         self._transposed = bool(getattr(module, "is_transposed", False))
         self._interleaved = (name == "gate_up_proj"
                              and not getattr(module, "is_concatenated", True))
+        self._parts = 2 if name == "gate_up_proj" and not self._interleaved else 1
 
     def __len__(self) -> int:
         return self._weight.shape[0]
@@ -224,7 +216,8 @@ class _Stack(Sequence[torch.Tensor]):
             return [self[i] for i in range(*index.indices(len(self)))]
         weight = self._weight[index].cpu()
         if self._scale is not None:
-            weight = _dequantise(weight, self._scale[index].detach().cpu(), self._block)
+            weight = dequantise(weight, self._scale[index].detach().cpu(), self._block,
+                                parts=self._parts)
         weight = weight.float()
         if self._transposed:
             weight = weight.T

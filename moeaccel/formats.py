@@ -8,8 +8,8 @@ shift) and one exponent for each row, so that the shifts of a row start at its l
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -134,6 +134,28 @@ class QuantisedMatrix:
     row_exponent: NDArray[np.int16]
     coarsened: int
 
+    def __getitem__(self, rows: slice) -> QuantisedMatrix:
+        """Return some rows; ``coarsened`` stays that of the whole."""
+        return replace(
+            self, integers=self.integers[rows], significand=self.significand[rows],
+            shift=self.shift[rows], row_exponent=self.row_exponent[rows])
+
+    def filled(self, rows: int, k: int) -> QuantisedMatrix:
+        """Return the matrix with zeros behind its rows and columns, (rows, k)."""
+        n, columns = self.integers.shape
+        if (n, columns) == (rows, k):
+            return self
+        groups = -(-k // self.format.group)
+        below = [(0, rows - n)]
+        right = [(0, groups - self.significand.shape[1])]
+        return replace(
+            self,
+            integers=np.pad(self.integers, [*below, (0, k - columns)]),
+            significand=np.pad(self.significand, below + right,
+                               constant_values=0 if self.format.real_scale else 1),
+            shift=np.pad(self.shift, below + right),
+            row_exponent=np.pad(self.row_exponent, below))
+
     def dequantise(self) -> NDArray[np.float64]:
         """Return the exact weights, (n, K) float64."""
         scale = np.ldexp(
@@ -148,14 +170,85 @@ class QuantisedMatrix:
         return float(np.linalg.norm(self.dequantise() - weights) / np.linalg.norm(weights))
 
 
+def whole_blocks(dim: int) -> int:
+    """Return a dimension as memory and array have it: filled up with zeros to a multiple of 32."""
+    return -(-dim // BLOCK) * BLOCK
+
+
 def check_dims(**dims: int) -> None:
-    """Raise :class:`FormatError` unless every named dimension is a positive multiple of 32."""
+    """Raise :class:`FormatError` unless every named dimension is positive."""
     for name, value in dims.items():
-        if value <= 0 or value % BLOCK:
-            raise FormatError(
-                f"{name} must be a positive multiple of {BLOCK}, not {value}; "
-                "pad the weights with zeros"
-            )
+        if value <= 0:
+            raise FormatError(f"{name} must be at least 1, not {value}")
+
+
+ROW_EXPONENTS = range(-256, 256)
+"""Row exponents for which no exponent of the device's chain leaves its 12 bits, whatever x; those
+of float32 weights lie well inside."""
+
+
+def check_matrix(matrix: QuantisedMatrix, what: str = "matrix") -> None:
+    """Make sure that a matrix holds what its format can say; on anything else golden model and
+    hardware need not agree.
+
+    Parameters
+    ----------
+    matrix : :class:`QuantisedMatrix`
+    what : :class:`str`
+        For messages.
+
+    Raises
+    ------
+    FormatError
+        Naming the field, the first row, the value and its range.
+    """
+    fmt = matrix.format
+    if not isinstance(fmt, WeightFormat) or FORMATS.get(fmt.name) != fmt:
+        raise FormatError(f"{what}: format must be one of {', '.join(FORMATS)}, not {fmt!r}")
+    shape = np.shape(matrix.integers)
+    if len(shape) != 2 or 0 in shape:
+        raise FormatError(f"{what}: integers must be a matrix (rows, K), not of the shape {shape}")
+    groups = shape[0], -(-shape[1] // fmt.group)
+    for name, expected, dtype in (
+            ("integers", shape, np.int8), ("significand", groups, np.int16),
+            ("shift", groups, np.int8), ("row_exponent", shape[:1], np.int16)):
+        values = getattr(matrix, name)
+        if not isinstance(values, np.ndarray) or values.dtype != dtype or values.shape != expected:
+            found = (f"{values.dtype} of the shape {values.shape}"
+                     if isinstance(values, np.ndarray) else type(values).__name__)
+            raise FormatError(f"{what}: {name} must be an array, {np.dtype(dtype)} of the shape "
+                              f"{expected}, not {found}")
+    _check_values(what, matrix.integers, "integers", fmt.name, _known_integers(fmt))
+    _check_values(what, matrix.significand, "significand", fmt.name,
+                  range(1 << SIGNIFICAND_BITS) if fmt.real_scale else range(1, 2))
+    _check_values(what, matrix.shift, "shift", fmt.name, range(fmt.max_shift + 1))
+    _check_values(what, matrix.row_exponent, "row_exponent", fmt.name, ROW_EXPONENTS)
+    if not 0 <= matrix.coarsened <= groups[0] * groups[1]:
+        raise FormatError(f"{what}: coarsened must be from 0 to its {groups[0] * groups[1]} "
+                          f"groups, not {matrix.coarsened}")
+
+
+def _known_integers(fmt: WeightFormat) -> Sequence[int]:
+    """Return what a format's codes stand for, in order, without what its range excludes."""
+    codes = np.arange(1 << fmt.weight_bits, dtype=np.uint8)
+    return sorted({i for i in decode_integers(fmt, codes).tolist() if abs(i) <= fmt.max_integer})
+
+
+def _check_values(what: str, values: NDArray[np.integer], field: str, name: str,
+                  known: Sequence[int]) -> None:
+    low, high = known[0], known[-1]
+    whole = len(known) == high - low + 1
+    wrong = (values < low) | (values > high)
+    if not whole:
+        good = np.zeros(high - low + 1, bool)
+        good[np.array(known) - low] = True
+        wrong |= ~good[np.clip(values, low, high).astype(np.int64) - low]
+    if wrong.any():
+        row, *rest = (int(i) for i in np.argwhere(wrong)[0])
+        where = "".join(f", {'column' if field == 'integers' else 'group'} {i}" for i in rest)
+        allowed = f"from {low} to {high}" if whole else f"one of {', '.join(map(str, known))}"
+        raise FormatError(f"{what}: {field} of {name} must be {allowed if low < high else low}, "
+                          f"but row {row}{where} holds {values[row, *rest]}")
 
 
 def quantise(weights: NDArray[np.floating], name: str | WeightFormat) -> QuantisedMatrix:
@@ -168,7 +261,7 @@ def quantise(weights: NDArray[np.floating], name: str | WeightFormat) -> Quantis
     Raises
     ------
     FormatError
-        Unknown format, K not a multiple of 32, or a weight that is not finite.
+        Unknown format, no rows or columns, or a weight that is not finite.
     """
     fmt = weight_format(name)
     weights = np.asarray(weights, dtype=np.float32)
@@ -177,7 +270,7 @@ def quantise(weights: NDArray[np.floating], name: str | WeightFormat) -> Quantis
             f"weights must be a matrix (rows, K), not an array of shape {weights.shape}"
         )
     n, k = weights.shape
-    check_dims(K=k)
+    check_dims(rows=n, K=k)
     if not np.isfinite(weights).all():
         raise FormatError("weights must be finite; the tensor holds NaN or infinity")
     groups = -(-k // fmt.group)

@@ -47,6 +47,7 @@ from moeaccel.formats import (
     encode_integers,
     quantise,
     weight_format,
+    whole_blocks,
 )
 
 MAGIC = 0x4558_4F4D  # "MOXE" in memory order
@@ -139,8 +140,7 @@ class Section:
     def stored_bytes(self) -> int:
         """Bytes of weights, scales and row exponents without padding (DESIGN section 6), on all
         channels."""
-        weights = self.rows * self.k * self.format.weight_bits // 8
-        return weights + self.rows * self.groups * self.format.scale_bits // 8 + 2 * self.rows
+        return _stored_bytes(self.format, self.rows, self.k)
 
     def kinds(self) -> NDArray[np.uint8]:
         """Return the kind of each word in order: 0 row, 1 scale, 2 weight."""
@@ -155,9 +155,18 @@ class Section:
         return flat[flat != 255]
 
 
+def _stored_bytes(fmt: WeightFormat, rows: int, k: int) -> int:
+    """Return the bytes of weights, scales and row exponents, whole for each row."""
+    weights = -(-k * fmt.weight_bits // 8)
+    return rows * (weights + -(-k // fmt.group) * fmt.scale_bits // 8 + 2)
+
+
 @dataclass(frozen=True)
 class ExpertShape:
-    """Shape of an expert: the two sections of its image; bytes and words are those of a part."""
+    """Shape of an expert: the two sections of its image; bytes and words are those of a part.
+
+    Any dimensions: the sections are of whole blocks, filled up with zeros.
+    """
 
     format: WeightFormat
     d_model: int
@@ -172,13 +181,15 @@ class ExpertShape:
     def gate_up(self) -> Section:
         """Rows g0, u0, g1, u1, ... of d_model inputs."""
         return Section(
-            self.format, 2 * self.d_expert, self.d_model, self.row_multipliers, self.channels)
+            self.format, 2 * whole_blocks(self.d_expert), whole_blocks(self.d_model),
+            self.row_multipliers, self.channels)
 
     @property
     def down(self) -> Section:
         """d_model rows of d_expert inputs."""
         return Section(
-            self.format, self.d_model, self.d_expert, self.row_multipliers, self.channels)
+            self.format, whole_blocks(self.d_model), whole_blocks(self.d_expert),
+            self.row_multipliers, self.channels)
 
     @property
     def header_bytes(self) -> int:
@@ -198,12 +209,14 @@ class ExpertShape:
     @property
     def stored_bytes(self) -> int:
         """Bytes of weights, scales and row exponents without padding, in all parts."""
-        return self.gate_up.stored_bytes + self.down.stored_bytes
+        return (_stored_bytes(self.format, 2 * self.d_expert, self.d_model)
+                + _stored_bytes(self.format, self.d_model, self.d_expert))
 
 
 @dataclass(frozen=True)
 class LinearShape:
-    """Shape of a linear layer's image: one section, ``d_out`` rows of ``d_in`` inputs each."""
+    """Shape of a linear layer's image: one section, ``d_out`` rows of ``d_in`` inputs each, both
+    filled up with zeros to whole blocks."""
 
     format: WeightFormat
     d_out: int
@@ -217,7 +230,8 @@ class LinearShape:
     @property
     def section(self) -> Section:
         """The only section."""
-        return Section(self.format, self.d_out, self.d_in, self.row_multipliers, self.channels)
+        return Section(self.format, whole_blocks(self.d_out), whole_blocks(self.d_in),
+                       self.row_multipliers, self.channels)
 
     @property
     def header_bytes(self) -> int:
@@ -237,7 +251,7 @@ class LinearShape:
     @property
     def stored_bytes(self) -> int:
         """Bytes of weights, scales and row exponents without padding, in all parts."""
-        return self.section.stored_bytes
+        return _stored_bytes(self.format, self.d_out, self.d_in)
 
 
 def _pack_entries(values: NDArray[np.integer], bits: int, per_word: int, word_bytes: int) -> Bytes:
@@ -402,6 +416,8 @@ def build_image(
 ) -> Bytes:
     """Return the image of one expert, or a channel's part of it, header included.
 
+    Dimensions are filled up with zeros to multiples of 32, and the header has those.
+
     Parameters
     ----------
     gate_up : :class:`QuantisedMatrix`
@@ -412,9 +428,10 @@ def build_image(
         Of the array that will read it.
     channel, channels : :class:`int`
     """
-    shape = ExpertShape(
-        gate_up.format, gate_up.integers.shape[1], down.integers.shape[1], row_multipliers,
-        channels)
+    filled = Expert(gate_up, down).filled()
+    gate_up, down = filled.gate_up, filled.down
+    shape = ExpertShape(gate_up.format, gate_up.integers.shape[1], down.integers.shape[1],
+                        row_multipliers, channels)
     payload = np.concatenate([
         pack_section(_deal(matrix, row_multipliers, channel, channels, together), row_multipliers)
         for matrix, together in ((gate_up, 2), (down, 1))])
@@ -426,8 +443,10 @@ def build_image(
 def build_linear_image(
     matrix: QuantisedMatrix, row_multipliers: int, *, channel: int = 0, channels: int = 1
 ) -> Bytes:
-    """Return the image of one linear layer, (d_out, d_in), or a channel's part of it."""
-    d_out, d_in = matrix.integers.shape
+    """Return the image of one linear layer, (d_out, d_in), or a channel's part of it; filled up as
+    in :func:`build_image`."""
+    d_out, d_in = (whole_blocks(dim) for dim in matrix.integers.shape)
+    matrix = matrix.filled(d_out, d_in)
     shape = LinearShape(matrix.format, d_out, d_in, row_multipliers, channels)
     payload = pack_section(_deal(matrix, row_multipliers, channel, channels, 1), row_multipliers)
     head = _header(shape, shape.d_out, shape.d_in, (0, shape.section.words), channel, payload)
@@ -492,6 +511,11 @@ def check_image(image: Bytes, *, channel: int = 0) -> ExpertShape:
             f"image must be the part of channel {channel}, not of {found_channel} of "
             f"{last_channel + 1} channels"
         )
+    if not d_model or not d_expert or d_model % BLOCK or d_expert % BLOCK:
+        raise ImageError(
+            f"image dimensions must be positive multiples of {BLOCK}, not {d_model} and "
+            f"{d_expert}; its header was damaged, load it again"
+        )
     shape = ExpertShape(fmt, d_model, d_expert, row_multipliers, last_channel + 1)
     if (gate_up, down) != (shape.gate_up.words, shape.down.words) or len(image) < shape.image_bytes:
         raise ImageError(
@@ -520,3 +544,9 @@ class Expert:
         """Quantise float weights: ``gate_up`` (2 I, H) as ``[gate; up]``, ``down`` (H, I)."""
         fmt = weight_format(name)
         return cls(quantise(interleave_gate_up(gate_up), fmt), quantise(down, fmt))
+
+    def filled(self) -> Expert:
+        """Return what device memory holds: zeros behind rows and columns, up to whole blocks."""
+        d_model, d_expert = (whole_blocks(dim) for dim in self.down.integers.shape)
+        return Expert(
+            self.gate_up.filled(2 * d_expert, d_model), self.down.filled(d_model, d_expert))

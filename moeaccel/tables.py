@@ -104,4 +104,4 @@ def swiglu(g: InternalFloat, u: InternalFloat) -> tuple[Ints, Ints]:
 
 def exact_logistic(x: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the logistic function in float64, for error statements."""
-    return 1 / (1 + np.exp(-x))
+    return 1 / (1 + np.exp(np.minimum(-x, 700)))  # beyond, exp would overflow

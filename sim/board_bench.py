@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from moeaccel.config import AcceleratorConfig, preset
-from moeaccel.formats import weight_format
+from moeaccel.formats import weight_format, whole_blocks
 from moeaccel.host.device import Device
 from moeaccel.host.transports.base import Bytes
 from moeaccel.host.transports.serial import SerialTransport
@@ -149,7 +149,9 @@ def measure_board(config: str | AcceleratorConfig = "ulx3s", *,
             taken = {name: after[name] - before[name] for name in after}
             moved = sum(taken[name] for name in (
                 "bytes_read_weights", "bytes_read_other", "bytes_written"))
-            expected = golden.experts(x, ids, weights, [expert, expert], planes=planes).y
+            filled = np.pad(x, ((0, 0), (0, whole_blocks(d_model) - d_model)))
+            expected = golden.experts(filled, ids, weights, [expert.filled()], planes=planes,
+                                      grid_exponent=loaded.grid_exponent).y[:, :d_model]
             points.append(Point(
                 tokens=number, cycles=handle.cycles, passes=taken["expert_passes"],
                 bus_share=moved / (BUS_BYTES * handle.cycles),

@@ -1,11 +1,11 @@
 """``moeaccel bitstream``: a bitstream for a board, with open tools."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from moeaccel.cli.output import print_json
 from moeaccel.errors import ClockRateError
 
 
@@ -42,7 +42,7 @@ def command(
                                 seeds=seeds, folder=folder,
                                 progress=lambda text: status.update(f"{board}: {text}"))
     if as_json:
-        typer.echo(json.dumps(built.as_dict()))
+        print_json(built.as_dict())
     else:
         _show(built)
     if not built.reached:

@@ -1,9 +1,10 @@
 """``moeaccel run``: text from the demo model, through the accelerator."""
 
-import json
 from typing import Annotated, Any
 
 import typer
+
+from moeaccel.cli.output import print_json
 
 
 def command(
@@ -40,7 +41,7 @@ def command(
                      weight_format=weight_format, activation_bits=activation_bits,
                      progress=lambda text: status.update(text))
     if as_json:
-        typer.echo(json.dumps(result.as_dict()))
+        print_json(result.as_dict())
     else:
         _show(result)
     raise typer.Exit(0 if result.logits_equal else 1)

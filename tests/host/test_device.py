@@ -36,6 +36,11 @@ def layer_of(gate_up, down, name="int4_g32"):
     return [Expert.quantise(g, d, name) for g, d in zip(gate_up, down, strict=True)]
 
 
+def expected_of(loaded, call, layer):
+    """Return what the golden model says on the grid of a loaded layer."""
+    return golden.experts(*call, layer, grid_exponent=loaded.grid_exponent).y
+
+
 class Hung(GoldenTransport):
     """A device that stops fetching while ``hang`` is set, until it is reset."""
 
@@ -92,7 +97,8 @@ def test_experts_are_the_golden_model_bit_for_bit(shared, seed, experts, steps, 
     ids = ROUTINGS[routing](rng, (tokens, top_k), experts)
     with shared.load_experts(*weights, weight_format=name, activation_bits=bits) as loaded:
         y = loaded(x, ids, scores)
-        expected = golden.experts(x, ids, scores, layer_of(*weights, name), planes=bits // 8)
+        expected = golden.experts(x, ids, scores, layer_of(*weights, name), planes=bits // 8,
+                                  grid_exponent=loaded.grid_exponent)
         assert y.dtype == np.float32
         assert np.array_equal(y, expected.y)
         parts = -(-tokens // min(TINY.max_tokens, TINY.max_assignments // top_k))
@@ -111,7 +117,8 @@ def test_linear_is_the_golden_model_bit_for_bit(shared, seed, d_in, d_out, token
     weight = rng.standard_normal((32 * d_out, 32 * d_in), np.float32)
     x = rng.standard_normal((tokens, 32 * d_in), np.float32)
     with shared.load_linear(weight, weight_format=name, activation_bits=bits) as loaded:
-        expected = golden.gemm(x, quantise(weight, name), planes=bits // 8)
+        expected = golden.gemm(x, quantise(weight, name), planes=bits // 8,
+                               grid_exponent=loaded.grid_exponent)
         assert np.array_equal(loaded(x), expected.y)
         assert loaded.last.commands == -(-tokens // TINY.max_tokens)
     assert shared.memory.free_blocks == 1
@@ -155,7 +162,8 @@ def test_weights_may_be_a_sequence_of_matrices_of_any_type(device, experts):
     assert np.array_equal(other(*call), experts(*call))
     half = device.load_experts(torch.from_numpy(gate_up).half(), torch.from_numpy(down).bfloat16())
     expected = golden.experts(*call, layer_of(torch.from_numpy(gate_up).half().float().numpy(),
-                                              torch.from_numpy(down).bfloat16().float().numpy()))
+                                              torch.from_numpy(down).bfloat16().float().numpy()),
+                              grid_exponent=half.grid_exponent)
     assert np.array_equal(half(*call), expected.y)
 
 
@@ -194,7 +202,7 @@ def test_results_may_be_taken_in_any_order(order, ring_log2):
         handles = [loaded.submit(*call) for call in calls]
         for i in order:
             y = loaded.sync(handles[i])
-            assert np.array_equal(y, golden.experts(*calls[i], layer).y)
+            assert np.array_equal(y, expected_of(loaded, calls[i], layer))
         loaded.close()
         assert device.memory.free_blocks == 1
 
@@ -204,7 +212,7 @@ def test_a_ring_goes_around_many_times():
         weights = draw_weights(np.random.default_rng(0))
         loaded = device.load_experts(*weights)
         call = draw_call(np.random.default_rng(1), 2)
-        expected = golden.experts(*call, layer_of(*weights)).y
+        expected = expected_of(loaded, call, layer_of(*weights))
         for _ in range(30):
             handles = [loaded.submit(*call) for _ in range(3)]
             for handle in handles:
@@ -252,7 +260,7 @@ def test_a_call_larger_than_memory_goes_through_in_pieces():
         weights = draw_weights(np.random.default_rng(0), 2)
         loaded = device.load_experts(*weights)
         call = draw_call(np.random.default_rng(1), 300, experts=2)
-        assert np.array_equal(loaded(*call), golden.experts(*call, layer_of(*weights)).y)
+        assert np.array_equal(loaded(*call), expected_of(loaded, call, layer_of(*weights)))
         assert loaded.last.commands == 19
 
 
@@ -264,7 +272,7 @@ def test_several_threads_share_a_device(device, experts):
         rng = np.random.default_rng(seed)
         for _ in range(8):
             call = draw_call(rng, int(rng.integers(1, 80)))
-            if not np.array_equal(experts(*call), golden.experts(*call, layer).y):
+            if not np.array_equal(experts(*call), expected_of(experts, call, layer)):
                 wrong.append(seed)
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
@@ -309,8 +317,8 @@ def zeros(*shape):
 @pytest.mark.parametrize(("gate_up", "down", "options", "error", "message"), [
     (zeros(2, 64, 64), zeros(2, 64, 64), {}, errors.InvalidTensor, r"down must .* \(2, 64, 32\)"),
     (zeros(2, 64), zeros(2, 64, 32), {}, errors.InvalidTensor, r"\(E, 2 I, H\), not \(2, 64\)"),
-    (zeros(2, 96, 64), zeros(2, 64, 48), {}, FormatError, "d_expert must be .* multiple of 32"),
-    (zeros(2, 64, 40), zeros(2, 40, 32), {}, FormatError, "d_model must be .* multiple of 32"),
+    (zeros(2, 0, 64), zeros(2, 64, 0), {}, FormatError, "d_expert must be at least 1, not 0"),
+    (zeros(2, 64, 0), zeros(2, 0, 32), {}, FormatError, "d_model must be at least 1, not 0"),
     (zeros(0, 64, 64), zeros(0, 64, 32), {}, errors.InvalidTensor, "at least 1"),
     ([zeros(64, 64), zeros(128, 64)], [zeros(64, 32)] * 2, {}, errors.InvalidTensor, "expert 1"),
     (zeros(17, 64, 64), zeros(17, 64, 32), {}, errors.LimitExceeded, r"max_experts = 16.*'small'"),
@@ -348,7 +356,7 @@ def test_linear_weights_are_checked(device):
     with pytest.raises(errors.LimitExceeded, match="d_out"):
         device.load_linear(zeros(512, 64))
     with pytest.raises(FormatError, match="d_in"):
-        device.load_linear(zeros(64, 65))
+        device.load_linear(zeros(64, 0))
     with pytest.raises(errors.InvalidTensor, match=r"\(N, K\)"):
         device.load_linear(zeros(64))
     with pytest.raises(errors.InvalidTensor, match="of this layer"):
@@ -480,7 +488,7 @@ def test_bad_commands_are_rejected_and_the_next_one_runs(device, experts, change
         raise command.error()
     call = draw_call(np.random.default_rng(0), 3)
     layer = layer_of(*draw_weights(np.random.default_rng(7)))
-    assert np.array_equal(experts(*call), golden.experts(*call, layer).y)
+    assert np.array_equal(experts(*call), expected_of(experts, call, layer))
 
 
 @pytest.mark.parametrize("status", list(Status))
@@ -512,7 +520,7 @@ def test_a_hung_device_times_out_and_is_usable_after_a_reset(hung):
     hung.reset()
     with pytest.raises(errors.CommandAborted, match="submit it again"):
         loaded.sync(handle)
-    assert np.array_equal(loaded(*call), golden.experts(*call, layer_of(*weights)).y)
+    assert np.array_equal(loaded(*call), expected_of(loaded, call, layer_of(*weights)))
 
 
 def test_a_full_ring_of_a_hung_device_times_out(hung):
@@ -540,7 +548,7 @@ def test_a_device_that_recovers_keeps_its_commands(hung):
         loaded.sync(handle)
     hung.transport.hang = False
     hung.transport.register_write(REGISTERS["ENABLE"].address, 1)
-    assert np.array_equal(loaded.sync(handle), golden.experts(*call, layer_of(*weights)).y)
+    assert np.array_equal(loaded.sync(handle), expected_of(loaded, call, layer_of(*weights)))
 
 
 def test_closing_waits_for_what_is_in_flight(hung):

@@ -75,7 +75,7 @@ def test_short_last_group():
 @pytest.mark.parametrize(
     ("weights", "name", "message"),
     [
-        (np.ones((2, 48)), "mxint8", "K must be a positive multiple of 32, not 48; pad"),
+        (np.ones((2, 0)), "mxint8", "K must be at least 1, not 0"),
         (
             np.ones((2, 64)),
             "int3",

@@ -1,0 +1,149 @@
+"""The output grid of a layer, chosen from its weights.
+
+Weighted outputs are summed as integers in units of ``2**g``. Where ``T`` is the layer's typical
+output, two things are asked of g:
+
+* an output of ``2**-16 T`` keeps a relative error of ``2**-10``: the one rounding errs by at most
+  half a unit, so ``g - 1 <= log2(T) - 16 - 10``, that is ``g <= log2(T) - 25``;
+* an output of ``2**16 T`` fits: what is below ``2**(g + 43)`` does, so ``g >= log2(T) - 27``.
+
+That is an interval of exactly 2, ends included, so every T has a multiple of 2 in it (one of 4 only
+every other T has), and multiples of 2 are what is chosen: weights that differ a little, as those of
+two checkpoints of one model do, mostly get the same grid, and with it the same rounding.
+
+T is the root mean square of the outputs of one expert, estimated from norms for Gaussian x of
+independent elements, and of all experts their median: neither experts of zeros, which do not
+count, nor a few huge ones move it far. Routing weights count as 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeaccel.arithmetic import TERM_BITS
+from moeaccel.formats import QuantisedMatrix
+from moeaccel.tables import exact_logistic
+
+Floats = NDArray[np.float64]
+
+GRID_EXPONENTS = range(-100, 61)
+"""What a layer descriptor can hold."""
+
+LARGEST_BITS = 16
+"""Outputs up to ``2**16`` times the typical one fit."""
+
+GRID_STEP = 2
+_CHUNK_ELEMENTS = 1 << 17
+
+
+@dataclass(frozen=True)
+class Squares:
+    """Sums of squares of a matrix.
+
+    Parameters
+    ----------
+    rows : float64 array, (n,)
+    columns : float64 array, (K,)
+    error : :class:`float`, optional
+        Of the differences between quantised and float weights, where both are there.
+    """
+
+    rows: Floats
+    columns: Floats
+    error: float | None
+
+    @property
+    def total(self) -> float:
+        """Of the whole matrix."""
+        return float(self.rows.sum())
+
+
+def squares(matrix: QuantisedMatrix, weights: NDArray[np.floating] | None = None) -> Squares:
+    """Return the sums of squares of float weights, or of the quantised ones where they are all
+    there is, in one pass.
+
+    Parameters
+    ----------
+    matrix : :class:`QuantisedMatrix`
+        (n, K)
+    weights : float array, (n, K), optional
+        What it was quantised from.
+    """
+    n, k = matrix.integers.shape
+    rows, columns, error = np.empty(n), np.zeros(k), 0.0
+    step = max(1, _CHUNK_ELEMENTS // k)
+    for first in range(0, n, step):
+        part = slice(first, first + step)
+        values = matrix[part].dequantise()
+        if weights is not None:
+            exact = weights[part].astype(np.float64)
+            values -= exact
+            error += float(np.vdot(values, values))
+            values = exact
+        values *= values
+        rows[part] = values.sum(axis=1)
+        columns += values.sum(axis=0)
+    return Squares(rows, columns, None if weights is None else error)
+
+
+_DEVIATIONS_LOG2 = np.arange(-10.0, 10.25, 0.25)
+
+
+@cache
+def _gate_table() -> Floats:
+    """Return E[(z f(s z))**2] of a standard Gaussian z for each deviation s: 1/4 where SiLU is a
+    line through the origin, 1/2 where it is a ramp."""
+    z = np.linspace(-8, 8, 4001)
+    density = np.exp(-z * z / 2)
+    gated = [z * exact_logistic(z * deviation) for deviation in np.exp2(_DEVIATIONS_LOG2)]
+    return np.array([(g * g * density).sum() for g in gated]) / density.sum()
+
+
+def gated_output(gate_up: Squares, down: Squares, *, x_rms: float = 1.0) -> float:
+    """Return the typical output of one SwiGLU expert, 0 for one that only gives zeros.
+
+    Parameters
+    ----------
+    gate_up : :class:`Squares`
+        Rows alternate: g0, u0, g1, u1, ...
+    down : :class:`Squares`
+    x_rms : :class:`float`
+        Root mean square of the elements of x.
+    """
+    # What is beyond float64 is infinite, and gets the coarsest grid.
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        gate, up = (gate_up.rows[first::2] * x_rms**2 for first in (0, 1))
+        share = np.interp(np.log2(gate) / 2, _DEVIATIONS_LOG2, _gate_table())
+        hidden = share * gate * up  # mean squares of h; its elements are independent of zero mean
+        return float(np.sqrt((down.columns * hidden).sum() / len(down.rows)))
+
+
+def linear_output(weight: Squares, *, x_rms: float = 1.0) -> float:
+    """Return the typical output of a linear layer."""
+    return float(np.sqrt(weight.total / len(weight.rows))) * x_rms
+
+
+def grid_exponent(outputs: Iterable[float]) -> int:
+    """Return the grid of a layer from the typical outputs of its experts.
+
+    Parameters
+    ----------
+    outputs : iterable of :class:`float`
+        Those that are 0 do not count; where none does, the grid is that of 1.
+
+    Returns
+    -------
+    int
+        A multiple of 2 from -100 to 60; beyond those the bounds hold no longer.
+    """
+    sizes = [float(np.log2(output)) for output in outputs if output > 0] or [0.0]
+    typical = float(np.median(np.clip(sizes, -1000, 1000)))
+    # The upper end of the interval, log2(T) + 16 - 43 + 2, rounded down.
+    most = typical + LARGEST_BITS - TERM_BITS + GRID_STEP
+    exponent = int(np.floor(most / GRID_STEP)) * GRID_STEP
+    return min(max(exponent, GRID_EXPONENTS[0]), GRID_EXPONENTS[-1])

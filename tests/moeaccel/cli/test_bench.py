@@ -1,0 +1,74 @@
+"""``moeaccel bench``: what its options allow, and what it prints."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from moeaccel.cli import app, bench
+from moeaccel.cli.output import print_json
+from moeaccel.formats import FORMATS
+
+runner = CliRunner()
+DECODE = ["bench", "decode", "--device", "golden", "--model", "granite-3.x-3b-a800m",
+          "--config", "peer256"]
+GEMM = ["bench", "gemm", "--device", "golden"]
+
+
+def said(result):
+    """Return what a command wrote, without the frame and the line breaks of an error."""
+    return " ".join(result.output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ([*DECODE, "--memory", "foo"], "'foo' is not one of 'ideal', 'dram'"),
+    ([*DECODE, "--memory", "dram"], "memory must be 'ideal' on 'golden', not 'dram'"),
+    ([*DECODE, "--latency", "-1000"], "Invalid value for '--latency'"),
+    ([*DECODE, "--latency", "0"], "Invalid value for '--latency'"),
+    ([*DECODE, "--activation-bits", "12"], "'12' is not one of '16', '8'"),
+    ([*DECODE, "--device", "fpga"], "'fpga' is not one of 'rtl', 'golden'"),
+    ([*DECODE, "--weight-format", "int3"], "weight_format must be one of mxint8, int4_g32"),
+    ([*DECODE, "--tokens", "0"], "Invalid value for '--tokens'"),
+    ([*DECODE, "--layers", "-1"], "Invalid value for '--layers'"),
+    ([*DECODE, "--channels", "-1"], "Invalid value for '--channels'"),
+    ([*DECODE, "--seed", "-1"], "Invalid value for '--seed'"),
+    ([*GEMM, "--m", "0", "--k", "32", "--n", "32"], "Invalid value for '--m'"),
+    ([*GEMM, "--m", "1", "--k", "-32", "--n", "32"], "Invalid value for '--k'"),
+    (["bench", "prefill", *DECODE[2:], "--routing", "zipf:nan"], "a number S from 0 to 100"),
+    (["bench", "prefill", *DECODE[2:], "--routing", "zipf:-1"], "a number S from 0 to 100"),
+    (["bench", "board", "--tokens", "0"], "Invalid value for '--tokens'"),
+    (["bench", "simulators", "--tokens", "0"], "Invalid value for '--tokens'"),
+])
+def test_what_is_refused(arguments, message):
+    result = runner.invoke(app, arguments, env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert message in said(result)
+    assert "Traceback" not in result.output
+
+
+def test_dimensions_of_a_product_are_free():
+    result = runner.invoke(app, [*GEMM, "--m", "3", "--k", "40", "--n", "100", "--latency", "7",
+                                 "--activation-bits", "16", "--json"])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["matches_golden"] and report["memory"] == "ideal, latency 7"
+    assert report["activation_bits"] == 16
+    assert report["stored_bytes"] == 100 * (40 + 2 + 2)
+
+
+def test_help_names_every_format():
+    result = runner.invoke(app, ["bench", "decode", "--help"], env={"COLUMNS": "200"})
+    assert ", ".join(FORMATS) in said(result)
+
+
+def test_json_has_no_numbers_that_json_does_not_have(capsys):
+    print_json({"a": [float("nan"), 1.5, (float("inf"), -float("inf"))], "b": {"c": float("nan")}})
+    assert json.loads(capsys.readouterr().out) == {"a": [None, 1.5, [None, None]],
+                                                   "b": {"c": None}}
+
+
+def test_every_command_prints_json_by_the_same_function():
+    folder = Path(bench.__file__).parent
+    assert [path.name for path in folder.glob("*.py")
+            if "json.dumps" in path.read_text(encoding="utf-8")] == ["output.py"]
