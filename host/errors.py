@@ -12,7 +12,7 @@ __all__ = [
     "RecordingError", "ReplayMismatch",
     "CommandFailed", "CommandRejected", "WindowViolation", "BusError", "NonFiniteInput",
     "GridOverflow", "CommandAborted", "WatchdogExpired", "command_error",
-    "UnsupportedExperts", "ExpertsIgnored", "TrainingUnsupported",
+    "UnsupportedExperts", "ExpertsIgnored", "TrainingUnsupported", "GraphCaptureUnsupported",
 ]
 
 
@@ -214,3 +214,7 @@ class ExpertsIgnored(HostError):
 
 class TrainingUnsupported(HostError, NotImplementedError):
     """The device computes no gradients."""
+
+
+class GraphCaptureUnsupported(HostError, NotImplementedError):
+    """A replayed CUDA graph would not ask the device."""
