@@ -13,7 +13,7 @@ __all__ = [
     "AccessFailed", "RecordingError", "ReplayMismatch",
     "CommandFailed", "CommandRejected", "WindowViolation", "BusError", "NonFiniteInput",
     "GridOverflow", "CommandAborted", "WatchdogExpired", "command_error",
-    "UnsupportedExperts", "ExpertsIgnored", "TrainingUnsupported",
+    "UnsupportedExperts", "ExpertsIgnored", "TrainingUnsupported", "GraphCaptureUnsupported",
 ]
 
 
@@ -249,3 +249,7 @@ class ExpertsIgnored(HostError):
 
 class TrainingUnsupported(HostError, NotImplementedError):
     """The device computes no gradients."""
+
+
+class GraphCaptureUnsupported(HostError, NotImplementedError):
+    """A replayed CUDA graph would not ask the device."""

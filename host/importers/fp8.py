@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from moeaccel.host.errors import UnsupportedExperts
@@ -9,7 +11,7 @@ from moeaccel.host.errors import UnsupportedExperts
 __all__ = ["dequantise"]
 
 
-def dequantise(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int] | None = None, *,
+def dequantise(weight: torch.Tensor, scale: torch.Tensor, block: Sequence[int] | None = None, *,
                parts: int = 1) -> torch.Tensor:
     """Multiply one expert's FP8 weights by their scales.
 

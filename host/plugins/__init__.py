@@ -1,0 +1,1 @@
+"""Frameworks that run their experts on a device."""

@@ -1,0 +1,144 @@
+"""Which configuration, and how much memory, a model needs: for where nobody chose them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Self
+
+from moeaccel.config import BLOCK, PRESETS, AcceleratorConfig
+from moeaccel.formats import weight_format
+from moeaccel.host.errors import InvalidOption, LimitExceeded
+from moeaccel.image import ExpertShape
+
+__all__ = ["SMALLEST_MEMORY", "Choice", "LayerDims", "buffer_bytes", "choose", "memory_size"]
+
+# One channel and no board among them: what a user who did not ask wants to wait for and to read.
+_CANDIDATES = ("small", "wide512")
+_UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+
+SMALLEST_MEMORY = 1 << 32
+"""Bytes of memory that the plug-in chooses at least."""
+
+_LARGEST_DIM, _MOST_EXPERTS, _MOST_ADDRESS_BITS = 32768, 1024, 47
+_COMMANDS_IN_FLIGHT = 16
+
+
+class LayerDims(NamedTuple):
+    """Number of experts in a layer, and the dimensions as the device has them, in whole blocks."""
+
+    experts: int
+    d_model: int
+    d_expert: int
+
+    @classmethod
+    def padded(cls, experts: int, d_model: int, d_expert: int) -> Self:
+        """Round the dimensions up to whole blocks of 32."""
+        return cls(experts, -(-d_model // BLOCK) * BLOCK, -(-d_expert // BLOCK) * BLOCK)
+
+    @property
+    def possible(self) -> bool:
+        """Whether the hardware can be made large enough."""
+        return (self.experts <= _MOST_EXPERTS
+                and max(self.d_model, self.d_expert) <= _LARGEST_DIM)
+
+    def fits(self, config: AcceleratorConfig) -> bool:
+        """Return whether a configuration's limits allow the layer."""
+        return (self.experts <= config.max_experts
+                and max(self.d_model, self.d_expert) <= config.max_dim)
+
+    def image_bytes(self, config: AcceleratorConfig, format_name: str) -> int:
+        """Return how many bytes of each channel's memory the layer's images take."""
+        shape = ExpertShape(weight_format(format_name), self.d_model, self.d_expert,
+                            config.row_multipliers, config.channels)
+        return self.experts * shape.stride
+
+
+class Choice(NamedTuple):
+    """A configuration, and bytes of memory on each channel."""
+
+    config: AcceleratorConfig
+    memory_bytes: int
+
+
+def buffer_bytes(config: AcceleratorConfig, layers: Sequence[LayerDims]) -> int:
+    """Return how much memory the buffers of the largest command take (x, y, workspace; ids and
+    weights)."""
+    d_model = max((layer.d_model for layer in layers), default=0)
+    return 16 * config.max_tokens * d_model + 8 * config.max_assignments
+
+
+def _memory_bytes(config: AcceleratorConfig, layers: Sequence[LayerDims], format_name: str,
+                  least: Choice | None) -> int:
+    """Return the power of two that holds all layers, one of them twice, and full rings."""
+    images = [layer.image_bytes(config, format_name) for layer in layers]
+    # A layer whose weights change is uploaded while calls of the old one may be under way.
+    need = (sum(images) + max(images, default=0)
+            + _COMMANDS_IN_FLIGHT * buffer_bytes(config, layers))
+    need = max(need, SMALLEST_MEMORY, 2 * least.memory_bytes if least else 0)
+    return 1 << (need - 1).bit_length()
+
+
+def choose(layers: Sequence[LayerDims], format_name: str, *,
+           config: AcceleratorConfig | None = None, least: Choice | None = None) -> Choice:
+    """Return the first configuration that fits, and memory for all layers.
+
+    Memory of a model of the hardware costs only what is used, so it is ample.
+
+    Parameters
+    ----------
+    layers : sequence of :class:`LayerDims`
+        One for each layer that has to fit.
+    format_name : :class:`str`
+        Of the weights.
+    config : :class:`AcceleratorConfig`, optional
+        Where it is chosen already; then it need not fit.
+    least : :class:`Choice`, optional
+        What was too small: limits are not below its, memory is at least twice as much.
+
+    Raises
+    ------
+    LimitExceeded
+        If the hardware cannot be made large enough.
+    """
+    limits = [*layers]
+    if least is not None:
+        limits.append(LayerDims(least.config.max_experts, least.config.max_dim, BLOCK))
+    for candidate in [config] if config else [PRESETS[name] for name in _CANDIDATES]:
+        memory = _memory_bytes(candidate, layers, format_name, least)
+        most = 1 << candidate.address_bits
+        if config or (memory <= most and all(layer.fits(candidate) for layer in limits)):
+            return Choice(candidate, min(memory, most))
+    return _enlarged(limits, _memory_bytes(PRESETS[_CANDIDATES[-1]], layers, format_name, least))
+
+
+def _enlarged(limits: Sequence[LayerDims], memory: int) -> Choice:
+    """Return the largest candidate with its limits raised as far as is asked for."""
+    base = PRESETS[_CANDIDATES[-1]]
+    dim = max(max(layer.d_model, layer.d_expert) for layer in limits)
+    experts = max(layer.experts for layer in limits)
+    if not all(layer.possible for layer in limits):
+        raise LimitExceeded(
+            f"dimensions must be at most {_LARGEST_DIM} and experts at most {_MOST_EXPERTS} in any "
+            f"configuration, not {dim} and {experts}; use experts_implementation=\"eager\" for "
+            "this model")
+    return Choice(base.replace(
+        name=f"{base.name}-enlarged", max_dim=max(dim, base.max_dim),
+        max_experts=max(1 << (experts - 1).bit_length(), base.max_experts),
+        address_bits=max(memory.bit_length() - 1, base.address_bits)), memory)
+
+
+def memory_size(name: str, text: Any) -> int:
+    """Return the bytes that a text such as ``"64GiB"`` stands for.
+
+    Raises
+    ------
+    InvalidOption
+        If it is something else.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *(?:([KMGT])(?:i?B)?|B)?", str(text).strip(), re.I)
+    size = int(float(found[1]) * (1 << _UNITS[(found[2] or "").upper()])) if found else 0
+    if not 0 < size <= 1 << _MOST_ADDRESS_BITS:
+        raise InvalidOption(f"{name} must be a size such as 64GiB or 512MiB, up to 128TiB, "
+                            f"not {text!r}")
+    return -(-size // 4096) * 4096

@@ -1,0 +1,258 @@
+"""Which device experts go to, and how they are stored there."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from moeaccel.config import PRESETS, preset
+from moeaccel.formats import FORMATS
+from moeaccel.host.device import Device, open_device
+from moeaccel.host.errors import InvalidOption, OutOfDeviceMemory
+from moeaccel.host.plugins.transformers.choice import (
+    Choice,
+    LayerDims,
+    buffer_bytes,
+    choose,
+    memory_size,
+)
+
+__all__ = ["Session", "Unsupported", "Verify", "check_limits", "check_memory", "current_session",
+           "lock", "open_session", "option", "session_for", "use_device"]
+
+logger = logging.getLogger(__name__)
+
+Verify = Literal["sampled", "full"]
+"""How much of the weights each call compares with what was uploaded."""
+
+Unsupported = Literal["refuse", "eager"]
+"""What happens to a layer that the device does not support."""
+
+_SIMULATED = ("golden", "rtl")
+_ENVIRONMENT = {"weight_format": "MOEACCEL_WEIGHT_FORMAT",
+                "activation_bits": "MOEACCEL_ACTIVATION_BITS"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    """How experts are stored and watched; validated on creation.
+
+    Raises
+    ------
+    InvalidOption
+        Naming the option, its value and what it must be.
+    """
+
+    weight_format: str = "int4_g32"
+    activation_bits: int = 16
+    grid_exponent: int | None = None
+    verify: Verify = "sampled"
+    unsupported: Unsupported = "refuse"
+
+    def __post_init__(self) -> None:
+        choices: dict[str, Sequence[object]] = {
+            "weight_format": list(FORMATS), "activation_bits": (8, 16),
+            "verify": get_args(Verify), "unsupported": get_args(Unsupported)}
+        for name, possible in choices.items():
+            value = getattr(self, name)
+            if not isinstance(value, str | int) or value not in possible:
+                raise InvalidOption(
+                    f"{name} must be one of {', '.join(map(str, possible))}, not {value!r}")
+        grid: Any = self.grid_exponent
+        if isinstance(grid, bool) or not isinstance(grid, int | None):
+            raise InvalidOption(f"grid_exponent must be an integer, not {grid!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session(_Options):
+    """Where experts go, and how they are stored and watched there; see :func:`use_device`."""
+
+    device: Device
+
+
+lock = threading.RLock()
+"""Held while the session or what was uploaded is looked at or changed."""
+
+_options: dict[str, Any] = {}  # as given to use_device
+_session: Session | None = None
+_chosen: frozenset[str] = frozenset()  # what the plug-in chose for it: "config", "memory"
+
+
+def use_device(device: Device | None, *, weight_format: str | None = None,
+               activation_bits: int | None = None, grid_exponent: int | None = None,
+               verify: Verify = "sampled", unsupported: Unsupported = "refuse") -> None:
+    """Set the device for every model from now on; layers move to it on their next call.
+
+    Parameters
+    ----------
+    device : :class:`Device`, optional
+        It stays yours to close. None: what the environment says, opened when it is needed.
+    weight_format, activation_bits, grid_exponent
+        See :meth:`Device.load_experts`; what is left out is taken from the environment.
+    verify : ``"sampled"`` or ``"full"``
+        How much of a layer's weights each call compares with what was uploaded: a part, another one
+        each time (see :mod:`moeaccel.host.plugins.transformers.watch` for what is seen when), or
+        all of them.
+    unsupported : ``"refuse"`` or ``"eager"``
+        What happens to a layer that the device does not support: an error, or transformers' own
+        code and one warning.
+
+    Raises
+    ------
+    InvalidOption
+        If an argument is not among the possible values.
+    """
+    global _session, _options, _chosen
+    if not isinstance(device, Device | None):
+        raise InvalidOption("device must be a Device, from open_device(), or None, not "
+                            f"{type(device).__name__}")
+    given = {"weight_format": weight_format, "activation_bits": activation_bits}
+    options = {name: value for name, value in given.items() if value is not None}
+    options |= {"grid_exponent": grid_exponent, "verify": verify, "unsupported": unsupported}
+    _Options(**options)
+    with lock:
+        _options, _chosen = options, frozenset()
+        _session = None if device is None else Session(device=device, **_with_environment())
+
+
+def _with_environment() -> dict[str, Any]:
+    """Return the options, those that were left out from the environment.
+
+    Raises
+    ------
+    InvalidOption
+        Naming the variable.
+    """
+    options = dict(_options)
+    for option, variable in _ENVIRONMENT.items():
+        text = os.environ.get(variable)
+        if option in options or text is None:
+            continue
+        value: Any = int(text) if option == "activation_bits" and text.isdecimal() else text
+        try:
+            _Options(**{option: value})
+        except InvalidOption as error:
+            raise InvalidOption(str(error).replace(option, variable, 1)) from None
+        options[option] = value
+    return options
+
+
+def current_session() -> Session:
+    """Return where experts go, opening the device that the environment names if there is none.
+
+    Raises
+    ------
+    InvalidOption
+        If an environment variable makes no sense.
+    """
+    return session_for([])
+
+
+def open_session() -> Session | None:
+    """Return where experts go, if that is known yet."""
+    return _session
+
+
+def session_for(layers: Sequence[LayerDims], uploading: Sequence[LayerDims] = ()) -> Session:
+    """Return where layers go, opening a device for them if there is none.
+
+    A device that the plug-in chose itself gives way to a larger one when they do not fit it; others
+    that were on it move on their next calls.
+
+    Parameters
+    ----------
+    layers : sequence of :class:`LayerDims`
+        Those that it has to be able to run.
+    uploading : sequence of :class:`LayerDims`
+        Of these, the ones that need memory now.
+    """
+    global _session
+    with lock:
+        if _session is None:
+            _session = _open(layers)
+        elif not _has_room(_session, layers, uploading):
+            small = _session.device
+            _session = _open(layers, Choice(small.config, small.transport.memory_bytes))
+            logger.warning("layers on the device of config %r before it move on their next calls",
+                           small.config.name)
+        return _session
+
+
+def _has_room(session: Session, layers: Sequence[LayerDims],
+              uploading: Sequence[LayerDims]) -> bool:
+    """Return whether layers fit, or have to because the user chose what they do not fit."""
+    config, memory = session.device.config, session.device.memory
+    if session.device.closed:
+        return True
+    if "config" in _chosen and not all(layer.fits(config) for layer in layers):
+        return False
+    if "memory" not in _chosen or not uploading:
+        return True
+    need = _bytes_of(session, uploading)
+    if need > memory.largest_free_block:
+        gc.collect()  # a model that is gone may wait for it
+    return need <= memory.largest_free_block
+
+
+def _bytes_of(session: Session, layers: Sequence[LayerDims]) -> int:
+    """Return how much memory the images of layers and one command's buffers take."""
+    config = session.device.config
+    return buffer_bytes(config, layers) + sum(
+        layer.image_bytes(config, session.weight_format) for layer in layers)
+
+
+def _open(layers: Sequence[LayerDims], least: Choice | None = None) -> Session:
+    """Open the device that the environment names; see :func:`choose`."""
+    global _chosen
+    options = _with_environment()
+    spec = os.environ.get("MOEACCEL_DEVICE", "golden")
+    name, size = os.environ.get("MOEACCEL_CONFIG"), os.environ.get("MOEACCEL_MEMORY")
+    config = None if name is None else preset(name)
+    memory = None if size is None else memory_size("MOEACCEL_MEMORY", size)
+    chosen = {what for what, value in (("config", config), ("memory", memory)) if value is None}
+    if spec in _SIMULATED:
+        choice = choose(layers, _Options(**options).weight_format, config=config, least=least)
+        config, memory = choice.config, memory or choice.memory_bytes
+    else:
+        chosen = set()  # a board or a recording is what it is
+    device = open_device(spec, config=config, memory_bytes=memory)
+    # Nobody else closes it: it goes when the last layer that lives in it has gone.
+    weakref.finalize(device, device.transport.close)
+    _chosen = frozenset(chosen)
+    if chosen:
+        # What figures stand for is said aloud where it is not what the documents name.
+        usual = config is PRESETS["small"] and least is None
+        logger.log(logging.INFO if usual else logging.WARNING,
+                   "%s chosen to fit the model: config %r with %d MiB of memory; MOEACCEL_CONFIG, "
+                   "MOEACCEL_MEMORY or use_device() choose others", " and ".join(sorted(chosen)),
+                   device.config.name, device.transport.memory_bytes >> 20)
+    return Session(device=device, **options)
+
+
+def option(name: str) -> Any:
+    """Return an option of :func:`use_device` without opening a device."""
+    return _options.get(name, getattr(_Options, name))
+
+
+def check_limits(session: Session, layer: LayerDims) -> None:
+    """Raise :class:`LimitExceeded` if a layer is too large for the device's configuration."""
+    session.device._check_limits(layer.experts, d_model=layer.d_model, d_expert=layer.d_expert)
+
+
+def check_memory(session: Session, layers: Sequence[LayerDims]) -> None:
+    """Raise :class:`OutOfDeviceMemory` if layers do not fit free memory together."""
+    device = session.device
+    need = _bytes_of(session, layers)
+    if need > device.memory.free_bytes:
+        gc.collect()
+    if need > (free := device.memory.free_bytes):
+        raise OutOfDeviceMemory(
+            f"{len(layers)} layers of experts and one command's buffers must fit each channel's "
+            f"memory, but take {need:,} bytes of {free:,} that are free; open the device with more "
+            "memory_bytes, or set MOEACCEL_MEMORY")

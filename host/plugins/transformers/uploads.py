@@ -1,0 +1,112 @@
+"""Which weights are in device memory: uploaded when they are first used, and when they changed."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from dataclasses import dataclass
+
+import torch
+
+from moeaccel.host.layers import Experts
+from moeaccel.host.plugins.transformers.modules import Weights
+from moeaccel.host.plugins.transformers.session import (
+    Session,
+    lock,
+    open_session,
+    session_for,
+)
+from moeaccel.host.plugins.transformers.watch import PARTS, Watch, identity
+
+__all__ = ["drop", "drop_all", "experts_of", "uploaded"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Upload:
+    """Weights in device memory, and what they were made from."""
+
+    experts: Experts
+    session: Session
+    watches: list[Watch]
+    looks: int = 0
+
+    @property
+    def usable(self) -> bool:
+        """Whether it is where experts go, and stored as they are to be."""
+        return self.session == open_session() and not self.experts.closed
+
+    def holds(self, weights: Weights, *, everything: bool) -> bool:
+        """Return whether it is what these weights would become."""
+        parts = range(PARTS) if everything else (self.looks % PARTS,)
+        self.looks += 1
+        return len(self.watches) == len(weights.tensors) and all(
+            watch.same(tensor, parts)
+            for watch, tensor in zip(self.watches, weights.tensors, strict=True))
+
+
+# By the storage of gate_up, which is not kept alive, and where in it: whoever calls hands over
+# tensors, and compiled code has no modules. An entry that is dropped is not closed: a call that is
+# under way in another thread keeps it, and device memory comes back after the last.
+_Key = tuple[object, ...]
+_uploads: weakref.WeakKeyDictionary[torch.UntypedStorage, dict[_Key, _Upload]] = (
+    weakref.WeakKeyDictionary())
+
+
+def _key(weights: Weights) -> _Key:
+    return (*identity(weights.gate_up), weights.transposed, weights.interleaved,
+            tuple(weights.block or ()))
+
+
+def _place(weights: Weights) -> dict[_Key, _Upload]:
+    return _uploads.setdefault(weights.gate_up.untyped_storage(), {})
+
+
+def uploaded(weights: Weights) -> Experts | None:
+    """Return weights in the device memory of the session, whatever became of them since."""
+    with lock:
+        found = _place(weights).get(_key(weights))
+        return found.experts if found is not None and found.usable else None
+
+
+def drop(weights: Weights) -> None:
+    """Forget an upload; a later call makes another."""
+    with lock:
+        _place(weights).pop(_key(weights), None)
+
+
+def drop_all() -> None:
+    """Forget every upload."""
+    with lock:
+        _uploads.clear()
+
+
+def experts_of(weights: Weights, *, everything: bool = False) -> Experts:
+    """Return weights in device memory, uploading them unless they are there as they are now.
+
+    Parameters
+    ----------
+    weights : :class:`Weights`
+    everything : :class:`bool`
+        Compare all of them, not a part, with what was uploaded.
+    """
+    with lock:
+        place, key = _place(weights), _key(weights)
+        found = place.get(key)
+        if found is not None:
+            whole = everything or found.session.verify == "full"
+            if found.usable and found.holds(weights, everything=whole):
+                return found.experts
+            if found.usable:
+                logger.info("weights of a layer changed: they are uploaded again")
+            # Its memory is free for the new one, unless a call is under way.
+            del place[key], found
+        session = session_for([weights.dims] * weights.layers, [weights.dims])
+        # Watched first, read second: what changes in between is seen by the next call.
+        watches = [Watch(tensor) for tensor in weights.tensors]
+        experts = session.device.load_experts(
+            *weights.stacks, weight_format=session.weight_format,
+            activation_bits=session.activation_bits, grid_exponent=session.grid_exponent)
+        place[key] = _Upload(experts, session, watches)
+        return experts
