@@ -20,7 +20,7 @@ from moeaccel.errors import MoeAccelError
 
 __all__ = ["COMMANDS", "app", "main"]
 
-COMMANDS = ("run", "bench", "models", "verilog", "bitstream", "board", "doctor")
+COMMANDS = ("run", "bench", "models", "trace", "verilog", "bitstream", "board", "doctor")
 
 
 class _Group(TyperGroup):
