@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,18 +23,19 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray
     TornTrace
         If it cannot be written.
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     path = Path(path)
     part = path.with_name(path.name + ".part")
     try:
-        save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, part,
-                  dict(metadata))
+        part.write_bytes(save({name: np.ascontiguousarray(tensor)
+                               for name, tensor in tensors.items()}, dict(metadata)))
         os.replace(part, path)
     except OSError as error:
         raise TornTrace(f"{path} must be a place that can be written: {error}") from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def read_tensors(path: str | os.PathLike[str], *, kind: str,

@@ -1,6 +1,6 @@
 """Find the locality that gives wanted hit rates: how the presets were made.
 
-The unknowns are the three shares of a token's state, the memory of the fast one and the spread of
+The unknowns are the three shares of a token's state, the memory of the phrase and the spread of
 popularity; what is fitted are the LRU and LFU columns of :mod:`moeaccel.host.traces.segments`. The
 search is Gauss-Newton with damping on one set of texts, so that the same random numbers stand
 behind every step and differences are smooth enough to take.
@@ -19,13 +19,13 @@ from moeaccel.host.traces.segments import segment_hit_rates
 
 __all__ = ["fit_locality"]
 
-_MOVES = 0.02  # a prior: one unit away from the start costs as much as missing a figure by this
+_MOVES = 0.005  # a prior: one unit away from the start costs as much as missing a figure by this
 _STEP = 0.15
 
 
 def fit_locality(targets: Mapping[str, tuple[float, ...]], *, n_layers: int, n_experts: int,
-                 top_k: int, start: Locality, requests: int = 12, tokens: int = 512,
-                 layers: int = 12, seeds: tuple[int, ...] = (1, 2), iterations: int = 6,
+                 top_k: int, start: Locality, requests: int = 6, tokens: int = 512,
+                 layers: int = 10, seeds: tuple[int, ...] = (1, 2), iterations: int = 7,
                  progress: Callable[[str], None] | None = None) -> tuple[Locality, float]:
     """Return the locality that comes nearest to some hit rates, and the greatest miss.
 
@@ -99,9 +99,9 @@ def _cost(off: np.ndarray, moved: np.ndarray) -> float:
 
 def _free(locality: Locality) -> np.ndarray:
     """Return the fitted fields as numbers without bounds."""
-    shares = np.array([locality.request, locality.slow, locality.fast])
+    shares = np.array([locality.request, locality.passage, locality.phrase])
     rest = max(1 - shares.sum(), 1e-3)
-    memory = locality.fast_memory
+    memory = locality.phrase_memory
     return np.array([*np.log(np.maximum(shares, 1e-4) / rest), np.log(memory / (1 - memory)),
                      np.log(max(locality.popularity, 1e-3))])
 
@@ -109,5 +109,5 @@ def _free(locality: Locality) -> np.ndarray:
 def _bound(locality: Locality, x: np.ndarray) -> Locality:
     shares = np.exp(x[:3]) / (1 + np.exp(x[:3]).sum())
     return dataclasses.replace(
-        locality, request=float(shares[0]), slow=float(shares[1]), fast=float(shares[2]),
-        fast_memory=float(1 / (1 + np.exp(-x[3]))), popularity=float(np.exp(x[4])))
+        locality, request=float(shares[0]), passage=float(shares[1]), phrase=float(shares[2]),
+        phrase_memory=float(1 / (1 + np.exp(-x[3]))), popularity=float(np.exp(x[4])))

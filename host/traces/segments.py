@@ -8,9 +8,11 @@ are inserted one by one, in the order of layers and slots. At ratio 1 the LRU co
 that an expert of this token was an expert of the token before.
 
 What remains after a token is the best ``slots`` of what was there and what came, by last use (LRU),
-by count within the segment and then last use (LFU), or by next use (Belady). So whole segments are
-computed side by side, a token at a time. The authors insert without bypass: the entry inserted last
-stays even if it is the worst, which is one slot of hundreds, and is left out here.
+by count within the segment and then last use (LFU), or by next use (Belady, where what came last
+stays even if it is the worst: there is no bypass). So whole segments are computed side by side, a
+token at a time. For LRU this is exact; the others depend a little on the order within a token:
+beside entries taken one at a time, in a cache of 64 slots LFU is 0.002 lower and Belady up to 0.005
+higher, and nearer in larger ones.
 """
 
 from __future__ import annotations
@@ -119,9 +121,15 @@ def _next_use(entries: np.ndarray, width: int, slots: np.ndarray) -> np.ndarray:
         key = np.full((segments, width), absent, np.int32)
         for t in range(tokens):
             now = entries[:, t]
-            hits[index] += np.count_nonzero(np.take_along_axis(key, now, 1) < absent)
-            np.put_along_axis(key, now, later[t], 1)
+            hit = np.take_along_axis(key, now, 1) < absent
+            hits[index] += np.count_nonzero(hit)
+            # The entry that came in last, and what was used behind it, cannot have been replaced.
+            safe = np.logical_and.accumulate(hit[:, :0:-1], axis=1)[:, ::-1]
+            safe = np.concatenate([safe, np.ones((segments, 1), bool)], axis=1)
+            np.put_along_axis(key, now, np.where(safe, -1, later[t]), 1)
             if count < width:
                 last = np.partition(key, count - 1, axis=1)[:, count - 1, None]
                 key[key > last] = absent
+            np.put_along_axis(key, now, np.where(safe, later[t], np.take_along_axis(key, now, 1)),
+                              1)
     return hits

@@ -161,8 +161,7 @@ def stats(
     from rich.console import Console
 
     from moeaccel.host.traces import RoutingTrace
-    from moeaccel.host.traces.presets import generate as make
-    from moeaccel.host.traces.presets import preset
+    from moeaccel.host.traces.presets import generate as make, preset
     from moeaccel.host.traces.statistics import compare
 
     if model:

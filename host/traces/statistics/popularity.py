@@ -37,7 +37,7 @@ def _shares(counts: np.ndarray) -> np.ndarray:
 
 def _describe(shares: np.ndarray, where: str) -> dict[str, float]:
     ordered = np.sort(shares, axis=1)[:, ::-1]
-    layers, experts = ordered.shape
+    experts = ordered.shape[1]
     ranks = np.arange(1, experts + 1)
     grid = np.linspace(0, 3, 301)
     likelihood = (-grid * (ordered @ np.log(ranks))[:, None]

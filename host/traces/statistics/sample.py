@@ -6,7 +6,6 @@ from functools import cached_property
 
 import numpy as np
 
-from moeaccel.host.traces.errors import InvalidTrace
 from moeaccel.host.traces.trace import RoutingTrace
 
 __all__ = ["Sample"]
@@ -65,19 +64,4 @@ class Sample:
     def layers(self, count: int) -> list[int]:
         """Return up to `count` layers, from the first to the last, evenly spread."""
         places = np.linspace(0, self.trace.n_layers - 1, min(count, self.trace.n_layers))
-        return sorted({int(round(place)) for place in places})
-
-    def long(self, tokens: int) -> list[np.ndarray]:
-        """Return the masks of the requests that have as many tokens.
-
-        Raises
-        ------
-        InvalidTrace
-            If there is none.
-        """
-        found = [mask for mask in self.masks if len(mask) >= tokens]
-        if not found:
-            longest = max(len(mask) for mask in self.masks)
-            raise InvalidTrace(f"a request must have {tokens} tokens, but the longest has "
-                               f"{longest}")
-        return found
+        return sorted({round(place) for place in places.tolist()})
