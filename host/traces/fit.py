@@ -26,6 +26,7 @@ _STEP = 0.15
 def fit_locality(targets: Mapping[str, tuple[float, ...]], *, n_layers: int, n_experts: int,
                  top_k: int, start: Locality, requests: int = 6, tokens: int = 512,
                  layers: int = 10, seeds: tuple[int, ...] = (1, 2), iterations: int = 7,
+                 fit_popularity: bool = True,
                  progress: Callable[[str], None] | None = None) -> tuple[Locality, float]:
     """Return the locality that comes nearest to some hit rates, and the greatest miss.
 
@@ -41,6 +42,8 @@ def fit_locality(targets: Mapping[str, tuple[float, ...]], *, n_layers: int, n_e
     seeds : :class:`tuple` of :class:`int`
         Of the texts and of the model behind them, one after the other.
     iterations : :class:`int`
+    fit_popularity : :class:`bool`
+        Or keep it, because it is known from how even the experts' load is.
     progress : callable, optional
         Gets a line a step.
 
@@ -66,17 +69,18 @@ def fit_locality(targets: Mapping[str, tuple[float, ...]], *, n_layers: int, n_e
         return np.mean(found, axis=0) - wanted
 
     first = _free(start)
+    fitted = np.eye(len(first))[: None if fit_popularity else -1]
     x, damping = first, 0.01
     off = misses(start)
     for iteration in range(iterations):
         slopes = np.stack([(misses(_bound(start, x + step)) - off) / _STEP
-                           for step in np.eye(len(x)) * _STEP], axis=1)
-        rows = np.concatenate([slopes, np.eye(len(x)) * _MOVES])
-        rest = np.concatenate([off, (x - first) * _MOVES])
+                           for step in fitted * _STEP], axis=1)
+        rows = np.concatenate([slopes, np.eye(len(fitted)) * _MOVES])
+        rest = np.concatenate([off, fitted @ (x - first) * _MOVES])
         while True:
             move = np.linalg.solve(rows.T @ rows + damping * np.diag((rows**2).sum(0)),
                                    -rows.T @ rest)
-            nearer = x + np.clip(move, -1, 1)
+            nearer = x + np.clip(move, -1, 1) @ fitted
             new = misses(_bound(start, nearer))
             better = _cost(new, nearer - first) < _cost(off, x - first)
             if better or damping > 1:

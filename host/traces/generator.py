@@ -8,7 +8,7 @@ few dimensions::
     w[t, l] = sqrt(request) R[l] + sqrt(passage) P[t, l] + sqrt(phrase) F[t, l] + sqrt(rest) N[t, l]
     P[t] = P[t-1] with probability passage_memory, else new                            (F likewise)
     h[t, 0] = w[t, 0];   h[t, l] = depth_memory h[t, l-1] + sqrt(1 - depth_memory^2) w[t, l]
-    s[t, l] = sqrt(k[l]) h[t, l] + sqrt(1 - k[l]) M[t, l]
+    s[t, l] = sqrt(k[l]) h[t, l] + sqrt(1 - k[l]) M[t]
 
 with R drawn once for each request, N and M for each token, and k going from first_layer up to 1 and
 down to last_layer. The router of a layer ranks experts by ``<u[l, e], s[t, l]> + popularity p[l, e]
@@ -75,7 +75,7 @@ class Locality:
     popularity: float = 0.11
     noise: float = 0.12
     dimensions: int = 16
-    gain: float = 2.5
+    gain: float = 1.72
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -185,5 +185,5 @@ def _states(p: Locality, layers: int, tokens: int, text: np.random.Generator) ->
     keep = np.interp(depth, [0, _DEEPEST, 1], [p.first_layer, 1, p.last_layer])[:, None]
     if (keep < 1).any():
         state *= np.sqrt(keep)
-        state += np.sqrt(1 - keep) * text.standard_normal(shape, np.float32)
+        state += np.sqrt(1 - keep) * text.standard_normal((tokens, 1, p.dimensions), np.float32)
     return state
