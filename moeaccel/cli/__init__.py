@@ -20,7 +20,8 @@ from moeaccel.errors import MoeAccelError
 
 __all__ = ["COMMANDS", "app", "main"]
 
-COMMANDS = ("run", "bench", "soak", "models", "verilog", "bitstream", "board", "doctor")
+COMMANDS = (
+    "run", "bench", "soak", "models", "trace", "verilog", "bitstream", "board", "doctor")
 
 
 class _Group(TyperGroup):

@@ -1,0 +1,1 @@
+"""Policies: which expert is where, and what moves when."""
