@@ -89,11 +89,10 @@ def test_views_are_watched_where_they_are():
 def test_nothing_is_kept_alive_and_an_address_may_be_used_again(place):
     tensor = tensor_of(SMALL)
     alive = weakref.ref(tensor.untyped_storage())
-    watched, address = Watch(tensor), tensor.data_ptr()
+    watched = Watch(tensor)
     del tensor
     gc.collect()
     assert alive() is None
+    # Some of them may lie where it lay, and hold the same.
     others = [tensor_of(SMALL) for _ in range(10)]
     assert not any(watched.same(other, ()) for other in others)
-    # Where memory was given out again, this was the case that addresses alone do not tell.
-    assert isinstance(address, int)
