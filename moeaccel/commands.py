@@ -43,9 +43,12 @@ class Status(enum.IntEnum):
     BAD_LAYER = 3
     """A layer descriptor field out of range; detail is the index of its 32-bit word."""
     WINDOW = 4
-    """A burst outside the memory window was suppressed; address is its first byte."""
+    """A burst outside the memory window was suppressed; address is its first byte. Of one stream of
+    a command (ids; weights; images; x; rows of zeros; partial sums read; rows and partial sums
+    written) the first such burst is named, of several that of the one that came first."""
     BUS_ERROR = 5
-    """Memory answered with an error; address is the first byte of the burst (writes: 0)."""
+    """Memory answered with an error; address is the first byte of the burst (writes: 0), chosen as
+    for WINDOW; of both, what came first."""
     NONFINITE = 6
     """NaN or infinity in what was computed with; detail is the token, address says what it is of
     (NonFinite): x before routing weights, then the lowest token."""

@@ -12,7 +12,7 @@ import logging
 import mmap
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, overload
 
@@ -185,6 +185,7 @@ class GoldenTransport(Transport):
         self._registers[_PHASE] = 1
         self._counters = {name: 0 for name, _ in COUNTERS}
         self._unwritten: _Done | None = None
+        self._faults: list[_Fault] = []
         self._cache: OrderedDict[tuple[int, tuple[Section, ...]],
                                  tuple[int, tuple[QuantisedMatrix, ...], int]] = OrderedDict()
         self._cache_bytes = cache_bytes
@@ -237,6 +238,14 @@ class GoldenTransport(Transport):
         return any(self._get(f"{name}_STATUS") & self._get(f"{name}_ENABLE")
                    for name in ("IRQ", "ERROR"))
 
+    @property
+    def possible_faults(self) -> set[tuple[int, int]]:
+        """Status and address of every fault that the last command may have reported.
+
+        The model names the first of these; hardware the one that it came to first.
+        """
+        return {(fault.status, fault.address) for fault in self._faults}
+
     def close(self) -> None:
         self._memories = ()
         self._cache.clear()
@@ -274,20 +283,42 @@ class GoldenTransport(Transport):
                               f"not {count} bytes at {address:#x}")
         return channels[channel], inside
 
-    def _check(self, address: int, count: int) -> None:
-        """End the command unless every burst of the range is inside the window and the memory."""
+    def _first_faults(self, requests: Iterable[tuple[int, int]], *,
+                      write: bool = False) -> list[_Fault]:
+        """Return the faults of which one is the first of a stream of linear requests.
+
+        Requests, (address, bytes), are cut into bursts at multiples of the longest one. Bursts
+        outside the window are known when they would be issued, what memory refuses only later.
+        """
         port = self._config.port_bytes
         block = port * self._config.max_burst_beats
-        end = address + -(-count // port) * port
         base, limit = self._get64("WINDOW_BASE"), self._get64("WINDOW_LIMIT")
-        if address < base:
-            raise _Fault(Status.WINDOW, address=address)
-        for status, top in ((Status.WINDOW, limit), (Status.BUS_ERROR, len(self._ram))):
-            if end > top:
-                raise _Fault(status, address=max(address, top // block * block))
+        size = len(self._ram)
+        refused: list[_Fault] = []
+        for address, count in requests:
+            end = address + -(-count // port) * port
+            if base <= address and end <= min(limit, size):
+                continue
+            # The first burst that memory refuses, and the first one outside, if there is one.
+            beyond, outside = (max(address, top // block * block) for top in (size, limit))
+            if address < base:
+                outside = address
+            elif end <= limit:
+                outside = end
+            if end > size and beyond < outside and not refused:
+                refused.append(_Fault(Status.BUS_ERROR, address=0 if write else beyond))
+            if outside < end:
+                return [*refused, _Fault(Status.WINDOW, address=outside)]
+        return refused
+
+    def _raise_first(self, *streams: list[_Fault]) -> None:
+        """End the command if one of its streams has a fault."""
+        self._faults = [fault for stream in streams for fault in stream]
+        if self._faults:
+            raise self._faults[0]
 
     def _load(self, address: int, count: int) -> Bytes:
-        self._check(address, count)
+        self._raise_first(self._first_faults([(address, count)]))
         self._count(bytes_read_other=-(-count // self._config.port_bytes) * self._config.port_bytes)
         return self._ram.read(address, count)
 
@@ -344,11 +375,9 @@ class GoldenTransport(Transport):
                 done = self._unwritten
                 self._set("SQ_HEAD", (done.head + 1) & last)
                 where = self._get64("CQ_BASE") + ENTRY_BYTES * tail
-                try:
-                    self._check(where, ENTRY_BYTES)
-                except _Fault as fault:
-                    logger.debug("completion at %#x cannot be written: %s", where, fault.status)
-                    self._set_error("completion_window" if fault.status == Status.WINDOW
+                if faults := self._first_faults([(where, ENTRY_BYTES)], write=True):
+                    logger.debug("completion at %#x cannot be written", where)
+                    self._set_error("completion_window" if faults[0].status == Status.WINDOW
                                     else "completion_bus")
                     break
                 entry = encode(COMPLETION, done.completion | {"phase": self._registers[_PHASE]})
@@ -368,6 +397,7 @@ class GoldenTransport(Transport):
     def _execute(self, address: int) -> dict[str, int]:
         """Execute the submission at an address and return its completion, but for the phase."""
         tag, cycles, status, detail, where, underflows = 0, 0, Status.OK, 0, 0, 0
+        self._faults = []
         try:
             submission = decode(SUBMISSION, self._load(address, ENTRY_BYTES).tobytes())
             tag = submission["tag"]
@@ -400,15 +430,9 @@ class GoldenTransport(Transport):
             count = 4 * tokens * top_k
             ids = self._load(submission["ids_address"], count).view("<i4").reshape(tokens, top_k)
             ids = ids.astype(np.int64)
-            weights = self._load(submission["weights_address"], count).view("<f4")
-            weights = weights.reshape(tokens, top_k)
+            raw = self._ram.read(submission["weights_address"], count)
+            weights = np.resize(raw, count).view("<f4").reshape(tokens, top_k)
         used = np.unique(ids[(ids >= 0) & (ids < layer.num_experts)])
-        y_bytes = 4 * tokens * layer.d_out
-        for expert in used:
-            self._check(layer.image_address + int(expert) * layer.stride, layer.payload_bytes)
-        if used.size:
-            self._check(submission["x_address"], 4 * tokens * layer.d_in)
-        self._check(submission["y_address"], y_bytes)
         self._account(layer, ids, used, submission)
 
         result = DeviceResult(np.zeros((tokens, layer.d_out), np.float32), [], [], 0, 0)
@@ -517,7 +541,7 @@ class GoldenTransport(Transport):
 
     def _account(self, layer: _Layer, ids: NDArray[np.int64], used: NDArray[np.int64],
                  submission: dict[str, int]) -> None:
-        """Check the workspace and count what the command moves and computes.
+        """Check what the command touches, and count what it moves and computes.
 
         An expert takes its tokens in passes of as many as there are slots. Consecutive passes over
         the same tokens keep x and y on the chip; else partial sums travel through the workspace.
@@ -534,20 +558,36 @@ class GoldenTransport(Transport):
                     resident.append(chosen)
         left = np.bincount(np.array([t for run in resident for t in run], np.int64),
                            minlength=ids.shape[0])
-        idle_tokens = int((left == 0).sum())
         seen = np.zeros(ids.shape[0], bool)
         row = 8 * layer.d_out
-        read, written = 0, 4 * layer.d_out * idle_tokens
+        x, y, workspace = (submission[f"{name}_address"] for name in ("x", "y", "workspace"))
+        zeros = [(y + row // 2 * int(token), row // 2) for token in np.nonzero(left == 0)[0]]
+        reads: list[tuple[int, int]] = []
+        writes: list[tuple[int, int]] = []
         for run in resident:
-            read += 4 * layer.d_in * len(run)
             for token in run:
                 left[token] -= 1
-                if seen[token] or left[token]:
-                    self._check(submission["workspace_address"] + row * token, row)
-                read += row if seen[token] else 0
-                written += row if left[token] else row // 2
+                partial = workspace + row * token, row
+                if seen[token]:
+                    reads.append(partial)
+                writes.append(partial if left[token] else (y + row // 2 * token, row // 2))
                 seen[token] = True
+        tokens = ids.shape[0]
+        pairs = 0 if layer.kind is LayerKind.LINEAR else 4 * ids.size
+        x_row = 4 * layer.d_in
+        arrays = [(submission["weights_address"], pairs)] * (pairs > 0)
+        images = [(layer.image_address + int(e) * layer.stride, layer.payload_bytes) for e in used]
+        self._raise_first(
+            self._first_faults(arrays),
+            self._first_faults(images),
+            self._first_faults((x + x_row * token, x_row) for run in resident for token in run),
+            self._first_faults(zeros, write=True),
+            self._first_faults(reads),
+            self._first_faults(writes, write=True))
+        read = x_row * sum(len(run) for run in resident) + row * len(reads)
+        written = sum(size for _, size in (*zeros, *writes))
         port = self._config.port_bytes
+        read += -(-pairs // port) * port
         self._count(
             bytes_read_weights=self._config.channels * passes
                                * (-(-layer.payload_bytes // port) * port),

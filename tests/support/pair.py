@@ -19,6 +19,8 @@ from moeaccel.host import open_device
 from moeaccel.host.device import Command, Device
 from moeaccel.host.errors import CommandFailed
 from moeaccel.host.memory import Allocation
+from moeaccel.host.rings import Completion
+from moeaccel.host.transports.golden import GoldenTransport
 from moeaccel.host.transports.rtl import RtlTransport
 from moeaccel.registers import REGISTERS
 from moeaccel.sim import CoSimulation, MemoryModel, StallModel
@@ -121,6 +123,25 @@ class Pair:
             assert_same_bits(rtl, golden)
         else:
             assert type(rtl) is type(golden) and rtl == golden
+        return rtl
+
+    def same_completion(self, script: Callable[[Device], Command]) -> Completion:
+        """Run a script on both and return the completion of its command, which must be the same.
+
+        Where several streams of the command are at fault, the RTL names the first fault of any of
+        them (moeaccel.commands.Status.WINDOW).
+        """
+        rtl, golden = (script(device).completion for device in self.devices)
+        assert rtl is not None
+        assert golden is not None
+        assert isinstance(self.golden.transport, GoldenTransport)
+        possible = self.golden.transport.possible_faults
+        if possible:
+            assert (golden.status, golden.address) in possible
+            assert (rtl.status, rtl.address) in possible, f"{rtl} {golden} {possible}"
+        else:
+            assert (rtl.status, rtl.address) == (golden.status, golden.address)
+        assert rtl.detail == golden.detail
         return rtl
 
     def check(self) -> dict[str, int]:

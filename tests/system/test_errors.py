@@ -234,11 +234,53 @@ def test_outside_the_window(pair, what, place, limit):
         write_register(device, "WINDOW_LIMIT", SIZE)
         own.free()
         buffers.memory.free()
-        return result_of(command)
+        return command
 
-    status, _, found = pair.same(script)
-    assert status == Status.WINDOW
-    assert found < PAGE or found + 512 > limit
+    found = pair.same_completion(script)
+    assert found.status == Status.WINDOW
+    assert found.address < PAGE or found.address + 512 > limit
+    # Only one stream is at fault, bar that y has two.
+    assert len(pair.golden.transport.possible_faults) == 1
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_several_faults(pair, seed):
+    """Whatever is outside the window or beyond the memory, and in whatever order it is touched."""
+    rng = np.random.default_rng(seed)
+    tokens = int(rng.integers(1, 20))
+    x, _, weights = draw_call(tokens, seed)
+    ids = rng.integers(-1, EXPERTS, (tokens, EXPERTS))
+    ids[rng.random(tokens) < 0.3] = -1
+    names = ["x", "ids", "weights", "y", "workspace", "image"]
+    wrong = rng.choice(names, int(rng.integers(1, 5)), replace=False)
+    limit = int(rng.choice([SIZE // 2, SIZE, SIZE + 4096, SIZE + 64 * int(rng.integers(1, 64))]))
+    begin = min(limit, SIZE) - 64 * int(rng.integers(0, 100))
+
+    def script(device):
+        layer = pair.layers[device]._descriptor.address
+        buffers = buffers_of(device, (x, ids, weights))
+        image = decode(LAYER, device.transport.memory_read(layer, 64).tobytes())
+        sizes = buffers.sizes | {"image": EXPERTS * image["stride"]}
+        where, address = {}, begin
+        for name in wrong:  # one behind the other
+            where[name] = address
+            address += sizes[name] + 64 * gaps[name]
+        for name in ("ids", "weights"):
+            if where.get(name, SIZE) + buffers.sizes[name] <= SIZE:
+                buffers.write(name, where[name])
+        own = place_layer(device, **(image | {
+            "image_address": where.get("image", image["image_address"])}))
+        fields = buffers.fields(own.address) | {
+            f"{name}_address": address for name, address in where.items() if name != "image"}
+        write_register(device, "WINDOW_LIMIT", limit)
+        command = execute(device, fields)
+        write_register(device, "WINDOW_LIMIT", SIZE)
+        own.free()
+        buffers.memory.free()
+        return command
+
+    gaps = {name: int(rng.integers(0, 80)) for name in wrong}
+    pair.same_completion(script)
 
 
 def test_the_window_is_as_large_as_it_says(pair):
