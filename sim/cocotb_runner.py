@@ -267,7 +267,8 @@ def build_simulator(verilog: str, top: str, *, parameters: Mapping[str, object] 
                 return home
             work = Path(tempfile.mkdtemp(prefix=f"{digest}.", suffix=".part", dir=parent))
             try:
-                _build(verilog, top, dict(parameters or {}), waves=waves, work=work, runtime=runtime)
+                _build(verilog, top, dict(parameters or {}), waves=waves, work=work,
+                       runtime=runtime)
             except BuildError as error:
                 failed = parent / f"{digest}.failed"
                 shutil.rmtree(failed, ignore_errors=True)

@@ -1,9 +1,10 @@
 """``moeaccel bench``: cycles, bytes and bits of layers of real size."""
 
-import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from moeaccel.cli.output import Status, print_json
 
 if TYPE_CHECKING:
     from moeaccel.config import AcceleratorConfig
@@ -113,7 +114,7 @@ def gemm(
     from moeaccel.host.benchmark import bench_gemm
 
     chosen = _config(config, channels)
-    with _open(device, chosen, latency, memory) as opened, _Status(as_json) as status:
+    with _open(device, chosen, latency, memory) as opened, Status(as_json) as status:
         result = bench_gemm(
             opened,
             chosen,
@@ -149,7 +150,7 @@ def simulators(
     from moeaccel.sim.speed import compare
 
     results = []
-    with _Status(as_json) as status:
+    with Status(as_json) as status:
         for stalls in (StallModel(), StallModel.uniform(0.1, length=2)):
             status(f"building and running both simulators, {len(results) + 1} of 2")
             results.append(compare(
@@ -161,7 +162,7 @@ def simulators(
                 seed=seed,
             ))
     if as_json:
-        typer.echo(json.dumps([result.as_dict() for result in results]))
+        print_json([result.as_dict() for result in results])
         return
     from rich.console import Console
     from rich.table import Table
@@ -202,12 +203,12 @@ def board(
     chosen = preset(config)
     if token_groups is not None:
         chosen = chosen.replace(token_groups=token_groups)
-    with _Status(as_json) as status:
+    with Status(as_json) as status:
         ridge = measure_board(chosen, tokens=tokens or (4, 16, 64, 128), d_model=d_model,
                               d_expert=d_expert, weight_format_name=weight_format,
                               activation_bits=activation_bits, seed=seed, progress=status)
     if as_json:
-        typer.echo(json.dumps(ridge.as_dict()))
+        print_json(ridge.as_dict())
         return
     from rich.console import Console
     from rich.table import Table
@@ -247,7 +248,7 @@ def _experts(
 
     found = find_model(model)
     results = []
-    with _open(device, config, latency, memory) as opened, _Status(as_json) as status:
+    with _open(device, config, latency, memory) as opened, Status(as_json) as status:
         for layer in range(layers):
             results.append(
                 bench_experts(
@@ -302,29 +303,9 @@ def _open(device: str, config: "AcceleratorConfig", latency: int, memory: str) -
     return open_device("rtl", config=config, memory=models[memory]())
 
 
-class _Status:
-    """Progress on standard error; quiet with ``--json`` on a pipe."""
-
-    def __init__(self, as_json: bool) -> None:
-        from rich.console import Console
-
-        self._console = Console(stderr=True)
-        self._status = self._console.status("")
-
-    def __enter__(self) -> "_Status":
-        self._status.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._status.stop()
-
-    def __call__(self, text: str) -> None:
-        self._status.update(text)
-
-
 def _print(results: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps(results[0] if len(results) == 1 else results))
+        print_json(results[0] if len(results) == 1 else results)
         return
     from rich.console import Console
     from rich.table import Table

@@ -1,6 +1,5 @@
 """``moeaccel doctor``: what this machine has, and how to get what it lacks."""
 
-import json
 from typing import Annotated
 
 import typer
@@ -9,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moeaccel import __version__
+from moeaccel.cli.output import print_json
 from moeaccel.doctor import examine, is_healthy
 
 
@@ -27,7 +27,7 @@ def command(
             "healthy": healthy,
             "findings": [finding.as_dict() for finding in findings],
         }
-        typer.echo(json.dumps(report, indent=2))
+        print_json(report)
         raise typer.Exit(0 if healthy else 1)
 
     table = Table(title=f"moeaccel {__version__}", title_justify="left")

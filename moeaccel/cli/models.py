@@ -1,10 +1,11 @@
 """``moeaccel models``: the zoo."""
 
-import json
 from dataclasses import asdict
 from typing import Annotated
 
 import typer
+
+from moeaccel.cli.output import print_json
 
 
 def command(
@@ -20,7 +21,7 @@ def command(
 
     found = [m for m in models().values() if match.lower() in m.name.lower()]
     if as_json:
-        typer.echo(json.dumps([{"key": m.key, **asdict(m)} for m in found]))
+        print_json([{"key": m.key, **asdict(m)} for m in found])
         return
     table = Table(
         "model", "layers", "d_model", "d_expert", "experts", "top-k", "router", "FFN", "dtype"

@@ -208,7 +208,7 @@ echo "fatal error: error writing to out.o: No space left on device"; exit 1
 """)
     wrapper.chmod(0o755)
     monkeypatch.setenv("CXX", str(wrapper))
-    with pytest.raises(CacheError, match="there is no room .*MOEACCEL_CACHE"):
+    with pytest.raises(CacheError, match=r"there is no room .*MOEACCEL_CACHE"):
         build.build_model(smallest(), cache=cache, flags=QUICK)
     assert not [path for path in (cache / "models").iterdir() if path.is_dir()]
 
