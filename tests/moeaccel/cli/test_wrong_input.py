@@ -236,8 +236,7 @@ def test_any_encoding(encoding, arguments):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
-@pytest.mark.parametrize("arguments", [["models"], ["models", "--json"], ["doctor", "--json"]],
-                         ids=" ".join)
+@pytest.mark.parametrize("arguments", [["models"], ["models", "--json"]], ids=" ".join)
 def test_output_without_room(arguments):
     with open("/dev/full", "wb") as full:
         done = moeaccel(*arguments, stdout=full)
@@ -247,7 +246,7 @@ def test_output_without_room(arguments):
 
 
 def test_a_place_that_cannot_be_written():
-    with pytest.raises(OutputError, match="output must go to a place that can be written, not 'x'"), \
+    with pytest.raises(OutputError, match="must go to a place that can be written, not 'x'"), \
             output.writing(Path("x")):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
     with pytest.raises(CacheError, match="mine"), output.writing(Path("x")):
