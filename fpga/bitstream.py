@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moeaccel.config import AcceleratorConfig, preset
+from moeaccel.errors import ClockRateError
 from moeaccel.fpga.boards import board as find_board
 from moeaccel.fpga.floorplan import floorplan
 from moeaccel.fpga.flow import Build, Routed, find_tool, run_tool
@@ -118,6 +120,8 @@ def build_bitstream(board: str, *, config: str | AcceleratorConfig | None = None
     """
     found = find_board(board)
     chosen = preset(config or found.config)
+    if clock_mhz is not None and not math.isfinite(clock_mhz):
+        raise ClockRateError(f"clock must be a finite number of MHz, not {clock_mhz}")
     clock_hz = round(clock_mhz * 1e6) if clock_mhz is not None else found.clock_hz
     baud = baud if baud is not None else found.baud
     if seeds < 1:

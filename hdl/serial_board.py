@@ -5,6 +5,7 @@ from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
 from moeaccel.config import AcceleratorConfig
+from moeaccel.errors import ConfigurationError
 from moeaccel.hdl.axi_arbiter import AxiArbiter
 from moeaccel.hdl.memory_port import ID_BITS
 from moeaccel.hdl.sdram_controller import SdramController, SdramSignature, SdramTiming
@@ -62,7 +63,7 @@ class SerialBoard(wiring.Component):
                  io_cycles: int, family: str = "generic"):
         for name, wanted in (("port_bytes", 8), ("address_bits", 32)):
             if getattr(config, name) != wanted:
-                raise ValueError(f"config must have {name} {wanted} to fit the board, not "
+                raise ConfigurationError(f"config must have {name} {wanted} to fit the board, not "
                                  f"{getattr(config, name)!r}: {config.name!r}")
         self._config = config
         self._timing = timing

@@ -73,7 +73,7 @@ def _key(name: str) -> str:
 @cache
 def models() -> dict[str, Model]:
     """Return every model by key."""
-    rows = json.loads((Path(__file__).parent / "zoo.json").read_text())
+    rows = json.loads((Path(__file__).parent / "zoo.json").read_text(encoding="utf-8"))
     return {model.key: model for model in (Model(**row) for row in rows)}
 
 
@@ -92,7 +92,6 @@ def model(name: str) -> Model:
     )
     if found is None:
         near = difflib.get_close_matches(_key(name), models(), 3, 0.3)
-        raise UnknownModel(
-            f"model must be one of `moeaccel models`, not {name!r}; did you mean {', '.join(near)}?"
-        )
+        raise UnknownModel(f"model must be one of `moeaccel models`, not {name!r}" + (
+            f"; did you mean {', '.join(near)}?" if near else ""))
     return found

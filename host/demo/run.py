@@ -16,7 +16,7 @@ import torch
 from moeaccel.config import AcceleratorConfig, preset
 from moeaccel.host.demo import CHECKPOINT
 from moeaccel.host.demo.evaluate import MAX_ANSWER_TOKENS
-from moeaccel.host.demo.tasks import TASKS, held_out_examples
+from moeaccel.host.demo.tasks import TASKS, check_prompt, held_out_examples
 from moeaccel.image import ExpertShape
 
 __all__ = ["DemoResult", "demo_prompts", "run"]
@@ -91,6 +91,13 @@ def _generate(model: Any, tokenizer: Any, prompts: Sequence[str]) -> tuple[list[
     return tokenizer.batch_decode(new, skip_special_tokens=True), torch.stack(out.logits)
 
 
+def _hide_progress_bars() -> None:
+    """Loading takes a moment, and transformers' bars go to standard error whatever that is."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def run(prompts: Sequence[str], *, right_answers: Sequence[str] | None = None, device: str = "rtl",
         config: str | AcceleratorConfig = "small", weight_format: str = "int4_g32",
         activation_bits: int = 16, progress: Callable[[str], None] = lambda _: None) -> DemoResult:
@@ -106,7 +113,12 @@ def run(prompts: Sequence[str], *, right_answers: Sequence[str] | None = None, d
     config, weight_format, activation_bits
         See :func:`moeaccel.host.open_device` and :meth:`moeaccel.host.Device.load_experts`.
     progress : callable
-        Told what is being done.
+        Told what is being done; nothing else shows it.
+
+    Raises
+    ------
+    InvalidOption
+        If the model does not know a prompt's characters.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -114,6 +126,9 @@ def run(prompts: Sequence[str], *, right_answers: Sequence[str] | None = None, d
     from moeaccel.host.transformers_plugin import check_model, release, use_device
 
     config = preset(config)
+    for prompt in prompts:
+        check_prompt(prompt)
+    _hide_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
     progress("answering in float, without the accelerator")
     model: Any = AutoModelForCausalLM.from_pretrained(CHECKPOINT)

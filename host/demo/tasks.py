@@ -12,6 +12,7 @@ files, does not depend on seeds, and no test prompt can slip into the training.
 """
 
 import hashlib
+import re
 import string
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,12 +22,15 @@ from typing import Literal
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from moeaccel.host.errors import InvalidOption
+
 __all__ = [
     "TASKS",
     "Example",
     "Split",
     "Task",
     "build_tokenizer",
+    "check_prompt",
     "examples",
     "split_of",
     "held_out_examples",
@@ -156,6 +160,22 @@ def held_out_examples(task: Task, *, count: int, seed: int) -> list[Example]:
         if len(found) >= count:
             break
     return list(found.values())
+
+
+def check_prompt(prompt: str) -> None:
+    """Check that the demo model knows every character of a prompt.
+
+    Raises
+    ------
+    InvalidOption
+        If it does not.
+    """
+    unknown = sorted(set(re.sub("|".join(KEYWORDS), "", prompt)) - set(CHARACTERS))
+    if unknown:
+        raise InvalidOption(
+            f"prompt must be made of digits, small letters, the signs +=()[]{{}} and the words "
+            f"{', '.join(map(repr, KEYWORDS))}, with one space behind, not {prompt!r}, which has "
+            f"{', '.join(map(repr, unknown))}")
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

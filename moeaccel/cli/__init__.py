@@ -6,7 +6,8 @@ Each command is a module of this package named like the command and holding one 
 a command needs (torch, Amaranth, the driver, the simulator) is imported inside the function, so
 that ``--help`` stays quick and works without them.
 
-A `MoeAccelError` ends a command with its message on standard error and exit status 2.
+A `MoeAccelError` ends a command with its message on standard error and exit status 2. So does
+what the system refuses (`OSError`): any other exception is a bug, and keeps its traceback.
 """
 
 from importlib import import_module
@@ -16,6 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from moeaccel import __version__
+from moeaccel.cli.output import any_encoding, shutting_output
 from moeaccel.errors import MoeAccelError
 
 __all__ = ["COMMANDS", "app", "main"]
@@ -27,9 +29,14 @@ COMMANDS = (
 class _Group(TyperGroup):
     """Report expected errors as messages; everything else is a bug and keeps its traceback."""
 
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        any_encoding()  # first: help is printed before a command is invoked
+        return super().main(*arguments, **options)
+
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with shutting_output():
+                return super().invoke(ctx)
         except MoeAccelError as error:
             typer.secho("error: ", fg=typer.colors.RED, bold=True, err=True, nl=False)
             typer.echo(str(error), err=True)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moeaccel.cli.output import print_json
+from moeaccel.cli.output import Status, print_json
 
 if TYPE_CHECKING:
     from moeaccel.config import AcceleratorConfig
@@ -152,7 +152,7 @@ def gemm(
     from moeaccel.host.benchmark import bench_gemm
 
     chosen = _config(config, channels)
-    with _open(device, chosen, latency, memory) as opened, _Status(as_json) as status:
+    with _open(device, chosen, latency, memory) as opened, Status(as_json) as status:
         result = bench_gemm(
             opened,
             chosen,
@@ -188,7 +188,7 @@ def simulators(
     from moeaccel.sim.speed import compare
 
     results = []
-    with _Status(as_json) as status:
+    with Status(as_json) as status:
         for stalls in (StallModel(), StallModel.uniform(0.1, length=2)):
             status(f"building and running both simulators, {len(results) + 1} of 2")
             results.append(compare(
@@ -241,7 +241,7 @@ def board(
     chosen = preset(config)
     if token_groups is not None:
         chosen = chosen.replace(token_groups=token_groups)
-    with _Status(as_json) as status:
+    with Status(as_json) as status:
         ridge = measure_board(chosen, tokens=tokens or (4, 16, 64, 128), d_model=d_model,
                               d_expert=d_expert, weight_format_name=weight_format,
                               activation_bits=int(activation_bits), seed=seed, progress=status)
@@ -286,7 +286,7 @@ def _experts(
 
     found = find_model(model)
     results = []
-    with _open(device, config, latency, memory) as opened, _Status(as_json) as status:
+    with _open(device, config, latency, memory) as opened, Status(as_json) as status:
         for layer in range(layers):
             results.append(
                 bench_experts(
@@ -340,26 +340,6 @@ def _open(device: DeviceKind, config: "AcceleratorConfig", latency: int,
     model = (MemoryModel.ideal(latency, size=size) if memory is MemoryKind.IDEAL
              else MemoryModel.dram(latency=latency, size=size))
     return open_device("rtl", config=config, memory=model)
-
-
-class _Status:
-    """Progress on standard error; none with ``--json``, and none without a terminal."""
-
-    def __init__(self, as_json: bool) -> None:
-        from rich.console import Console
-
-        self._console = Console(stderr=True, quiet=as_json)
-        self._status = self._console.status("")
-
-    def __enter__(self) -> "_Status":
-        self._status.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._status.stop()
-
-    def __call__(self, text: str) -> None:
-        self._status.update(text)
 
 
 def _print(results: list[dict[str, Any]], as_json: bool) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moeaccel.cli.output import print_json
+from moeaccel.cli.output import Status, print_json, writing
 from moeaccel.errors import ClockRateError
 
 
@@ -20,7 +20,7 @@ def command(
     baud: Annotated[
         int | None, typer.Option(help="Rate of the serial line; the board's when left out.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the placement.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the placement.", min=0)] = 1,
     seeds: Annotated[
         int, typer.Option(help="Try so many seeds, from --seed on, and take the fastest.", min=1)
     ] = 1,
@@ -33,14 +33,12 @@ def command(
     second call takes seconds. A design that does not reach its clock gives no bitstream, and exit
     status 2.
     """
-    from rich.console import Console
-
     from moeaccel.fpga.bitstream import build_bitstream
 
-    with Console(stderr=True).status("") as status:
+    with Status(as_json) as status, writing(folder):
         built = build_bitstream(board, config=config, clock_mhz=clock, baud=baud, seed=seed,
                                 seeds=seeds, folder=folder,
-                                progress=lambda text: status.update(f"{board}: {text}"))
+                                progress=lambda text: status(f"{board}: {text}"))
     if as_json:
         print_json(built.as_dict())
     else:

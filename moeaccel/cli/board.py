@@ -4,6 +4,8 @@ from typing import Annotated
 
 import typer
 
+from moeaccel.cli.output import Status
+
 _CHANCE = "Chance, for each byte on the line, that "
 
 
@@ -29,7 +31,8 @@ def command(
     from moeaccel.sim.board import Board, LineNoise
 
     console = Console()
-    with console.status("building the board; the first time takes some minutes"):
+    with Status(as_json=False) as status:
+        status("building the board; the first time takes some minutes")
         board = Board(config, cycles_per_bit=cycles_per_bit,
                       noise=LineNoise(flip=flip, lose=lose, repeat=repeat, seed=seed))
     console.print(f'open_device("serial:{board.port}", config="{config}")', highlight=False)

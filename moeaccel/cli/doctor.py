@@ -27,7 +27,7 @@ def command(
             "healthy": healthy,
             "findings": [finding.as_dict() for finding in findings],
         }
-        print_json(report, indent=2)
+        print_json(report)
         raise typer.Exit(0 if healthy else 1)
 
     table = Table(title=f"moeaccel {__version__}", title_justify="left")

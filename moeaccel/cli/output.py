@@ -1,22 +1,100 @@
-"""What commands print for programs."""
+"""What commands print and write, whatever they are connected to."""
 
+from __future__ import annotations
+
+import contextlib
 import json
 import math
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import typer
 
-__all__ = ["print_json"]
+from moeaccel.errors import MoeAccelError, OutputError
+
+__all__ = ["Status", "any_encoding", "print_json", "shutting_output", "writing"]
 
 
-def print_json(value: Any, *, indent: int | None = None) -> None:
-    """Print a value as JSON that every reader takes: what is not finite is null."""
-    typer.echo(json.dumps(_finite(value), indent=indent, allow_nan=False))
+def print_json(value: Any) -> None:
+    """Print a value as one line of JSON; what JSON has no number for (NaN, infinity) is null."""
+    typer.echo(json.dumps(_finite(value), allow_nan=False))
 
 
 def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {name: _finite(part) for name, part in value.items()}
+        return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return [_finite(item) for item in value]
+    return value
+
+
+def any_encoding() -> None:
+    """Let output have a ``?`` for what its encoding lacks, in the place of an error."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="replace")
+
+
+@contextlib.contextmanager
+def shutting_output() -> Iterator[None]:
+    """Send out what was printed before the block is left, while errors still find a reader."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        if isinstance(error, MoeAccelError | BrokenPipeError):
+            raise
+        with contextlib.suppress(OSError, AttributeError):  # else it is tried again at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise OutputError(f"files and output must be accessible, but the system says {error}"
+                          ) from error
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name the path that could not be written.
+
+    Raises
+    ------
+    OutputError
+        In the place of :class:`OSError`.
+    """
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, MoeAccelError):
+            raise
+        raise OutputError(f"output must go to a place that can be written, not {str(path)!r}: "
+                          f"{error.strerror or error}") from error
+
+
+class Status:
+    """What is being done, on standard error; nothing with ``--json``, or without a terminal."""
+
+    def __init__(self, as_json: bool) -> None:
+        from rich.console import Console
+
+        shown = not as_json and sys.stderr.isatty()
+        self._status = Console(stderr=True).status("") if shown else None
+
+    def __enter__(self) -> Status:
+        if self._status is not None:
+            self._status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._status is not None:
+            self._status.stop()
+
+    def __call__(self, text: str) -> None:
+        """Say it."""
+        if self._status is not None:
+            self._status.update(text)

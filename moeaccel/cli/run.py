@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moeaccel.cli.output import print_json
+from moeaccel.cli.output import Status, print_json
 
 
 def command(
@@ -13,7 +13,8 @@ def command(
              "'close ([{='. May be given several times.")] = None,
     demo: Annotated[bool, typer.Option(
         "--demo", help="Prompts of every task, that the model never saw in training.")] = False,
-    per_task: Annotated[int, typer.Option(help="With --demo: prompts of each task.")] = 3,
+    per_task: Annotated[int, typer.Option(
+        help="With --demo: prompts of each task.", min=1, max=1000)] = 3,
     device: Annotated[str, typer.Option(
         help="rtl (Verilated, exact cycles), golden, serial:PORT, or what else open_device takes.")
     ] = "rtl",
@@ -28,18 +29,15 @@ def command(
     the prompts in float, on the golden model and on the device, and checks that every logit of the
     last two is equal to the bit. The exit status is 1 if it is not.
     """
-    from rich.console import Console
-
     from moeaccel.host.demo.run import demo_prompts, run
 
     if not prompt and not demo:
         raise typer.BadParameter("give --prompt TEXT or --demo")
     prompts, right = (list(prompt), None) if prompt else demo_prompts(per_task)
-    console = Console(stderr=True)
-    with console.status("starting") as status:
+    with Status(as_json) as status:
         result = run(prompts, right_answers=right, device=device, config=config,
                      weight_format=weight_format, activation_bits=activation_bits,
-                     progress=lambda text: status.update(text))
+                     progress=status)
     if as_json:
         print_json(result.as_dict())
     else:

@@ -1,12 +1,11 @@
 """``moeaccel soak``: the RTL beside the golden model, with memories that are out for trouble."""
 
-import json
-from contextlib import nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moeaccel.cli.output import Status, print_json
 from moeaccel.config import PRESETS
 
 if TYPE_CHECKING:
@@ -30,8 +29,6 @@ def command(
     slow to the extreme, bursts overtake each other, commands are aborted. A case that fails is made
     as small as it goes, and printed so that it can be run again. Exit status 1 if one failed.
     """
-    from rich.console import Console
-
     from moeaccel.errors import ConfigurationError
     from moeaccel.sim.cases import Case
     from moeaccel.sim.soak import Soak
@@ -40,17 +37,21 @@ def command(
     for name in names:
         if name not in PRESETS:
             raise ConfigurationError(f"config must be one of {', '.join(PRESETS)}, not {name!r}")
-    status = Console(stderr=True).status("")
-    shown = status.console.is_terminal and not as_json
-    soak = Soak([(name, count) for count in channels or (1, 4) for name in names], seed=seed,
-                progress=status.update if shown else lambda text: None)
-    with status if shown else nullcontext():
-        if case is not None:
-            found = soak.check(Case.from_json(case))
-            typer.echo(json.dumps({"failed": found}) if as_json else found or "equal")
-            raise typer.Exit(found is not None)
-        report = soak.run(60 * minutes)
-    typer.echo(json.dumps(asdict(report)) if as_json else _text(report))
+    with Status(as_json) as status:
+        soak = Soak([(name, count) for count in channels or (1, 4) for name in names], seed=seed,
+                    progress=status)
+        found = None if case is None else soak.check(Case.from_json(case))
+        report = soak.run(60 * minutes) if case is None else None
+    if report is None:
+        if as_json:
+            print_json({"failed": found})
+        else:
+            typer.echo(found or "equal")
+        raise typer.Exit(found is not None)
+    if as_json:
+        print_json(asdict(report))
+    else:
+        typer.echo(_text(report))
     raise typer.Exit(bool(report.failures))
 
 

@@ -1,12 +1,12 @@
 """``moeaccel trace``: routing traces, recorded, imported or generated."""
 
-import json
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moeaccel.cli.output import Status, print_json
 from moeaccel.errors import MoeAccelError
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def presets(as_json: Json = False) -> None:
     rows = [{"key": p.key, "layers": len(p.layers), "experts": p.n_experts, "top_k": p.top_k,
              "basis": p.basis} for p in known().values()]
     if as_json:
-        typer.echo(json.dumps(rows))
+        print_json(rows)
         return
     table = Table("preset", "layers", "experts", "top-k", "fitted to")
     for row in rows:
@@ -158,31 +158,29 @@ def stats(
     as_json: Json = False,
 ) -> None:
     """Measure every statistic, beside what was published for the model."""
-    from rich.console import Console
-
     from moeaccel.host.traces import RoutingTrace
     from moeaccel.host.traces.presets import generate as make, preset
     from moeaccel.host.traces.statistics import compare
 
     if model:
         preset(model)  # a name that is misspelt is found out before anything is computed
-    with Console(stderr=True).status("") as status:
+    with Status(as_json) as status:
         if trace is None:
             model = model or "deepseek-v2-lite"
-            status.update(f"generating {requests} requests of {model}")
+            status(f"generating {requests} requests of {model}")
             what = make(model, requests=requests, tokens=tokens, seed=seed)
         else:
             what = RoutingTrace.load(trace)
             if model:
                 p = preset(model)
                 what.expect(n_layers=len(p.layers), n_experts=p.n_experts, top_k=p.top_k)
-        rows = compare(what, model, progress=lambda text: status.update(f"measuring {text}"))
+        rows = compare(what, model, progress=lambda text: status(f"measuring {text}"))
     if as_json:
-        typer.echo(json.dumps({
+        print_json({
             **_describe(what), "compared_with": model or None,
             "statistics": [{"statistic": row.statistic, "real": row.real, "found": row.found,
                             "difference": row.difference, "source": row.source}
-                           for row in rows]}))
+                           for row in rows]})
         return
     _print_comparison(rows, what, trace is None)
 
@@ -226,7 +224,10 @@ def plot(
         except ForeignTrace:
             raise foreign from None
     draw(what, out)
-    typer.echo(json.dumps({"plot": str(out)}) if as_json else f"{out}")
+    if as_json:
+        print_json({"plot": str(out)})
+    else:
+        typer.echo(str(out))
 
 
 def _describe(what: "RoutingTrace | PopularityProfile") -> dict[str, Any]:
@@ -243,5 +244,7 @@ def _describe(what: "RoutingTrace | PopularityProfile") -> dict[str, Any]:
 def _write(what: "RoutingTrace | PopularityProfile", out: Path, as_json: bool) -> None:
     what.save(out)
     found = {"file": str(out), **_describe(what)}
-    typer.echo(json.dumps(found) if as_json
-               else ", ".join(f"{name} {value}" for name, value in found.items()))
+    if as_json:
+        print_json(found)
+    else:
+        typer.echo(", ".join(f"{name} {value}" for name, value in found.items()))

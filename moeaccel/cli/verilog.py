@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from moeaccel.cli.output import writing
+
 
 def command(
     config: Annotated[str, typer.Option(help="Preset of the accelerator.")] = "small",
@@ -43,8 +45,10 @@ def command(
         from moeaccel.fpga.vivado import CORE_MHZ, vivado_files
 
         files = vivado_files(chosen, board=board, name=output.stem, core_mhz=core_mhz or CORE_MHZ)
+    with writing(output):  # first: the rest takes a while
+        output.parent.mkdir(parents=True, exist_ok=True)
     files = emit(chosen, family=family, name=output.stem) | files
-    output.parent.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        (output.parent / name).write_text(text, encoding="utf-8")
+    with writing(output):
+        for name, text in files.items():
+            (output.parent / name).write_text(text, encoding="utf-8")
     typer.echo(f"wrote {', '.join(str(output.parent / name) for name in files)}")

@@ -91,7 +91,7 @@ def test_unused_slots_are_nobodys():
 def test_what_is_published_stands_beside_what_is_found():
     trace = generate("mixtral-8x7b", requests=6, tokens=64)
     rows = {row.statistic: row for row in compare(trace, "mixtral-8x7b")}
-    assert list(rows)[0] == "segment/LRU@1" and rows["segment/LRU@1"].difference is None
+    assert next(iter(rows)) == "segment/LRU@1" and rows["segment/LRU@1"].difference is None
     row = rows["max/mean/corpus"]
     assert row.real == 1.11 and row.difference == pytest.approx(row.found - 1.11)
     assert "C4" in row.source
