@@ -21,7 +21,6 @@ from moeaccel.commands import (
     Status,
 )
 from moeaccel.config import BLOCK, TOP_K_MAX, AcceleratorConfig
-from moeaccel.formats import FORMATS
 from moeaccel.hdl import layouts
 from moeaccel.hdl.layouts import ReadClientSignature, WriteClientSignature, job, token_bits
 from moeaccel.image import Section
@@ -226,7 +225,7 @@ class CommandProcessor(wiring.Component):
 
         return {
             "kind": [entry["kind"] != Mux(gemm, LayerKind.LINEAR, LayerKind.EXPERTS)],
-            "format": [unknown("format", [f.code for f in FORMATS.values()])],
+            "format": [unknown("format", [f.code for f in config.weight_formats])],
             "planes": [unknown("planes", (1, 2))],
             "activation": [unknown("activation", Activation)],
             "num_experts": [*_outside(entry["num_experts"], 1, config.max_experts),
@@ -250,7 +249,7 @@ class CommandProcessor(wiring.Component):
         config = self._config
         constants = {
             f.code: Section(f, 2 * BLOCK, BLOCK, config.row_multipliers, config.channels)
-            for f in FORMATS.values()}
+            for f in config.weight_formats}
         busy = []
         results = []
         for i, (rows, steps) in enumerate(sections):
