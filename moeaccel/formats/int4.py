@@ -40,4 +40,5 @@ class Int4(WeightFormat):
 FORMATS = (
     Int4(name="int4_g32", code=1, group=32),
     Int4(name="int4_g128", code=2, group=128),
+    Int4(name="int4_g64", code=4, group=64),
 )
