@@ -85,7 +85,7 @@ class Core(wiring.Component):
             "i_free": In(1),
             "i_step": In(step(config)),
             "i_tag": In(layouts.result_tag(config)),
-            "i_format": In(layouts.FORMAT_BITS),
+            "i_format": In(config.format_bits),
             "i_grid_exponent": In(signed(8)),
             "x_en": In(config.token_lanes),
             "x_address": In(layouts.lane_address_bits(config) + 1),

@@ -239,9 +239,9 @@ class Dispatcher(wiring.Component):
 
         def tiles(rows):
             return Mux(
-                job.format == 0,
-                layouts.tiles(rows, config.row_multipliers * config.channels),
+                layouts.is_packed(config, job.format),
                 layouts.tiles(rows, config.rows * config.channels),
+                layouts.tiles(rows, config.row_multipliers * config.channels),
             )
 
         m.d.comb += [

@@ -1,5 +1,7 @@
 """The array: decode, multiply, sum over a block of 32, scale, accumulate."""
 
+import functools
+import operator
 from itertools import pairwise
 
 from amaranth import *
@@ -8,27 +10,22 @@ from amaranth.lib.wiring import In, Out
 from amaranth.utils import exact_log2
 
 from moeaccel.config import ACTIVATION_SHIFT_MAX, BLOCK, AcceleratorConfig
-from moeaccel.formats import E2M1_DOUBLED, FORMATS, SIGNIFICAND_BITS
+from moeaccel.formats import SHARED_FIELD_BITS, SIGNIFICAND_BITS
 from moeaccel.hdl import layouts
 from moeaccel.hdl.multiplier import FAMILIES, Multiplier
 from moeaccel.hdl.tile_buffer import scale_layout
 
 __all__ = ["DotArray", "sums_layout"]
 
-FIELD_BITS = 12
-"""Bits of the low row's product where two rows share a multiplier: |w x| <= 12 * 128 < 2**11."""
-
 FACTOR_BITS = 17
-"""Bits of a multiplier's weight operand: |(w1 << 12) + w0| <= 12 * 4097 < 2**16."""
+"""Bits of a multiplier's weight operand: |(w1 << 12) + w0| <= 15 * 4097 < 2**16."""
+
+DECODED_BITS = 5
+"""Bits of a 4-bit format's integer."""
 
 PRODUCT_BITS = 24
 TREE_LEVELS = exact_log2(BLOCK)
 """Levels of an adder tree, each a pipeline stage."""
-
-E2M1_LOW_BITS = sum(int(value & 15) << 4 * code
-                    for code, value in enumerate([*E2M1_DOUBLED, *-E2M1_DOUBLED]))
-E2M1_SIGNS = sum(1 << code + 8 for code, value in enumerate(E2M1_DOUBLED) if value)
-"""The integers that the 16 codes stand for: the low 4 of their 5 bits, and their signs."""
 
 
 def sums_layout(config):
@@ -52,7 +49,7 @@ class DotArray(wiring.Component):
         scales-------------- delayed -----------------------^---------------^
 
     Two rows of a 4-bit format share a multiplier: P = ((w1 << 12) + w0) * x, whose low 12 bits,
-    signed, are w0 * x because |w0 * x| <= 12 * 128. These low fields are summed in one tree and
+    signed, are w0 * x because |w0 * x| <= 15 * 128. These low fields are summed in one tree and
     what is above them in another, to which each field below 0 returns the 1 that it borrowed: exact
     for every operand. In 8-bit formats the two sums are joined again. Rows are numbered
     as by :class:`~moeaccel.hdl.tile_buffer.TileBuffer`: 4-bit formats fill all entries, 8-bit
@@ -82,12 +79,12 @@ class DotArray(wiring.Component):
         It is the first, the last of its tile and group.
     i_used : :py:`In(config.token_lanes)`
         Lanes that hold a token, all when left alone; the sums of others are meaningless.
-    i_format : :py:`In(2)`
+    i_format : :py:`In(config.format_bits)`
     i_codes : :py:`In(8 * config.word_bytes)`
     i_scales : :py:`In(scale_layout(config))`
     i_lanes : :py:`In(ArrayLayout(layouts.lane(config), config.token_lanes))`
         LANES_LATER_CYCLES after the rest of the step, so that they may be chosen meanwhile.
-        Mantissas in [-128, 127]; shift plus the row's shift at most MAX_SHIFT.
+        Mantissas in [-128, 127]; shift plus the row's shift at most ``max_shift``.
     i_tag : :py:`In(tag_width)`
     o_valid : :py:`Out(1)`
         For one cycle after a last step: sums and tag are there.
@@ -98,7 +95,6 @@ class DotArray(wiring.Component):
 
     LANES_LATER_CYCLES = 2
     LATENCY_CYCLES = 3 + 2 * Multiplier.LATENCY_CYCLES + TREE_LEVELS + 3
-    MAX_SHIFT = max(f.max_shift for f in FORMATS.values()) + ACTIVATION_SHIFT_MAX
 
     def __init__(self, config, family="generic", *, tag_width=1, gated=None):
         if not isinstance(config, AcceleratorConfig):
@@ -116,7 +112,7 @@ class DotArray(wiring.Component):
             "i_first": In(1),
             "i_last": In(1),
             "i_used": In(config.token_lanes, init=(1 << config.token_lanes) - 1),
-            "i_format": In(layouts.FORMAT_BITS),
+            "i_format": In(config.format_bits),
             "i_codes": In(8 * config.word_bytes),
             "i_scales": In(scale_layout(config)),
             "i_lanes": In(data.ArrayLayout(layouts.lane(config), config.token_lanes)),
@@ -135,6 +131,11 @@ class DotArray(wiring.Component):
     def family(self):
         """FPGA family of the multipliers."""
         return self._family
+
+    @property
+    def max_shift(self):
+        """Largest shift of a block's sum, that of its scale and that of its lane together."""
+        return max(f.max_shift for f in self._config.weight_formats) + ACTIVATION_SHIFT_MAX
 
     @property
     def tag_width(self):
@@ -193,19 +194,31 @@ class DotArray(wiring.Component):
             return unit.o_product
 
         # -- input registers and decoding ---------------------------------------------------------
-        # One hot: what two of them have in common would be a wire to all of the array.
-        e2m1_copies, int4_copies, int8_copies = (
-            self._copies(register, self._is(self.i_format, predicate), name)
-            for name, predicate in (
-                ("e2m1", lambda f: f.name == "mxfp4"),
-                ("int4", lambda f: f.packed and f.name != "mxfp4"),
-                ("int8", lambda f: not f.packed)))
+        # One hot, a bit for each table and for 8 bits: what two of them have in common would be a
+        # wire to all of the array.
+        packed_formats = [f for f in config.weight_formats if f.packed]
+        table_copies = {
+            table: self._copies(
+                register,
+                layouts.is_format(self.i_format, [f for f in packed_formats if f.table == table]),
+                f"table{i}")
+            for i, table in enumerate(dict.fromkeys(f.table for f in packed_formats))}
+        int8_copies = self._copies(
+            register, ~layouts.is_packed(config, self.i_format), "int8")
 
-        def decode(nibble, e2m1, int4):
+        def look_up(table, nibble):
+            """Return the integer that a 4-bit code stands for: low bits and sign by themselves."""
+            if table is None:
+                return Cat(nibble, nibble[3])
+            low = sum((value & 15) << 4 * code for code, value in enumerate(table))
+            signs = sum((value < 0) << code for code, value in enumerate(table))
+            return Cat((C(low, 64) >> (nibble << 2))[:4], (C(signs, 16) >> nibble)[0])
+
+        def decode(nibble, copy):
             """Return the integer that a 4-bit code stands for, 0 in an 8-bit format."""
-            value = Cat((C(E2M1_LOW_BITS, 64) >> (nibble << 2))[:4],
-                        (C(E2M1_SIGNS, 16) >> nibble)[0])
-            return value & e2m1.replicate(5) | Cat(nibble, nibble[3]) & int4.replicate(5)
+            return functools.reduce(operator.or_, (
+                look_up(table, nibble) & copies[copy].replicate(DECODED_BITS)
+                for table, copies in table_copies.items()))
 
         # What is decoded, what is joined and what crosses the array have registers of their own.
         factors = []
@@ -214,14 +227,14 @@ class DotArray(wiring.Component):
                 name = f"{rm}_{k}"
                 code = register(0, 8, self.i_codes.word_select(rm * BLOCK + k, 8), f"code{name}")
                 copy = k * len(int8_copies) // BLOCK
-                e2m1, int4, int8 = e2m1_copies[copy], int4_copies[copy], int8_copies[copy]
                 low = register(
-                    1, signed(8), decode(code[:4], e2m1, int4).as_signed() | Mux(int8, code, 0),
+                    1, signed(8),
+                    decode(code[:4], copy).as_signed() | Mux(int8_copies[copy], code, 0),
                     f"low_factor{name}")
-                high = register(1, signed(5), decode(code[4:], e2m1, int4).as_signed(),
+                high = register(1, signed(DECODED_BITS), decode(code[4:], copy).as_signed(),
                                 f"high_factor{name}")
                 factors.append(register(
-                    2, signed(FACTOR_BITS), (high << FIELD_BITS) + low, f"factor{name}"))
+                    2, signed(FACTOR_BITS), (high << SHARED_FIELD_BITS) + low, f"factor{name}"))
 
         # -- multiply, and sum over the block -----------------------------------------------------
         mantissas = [[delay(self.LANES_LATER_CYCLES, multiply - 1,
@@ -237,8 +250,8 @@ class DotArray(wiring.Component):
                     m.d.comb += product.eq(multiplier(
                         f"multiply{name}_{k}", multiply, factors[rm * BLOCK + k],
                         mantissas[lane][k], FACTOR_BITS, 8, lane))
-                    low.append(product[:FIELD_BITS].as_signed())
-                    high.append(product[FIELD_BITS:].as_signed())
+                    low.append(product[:SHARED_FIELD_BITS].as_signed())
+                    high.append(product[SHARED_FIELD_BITS:].as_signed())
                 low_sums[rm, lane] = self._tree(register, tree, low, f"low{name}", lane)
                 # A low field below 0 has borrowed from the high one.
                 borrows = [field[-1] for field in low]
@@ -256,7 +269,8 @@ class DotArray(wiring.Component):
                              f"lane_shift{lane}", lane) for lane in range(lanes)]
 
         # Magnitudes follow from the formats; every operand, -128 and an empty scale included, fits.
-        block_bits = (BLOCK * 128 * 12).bit_length() + 1
+        largest = max(int(abs(f.integers).max()) for f in packed_formats)
+        block_bits = (BLOCK * 128 * largest).bit_length() + 1
         plain_bits = (BLOCK * 128 * 128).bit_length() + 1
         scaled_bits = block_bits + SIGNIFICAND_BITS
         coarse_bits = 3
@@ -274,13 +288,13 @@ class DotArray(wiring.Component):
                     f"scale{name}", scale, block, Cat(significands[row], C(0, 1)).as_signed(),
                     block_bits, SIGNIFICAND_BITS + 1, lane))
                 if row < multiplier_rows:  # entry of an 8-bit format
-                    full = (high_sums[row, lane] << FIELD_BITS) + low_sums[row, lane]
+                    full = (high_sums[row, lane] << SHARED_FIELD_BITS) + low_sums[row, lane]
                     plain = delay(scale, shift - 1, full[:plain_bits].as_signed(), f"plain{name}",
                                   lane)
                     value = Mux(packed, scaled, plain)
                 else:
                     value = scaled
-                amount = register(shift - 1, range(self.MAX_SHIFT + 1),
+                amount = register(shift - 1, range(self.max_shift + 1),
                                   row_shifts[row] + lane_shifts[lane], f"amount{name}", lane)
                 fine = register(shift, signed(shifted_bits), value << amount[:coarse_bits],
                                 f"fine{name}", lane)
@@ -311,11 +325,6 @@ class DotArray(wiring.Component):
         low, high = value & self.i_valid, value | ~self.i_valid
         return [register(0, 1, low, f"{name}_low"), ~register(0, 1, ~low, f"{name}_low_n"),
                 register(0, 1, high, f"{name}_high"), ~register(0, 1, ~high, f"{name}_high_n")]
-
-    @staticmethod
-    def _is(format_, predicate):
-        """Return whether the format code is that of a format for which ``predicate`` holds."""
-        return Cat(format_ == f.code for f in FORMATS.values() if predicate(f)).any()
 
     @staticmethod
     def _tree(register, stage, terms, name, lane, carries=()):

@@ -7,7 +7,6 @@ from amaranth.utils import exact_log2
 
 from moeaccel.commands import ENTRY_BYTES, LAYER, SUBMISSION, Activation, LayerKind, Opcode
 from moeaccel.config import BLOCK, TOP_K_MAX, AcceleratorConfig
-from moeaccel.formats import FORMATS
 from moeaccel.hdl.layouts import entry_fields
 
 __all__ = ["GRID_EXPONENT_RANGE", "FieldChecks"]
@@ -98,7 +97,7 @@ class FieldChecks(wiring.Component):
 
         return {
             "kind": [entry["kind"] != Mux(gemm, LayerKind.LINEAR, LayerKind.EXPERTS)],
-            "format": [unknown("format", [f.code for f in FORMATS.values()])],
+            "format": [unknown("format", [f.code for f in config.weight_formats])],
             "planes": [unknown("planes", (1, 2))],
             "activation": [unknown("activation", Activation)],
             "num_experts": [*_outside(entry["num_experts"], 1, config.max_experts),

@@ -7,7 +7,6 @@ from amaranth.utils import exact_log2
 
 from moeaccel.commands import ENTRY_BYTES, LAYER, SUBMISSION
 from moeaccel.config import BLOCK, AcceleratorConfig
-from moeaccel.formats import FORMATS
 from moeaccel.hdl import layouts
 from moeaccel.image import Section
 
@@ -78,7 +77,7 @@ class JobSizes(wiring.Component):
         config = self._config
         constants = {
             f.code: Section(f, 2 * BLOCK, BLOCK, config.row_multipliers, config.channels)
-            for f in FORMATS.values()}
+            for f in config.weight_formats}
         left = []
         results = []
         for i, (rows, steps) in enumerate(sections):
@@ -136,7 +135,7 @@ class JobSizes(wiring.Component):
         words_log2 = exact_log2(config.word_bytes) - _UNIT
         most_words = 2 * max(
             Section(f, 2 * config.max_dim, config.max_dim, config.row_multipliers,
-                    config.channels).words for f in FORMATS.values())
+                    config.channels).words for f in config.weight_formats)
         most_image = ((config.max_experts - 1 << 32) >> _UNIT) + (most_words << words_log2)
         left_out, left_k, left_experts = (
             Signal.like(value, name=f"left_{name}")

@@ -1,6 +1,8 @@
 """Payloads that travel between blocks; every width follows from the configuration."""
 
-from amaranth.hdl import Mux, Value, signed, unsigned
+from collections.abc import Iterable
+
+from amaranth.hdl import Cat, Mux, Value, signed, unsigned
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import ceil_log2, exact_log2
@@ -8,12 +10,10 @@ from amaranth.utils import ceil_log2, exact_log2
 from moeaccel.arithmetic import ELEMENT_BITS, MANTISSA_BITS
 from moeaccel.commands import COUNT_MAX, Field, NonFinite
 from moeaccel.config import BLOCK, AcceleratorConfig
+from moeaccel.formats import WeightFormat
 
 EXPONENT_BITS = 12
 """Signed exponents of internal and block floats: no product of the chain leaves this range."""
-
-FORMAT_BITS = 2
-"""Weight format codes (moeaccel.formats)."""
 
 
 def internal_float() -> data.StructLayout:
@@ -57,6 +57,16 @@ def row_bits(config: AcceleratorConfig) -> int:
 def channel_name(name: str, channel: int) -> str:
     """Return a member's name for a channel: channel 0 has the plain one, 1 a 1 behind it."""
     return f"{name}{channel}" if channel else name
+
+
+def is_format(code: Value, formats: Iterable[WeightFormat]) -> Value:
+    """Return whether the code is that of one of some formats."""
+    return Cat(code == f.code for f in formats).any()
+
+
+def is_packed(config: AcceleratorConfig, code: Value) -> Value:
+    """Return whether two rows share a multiplier in the format of that code."""
+    return is_format(code, [f for f in config.weight_formats if f.packed])
 
 
 def tiles(rows: Value, dealt: int) -> Value:
@@ -139,7 +149,7 @@ def job(config: AcceleratorConfig) -> data.StructLayout:
     address = config.address_bits
     return data.StructLayout({
         "linear": 1,
-        "format": FORMAT_BITS,
+        "format": config.format_bits,
         "two_planes": 1,
         "num_experts": config.max_experts.bit_length(),
         "steps_in": steps_bits(config),
@@ -195,7 +205,7 @@ def entry_fields(structure: tuple[Field, ...], entry: Value) -> dict[str, Value]
 def section(config: AcceleratorConfig) -> data.StructLayout:
     """Return the shape of one section of an image (moeaccel.image.Section)."""
     return data.StructLayout({
-        "format": FORMAT_BITS,
+        "format": config.format_bits,
         "steps": steps_bits(config),
         "tiles": (2 * config.max_dim).bit_length(),
     })

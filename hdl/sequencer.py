@@ -112,7 +112,7 @@ class Sequencer(wiring.Component):
         config = self._config
         job = self.i_job
         lanes = config.token_lanes
-        packed = job.format != 0
+        packed = layouts.is_packed(config, job.format)
         rows = {"gate_up": job.steps_hidden << 6, "down": job.steps_out << 5}
         tiles = {
             name: Mux(packed, layouts.tiles(value, config.rows * config.channels),

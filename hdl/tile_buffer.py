@@ -5,12 +5,10 @@ from amaranth.lib import data, fifo, memory, stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from moeaccel.config import AcceleratorConfig
-from moeaccel.formats import FORMATS, SIGNIFICAND_BITS
+from moeaccel.formats import SHIFT_BITS, SIGNIFICAND_BITS
 from moeaccel.hdl import layouts
 
 __all__ = ["TileBuffer", "scale_layout"]
-
-SHIFT_BITS = 5
 
 
 def scale_layout(config):
@@ -151,12 +149,13 @@ class TileBuffer(wiring.Component):
         # row. A word is used up when its position wraps; until then it is shifted, so that what is
         # needed next is at its low end.
         packed, real_scale = Signal(), Signal()
-        group_last = Signal(2)  # steps_per_group - 1
+        formats = config.weight_formats
+        group_last = Signal(range(max(f.steps_per_group for f in formats)))  # steps_per_group - 1
         # Down to 0 and to 1; that they are there is known from registers.
         steps_last, steps_left = (Signal(layouts.steps_bits(config)) for _ in range(2))
         tiles_left = Signal(self.i_section.p.tiles.shape())
         one_step, tile_end, tiles_end = Signal(), Signal(), Signal()
-        group_step = Signal(2)
+        group_step = Signal.like(group_last)
         row_position, scale_position = Signal(4), Signal(5)
         row_stride, scale_stride = Signal(2), Signal(3)
         row_next, scale_next, weight_next = Signal(), Signal(), Signal()  # one of them
@@ -213,7 +212,7 @@ class TileBuffer(wiring.Component):
                 row_next.eq(1), scale_next.eq(1), weight_next.eq(0),
             ]
             with m.Switch(waiting.format):
-                for fmt in FORMATS.values():
+                for fmt in formats:
                     with m.Case(fmt.code):
                         entry_bytes = (2 if fmt.packed else 1) * fmt.scale_bits // 8
                         m.d.sync += [

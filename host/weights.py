@@ -18,7 +18,9 @@ import numpy as np
 
 from moeaccel.commands import LAYER, Activation, LayerKind, encode
 from moeaccel.config import PRESETS
+from moeaccel.errors import FormatError
 from moeaccel.formats import (
+    WeightFormat,
     check_dims,
     check_matrix,
     quantise,
@@ -153,7 +155,7 @@ def load_linear(device: Device, weight: Tensor, *, weight_format: str, activatio
                 grid_exponent: int | None, x_rms: float) -> Linear:
     """Quantise the matrix of a linear layer and put it into a device's memory."""
     d_out, d_in = shape_of("weight", weight, "N", "K")
-    fmt = find_format(weight_format)
+    fmt = _check_format(device, weight_format)
     planes = _check_options("silu", activation_bits, grid_exponent, x_rms)
     _check_limits(device, 1, d_in=d_in, d_out=d_out)
     config = device.config
@@ -183,7 +185,7 @@ def load_linear(device: Device, weight: Tensor, *, weight_format: str, activatio
 def _load_experts(device: Device, experts: Iterable[_Measured], count: int, d_model: int,
                   d_expert: int, *, format_name: str, activation: str, activation_bits: int,
                   grid_exponent: int | None, x_rms: float, progress: Progress | None) -> Experts:
-    fmt = find_format(format_name)
+    fmt = _check_format(device, format_name)
     planes = _check_options(activation, activation_bits, grid_exponent, x_rms)
     _check_limits(device, count, d_model=d_model, d_expert=d_expert)
     config = device.config
@@ -225,6 +227,19 @@ def _report(errors: WeightErrors) -> WeightReport:
     if report.warning:
         logger.warning("%s", report.warning)
     return report
+
+
+def _check_format(device: Device, name: str) -> WeightFormat:
+    """Return the format of that name, which the device must have."""
+    fmt = find_format(name)
+    config = device.config
+    if fmt not in config.weight_formats:
+        having = [c.name for c in PRESETS.values() if fmt in c.weight_formats]
+        raise FormatError(
+            f"weight_format must be one that config {config.name!r} has, "
+            f"{', '.join(config.formats)}, not {name!r}; presets with it: "
+            f"{', '.join(having) or 'none'}")
+    return fmt
 
 
 def _check_options(activation: str, activation_bits: int, grid_exponent: int | None,

@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from moeaccel.errors import ConfigurationError
-
-BLOCK = 32
-"""Elements of K in one block (OCP Microscaling): 32 mantissas share one power-of-two exponent."""
+from moeaccel.formats import BLOCK, FORMATS, WeightFormat
 
 ACTIVATION_SHIFT_MAX = 11
 """Largest block shift of an activation: 10 below the token's largest, plus one for a raised
@@ -62,6 +60,9 @@ class AcceleratorConfig:
         / 4``.
     address_bits : :class:`int`
         Width of an address in a channel's memory; with the channel's number above it, 16 to 64.
+    formats : tuple of str
+        Weight formats that the hardware reads, all of :data:`moeaccel.formats.FORMATS` when left
+        out.
 
     Raises
     ------
@@ -83,6 +84,7 @@ class AcceleratorConfig:
     tile_words: int = 64
     quantiser_lanes: int = 2
     address_bits: int = 40
+    formats: tuple[str, ...] = field(default_factory=lambda: tuple(FORMATS))
 
     def __post_init__(self) -> None:
         def require(field: str, ok: bool, what: str) -> None:
@@ -127,6 +129,16 @@ class AcceleratorConfig:
             and self.device_address_bits <= 64,
             f"from 16 to {64 - self.channels.bit_length() + 1}",
         )
+        require(
+            "formats",
+            isinstance(self.formats, tuple)
+            and bool(self.formats)
+            and len(set(self.formats)) == len(self.formats)
+            and all(name in FORMATS for name in self.formats),
+            f"a tuple of different ones of {', '.join(FORMATS)}",
+        )
+        require("formats", any(f.packed for f in self.weight_formats),
+                "with a 4-bit format among them: an array joins the rows of two")
 
     def replace(self, **changes: object) -> AcceleratorConfig:
         """Return this configuration with some fields changed."""
@@ -168,6 +180,17 @@ class AcceleratorConfig:
         """Memory beats of one array word (1 when the port is wider than a word)."""
         return max(1, self.word_bytes // self.port_bytes)
 
+    # -- formats
+    @property
+    def weight_formats(self) -> tuple[WeightFormat, ...]:
+        """The formats that the hardware reads, in the order of their codes."""
+        return tuple(f for f in FORMATS.values() if f.name in self.formats)
+
+    @property
+    def format_bits(self) -> int:
+        """Bits of a format's code in the hardware."""
+        return max(1, *(f.code.bit_length() for f in self.weight_formats))
+
     # -- addresses
     @property
     def device_address_bits(self) -> int:
@@ -183,12 +206,9 @@ class AcceleratorConfig:
     def accumulator_bits(self) -> int:
         """Bits of one plane's accumulator, sign included (DESIGN section 3: at most 53 and a
         sign)."""
-        from moeaccel.formats import FORMATS
-
         growth = (self.max_steps - 1).bit_length()
-        return (
-            1 + growth + ACTIVATION_SHIFT_MAX + max(f.scaled_block_bits for f in FORMATS.values())
-        )
+        block_bits = max(f.scaled_block_bits for f in self.weight_formats)
+        return 1 + growth + ACTIVATION_SHIFT_MAX + block_bits
 
     @property
     def joined_bits(self) -> int:
@@ -197,9 +217,15 @@ class AcceleratorConfig:
 
     @property
     def digest(self) -> int:
-        """32-bit digest of every field: the CONFIG_HASH register."""
+        """32-bit digest of all that the hardware depends on: the CONFIG_HASH register.
+
+        Every field but the name, and what the formats mean.
+        """
         fields = dataclasses.asdict(self)
         del fields["name"]
+        fields["formats"] = [
+            {a.name: getattr(f, a.name) for a in dataclasses.fields(WeightFormat)}
+            for f in self.weight_formats]
         return zlib.crc32(json.dumps(fields, sort_keys=True).encode())
 
 

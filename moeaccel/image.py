@@ -43,8 +43,6 @@ from moeaccel.formats import (
     QuantisedMatrix,
     WeightFormat,
     check_dims,
-    decode_integers,
-    encode_integers,
     quantise,
     weight_format,
     whole_blocks,
@@ -298,7 +296,7 @@ def pack_section(matrix: QuantisedMatrix, row_multipliers: int) -> Bytes:
     section = Section(fmt, n, k, row_multipliers)
     tiles, steps, tile_rows = section.tiles, section.steps, section.tile_rows
     codes = (
-        encode_integers(fmt, matrix.integers)
+        fmt.encode(matrix.integers)
         .reshape(tiles, tile_rows, steps, BLOCK)
         .transpose(0, 2, 1, 3)
     )
@@ -366,7 +364,7 @@ def _unpack_part(words: Bytes, section: Section) -> QuantisedMatrix:
     if fmt.packed:
         codes = np.stack([codes & 15, codes >> 4], axis=3).astype(np.uint8)
     codes = codes.reshape(tiles, section.steps, tile_rows, BLOCK).transpose(0, 2, 1, 3)
-    integers = decode_integers(fmt, np.ascontiguousarray(codes).reshape(-1, section.k))
+    integers = fmt.decode(np.ascontiguousarray(codes).reshape(-1, section.k))
     return QuantisedMatrix(
         fmt,
         integers,

@@ -35,7 +35,7 @@ from moeaccel.commands import (
 )
 from moeaccel.config import BLOCK, TOP_K_MAX, AcceleratorConfig
 from moeaccel.cycles import expert_cycles, linear_cycles
-from moeaccel.formats import FORMATS, QuantisedMatrix, WeightFormat
+from moeaccel.formats import QuantisedMatrix, WeightFormat
 from moeaccel.golden import DeviceResult, experts, gemm
 from moeaccel.host.errors import DeviceClosed, InvalidOption, UploadError
 from moeaccel.host.options import whole
@@ -51,7 +51,6 @@ logger = logging.getLogger(__name__)
 _PAGE_BITS = 12
 _COUNTER_BITS = 48
 _BY_ADDRESS = {register.address: register for register in REGISTERS.values()}
-_FORMAT_BY_CODE = {fmt.code: fmt for fmt in FORMATS.values()}
 _COMPLETION_IRQ, _RESET_IRQ = 1, 2
 _PHASE = -1  # kept among the registers, at no address, so that it changes with the ring's indices
 # Python 3.11's mmap does not name this flag.
@@ -473,10 +472,11 @@ class GoldenTransport(Transport):
         def dim(name: str) -> bool:
             return 0 < values[name] <= config.max_dim and values[name] % BLOCK == 0
 
+        formats = {f.code: f for f in config.weight_formats}
         kind = LayerKind.LINEAR if linear else LayerKind.EXPERTS
         ok = {
             "kind": values["kind"] == kind,
-            "format": values["format"] in _FORMAT_BY_CODE,
+            "format": values["format"] in formats,
             "planes": values["planes"] in (1, 2),
             "activation": values["activation"] in list(Activation),
             "num_experts": 1 <= values["num_experts"] <= (1 if linear else config.max_experts),
@@ -491,7 +491,7 @@ class GoldenTransport(Transport):
         for field in LAYER:
             if not ok[field.name]:
                 raise _Fault(Status.BAD_LAYER, detail=field.word)
-        fmt = _FORMAT_BY_CODE[values["format"]]
+        fmt = formats[values["format"]]
         array = config.row_multipliers, config.channels
         down = Section(fmt, values["d_out"], values["d_expert"], *array)
         gate_up = Section(fmt, 2 * values["d_expert"], values["d_in"], *array)

@@ -347,8 +347,9 @@ BAD_SUBMISSIONS = [
       for value in (1, 0x20, 0x4020, 1 << TINY.address_bits, 1 << 63)),
     ({"y_address": 1, "x_address": 8, "workspace_address": 4}, "x_address"),  # the first one
 ]
+NO_FORMAT = max(f.code for f in FORMATS.values()) + 1
 BAD_LAYERS = [
-    ({"kind": 1}, "kind"), ({"kind": 2}, "kind"), ({"format": len(FORMATS)}, "format"),
+    ({"kind": 1}, "kind"), ({"kind": 2}, "kind"), ({"format": NO_FORMAT}, "format"),
     ({"format": 0x81}, "format"), ({"planes": 0}, "planes"), ({"planes": 3}, "planes"),
     ({"activation": 1}, "activation"), ({"num_experts": 0}, "num_experts"),
     ({"num_experts": TINY.max_experts + 1}, "num_experts"),
@@ -398,6 +399,20 @@ def test_bad_fields_of_layers():
 
     bench.run(testbench)
     assert {name for _, name in BAD_LAYERS} == {f.name for f in LAYER}
+
+
+def test_a_format_that_the_configuration_lacks():
+    bench = Bench(TINY.replace(formats=("int4_g32", "mxfp4")))
+
+    async def testbench(ctx):
+        for fmt in FORMATS.values():
+            bench.put_layer(format=fmt.code)
+            entry = await bench.run_one(ctx)
+            assert (entry["status"], entry["detail"]) == (
+                (Status.OK, 0) if fmt.name in bench.config.formats
+                else (Status.BAD_LAYER, word_of(LAYER, "format"))), fmt.name
+
+    bench.run(testbench)
 
 
 def test_limits_are_allowed():

@@ -9,9 +9,9 @@ from amaranth.sim import Simulator
 
 from moeaccel.arithmetic import normalise, quantise_float32
 from moeaccel.config import ACTIVATION_SHIFT_MAX, BLOCK, PRESETS
-from moeaccel.formats import FORMATS, encode_integers, quantise
+from moeaccel.formats import FORMATS, SHARED_FIELD_BITS, quantise
 from moeaccel.golden.experts import matvec
-from moeaccel.hdl.dot_array import FIELD_BITS, DotArray
+from moeaccel.hdl.dot_array import DotArray
 
 TINY = PRESETS["tiny"]
 SHAPES = {
@@ -34,12 +34,9 @@ class Step:
     def random(cls, rng, config, fmt, *, extreme=None, first, last):
         """Draw a step; ``extreme`` picks the largest magnitudes that close the accumulator."""
         rows, lanes = fmt.rows(config.row_multipliers), config.token_lanes
-        low, high = {"mxint8": (-127, 127), "mxfp4": (-12, 12)}.get(fmt.name, (-8, 7))
-        if fmt.name == "mxfp4":
-            grid = np.array([0, 1, 2, 3, 4, 6, 8, 12])
-            weights = rng.choice(np.concatenate([grid, -grid]), (rows, BLOCK))
-        else:
-            weights = rng.integers(low, high + 1, (rows, BLOCK))
+        low, high = fmt.low, fmt.high
+        weights = rng.choice(fmt.integers[(fmt.integers >= low) & (fmt.integers <= high)],
+                             (rows, BLOCK))
         significand = rng.integers(0, 2048, rows) if fmt.real_scale else np.ones(rows, int)
         row_shift = rng.integers(0, fmt.max_shift + 1, rows)
         mantissas = rng.integers(-128, 128, (lanes, BLOCK))
@@ -63,7 +60,7 @@ class Step:
 
     def inputs(self):
         """Return the step as port values: codes, scales, lanes."""
-        codes = encode_integers(self.fmt, self.weights.astype(np.int8))
+        codes = self.fmt.encode(self.weights.astype(np.int8))
         if self.fmt.packed:
             codes = codes[0::2] | codes[1::2] << 4
         lanes = 0
@@ -237,12 +234,12 @@ def test_packing_is_exact_for_every_operand():
     """All pairs of weights in [-12, 12] with all mantissas: the fields are separate."""
     weights, mantissas = np.arange(-12, 13), np.arange(-128, 128)
     w0, w1, x = np.meshgrid(weights, weights, mantissas, indexing="ij")
-    product = ((w1 << FIELD_BITS) + w0) * x
-    half = 1 << FIELD_BITS - 1
+    product = ((w1 << SHARED_FIELD_BITS) + w0) * x
+    half = 1 << SHARED_FIELD_BITS - 1
     low = ((product + half) & (2 * half - 1)) - half
     assert np.array_equal(low, w0 * x)
-    assert np.array_equal((product - low) >> FIELD_BITS, w1 * x)
-    assert abs((w1 << FIELD_BITS) + w0).max() < 1 << 16  # FACTOR_BITS
+    assert np.array_equal((product - low) >> SHARED_FIELD_BITS, w1 * x)
+    assert abs((w1 << SHARED_FIELD_BITS) + w0).max() < 1 << 16  # FACTOR_BITS
     assert abs(product).max() < 1 << 23  # PRODUCT_BITS
 
 
@@ -250,9 +247,7 @@ def test_packing_is_exact_for_every_operand():
 def test_every_packed_pair_in_the_array(name):
     """All code pairs pass through the RTL's decoder, packing and splitting."""
     fmt, rng = FORMATS[name], np.random.default_rng(4)
-    grid = [0, 1, 2, 3, 4, 6, 8, 12]
-    values = [*grid, *(-value for value in grid)] if name == "mxfp4" else range(-8, 8)
-    pairs = np.array([(a, b) for a in values for b in values]).reshape(-1, BLOCK, 2)
+    pairs = np.array([(a, b) for a in fmt.integers for b in fmt.integers]).reshape(-1, BLOCK, 2)
     steps = []
     for i in range(0, len(pairs), 2):
         weights = np.concatenate([pairs[i].T, pairs[i + 1].T[::-1]])

@@ -7,7 +7,7 @@ from amaranth.back import verilog
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
-from moeaccel.hdl.dot_array import FIELD_BITS
+from moeaccel.formats import SHARED_FIELD_BITS
 from moeaccel.hdl.dsp_models import DSP_MODELS
 from moeaccel.hdl.multiplier import FAMILIES, Multiplier
 from moeaccel.sim.errors import BuildError
@@ -84,10 +84,10 @@ def test_products_with_random_enables(families):
 
 
 def split(product):
-    """Return (w0 * x, w1 * x) of ((w1 << FIELD_BITS) + w0) * x, as DotArray splits it."""
-    half = 1 << FIELD_BITS - 1
+    """Return (w0 * x, w1 * x) of ((w1 << SHARED_FIELD_BITS) + w0) * x, as DotArray splits it."""
+    half = 1 << SHARED_FIELD_BITS - 1
     low = ((product + half) & (2 * half - 1)) - half
-    return low, (product - low) >> FIELD_BITS
+    return low, (product - low) >> SHARED_FIELD_BITS
 
 
 def test_packing_of_every_pair_in_every_family(families):
@@ -99,7 +99,7 @@ def test_packing_of_every_pair_in_every_family(families):
     """
     w1, w0, x = (axis.reshape(-1) for axis in np.meshgrid(
         np.arange(-16, 16), np.arange(-16, 16), np.arange(-128, 128), indexing="ij"))
-    found = run(families, len(x), i_wide=(w1 << FIELD_BITS) + w0, i_narrow=x)
+    found = run(families, len(x), i_wide=(w1 << SHARED_FIELD_BITS) + w0, i_narrow=x)
     del found["o_widest"]
     wrong = (w0 == -16) & (x == -128)
     for name, products in found.items():
@@ -117,7 +117,7 @@ def test_ranges_that_are_exact(what, weights, mantissas):
     """What a format must keep to; zero-point formats in ``a16`` store z - w, not w - z."""
     low, high = (np.arange(least, most + 1) for least, most in (weights, mantissas))
     w1, w0, x = np.meshgrid(low, low, high, indexing="ij")
-    first, second = split(((w1 << FIELD_BITS) + w0) * x)
+    first, second = split(((w1 << SHARED_FIELD_BITS) + w0) * x)
     assert np.array_equal(first, w0 * x), what
     assert np.array_equal(second, w1 * x), what
 

@@ -6,7 +6,7 @@ from amaranth.hdl import Module, Signal
 from amaranth.sim import Simulator
 
 from moeaccel.config import PRESETS
-from moeaccel.formats import FORMATS, QuantisedMatrix, encode_integers
+from moeaccel.formats import FORMATS, QuantisedMatrix
 from moeaccel.hdl.tile_buffer import TileBuffer
 from moeaccel.image import Section, pack_section
 
@@ -18,11 +18,7 @@ LONG = PRESETS["tiny"].replace(max_dim=2880, tile_words=128)
 def random_matrix(rng, fmt, rows, k):
     """Return a matrix with any integers and scales that the format can store."""
     groups = -(-k // fmt.group)
-    if fmt.name == "mxfp4":
-        grid = np.array([0, 1, 2, 3, 4, 6, 8, 12])
-        integers = rng.choice(np.concatenate([grid, -grid]), (rows, k))
-    else:
-        integers = rng.integers(-fmt.max_integer, fmt.max_integer, (rows, k))
+    integers = rng.choice(fmt.integers, (rows, k))
     significand = (rng.integers(0, 2048, (rows, groups)) if fmt.real_scale
                    else np.ones((rows, groups)))
     return QuantisedMatrix(
@@ -47,7 +43,7 @@ class Case:
         """Return the (codes, scales) that the array must see."""
         matrix, fmt = self.matrix, self.fmt
         rows = slice(tile * self.rows, (tile + 1) * self.rows)
-        codes = encode_integers(fmt, matrix.integers[rows, 32 * step:32 * step + 32])
+        codes = fmt.encode(matrix.integers[rows, 32 * step:32 * step + 32])
         if fmt.packed:
             codes = codes[0::2] | codes[1::2] << 4
         group = step // fmt.steps_per_group

@@ -236,3 +236,13 @@ def test_every_value_of_a_format_is_accepted(device):
             expected = golden.experts(x, ids, one, layer, grid_exponent=loaded.grid_exponent)
             assert np.array_equal(loaded(x, ids, one), expected.y)
             assert not expected.overflows
+
+
+def test_a_format_that_the_configuration_lacks_is_refused():
+    config = PRESETS["tiny"].replace(formats=("int4_g32", "mxfp4"))
+    weight = np.ones((32, 32), np.float32)
+    with open_device("golden", config=config) as device:
+        device.load_linear(weight, weight_format="mxfp4")
+        with pytest.raises(FormatError, match="config 'tiny' has, int4_g32, mxfp4, not 'mxint8'; "
+                                              "presets with it: tiny, small"):
+            device.load_linear(weight, weight_format="mxint8")

@@ -1,3 +1,6 @@
+import dataclasses
+import re
+
 import pytest
 
 from moeaccel.config import PRESETS, AcceleratorConfig, preset
@@ -31,10 +34,15 @@ def test_widths_close_at_the_largest_dimension():
         ("quantiser_lanes", 32, "a power of two from 1 to 2"),
         ("tile_words", 4, "a power of two from 16"),
         ("address_bits", 8, "from 16 to 64"),
+        ("formats", (), "a tuple of different ones of mxint8"),
+        ("formats", ("int4_g32", "int4_g32"), "a tuple of different ones of mxint8"),
+        ("formats", ("int5",), "a tuple of different ones of mxint8"),
+        ("formats", ("mxint8",), "with a 4-bit format among them"),
     ],
 )
 def test_bad_field_is_named(field, value, expected):
-    with pytest.raises(ConfigurationError, match=f"{field} must be {expected}.*not {value}"):
+    message = f"{field} must be {expected}.*not {re.escape(repr(value))}"
+    with pytest.raises(ConfigurationError, match=message):
         PRESETS["tiny"].replace(**{field: value})
 
 
@@ -62,9 +70,24 @@ def test_digest_depends_on_every_field_but_the_name():
         "tile_words": 32,
         "quantiser_lanes": 1,
         "address_bits": 32,
+        "formats": ("mxfp4",),
     }
     digests = {config.replace(**{field: value}).digest for field, value in changed.items()}
     assert len(digests) == len(changed) and config.digest not in digests
+
+
+def test_digest_and_widths_depend_on_what_formats_mean(monkeypatch):
+    config = PRESETS["tiny"]
+    digest = config.digest
+    narrow = config.replace(formats=("mxfp4",))
+    assert narrow.accumulator_bits == config.accumulator_bits - 1  # a block of mxfp4 has 31 bits
+    monkeypatch.setitem(FORMATS, "mxfp4", dataclasses.replace(FORMATS["mxfp4"], max_shift=14))
+    assert config.digest != digest
+
+
+def test_codes_beyond_the_first_four_have_room():
+    for config in PRESETS.values():
+        assert max(f.code for f in config.weight_formats) < 1 << config.format_bits
 
 
 def test_a_device_address_has_the_channel_above_the_address():

@@ -1,21 +1,22 @@
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
 from moeaccel import formats
 from moeaccel.errors import FormatError
-from moeaccel.formats import FORMATS
+from moeaccel.formats import FORMATS, int4
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_codes_round_trip(name):
     fmt = FORMATS[name]
     codes = np.arange(1 << fmt.weight_bits, dtype=np.uint8)
-    integers = formats.decode_integers(fmt, codes)
-    assert np.abs(integers.astype(int)).max() <= fmt.max_integer + (
-        name == "mxint8"
-    )  # -128 is decoded, never encoded
-    again = formats.decode_integers(fmt, formats.encode_integers(fmt, integers))
+    integers = fmt.decode(codes)
+    assert np.array_equal(integers, fmt.integers)
+    assert np.abs(fmt.integers).max() <= (15 if fmt.packed else 128)  # every code, legal or not
+    again = fmt.decode(fmt.encode(integers))
     assert (again == integers).all()
 
 
@@ -32,14 +33,15 @@ def test_quantised_weights_are_close(name, blocks, seed, log_scale):
     assert q.significand.min() >= 0 and q.significand.max() <= 2047
     assert (
         q.relative_error(weights)
-        < {"mxint8": 0.012, "int4_g32": 0.13, "int4_g128": 0.16, "mxfp4": 0.17}[name]
+        < {"mxint8": 0.012, "int4_g32": 0.13, "int4_g64": 0.15, "int4_g128": 0.16, "mxfp4": 0.17}[
+            name]
     )
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_exact_values_survive(name):
     q = formats.quantise(np.random.default_rng(0).standard_normal((8, 96)).astype(np.float32), name)
-    if name in ("mxint8", "mxfp4"):  # power-of-two scales: quantising again changes nothing
+    if not FORMATS[name].real_scale:  # power-of-two scales: quantising again changes nothing
         again = formats.quantise(q.dequantise().astype(np.float32), name)
         assert (again.dequantise() == q.dequantise()).all()
 
@@ -79,7 +81,7 @@ def test_short_last_group():
         (
             np.ones((2, 64)),
             "int3",
-            "weight_format must be one of mxint8, int4_g32, int4_g128, mxfp4, not 'int3'",
+            "weight_format must be one of mxint8, int4_g32, int4_g128, mxfp4, int4_g64, not 'int3'",
         ),
         (np.full((2, 64), np.nan), "mxint8", "weights must be finite"),
         (np.ones(64), "mxint8", "weights must be a matrix"),
@@ -88,3 +90,28 @@ def test_short_last_group():
 def test_bad_input_is_named(weights, name, message):
     with pytest.raises(FormatError, match=message):
         formats.quantise(weights, name)
+
+
+@pytest.mark.parametrize(("change", "expected"), [
+    ({"code": 256}, "code of weight format 'int4_g32' must be from 0 to 255, not 256"),
+    ({"weight_bits": 2}, "weight_bits of weight format 'int4_g32' must be 4 or 8, not 2"),
+    ({"group": 16}, "group .* must be a power of two from 32 on, not 16"),
+    ({"group": 96}, "group .* must be a power of two from 32 on, not 96"),
+    ({"weight_bits": 8}, "real_scale .* must be false for 8-bit weights"),
+    ({"high": 8}, "high .* must be an integer of the table"),
+    ({"table": (0, 16) * 8, "low": 0, "high": 16}, "table .* must be of integers up to 15"),
+    ({"table": (0, 1)}, "table .* must be one integer for each code"),
+    ({"max_shift": 7}, "max_shift .* must be such that a scaled block has 32 bits at most, not 7"),
+])
+def test_what_the_array_cannot_hold_is_no_format(change, expected):
+    with pytest.raises(FormatError, match=expected):
+        dataclasses.replace(FORMATS["int4_g32"], **change)
+
+
+def test_a_code_or_name_cannot_be_taken_twice(monkeypatch):
+    for change, what in (({"name": "again"}, r"code .*\[1\] twice"),
+                         ({"code": 77}, r"name .*\['int4_g32'\] twice")):
+        again = dataclasses.replace(FORMATS["int4_g32"], **change)
+        monkeypatch.setattr(int4, "FORMATS", (FORMATS["int4_g32"], again))
+        with pytest.raises(FormatError, match=what):
+            formats._registry()

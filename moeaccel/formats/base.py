@@ -1,0 +1,234 @@
+"""What a weight format is: its attributes, and a matrix in it.
+
+A weight is ``integer * significand * 2**shift * 2**row_exponent``: a small signed integer, a scale
+for each group along K (an 11-bit significand, or 1 in power-of-two formats, and a non-negative
+shift) and one exponent for each row, so that the shifts of a row start at its largest scale minus
+``max_shift``. Groups whose scale lies below that range are coarsened, and counted.
+
+Nothing asks for a format by its name: hardware, image, golden model and driver go by attributes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeaccel.errors import FormatError
+
+BLOCK = 32
+"""Elements of K in one block (OCP Microscaling): 32 mantissas share one power-of-two exponent."""
+
+SIGNIFICAND_BITS = 11
+"""Bits of a real scale's significand."""
+
+SHIFT_BITS = 5
+"""Bits of a scale's shift in hardware."""
+
+SHARED_FIELD_BITS = 12
+"""Bits of the low row's product where two rows share a multiplier: |w x| <= 15 * 128 < 2**11."""
+
+SCALED_BLOCK_BITS = 32
+"""Magnitude bits of a block's scaled sum: with them an accumulator closes at 53 bits and a sign for
+K = 32768."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightFormat(ABC):
+    """How the weights of one format are stored and what they mean.
+
+    A family of formats is a subclass in a file of its own, which says how a tensor becomes one.
+
+    Parameters
+    ----------
+    name, code : :class:`str`, :class:`int`
+        Name for users; number in images, layer descriptors and hardware, 0 to 255.
+    weight_bits : :class:`int`
+        4 (two rows share a multiplier) or 8.
+    group : :class:`int`
+        Weights along K that share a scale, a power of two from 32 on; the last group of a row may
+        be short.
+    real_scale : :class:`bool`
+        A scale is a significand and a shift (16 stored bits: significand in bits 0 to 10, shift in
+        bits 11 to 15), else a power of two (8 stored bits: the shift). Not with 8-bit weights: the
+        array scales 4-bit formats only.
+    low, high : :class:`int`
+        Least and largest integer that a quantised weight may be.
+    table : tuple of int, optional
+        Integer of each stored code; left out: two's complement of ``weight_bits``.
+    max_shift : :class:`int`
+        Largest shift, such that ``scaled_block_bits`` are at most SCALED_BLOCK_BITS.
+
+    Raises
+    ------
+    FormatError
+        If the attributes are not those of a format that the arithmetic and an array can hold.
+    """
+
+    name: str
+    code: int
+    weight_bits: int
+    group: int
+    real_scale: bool
+    low: int
+    high: int
+    max_shift: int
+    table: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        def require(field: str, ok: bool, what: str) -> None:
+            if not ok:
+                raise FormatError(f"{field} of weight format {self.name!r} must be {what}, "
+                                  f"not {getattr(self, field)!r}")
+
+        require("code", 0 <= self.code < 256, "from 0 to 255")
+        require("weight_bits", self.weight_bits in (4, 8), "4 or 8")
+        require("group", self.group >= BLOCK and self.group & (self.group - 1) == 0,
+                f"a power of two from {BLOCK} on")
+        require("real_scale", self.packed or not self.real_scale,
+                "false for 8-bit weights, whose sums the array does not multiply")
+        values = self.integers
+        require("table", len(values) == 1 << self.weight_bits, "one integer for each code")
+        require("low", int(values.min()) <= self.low <= 0, "an integer of the table, at most 0")
+        require("high", 0 <= self.high <= int(values.max()), "an integer of the table, at least 0")
+        largest = 15 if self.packed else 128  # times 128: fits the field of a row, or a byte each
+        require("table", int(np.abs(values).max()) <= largest, f"of integers up to {largest}")
+        require("max_shift", 0 <= self.max_shift < 1 << SHIFT_BITS
+                and self.scaled_block_bits <= SCALED_BLOCK_BITS,
+                f"such that a scaled block has {SCALED_BLOCK_BITS} bits at most")
+
+    # -- what is stored ----------------------------------------------------------------------------
+    @property
+    def packed(self) -> bool:
+        """Whether two rows share one multiplier."""
+        return self.weight_bits == 4
+
+    @property
+    def scale_bits(self) -> int:
+        """Stored bits of a scale."""
+        return 16 if self.real_scale else 8
+
+    @property
+    def steps_per_group(self) -> int:
+        """Blocks of 32 that share a scale."""
+        return self.group // BLOCK
+
+    @property
+    def max_integer(self) -> int:
+        """Largest magnitude of a quantised weight's integer."""
+        return max(-self.low, self.high)
+
+    @property
+    def scaled_block_bits(self) -> int:
+        """Magnitude bits of a block's sum times its scale, before the activation's shift."""
+        scale = (1 << SIGNIFICAND_BITS) - 1 if self.real_scale else 1
+        return (BLOCK * 128 * self.max_integer * scale).bit_length() + self.max_shift
+
+    def rows(self, row_multipliers: int) -> int:
+        """Rows of one tile on an array with that many multiplier rows."""
+        return row_multipliers * (2 if self.packed else 1)
+
+    def bits_per_weight(self) -> float:
+        """Stored bits of a weight, scales included, for K a multiple of the group."""
+        return self.weight_bits + self.scale_bits / self.group
+
+    # -- codes -------------------------------------------------------------------------------------
+    @cached_property
+    def integers(self) -> NDArray[np.int16]:
+        """Integer of each stored code, (2**weight_bits,)."""
+        if self.table is not None:
+            return np.array(self.table, np.int16)
+        codes = np.arange(1 << self.weight_bits, dtype=np.int16)
+        return np.where(codes >> (self.weight_bits - 1), codes - (1 << self.weight_bits), codes)
+
+    def encode(self, integers: NDArray[np.int8]) -> NDArray[np.uint8]:
+        """Return the stored code of each integer."""
+        if self.table is None:
+            return integers.view(np.uint8) & np.uint8((1 << self.weight_bits) - 1)
+        lookup = np.zeros(256, np.uint8)
+        for code in reversed(range(len(self.table))):  # of two codes the lower one: +0
+            lookup[self.table[code] & 255] = code
+        return lookup[integers.view(np.uint8)]
+
+    def decode(self, codes: NDArray[np.uint8]) -> NDArray[np.int8]:
+        """Return the integer of each stored code."""
+        return self.integers.astype(np.int8)[codes]
+
+    # -- how a tensor becomes one ------------------------------------------------------------------
+    @abstractmethod
+    def group_scale(
+        self, amax: NDArray[np.float64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return (significand, exponent) of the scale of groups with these largest magnitudes.
+
+        ``significand * 2**exponent``; the significand is 1 without ``real_scale``, else it has
+        SIGNIFICAND_BITS. What is returned for 0 is not used.
+        """
+
+    @abstractmethod
+    def nearest(self, scaled: NDArray[np.float64]) -> NDArray[np.int8]:
+        """Round weights, divided by their scale, to integers of the format; saturate."""
+
+
+@dataclass(frozen=True)
+class QuantisedMatrix:
+    """A quantised matrix of ``n`` rows and K columns.
+
+    Parameters
+    ----------
+    format : :class:`WeightFormat`
+    integers : int8 array, (n, K)
+        Decoded integers (``mxfp4``: twice the E2M1 value).
+    significand : int16 array, (n, groups)
+        1 in power-of-two formats, else 0 to 2047.
+    shift : int8 array, (n, groups)
+        0 to ``max_shift``.
+    row_exponent : int16 array, (n,)
+    coarsened : :class:`int`
+        Groups whose scale the row's range clamped.
+    """
+
+    format: WeightFormat
+    integers: NDArray[np.int8]
+    significand: NDArray[np.int16]
+    shift: NDArray[np.int8]
+    row_exponent: NDArray[np.int16]
+    coarsened: int
+
+    def __getitem__(self, rows: slice) -> QuantisedMatrix:
+        """Return some rows; ``coarsened`` stays that of the whole."""
+        return replace(
+            self, integers=self.integers[rows], significand=self.significand[rows],
+            shift=self.shift[rows], row_exponent=self.row_exponent[rows])
+
+    def filled(self, rows: int, k: int) -> QuantisedMatrix:
+        """Return the matrix with zeros behind its rows and columns, (rows, k)."""
+        n, columns = self.integers.shape
+        if (n, columns) == (rows, k):
+            return self
+        groups = -(-k // self.format.group)
+        below = [(0, rows - n)]
+        right = [(0, groups - self.significand.shape[1])]
+        return replace(
+            self,
+            integers=np.pad(self.integers, [*below, (0, k - columns)]),
+            significand=np.pad(self.significand, below + right,
+                               constant_values=0 if self.format.real_scale else 1),
+            shift=np.pad(self.shift, below + right),
+            row_exponent=np.pad(self.row_exponent, below))
+
+    def dequantise(self) -> NDArray[np.float64]:
+        """Return the exact weights, (n, K) float64."""
+        scale = np.ldexp(
+            self.significand.astype(np.float64),
+            self.shift.astype(np.int32) + self.row_exponent[:, None].astype(np.int32),
+        )
+        scales = np.repeat(scale, self.format.group, axis=1)[:, : self.integers.shape[1]]
+        return self.integers.astype(np.float64) * scales
+
+    def relative_error(self, weights: NDArray[np.floating]) -> float:
+        """Return the relative Frobenius error against the float weights it came from."""
+        return float(np.linalg.norm(self.dequantise() - weights) / np.linalg.norm(weights))

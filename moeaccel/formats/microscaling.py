@@ -1,0 +1,64 @@
+"""OCP Microscaling v1.0: MXINT8 and MXFP4, power-of-two scales for blocks of 32.
+
+A block's scale is ``2**(floor(log2 amax) - emax)`` (OCP Microscaling Formats specification v1.0,
+section 6.3), here with -127 as the least ``mxint8`` integer, so that negation loses nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeaccel.formats.base import BLOCK, WeightFormat
+
+__all__ = ["FORMATS"]
+
+_E2M1_DOUBLED = (0, 1, 2, 3, 4, 6, 8, 12)
+"""Twice the magnitudes of FP4 E2M1 by code: integers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Microscaled(WeightFormat):
+    """A format of OCP Microscaling.
+
+    Parameters
+    ----------
+    unit_exponent : :class:`int`
+        An integer of the format is worth ``2**unit_exponent`` where the largest weight of its block
+        has the leading bit 1.
+    """
+
+    unit_exponent: int
+
+    def group_scale(
+        self, amax: NDArray[np.float64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        floor_log2 = np.frexp(amax)[1].astype(np.int64) - 1
+        return np.ones(amax.shape, np.int64), floor_log2 + self.unit_exponent
+
+    def nearest(self, scaled: NDArray[np.float64]) -> NDArray[np.int8]:
+        if self.table is None:
+            return np.clip(np.rint(scaled), self.low, self.high).astype(np.int8)
+        positive = np.array(self.table[: len(self.table) // 2])
+        magnitude = np.abs(scaled)
+        # Midpoints between neighbours; a tie goes to the even code: below at even lower codes,
+        # above at odd ones.
+        code = np.zeros(scaled.shape, np.int8)
+        for lower, (a, b) in enumerate(pairwise(positive)):
+            middle = (float(a) + float(b)) / 2
+            code += (magnitude > middle) if lower % 2 == 0 else (magnitude >= middle)
+        return np.where(scaled < 0, -positive[code], positive[code]).astype(np.int8)
+
+
+FORMATS = (
+    # Seven bits behind the leading one; an integer's unit is 2**-6 of it.
+    Microscaled(name="mxint8", code=0, weight_bits=8, group=BLOCK, real_scale=False, low=-127,
+                high=127, max_shift=13, unit_exponent=-6),
+    # E2M1: emax 2, and integers are doubled. The high bit of a code is its sign.
+    Microscaled(name="mxfp4", code=3, weight_bits=4, group=BLOCK, real_scale=False, low=-12,
+                high=12, max_shift=15, unit_exponent=-3,
+                table=(*_E2M1_DOUBLED, *(-value for value in _E2M1_DOUBLED))),
+)
