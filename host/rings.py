@@ -134,7 +134,7 @@ class CommandRings:
             completion = Completion(**values)
             logger.debug("complete tag %d, status %d, %d cycles", completion.tag,
                          completion.status, completion.cycles)
-            if not written:  # the device cannot report an error of this very write
+            if not written:  # acknowledged, but not in memory
                 logger.warning("completion %d was not written, and is lost", self._head)
             elif completion.tag in self._in_flight:
                 self._in_flight.remove(completion.tag)
