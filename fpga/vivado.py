@@ -85,19 +85,23 @@ def _wrapper(config: AcceleratorConfig) -> str:
 
     ports = [
         info("xilinx.com:signal:clock:1.0 aclk CLK",
-             f"XIL_INTERFACENAME aclk, ASSOCIATED_BUSIF {buses}, ASSOCIATED_RESET aresetn"),
+             f"XIL_INTERFACENAME aclk, ASSOCIATED_BUSIF {buses}, "
+             "ASSOCIATED_RESET aresetn:mem_aresetn"),
         "  input aclk,\n",
         info("xilinx.com:signal:reset:1.0 aresetn RST",
              "XIL_INTERFACENAME aresetn, POLARITY ACTIVE_LOW"),
         "  input aresetn,\n",
+        info("xilinx.com:signal:reset:1.0 mem_aresetn RST",
+             "XIL_INTERFACENAME mem_aresetn, POLARITY ACTIVE_LOW"),
+        "  input mem_aresetn,\n",
         info("xilinx.com:signal:clock:1.0 irq_clk CLK", "XIL_INTERFACENAME irq_clk"),
         "  input irq_clk,\n",
         "  output irq",
     ]
     ports = ["".join(ports)]
-    connections = [".clk(aclk)", ".rst(reset)", ".irq(level)"]
+    connections = [".clk(aclk)", ".rst(reset)", ".mem_rst(mem_reset)", ".irq(level)"]
     connections += [f".{name}()" for name, member in inner.items()
-                    if member.is_port and name != "irq"]
+                    if member.is_port and name not in ("irq", "mem_rst")]
     lines = []
     outside = {"axil": ("s_axil", "AXI4LITE, ADDR_WIDTH 12, DATA_WIDTH 32")}
     protocol = ", ".join([
@@ -140,9 +144,10 @@ def _wrapper(config: AcceleratorConfig) -> str:
         f"module {WRAPPER} (",
         ",\n".join(ports),
         ");",
-        "  // The accelerator's reset is synchronous and high.",
-        "  reg reset = 1'b1;",
+        "  // The accelerator's resets are synchronous and high; mem_reset: the memory's, too.",
+        "  reg reset = 1'b1, mem_reset = 1'b1;",
         "  always @(posedge aclk) reset <= ~aresetn;",
+        "  always @(posedge aclk) mem_reset <= ~mem_aresetn;",
         "  // The interrupt is a level; XDMA wants it in its own clock.",
         "  wire level;",
         "  (* ASYNC_REG = \"TRUE\" *) reg [1:0] irq_sync = 2'b00;",
@@ -249,7 +254,8 @@ create_bd_port -dir I -type rst pcie_perst_n
 set_property CONFIG.POLARITY ACTIVE_LOW [get_bd_ports pcie_perst_n]
 create_bd_port -dir O hbm_cattrip
 
-# PCIe: DMA channel 0 both ways, registers behind BAR 0, one user interrupt.
+# PCIe: DMA channel 0 both ways, registers behind BAR 0, one user interrupt; a processing
+# accelerator (class 0x12; a serial driver claims the default, 0x07).
 ip util_ds_buf pcie_clock {CONFIG.C_BUF_TYPE IBUFDSGTE}
 ip xdma xdma {
   CONFIG.mode_selection Advanced
@@ -266,6 +272,10 @@ ip xdma xdma {
   CONFIG.xdma_rnum_chnl 1
   CONFIG.xdma_wnum_chnl 1
   CONFIG.xdma_num_usr_irq 1
+  CONFIG.pf0_Use_Class_Code_Lookup_Assistant false
+  CONFIG.pf0_class_code_base 12
+  CONFIG.pf0_class_code_sub 00
+  CONFIG.pf0_class_code_interface 00
   CONFIG.cfg_mgmt_if false
 }
 connect_bd_intf_net $pcie_refclk [get_bd_intf_pins pcie_clock/CLK_IN_D]
@@ -286,16 +296,19 @@ connect_bd_intf_net $sysclk [get_bd_intf_pins sysclk_in/CLK_IN_D]
 net sysclk_in/IBUF_OUT sysclk_global/BUFG_I
 net sysclk_global/BUFG_O clocks/clk_in1
 
-# Resets. Those of the HBM come at power-on only (PG276: not once traffic has begun).
+# Resets. Those of the HBM, and of the ways from the accelerator to it, come at power-on only
+# (PG276: not once traffic has begun). The accelerator's comes with the PCIe link's as well: it
+# completes its bursts and swallows late answers, so the HBM need not know.
 foreach {cell clock} {
-  core_reset clocks/clk_out1 hbm_reset clocks/clk_out2 apb_reset sysclk_global/BUFG_O
+  core_reset clocks/clk_out1 memory_reset clocks/clk_out1
+  hbm_reset clocks/clk_out2 apb_reset sysclk_global/BUFG_O
 } {
   ip proc_sys_reset $cell {CONFIG.C_EXT_RESET_HIGH 0}
   net $clock $cell/slowest_sync_clk
   net clocks/locked $cell/dcm_locked
 }
 net xdma/axi_aresetn core_reset/ext_reset_in
-net clocks/locked hbm_reset/ext_reset_in apb_reset/ext_reset_in
+net clocks/locked memory_reset/ext_reset_in hbm_reset/ext_reset_in apb_reset/ext_reset_in
 
 # HBM: @STACKS@ of 2 stacks; one port for each channel.
 set hbm_properties [list \\
@@ -323,6 +336,7 @@ foreach number $hbm_ports {
 create_bd_cell -type module -reference @WRAPPER@ accelerator
 net clocks/clk_out1 accelerator/aclk
 net core_reset/peripheral_aresetn accelerator/aresetn
+net memory_reset/peripheral_aresetn accelerator/mem_aresetn
 net xdma/axi_aclk accelerator/irq_clk
 net accelerator/irq xdma/usr_irq_req
 ip smartconnect registers {CONFIG.NUM_SI 1 CONFIG.NUM_MI 1 CONFIG.NUM_CLKS 2}
@@ -341,7 +355,7 @@ foreach master $masters number $hbm_ports {
     CONFIG.NUM_CLKS [expr {2 + $host}]]
   net clocks/clk_out1 $cell/aclk
   net clocks/clk_out2 $cell/aclk1
-  net core_reset/interconnect_aresetn $cell/aresetn
+  net memory_reset/interconnect_aresetn $cell/aresetn
   bus accelerator/m_$master $cell/S00_AXI
   bus $cell/M00_AXI hbm/SAXI_$number
   if {$host} {

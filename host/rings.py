@@ -251,7 +251,7 @@ class CommandRings:
         if command is None:
             if written:
                 logger.warning("completion with unknown tag %d dropped", completion.tag)
-            else:  # the device cannot report an error of this very write
+            else:  # acknowledged, but not in memory
                 logger.warning("completion %d was not written, and is lost", number % self.entries)
             self._taken = number + 1
             return None

@@ -113,6 +113,26 @@ def test_the_script(count, address_bits):
         [(c * each + i) << 29 for i in range(each)] for c in range(count)]
 
 
+def test_resets_and_class():
+    """Only power-on resets what lies between accelerator and HBM; no other driver claims it."""
+    calls = run_script(vivado.vivado_files(TINY)["build_u55c.tcl"])
+    driver = {call[2]: call[1] for call in calls if call[0] == "connect_bd_net"}
+    resets = {pin: source.split("/")[0] for pin, source in driver.items() if "reset" in pin.lower()}
+    power_on = {cell for cell in ("memory_reset", "hbm_reset", "apb_reset")
+                if driver[f"{cell}/ext_reset_in"] == "clocks/locked"}
+    assert len(power_on) == 3
+    assert driver["core_reset/ext_reset_in"] == "xdma/axi_aresetn"
+    assert resets["accelerator/aresetn"] == "core_reset"
+    for pin in ("accelerator/mem_aresetn", "memory_00/aresetn", "hbm/AXI_00_ARESET_N",
+                "hbm/APB_0_PRESET_N"):
+        assert resets[pin] in power_on, pin
+    words = next(call[2].replace("{", "").replace("}", "").split() for call in calls
+                 if call[0] == "set_property" and call[-1] == "xdma")
+    properties = dict(zip(words[::2], words[1::2], strict=True))
+    assert [properties[f"CONFIG.pf0_class_code_{part}"] for part in ("base", "sub", "interface")] \
+        == ["12", "00", "00"]
+
+
 def test_the_wrapper_and_the_accelerator_lint(tmp_path):
     files = emitted("xilinx")
     text = vivado.vivado_files(TINY)[f"{vivado.WRAPPER}.v"]

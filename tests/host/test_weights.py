@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from moeaccel import golden
+from moeaccel.config import PRESETS
 from moeaccel.errors import FormatError
 from moeaccel.formats import FORMATS, QuantisedMatrix, quantise
 from moeaccel.golden import experts_float64
