@@ -86,9 +86,9 @@ class Residents:
             return []
         return [_Range(*fields) for fields in _RANGE.iter_unpack(body)]
 
-    def _write(self) -> None:
-        head = _HEAD.pack(_MAGIC, _VERSION, len(self._ranges))
-        body = b"".join(_RANGE.pack(*entry) for entry in self._ranges)
+    def _write(self, ranges: Sequence[_Range]) -> None:
+        head = _HEAD.pack(_MAGIC, _VERSION, len(ranges))
+        body = b"".join(_RANGE.pack(*entry) for entry in ranges)
         self._transport.memory_write(0, head + _CRC.pack(zlib.crc32(body, zlib.crc32(head))) + body)
         if not self._listed:
             self._registers.write("MEMORY_STATE", _LISTED)
@@ -98,8 +98,9 @@ class Residents:
         """Strike out what overlaps ``size`` bytes at an address, before they are written."""
         left = [entry for entry in self._ranges if not entry.overlaps(address, size)]
         if len(left) < len(self._ranges):
+            # Interrupted or not, memory never lists what is not known here.
+            self._write(left)
             self._ranges = left
-            self._write()
 
     def enter(self, address: int, stride: int, count: int) -> None:
         """Enter a range, before its images are uploaded; every header in it is true from then on.
@@ -121,5 +122,6 @@ class Residents:
             for image in range(count):
                 self._transport.memory_write(
                     channel + address + image * stride, np.zeros(HEADER_BYTES, np.uint8))
-        self._ranges = [*self._ranges, entry][-_MOST:]
-        self._write()
+        self._ranges = [*self._ranges, entry]
+        self._write(self._ranges[-_MOST:])
+        self._ranges = self._ranges[-_MOST:]
