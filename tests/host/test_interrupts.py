@@ -10,6 +10,7 @@ import pytest
 
 from moeaccel.config import PRESETS
 from moeaccel.host import errors, open_device
+from moeaccel.host.residents import Residents
 from moeaccel.host.transports import serial as serial_module
 from moeaccel.host.transports.golden import GoldenTransport
 from moeaccel.host.transports.rtl import RtlTransport
@@ -218,6 +219,27 @@ def test_a_callback_that_raises(device):
     del caught
     call = tokens()
     assert device.load_experts(*weights())(*call).shape == call[0].shape
+
+
+def test_memory_never_lists_what_is_used_for_something_else():
+    """Whenever striking out is interrupted: doing it again strikes out."""
+    def listed(transport):
+        return Residents(transport)._ranges
+
+    with golden() as transport:
+        lines = None
+        for at in range(100):
+            residents = Residents(transport)
+            residents.enter(1 << 14, 4096, 2)
+            assert len(listed(transport)) == 1
+            lines = lines or lines_of(lambda: Residents(transport).forget(1 << 14, 64))
+            residents.enter(1 << 14, 4096, 2)
+            with Interrupter(at):
+                residents.forget(1 << 14, 64)
+            residents.forget(1 << 14, 64)
+            assert not listed(transport), at
+            if at > lines:
+                break
 
 
 def test_an_interrupted_session_is_replayed_as_far_as_it_came(tmp_path):
