@@ -27,8 +27,9 @@ class Recording:
             type(model).__name__)
         # Modules that transformers' experts interface dispatches; their forward gets x, ids,
         # weights, whatever implementation computes them and whatever the router's rule is.
-        self.modules = {path: module for path, module in model.named_modules()
-                        if hasattr(module, "_is_expert_parallel")}
+        self.modules: dict[str, Any] = {
+            path: module for path, module in model.named_modules()
+            if hasattr(module, "_is_expert_parallel")}
         if not self.modules:
             raise UnsupportedExperts(
                 f"{type(model).__name__} must send its experts through transformers' experts "

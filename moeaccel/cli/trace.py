@@ -50,7 +50,7 @@ def record(
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
-        network = AutoModelForCausalLM.from_pretrained(model).eval()
+        network: Any = AutoModelForCausalLM.from_pretrained(model).eval()
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise MissingOption(f"model must be a checkpoint of transformers: {first}") from error

@@ -8,7 +8,7 @@ README = Path(__file__).parents[2] / "host" / "README.md"
 
 def test_the_examples_run(capsys):
     blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.M | re.S)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     names = {}
     try:
         for block in blocks:

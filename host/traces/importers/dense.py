@@ -42,12 +42,16 @@ def trace_of(requests: Sequence[np.ndarray], prompts: Sequence[int], *, n_expert
     if not kept:
         raise ForeignTrace(f"{source} must have a token with routed experts, but has none")
     try:
-        empty = np.logical_and.reduce([(ids == ids[:, :, :1]).all(axis=(0, 2)) & (
-            (ids[0, :, 0] < 0) | (ids.shape[2] > 1)) for ids in kept])
-        layers = np.flatnonzero(~empty)
+        layers = np.flatnonzero(np.sum([_routed(ids) for ids in kept], axis=0))
         return RoutingTrace.of_requests(
             [(ids[:, layers], None) for ids in kept], prompts=first, n_experts=n_experts,
             layers=layers.tolist(), model=model, source=source)
     except (InvalidTrace, ValueError) as error:
         raise ForeignTrace(f"{source} must hold the routes of a model with {n_experts} experts, "
                            f"but: {error}") from error
+
+
+def _routed(ids: np.ndarray) -> np.ndarray:
+    """Return how many tokens of each layer have slots that differ, or an only one in use."""
+    seen = ids >= 0 if ids.shape[2] == 1 else ids != ids[:, :, :1]
+    return np.count_nonzero(seen, axis=(0, 2))

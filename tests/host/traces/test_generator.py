@@ -114,9 +114,9 @@ def test_hit_rates_of_whole_models(key):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_caches_for_each_layer_of_deepseek_v2_lite():
-    """One stream of prompts as long as those that were measured, all layers."""
-    trace = generate("deepseek-v2-lite", requests=150, tokens=131, seed=1000, model_seed=1000)
-    stream = Sample(trace).stream(len(trace))
+    """One stream of prompts as long as those that were measured, every second layer."""
+    trace = generate("deepseek-v2-lite", requests=100, tokens=131, seed=1000, model_seed=1000)
+    stream = Sample(trace).stream(len(trace), layers=13)
     published = next(values for source, values in real()["deepseek-v2-lite"].items()
                      if "moe-beyond" in source)
     off = {f"{name}, {slots}": rate - published[f"cache/{name}, {slots} slots"]
@@ -164,5 +164,5 @@ def test_what_cannot_be_generated():
 def test_batches_and_prompts():
     trace = generate("mixtral-8x7b", requests=3, tokens=[10, 4, 6], prompt=4, batch=2)
     assert [len(step.ids) for step in trace.steps("prefill")] == [8, 4]
-    assert [len(step.ids) for step in trace.steps("decode")] == [1] * 6 + [1, 1] or True
+    assert [len(step.ids) for step in trace.steps("decode")] == [1, 2, 2, 1, 1, 1]
     assert trace.model == "Mixtral-8x7B" and trace.weights is not None

@@ -1,8 +1,10 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from moeaccel.host.traces import RoutingTrace
-from moeaccel.host.traces.presets import generate
+from moeaccel.host.traces.presets import generate, preset
 from moeaccel.host.traces.statistics import compare, measure, real
 from moeaccel.host.traces.statistics.prediction import Tables
 
@@ -99,12 +101,14 @@ def test_what_is_published_stands_beside_what_is_found():
     assert compare(trace, "unknown")[0].real is None
 
 
-@pytest.mark.parametrize("model", real())
+BEYOND_THE_FIGURE = {model: names for model, values in real().items() if (names := {
+    name for group in values.values() for name in group if not name.startswith("segment/")})}
+
+
+@pytest.mark.parametrize("model", BEYOND_THE_FIGURE)
 def test_every_published_statistic_is_one_that_is_measured(model):
     """Otherwise a misspelt name would show as missing, for ever."""
-    pytest.importorskip("numpy")
-    known = {name for values in real()[model].values() for name in values}
-    trace = generate(model, requests=5, tokens=132)
+    p = preset(model)
+    trace = generate(replace(p, layers=p.layers[:10]), requests=5, tokens=132)
     found = {row.statistic for row in compare(trace, model) if row.found is not None}
-    missing = {name for name in known - found if not name.startswith("segment/")}
-    assert missing == set()
+    assert BEYOND_THE_FIGURE[model] - found == set()
