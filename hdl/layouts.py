@@ -198,8 +198,11 @@ def job_result(config: AcceleratorConfig) -> data.StructLayout:
 
 def entry_fields(structure: tuple[Field, ...], entry: Value) -> dict[str, Value]:
     """Return the fields of a submission, a layer descriptor or a completion, by name."""
-    parts = ((f, entry[f.offset:f.offset + f.bits]) for f in structure)
-    return {f.name: part.as_signed() if f.signed else part for f, part in parts}
+    fields: dict[str, Value] = {}
+    for f in structure:
+        part = entry[f.offset:f.offset + f.bits]
+        fields[f.name] = part.as_signed() if f.signed else part
+    return fields
 
 
 def section(config: AcceleratorConfig) -> data.StructLayout:

@@ -53,7 +53,8 @@ from moeaccel.image import (
 if TYPE_CHECKING:
     from moeaccel.host.device import Device
 
-__all__ = ["Progress", "Stack", "load_experts", "load_linear", "load_quantised"]
+__all__ = [
+    "Progress", "Stack", "check_limits", "load_experts", "load_linear", "load_quantised"]
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +158,7 @@ def load_linear(device: Device, weight: Tensor, *, weight_format: str, activatio
     d_out, d_in = shape_of("weight", weight, "N", "K")
     fmt = _check_format(device, weight_format)
     planes = _check_options("silu", activation_bits, grid_exponent, x_rms)
-    _check_limits(device, 1, d_in=d_in, d_out=d_out)
+    check_limits(device, 1, d_in=d_in, d_out=d_out)
     config = device.config
     shape = LinearShape(fmt, d_out, d_in, config.row_multipliers, config.channels)
     values = float32("weight", weight)
@@ -187,7 +188,7 @@ def _load_experts(device: Device, experts: Iterable[_Measured], count: int, d_mo
                   grid_exponent: int | None, x_rms: float, progress: Progress | None) -> Experts:
     fmt = _check_format(device, format_name)
     planes = _check_options(activation, activation_bits, grid_exponent, x_rms)
-    _check_limits(device, count, d_model=d_model, d_expert=d_expert)
+    check_limits(device, count, d_model=d_model, d_expert=d_expert)
     config = device.config
     shape = ExpertShape(fmt, d_model, d_expert, config.row_multipliers, config.channels)
     images = device.memory.allocate(count * shape.stride, alignment=PAGE, keeps=True)
@@ -258,7 +259,8 @@ def _check_options(activation: str, activation_bits: int, grid_exponent: int | N
     return activation_bits // 8
 
 
-def _check_limits(device: Device, experts: int, **dims: int) -> None:
+def check_limits(device: Device, experts: int, **dims: int) -> None:
+    """Raise :class:`LimitExceeded` if a layer is too large for the device's configuration."""
     check_dims(**dims)
     config = device.config
     fitting = [c.name for c in sorted(PRESETS.values(), key=lambda c: c.max_dim)

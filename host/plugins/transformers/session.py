@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 from moeaccel.config import PRESETS, preset
 from moeaccel.formats import FORMATS
+from moeaccel.host import weights
 from moeaccel.host.device import Device, open_device
 from moeaccel.host.errors import InvalidOption, OutOfDeviceMemory
 from moeaccel.host.plugins.transformers.choice import (
@@ -242,7 +243,8 @@ def option(name: str) -> Any:
 
 def check_limits(session: Session, layer: LayerDims) -> None:
     """Raise :class:`LimitExceeded` if a layer is too large for the device's configuration."""
-    session.device._check_limits(layer.experts, d_model=layer.d_model, d_expert=layer.d_expert)
+    weights.check_limits(
+        session.device, layer.experts, d_model=layer.d_model, d_expert=layer.d_expert)
 
 
 def check_memory(session: Session, layers: Sequence[LayerDims]) -> None:
