@@ -35,7 +35,7 @@ def trace_of(requests: Sequence[np.ndarray], prompts: Sequence[int], *, n_expert
     """
     kept, first = [], []
     for ids, prompt in zip(requests, prompts, strict=True):
-        there = np.asarray((ids >= 0).any(axis=(1, 2)))
+        there = np.count_nonzero(ids >= 0, axis=(1, 2)) > 0
         if there.any():
             kept.append(ids[there])
             first.append(int(there[:prompt].sum()))

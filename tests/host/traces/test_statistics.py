@@ -37,7 +37,7 @@ def test_what_can_be_counted_by_hand():
 
 
 def test_zipf_finds_its_exponent():
-    counts = np.rint(4000 * np.arange(1, 17) ** -0.7).astype(int)
+    counts = np.rint(400 * np.arange(1, 17) ** -0.7).astype(int)
     ids = np.random.default_rng(0).permutation(np.repeat(np.arange(16), counts))
     found = measure(trace_of(ids[:, None, None], n_experts=16))
     assert found["Zipf/corpus"] == pytest.approx(0.7, abs=0.01)
