@@ -146,8 +146,11 @@ def job(config: AcceleratorConfig) -> data.StructLayout:
 
 def entry_fields(structure: tuple[Field, ...], entry: Value) -> dict[str, Value]:
     """Return the fields of a submission, a layer descriptor or a completion, by name."""
-    parts = ((f, entry[f.offset:f.offset + f.bits]) for f in structure)
-    return {f.name: part.as_signed() if f.signed else part for f, part in parts}
+    parts: dict[str, Value] = {}
+    for field in structure:
+        part = entry[field.offset:field.offset + field.bits]
+        parts[field.name] = part.as_signed() if field.signed else part
+    return parts
 
 
 def section(config: AcceleratorConfig) -> data.StructLayout:
