@@ -50,7 +50,7 @@ def test_reset_at_any_time(pair_of, config, seed, memory):
         rng = np.random.default_rng([seed, memory])
         assert_same_bits(layer(*LONG), layers[pair.golden](*LONG))
         length = layer.last.cycles
-        moments = [*range(3 * seed, 180, 9), *rng.integers(100, length + 200, 30)]
+        moments = [*range(5 * seed, 180, 18), *rng.integers(100, length + 200, 14)]
         for moment in moments:
             layer.submit(*LONG)
             simulation.run(int(moment), until_irq=False)
