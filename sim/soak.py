@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moeaccel.commands import Status
 from moeaccel.config import AcceleratorConfig
 from moeaccel.errors import MoeAccelError
 from moeaccel.host import open_device
@@ -150,7 +151,8 @@ def _outcome(layer: Any, handle: Any) -> Outcome:
     except CommandAborted:
         return _ABORTED
     except CommandFailed as error:
-        return f"{error.status.name}, detail {error.detail:#x}, address {error.address:#x}"
+        status = Status(error.status).name
+        return f"{status}, detail {error.detail:#x}, address {error.address:#x}"
 
 
 def _compare(case: Case, found: Sequence[Outcome], expected: Sequence[Outcome]) -> str | None:
