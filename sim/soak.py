@@ -151,7 +151,8 @@ def _outcome(layer: Any, handle: Any) -> Outcome:
     except CommandAborted:
         return _ABORTED
     except CommandFailed as error:
-        return f"{Status(error.status).name}, detail {error.detail:#x}, address {error.address:#x}"
+        status = Status(error.status).name
+        return f"{status}, detail {error.detail:#x}, address {error.address:#x}"
 
 
 def _compare(case: Case, found: Sequence[Outcome], expected: Sequence[Outcome]) -> str | None:
