@@ -17,9 +17,10 @@ WEIGHTS = draw_experts(np.random.default_rng(0), EXPERTS, D_MODEL, 32)
 
 
 def draw_call(tokens, seed):
-    """Return a call of several passes with partial sums."""
+    """Return a call of several passes with partial sums and a token without an expert."""
     rng = np.random.default_rng(seed)
     ids = np.tile(np.arange(EXPERTS), (tokens, 1))
+    ids[1] = -1
     return (rng.standard_normal((tokens, D_MODEL), np.float32), ids,
             rng.standard_normal((tokens, EXPERTS)).astype(np.float32))
 
