@@ -5,13 +5,19 @@ from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import exact_log2
 
-from moeaccel.commands import ENTRY_BYTES, LAYER, SUBMISSION, Activation, LayerKind, Opcode
+from moeaccel.commands import (
+    ENTRY_BYTES,
+    GRID_EXPONENTS,
+    LAYER,
+    SUBMISSION,
+    Activation,
+    LayerKind,
+    Opcode,
+)
 from moeaccel.config import BLOCK, TOP_K_MAX, AcceleratorConfig
 from moeaccel.hdl.layouts import entry_fields
 
-__all__ = ["GRID_EXPONENT_RANGE", "FieldChecks"]
-
-GRID_EXPONENT_RANGE = (-100, 60)
+__all__ = ["FieldChecks"]
 
 _WORDS = ENTRY_BYTES // 4
 
@@ -105,7 +111,8 @@ class FieldChecks(wiring.Component):
             "d_in": dimension("d_in"),
             "d_expert": [*dimension("d_expert"), gemm & (entry["d_expert"] != entry["d_in"])],
             "d_out": dimension("d_out"),
-            "grid_exponent": _outside(entry["grid_exponent"], *GRID_EXPONENT_RANGE),
+            "grid_exponent": _outside(
+                entry["grid_exponent"], GRID_EXPONENTS[0], GRID_EXPONENTS[-1]),
             "stride": [entry["stride"][:exact_log2(ENTRY_BYTES)] != 0],
             "image_address": self._bad_address(entry["image_address"]),
         }

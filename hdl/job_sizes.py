@@ -145,7 +145,7 @@ class JobSizes(wiring.Component):
         x, y = (Signal((2 * config.max_tokens * config.max_steps).bit_length(), name=name)
                 for name in ("x", "y"))
         images = Signal(most_image.bit_length())
-        tokens = Signal(len(x) - 1)
+        tokens = Signal(max(len(x) - 1, len(pairs)))  # doubled with each bit of a factor
         stride = Signal(len(images))
         left_in = Signal.like(job.steps_in)
         with m.If(load):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moeaccel.commands import LAYER, Activation, LayerKind, encode
+from moeaccel.commands import GRID_EXPONENTS, LAYER, Activation, LayerKind, encode
 from moeaccel.config import PRESETS
 from moeaccel.errors import FormatError
 from moeaccel.formats import (
@@ -27,7 +27,6 @@ from moeaccel.formats import (
     weight_format as find_format,
 )
 from moeaccel.grid import (
-    GRID_EXPONENTS,
     Squares,
     gated_output,
     grid_exponent as choose_grid,
@@ -252,8 +251,9 @@ def _check_options(activation: str, activation_bits: int, grid_exponent: int | N
     if activation_bits not in (8, 16):
         raise InvalidOption(f"activation_bits must be 8 or 16, not {activation_bits!r}")
     if grid_exponent is not None and grid_exponent not in GRID_EXPONENTS:
-        raise InvalidOption(f"grid_exponent must be from -100 to 60, not {grid_exponent!r}; leave "
-                            "it out to have it chosen from the weights")
+        raise InvalidOption(
+            f"grid_exponent must be from {GRID_EXPONENTS[0]} to {GRID_EXPONENTS[-1]}, not "
+            f"{grid_exponent!r}; leave it out to have it chosen from the weights")
     if not (isinstance(x_rms, Real) and 0 < x_rms < math.inf):
         raise InvalidOption(f"x_rms must be a positive number, not {x_rms!r}")
     return activation_bits // 8

@@ -19,6 +19,10 @@ RING_LOG2_MAX = 8
 """log2 of the entries that a ring may have at most."""
 
 
+GRID_EXPONENTS = range(-100, 61)
+"""Exponents that an output grid may have."""
+
+
 class Opcode(enum.IntEnum):
     """What a submission asks for."""
 
@@ -39,9 +43,12 @@ class Status(enum.IntEnum):
     BAD_OPCODE = 1
     """Unknown opcode; detail is the opcode."""
     BAD_FIELD = 2
-    """A submission field out of range; detail is the index of its 32-bit word."""
+    """A submission field out of range, or an array behind an address (x, ids, weights, y,
+    workspace, used or not) that runs beyond the address space; detail is the index of its 32-bit
+    word."""
     BAD_LAYER = 3
-    """A layer descriptor field out of range; detail is the index of its 32-bit word."""
+    """A layer descriptor field out of range, or images that run beyond the address space; detail is
+    the index of its 32-bit word."""
     WINDOW = 4
     """A burst outside the memory window was suppressed; address is its first byte. Of one stream of
     a command (ids; weights; images; x; rows of zeros; partial sums read; rows and partial sums
@@ -149,7 +156,14 @@ LAYER = _fields(
         "Elements of h; a multiple of 32, at most max_dim. LINEAR: equal to d_in.",
     ),
     ("d_out", 4, 0, 32, "Elements of y; a multiple of 32, at most max_dim."),
-    ("grid_exponent", 5, 0, 32, "LSB of the output grid is 2**grid_exponent; -100 to 60.", True),
+    (
+        "grid_exponent",
+        5,
+        0,
+        32,
+        f"LSB of the output grid is 2**grid_exponent; {GRID_EXPONENTS[0]} to {GRID_EXPONENTS[-1]}.",
+        True,
+    ),
     ("stride", 6, 0, 32, "Bytes from one image to the next; a multiple of 64."),
     ("image_address", 8, 0, 64, "First word of expert 0, behind its header; 64-byte aligned."),
 )

@@ -26,13 +26,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeaccel.arithmetic import TERM_BITS
+from moeaccel.commands import GRID_EXPONENTS
 from moeaccel.formats import QuantisedMatrix
 from moeaccel.tables import exact_logistic
 
 Floats = NDArray[np.float64]
-
-GRID_EXPONENTS = range(-100, 61)
-"""What a layer descriptor can hold."""
 
 LARGEST_BITS = 16
 """Outputs up to ``2**16`` times the typical one fit."""

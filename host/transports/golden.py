@@ -23,6 +23,7 @@ from moeaccel.commands import (
     COMPLETION,
     COUNT_MAX,
     ENTRY_BYTES,
+    GRID_EXPONENTS,
     LAYER,
     RING_LOG2_MAX,
     SUBMISSION,
@@ -429,15 +430,13 @@ class GoldenTransport(Transport):
             count = 4 * tokens * top_k
             ids = self._load(submission["ids_address"], count).view("<i4").reshape(tokens, top_k)
             ids = ids.astype(np.int64)
-            raw = self._ram.read(submission["weights_address"], count)
-            weights = np.resize(raw, count).view("<f4").reshape(tokens, top_k)
+            weights = self._floats(submission["weights_address"], (tokens, top_k))
         used = np.unique(ids[(ids >= 0) & (ids < layer.num_experts)])
         self._account(layer, ids, used, submission)
 
         result = DeviceResult(np.zeros((tokens, layer.d_out), np.float32), [], [], 0, 0)
         if used.size:
-            x = self._ram.read(submission["x_address"], 4 * tokens * layer.d_in).view("<f4")
-            x = x.reshape(tokens, layer.d_in)
+            x = self._floats(submission["x_address"], (tokens, layer.d_in))
             options: dict[str, Any] = {"planes": layer.planes, "grid_exponent": layer.grid_exponent}
             if linear:
                 result = gemm(x, self._decoded(layer, 0)[0], **options)
@@ -449,6 +448,11 @@ class GoldenTransport(Transport):
         self._ram.write(submission["y_address"], np.ascontiguousarray(result.y).view(np.uint8)
                         .reshape(-1))
         return result, self._predict(layer, ids)
+
+    def _floats(self, address: int, shape: tuple[int, int]) -> NDArray[np.float32]:
+        """Return an array of memory; where there is none, which nobody asks for, zeros."""
+        raw = self._ram.read(address, 4 * shape[0] * shape[1])
+        return np.pad(raw, (0, 4 * shape[0] * shape[1] - raw.size)).view("<f4").reshape(shape)
 
     def _check_submission(self, submission: dict[str, int], *, linear: bool) -> None:
         config = self._config
@@ -483,7 +487,7 @@ class GoldenTransport(Transport):
             "d_in": dim("d_in"),
             "d_expert": dim("d_expert") and (not linear or values["d_expert"] == values["d_in"]),
             "d_out": dim("d_out"),
-            "grid_exponent": -100 <= values["grid_exponent"] <= 60,
+            "grid_exponent": values["grid_exponent"] in GRID_EXPONENTS,
             "stride": values["stride"] % 64 == 0,
             "image_address": values["image_address"] % 64 == 0
                              and values["image_address"] < 1 << config.address_bits,

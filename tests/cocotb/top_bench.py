@@ -413,7 +413,7 @@ async def bad_fields(dut):
 BAD_LAYERS = {
     "kind": ({"kind": 1}, 0),
     "kind_unknown": ({"kind": 7}, 0),
-    "format": ({"format": 4}, 0),
+    "format": ({"format": 1 + max(f.code for f in FORMATS.values())}, 0),
     "planes_zero": ({"planes": 0}, 0),
     "planes_three": ({"planes": 3}, 0),
     "activation": ({"activation": 1}, 0),

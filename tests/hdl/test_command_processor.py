@@ -448,8 +448,9 @@ def ends(submission, layer, config):
 
 
 @pytest.mark.parametrize("config", [
-    TINY, PRESETS["hbm32"], PRESETS["small"].replace(row_multipliers=2, address_bits=24)],
-    ids=["tiny", "hbm32", "24 bits"])
+    TINY, PRESETS["hbm32"], PRESETS["small"].replace(row_multipliers=2, address_bits=24),
+    TINY.replace(max_dim=64, max_assignments=1024)],
+    ids=["tiny", "hbm32", "24 bits", "more pairs than blocks"])
 def test_everything_ends_within_the_address_space(config):
     """At the top the last byte is used, and 64 bytes on the word is named; the lowest counts."""
     bench = Bench(config, seed=6)

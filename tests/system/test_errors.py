@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from moeaccel.commands import LAYER, SUBMISSION, NonFinite, Opcode, Status, decode
+from moeaccel.formats import FORMATS
 from moeaccel.host import errors
 from moeaccel.host.device import Command
 from moeaccel.host.registers import mask
@@ -116,7 +117,7 @@ SUBMISSIONS = {
 }
 LAYERS = {
     "kind": [1, 2, 255],
-    "format": [4, 255],
+    "format": [1 + max(f.code for f in FORMATS.values()), 255],
     "planes": [0, 3, 255],
     "activation": [1, 255],
     "num_experts": [0, 17, (1 << 16) + 1, 1 << 31],

@@ -39,7 +39,8 @@ def test_generate(pair, use, name):
     model = make(config_of(name, **more), "moeaccel")
     ids = torch.randint(0, 128, (2, 5), generator=torch.Generator().manual_seed(0))
     number = list(MODELS).index(name)
-    options = {"weight_format": list(FORMATS)[number % 4], "activation_bits": (16, 8)[number % 2]}
+    options = {"weight_format": list(FORMATS)[number % len(FORMATS)],
+               "activation_bits": (16, 8)[number % 2]}
     results = []
     for device in pair.devices:
         use(device, **options)

@@ -5,6 +5,8 @@ import pytest
 
 from moeaccel.commands import COMPLETION, SUBMISSION, Opcode, Status, decode, encode
 from moeaccel.config import PRESETS
+from moeaccel.host import open_device
+from moeaccel.host.device import Command
 from moeaccel.host.errors import DeviceClosed, InvalidOption, UploadError
 from moeaccel.host.registers import mask
 from moeaccel.host.transports.golden import GoldenTransport
@@ -125,6 +127,28 @@ def test_rings_outside_the_window(golden):
     found = completion(golden, 1)
     assert found["status"] == Status.WINDOW
     assert found["address"] == SQ + 64
+
+
+def test_x_of_a_token_without_an_expert_is_not_asked_for():
+    """It may lie behind the end of memory; the command runs, and so does the next."""
+    rng, end = np.random.default_rng(0), 1 << 20
+    with open_device("golden", config="tiny", memory_bytes=end) as device:
+        layer = device.load_experts(rng.standard_normal((1, 64, 32), np.float32),
+                                    rng.standard_normal((1, 32, 32), np.float32))
+        x, weights = rng.standard_normal((1, 32), np.float32), np.ones((2, 1), np.float32)
+        expected = layer(x, np.array([[0]]), weights[:1])
+        buffers = device.memory.allocate(4096, top=False)
+        parts = {"x": end - 128, "ids": buffers.address, "weights": buffers.address + 64,
+                 "y": buffers.address + 128, "workspace": buffers.address + 1024}
+        for name, array in (("x", x), ("weights", weights), ("ids", np.array([0, -1], np.int32))):
+            device.transport.memory_write(parts[name], array.reshape(-1).view(np.uint8))
+        command = device.submit(
+            {"opcode": Opcode.EXPERTS, "tokens": 2, "top_k": 1,
+             "layer_address": layer._descriptor.address}
+            | {f"{name}_address": address for name, address in parts.items()}, Command("EXPERTS"))
+        assert device.wait(command, timeout_s=1).status == Status.OK
+        y = device.transport.memory_read(parts["y"], 256).view("<f4").reshape(2, 32)
+        assert np.array_equal(y, np.concatenate([expected, np.zeros_like(expected)]))
 
 
 def test_memory_outside_is_refused(golden):
