@@ -43,7 +43,8 @@ def stripe_address(config: AcceleratorConfig) -> data.StructLayout:
 
 
 class RowSums(wiring.Component):
-    """Sum a core's weighted outputs on a fixed-point grid: order cannot matter (DESIGN section 3).
+    """Sum a core's weighted outputs on a fixed-point grid: order cannot matter
+    (docs/arithmetic.md).
 
     ::
 

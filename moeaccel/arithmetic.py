@@ -1,7 +1,7 @@
 """The device's arithmetic as integer functions on NumPy arrays: what the hardware computes, bit for
 bit.
 
-Two representations carry every value between exact integer dot products (DESIGN section 3):
+Two representations carry every value between exact integer dot products (docs/arithmetic.md):
 
 * **block floats**: 32 mantissas of 8 bits (``a8``) or two planes of 8 bits (``a16``), a 4-bit shift
 for each block and
@@ -169,7 +169,7 @@ def float32_to_internal(values: NDArray[np.float32]) -> InternalFloat:
 
 
 def quantise_elements(significand: Ints, exponent: Ints, planes: int) -> BlockFloat:
-    """Quantise elements to block floats; the source is DESIGN section 3 after OCP Microscaling
+    """Quantise elements to block floats; docs/arithmetic.md, after OCP Microscaling
     v1.0.
 
     Parameters

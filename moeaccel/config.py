@@ -18,7 +18,7 @@ PLANE_BITS = 8
 """Mantissa bits of one activation plane; ``a16`` is two planes, ``256 * hi + lo``."""
 
 TOP_K_MAX = 16
-"""Largest number of experts per token (DESIGN: the combination cannot overflow below it)."""
+"""Largest number of experts per token (the combination cannot overflow below it)."""
 
 
 def _is_power_of_two(value: int) -> bool:
@@ -204,7 +204,7 @@ class AcceleratorConfig:
     # -- widths
     @property
     def accumulator_bits(self) -> int:
-        """Bits of one plane's accumulator, sign included (DESIGN section 3: at most 53 and a
+        """Bits of one plane's accumulator, sign included (docs/arithmetic.md: at most 53 and a
         sign)."""
         growth = (self.max_steps - 1).bit_length()
         block_bits = max(f.scaled_block_bits for f in self.weight_formats)

@@ -136,7 +136,7 @@ class Section:
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of weights, scales and row exponents without padding (DESIGN section 6), on all
+        """Bytes of weights, scales and row exponents without padding, on all
         channels."""
         return _stored_bytes(self.format, self.rows, self.k)
 

@@ -1,6 +1,6 @@
 """The integer golden model: the device's exact bits for EXPERTS and GEMM, order-free.
 
-A dot product is a float64 matrix product of integers that never round (DESIGN section 3): the block
+A dot product is a float64 matrix product of integers that never round (docs/arithmetic.md): the block
 sums of 32, weighted by the activation's and the weight's scales, stay below 2**53.
 """
 

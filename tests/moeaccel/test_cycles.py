@@ -117,7 +117,7 @@ def test_passing_over_tiles_changes_nothing(monkeypatch, tokens, name):
 @pytest.mark.parametrize(("config", "share"), [
     (WIDE, 0.98), (WIDE.replace(channels=4), 0.97), (PRESETS["hbm32"], 0.93)])
 def test_decode_is_a_stream_of_weights(config, share, latency):
-    """DESIGN section 6: memory share of one token of OLMoE-1B-7B, experts' switches included.
+    """Memory share of one token of OLMoE-1B-7B, experts' switches included.
 
     A layer takes 29,000 cycles of 32 channels; some 1,300 to begin and to end are more of them.
     """

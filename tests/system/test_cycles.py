@@ -1,4 +1,4 @@
-"""The cycle model against the RTL behind an ideal memory: 1 % or 16 cycles (DESIGN section 6)."""
+"""The cycle model against the RTL behind an ideal memory: 1 % or 16 cycles."""
 
 from __future__ import annotations
 
