@@ -1,7 +1,7 @@
 """The integer golden model: the device's exact bits for EXPERTS and GEMM, order-free.
 
-A dot product is a float64 matrix product of integers that never round (docs/arithmetic.md): the block
-sums of 32, weighted by the activation's and the weight's scales, stay below 2**53.
+A dot product is a float64 matrix product of integers that never round (docs/arithmetic.md): the
+block sums of 32, weighted by the activation's and the weight's scales, stay below 2**53.
 """
 
 from __future__ import annotations
