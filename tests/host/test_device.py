@@ -11,7 +11,7 @@ from moeaccel.commands import Opcode, Status
 from moeaccel.config import PRESETS
 from moeaccel.errors import FormatError, MoeAccelError
 from moeaccel.formats import FORMATS, quantise
-from moeaccel.host import errors, open_device
+from moeaccel.host import errors, layers, open_device
 from moeaccel.host.device import Command
 from moeaccel.host.transports.golden import GoldenTransport
 from moeaccel.image import Expert
@@ -683,3 +683,32 @@ def test_counters_tell_what_was_done(device, experts):
     assert counters["bytes_written"] >= 70 * 64 * 4 + 2 * 64
     assert counters["bytes_read_other"] >= 2 * 128 + 70 * 64 * 4
     assert device.last_cycles == experts.last.cycles
+
+
+def test_a_command_asks_for_completions_once(device, experts, monkeypatch):
+    """Each question is a round trip of a serial line."""
+    read, asked = device.transport.register_read, []
+
+    def counting(address):
+        asked.append(address)
+        return read(address)
+
+    monkeypatch.setattr(device.transport, "register_read", counting)
+    handles = [experts.submit(*draw_call(np.random.default_rng(i), 2)) for i in range(3)]
+    assert asked.count(REGISTERS["CQ_TAIL"].address) <= len(handles)
+    for handle in handles:
+        experts.sync(handle)
+
+
+def test_a_look_at_x_keeps_nobody_waiting(device, experts, monkeypatch):
+    def look(*arguments, **options):
+        thread = threading.Thread(target=device.counters, daemon=True)
+        thread.start()
+        thread.join(20)
+        waited.append(thread.is_alive())
+        return measure(*arguments, **options)
+
+    measure, waited = layers.measure_activations, []
+    monkeypatch.setattr(layers, "measure_activations", look)
+    experts(*draw_call(np.random.default_rng(0), 2))
+    assert waited == [False]
