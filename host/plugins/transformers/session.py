@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from moeaccel.config import PRESETS, preset
+from moeaccel.config import PRESETS, AcceleratorConfig, preset
 from moeaccel.formats import FORMATS
 from moeaccel.host import weights
 from moeaccel.host.device import Device, open_device
@@ -25,8 +25,8 @@ from moeaccel.host.plugins.transformers.choice import (
 from moeaccel.host.process import Lock
 from moeaccel.host.transports.base import Transport
 
-__all__ = ["Session", "Unsupported", "Verify", "check_limits", "check_memory", "current_session",
-           "lock", "open_session", "option", "session_for", "use_device"]
+__all__ = ["Session", "Unsupported", "Verify", "check_limits", "check_memory", "choice_for",
+           "current_session", "lock", "open_session", "option", "session_for", "use_device"]
 
 logger = logging.getLogger(__name__)
 
@@ -209,18 +209,31 @@ def _bytes_of(session: Session, layers: Sequence[LayerDims]) -> int:
         layer.image_bytes(config, session.weight_format) for layer in layers)
 
 
+def _fixed() -> tuple[AcceleratorConfig | None, int | None]:
+    """Return the configuration and the bytes of memory that the environment fixes."""
+    name, size = os.environ.get("MOEACCEL_CONFIG"), os.environ.get("MOEACCEL_MEMORY")
+    return (None if name is None else preset(name),
+            None if size is None else memory_size("MOEACCEL_MEMORY", size))
+
+
+def choice_for(layers: Sequence[LayerDims], *, weight_format: str | None = None,
+               least: Choice | None = None) -> Choice:
+    """Return what the environment fixes, and what is chosen for the rest; see :func:`choose`."""
+    config, memory = _fixed()
+    choice = choose(layers, weight_format or _Options(**_with_environment()).weight_format,
+                    config=config, least=least)
+    return choice if memory is None else choice._replace(memory_bytes=memory)
+
+
 def _open(layers: Sequence[LayerDims], least: Choice | None = None) -> Session:
-    """Open the device that the environment names; see :func:`choose`."""
+    """Open the device that the environment names."""
     global _chosen
     options = _with_environment()
     spec = os.environ.get("MOEACCEL_DEVICE", "golden")
-    name, size = os.environ.get("MOEACCEL_CONFIG"), os.environ.get("MOEACCEL_MEMORY")
-    config = None if name is None else preset(name)
-    memory = None if size is None else memory_size("MOEACCEL_MEMORY", size)
+    config, memory = _fixed()
     chosen = {what for what, value in (("config", config), ("memory", memory)) if value is None}
     if spec in _SIMULATED:
-        choice = choose(layers, _Options(**options).weight_format, config=config, least=least)
-        config, memory = choice.config, memory or choice.memory_bytes
+        config, memory = choice_for(layers, least=least)
     else:
         chosen = set()  # a board or a recording is what it is
     device = open_device(spec, config=config, memory_bytes=memory)
