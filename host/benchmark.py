@@ -38,7 +38,7 @@ class BenchmarkResult:
     cycles, cycle_model_cycles : :class:`int`
         Measured; predicted by :mod:`moeaccel.cycles`.
     stored_bytes : :class:`int`
-        Weights, scales and tables of the experts used, without padding (DESIGN section 6).
+        Weights, scales and tables of the experts used, without padding; see :mod:`moeaccel.image`.
     memory_share : :class:`float`
         stored_bytes / (channels x port bytes per cycle x cycles).
     mac_useful_share : :class:`float`

@@ -205,8 +205,14 @@ class Device(Bound, Inherited):
 
         Raises
         ------
-        InvalidTensor, InvalidOption, LimitExceeded, FormatError
+        InvalidOption, LimitExceeded
             Before anything is sent.
+        InvalidTensor, FormatError
+            Before anything is sent: for the shapes of stacks, or of expert 0 in a sequence, and for
+            a format that there is not. As experts are taken, one by one: for the shapes of later
+            ones, and for types or values that cannot be quantised, NaN for one. The experts before
+            it have been sent then; their memory is free again, and as long as nothing else takes
+            its place, loading them again there sends them no second time.
         OutOfDeviceMemory
             If the images do not fit.
         UploadError
@@ -273,10 +279,11 @@ class Device(Bound, Inherited):
             If no room comes.
         """
         with self._lock:
-            self._take()
+            self._check_ready()
             while self._rings.full:
-                self._wait_for_progress(f"room in the submission ring for {command.name}",
-                                        self._timeout_s)
+                if not self._take():
+                    self._wait_for_progress(f"room in the submission ring for {command.name}",
+                                            self._timeout_s)
             self._rings.submit(values, command)
             return command
 

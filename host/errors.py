@@ -12,7 +12,7 @@ __all__ = [
     "DeviceTimeout", "DeviceStopped", "HandleConsumed", "PortUnavailable", "LinkLost",
     "AccessFailed", "RecordingError", "ReplayMismatch",
     "CommandFailed", "CommandRejected", "WindowViolation", "BusError", "NonFiniteInput",
-    "GridOverflow", "CommandAborted", "WatchdogExpired", "command_error",
+    "GridOverflow", "CommandAborted", "CompletionLost", "WatchdogExpired", "LOST", "command_error",
     "UnsupportedExperts", "ExpertsIgnored", "TrainingUnsupported", "GraphCaptureUnsupported",
 ]
 
@@ -159,8 +159,16 @@ class CommandAborted(CommandFailed):
     """The command was ended by :meth:`Device.abort` or :meth:`Device.reset`."""
 
 
+class CompletionLost(CommandFailed):
+    """The device said that the command has completed, but how is not in memory."""
+
+
 class WatchdogExpired(CommandFailed):
     """The device made no progress for as many cycles as its watchdog allows."""
+
+
+LOST = -1
+"""Status that the driver gives a command whose completion was not written; none of the device's."""
 
 
 def _nonfinite(address: int) -> str:
@@ -217,6 +225,10 @@ def command_error(status: int, detail: int, address: int, *, first_token: int = 
                 "256 times as large), or with the x_rms of this x")
         case Status.ABORTED:
             kind, text = CommandAborted, "command was ended by abort() or reset(); submit it again"
+        case _ if status == LOST:
+            kind, text = CompletionLost, (
+                "completion must be in memory when the device says so, but was not written; its "
+                "result is lost, submit the command again, and check the device's memory")
         case Status.WATCHDOG:
             kind, text = WatchdogExpired, (
                 "command made no progress for as many cycles as the watchdog allows; call "

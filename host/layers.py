@@ -172,7 +172,7 @@ class _Layer(Bound):
 
     @property
     def coarsened(self) -> int:
-        """Scales that the format's range within a row made coarser (DESIGN section 3)."""
+        """Scales that the format's range within a row made coarser (docs/arithmetic.md)."""
         return self._report.coarsened
 
     @property
@@ -234,8 +234,10 @@ class _Layer(Bound):
             device._last_cycles = handle.cycles
             error = handle._error()
             result = None if error else handle._like(handle._y)
-            self._look_at_x(self._last)
+            last, look = self._last, self._is_looked_at()
             handle._consumed = True
+        if look:  # others need not wait for it
+            self._look_at_x(last)
         if error is not None:
             raise error
         return result
@@ -269,14 +271,14 @@ class _Layer(Bound):
                  traceback: TracebackType | None) -> None:
         self.close()
 
+    def _is_looked_at(self) -> bool:
+        """Return whether this call's x is looked at: that of calls 1, 2, 4, 8, ..., so that it
+        costs next to nothing."""
+        self._calls += self._looks
+        return self._looks and not self._calls & (self._calls - 1)
+
     def _look_at_x(self, last: CallStatistics) -> None:
-        """Warn once if quantising x loses much; seen at the calls 1, 2, 4, 8, ..., so that it costs
-        next to nothing."""
-        if not self._looks:
-            return
-        self._calls += 1
-        if self._calls & (self._calls - 1):
-            return
+        """Warn once if quantising x loses much."""
         report = last.activations
         if report is not None and report.warning:
             self._looks = False

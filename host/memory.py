@@ -7,7 +7,7 @@ freed neighbours are merged at once: when everything is freed there is one free 
 
 from __future__ import annotations
 
-import threading
+import contextlib
 import weakref
 from bisect import bisect_left
 from collections import deque
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from moeaccel.host.errors import DeviceClosed, InvalidOption, OutOfDeviceMemory
-from moeaccel.host.process import Bound
+from moeaccel.host.process import Bound, Lock
 
 __all__ = ["COMMAND_ALIGNMENT", "PAGE", "Allocation", "Allocator"]
 
@@ -49,6 +49,19 @@ class _Books(NamedTuple):
             (*self.starts[:block], *(low for low, _ in pieces), *self.starts[block + 1 :]),
             (*self.ends[:block], *(high for _, high in pieces), *self.ends[block + 1 :]),
             self.used | {address: claim})
+
+    def place(self, size: int, alignment: int, top: bool) -> tuple[int, int] | None:
+        """Return the first free block that has room, and the address in it."""
+        order = range(len(self.starts))
+        for block in reversed(order) if top else order:
+            start, end = self.starts[block], self.ends[block]
+            if top:
+                address = (end - size) // alignment * alignment
+            else:
+                address = -(-start // alignment) * alignment
+            if start <= address and address + size <= end:
+                return block, address
+        return None
 
     def without_claim(self, claim: _Claim) -> _Books:
         """Make a claim's bytes free, and one block with free neighbours."""
@@ -128,7 +141,8 @@ class Allocation(Bound):
 class Allocator:
     """First-fit allocator of ``[base, base + size)``, usable from several threads.
 
-    A call that is interrupted, whenever that is, has either been done or not.
+    A call that is interrupted, whenever that is, has either been done or not. A signal's handler
+    that interrupts one may make others.
 
     Parameters
     ----------
@@ -152,7 +166,7 @@ class Allocator:
         self._make_room = make_room
         self._books = _Books((base,), (base + size,), {}) if size else _Books((), (), {})
         self._garbage: deque[_Claim] = deque()
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     @property
     def size(self) -> int:
@@ -162,19 +176,19 @@ class Allocator:
     @property
     def free_bytes(self) -> int:
         """Bytes that are not allocated."""
-        with self._lock:
+        with self._lock.held:
             return self._swept().free
 
     @property
     def largest_free_block(self) -> int:
         """Bytes of the largest free block."""
-        with self._lock:
+        with self._lock.held:
             return self._swept().largest
 
     @property
     def free_blocks(self) -> int:
         """Number of free blocks."""
-        with self._lock:
+        with self._lock.held:
             return len(self._swept().starts)
 
     def allocate(self, size: int, *, alignment: int = COMMAND_ALIGNMENT,
@@ -217,23 +231,18 @@ class Allocator:
         return allocation
 
     def _find(self, size: int, alignment: int, top: bool) -> Allocation | None:
-        with self._lock:
-            books = self._swept()
-            order = range(len(books.starts))
-            for i in reversed(order) if top else order:
-                start, end = books.starts[i], books.ends[i]
-                if top:
-                    address = (end - size) // alignment * alignment
-                else:
-                    address = -(-start // alignment) * alignment
-                if start <= address and address + size <= end:
-                    allocation = Allocation(self, address, size)
-                    self._books = books.with_claim(i, allocation._claim)
+        with self._lock.held:
+            while True:
+                books = self._swept()
+                if (place := books.place(size, alignment, top)) is None:
+                    return None
+                block, address = place
+                allocation = Allocation(self, address, size)
+                if self._replace(books, books.with_claim(block, allocation._claim)):
                     return allocation
-        return None
 
     def _no_room(self, size: int) -> OutOfDeviceMemory:
-        with self._lock:
+        with self._lock.held:
             books = self._swept()
         return OutOfDeviceMemory(
             f"allocation of {size:,} bytes must fit the device's free memory: {books.free:,} of "
@@ -241,12 +250,27 @@ class Allocator:
             "experts that are no longer needed, or open the device with more memory_bytes")
 
     def _release(self, claim: _Claim) -> None:
-        with self._lock:
-            self._books = self._swept().without_claim(claim)
+        with self._lock.held:
+            self._remove(claim)
+            self._swept()
+
+    def _remove(self, claim: _Claim) -> None:
+        while not self._replace(books := self._books, books.without_claim(claim)):
+            pass
 
     def _swept(self) -> _Books:
         """Return the books without what nobody holds any more."""
-        while self._garbage:
-            self._books = self._books.without_claim(self._garbage[0])
-            self._garbage.popleft()
-        return self._books
+        while True:
+            try:
+                claim = self._garbage[0]
+            except IndexError:
+                return self._books
+            self._remove(claim)
+            with contextlib.suppress(ValueError):  # a signal's handler has done it
+                self._garbage.remove(claim)
+
+    def _replace(self, old: _Books, new: _Books) -> bool:
+        """Replace the books, unless a signal's handler did so since they were looked at."""
+        # One statement without a call: a handler comes before or behind all of it.
+        self._books, done = (new, True) if self._books is old else (self._books, False)
+        return done

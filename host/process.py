@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import threading
 import weakref
 from typing import Any, NoReturn
 
 from moeaccel.host.errors import NotCopyable
 
-__all__ = ["Bound", "Inherited"]
+__all__ = ["Bound", "Inherited", "Lock"]
 
 
 class Bound:
@@ -35,6 +36,18 @@ class Inherited:
     def _forked(self) -> None:
         """Become useless, in the child."""
         raise NotImplementedError
+
+
+class Lock(Inherited):
+    """A reentrant lock, ``with lock.held:``, that is free in a forked child: the thread of the
+    parent that held it is not there to release it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._forked()
+
+    def _forked(self) -> None:
+        self.held = threading.RLock()  # who forked while holding the old one releases the old one
 
 
 def _tell() -> None:

@@ -28,7 +28,7 @@ from moeaccel.commands import (
     decode,
     encode,
 )
-from moeaccel.host.errors import CommandFailed, InvalidOption, command_error
+from moeaccel.host.errors import LOST, CommandFailed, InvalidOption, command_error
 from moeaccel.host.memory import Allocation, Allocator
 from moeaccel.host.registers import RegisterAccess
 from moeaccel.host.transports.base import Transport
@@ -47,7 +47,7 @@ class Completion:
     Parameters
     ----------
     tag, status, detail, address, cycles, underflows : :class:`int`
-        As in :data:`moeaccel.commands.COMPLETION`.
+        As in :data:`moeaccel.commands.COMPLETION`; status :data:`LOST` where it was not written.
     """
 
     tag: int
@@ -241,18 +241,20 @@ class CommandRings:
         return taken
 
     def _next(self) -> Completion | None:
-        """Take an entry; return its completion, unless it is lost or nobody's."""
+        """Take an entry; return its completion, unless it is nobody's."""
         number = self._taken
         where = self._completions.address + ENTRY_BYTES * (number % self.entries)
         values = decode(COMPLETION, self._transport.memory_read(where, ENTRY_BYTES).tobytes())
         written = values.pop("phase") == 1 ^ number // self.entries & 1
         completion = Completion(**values)
-        command = self._in_flight.get(completion.tag) if written else None
+        if not written and self._in_flight:
+            # Acknowledged, but not in memory. Commands complete in order: it is the oldest one's.
+            completion = Completion(next(iter(self._in_flight)), LOST)
+            logger.warning("completion %d, of tag %d, was not written, and is lost",
+                           number % self.entries, completion.tag)
+        command = self._in_flight.get(completion.tag)
         if command is None:
-            if written:
-                logger.warning("completion with unknown tag %d dropped", completion.tag)
-            else:  # acknowledged, but not in memory
-                logger.warning("completion %d was not written, and is lost", number % self.entries)
+            logger.warning("completion with unknown tag %d dropped", completion.tag)
             self._taken = number + 1
             return None
         logger.debug("complete tag %d, status %d, %d cycles", completion.tag, completion.status,

@@ -20,6 +20,12 @@ PLANE_BITS = 8
 TOP_K_MAX = 16
 """Largest number of experts per token (the combination cannot overflow below it)."""
 
+DIM_MAX = 32768
+"""Largest d_model and d_expert of any configuration."""
+
+EXPERTS_MAX = 1024
+"""Most experts of a layer in any configuration."""
+
 
 def _is_power_of_two(value: int) -> bool:
     return value > 0 and value & (value - 1) == 0
@@ -104,7 +110,7 @@ class AcceleratorConfig:
         power("row_multipliers", 2, 16)
         power("token_lanes", 2, 64)
         power("token_groups", 1, 64)
-        power("max_experts", 2, 1024)
+        power("max_experts", 2, EXPERTS_MAX)
         power("max_tokens", 1, 1 << 16)
         power("max_assignments", TOP_K_MAX, 1 << 17)
         power("quantiser_lanes", 1, self.port_bytes // 4)
@@ -113,8 +119,8 @@ class AcceleratorConfig:
             "max_dim",
             isinstance(self.max_dim, int)
             and self.max_dim % BLOCK == 0
-            and 64 <= self.max_dim <= 32768,
-            "a multiple of 32 from 64 to 32768",
+            and 64 <= self.max_dim <= DIM_MAX,
+            f"a multiple of 32 from 64 to {DIM_MAX}",
         )
         power("tile_words", 16, 1 << 16)
         require(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +11,8 @@ import torch
 from moeaccel.host.errors import UnsupportedExperts
 
 __all__ = ["dequantise"]
+
+logger = logging.getLogger(__name__)
 
 
 def dequantise(weight: torch.Tensor, scale: torch.Tensor, block: Sequence[int] | None = None, *,
@@ -22,6 +26,9 @@ def dequantise(weight: torch.Tensor, scale: torch.Tensor, block: Sequence[int] |
        up are published as two matrices, and their grids lie behind one another as their rows do.
     2. One grid over all rows, whose last block may be short.
     3. Blocks of equal size, whatever ``block`` says: also one scale for all, or one for each row.
+
+    Where the first two fit and differ, as for two matrices of 224 rows in blocks of 128, a warning
+    says once that the first was taken.
 
     Columns likewise, with one part.
 
@@ -61,9 +68,19 @@ def _covered(size: int, scales: int, block: int | None, parts: int) -> torch.Ten
         part = size // parts
         blocks = -(-part // block)
         if parts * blocks == scales:
+            if parts > 1 and part % block and -(-size // block) == scales:
+                _warn_of_two_readings(size, block, parts)
             return (torch.arange(size) // part) * blocks + torch.arange(size) % part // block
     if block is not None and -(-size // block) == scales:
         return torch.arange(size) // block
     if scales and size % scales == 0:
         return torch.arange(size) // (size // scales)
     return None
+
+
+@functools.cache  # once, and not for every expert
+def _warn_of_two_readings(size: int, block: int, parts: int) -> None:
+    logger.warning(
+        "scales of %d rows in blocks of %d may be %d grids, one for each matrix, or one grid over "
+        "all rows: they are taken as %d; if the layer's outputs are off, dequantise the checkpoint "
+        "to bfloat16", size, block, parts, parts)

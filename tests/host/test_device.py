@@ -11,7 +11,7 @@ from moeaccel.commands import Opcode, Status
 from moeaccel.config import PRESETS
 from moeaccel.errors import FormatError, MoeAccelError
 from moeaccel.formats import FORMATS, quantise
-from moeaccel.host import errors, open_device
+from moeaccel.host import errors, layers, open_device
 from moeaccel.host.device import Command
 from moeaccel.host.transports.golden import GoldenTransport
 from moeaccel.image import Expert
@@ -683,3 +683,33 @@ def test_counters_tell_what_was_done(device, experts):
     assert counters["bytes_written"] >= 70 * 64 * 4 + 2 * 64
     assert counters["bytes_read_other"] >= 2 * 128 + 70 * 64 * 4
     assert device.last_cycles == experts.last.cycles
+
+
+def test_a_command_asks_for_completions_once(hung, monkeypatch):
+    """Each question is a round trip of a serial line."""
+    experts = hung.load_experts(*draw_weights(np.random.default_rng(7)))
+    hung.transport.hang = True
+    read, asked = hung.transport.register_read, []
+
+    def counting(address):
+        asked.append(address)
+        return read(address)
+
+    monkeypatch.setattr(hung.transport, "register_read", counting)
+    for number in range(3):
+        experts.submit(*draw_call(np.random.default_rng(number), 2))
+    assert asked.count(REGISTERS["CQ_TAIL"].address) == 2  # for the first, nothing is under way
+
+
+def test_a_look_at_x_keeps_nobody_waiting(device, experts, monkeypatch):
+    def look(*arguments, **options):
+        thread = threading.Thread(target=device.counters, daemon=True)
+        thread.start()
+        thread.join(20)
+        waited.append(thread.is_alive())
+        return measure(*arguments, **options)
+
+    measure, waited = layers.measure_activations, []
+    monkeypatch.setattr(layers, "measure_activations", look)
+    experts(*draw_call(np.random.default_rng(0), 2))
+    assert waited == [False]

@@ -209,10 +209,12 @@ def test_nothing_of_a_device_is_copied(small, way):
 
 
 FORK = """
-import os, sys, threading
+import os, signal, sys, threading
 import numpy as np
+import moeaccel.host.transformers_plugin as plugin
 from moeaccel.host import open_device
 from moeaccel.host.errors import DeviceClosed
+from moeaccel.host.plugins.transformers import session
 from moeaccel.host.transports.golden import GoldenTransport
 
 sys.path.insert(0, sys.argv[1])
@@ -226,24 +228,29 @@ with open_device("golden", config=TINY, memory_bytes=1 << 18) as device:
     done = threading.Event()
 
     def hold():
-        with device._lock:  # another thread is in the middle of a call
+        # Another thread is in the middle of a call.
+        with device._lock, device.memory._lock.held, session.lock.held:
             held.set()
             done.wait()
 
+    plugin.use_device(device)
     thread = threading.Thread(target=hold)
     thread.start()
     held.wait()
     child = os.fork()
     if not child:
+        signal.alarm(30)
         actions = (lambda: experts(*tokens()), lambda: experts.sync(handle), device.counters,
                    device.reset, device.fence, device.abort, lambda: device.transport,
-                   lambda: device.load_experts(*weights()))
+                   lambda: device.load_experts(*weights()),
+                   lambda: plugin.current_session().device.fence())
         refused = 0
         for action in actions:
             try:
                 action()
             except DeviceClosed as error:
                 refused += "open another one here" in str(error)
+        device.memory.free_bytes
         experts.close()
         device.close()
         with open_device("golden", config=TINY, memory_bytes=1 << 18) as own:

@@ -1,4 +1,6 @@
 import gc
+import itertools
+import sys
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -11,6 +13,7 @@ from hypothesis.stateful import (
     rule,
 )
 
+from moeaccel.host import memory
 from moeaccel.host.errors import DeviceClosed, InvalidOption, OutOfDeviceMemory
 from moeaccel.host.memory import Allocator
 
@@ -117,3 +120,41 @@ def test_nonsense_is_refused(size, alignment):
 def test_odd_ranges_are_refused(base, size):
     with pytest.raises(InvalidOption, match="multiple of 64"):
         Allocator(base, size)
+
+
+def test_a_signal_handler_may_allocate_and_free_within_a_call():
+    """At every line of allocate() and free(): nothing hangs, overlaps or gets lost."""
+    lines = 0
+    for at in itertools.count():
+        allocator = Allocator(4096, SIZE)
+        first, second = allocator.allocate(64), allocator.allocate(128)
+        garbage = [allocator.allocate(256)]
+        owned, passed = [], 0
+
+        def trace(frame, event, _, at=at, allocator=allocator, second=second, owned=owned):
+            nonlocal passed
+            if frame.f_code.co_filename != memory.__file__:
+                return None
+            if event == "line":
+                if passed == at:
+                    sys.settrace(None)
+                    second.free()
+                    owned.append(allocator.allocate(64))
+                passed += 1
+            return trace
+
+        sys.settrace(trace)
+        try:
+            garbage.clear()
+            first.free()
+            owned.append(allocator.allocate(64, top=True))
+        finally:
+            sys.settrace(None)
+        if passed <= at:
+            break
+        lines += 1
+        assert len({one.address for one in owned}) == 2 and all(one.live for one in owned)
+        assert allocator.free_bytes == SIZE - 128
+        owned.clear()
+        assert (allocator.free_bytes, allocator.free_blocks) == (SIZE, 1)
+    assert lines > 20

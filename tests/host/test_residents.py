@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from moeaccel.config import PRESETS
+from moeaccel.errors import FormatError
 from moeaccel.formats import weight_format
 from moeaccel.host import errors, open_device
 from moeaccel.host.memory import PAGE
@@ -130,6 +131,22 @@ def test_an_upload_that_was_cut_is_taken_up(board, stacks, whole):
         board.left = None
     written = load(board, stacks)
     assert (EXPERTS - whole) * image <= written < (EXPERTS - whole) * image + 200
+
+
+def test_an_expert_that_is_refused_leaves_those_before_it(board, stacks):
+    """Experts are looked at one by one: memory is free again, and what was sent is still listed."""
+    broken = stacks[0].copy(), stacks[1]
+    broken[0][2, 0, 0] = np.nan
+    with open_device(board, config=TINY) as device:
+        free = device.memory.free_bytes
+        with pytest.raises(FormatError, match="must be finite"):
+            device.load_experts(*broken)
+        assert (device.memory.free_bytes, device.memory.free_blocks) == (free, 1)
+        before = board.written
+        device.load_experts(*stacks).close()
+        image = ExpertShape(weight_format("int4_g32"), D_MODEL, D_EXPERT, 2).image_bytes
+        assert 0 < board.written - before - (EXPERTS - 2) * image < 100
+    assert load(board, stacks) < 100
 
 
 def test_every_cut_of_an_image(stacks):

@@ -3,9 +3,9 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from moeaccel.commands import COMPLETION, ENTRY_BYTES, SUBMISSION, Opcode, decode, encode
-from moeaccel.host.errors import InvalidOption
+from moeaccel.host.errors import CompletionLost, InvalidOption
 from moeaccel.host.memory import Allocator
-from moeaccel.host.rings import CommandRings
+from moeaccel.host.rings import Command, CommandRings
 from moeaccel.host.transports import Transport
 from moeaccel.registers import REGISTERS
 
@@ -133,9 +133,23 @@ def test_a_completion_that_was_not_written_does_not_hide_others(caplog):
     lost, tag = rings.submit({}), rings.submit({})
     endpoint.complete(lost, written=0)
     endpoint.complete(tag)
-    assert [c.tag for c in rings.take()] == [tag]
-    assert rings.in_flight == 1
-    assert "completion 0 was not written" in caplog.text
+    assert [c.tag for c in rings.take()] == [lost, tag]
+    assert rings.in_flight == 0 and endpoint.registers["CQ_HEAD"] == 2
+    assert "completion 0, of tag 0, was not written" in caplog.text
+
+
+def test_the_oldest_command_is_the_one_whose_completion_was_not_written():
+    endpoint = Endpoint()
+    rings = rings_on(endpoint, 2)
+    commands = [Command(name) for name in ("first", "second", "third")]
+    tags = [rings.submit({}, command) for command in commands]
+    endpoint.complete(tags[0])
+    endpoint.complete(tags[1], written=0)
+    endpoint.complete(tags[2])
+    rings.take()
+    assert commands[0].error() is commands[2].error() is None
+    assert isinstance(commands[1].error(), CompletionLost)
+    assert not rings.full
 
 
 def test_completions_of_strangers_are_dropped(caplog):

@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
-from moeaccel.config import BLOCK, PRESETS, AcceleratorConfig
-from moeaccel.formats import weight_format
+from moeaccel.config import DIM_MAX, EXPERTS_MAX, PRESETS, AcceleratorConfig
+from moeaccel.formats import BLOCK, weight_format, whole_blocks
 from moeaccel.host.errors import InvalidOption, LimitExceeded
 from moeaccel.image import ExpertShape
 
@@ -20,7 +20,7 @@ _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 SMALLEST_MEMORY = 1 << 32
 """Bytes of memory that the plug-in chooses at least."""
 
-_LARGEST_DIM, _MOST_EXPERTS, _MOST_ADDRESS_BITS = 32768, 1024, 47
+_MOST_ADDRESS_BITS = 47
 _COMMANDS_IN_FLIGHT = 16
 
 
@@ -34,13 +34,13 @@ class LayerDims(NamedTuple):
     @classmethod
     def padded(cls, experts: int, d_model: int, d_expert: int) -> Self:
         """Round the dimensions up to whole blocks of 32."""
-        return cls(experts, -(-d_model // BLOCK) * BLOCK, -(-d_expert // BLOCK) * BLOCK)
+        return cls(experts, whole_blocks(d_model), whole_blocks(d_expert))
 
     @property
     def possible(self) -> bool:
         """Whether the hardware can be made large enough."""
-        return (self.experts <= _MOST_EXPERTS
-                and max(self.d_model, self.d_expert) <= _LARGEST_DIM)
+        return (self.experts <= EXPERTS_MAX
+                and max(self.d_model, self.d_expert) <= DIM_MAX)
 
     def fits(self, config: AcceleratorConfig) -> bool:
         """Return whether a configuration's limits allow the layer."""
@@ -119,7 +119,7 @@ def _enlarged(limits: Sequence[LayerDims], memory: int) -> Choice:
     experts = max(layer.experts for layer in limits)
     if not all(layer.possible for layer in limits):
         raise LimitExceeded(
-            f"dimensions must be at most {_LARGEST_DIM} and experts at most {_MOST_EXPERTS} in any "
+            f"dimensions must be at most {DIM_MAX} and experts at most {EXPERTS_MAX} in any "
             f"configuration, not {dim} and {experts}; use experts_implementation=\"eager\" for "
             "this model")
     return Choice(base.replace(

@@ -13,7 +13,7 @@ from transformers.modeling_utils import PreTrainedModel
 from moeaccel.errors import MoeAccelError
 from moeaccel.host.errors import ExpertsIgnored, InvalidOption
 from moeaccel.host.plugins.transformers import uploads
-from moeaccel.host.plugins.transformers.choice import Choice, choose
+from moeaccel.host.plugins.transformers.choice import Choice
 from moeaccel.host.plugins.transformers.modules import Weights, why_not
 from moeaccel.host.plugins.transformers.operator import (
     NAME,
@@ -22,7 +22,12 @@ from moeaccel.host.plugins.transformers.operator import (
     warn_once,
     why_refused,
 )
-from moeaccel.host.plugins.transformers.session import check_memory, option, session_for
+from moeaccel.host.plugins.transformers.session import (
+    check_memory,
+    choice_for,
+    option,
+    session_for,
+)
 
 __all__ = ["check_model", "choose_config", "refresh", "release"]
 
@@ -85,12 +90,15 @@ def refresh(model: torch.nn.Module) -> int:
 def choose_config(model: torch.nn.Module, *, weight_format: str | None = None) -> Choice:
     """Return the configuration and memory that the plug-in chooses for a model.
 
+    MOEACCEL_CONFIG and MOEACCEL_MEMORY, where they are set, are not chosen but taken as they are,
+    also when the model does not fit them; all else is chosen to go with them.
+
     Parameters
     ----------
     model : :class:`torch.nn.Module`
         It may be on the meta device: only shapes are looked at.
     weight_format : :class:`str`, optional
-        That of :func:`use_device` when left out.
+        When left out, that of :func:`use_device`, else of MOEACCEL_WEIGHT_FORMAT.
 
     Returns
     -------
@@ -100,10 +108,12 @@ def choose_config(model: torch.nn.Module, *, weight_format: str | None = None) -
     ------
     LimitExceeded
         If no configuration is large enough.
+    InvalidOption, ConfigurationError
+        If one of these variables makes no sense.
     """
     _check_type(model, torch.nn.Module)
-    return choose([weights.dims for weights in _weights_in(model)],
-                  weight_format or option("weight_format"))
+    return choice_for([weights.dims for weights in _weights_in(model)],
+                      weight_format=weight_format)
 
 
 # -- is it used? -----------------------------------------------------------------------------------

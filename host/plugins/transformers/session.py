@@ -5,13 +5,12 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from moeaccel.config import PRESETS, preset
+from moeaccel.config import PRESETS, AcceleratorConfig, preset
 from moeaccel.formats import FORMATS
 from moeaccel.host import weights
 from moeaccel.host.device import Device, open_device
@@ -23,9 +22,11 @@ from moeaccel.host.plugins.transformers.choice import (
     choose,
     memory_size,
 )
+from moeaccel.host.process import Lock
+from moeaccel.host.transports.base import Transport
 
-__all__ = ["Session", "Unsupported", "Verify", "check_limits", "check_memory", "current_session",
-           "lock", "open_session", "option", "session_for", "use_device"]
+__all__ = ["Session", "Unsupported", "Verify", "check_limits", "check_memory", "choice_for",
+           "current_session", "lock", "open_session", "option", "session_for", "use_device"]
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ class Session(_Options):
     device: Device
 
 
-lock = threading.RLock()
+lock = Lock()
 """Held while the session or what was uploaded is looked at or changed."""
 
 _options: dict[str, Any] = {}  # as given to use_device
@@ -117,7 +118,7 @@ def use_device(device: Device | None, *, weight_format: str | None = None,
     options = {name: value for name, value in given.items() if value is not None}
     options |= {"grid_exponent": grid_exponent, "verify": verify, "unsupported": unsupported}
     _Options(**options)
-    with lock:
+    with lock.held:
         _options, _chosen = options, frozenset()
         _session = None if device is None else Session(device=device, **_with_environment())
 
@@ -174,7 +175,7 @@ def session_for(layers: Sequence[LayerDims], uploading: Sequence[LayerDims] = ()
         Of these, the ones that need memory now.
     """
     global _session
-    with lock:
+    with lock.held:
         if _session is None:
             _session = _open(layers)
         elif not _has_room(_session, layers, uploading):
@@ -208,23 +209,36 @@ def _bytes_of(session: Session, layers: Sequence[LayerDims]) -> int:
         layer.image_bytes(config, session.weight_format) for layer in layers)
 
 
+def _fixed() -> tuple[AcceleratorConfig | None, int | None]:
+    """Return the configuration and the bytes of memory that the environment fixes."""
+    name, size = os.environ.get("MOEACCEL_CONFIG"), os.environ.get("MOEACCEL_MEMORY")
+    return (None if name is None else preset(name),
+            None if size is None else memory_size("MOEACCEL_MEMORY", size))
+
+
+def choice_for(layers: Sequence[LayerDims], *, weight_format: str | None = None,
+               least: Choice | None = None) -> Choice:
+    """Return what the environment fixes, and what is chosen for the rest; see :func:`choose`."""
+    config, memory = _fixed()
+    choice = choose(layers, weight_format or _Options(**_with_environment()).weight_format,
+                    config=config, least=least)
+    return choice if memory is None else choice._replace(memory_bytes=memory)
+
+
 def _open(layers: Sequence[LayerDims], least: Choice | None = None) -> Session:
-    """Open the device that the environment names; see :func:`choose`."""
+    """Open the device that the environment names."""
     global _chosen
     options = _with_environment()
     spec = os.environ.get("MOEACCEL_DEVICE", "golden")
-    name, size = os.environ.get("MOEACCEL_CONFIG"), os.environ.get("MOEACCEL_MEMORY")
-    config = None if name is None else preset(name)
-    memory = None if size is None else memory_size("MOEACCEL_MEMORY", size)
+    config, memory = _fixed()
     chosen = {what for what, value in (("config", config), ("memory", memory)) if value is None}
     if spec in _SIMULATED:
-        choice = choose(layers, _Options(**options).weight_format, config=config, least=least)
-        config, memory = choice.config, memory or choice.memory_bytes
+        config, memory = choice_for(layers, least=least)
     else:
         chosen = set()  # a board or a recording is what it is
     device = open_device(spec, config=config, memory_bytes=memory)
     # Nobody else closes it: it goes when the last layer that lives in it has gone.
-    weakref.finalize(device, device.transport.close)
+    weakref.finalize(device, _close_own, device.transport, os.getpid())
     _chosen = frozenset(chosen)
     if chosen:
         # What figures stand for is said aloud where it is not what the documents name.
@@ -234,6 +248,12 @@ def _open(layers: Sequence[LayerDims], least: Choice | None = None) -> Session:
                    "MOEACCEL_MEMORY or use_device() choose others", " and ".join(sorted(chosen)),
                    device.config.name, device.transport.memory_bytes >> 20)
     return Session(device=device, **options)
+
+
+def _close_own(transport: Transport, process: int) -> None:
+    """Close a transport, unless this is a fork of the process that opened it."""
+    if os.getpid() == process:
+        transport.close()
 
 
 def option(name: str) -> Any:

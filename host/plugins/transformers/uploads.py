@@ -65,20 +65,20 @@ def _place(weights: Weights) -> dict[_Key, _Upload]:
 
 def uploaded(weights: Weights) -> Experts | None:
     """Return weights in the device memory of the session, whatever became of them since."""
-    with lock:
+    with lock.held:
         found = _place(weights).get(_key(weights))
         return found.experts if found is not None and found.usable else None
 
 
 def drop(weights: Weights) -> None:
     """Forget an upload; a later call makes another."""
-    with lock:
+    with lock.held:
         _place(weights).pop(_key(weights), None)
 
 
 def drop_all() -> None:
     """Forget every upload."""
-    with lock:
+    with lock.held:
         _uploads.clear()
 
 
@@ -91,7 +91,7 @@ def experts_of(weights: Weights, *, everything: bool = False) -> Experts:
     everything : :class:`bool`
         Compare all of them, not a part, with what was uploaded.
     """
-    with lock:
+    with lock.held:
         place, key = _place(weights), _key(weights)
         found = place.get(key)
         if found is not None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from moeaccel.host import errors
+from moeaccel.host.importers import fp8
 from moeaccel.host.importers.fp8 import dequantise
 
 BLOCK = 128, 128
@@ -74,3 +75,18 @@ def test_scales_that_are_powers_of_two():
 def test_a_grid_that_does_not_fit_is_refused(grid):
     with pytest.raises(errors.UnsupportedExperts, match=r"FP8 weights of \(200, 300\) must have"):
         dequantise(draw(200, 300), torch.ones(grid), BLOCK)
+
+
+def test_two_readings_of_a_grid_are_told_once(caplog):
+    """448 rows in blocks of 128: two grids of two rows, or one of four."""
+    fp8._warn_of_two_readings.cache_clear()
+    gate, up = draw(224, 128), draw(224, 128).flip(0)
+    (of_gate, exact_gate), (of_up, exact_up) = quantised(gate, BLOCK), quantised(up, BLOCK)
+    for _ in range(2):
+        found = dequantise(torch.cat([gate, up]), torch.cat([of_gate, of_up]), BLOCK, parts=2)
+        assert torch.equal(found, torch.cat([exact_gate, exact_up]))
+    assert len(caplog.records) == 1
+    assert "2 grids, one for each matrix, or one grid over all rows" in caplog.text
+    caplog.clear()
+    dequantise(draw(512, 128), torch.ones(4, 1), BLOCK, parts=2)  # the same either way
+    assert not caplog.records

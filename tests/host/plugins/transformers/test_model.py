@@ -159,14 +159,20 @@ def test_arguments_that_make_no_sense(device):
 
 
 # -- what a model needs
-def test_choose_config_needs_shapes_only():
+def test_choose_config_needs_shapes_only(environment):
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(
             config_of("Olmoe", **(EIGHT | {"hidden_size": 2048, "intermediate_size": 1024,
-                                           "num_experts": 64, "num_hidden_layers": 16})))
+                                           "num_experts": 64, "num_hidden_layers": 12})))
     config, memory = plugin.choose_config(model)
     assert config is PRESETS["wide512"]
-    assert 16 * 64 * 3 * 2048 * 1024 // 2 < memory <= 8 << 30
+    assert 12 * 64 * 3 * 2048 * 1024 // 2 < memory <= 8 << 30
+    environment.setenv("MOEACCEL_WEIGHT_FORMAT", "mxint8")
+    assert plugin.choose_config(model) == (config, 2 * memory)
+    assert plugin.choose_config(model, weight_format="int4_g32") == (config, memory)
+    environment.setenv("MOEACCEL_CONFIG", "hbm32")
+    environment.setenv("MOEACCEL_MEMORY", "64MiB")
+    assert plugin.choose_config(model) == (PRESETS["hbm32"], 64 << 20)
 
 
 @torch.no_grad()

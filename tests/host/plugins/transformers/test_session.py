@@ -1,4 +1,5 @@
 import logging
+import os
 
 import pytest
 import torch
@@ -7,6 +8,8 @@ import moeaccel.host.transformers_plugin as plugin
 from moeaccel.config import PRESETS
 from moeaccel.errors import MoeAccelError
 from moeaccel.host import errors
+from moeaccel.host.plugins.transformers.session import _close_own
+from moeaccel.host.transports.golden import GoldenTransport
 from tests.support.experts import CALL, toy
 from tests.support.models import FOUR, config_of, make
 
@@ -143,3 +146,18 @@ def test_what_the_user_chose_stays(environment, ids):
     environment.setenv("MOEACCEL_CONFIG", "small")
     with pytest.raises(errors.LimitExceeded, match="config 'small', not 1056"):
         mixtral(intermediate_size=1056)(ids)
+
+
+def test_a_fork_does_not_close_what_its_parent_opened(environment):
+    """Its exit does: a serial port's last bytes would be sent twice."""
+    closed = []
+
+    class Port(GoldenTransport):
+        def close(self):
+            closed.append(self)
+
+    transport = Port(PRESETS["tiny"], memory_bytes=1 << 20)
+    _close_own(transport, os.getpid() + 1)
+    assert not closed
+    _close_own(transport, os.getpid())
+    assert closed == [transport]
