@@ -15,7 +15,7 @@ from pathlib import Path
 
 from moeaccel.errors import CacheError, MoeAccelError, ToolMissingError
 
-__all__ = ["CACHE_VARIABLE", "cache_folder", "find_compiler", "using_cache"]
+__all__ = ["CACHE_VARIABLE", "cache_folder", "executing", "find_compiler", "using_cache"]
 
 CACHE_VARIABLE = "MOEACCEL_CACHE"
 
@@ -44,6 +44,23 @@ def find_compiler() -> str:
     hint = ("run 'xcode-select --install'" if sys.platform == "darwin" else
             "install g++, for example with 'apt install g++' or 'dnf install gcc-c++'")
     raise ToolMissingError(f"Simulating the RTL needs a C++ compiler, and {what}: {hint}")
+
+
+@contextlib.contextmanager
+def executing(program: str) -> Iterator[None]:
+    """Turn what the system says when a program cannot be executed into an error that names it.
+
+    Raises
+    ------
+    ToolMissingError
+        In the place of :class:`OSError`.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ToolMissingError(
+            f"{program} must be a program that can be executed, but the system says "
+            f"{error.strerror or error}; install it again, or name another one") from error
 
 
 def cache_folder() -> Path:

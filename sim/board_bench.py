@@ -11,6 +11,7 @@ import numpy as np
 from moeaccel.config import AcceleratorConfig, preset
 from moeaccel.formats import weight_format, whole_blocks
 from moeaccel.host.device import Device
+from moeaccel.host.errors import InvalidOption, LimitExceeded
 from moeaccel.host.transports.base import Bytes
 from moeaccel.host.transports.serial import SerialTransport
 from moeaccel.image import Expert
@@ -118,12 +119,24 @@ def measure_board(config: str | AcceleratorConfig = "ulx3s", *,
         Of weights and x.
     progress : callable
         Told what is being done.
+
+    Raises
+    ------
+    InvalidOption
+        If a number is not positive.
+    LimitExceeded
+        If the expert is larger than the configuration allows.
     """
     from moeaccel import golden
 
     config = preset(config)
     if any(number < 1 for number in tokens):
-        raise ValueError(f"tokens must be positive numbers, not {tokens!r}")
+        raise InvalidOption(f"tokens must be positive numbers, not {tokens!r}")
+    if d_model < 1 or d_expert < 1:
+        raise InvalidOption(f"d_model and d_expert must be at least 1, not {d_model}, {d_expert}")
+    if (most := max(d_model, d_expert)) > config.max_dim:
+        raise LimitExceeded(f"d_model and d_expert must be at most max_dim = {config.max_dim} of "
+                            f"config {config.name!r}, not {most}")
     tokens = (1, *(number for number in tokens if number != 1))
     rng = np.random.default_rng(seed)
     fmt, planes = weight_format(weight_format_name), activation_bits // 8

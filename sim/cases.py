@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from moeaccel.config import PRESETS, AcceleratorConfig
+from moeaccel.config import DIM_MAX, EXPERTS_MAX, PRESETS, AcceleratorConfig
 from moeaccel.cycles import Prediction, predict_experts, predict_linear
 from moeaccel.formats import FORMATS, weight_format
+from moeaccel.grid import GRID_EXPONENTS
 from moeaccel.image import ExpertShape, Section
 from moeaccel.sim.errors import SimulationError
 from moeaccel.sim.memory import CHANNELS, MemoryModel, StallModel
@@ -27,6 +28,11 @@ PROMPT = MemoryModel(size=MEMORY_BYTES, read_latency=1, write_latency=1, check_u
 
 ENDS = ("", "abort", "reset")
 _LEAST_BUDGET = 1000
+
+
+def _check_whole(name: str, value: object, least: int, most: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise ValueError(f"{name} must be a whole number from {least} to {most}, not {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +69,17 @@ class Call:
     after: int = 0
 
     def __post_init__(self) -> None:
+        for name, least, most in (("d_in", 1, DIM_MAX), ("d_other", 1, DIM_MAX),
+                                  ("experts", 0, EXPERTS_MAX), ("nan", -1, 1 << 31),
+                                  ("grid_exponent", GRID_EXPONENTS[0], GRID_EXPONENTS[-1]),
+                                  ("after", 0, 1 << 31)):
+            _check_whole(name, getattr(self, name), least, most)
+        if self.weight_format not in FORMATS or self.activation_bits not in (8, 16):
+            raise ValueError(
+                f"weight_format must be one of {', '.join(FORMATS)} and activation_bits 8 or 16, "
+                f"not {self.weight_format!r} and {self.activation_bits!r}")
+        for expert in (expert for row in self.ids for expert in row):
+            _check_whole("expert", expert, -(1 << 31), (1 << 31) - 1)
         if self.end not in ENDS:
             raise ValueError(f"end must be one of {', '.join(map(repr, ENDS))}, not {self.end!r}")
         if not self.ids or len({len(row) for row in self.ids}) != 1:
@@ -105,9 +122,16 @@ class Case:
     def __post_init__(self) -> None:
         if self.config not in PRESETS:
             raise ValueError(f"config must be one of {', '.join(PRESETS)}, not {self.config!r}")
+        _check_whole("seed", self.seed, 0, (1 << 64) - 1)
+        _check_whole("channels", self.channels, 1, 32)
         if not self.calls or len(self.memories) != self.channels:
             raise ValueError(f"case must have calls and a memory for each of {self.channels} "
                              f"channels, not {len(self.calls)} and {len(self.memories)}")
+        limits = self.parameters
+        for call in self.calls:
+            _check_whole("d_in", call.d_in, 1, limits.max_dim)
+            _check_whole("d_other", call.d_other, 1, limits.max_dim)
+            _check_whole("experts", call.experts, 0, limits.max_experts)
 
     @property
     def parameters(self) -> AcceleratorConfig:

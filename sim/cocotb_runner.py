@@ -31,7 +31,7 @@ from cocotb_tools.runner import SUPPORTED_RUNNERS, Verilator, get_runner
 
 from moeaccel.sim import verilator as builder
 from moeaccel.sim.errors import BuildError, SimulationError
-from moeaccel.toolchain import cache_folder, find_compiler, using_cache
+from moeaccel.toolchain import cache_folder, executing, find_compiler, using_cache
 
 logger = logging.getLogger(__name__)
 
@@ -131,6 +131,11 @@ class PortsOnlyVerilator(Verilator):
         super()._set_env_build()
         _, root = builder._verilator()
         self.env["VERILATOR_ROOT"] = str(root)
+
+    def _execute_cmds(self, cmds: Sequence[Any], cwd: Any, stdout: Any = None) -> None:
+        for command in cmds:
+            with executing(command[0]):
+                super()._execute_cmds([command], cwd, stdout)
 
     def _build_command(self) -> list[list[str]]:
         translate, make = super()._build_command()

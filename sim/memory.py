@@ -40,7 +40,7 @@ class StallModel:
     def __post_init__(self) -> None:
         for name in CHANNELS:
             value = getattr(self, name)
-            if not 0 <= value < 1:
+            if not isinstance(value, int | float) or not 0 <= value < 1:
                 raise ValueError(f"Stall probability {name} must be in [0, 1), not {value!r}")
         _check_integer("Stall length", self.length, least=1)
 

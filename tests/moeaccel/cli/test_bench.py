@@ -1,13 +1,11 @@
 """``moeaccel bench``: what its options allow, and what it prints."""
 
 import json
-from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from moeaccel.cli import app, bench
-from moeaccel.cli.output import print_json
+from moeaccel.cli import app
 from moeaccel.formats import FORMATS
 
 runner = CliRunner()
@@ -38,6 +36,7 @@ def said(result):
     (["bench", "prefill", *DECODE[2:], "--routing", "zipf:nan"], "a number S from 0 to 100"),
     (["bench", "prefill", *DECODE[2:], "--routing", "zipf:-1"], "a number S from 0 to 100"),
     (["bench", "board", "--tokens", "0"], "Invalid value for '--tokens'"),
+    (["bench", "board", "--d-model", "4096"], "must be at most max_dim = 2048 of config 'ulx3s'"),
     (["bench", "simulators", "--tokens", "0"], "Invalid value for '--tokens'"),
 ])
 def test_what_is_refused(arguments, message):
@@ -60,15 +59,3 @@ def test_dimensions_of_a_product_are_free():
 def test_help_names_every_format():
     result = runner.invoke(app, ["bench", "decode", "--help"], env={"COLUMNS": "200"})
     assert ", ".join(FORMATS) in said(result)
-
-
-def test_json_has_no_numbers_that_json_does_not_have(capsys):
-    print_json({"a": [float("nan"), 1.5, (float("inf"), -float("inf"))], "b": {"c": float("nan")}})
-    assert json.loads(capsys.readouterr().out) == {"a": [None, 1.5, [None, None]],
-                                                   "b": {"c": None}}
-
-
-def test_every_command_prints_json_by_the_same_function():
-    folder = Path(bench.__file__).parent
-    assert [path.name for path in folder.glob("*.py")
-            if "json.dumps" in path.read_text(encoding="utf-8")] == ["output.py"]

@@ -25,6 +25,9 @@ runner = CliRunner()
 NO_PLACE = "/dev/null/file"
 RUN = ["run", "--prompt", "1+1=", "--device", "golden"]
 BITSTREAM = ["bitstream", "--folder", NO_PLACE]
+SOAK = ["soak", "--config", "tiny", "--channels", "1", "--case"]
+IMPORT = ["trace", "import", "/no/such/file", "--format", "sglang", "--out", "t"]
+GENERATE = ["trace", "generate", "--out", "t"]
 
 REFUSED = [
     # run
@@ -80,6 +83,49 @@ REFUSED = [
     (["board", "--flip", "1"], "--flip"),
     (["board", "--lose", "nan"], "--lose"),
     (["board", "--repeat", "-0.5"], "--repeat"),
+    # soak
+    (["soak", "--minutes", "0"], "--minutes"),
+    (["soak", "--minutes", "many"], "--minutes"),
+    (["soak", "--config", "huge"], "config must be one of"),
+    (["soak", "--config", "tiny", "--channels", "3"], "channels must be a power of two"),
+    (["soak", "--channels", "0"], "--channels"),
+    ([*SOAK, "{"], "case must be a line that `moeaccel soak` has printed, not '{'"),
+    ([*SOAK, "[]"], "case must be a line"),
+    *(([*SOAK, f'{{"calls":[{{{call}}}],"memories":[{{{memory}}}]{more}}}'], what)
+      for call, memory, more, what in (
+          ('"size":1', "", "", "unexpected keyword argument 'size'"),
+          ("", "", ',"name":1', "unexpected keyword argument 'name'"),
+          ("", '"name":1', "", "unexpected keyword argument 'name'"),
+          ('"weight_format":"int3"', "", "", "weight_format must be one of"),
+          ('"d_in":"a"', "", "", "d_in must be a whole number from 1"),
+          ('"d_in":-32', "", "", "d_in must be a whole number from 1"),
+          ('"d_in":1024', "", "", "d_in must be a whole number from 1 to 256, not 1024"),
+          ('"experts":17', "", "", "experts must be a whole number from 0 to 16, not 17"),
+          ('"ids":[["a"]]', "", "", "expert must be a whole number"),
+          ('"nan":"x"', "", "", "nan must be a whole number"),
+          ('"grid_exponent":1000', "", "", "grid_exponent must be a whole number"),
+          ('"after":-5', "", "", "after must be a whole number"),
+          ("", "", ',"seed":-1', "seed must be a whole number"),
+          ("", "", ',"channels":"a"', "channels must be a whole number"),
+          ("", '"stalls":{"ar":"x"}', "", "Stall probability ar must be in"))),
+    # trace
+    (["trace", "record", "x", "-o", "y", "--prompt", "a", "--new-tokens", "0"], "--new-tokens"),
+    ([*IMPORT, "--layers", "-1", "--top-k", "2", "--experts", "8"], "--layers"),
+    ([*IMPORT, "--layers", "2", "--top-k", "-2", "--experts", "8"], "--top-k"),
+    ([*IMPORT, "--layers", "2", "--top-k", "2", "--experts", "-8"], "--experts"),
+    ([*IMPORT, "--format", "nobody"], "'nobody' is not one of"),
+    ([*IMPORT, "--layers", "2", "--top-k", "2", "--experts", "8"], "file that can be read"),
+    ([*GENERATE, "--requests", "0"], "--requests"),
+    ([*GENERATE, "--tokens", "0"], "--tokens"),
+    ([*GENERATE, "--prompt", "-5"], "--prompt"),
+    ([*GENERATE, "--batch", "0"], "--batch"),
+    ([*GENERATE, "--seed", "-1"], "--seed"),
+    ([*GENERATE, "--model-seed", "-1"], "--model-seed"),
+    ([*GENERATE, "--model", "nobody"], "preset must be one of"),
+    (["trace", "generate", "--requests", "1", "--tokens", "1", "--out", NO_PLACE],
+     "must be a place that can be written"),
+    (["trace", "stats", "--requests", "0"], "--requests"),
+    (["trace", "stats", "--tokens", "0"], "--tokens"),
     # the application
     (["no-such-command"], "No such command"),
     (["bench", "no-such-command"], "No such command"),
