@@ -1,4 +1,4 @@
-// One AXI4 slave: a memory with a timing model, and a checker of the master that talks to it.
+// One AXI4 slave: a memory with a timing model, which has the master that talks to it checked.
 //
 // In every cycle the harness calls sample() with the pins settled, just before the rising edge, and
 // drive() after it. Everything this side drives comes from registers: no path leads from an input
@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <memory>
 
+#include "port_checker.h"
 #include "support.h"
 
 namespace moeaccel {
@@ -30,8 +31,8 @@ public:
                   "the data width must be a power of two of 32 to 1024 bits");
 
     MemoryPort(Pins pins, const moeaccel_memory_config& config, Violations& violations)
-        : pins_(pins), config_(config), violations_(violations),
-          name_(pins.name()), random_(config.seed) {
+        : pins_(pins), config_(config), checker_(pins.name(), config, violations),
+          random_(config.seed) {
         for (int i = 0; i < MOEACCEL_CHANNELS; ++i) {
             stall_[i] = Stall(config.stall[i], config.stall_length);
             random_mode_ |= stall_[i].enabled();
@@ -59,7 +60,7 @@ public:
         reading_ = kNone;
         aw_ = Address{};
         ar_ = Address{};
-        w_waiting_ = false;
+        checker_.reset();
         read_tokens_ = write_tokens_ = saved_;
         refresh_phase_ = 0;
         buffered_ = 0;
@@ -72,17 +73,16 @@ public:
         pins_.bvalid() = 0;
     }
 
-    // While reset is held, the master's valid signals must be low.
     void sample_reset(uint64_t cycle) {
-        if (pins_.arvalid()) violation(cycle, "AR", "ARVALID is high in reset");
-        if (pins_.awvalid()) violation(cycle, "AW", "AWVALID is high in reset");
-        if (pins_.wvalid()) violation(cycle, "W", "WVALID is high in reset");
+        checker_.check_reset(cycle, "AR", pins_.arvalid());
+        checker_.check_reset(cycle, "AW", pins_.awvalid());
+        checker_.check_reset(cycle, "W", pins_.wvalid());
     }
 
     void sample(uint64_t cycle) {
         if (pins_.arvalid() | ar_.waiting) sample_ar(cycle);
         if (pins_.awvalid() | aw_.waiting) sample_aw(cycle);
-        if (pins_.wvalid() | w_waiting_) sample_w(cycle);
+        if (pins_.wvalid() | checker_.write_data_waits()) sample_w(cycle);
         if (rvalid_) sample_r(cycle);
         if (bvalid_) sample_b(cycle);
         stats_.read_busy_cycles += !reads_.empty();
@@ -110,7 +110,8 @@ public:
                   (!w_stalled && writes_.size() <= config_.max_writes &&
                    (config_.shared_bandwidth ? buffered_ < kWriteBuffer : write_tokens_ >= cost_));
         pins_.wready() = wready_;
-        if (addressed_ > filled_) check_patience(cycle, w_progress_, "W", "the data of an accepted address");
+        if (addressed_ > filled_)
+            checker_.check_patience(cycle, w_progress_, "W", "the data of an accepted address");
 
         const bool b_stalled = stalled(MOEACCEL_B) | refreshing;
         if (!bvalid_ && !b_stalled && !writes_.empty()) offer_b(cycle);
@@ -142,21 +143,6 @@ private:
     // Pending bursts whose rows a controller opens ahead of their turn.
     static constexpr size_t kRowsAhead = 16;
 
-    // Bytes of which `written` has an entry.
-    static constexpr uint64_t kBlock = MOEACCEL_WRITTEN_BYTES;
-
-    // An address channel as it was in the cycle before.
-    struct Address {
-        bool waiting = false;
-        uint64_t since = 0;
-        uint64_t address = 0;
-        uint32_t id = 0, length = 0, size = 0, burst = 0;
-        bool operator==(const Address& other) const {
-            return address == other.address && id == other.id && length == other.length &&
-                   size == other.size && burst == other.burst;
-        }
-    };
-
     struct Read {
         uint64_t address = 0;  // of the next beat, aligned
         uint64_t first = 0, last = 0;
@@ -185,10 +171,6 @@ private:
         uint64_t row = ~uint64_t{0};
         uint64_t ready = 0;
     };
-
-    void violation(uint64_t cycle, const char* channel, const std::string& text) {
-        violations_.add(cycle, name_ + "." + channel, text);
-    }
 
     // Cycles between two bounds: every power of two is as likely as every other.
     uint64_t latency(uint32_t least, uint32_t most) {
@@ -235,36 +217,6 @@ private:
 
     // -- address channels ------------------------------------------------------------------------
 
-    void check_address(uint64_t cycle, const char* channel, Address& seen, const Address& now,
-                       bool valid, bool ready) {
-        if (seen.waiting) {
-            if (!valid) {
-                violation(cycle, channel, "VALID was dropped before READY");
-            } else if (!(seen == now)) {
-                violation(cycle, channel,
-                          "the address or its attributes changed while waiting for READY, from " +
-                              hex(seen.address) + " to " + hex(now.address));
-            }
-        }
-        seen = now;
-        seen.waiting = valid && !ready;
-    }
-
-    void check_burst(uint64_t cycle, const char* channel, const Address& burst, uint64_t last) {
-        if ((1u << burst.size) != kBytes) {
-            violation(cycle, channel, "SIZE is " + std::to_string(1u << burst.size) +
-                                          " bytes, not the bus width of " + std::to_string(kBytes));
-        }
-        if (burst.burst != 1) {
-            violation(cycle, channel, "BURST is " + std::to_string(burst.burst) + ", not INCR (1)");
-        }
-        if ((burst.address >> 12) != (last >> 12)) {
-            violation(cycle, channel, "burst of " + std::to_string(burst.length + 1) +
-                                          " beats at " + hex(burst.address) +
-                                          " crosses a 4 KiB boundary");
-        }
-    }
-
     static uint64_t align(uint64_t address) { return address & ~uint64_t{kBytes - 1}; }
 
     void sample_ar(uint64_t cycle) {
@@ -275,7 +227,7 @@ private:
         now.size = pins_.arsize();
         now.burst = pins_.arburst();
         const bool valid = pins_.arvalid();
-        check_address(cycle, "AR", ar_, now, valid, arready_);
+        checker_.check_address(cycle, "AR", ar_, now, valid, arready_);
         if (!valid || !arready_) return;
 
         Read read;
@@ -287,12 +239,12 @@ private:
         read.accepted = cycle;
         read.ready = cycle + latency(config_.read_latency, config_.read_latency_most);
         if (read.left == 1) read.ready += config_.last_beat_delay;
-        check_burst(cycle, "AR", now, read.last);
+        checker_.check_burst(cycle, "AR", now, read.last);
         if (config_.check_races) {
             for (size_t i = 0; i < addressed_; ++i) {
                 if (overlap(writes_[i], read)) {
-                    violation(cycle, "AR", "read of " + hex(read.first) +
-                                               " before the write to it is acknowledged");
+                    checker_.violation(cycle, "AR", "read of " + hex(read.first) +
+                                                        " before the write to it is acknowledged");
                 }
             }
         }
@@ -310,7 +262,7 @@ private:
         now.size = pins_.awsize();
         now.burst = pins_.awburst();
         const bool valid = pins_.awvalid();
-        check_address(cycle, "AW", aw_, now, valid, awready_);
+        checker_.check_address(cycle, "AW", aw_, now, valid, awready_);
         if (!valid || !awready_) return;
 
         if (addressed_ == writes_.size()) writes_.push(fresh_write());
@@ -321,23 +273,23 @@ private:
         write.last = write.address + (uint64_t(now.length) + 1) * kBytes - 1;
         write.id = now.id;
         write.beats = now.length + 1;
-        check_burst(cycle, "AW", now, write.last);
+        checker_.check_burst(cycle, "AW", now, write.last);
         if (config_.check_races) {
             for (size_t i = 0; i < addressed_; ++i) {
                 if (overlap(writes_[i], write)) {
-                    violation(cycle, "AW", "write to " + hex(write.first) +
-                                               " before an earlier one is acknowledged");
+                    checker_.violation(cycle, "AW", "write to " + hex(write.first) +
+                                                        " before an earlier one is acknowledged");
                 }
             }
             for (size_t i = 0; i < reads_.size(); ++i) {
                 if (overlap(&reads_[i], write)) {
-                    violation(cycle, "AW", "write to " + hex(write.first) +
-                                               " while a read of it is outstanding");
+                    checker_.violation(cycle, "AW", "write to " + hex(write.first) +
+                                                        " while a read of it is outstanding");
                 }
             }
         }
         if (write.taken > write.beats || (write.has_data && write.taken != write.beats)) {
-            violation(cycle, "W", wlast_text(write));
+            checker_.violation(cycle, "W", wlast_text(write));
         }
         if (!write.has_data && write.taken >= write.beats) finish_data(write);
         if (addressed_++ == filled_) w_progress_ = cycle;
@@ -361,22 +313,9 @@ private:
 
     void sample_w(uint64_t cycle) {
         const bool valid = pins_.wvalid();
-        if (w_waiting_) {
-            if (!valid) {
-                violation(cycle, "W", "VALID was dropped before READY");
-            } else if (std::memcmp(&w_data_, &pins_.wdata(), sizeof(Data)) != 0 ||
-                       std::memcmp(&w_strobe_, &pins_.wstrb(), sizeof(Strobe)) != 0 ||
-                       w_last_ != bool(pins_.wlast())) {
-                violation(cycle, "W", "data, strobes or WLAST changed while waiting for READY");
-            }
-        }
-        w_waiting_ = valid && !wready_;
-        if (w_waiting_) {
-            w_data_ = pins_.wdata();
-            w_strobe_ = pins_.wstrb();
-            w_last_ = pins_.wlast();
-            ++stats_.write_wait_cycles;
-        }
+        checker_.check_write_data(cycle, pins_.wdata(), pins_.wstrb(), pins_.wlast(), valid,
+                                  wready_);
+        stats_.write_wait_cycles += valid && !wready_;
         if (!valid || !wready_) return;
 
         if (config_.never_refuse) {
@@ -391,7 +330,8 @@ private:
         stats_.last_write_cycle = cycle;
 
         if (filled_ >= addressed_ && !(pins_.awvalid() && filled_ == addressed_)) {
-            violation(cycle, "W", "write data without an address, neither accepted nor offered");
+            checker_.violation(cycle, "W",
+                               "write data without an address, neither accepted nor offered");
         }
         if (filled_ == writes_.size()) writes_.push(fresh_write());
         Write& write = *writes_[filled_];
@@ -404,9 +344,10 @@ private:
         if (write.has_address) {
             // The address decides where the burst ends, whatever WLAST says.
             end = write.taken == write.beats;
-            if (end != last) violation(cycle, "W", last ? wlast_text(write) : "WLAST is missing in "
-                                       "beat " + std::to_string(write.taken) + " of the burst at " +
-                                       hex(write.first));
+            if (end != last)
+                checker_.violation(cycle, "W", last ? wlast_text(write) : "WLAST is missing in "
+                                   "beat " + std::to_string(write.taken) + " of the burst at " +
+                                   hex(write.first));
         }
         if (end) {
             finish_data(write);
@@ -443,9 +384,7 @@ private:
         pins_.bid() = write.id;
         pins_.bresp() = commit(write);
         bvalid_ = true;
-        if (config_.written != nullptr && (write.address % kBlock || (write.last + 1) % kBlock))
-            violation(cycle, "AW", "write of a part of " + std::to_string(kBlock) + " bytes, at " +
-                                       hex(write.first));
+        checker_.check_whole_blocks(cycle, write.address, write.last);
     }
 
     uint8_t commit(const Write& write) {
@@ -457,7 +396,7 @@ private:
             const uint8_t response = clean ? uint8_t(kOkay) : respond(address, false);
             worst = std::max(worst, response);
             if (response != kOkay) continue;
-            if (config_.written != nullptr) mark_written(address, write.strobes[beat]);
+            checker_.mark_written(address, write.strobes[beat]);
             const uint8_t* source = write.data.data() + size_t(beat) * kBytes;
             uint8_t* target = config_.data + address;
             const auto* strobes = reinterpret_cast<const uint8_t*>(&write.strobes[beat]);
@@ -484,7 +423,7 @@ private:
             bvalid_ = false;
             release_write(responding_);
         } else {
-            check_patience(cycle, b_since_, "B", "BREADY, while a response waits");
+            checker_.check_patience(cycle, b_since_, "B", "BREADY, while a response waits");
         }
     }
 
@@ -559,7 +498,7 @@ private:
         pins_.rid() = read.id;
         pins_.rresp() = response;
         pins_.rlast() = --read.left == 0;
-        if (config_.written != nullptr && response == kOkay) check_written(read.address, cycle);
+        if (response == kOkay) checker_.check_written(cycle, read.address);
         read.address += kBytes;
         if (read.left == 1) read.ready = std::max(read.ready, cycle + config_.last_beat_delay);
         rvalid_ = true;
@@ -570,7 +509,7 @@ private:
     void sample_r(uint64_t cycle) {
         if (!pins_.rready()) {
             ++stats_.read_wait_cycles;
-            check_patience(cycle, r_since_, "R", "RREADY, while a beat waits");
+            checker_.check_patience(cycle, r_since_, "R", "RREADY, while a beat waits");
             return;
         }
         rvalid_ = false;
@@ -581,14 +520,6 @@ private:
             reads_.erase(reading_);
             reading_ = kNone;
             if (!rows_.empty()) open_rows(cycle);
-        }
-    }
-
-    void check_patience(uint64_t cycle, uint64_t since, const char* channel, const char* what) {
-        if (config_.response_timeout != 0 && cycle - since == config_.response_timeout) {
-            violation(cycle, channel, std::string("nothing for ") +
-                                          std::to_string(config_.response_timeout) +
-                                          " cycles from " + what);
         }
     }
 
@@ -621,22 +552,6 @@ private:
         }
     }
 
-    // -- memory that nobody wrote ----------------------------------------------------------------
-
-    void check_written(uint64_t address, uint64_t cycle) {
-        for (uint64_t block = address / kBlock; block <= (address + kBytes - 1) / kBlock; ++block) {
-            if (config_.written[block] == 0)
-                violation(cycle, "R", "read of " + hex(address) + ", which nobody wrote");
-        }
-    }
-
-    void mark_written(uint64_t address, const Strobe& strobe) {
-        const Strobe none{};
-        if (std::memcmp(&strobe, &none, sizeof none) == 0) return;
-        for (uint64_t block = address / kBlock; block <= (address + kBytes - 1) / kBlock; ++block)
-            config_.written[block] = 1;
-    }
-
     // -- addresses that fail ---------------------------------------------------------------------
 
     bool hits_error(uint64_t first, uint64_t last, bool reading) const {
@@ -660,8 +575,7 @@ private:
 
     Pins pins_;
     const moeaccel_memory_config config_;
-    Violations& violations_;
-    const std::string name_;
+    PortChecker<Data, Strobe> checker_;
     Random random_;
     Stall stall_[MOEACCEL_CHANNELS];
     bool random_mode_ = false;
@@ -689,9 +603,6 @@ private:
     uint64_t b_since_ = 0;
     Address aw_;
     uint64_t w_progress_ = 0;
-    bool w_waiting_ = false, w_last_ = false;
-    Data w_data_{};
-    Strobe w_strobe_{};
     std::vector<std::unique_ptr<Write>> all_writes_;
     std::vector<Write*> spare_;
 };

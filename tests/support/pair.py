@@ -27,6 +27,7 @@ from moeaccel.sim import CoSimulation, MemoryModel, StallModel
 from moeaccel.sim.accelerator import accelerator_verilog
 from moeaccel.sim.verilator import Model, build_model
 
+ROOT = Path(__file__).parents[2]
 MEMORY_BYTES = 1 << 27  # 128 experts, each as large as a drawn case reads them
 
 TIME = ("busy", "starved_weights", "starved_activations", "stalled_output", "idle")
@@ -40,12 +41,15 @@ WORK = ("bytes_read_weights", "bytes_read_other", "bytes_written", "tokens", "ex
 @functools.cache
 def sources_digest() -> str:
     """Return a digest of everything that an accelerator's Verilog is made from."""
-    from moeaccel import config, hdl
+    return digest_of(ROOT / "hdl", ROOT / "moeaccel", ROOT / "sim" / "accelerator.py")
 
+
+def digest_of(*places: Path) -> str:
+    """Return a digest of Python files, and of those in folders and below, and of Amaranth."""
     total = hashlib.sha256(importlib.metadata.version("amaranth").encode())
-    for module in (hdl, config):
-        assert module.__file__ is not None
-        for path in sorted(Path(module.__file__).resolve().parent.glob("*.py")):
+    for place in places:
+        for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
+            total.update(f"{path.relative_to(place.parent)}\0{path.stat().st_size}\0".encode())
             total.update(path.read_bytes())
     return total.hexdigest()[:16]
 
