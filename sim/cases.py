@@ -26,7 +26,11 @@ MEMORY_BYTES = 1 << 24
 PROMPT = MemoryModel(size=MEMORY_BYTES, read_latency=1, write_latency=1, check_unwritten=True)
 """Memory that answers as soon as it may."""
 
-ENDS = ("", "abort", "reset")
+HARD_RESETS = ("hard reset", "hard reset with memory")
+ENDS = ("", "abort", "reset", *HARD_RESETS)
+"""The simplest first. By its reset pin the device forgets everything; its memory goes on and
+answers what was in flight, unless it is reset, too."""
+
 _LEAST_BUDGET = 1000
 
 
@@ -52,7 +56,7 @@ class Call:
     grid_exponent : int
     nan : int
         Token whose x has a NaN; -1: none.
-    end : {"", "abort", "reset"}
+    end : {"", "abort", "reset", "hard reset", "hard reset with memory"}
         What happens ``after`` so many cycles to this command and what is in flight with it.
     after : int
     """
@@ -320,8 +324,8 @@ def smaller(case: Case) -> Iterator[Case]:
 
 def _simpler_calls(call: Call) -> Iterator[dict[str, Any]]:
     plain = Call()
-    if call.end:
-        yield {"end": "", "after": 0}
+    for end in ENDS[: ENDS.index(call.end)]:
+        yield {"end": end, "after": call.after if end else 0}
     for name in ("nan", "grid_exponent", "weight_format", "activation_bits", "d_in", "d_other"):
         if getattr(call, name) != getattr(plain, name):
             yield {name: getattr(plain, name)}

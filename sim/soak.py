@@ -24,7 +24,7 @@ from moeaccel.host.errors import CommandAborted, CommandFailed
 from moeaccel.host.transports.rtl import RtlTransport
 from moeaccel.registers import COUNTERS
 from moeaccel.sim.accelerator import build_accelerator_model
-from moeaccel.sim.cases import MEMORY_BYTES, Call, Case, draw_case, shrink
+from moeaccel.sim.cases import HARD_RESETS, MEMORY_BYTES, Call, Case, draw_case, shrink
 from moeaccel.sim.cosim import CoSimulation
 from moeaccel.sim.verilator import Model
 
@@ -85,7 +85,7 @@ def check(case: Case, model: Model, config: AcceleratorConfig | None = None) -> 
         after = _times(rtl)
         passed = simulation.cycle - begin
         wrong = _compare(case, found, expected)
-        if wrong is None and not any(call.end == "reset" for call in case.calls):
+        if wrong is None and all(call.end in ("", "abort") for call in case.calls):
             counted = sum(after.values()) - sum(before.values())
             if counted != passed:
                 wrong = f"the counters of cycles say {counted} of {passed} cycles"
@@ -117,6 +117,8 @@ def _run(device: Device, case: Case, simulation: CoSimulation | None) -> list[Ou
         handles.append(layer.submit(*_operands(case.seed, at, call)))
         if call.end and simulation is not None:
             simulation.run(call.after, until_irq=False)
+            if call.end in HARD_RESETS:
+                simulation.reset(memory=call.end == "hard reset with memory")
             device.abort() if call.end == "abort" else device.reset()
     return [_outcome(layer, handle) for layer, handle in zip(layers, handles, strict=True)]
 

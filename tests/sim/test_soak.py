@@ -56,7 +56,7 @@ def test_cases_have_everything():
     calls = [call for case in found for call in case.calls]
     assert {call.weight_format for call in calls} == set(cases.FORMATS)
     assert {call.activation_bits for call in calls} == {8, 16}
-    assert {call.end for call in calls} == {"", "abort", "reset"}
+    assert {call.end for call in calls} == set(cases.ENDS)
     assert any(call.nan >= 0 for call in calls) and any(not call.experts for call in calls)
     without = [call for call in calls if call.experts and call.ids
                and {all(not 0 <= i < call.experts for i in row) for row in call.ids}
@@ -95,7 +95,8 @@ def test_shrinking_finds_what_matters():
     assert len(found) > 5
     for case in found:
         (call,), (memory,) = case.calls, case.memories
-        assert call.ids in (((-1,),), ((1,),), ((4,),)) and call.end == ""
+        ((expert,),) = call.ids
+        assert not 0 <= expert < call.experts and call.end == ""
         assert (call.d_in, call.d_other, case.config, case.channels) == (32, 32, "tiny", 1)
         changed = replace(memory, seed=PROMPT.seed, write_latency=1,
                           stalls=StallModel(length=memory.stalls.length))
@@ -111,6 +112,18 @@ def test_shrinking_of_a_token():
     found = smallest(case, lambda other: any(call.nan >= 0 and call.ids[call.nan] == (-1,)
                                              for call in other.calls))
     assert found == Case(calls=(Call(ids=((-1,),), nan=0),))
+
+
+@pytest.mark.parametrize("end", cases.ENDS)
+def test_shrinking_of_an_end(end):
+    """What takes a reset of the pin keeps it; what any end does, the first one does."""
+    ended = [case for case in drawn(400) if any(call.end == end for call in case.calls)]
+    assert ended
+    for case in ended[:3]:
+        found = smallest(case, lambda other: any(
+            cases.ENDS.index(call.end) >= cases.ENDS.index(end) for call in other.calls))
+        (call,) = found.calls
+        assert (call.end, call.after, found.memories) == (end, 1 if end else 0, (PROMPT,))
 
 
 # -- soaking ---------------------------------------------------------------------------------------

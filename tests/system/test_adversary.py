@@ -3,7 +3,8 @@
 Cases are those of ``moeaccel soak``, with less time for each: one AXI channel or several are slow
 to the extreme, while commands with tokens without experts, with partial sums, with errors, that are
 aborted or dropped by a reset, are in flight. A seed that fails here is made smaller by
-``moeaccel soak --case``, with the line that the failure shows.
+``moeaccel soak --case``, with the line that the failure shows. Four channels are left to the slow
+tests and to ``moeaccel soak``: nothing else here needs a model of them, which takes long to build.
 """
 
 from dataclasses import replace
@@ -11,7 +12,7 @@ from dataclasses import replace
 import pytest
 
 from moeaccel.sim import StallModel
-from moeaccel.sim.cases import PROMPT, Call, Case, draw_case
+from moeaccel.sim.cases import ENDS, PROMPT, Call, Case, draw_case
 from moeaccel.sim.soak import check
 from tests.system.test_channels import TWO
 
@@ -44,15 +45,17 @@ SLOW = {
        for name in ("ar", "aw", "w", "b")},
     "pauses of r": replace(PROMPT, stalls=StallModel(r=0.97)),  # there are most beats
     "one burst at a time": replace(PROMPT, max_reads=1, max_writes=1, read_latency=300,
-                                   write_latency=300),
+                                   write_latency=700),
     "the last beat comes late": replace(PROMPT, last_beat_delay=1000),
     "reads overtake each other": replace(PROMPT, reorder=True, interleave=True,
-                                         read_latency_most=3000),
+                                         read_latency_most=3000, write_latency=3000),
 }
 
 MIXED = (
     Call(experts=2, ids=((-1,), (0,)), activation_bits=16),
     Call(d_in=64, experts=3, ids=((0, 1), (-1, 2), (5, -1), (2, 2), (1, 0)), weight_format="mxfp4"),
+    Call(d_in=64, experts=3, ids=((-1,), (3,), (-1,))),
+    Call(d_in=64, experts=3, ids=((0,), (1,), (-1,))),
     Call(experts=0, ids=((),) * 5, weight_format="mxint8"),
     Call(experts=2, ids=((1, 0),) * 6 + ((-1, -1),), activation_bits=16, weight_format="int4_g128"),
 )
@@ -60,21 +63,26 @@ MIXED = (
 
 @pytest.mark.parametrize("slow", SLOW)
 def test_one_thing_at_a_time(model_of, slow):
-    """Rows of zeros, partial sums, a matrix, all in flight together."""
-    hold(model_of, Case(calls=MIXED, memories=(SLOW[slow],)))
+    """Rows of zeros, partial sums, a matrix: each alone, then all in flight together."""
+    for calls in (*((call,) for call in MIXED), MIXED):
+        hold(model_of, Case(calls=calls, memories=(SLOW[slow],)))
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("channel", range(TWO.channels))
-@pytest.mark.parametrize("slow", ["reads take 20,000 cycles", "pauses of ar", "pauses of r",
-                                  "the last beat comes late", "reads overtake each other"])
-def test_one_channel_of_the_device(model_of, slow, channel):
-    memories = [PROMPT] * TWO.channels
-    memories[channel] = SLOW[slow]
-    hold(model_of, Case(channels=TWO.channels, calls=MIXED, memories=tuple(memories)))
+@pytest.mark.parametrize(("channels", "slow"), [
+    *(((0,), slow) for slow in ("writes take 550 cycles", "writes take 5000 cycles",
+                                "pauses of w")),
+    *((channels, slow) for channels in ((0,), (1,), (0, 1)) for slow in (
+        "reads take 20,000 cycles", "pauses of ar", "pauses of r", "the last beat comes late",
+        "reads overtake each other")),
+])
+def test_some_channels_of_the_device(model_of, channels, slow):
+    """Only the first is written to."""
+    hold(model_of, Case(channels=TWO.channels, calls=MIXED, memories=tuple(
+        SLOW[slow] if channel in channels else PROMPT for channel in range(TWO.channels))))
 
 
-@pytest.mark.parametrize("end", ["abort", "reset"])
+@pytest.mark.parametrize("end", ENDS[1:])
 @pytest.mark.parametrize("slow", ["writes take 5000 cycles", "reads take 20,000 cycles",
                                   "pauses of w", "the last beat comes late"])
 def test_the_next_command_after_an_end_is_right(model_of, slow, end):

@@ -1,6 +1,6 @@
 """Whatever goes wrong has a name, touches nothing outside the window, and leaves a working device.
 
-Every test ends with a call that must give the golden model's bits, see ``pair``.
+Every test ends with a call that must give the golden model's bits, see ``left_in_order``.
 """
 
 import contextlib
@@ -14,11 +14,21 @@ from moeaccel.formats import FORMATS
 from moeaccel.host import errors
 from moeaccel.host.device import Command
 from moeaccel.host.registers import mask
-from moeaccel.sim import MemoryModel, StallModel
+from tests.support.layers import (
+    CALL,
+    D_MODEL,
+    EXPERTS,
+    LONG,
+    SIZE,
+    WEIGHTS,
+    draw_call,
+    left_in_order,
+    open_layers,
+    untouched,
+)
 from tests.support.pair import (
     Buffers,
     assert_same_bits,
-    draw_experts,
     execute,
     place_layer,
     read_register,
@@ -26,71 +36,20 @@ from tests.support.pair import (
 )
 
 PAGE = 4096
-SIZE = 1 << 20
 MIDDLE = SIZE // 2
 """Commands of these tests live below it."""
-
-EXPERTS, D_MODEL, D_EXPERT = 3, 64, 32
-MEMORY = MemoryModel(size=SIZE, read_latency=20, write_latency=20, reorder=True, interleave=True,
-                     stalls=StallModel.uniform(0.1, length=3), seed=5)
-
-RNG = np.random.default_rng(0)
-WEIGHTS = draw_experts(RNG, EXPERTS, D_MODEL, D_EXPERT)
-
-
-def draw_call(tokens, seed=1):
-    """Return a call in which every token goes to every expert, in several passes."""
-    rng = np.random.default_rng(seed)
-    return (rng.standard_normal((tokens, D_MODEL), np.float32),
-            np.tile(np.arange(EXPERTS), (tokens, 1)),
-            rng.standard_normal((tokens, EXPERTS)).astype(np.float32))
-
-
-CALL = draw_call(7)
-LONG = draw_call(64, seed=2)
-
-
-class Layers(dict):
-    """The layer on each device, by device."""
-
-    def call(self, device):
-        return self[device](*CALL)
 
 
 @pytest.fixture(scope="module")
 def opened(pair_of):
-    with pair_of("tiny", memory=MEMORY, register_stalls=StallModel.uniform(0.2)) as pair:
-        pair.layers = Layers((device, device.load_experts(*WEIGHTS)) for device in pair.devices)
-        pair.long = pair.layers[pair.golden](*LONG)
+    with open_layers(pair_of) as pair:
         yield pair
 
 
 @pytest.fixture
 def pair(opened):
-    """Two devices fresh from a reset; the test's errors must leave them in order."""
-    opened.reset()
-    yield opened
-    opened.simulation.clear_errors()
-    for restart in (False, True):
-        if restart:
-            opened.reset()
-        opened.same(opened.layers.call)
-    opened.check()
-    assert read_register(opened.rtl, "STATUS") == 0
-
-
-@contextlib.contextmanager
-def untouched(pair, *allowed):
-    """Assert that the RTL writes nothing but its completion ring and what is allowed."""
-    simulation, rings = pair.simulation, pair.rtl._rings
-    before = simulation.mem_read(0, SIZE)
-    yield
-    changed = simulation.mem_view(0, SIZE) != before
-    for ring in (rings._submissions, rings._completions):  # the driver writes the first
-        changed[ring.address : ring.address + ring.size] = False
-    for first, count in allowed:
-        changed[first : first + count] = False
-    assert not changed.any(), f"written at {np.flatnonzero(changed)[:8]}"
+    with left_in_order(opened):
+        yield opened
 
 
 def buffers_of(device, call=CALL):
@@ -363,7 +322,7 @@ def test_registers_that_describe_no_rings(pair, register, values, error):
             with pytest.raises(errors.DeviceStopped) as caught:
                 pair.layers[device].sync(handle)
             assert caught.value.errors == (error,)
-            assert read_register(device, "SQ_HEAD") == (rings._tail - 1) % rings.entries
+            assert read_register(device, "SQ_HEAD") == (rings._submitted - 1) % rings.entries
             write_register(device, "ERROR_STATUS", 0xFFFF_FFFF)
             assert read_register(device, "ERROR_STATUS") == mask("ERROR_STATUS", error)
             write_register(device, register, good)
@@ -507,129 +466,3 @@ def test_an_unreadable_submission(pair):
     device.reset()
     with pytest.raises(errors.CommandAborted):
         pair.layers[device].sync(handle)
-
-
-# -- abort, reset, watchdog, timeouts --------------------------------------------------------------
-def length_of(pair):
-    """Return the cycles of the long call."""
-    layer = pair.layers[pair.rtl]
-    assert_same_bits(layer(*LONG), pair.long)
-    return layer.last.cycles
-
-
-def moments(pair, count, seed):
-    """Return cycles of the long call: early ones one by one, later ones at random."""
-    rng = np.random.default_rng(seed)
-    return [*range(1, 200, 23), *rng.integers(200, length_of(pair) + 100, count).tolist()]
-
-
-def buffer_ranges(handles):
-    return [(part.buffers.address, part.buffers.size) for h in handles for part in h._parts]
-
-
-def test_abort(pair):
-    """The running command ends, the one behind it runs; nothing else is written."""
-    device, simulation = pair.rtl, pair.simulation
-    layer = pair.layers[device]
-    expected = pair.layers.call(pair.golden)
-    aborted = 0
-    times = moments(pair, 25, seed=0)
-    for moment in times:
-        handles = [layer.submit(*LONG), layer.submit(*CALL)]
-        with untouched(pair, *buffer_ranges(handles)):
-            simulation.run(moment, until_irq=False)
-            device.abort()
-            results = []
-            for handle in handles:
-                try:
-                    results.append(layer.sync(handle))
-                except errors.CommandAborted:
-                    results.append(None)
-        first, second = results
-        if first is None:
-            aborted += 1
-            assert_same_bits(second, expected)
-        else:  # it was over; then the abort may have met the second one
-            assert_same_bits(first, pair.long)
-    assert aborted > len(times) // 2
-    device.reset()
-
-
-def test_abort_of_nothing(pair):
-    for _ in range(3):
-        pair.rtl.abort()
-        pair.simulation.run(50, until_irq=False)
-        assert pair.same(pair.layers.call).any()
-
-
-def test_soft_reset(pair):
-    """At any moment it drops everything, clears the counters and leaves a working device."""
-    device, simulation = pair.rtl, pair.simulation
-    layer = pair.layers[device]
-    expected = pair.layers.call(pair.golden)
-    for moment in moments(pair, 25, seed=1):
-        handles = [layer.submit(*LONG), layer.submit(*CALL)]
-        with untouched(pair, *buffer_ranges(handles)):
-            simulation.run(moment, until_irq=False)
-            device.reset()
-            simulation.run(3000, until_irq=False)
-        counters = device.counters()
-        assert not any(value for name, value in counters.items() if name != "idle")
-        for handle in handles:
-            with pytest.raises(errors.CommandAborted):
-                layer.sync(handle)
-        assert_same_bits(layer(*CALL), expected)
-
-
-def test_abort_and_reset_together(pair):
-    device, simulation = pair.rtl, pair.simulation
-    layer = pair.layers[device]
-    for moment in range(50, 4000, 397):
-        handle = layer.submit(*LONG)
-        simulation.run(moment, until_irq=False)
-        write_register(device, "CONTROL", 2)
-        simulation.run(moment % 13, until_irq=False)
-        device.reset()
-        with pytest.raises(errors.CommandAborted):
-            layer.sync(handle)
-        assert_same_bits(layer(*LONG), pair.long)
-
-
-def test_watchdog(pair_of):
-    """Memory that is slower than the watchdog ends every command; with a longer one they run."""
-    slow = MemoryModel(size=SIZE, read_latency=1000, write_latency=20)
-    with pair_of("tiny", memory=slow, watchdog_cycles=300) as pair:
-        layers = {device: device.load_experts(*WEIGHTS) for device in pair.devices}
-        for _ in range(3):
-            with pytest.raises(errors.WatchdogExpired, match="larger watchdog_cycles"):
-                layers[pair.rtl](*CALL)
-        write_register(pair.rtl, "WATCHDOG", 2000)
-        pair.same(lambda device: layers[device](*CALL))
-        write_register(pair.rtl, "WATCHDOG", 0)
-        pair.same(lambda device: layers[device](*CALL))
-        pair.simulation.check()
-
-
-def test_timeouts(pair):
-    """A result that is late is no result lost; a reset gives it up."""
-    device = pair.rtl
-    layer = pair.layers[device]
-    handle = layer.submit(*LONG)
-    with pytest.raises(errors.DeviceTimeout, match=r"within 0.0005 s.*\(busy\)"):
-        layer.sync(handle, timeout_s=0.0005)
-    assert_same_bits(layer.sync(handle), pair.long)
-    handle = layer.submit(*LONG)
-    with pytest.raises(errors.DeviceTimeout):
-        layer.sync(handle, timeout_s=0.0005)
-    device.reset()
-    with pytest.raises(errors.CommandAborted):
-        layer.sync(handle)
-
-
-def test_a_full_ring_waits_for_room(pair):
-    """More calls than ring entries: the ring goes round, and every call gets its own result."""
-    layer = pair.layers[pair.rtl]
-    x, ids, weights = LONG
-    handles = [layer.submit(x[t : t + 1], ids[t : t + 1], weights[t : t + 1]) for t in range(40)]
-    y = np.concatenate([layer.sync(handle) for handle in handles])
-    assert_same_bits(y, pair.long[:40])
