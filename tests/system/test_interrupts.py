@@ -21,6 +21,7 @@ def test_a_call_interrupted_anywhere(pair_of):
         golden = pair.golden.load_experts(gate_up, down)
         expected, expected_other = golden(*call), golden(*other)
         assert_same_bits(experts(*call), expected)
+        experts._looks = False  # at x, in some calls only: then all have the same lines
         gc.collect()
         free, lines = device.memory.free_bytes, lines_of(lambda: experts(*call))
         for at in range(0, lines, 61):
