@@ -69,6 +69,9 @@ def opened(kind, folder, **options):
             patch = stack.enter_context(pytest.MonkeyPatch.context())
             patch.setattr(serial_module, "_REPLY_S", 0.002)
             patch.setattr(serial_module, "_NOTICE_S", 0.002)
+            # Short waits are for speed; the line is never lost, however busy the machine is.
+            patch.setattr(serial_module, "_SILENT_ROUNDS", 1000)
+            patch.setattr(serial_module, "_ROUNDS", 10000)
             board = SerialStandIn(LinkDevice(stack.enter_context(golden())), folder / "port")
             stack.callback(board.unplug)
             transport = f"serial:{board.path}"
@@ -107,12 +110,15 @@ def test_a_call_interrupted_anywhere(tmp_path, kind):
         expected, expected_other = experts(*call), experts(*other)
         free = free_bytes(device)
         lines = lines_of(lambda: experts(*call))
+        places = []
         for at in range(0, lines, KINDS[kind]):
             with Interrupter(at) as interrupter:
                 experts(*call)
             assert np.array_equal(experts(*other), expected_other), interrupter.where
             assert free_bytes(device) == free, interrupter.where
-        assert interrupter.where is not None
+            places.append(interrupter.where)
+        # How often a transport looks for an answer differs from call to call.
+        assert places.count(None) <= len(places) // 4
         assert np.array_equal(experts(*call), expected)
 
 
