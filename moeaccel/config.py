@@ -93,6 +93,9 @@ class AcceleratorConfig:
     formats: tuple[str, ...] = field(default_factory=lambda: tuple(FORMATS))
 
     def __post_init__(self) -> None:
+        if isinstance(self.formats, list):  # as JSON has it
+            object.__setattr__(self, "formats", tuple(self.formats))
+
         def require(field: str, ok: bool, what: str) -> None:
             if not ok:
                 raise ConfigurationError(f"{field} must be {what}, not {getattr(self, field)!r}")

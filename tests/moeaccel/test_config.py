@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import re
 
 import pytest
@@ -102,3 +103,9 @@ def test_configuration_is_immutable():
     with pytest.raises(AttributeError):
         PRESETS["tiny"].port_bytes = 64  # type: ignore[misc]
     assert isinstance(PRESETS["tiny"], AcceleratorConfig)
+
+
+def test_a_configuration_survives_json():
+    config = PRESETS["tiny"]
+    again = AcceleratorConfig(**json.loads(json.dumps(dataclasses.asdict(config))))
+    assert again == config and again.digest == config.digest
