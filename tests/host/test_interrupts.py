@@ -117,8 +117,8 @@ def test_a_call_interrupted_anywhere(tmp_path, kind):
             assert np.array_equal(experts(*other), expected_other), interrupter.where
             assert free_bytes(device) == free, interrupter.where
             places.append(interrupter.where)
-        # How often a transport looks for an answer differs from call to call.
-        assert places.count(None) <= len(places) // 4
+        # How often one looks for an answer on the line differs from call to call.
+        assert places.count(None) <= (len(places) // 4 if kind == "serial" else 0)
         assert np.array_equal(experts(*call), expected)
 
 
