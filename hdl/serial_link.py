@@ -48,7 +48,7 @@ class SerialLink(wiring.Component):
 
     Throughput: the line's, in both directions at once, as long as a beat takes less than
     ``80 * baud_divisor`` cycles. Latency from the last bit of a request to the first bit of its
-    reply: about 40 cycles and the bus's, and 30 more for a beat of payload. Reset: request number 0
+    reply: about 40 cycles and the bus's, and 40 more for a beat of payload. Reset: request number 0
     is expected, the line is idle; whoever resets it must reset the buses' other ends too.
 
     Parameters
@@ -130,7 +130,10 @@ class SerialLink(wiring.Component):
         beyond = Signal()
         active = Signal()
         last_step = Signal()
-        m.d.comb += [active.eq((step >= skip) & (left != 0)), last_step.eq(step == BEAT_BYTES - 1)]
+        m.d.comb += last_step.eq(step == BEAT_BYTES - 1)
+        # In a register, for which a step has a state of its own (SETTLE): it is the ready of the
+        # receiver, whose memory lies elsewhere on the chip.
+        m.d.sync += active.eq((step >= skip) & (left != 0))
         m.d.sync += beyond.eq(is_memory & (beat >> self._addr_width - _BEAT_LOG2).any())
 
         # -- buses: one transfer each, in registers of its own; a late answer is only taken --------
@@ -319,10 +322,13 @@ class SerialLink(wiring.Component):
             with m.State("SHIFT"):
                 with m.If(writes & last_step):
                     m.next = "LAUNCH"
-                with m.Elif(writes):
-                    m.next = "TAKE"
                 with m.Elif(last_step):
                     m.next = "GIVEN"
+                with m.Else():
+                    m.next = "SETTLE"
+            with m.State("SETTLE"):
+                with m.If(writes):
+                    m.next = "TAKE"
                 with m.Else():
                     m.next = "GIVE"
             with m.State("GIVEN"):
