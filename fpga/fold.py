@@ -4,7 +4,7 @@ from amaranth import *
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
-from moeaccel.hdl.global_buffer import GlobalBuffer
+from moeaccel.hdl.boards.global_buffer import GlobalBuffer
 
 __all__ = ["Fold"]
 
@@ -24,7 +24,7 @@ class Fold(wiring.Component):
         Becomes the submodule ``block``.
     family : :class:`str`
         Of the FPGA; for other than "generic" the block's reset comes from a register, through a
-        :class:`~moeaccel.hdl.global_buffer.GlobalBuffer`.
+        :class:`~moeaccel.hdl.boards.global_buffer.GlobalBuffer`.
 
     Members
     -------

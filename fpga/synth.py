@@ -26,11 +26,11 @@ from moeaccel.errors import ToolFailedError
 from moeaccel.fpga.floorplan import floorplan
 from moeaccel.fpga.flow import Build
 from moeaccel.fpga.fold import Fold
-from moeaccel.hdl.axi_arbiter import AxiArbiter
-from moeaccel.hdl.memory_port import ID_BITS
-from moeaccel.hdl.sdram_controller import SdramController, SdramTiming
-from moeaccel.hdl.serial_link import SerialLink
-from moeaccel.hdl.verilog_target import generate
+from moeaccel.hdl.boards.serial_link import SerialLink
+from moeaccel.hdl.memory.axi_arbiter import AxiArbiter
+from moeaccel.hdl.memory.memory_port import ID_BITS
+from moeaccel.hdl.memory.sdram_controller import SdramController, SdramTiming
+from moeaccel.hdl.verilog.verilog_target import generate
 
 __all__ = ["BLOCKS", "FOLDER", "Report", "block_build", "synthesise"]
 

@@ -25,7 +25,7 @@ from amaranth.lib.wiring import Out
 
 from moeaccel.config import AcceleratorConfig
 from moeaccel.errors import ConfigurationError
-from moeaccel.hdl.axi import AXI4Signature
+from moeaccel.hdl.memory.axi import AXI4Signature
 from moeaccel.hdl.top import MODULE, members
 
 __all__ = ["BOARDS", "CORE_MHZ", "vivado_files"]

@@ -6,15 +6,15 @@ from amaranth.lib.wiring import In, Out
 
 from moeaccel.config import AcceleratorConfig
 from moeaccel.hdl import layouts
-from moeaccel.hdl.activation_unit import ActivationUnit
-from moeaccel.hdl.dispatcher import weight_request
-from moeaccel.hdl.dot_array import DotArray
-from moeaccel.hdl.lane_buffer import LaneBuffer
-from moeaccel.hdl.result_serialiser import ResultSerialiser
-from moeaccel.hdl.row_sums import RowSums, stripe_address, sums_word
-from moeaccel.hdl.sequencer import step
-from moeaccel.hdl.tile_buffer import TileBuffer
-from moeaccel.hdl.weight_streamer import WeightStreamer
+from moeaccel.hdl.activations.activation_unit import ActivationUnit
+from moeaccel.hdl.activations.lane_buffer import LaneBuffer
+from moeaccel.hdl.array.dot_array import DotArray
+from moeaccel.hdl.array.result_serialiser import ResultSerialiser
+from moeaccel.hdl.combine.row_sums import RowSums, stripe_address, sums_word
+from moeaccel.hdl.dispatch.dispatcher import weight_request
+from moeaccel.hdl.dispatch.sequencer import step
+from moeaccel.hdl.weights.tile_buffer import TileBuffer
+from moeaccel.hdl.weights.weight_streamer import WeightStreamer
 
 __all__ = ["Core"]
 

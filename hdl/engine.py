@@ -8,16 +8,16 @@ from amaranth.lib import stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
-from moeaccel.commands import NonFinite
 from moeaccel.config import AcceleratorConfig
 from moeaccel.hdl import layouts
-from moeaccel.hdl.activation_loader import ActivationLoader
-from moeaccel.hdl.combiner import Combiner
+from moeaccel.hdl.activations.activation_loader import ActivationLoader
+from moeaccel.hdl.activations.hidden_buffer import HiddenBuffer
+from moeaccel.hdl.combine.combiner import Combiner
 from moeaccel.hdl.core import Core
-from moeaccel.hdl.dispatcher import Dispatcher
-from moeaccel.hdl.hidden_buffer import HiddenBuffer
-from moeaccel.hdl.sequencer import Sequencer
-from moeaccel.hdl.verilog_target import add_replicas
+from moeaccel.hdl.dispatch.dispatcher import Dispatcher
+from moeaccel.hdl.dispatch.sequencer import Sequencer
+from moeaccel.hdl.verilog.verilog_target import add_replicas
+from moeaccel.interface.commands import NonFinite
 
 __all__ = ["READERS", "STREAMER", "WRITERS", "Engine"]
 

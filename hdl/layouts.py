@@ -8,9 +8,9 @@ from amaranth.lib.wiring import In, Out
 from amaranth.utils import ceil_log2, exact_log2
 
 from moeaccel.arithmetic import ELEMENT_BITS, MANTISSA_BITS
-from moeaccel.commands import COUNT_MAX, Field, NonFinite
 from moeaccel.config import BLOCK, AcceleratorConfig
 from moeaccel.formats import WeightFormat
+from moeaccel.interface.commands import COUNT_MAX, Field, NonFinite
 
 EXPONENT_BITS = 12
 """Signed exponents of internal and block floats: no product of the chain leaves this range."""
@@ -185,7 +185,7 @@ def job_result(config: AcceleratorConfig) -> data.StructLayout:
     """Return what a job that has run to its end says of its numbers.
 
     ``nonfinite``: something that was computed with is NaN or infinite; then ``what`` and ``token``
-    are those that :class:`moeaccel.commands.Status` has reported.
+    are those that :class:`moeaccel.interface.commands.Status` has reported.
     """
     return data.StructLayout({
         "nonfinite": 1,

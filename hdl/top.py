@@ -13,16 +13,16 @@ from amaranth.lib.wiring import In, Out
 
 from moeaccel import __version__
 from moeaccel.config import AcceleratorConfig
-from moeaccel.hdl.axi import AXI4LiteSignature, AXI4Signature
-from moeaccel.hdl.command_processor import CommandProcessor
-from moeaccel.hdl.counters import Counters
+from moeaccel.hdl.boards.global_buffer import GlobalBuffer
+from moeaccel.hdl.control.command_processor import CommandProcessor
+from moeaccel.hdl.control.counters import Counters
+from moeaccel.hdl.control.register_file import RegisterFile
 from moeaccel.hdl.engine import EVENTS, READERS, STREAMER, Engine
-from moeaccel.hdl.global_buffer import GlobalBuffer
 from moeaccel.hdl.layouts import channel_name
-from moeaccel.hdl.memory_port import ID_BITS, MemoryPort
-from moeaccel.hdl.register_file import RegisterFile
-from moeaccel.hdl.verilog_target import add_replicas, generate
-from moeaccel.registers import ADDRESS_BITS, REGISTERS, VERSION_VALUE
+from moeaccel.hdl.memory.axi import AXI4LiteSignature, AXI4Signature
+from moeaccel.hdl.memory.memory_port import ID_BITS, MemoryPort
+from moeaccel.hdl.verilog.verilog_target import add_replicas, generate
+from moeaccel.interface.registers import ADDRESS_BITS, REGISTERS, VERSION_VALUE
 
 __all__ = ["Accelerator", "description", "generate_verilog", "members"]
 

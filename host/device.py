@@ -13,7 +13,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from moeaccel.commands import Opcode
 from moeaccel.config import AcceleratorConfig, preset
 from moeaccel.host import weights
 from moeaccel.host.errors import (
@@ -37,6 +36,7 @@ from moeaccel.host.tensors import Tensor
 from moeaccel.host.transports.base import Transport
 from moeaccel.host.weights import Progress, Stack
 from moeaccel.image import Expert
+from moeaccel.interface.commands import Opcode
 
 if TYPE_CHECKING:
     from moeaccel.host.transports.xdma import XdmaTransport
@@ -269,7 +269,7 @@ class Device(Bound, Inherited):
         Parameters
         ----------
         values : mapping
-            Fields of :data:`moeaccel.commands.SUBMISSION`; the tag is chosen here.
+            Fields of :data:`moeaccel.interface.commands.SUBMISSION`; the tag is chosen here.
         command : :class:`Command`
             What to complete, returned.
 
@@ -373,7 +373,7 @@ class Device(Bound, Inherited):
 
     # -- control -----------------------------------------------------------------------------------
     def counters(self) -> dict[str, int]:
-        """Return the event counters of :data:`moeaccel.registers.COUNTERS` by name."""
+        """Return the event counters of :data:`moeaccel.interface.registers.COUNTERS` by name."""
         with self._lock:
             self._check_ready()
             return self._registers.counters()

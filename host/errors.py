@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from moeaccel.commands import LAYER, SUBMISSION, Field, NonFinite, Status
 from moeaccel.errors import MoeAccelError
+from moeaccel.interface.commands import LAYER, SUBMISSION, Field, NonFinite, Status
 
 __all__ = [
     "HostError", "NotCopyable", "UnsupportedTransport", "DeviceNotFound", "ConfigMismatch",

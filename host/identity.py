@@ -5,7 +5,7 @@ from __future__ import annotations
 from moeaccel.config import PRESETS, AcceleratorConfig
 from moeaccel.host.errors import ConfigMismatch, DeviceNotFound
 from moeaccel.host.registers import RegisterAccess
-from moeaccel.registers import ID_VALUE, VERSION_VALUE
+from moeaccel.interface.registers import ID_VALUE, VERSION_VALUE
 
 __all__ = ["check_config", "check_version", "detect_config"]
 

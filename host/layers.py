@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from moeaccel.commands import Opcode
 from moeaccel.config import TOP_K_MAX
 from moeaccel.formats import whole_blocks
 from moeaccel.host.errors import (
@@ -36,6 +35,7 @@ from moeaccel.host.report import (
 from moeaccel.host.rings import Command
 from moeaccel.host.tensors import Like, Tensor, float32, indices, shape_of
 from moeaccel.image import ExpertShape, LinearShape
+from moeaccel.interface.commands import Opcode
 
 if TYPE_CHECKING:
     from moeaccel.host.device import Device

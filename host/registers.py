@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moeaccel.host.transports.base import Transport
-from moeaccel.registers import COUNTERS, REGISTERS
+from moeaccel.interface.registers import COUNTERS, REGISTERS
 
 __all__ = ["RegisterAccess", "fields_of", "mask"]
 
@@ -20,7 +20,7 @@ def fields_of(register: str, value: int) -> tuple[str, ...]:
 
 
 class RegisterAccess:
-    """Read and write registers by the names of :data:`moeaccel.registers.REGISTERS`.
+    """Read and write registers by the names of :data:`moeaccel.interface.registers.REGISTERS`.
 
     Parameters
     ----------

@@ -19,7 +19,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moeaccel.commands import (
+from moeaccel.host.errors import LOST, CommandFailed, InvalidOption, command_error
+from moeaccel.host.memory import Allocation, Allocator
+from moeaccel.host.registers import RegisterAccess
+from moeaccel.host.transports.base import Transport
+from moeaccel.interface.commands import (
     COMPLETION,
     ENTRY_BYTES,
     SUBMISSION,
@@ -28,10 +32,6 @@ from moeaccel.commands import (
     decode,
     encode,
 )
-from moeaccel.host.errors import LOST, CommandFailed, InvalidOption, command_error
-from moeaccel.host.memory import Allocation, Allocator
-from moeaccel.host.registers import RegisterAccess
-from moeaccel.host.transports.base import Transport
 
 __all__ = ["Command", "CommandRings", "Completion"]
 
@@ -47,7 +47,8 @@ class Completion:
     Parameters
     ----------
     tag, status, detail, address, cycles, underflows : :class:`int`
-        As in :data:`moeaccel.commands.COMPLETION`; status :data:`LOST` where it was not written.
+        As in :data:`moeaccel.interface.commands.COMPLETION`; status :data:`LOST` where it was not
+        written.
     """
 
     tag: int

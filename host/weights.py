@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moeaccel.commands import GRID_EXPONENTS, LAYER, Activation, LayerKind, encode
 from moeaccel.config import PRESETS
 from moeaccel.errors import FormatError
 from moeaccel.formats import (
@@ -48,6 +47,7 @@ from moeaccel.image import (
     build_linear_image,
     interleave_gate_up,
 )
+from moeaccel.interface.commands import GRID_EXPONENTS, LAYER, Activation, LayerKind, encode
 
 if TYPE_CHECKING:
     from moeaccel.host.device import Device

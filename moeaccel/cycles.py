@@ -41,9 +41,9 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from moeaccel.commands import ENTRY_BYTES
 from moeaccel.config import BLOCK, AcceleratorConfig
 from moeaccel.image import HEADER_BYTES, ExpertShape, Section
+from moeaccel.interface.commands import ENTRY_BYTES
 
 # -- pipeline depths, as the blocks document them (tests hold them to the RTL's own constants)
 ARRAY_CYCLES = 17

@@ -26,8 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeaccel.arithmetic import TERM_BITS
-from moeaccel.commands import GRID_EXPONENTS
 from moeaccel.formats import QuantisedMatrix
+from moeaccel.interface.commands import GRID_EXPONENTS
 from moeaccel.tables import exact_logistic
 
 Floats = NDArray[np.float64]

@@ -1,7 +1,7 @@
 """Bus models for cocotb benches: an AXI4 memory, an AXI4-Lite master, clock, reset and interrupt.
 
 The only file that knows cocotbext-axi. Benches see bytes, register values and
-:class:`moeaccel.sim.memory.StallModel`, the same description of back-pressure that the
+:class:`moeaccel.sim.cosim.memory.StallModel`, the same description of back-pressure that the
 co-simulation has.
 """
 
@@ -17,8 +17,8 @@ from cocotb.clock import Clock
 from cocotb.triggers import ClockCycles, RisingEdge, SimTimeoutError, with_timeout
 from cocotbext.axi import AxiBus, AxiLiteBus, AxiLiteMaster, AxiResp, AxiSlave
 
+from moeaccel.sim.cosim.memory import StallModel
 from moeaccel.sim.errors import RegisterResponseError, SimulationError, SimulationTimeout
-from moeaccel.sim.memory import StallModel
 
 # cocotbext-axi 0.1.28 uses names that cocotb 2.1 deprecates and still has.
 warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"cocotbext\.axi(\..*)?")

@@ -19,8 +19,8 @@ from moeaccel.cycles import Prediction, predict_experts, predict_linear
 from moeaccel.formats import FORMATS, weight_format
 from moeaccel.grid import GRID_EXPONENTS
 from moeaccel.image import ExpertShape, Section
+from moeaccel.sim.cosim.memory import CHANNELS, MemoryModel, StallModel
 from moeaccel.sim.errors import SimulationError
-from moeaccel.sim.memory import CHANNELS, MemoryModel, StallModel
 
 MEMORY_BYTES = 1 << 24
 PROMPT = MemoryModel(size=MEMORY_BYTES, read_latency=1, write_latency=1, check_unwritten=True)

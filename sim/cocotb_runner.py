@@ -4,8 +4,8 @@
 
 cocotb's own runner makes every signal of the design public, which costs about half the speed; the
 one below makes nothing but the ports public, so a bench sees the ports and no more. Simulators are
-kept in the cache of :mod:`moeaccel.sim.verilator` under a digest of everything they were built
-from.
+kept in the cache of :mod:`moeaccel.sim.cosim.verilator` under a digest of everything they were
+built from.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from xml.etree import ElementTree
 import cocotb_tools.config
 from cocotb_tools.runner import SUPPORTED_RUNNERS, Verilator, get_runner
 
-from moeaccel.sim import verilator as builder
+from moeaccel.sim.cosim import verilator as builder
 from moeaccel.sim.errors import BuildError, SimulationError
 from moeaccel.toolchain import cache_folder, executing, find_compiler, using_cache
 

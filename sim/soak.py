@@ -15,18 +15,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moeaccel.commands import Status
 from moeaccel.config import AcceleratorConfig
 from moeaccel.errors import MoeAccelError
 from moeaccel.host import open_device
 from moeaccel.host.device import Device
 from moeaccel.host.errors import CommandAborted, CommandFailed
 from moeaccel.host.transports.rtl import RtlTransport
-from moeaccel.registers import COUNTERS
-from moeaccel.sim.accelerator import build_accelerator_model
+from moeaccel.interface.commands import Status
+from moeaccel.interface.registers import COUNTERS
 from moeaccel.sim.cases import HARD_RESETS, MEMORY_BYTES, Call, Case, draw_case, shrink
-from moeaccel.sim.cosim import CoSimulation
-from moeaccel.sim.verilator import Model
+from moeaccel.sim.cosim.accelerator import build_accelerator_model
+from moeaccel.sim.cosim.simulation import CoSimulation
+from moeaccel.sim.cosim.verilator import Model
 
 BUDGET = {"tiny": 400_000, "small": 120_000}
 """Cycles of a case, by configuration: about a second."""

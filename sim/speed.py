@@ -14,15 +14,23 @@ import numpy as np
 import numpy.typing as npt
 
 from moeaccel import golden
-from moeaccel.commands import COMPLETION, ENTRY_BYTES, SUBMISSION, Opcode, Status, decode, encode
 from moeaccel.config import AcceleratorConfig
 from moeaccel.hdl.top import generate_verilog
-from moeaccel.sim.accelerator import accelerator_verilog
+from moeaccel.interface.commands import (
+    COMPLETION,
+    ENTRY_BYTES,
+    SUBMISSION,
+    Opcode,
+    Status,
+    decode,
+    encode,
+)
 from moeaccel.sim.cocotb_runner import build_simulator, run_cocotb
-from moeaccel.sim.cosim import CoSimulation
+from moeaccel.sim.cosim.accelerator import accelerator_verilog
+from moeaccel.sim.cosim.memory import MemoryModel, StallModel
+from moeaccel.sim.cosim.simulation import CoSimulation
+from moeaccel.sim.cosim.verilator import Model, build_model
 from moeaccel.sim.errors import SimulationError
-from moeaccel.sim.memory import MemoryModel, StallModel
-from moeaccel.sim.verilator import Model, build_model
 from moeaccel.sim.workload import Layout, random_experts, register_writes, start_writes
 
 MAX_CYCLES = 100_000_000

@@ -11,9 +11,9 @@ import cocotb
 import numpy as np
 from cocotb.utils import get_sim_time
 
-from moeaccel.commands import ENTRY_BYTES
+from moeaccel.interface.commands import ENTRY_BYTES
 from moeaccel.sim import bfm
-from moeaccel.sim.memory import StallModel
+from moeaccel.sim.cosim.memory import StallModel
 from moeaccel.sim.speed import MAX_CYCLES, RING_ENTRIES, Run, again
 from moeaccel.sim.workload import register_writes
 

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from moeaccel.commands import LAYER, Activation, LayerKind, encode
 from moeaccel.config import AcceleratorConfig
 from moeaccel.formats import QuantisedMatrix
 from moeaccel.golden.experts import DEFAULT_GRID_EXPONENT
@@ -25,7 +24,8 @@ from moeaccel.image import (
     build_linear_image,
     check_image,
 )
-from moeaccel.registers import REGISTERS
+from moeaccel.interface.commands import LAYER, Activation, LayerKind, encode
+from moeaccel.interface.registers import REGISTERS
 
 LINE = 64
 """Alignment of everything that a command names, and bytes of a ring entry."""

@@ -20,10 +20,10 @@ from amaranth.lib.wiring import In, Out
 from moeaccel.config import AcceleratorConfig
 from moeaccel.errors import ClockRateError
 from moeaccel.fpga.boards import Board, Design
-from moeaccel.hdl.global_buffer import GlobalBuffer
-from moeaccel.hdl.sdram_controller import SdramTiming
-from moeaccel.hdl.serial_board import SerialBoard
-from moeaccel.hdl.verilog_target import generate
+from moeaccel.hdl.boards.global_buffer import GlobalBuffer
+from moeaccel.hdl.boards.serial_board import SerialBoard
+from moeaccel.hdl.memory.sdram_controller import SdramTiming
+from moeaccel.hdl.verilog.verilog_target import generate
 
 __all__ = ["BOARD", "IO_CYCLES", "Pll", "Ulx3s", "Ulx3sTop"]
 

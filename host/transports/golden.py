@@ -19,7 +19,16 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from moeaccel.commands import (
+from moeaccel.config import BLOCK, TOP_K_MAX, AcceleratorConfig
+from moeaccel.cycles import expert_cycles, linear_cycles
+from moeaccel.formats import QuantisedMatrix, WeightFormat
+from moeaccel.golden import DeviceResult, experts, gemm
+from moeaccel.host.errors import DeviceClosed, InvalidOption, UploadError
+from moeaccel.host.options import whole
+from moeaccel.host.registers import mask
+from moeaccel.host.transports.base import Bytes, Transport
+from moeaccel.image import Expert, ExpertShape, Section, unpack_section
+from moeaccel.interface.commands import (
     COMPLETION,
     COUNT_MAX,
     ENTRY_BYTES,
@@ -34,16 +43,7 @@ from moeaccel.commands import (
     decode,
     encode,
 )
-from moeaccel.config import BLOCK, TOP_K_MAX, AcceleratorConfig
-from moeaccel.cycles import expert_cycles, linear_cycles
-from moeaccel.formats import QuantisedMatrix, WeightFormat
-from moeaccel.golden import DeviceResult, experts, gemm
-from moeaccel.host.errors import DeviceClosed, InvalidOption, UploadError
-from moeaccel.host.options import whole
-from moeaccel.host.registers import mask
-from moeaccel.host.transports.base import Bytes, Transport
-from moeaccel.image import Expert, ExpertShape, Section, unpack_section
-from moeaccel.registers import COUNTERS, REGISTERS, Access
+from moeaccel.interface.registers import COUNTERS, REGISTERS, Access
 
 __all__ = ["GoldenTransport"]
 

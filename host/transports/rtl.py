@@ -15,8 +15,8 @@ from moeaccel.host.options import check_names, whole
 from moeaccel.host.transports.base import Bytes, Transport
 
 if TYPE_CHECKING:
-    from moeaccel.sim.cosim import CoSimulation
-    from moeaccel.sim.memory import MemoryModel
+    from moeaccel.sim.cosim.memory import MemoryModel
+    from moeaccel.sim.cosim.simulation import CoSimulation
 
 __all__ = ["RtlTransport"]
 
@@ -52,12 +52,12 @@ class RtlTransport(Transport):
     config : :class:`AcceleratorConfig`
     memory_bytes : :class:`int`, optional
         Of each channel: a multiple of 4096; that of ``memory``, or 4 GiB, when left out.
-    memory : :class:`moeaccel.sim.memory.MemoryModel`, optional
+    memory : :class:`moeaccel.sim.cosim.memory.MemoryModel`, optional
         Size and timing of the memory; ideal when left out.
     cycles_per_second : :class:`int`
         Clock cycles that count as one second of a timeout: simulated time, so that a slow machine
         gives the same result.
-    simulation : :class:`moeaccel.sim.cosim.CoSimulation`, optional
+    simulation : :class:`moeaccel.sim.cosim.simulation.CoSimulation`, optional
         A simulation that exists already; it is closed with the transport. Else one is built.
     **options
         Passed to ``moeaccel.sim.build_accelerator``.

@@ -1,4 +1,7 @@
-"""A device at the other end of a serial line (moeaccel.link), such as a board's USB port."""
+"""A device at the other end of a serial line, such as a board's USB port.
+
+The protocol is that of :mod:`moeaccel.interface.link`.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ from moeaccel.host.errors import (
     UploadError,
 )
 from moeaccel.host.transports.base import Bytes, Transport
-from moeaccel.link import (
+from moeaccel.interface.link import (
     ATTEMPTS,
     HELLO_BYTES,
     MAX_PAYLOAD,

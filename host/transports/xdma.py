@@ -35,7 +35,7 @@ from moeaccel.host.identity import check_config, check_version, detect_config
 from moeaccel.host.options import seconds
 from moeaccel.host.registers import RegisterAccess
 from moeaccel.host.transports.base import Bytes, Transport
-from moeaccel.registers import ADDRESS_BITS, REGISTERS
+from moeaccel.interface.registers import ADDRESS_BITS, REGISTERS
 
 __all__ = ["DeviceFiles", "SystemFiles", "Words", "XdmaTransport"]
 

@@ -184,7 +184,7 @@ def simulators(
     First on buses that never pause, then with random pauses of every channel, as tests have them.
     """
     from moeaccel.config import preset
-    from moeaccel.sim.memory import StallModel
+    from moeaccel.sim.cosim.memory import StallModel
     from moeaccel.sim.speed import compare
 
     results = []
@@ -236,7 +236,7 @@ def board(
 ) -> None:
     """Run one expert on the simulated board: where its memory and where its array is the limit."""
     from moeaccel.config import preset
-    from moeaccel.sim.board_bench import measure_board
+    from moeaccel.sim.board.bench import measure_board
 
     chosen = preset(config)
     if token_groups is not None:
@@ -335,7 +335,7 @@ def _open(device: DeviceKind, config: "AcceleratorConfig", latency: int,
                 f"memory must be 'ideal' on 'golden', not {memory.value!r}: its cycles are the "
                 "cycle model's, which knows no other; measure it with --device rtl")
         return open_device("golden", config=config, memory_bytes=size, latency=latency)
-    from moeaccel.sim.memory import MemoryModel
+    from moeaccel.sim.cosim.memory import MemoryModel
 
     model = (MemoryModel.ideal(latency, size=size) if memory is MemoryKind.IDEAL
              else MemoryModel.dram(latency=latency, size=size))

@@ -28,7 +28,7 @@ def command(
     """
     from rich.console import Console
 
-    from moeaccel.sim.board import Board, LineNoise
+    from moeaccel.sim.board.board import Board, LineNoise
 
     console = Console()
     with Status(as_json=False) as status:

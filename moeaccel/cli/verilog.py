@@ -28,8 +28,8 @@ def command(
     """
     from moeaccel.config import preset
     from moeaccel.errors import ConfigurationError
-    from moeaccel.hdl.emission import emit
-    from moeaccel.hdl.multiplier import FAMILIES
+    from moeaccel.hdl.array.multiplier import FAMILIES
+    from moeaccel.hdl.verilog.emission import emit
 
     chosen = preset(config)
     family = family or ("xilinx" if board else "generic")

@@ -23,10 +23,10 @@ from moeaccel.arithmetic import (
     quantise_float32,
     weighted_output,
 )
-from moeaccel.commands import COUNT_MAX, NonFinite, Status
 from moeaccel.config import BLOCK
 from moeaccel.formats import QuantisedMatrix
 from moeaccel.image import Expert
+from moeaccel.interface.commands import COUNT_MAX, NonFinite, Status
 from moeaccel.tables import swiglu
 
 DEFAULT_GRID_EXPONENT = -28

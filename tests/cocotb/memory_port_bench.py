@@ -13,7 +13,7 @@ from cocotb.triggers import ClockCycles, RisingEdge, gather
 
 from moeaccel.config import preset
 from moeaccel.sim import bfm
-from moeaccel.sim.memory import StallModel
+from moeaccel.sim.cosim.memory import StallModel
 
 CONFIG = preset(os.environ["BENCH_CONFIG"])
 READERS = int(os.environ["BENCH_READERS"])

@@ -4,7 +4,7 @@ import pytest
 from amaranth.back import verilog
 
 from moeaccel.config import preset
-from moeaccel.hdl.memory_port import MemoryPort
+from moeaccel.hdl.memory.memory_port import MemoryPort
 from moeaccel.sim.cocotb_runner import run_cocotb
 
 pytestmark = [pytest.mark.cocotb, pytest.mark.timeout(900)]  # the first run builds

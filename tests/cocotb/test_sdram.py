@@ -7,10 +7,10 @@ from amaranth import *
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
-from moeaccel.hdl.sdram_controller import CHIP_BYTES
-from moeaccel.hdl.verilog_target import generate
+from moeaccel.hdl.memory.sdram_controller import CHIP_BYTES
+from moeaccel.hdl.verilog.verilog_target import generate
+from moeaccel.sim.board.sdram_chip import Violation
 from moeaccel.sim.cocotb_runner import run_cocotb
-from moeaccel.sim.sdram_chip import Violation
 from tests.support.axi_traffic import AxiTraffic
 from tests.support.sdram import MemorySystem, short_timing
 

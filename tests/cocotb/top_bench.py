@@ -15,7 +15,10 @@ import torch
 from cocotb.triggers import ClockCycles, FallingEdge
 
 from moeaccel import golden
-from moeaccel.commands import (
+from moeaccel.config import preset
+from moeaccel.formats import FORMATS, quantise
+from moeaccel.golden import DeviceResult
+from moeaccel.interface.commands import (
     COMPLETION,
     ENTRY_BYTES,
     LAYER,
@@ -26,12 +29,9 @@ from moeaccel.commands import (
     decode,
     encode,
 )
-from moeaccel.config import preset
-from moeaccel.formats import FORMATS, quantise
-from moeaccel.golden import DeviceResult
-from moeaccel.registers import COUNTERS, ID_VALUE, REGISTERS, VERSION_VALUE
+from moeaccel.interface.registers import COUNTERS, ID_VALUE, REGISTERS, VERSION_VALUE
 from moeaccel.sim import bfm
-from moeaccel.sim.memory import StallModel
+from moeaccel.sim.cosim.memory import StallModel
 from moeaccel.sim.workload import Layout, random_experts, register_writes, start_writes
 
 CONFIG = preset(os.environ["BENCH_CONFIG"])

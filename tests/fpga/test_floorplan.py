@@ -5,7 +5,7 @@ import re
 from moeaccel.config import preset
 from moeaccel.fpga.floorplan import floorplan
 from moeaccel.hdl.core import Core
-from moeaccel.hdl.verilog_target import generate
+from moeaccel.hdl.verilog.verilog_target import generate
 
 _CELL = re.compile(r"core0\.array\.(\w+)\.mult18x18d")
 _SITE = re.compile(r"X(\d+)/Y(\d+)/MULT18_(\d)")

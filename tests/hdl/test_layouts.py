@@ -3,10 +3,10 @@
 import pytest
 from amaranth.sim import Simulator
 
-from moeaccel.commands import ENTRY_BYTES
 from moeaccel.config import PRESETS
 from moeaccel.hdl import layouts
-from moeaccel.hdl.memory_port import _Splitter
+from moeaccel.hdl.memory.memory_port import _Splitter
+from moeaccel.interface.commands import ENTRY_BYTES
 
 TINY = PRESETS["tiny"]
 MANY = TINY.replace(name="many pairs", max_assignments=1 << 17, max_tokens=1 << 16,

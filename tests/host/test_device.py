@@ -7,7 +7,6 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from moeaccel import golden
-from moeaccel.commands import Opcode, Status
 from moeaccel.config import PRESETS
 from moeaccel.errors import FormatError, MoeAccelError
 from moeaccel.formats import FORMATS, quantise
@@ -15,7 +14,8 @@ from moeaccel.host import errors, layers, open_device
 from moeaccel.host.device import Command
 from moeaccel.host.transports.golden import GoldenTransport
 from moeaccel.image import Expert
-from moeaccel.registers import REGISTERS
+from moeaccel.interface.commands import Opcode, Status
+from moeaccel.interface.registers import REGISTERS
 
 TINY = PRESETS["tiny"]
 

@@ -12,7 +12,7 @@ import pytest
 
 from moeaccel.errors import MoeAccelError
 from moeaccel.host import errors, open_device
-from moeaccel.registers import REGISTERS
+from moeaccel.interface.registers import REGISTERS
 from tests.host.test_interrupts import KINDS, TINY, opened, tokens, weights
 
 

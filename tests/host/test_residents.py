@@ -12,7 +12,7 @@ from moeaccel.host.residents import Residents
 from moeaccel.host.transports.base import Transport
 from moeaccel.host.transports.golden import GoldenTransport
 from moeaccel.image import HEADER_BYTES, ExpertShape
-from moeaccel.registers import REGISTERS
+from moeaccel.interface.registers import REGISTERS
 
 TINY = PRESETS["tiny"]
 STATE = REGISTERS["MEMORY_STATE"].address

@@ -2,12 +2,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from moeaccel.commands import COMPLETION, ENTRY_BYTES, SUBMISSION, Opcode, decode, encode
 from moeaccel.host.errors import CompletionLost, InvalidOption
 from moeaccel.host.memory import Allocator
 from moeaccel.host.rings import Command, CommandRings
 from moeaccel.host.transports import Transport
-from moeaccel.registers import REGISTERS
+from moeaccel.interface.commands import COMPLETION, ENTRY_BYTES, SUBMISSION, Opcode, decode, encode
+from moeaccel.interface.registers import REGISTERS
 
 NAMES = {register.address: name for name, register in REGISTERS.items()}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moeaccel.sim.verilator import build_model
+from moeaccel.sim.cosim.verilator import build_model
 from tests.sim import copy_engine
 
 # Only speed is lost; the models that are measured are built as users build them.

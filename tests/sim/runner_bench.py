@@ -8,8 +8,8 @@ import pytest
 from cocotb.triggers import ClockCycles
 
 from moeaccel.sim import bfm
+from moeaccel.sim.cosim.memory import StallModel
 from moeaccel.sim.errors import RegisterResponseError
-from moeaccel.sim.memory import StallModel
 from tests.sim import copy_engine as engine
 
 SEED = cocotb.RANDOM_SEED

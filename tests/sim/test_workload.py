@@ -4,10 +4,18 @@ import numpy as np
 import pytest
 
 from moeaccel import golden
-from moeaccel.commands import COMPLETION, ENTRY_BYTES, SUBMISSION, Opcode, Status, decode, encode
 from moeaccel.config import PRESETS
 from moeaccel.formats import FORMATS, quantise
 from moeaccel.host.transports.golden import GoldenTransport
+from moeaccel.interface.commands import (
+    COMPLETION,
+    ENTRY_BYTES,
+    SUBMISSION,
+    Opcode,
+    Status,
+    decode,
+    encode,
+)
 from moeaccel.sim.workload import Layout, random_experts, register_writes, start_writes
 
 TINY = PRESETS["tiny"]

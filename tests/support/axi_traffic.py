@@ -5,7 +5,7 @@ from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import exact_log2
 
-from moeaccel.hdl.axi import AXI4Signature
+from moeaccel.hdl.memory.axi import AXI4Signature
 
 __all__ = ["AxiTraffic"]
 

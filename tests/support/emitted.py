@@ -3,7 +3,7 @@
 import functools
 
 from moeaccel.config import PRESETS
-from moeaccel.hdl.emission import emit
+from moeaccel.hdl.verilog.emission import emit
 
 
 @functools.cache

@@ -13,7 +13,6 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from moeaccel.commands import LAYER, Opcode, encode
 from moeaccel.config import AcceleratorConfig
 from moeaccel.host import open_device
 from moeaccel.host.device import Command, Device
@@ -22,10 +21,11 @@ from moeaccel.host.memory import Allocation
 from moeaccel.host.rings import Completion
 from moeaccel.host.transports.golden import GoldenTransport
 from moeaccel.host.transports.rtl import RtlTransport
-from moeaccel.registers import REGISTERS
+from moeaccel.interface.commands import LAYER, Opcode, encode
+from moeaccel.interface.registers import REGISTERS
 from moeaccel.sim import CoSimulation, MemoryModel, StallModel
-from moeaccel.sim.accelerator import accelerator_verilog
-from moeaccel.sim.verilator import Model, build_model
+from moeaccel.sim.cosim.accelerator import accelerator_verilog
+from moeaccel.sim.cosim.verilator import Model, build_model
 
 ROOT = Path(__file__).parents[2]
 MEMORY_BYTES = 1 << 27  # 128 experts, each as large as a drawn case reads them
@@ -41,7 +41,7 @@ WORK = ("bytes_read_weights", "bytes_read_other", "bytes_written", "tokens", "ex
 @functools.cache
 def sources_digest() -> str:
     """Return a digest of everything that an accelerator's Verilog is made from."""
-    return digest_of(ROOT / "hdl", ROOT / "moeaccel", ROOT / "sim" / "accelerator.py")
+    return digest_of(ROOT / "hdl", ROOT / "moeaccel", ROOT / "sim" / "cosim" / "accelerator.py")
 
 
 def digest_of(*places: Path) -> str:
@@ -133,7 +133,7 @@ class Pair:
         """Run a script on both and return the completion of its command, which must be the same.
 
         Where several streams of the command are at fault, the RTL names the first fault of any of
-        them (moeaccel.commands.Status.WINDOW).
+        them (moeaccel.interface.commands.Status.WINDOW).
         """
         rtl, golden = (script(device).completion for device in self.devices)
         assert rtl is not None

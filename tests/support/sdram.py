@@ -6,9 +6,9 @@ from amaranth import *
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
-from moeaccel.hdl.axi import AXI4Signature
-from moeaccel.hdl.sdram_controller import SdramController, SdramTiming
-from moeaccel.sim.sdram_chip import SdramChip, Violation
+from moeaccel.hdl.memory.axi import AXI4Signature
+from moeaccel.hdl.memory.sdram_controller import SdramController, SdramTiming
+from moeaccel.sim.board.sdram_chip import SdramChip, Violation
 
 
 def short_timing(clock_hz, **limits):

@@ -10,7 +10,7 @@ import tty
 import numpy as np
 
 from moeaccel.host.errors import HostError
-from moeaccel.link import (
+from moeaccel.interface.link import (
     HELLO_BYTES,
     MAX_PAYLOAD,
     REGISTER_BYTES,
@@ -23,11 +23,11 @@ from moeaccel.link import (
     Status,
     frame,
 )
-from moeaccel.registers import ADDRESS_BITS
+from moeaccel.interface.registers import ADDRESS_BITS
 
 
 class LinkDevice:
-    """What moeaccel.hdl.serial_link does, over any transport (as the golden model's).
+    """What moeaccel.hdl.boards.serial_link does, over any transport (as the golden model's).
 
     ``executed`` lists the requests that were executed, in order. ``hang`` makes the buses silent.
     """

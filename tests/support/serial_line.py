@@ -5,8 +5,8 @@ from collections import deque
 
 from amaranth.sim import Simulator
 
-from moeaccel.hdl.serial_link import SerialLink
-from moeaccel.link import FrameReader, Reply, Request, frame
+from moeaccel.hdl.boards.serial_link import SerialLink
+from moeaccel.interface.link import FrameReader, Reply, Request, frame
 
 OKAY, SLVERR, DECERR = 0, 2, 3
 CLOCK_S = 1e-8

@@ -7,7 +7,7 @@ import numpy as np
 from amaranth.back import verilog
 from amaranth.hdl import Shape
 
-from moeaccel.sim import verilator
+from moeaccel.sim.cosim import verilator
 from moeaccel.toolchain import cache_folder, find_compiler
 
 _HARNESS = """

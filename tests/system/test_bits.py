@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from moeaccel.commands import Status
 from moeaccel.config import PRESETS, AcceleratorConfig
 from moeaccel.formats import FORMATS
 from moeaccel.image import Expert
+from moeaccel.interface.commands import Status
 from moeaccel.sim import MemoryModel, StallModel
 from tests.support.pair import MEMORY_BYTES, Buffers, assert_same_bits, draw_experts, execute
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from moeaccel.commands import LAYER, Status, decode
 from moeaccel.config import PRESETS
 from moeaccel.formats import FORMATS
 from moeaccel.host import errors
+from moeaccel.interface.commands import LAYER, Status, decode
 from moeaccel.sim import MemoryModel, StallModel
 from tests.support.pair import (
     Buffers,

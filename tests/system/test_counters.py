@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from moeaccel.formats import FORMATS
-from moeaccel.registers import REGISTERS
+from moeaccel.interface.registers import REGISTERS
 from moeaccel.sim import MemoryModel, StallModel
 from tests.support.pair import MEMORY_BYTES, TIME, draw_experts, read_register
 

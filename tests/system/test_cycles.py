@@ -12,14 +12,14 @@ from moeaccel import cycles
 from moeaccel.config import PRESETS, AcceleratorConfig, preset
 from moeaccel.cycles import Prediction, predict_experts, predict_linear
 from moeaccel.formats import FORMATS, weight_format
-from moeaccel.hdl.activation_unit import ActivationUnit
-from moeaccel.hdl.block_quantiser import BlockQuantiser
-from moeaccel.hdl.combiner import _ToFloat32
-from moeaccel.hdl.dot_array import DotArray
-from moeaccel.hdl.result_serialiser import ResultSerialiser
-from moeaccel.hdl.row_sums import RowSums
-from moeaccel.hdl.tile_buffer import TileBuffer
-from moeaccel.hdl.weight_streamer import WeightStreamer
+from moeaccel.hdl.activations.activation_unit import ActivationUnit
+from moeaccel.hdl.activations.block_quantiser import BlockQuantiser
+from moeaccel.hdl.array.dot_array import DotArray
+from moeaccel.hdl.array.result_serialiser import ResultSerialiser
+from moeaccel.hdl.combine.combiner import _ToFloat32
+from moeaccel.hdl.combine.row_sums import RowSums
+from moeaccel.hdl.weights.tile_buffer import TileBuffer
+from moeaccel.hdl.weights.weight_streamer import WeightStreamer
 from moeaccel.host.device import Device
 from moeaccel.image import Expert, ExpertShape, Section
 from moeaccel.sim import MemoryModel

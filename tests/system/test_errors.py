@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from moeaccel.commands import LAYER, SUBMISSION, NonFinite, Opcode, Status, decode
 from moeaccel.formats import FORMATS
 from moeaccel.host import errors
 from moeaccel.host.device import Command
 from moeaccel.host.registers import mask
+from moeaccel.interface.commands import LAYER, SUBMISSION, NonFinite, Opcode, Status, decode
 from tests.support.layers import (
     CALL,
     D_MODEL,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from moeaccel.formats import FORMATS
-from moeaccel.hdl.multiplier import FAMILIES
+from moeaccel.hdl.array.multiplier import FAMILIES
 from moeaccel.sim import MemoryModel, StallModel
 from tests.support.pair import MEMORY_BYTES, draw_experts
 

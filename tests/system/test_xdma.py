@@ -7,7 +7,7 @@ import pytest
 
 from moeaccel.host import open_device
 from moeaccel.host.errors import AccessFailed, LinkLost
-from moeaccel.registers import REGISTERS
+from moeaccel.interface.registers import REGISTERS
 from moeaccel.sim import MemoryModel, StallModel
 from tests.support.pair import MEMORY_BYTES, assert_same_bits, draw_experts
 from tests.support.xdma_files import StandIn

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from moeaccel.commands import COMPLETION, SUBMISSION, Opcode, Status, decode, encode
 from moeaccel.config import PRESETS
 from moeaccel.host import open_device
 from moeaccel.host.device import Command
 from moeaccel.host.errors import DeviceClosed, InvalidOption, UploadError
 from moeaccel.host.registers import mask
 from moeaccel.host.transports.golden import GoldenTransport
-from moeaccel.registers import COUNTERS, REGISTERS, Access
+from moeaccel.interface.commands import COMPLETION, SUBMISSION, Opcode, Status, decode, encode
+from moeaccel.interface.registers import COUNTERS, REGISTERS, Access
 
 SQ, CQ = 0x1000, 0x2000
 

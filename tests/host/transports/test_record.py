@@ -9,7 +9,7 @@ from moeaccel.config import PRESETS
 from moeaccel.host import errors, open_device
 from moeaccel.host.transports.base import Transport
 from moeaccel.host.transports.golden import GoldenTransport
-from moeaccel.registers import REGISTERS
+from moeaccel.interface.registers import REGISTERS
 
 rng = np.random.default_rng(1)
 GATE_UP = rng.standard_normal((4, 64, 64), np.float32)

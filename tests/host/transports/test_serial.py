@@ -13,8 +13,8 @@ from moeaccel.host import errors, open_device
 from moeaccel.host.transports import serial as module
 from moeaccel.host.transports.golden import GoldenTransport
 from moeaccel.host.transports.serial import SerialTransport
-from moeaccel.link import MAX_PAYLOAD, Opcode
-from moeaccel.registers import ID_VALUE, REGISTERS
+from moeaccel.interface.link import MAX_PAYLOAD, Opcode
+from moeaccel.interface.registers import ID_VALUE, REGISTERS
 from tests.support.serial_device import LinkDevice, Noise, SerialStandIn
 
 MEMORY = 1 << 20

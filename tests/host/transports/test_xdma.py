@@ -26,7 +26,7 @@ from moeaccel.host.errors import (
 )
 from moeaccel.host.transports.golden import GoldenTransport
 from moeaccel.host.transports.xdma import CHUNK_BYTES, XdmaTransport
-from moeaccel.registers import ID_VALUE, REGISTERS, VERSION_VALUE
+from moeaccel.interface.registers import ID_VALUE, REGISTERS, VERSION_VALUE
 from tests.support.xdma_files import StandIn
 
 TINY = PRESETS["tiny"]

@@ -1,0 +1,1 @@
+"""x and h: loaded, quantised, kept in lanes; the activation function."""

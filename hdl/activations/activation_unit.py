@@ -1,0 +1,241 @@
+"""The gated activation: silu(gate) * up."""
+
+from amaranth import *
+from amaranth.lib import data, memory, stream, wiring
+from amaranth.lib.wiring import In, Out
+
+from moeaccel.arithmetic import ELEMENT_BITS, MANTISSA_BITS
+from moeaccel.config import AcceleratorConfig
+from moeaccel.hdl import layouts
+from moeaccel.hdl.array.multiplier import FAMILIES, Multiplier
+from moeaccel.hdl.array.normaliser import Normaliser
+from moeaccel.hdl.layouts import EXPONENT_BITS
+from moeaccel.hdl.pipeline import Pipeline
+from moeaccel.tables import (
+    FRACTION_BITS,
+    LIMIT_EXPONENT,
+    SEGMENT_BITS,
+    SEGMENTS,
+    SLOPE_BITS,
+    VALUE_BITS,
+    silu_table,
+)
+
+__all__ = ["ActivationUnit"]
+
+POSITION_BITS = LIMIT_EXPONENT + SEGMENT_BITS + FRACTION_BITS
+"""The table covers positions from -2**POSITION_BITS to 2**POSITION_BITS - 1, in units of 2**-18."""
+
+MAX_LEFT_SHIFT = 8
+"""Shift with which every normalised gate is beyond the table."""
+
+MAX_RIGHT_SHIFT = 31
+"""At least the bits of a mantissa moved left by MAX_LEFT_SHIFT."""
+
+TABLE_EXPONENT_BITS = 5
+WIDE_EXPONENT_BITS = EXPONENT_BITS + 2
+
+
+def _magnitude(m, value, name):
+    """Return sign, magnitude and exponent of an internal float."""
+    out = Signal(data.StructLayout({
+        "sign": 1, "magnitude": MANTISSA_BITS, "exponent": signed(EXPONENT_BITS)}), name=name)
+    m.d.comb += [
+        out.sign.eq(value.mantissa < 0),
+        out.magnitude.eq(Mux(value.mantissa < 0, -value.mantissa, value.mantissa)),
+        out.exponent.eq(value.exponent),
+    ]
+    return out
+
+
+class ActivationUnit(wiring.Component):
+    """Compute ``h = (gate * f(gate)) * up`` with the logistic function f from a table.
+
+    Bit for bit :func:`moeaccel.tables.swiglu` (Shazeer, 2020): f by linear interpolation, then two
+    products, each rounded once.
+
+    ::
+
+        gate --> position --> [ROM] --> value + slope * fraction --> round --> * gate --> round
+             --> * up --> round --> h
+
+    An element that is not ``down`` and of an even row is a gate; the next one, of the odd row above
+    it and the same slot, is its up. Other cycles may lie between them. Latency LATENCY_CYCLES from
+    the up element; one element per cycle in, one every two cycles out, never a stall. Reset forgets
+    what is under way.
+
+    Parameters
+    ----------
+    config : :class:`AcceleratorConfig`
+    family : :class:`str`
+        FPGA family of the multipliers.
+
+    Members
+    -------
+    i_element : :py:`In(stream.Signature(layouts.result_element(config), always_ready=True))`
+        ``down`` elements are ignored.
+    o_element : :py:`Out(stream.Signature(layouts.hidden_element(config), always_ready=True))`
+        ``last`` is that of the up element.
+    """
+
+    LATENCY_CYCLES = 7 + 3 * (Multiplier.LATENCY_CYCLES + 3)
+
+    def __init__(self, config, family="generic"):
+        if not isinstance(config, AcceleratorConfig):
+            raise TypeError(f"config must be an AcceleratorConfig, not {config!r}")
+        if family not in FAMILIES:
+            raise ValueError(f"family must be one of {', '.join(FAMILIES)}, not {family!r}")
+        self._config = config
+        self._family = family
+        super().__init__({
+            "i_element": In(stream.Signature(
+                layouts.result_element(config), always_ready=True)),
+            "o_element": Out(stream.Signature(
+                layouts.hidden_element(config), always_ready=True)),
+        })
+
+    @property
+    def config(self):
+        """Configuration."""
+        return self._config
+
+    @property
+    def family(self):
+        """FPGA family of the multipliers."""
+        return self._family
+
+    def elaborate(self, platform):
+        m = Module()
+        config = self._config
+        element = self.i_element.payload
+
+        # -- pairs ---------------------------------------------------------------------------------
+        arrives = self.i_element.valid & ~element.down
+        held = Signal(layouts.internal_float(), reset_less=True)
+        with m.If(arrives & ~element.row[0]):
+            m.d.sync += held.eq(element.value)
+        meta = Signal(data.StructLayout({
+            "slot": layouts.slot_bits(config), "index": layouts.row_bits(config) - 1, "last": 1}))
+        m.d.comb += [
+            meta.slot.eq(element.slot),
+            meta.index.eq(element.row >> 1),
+            meta.last.eq(element.last),
+        ]
+
+        # -- 1 to 3: position of the gate in the table, rounded down -------------------------------
+        p = Pipeline(m, arrives & element.row[0], "position")
+        distance = Signal(signed(EXPONENT_BITS + 1))
+        by = Signal(range(MAX_RIGHT_SHIFT + 1))
+        m.d.comb += [
+            distance.eq(MAX_LEFT_SHIFT - SEGMENT_BITS - FRACTION_BITS - held.exponent),
+            by.eq(Mux(distance > MAX_RIGHT_SHIFT, MAX_RIGHT_SHIFT, distance[:len(by)])),
+        ]
+        s = p.stage(
+            value=Cat(Const(0, MAX_LEFT_SHIFT), held.mantissa).as_signed(), by=by,
+            over=distance < 0, gate=_magnitude(m, held, "gate"),
+            up=_magnitude(m, element.value, "up"), meta=meta)
+        s = p.stage(value=s.value >> s.by[:3], by=s.by[3:], over=s.over, gate=s.gate, up=s.up,
+                    meta=s.meta)
+        s = p.stage(value=s.value >> (s.by << 3), over=s.over, gate=s.gate, up=s.up, meta=s.meta)
+
+        # -- 4: look it up -------------------------------------------------------------------------
+        m.submodules.table = table = memory.Memory(
+            shape=unsigned(VALUE_BITS + SLOPE_BITS + TABLE_EXPONENT_BITS), depth=SEGMENTS,
+            init=silu_table().packed())
+        rom = table.read_port()
+        beyond = s.value[POSITION_BITS:]  # all equal to the sign within the table
+        negative = s.value[-1]
+        m.d.comb += [
+            rom.en.eq(p.valid),
+            rom.addr.eq(s.value[FRACTION_BITS:POSITION_BITS + 1] ^ (SEGMENTS // 2)),
+        ]
+        s = p.stage(
+            above=~negative & (s.gate.magnitude != 0) & (s.over | beyond.any()),
+            below=negative & (s.over | ~beyond.all()),
+            fraction=s.value[:FRACTION_BITS], gate=s.gate, up=s.up, meta=s.meta)
+        # Block RAM is slow to answer: a register behind it, ahead of everything else.
+        s = p.stage(**vars(s), entry=rom.data)
+
+        # -- 6 to 9: interpolate -------------------------------------------------------------------
+        m.submodules.interpolate = interpolate = Multiplier(
+            SLOPE_BITS + 1, FRACTION_BITS + 1, family=self._family)
+        m.d.comb += [
+            interpolate.i_a.eq(s.entry[VALUE_BITS:VALUE_BITS + SLOPE_BITS]),
+            interpolate.i_b.eq(s.fraction),
+        ]
+        s = p.delay(
+            Multiplier.LATENCY_CYCLES, value=s.entry[:VALUE_BITS],
+            exponent=s.entry[VALUE_BITS + SLOPE_BITS:], above=s.above, below=s.below,
+            gate=s.gate, up=s.up, meta=s.meta)
+        bits = VALUE_BITS + FRACTION_BITS + 1
+        exact = Signal(bits)
+        exponent = Signal(signed(EXPONENT_BITS))
+        m.d.comb += [
+            exact.eq((s.value << FRACTION_BITS) + interpolate.o_product),
+            exponent.eq(-(VALUE_BITS - 1) - FRACTION_BITS - s.exponent),
+        ]
+        s = p.stage(exact=exact, exponent=exponent, above=s.above, below=s.below, gate=s.gate,
+                    up=s.up, meta=s.meta)
+        tag = data.StructLayout({
+            "above": 1, "below": 1, "gate": s.gate.shape(), "up": s.up.shape(),
+            "meta": meta.shape()})
+        m.submodules.round_f = round_f = Normaliser(
+            bits, exponent_bits=EXPONENT_BITS, max_leading_zeros=1, tag=tag)
+        m.d.comb += [
+            round_f.i_valid.eq(p.valid),
+            round_f.i_magnitude.eq(s.exact),
+            round_f.i_exponent.eq(s.exponent),
+            *(round_f.i_tag[name].eq(getattr(s, name)) for name in tag.members),
+        ]
+
+        # -- gate * f(gate), then that * up --------------------------------------------------------
+        factor, factor_exponent = Signal(MANTISSA_BITS), Signal(signed(EXPONENT_BITS))
+        with m.If(round_f.o_tag.above):  # 1
+            m.d.comb += [factor[-1].eq(1), factor_exponent.eq(-(MANTISSA_BITS - 1))]
+        with m.Elif(~round_f.o_tag.below):  # else 0
+            m.d.comb += [factor.eq(round_f.o_magnitude), factor_exponent.eq(round_f.o_exponent)]
+
+        def product(name, valid, a, b, sign, exponent, tag, bits=MANTISSA_BITS):
+            """Multiply magnitudes, add the delay to the rest, round to ``bits``."""
+            multiplier = Multiplier(MANTISSA_BITS + 1, MANTISSA_BITS + 1, family=self._family)
+            m.submodules[name] = multiplier
+            m.d.comb += [multiplier.i_a.eq(a), multiplier.i_b.eq(b)]
+            q = Pipeline(m, valid, name)
+            s = q.delay(Multiplier.LATENCY_CYCLES, sign=sign, exponent=exponent, tag=tag)
+            rounder = Normaliser(
+                2 * MANTISSA_BITS, mantissa_bits=bits, exponent_bits=WIDE_EXPONENT_BITS,
+                max_leading_zeros=1, tag=tag.shape())
+            m.submodules[f"{name}_round"] = rounder
+            m.d.comb += [
+                rounder.i_valid.eq(q.valid),
+                rounder.i_sign.eq(s.sign),
+                rounder.i_magnitude.eq(multiplier.o_product),
+                rounder.i_exponent.eq(s.exponent),
+                rounder.i_tag.eq(s.tag),
+            ]
+            return rounder
+
+        gate = round_f.o_tag.gate
+        rest = Signal(data.StructLayout({"up": s.up.shape(), "meta": meta.shape()}))
+        m.d.comb += [rest.up.eq(round_f.o_tag.up), rest.meta.eq(round_f.o_tag.meta)]
+        act = product("activate", round_f.o_valid, gate.magnitude, factor, gate.sign,
+                      (gate.exponent + factor_exponent).as_signed(), rest)
+        up = act.o_tag.up
+        hidden = product("gated", act.o_valid, act.o_magnitude, up.magnitude,
+                         act.o_sign ^ up.sign, act.o_exponent + up.exponent, act.o_tag.meta,
+                         ELEMENT_BITS)
+
+        out = Pipeline(m, hidden.o_valid, "out")
+        s = out.stage(
+            magnitude=hidden.o_magnitude, sign=hidden.o_sign, exponent=hidden.o_exponent,
+            meta=hidden.o_tag)
+        m.d.comb += [
+            self.o_element.valid.eq(out.valid),
+            self.o_element.payload.slot.eq(s.meta.slot),
+            self.o_element.payload.index.eq(s.meta.index),
+            self.o_element.payload.last.eq(s.meta.last),
+            self.o_element.payload.value.magnitude.eq(s.magnitude),
+            self.o_element.payload.value.sign.eq(s.sign),
+            self.o_element.payload.value.exponent.eq(s.exponent),
+        ]
+        return m

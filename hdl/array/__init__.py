@@ -1,0 +1,1 @@
+"""Multipliers, trees, and how results leave them."""

@@ -1,0 +1,350 @@
+"""The array: decode, multiply, sum over a block of 32, scale, accumulate."""
+
+import functools
+import operator
+from itertools import pairwise
+
+from amaranth import *
+from amaranth.lib import data, wiring
+from amaranth.lib.wiring import In, Out
+from amaranth.utils import exact_log2
+
+from moeaccel.config import ACTIVATION_SHIFT_MAX, BLOCK, AcceleratorConfig
+from moeaccel.formats import SHARED_FIELD_BITS, SIGNIFICAND_BITS
+from moeaccel.hdl import layouts
+from moeaccel.hdl.array.multiplier import FAMILIES, Multiplier
+from moeaccel.hdl.weights.tile_buffer import scale_layout
+
+__all__ = ["DotArray", "sums_layout"]
+
+FACTOR_BITS = 17
+"""Bits of a multiplier's weight operand: |(w1 << 12) + w0| <= 15 * 4097 < 2**16."""
+
+DECODED_BITS = 5
+"""Bits of a 4-bit format's integer."""
+
+PRODUCT_BITS = 24
+TREE_LEVELS = exact_log2(BLOCK)
+"""Levels of an adder tree, each a pipeline stage."""
+
+
+def sums_layout(config):
+    """Return the sums of a tile and group: entry ``row * token_lanes + lane``."""
+    return data.ArrayLayout(signed(config.accumulator_bits), config.rows * config.token_lanes)
+
+
+class DotArray(wiring.Component):
+    """Compute the exact dot products of a tile of weights and a group of tokens, a step per cycle.
+
+    For each row r and lane t, over the steps from ``i_first`` to ``i_last``::
+
+        sum[r, t] += (sum over k of w[r, k] * x[t, k]) * significand[r] << (shift[r] +
+        lane_shift[t])
+
+    where k runs over a block of 32.
+
+        codes -> decode -> [multiplier] -> split, trees --> [multiplier] -> shift ---> sum
+           0      1, 2     [ 3, 4, 5  ]      6 to 10        [11, 12, 13]    14, 15     16
+        lanes --> 1, 2 ----^                                significand     shift
+        scales-------------- delayed -----------------------^---------------^
+
+    Two rows of a 4-bit format share a multiplier: P = ((w1 << 12) + w0) * x, whose low 12 bits,
+    signed, are w0 * x because |w0 * x| <= 15 * 128. These low fields are summed in one tree and
+    what is above them in another, to which each field below 0 returns the 1 that it borrowed: exact
+    for every operand. In 8-bit formats the two sums are joined again. Rows are numbered
+    as by :class:`~moeaccel.hdl.weights.tile_buffer.TileBuffer`: 4-bit formats fill all entries,
+    8-bit formats the first ``row_multipliers`` (the others are meaningless); in 8-bit formats the
+    significand is taken as 1.
+
+    Latency LATENCY_CYCLES from a step to the sums that it ends; one step per cycle, never a stall.
+    Reset forgets the steps under way.
+
+    Parameters
+    ----------
+    config : :class:`AcceleratorConfig`
+    family : :class:`str`
+        FPGA family of the multipliers.
+    tag_width : :class:`int`
+        Bits of ``i_tag``; 1 or more.
+    gated : :class:`bool`
+        Registers hold where no step passes, and in lanes without a token, which simulates faster.
+        By default not for ``"ecp5"``: an enable for each stage would have to cross the whole array
+        in a cycle.
+
+    Members
+    -------
+    i_valid : :py:`In(1)`
+        A step enters.
+    i_first, i_last : :py:`In(1)`
+        It is the first, the last of its tile and group.
+    i_used : :py:`In(config.token_lanes)`
+        Lanes that hold a token, all when left alone; the sums of others are meaningless.
+    i_format : :py:`In(config.format_bits)`
+    i_codes : :py:`In(8 * config.word_bytes)`
+    i_scales : :py:`In(scale_layout(config))`
+    i_lanes : :py:`In(ArrayLayout(layouts.lane(config), config.token_lanes))`
+        LANES_LATER_CYCLES after the rest of the step, so that they may be chosen meanwhile.
+        Mantissas in [-128, 127]; shift plus the row's shift at most ``max_shift``.
+    i_tag : :py:`In(tag_width)`
+    o_valid : :py:`Out(1)`
+        For one cycle after a last step: sums and tag are there.
+    o_sums : :py:`Out(sums_layout(config))`
+    o_tag : :py:`Out(tag_width)`
+        Tag of the last step.
+    """
+
+    LANES_LATER_CYCLES = 2
+    LATENCY_CYCLES = 3 + 2 * Multiplier.LATENCY_CYCLES + TREE_LEVELS + 3
+
+    def __init__(self, config, family="generic", *, tag_width=1, gated=None):
+        if not isinstance(config, AcceleratorConfig):
+            raise TypeError(f"config must be an AcceleratorConfig, not {config!r}")
+        if family not in FAMILIES:
+            raise ValueError(f"family must be one of {', '.join(FAMILIES)}, not {family!r}")
+        if not isinstance(tag_width, int) or tag_width < 1:
+            raise ValueError(f"tag_width must be a positive integer, not {tag_width!r}")
+        self._config = config
+        self._family = family
+        self._tag_width = tag_width
+        self._gated = family == "generic" if gated is None else bool(gated)
+        super().__init__({
+            "i_valid": In(1),
+            "i_first": In(1),
+            "i_last": In(1),
+            "i_used": In(config.token_lanes, init=(1 << config.token_lanes) - 1),
+            "i_format": In(config.format_bits),
+            "i_codes": In(8 * config.word_bytes),
+            "i_scales": In(scale_layout(config)),
+            "i_lanes": In(data.ArrayLayout(layouts.lane(config), config.token_lanes)),
+            "i_tag": In(tag_width),
+            "o_valid": Out(1),
+            "o_sums": Out(sums_layout(config)),
+            "o_tag": Out(tag_width),
+        })
+
+    @property
+    def config(self):
+        """Configuration."""
+        return self._config
+
+    @property
+    def family(self):
+        """FPGA family of the multipliers."""
+        return self._family
+
+    @property
+    def max_shift(self):
+        """Largest shift of a block's sum, that of its scale and that of its lane together."""
+        return max(f.max_shift for f in self._config.weight_formats) + ACTIVATION_SHIFT_MAX
+
+    @property
+    def tag_width(self):
+        """Bits of the tag."""
+        return self._tag_width
+
+    @property
+    def gated(self):
+        """Whether registers hold where no step passes."""
+        return self._gated
+
+    def elaborate(self, platform):
+        config = self._config
+        m = Module()
+        multiplier_rows, lanes = config.row_multipliers, config.token_lanes
+
+        # valid[i]: a step's data is at the input of stage i; register i loads then.
+        stages = self.LATENCY_CYCLES
+        valid = [self.i_valid, *(Signal(name=f"valid{i}") for i in range(1, stages + 1))]
+        for before, after in pairwise(valid):
+            m.d.sync += after.eq(before)
+        # used[i][lane]: it is for this lane, too; without a lane, for any.
+        used = [{None: valid[0]} | dict(enumerate(self.i_used & valid[0].replicate(lanes)))]
+        for i in range(1, stages + 1):
+            used.append({None: valid[i]})
+            for lane in range(lanes):
+                used[i][lane] = after = Signal(name=f"used{i}_{lane}")
+                m.d.sync += after.eq(used[i - 1][lane])
+
+        def register(stage, shape, value, name, lane=None):
+            """Return ``value`` after the register of ``stage``."""
+            signal = Signal(shape, name=f"{name}_{stage}", reset_less=True)
+            with m.If(used[stage][lane] if self._gated else 1):
+                m.d.sync += signal.eq(value)
+            return signal
+
+        def delay(stage, last, value, name, lane=None):
+            """Return ``value`` after the registers of stages ``stage`` to ``last``."""
+            for i in range(stage, last + 1):
+                value = register(i, value.shape(), value, name, lane)
+            return value
+
+        multiply = 3  # first stage of the multipliers, and so on
+        tree = multiply + Multiplier.LATENCY_CYCLES
+        scale = tree + TREE_LEVELS
+        shift = scale + Multiplier.LATENCY_CYCLES
+        accumulate = shift + 2
+        assert accumulate == stages - 1
+
+        def multiplier(name, stage, a, b, a_width, b_width, lane):
+            """Return the product of two values that are at the input of ``stage``."""
+            m.submodules[name] = unit = Multiplier(a_width, b_width, self._family)
+            m.d.comb += [unit.i_a.eq(a), unit.i_b.eq(b)]
+            if self._gated:
+                m.d.comb += unit.i_enable.eq(Cat(used[i][lane] for i in range(stage, stage + 3)))
+            return unit.o_product
+
+        # -- input registers and decoding ---------------------------------------------------------
+        # One hot, a bit for each table and for 8 bits: what two of them have in common would be a
+        # wire to all of the array.
+        packed_formats = [f for f in config.weight_formats if f.packed]
+        table_copies = {
+            table: self._copies(
+                register,
+                layouts.is_format(self.i_format, [f for f in packed_formats if f.table == table]),
+                f"table{i}")
+            for i, table in enumerate(dict.fromkeys(f.table for f in packed_formats))}
+        int8_copies = self._copies(
+            register, ~layouts.is_packed(config, self.i_format), "int8")
+
+        def look_up(table, nibble):
+            """Return the integer that a 4-bit code stands for: low bits and sign by themselves."""
+            if table is None:
+                return Cat(nibble, nibble[3])
+            low = sum((value & 15) << 4 * code for code, value in enumerate(table))
+            signs = sum((value < 0) << code for code, value in enumerate(table))
+            return Cat((C(low, 64) >> (nibble << 2))[:4], (C(signs, 16) >> nibble)[0])
+
+        def decode(nibble, copy):
+            """Return the integer that a 4-bit code stands for, 0 in an 8-bit format."""
+            return functools.reduce(operator.or_, (
+                look_up(table, nibble) & copies[copy].replicate(DECODED_BITS)
+                for table, copies in table_copies.items()))
+
+        # What is decoded, what is joined and what crosses the array have registers of their own.
+        factors = []
+        for rm in range(multiplier_rows):
+            for k in range(BLOCK):
+                name = f"{rm}_{k}"
+                code = register(0, 8, self.i_codes.word_select(rm * BLOCK + k, 8), f"code{name}")
+                copy = k * len(int8_copies) // BLOCK
+                low = register(
+                    1, signed(8),
+                    decode(code[:4], copy).as_signed() | Mux(int8_copies[copy], code, 0),
+                    f"low_factor{name}")
+                high = register(1, signed(DECODED_BITS), decode(code[4:], copy).as_signed(),
+                                f"high_factor{name}")
+                factors.append(register(
+                    2, signed(FACTOR_BITS), (high << SHARED_FIELD_BITS) + low, f"factor{name}"))
+
+        # -- multiply, and sum over the block -----------------------------------------------------
+        mantissas = [[delay(self.LANES_LATER_CYCLES, multiply - 1,
+                             self.i_lanes[lane].mantissas[k], f"mantissa{lane}_{k}", lane)
+                      for k in range(BLOCK)] for lane in range(lanes)]
+        high_sums, low_sums = {}, {}  # by (rm, lane)
+        for rm in range(multiplier_rows):
+            for lane in range(lanes):
+                name = f"{rm}_{lane}"
+                high, low = [], []
+                for k in range(BLOCK):
+                    product = Signal(signed(PRODUCT_BITS), name=f"product{name}_{k}")
+                    m.d.comb += product.eq(multiplier(
+                        f"multiply{name}_{k}", multiply, factors[rm * BLOCK + k],
+                        mantissas[lane][k], FACTOR_BITS, 8, lane))
+                    low.append(product[:SHARED_FIELD_BITS].as_signed())
+                    high.append(product[SHARED_FIELD_BITS:].as_signed())
+                low_sums[rm, lane] = self._tree(register, tree, low, f"low{name}", lane)
+                # A low field below 0 has borrowed from the high one.
+                borrows = [field[-1] for field in low]
+                high_sum = self._tree(register, tree, high, f"high{name}", lane, borrows)
+                high_sums[rm, lane] = high_sum
+
+        # -- scale --------------------------------------------------------------------------------
+        packed = delay(1, shift - 1, ~int8_copies[0], "packed")
+        scales = [register(0, 16, scale, f"scale{row}") for row, scale in enumerate(self.i_scales)]
+        significands = [delay(1, scale - 1, s[:SIGNIFICAND_BITS], f"significand{row}")
+                        for row, s in enumerate(scales)]
+        row_shifts = [delay(1, shift - 2, s[SIGNIFICAND_BITS:], f"row_shift{row}")
+                      for row, s in enumerate(scales)]
+        lane_shifts = [delay(self.LANES_LATER_CYCLES, shift - 2, self.i_lanes[lane].shift,
+                             f"lane_shift{lane}", lane) for lane in range(lanes)]
+
+        # Magnitudes follow from the formats; every operand, -128 and an empty scale included, fits.
+        largest = max(int(abs(f.integers).max()) for f in packed_formats)
+        block_bits = (BLOCK * 128 * largest).bit_length() + 1
+        plain_bits = (BLOCK * 128 * 128).bit_length() + 1
+        scaled_bits = block_bits + SIGNIFICAND_BITS
+        coarse_bits = 3
+        shifted_bits = max(scaled_bits, plain_bits) + (1 << coarse_bits) - 1
+        addend_bits = config.accumulator_bits - (config.max_steps - 1).bit_length()
+        first = delay(0, accumulate - 1, self.i_first, "first")
+        last = delay(0, accumulate - 1, self.i_last, "last")
+        for row in range(config.rows):
+            rm, half = divmod(row, 2)
+            for lane in range(lanes):
+                name = f"{row}_{lane}"
+                block = (high_sums if half else low_sums)[rm, lane]
+                scaled = Signal(signed(scaled_bits), name=f"scaled{name}")
+                m.d.comb += scaled.eq(multiplier(
+                    f"scale{name}", scale, block, Cat(significands[row], C(0, 1)).as_signed(),
+                    block_bits, SIGNIFICAND_BITS + 1, lane))
+                if row < multiplier_rows:  # entry of an 8-bit format
+                    full = (high_sums[row, lane] << SHARED_FIELD_BITS) + low_sums[row, lane]
+                    plain = delay(scale, shift - 1, full[:plain_bits].as_signed(), f"plain{name}",
+                                  lane)
+                    value = Mux(packed, scaled, plain)
+                else:
+                    value = scaled
+                amount = register(shift - 1, range(self.max_shift + 1),
+                                  row_shifts[row] + lane_shifts[lane], f"amount{name}", lane)
+                fine = register(shift, signed(shifted_bits), value << amount[:coarse_bits],
+                                f"fine{name}", lane)
+                amount = register(shift, 2, amount[coarse_bits:], f"coarse_amount{name}", lane)
+                # Not shifted by a variable, which would make it wider than it can be.
+                for i, much in enumerate(amount):
+                    fine = Mux(much, fine << (1 << coarse_bits + i), fine)[:addend_bits].as_signed()
+                addend = register(shift + 1, signed(addend_bits), fine, f"addend{name}", lane)
+                total = Signal(signed(config.accumulator_bits), name=f"total{name}",
+                               reset_less=True)
+                with m.If(used[accumulate][lane] if self._gated else valid[accumulate]):
+                    m.d.sync += total.eq(Mux(first, 0, total) + addend)
+                m.d.comb += self.o_sums[row * lanes + lane].eq(total)
+
+        # -- output -------------------------------------------------------------------------------
+        m.d.sync += self.o_valid.eq(valid[accumulate] & last)
+        m.d.comb += self.o_tag.eq(delay(0, accumulate, self.i_tag, "tag"))
+        return m
+
+    def _copies(self, register, value, name):
+        """Return the register of a bit as often as its many readers, all over the array, need it.
+
+        Synthesis would merge equal registers. These differ: in what they hold while no step
+        passes, and in polarity.
+        """
+        if self._gated:
+            return [register(0, 1, value, name)]
+        low, high = value & self.i_valid, value | ~self.i_valid
+        return [register(0, 1, low, f"{name}_low"), ~register(0, 1, ~low, f"{name}_low_n"),
+                register(0, 1, high, f"{name}_high"), ~register(0, 1, ~high, f"{name}_high_n")]
+
+    @staticmethod
+    def _tree(register, stage, terms, name, lane, carries=()):
+        """Return the sum of ``terms``, added in pairs, a level in each stage.
+
+        A bit for each term may be added, too: each adder takes one, and the last comes on top.
+        """
+        def add(a, b, carry):
+            return (Cat(1, a).as_signed() + Cat(carry, b).as_signed())[1:].as_signed()
+
+        carries = Cat(carries)
+        for i in range(TREE_LEVELS):
+            pairs = list(zip(terms[::2], terms[1::2], strict=True))
+            if len(carries):
+                now, later = carries[:len(pairs)], carries[len(pairs):]
+                sums = [add(*pair, carry) for pair, carry in zip(pairs, now, strict=True)]
+                carries = register(stage + i, later.shape(), later, f"{name}_carries", lane)
+            else:
+                sums = [a + b for a, b in pairs]
+            terms = [register(stage + i, total.shape(), total, f"{name}_{j}", lane)
+                     for j, total in enumerate(sums)]
+        (total,) = terms
+        return (total + carries)[:len(total)].as_signed() if len(carries) else total

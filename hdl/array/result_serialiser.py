@@ -1,0 +1,243 @@
+"""Turns the array's sums into internal floats, one after another."""
+
+from amaranth import *
+from amaranth.hdl import Assert
+from amaranth.lib import data, memory, stream, wiring
+from amaranth.lib.wiring import In, Out
+from amaranth.utils import exact_log2
+
+from moeaccel.config import AcceleratorConfig
+from moeaccel.hdl import layouts
+from moeaccel.hdl.array.normaliser import Normaliser
+from moeaccel.hdl.layouts import EXPONENT_BITS
+from moeaccel.hdl.pipeline import Pipeline
+
+__all__ = ["ResultSerialiser"]
+
+ROW_EXPONENT_BITS = 16
+
+
+class ResultSerialiser(wiring.Component):
+    """Join planes, round once, and emit the outputs of a tile and group in order.
+
+    ::
+
+        i_sums --> [FIFO, 4] --> choose --> 256 hi + lo --> magnitude --> [Normaliser] --> o_element
+        i_row_exponents -----------------------> + <-- base exponent of the slot
+
+    ``value = sum * 2**(base[slot] + row_exponent[row])``, rounded as by
+    :func:`moeaccel.arithmetic.normalise`. Order: slot 0 row 0, slot 0 row 1, ..., slot 1 row 0,
+    ...; rows are the R of the array but for those that the tile has not (``tag.missing``: a row is
+    the last one when ``row ^ missing`` is all ones); slots those of the tag. The sum of row r is
+    entry ``r * T + lane``.
+
+    A result cannot be refused; ``o_free`` says how many more there is room for, and the Sequencer
+    counts those that are still in the array against it. Element outputs cannot be refused either:
+    what follows them is as fast, and has a place for each (h, sums). Throughput: one element per
+    cycle, also from one result to the next. Latency: ``latency_cycles`` from a result's arrival (in
+    an empty FIFO, its row exponents being there) to its first element. Waits for row exponents, but
+    those are there before a tile's first step can start. Reset forgets everything under way.
+
+    Parameters
+    ----------
+    config : :class:`AcceleratorConfig`
+
+    Members
+    -------
+    i_valid : :py:`In(1)`
+    i_sums : :py:`In(ArrayLayout(signed(config.accumulator_bits), config.rows *
+    config.token_lanes))` i_tag : :py:`In(layouts.result_tag(config))`
+    o_free : :py:`Out(range(FIFO_DEPTH + 1))`
+        Results that may still arrive; counts one that arrives from the next cycle on.
+    i_row_exponents : :py:`In(stream.Signature(ArrayLayout(signed(16), config.rows)))`
+        One for each tile; taken with the last element of the tile's last group.
+    base_address : :py:`Out(layouts.base_address(config))`
+    base_data : :py:`In(signed(12))`
+        Base exponent of that slot, one cycle later.
+    o_element : :py:`Out(stream.Signature(layouts.result_element(config), always_ready=True))`
+        ``down`` elements carry ``slot_bank`` and ``fresh`` of their tag. ``last``: of the section.
+    """
+
+    FIFO_DEPTH = 4
+
+    def __init__(self, config):
+        if not isinstance(config, AcceleratorConfig):
+            raise TypeError(f"config must be an AcceleratorConfig, not {config!r}")
+        self._config = config
+        entries = config.rows * config.token_lanes
+        self._normaliser = Normaliser(
+            config.joined_bits - 1, exponent_bits=ROW_EXPONENT_BITS + 2, tag=self._meta())
+        super().__init__({
+            "i_valid": In(1),
+            "i_sums": In(data.ArrayLayout(signed(config.accumulator_bits), entries)),
+            "i_tag": In(layouts.result_tag(config)),
+            "o_free": Out(range(self.FIFO_DEPTH + 1)),
+            "i_row_exponents": In(stream.Signature(
+                data.ArrayLayout(signed(ROW_EXPONENT_BITS), config.rows))),
+            "base_address": Out(layouts.base_address(config)),
+            "base_data": In(signed(EXPONENT_BITS)),
+            "o_element": Out(stream.Signature(
+                layouts.result_element(config), always_ready=True)),
+        })
+
+    @property
+    def config(self):
+        """Configuration."""
+        return self._config
+
+    @property
+    def latency_cycles(self):
+        """Cycles from a result to its first element."""
+        return 6 + self._normaliser.latency_cycles
+
+    def _meta(self):
+        fields = dict(layouts.result_element(self._config).members)
+        del fields["value"]
+        return data.StructLayout(fields)
+
+    def elaborate(self, platform):
+        m = Module()
+        config = self._config
+        m.submodules.normaliser = normaliser = self._normaliser
+        lanes, rows = config.token_lanes, config.rows
+        row_bits = exact_log2(rows)
+        lane_bits = exact_log2(lanes)
+
+        # -- FIFO: one memory for each sum, so that none is wider than a machine word --------------
+        pointer = exact_log2(self.FIFO_DEPTH)
+        write_at, read_at = Signal(pointer), Signal(pointer)
+        level = Signal(range(self.FIFO_DEPTH + 1))
+        taken = Signal()
+        m.d.comb += self.o_free.eq(self.FIFO_DEPTH - level)
+        m.d.sync += [
+            Assert(~self.i_valid | (level != self.FIFO_DEPTH), "a result must have a place"),
+            write_at.eq(write_at + self.i_valid),
+            read_at.eq(read_at + taken),
+            level.eq(level + self.i_valid - taken),
+        ]
+
+        def queue(name, value, address):
+            shape = unsigned(len(Value.cast(value)))
+            m.submodules[name] = storage = memory.Memory(
+                shape=shape, depth=self.FIFO_DEPTH, init=[])
+            write, read = storage.write_port(), storage.read_port(domain="comb")
+            m.d.comb += [
+                write.en.eq(self.i_valid),
+                write.addr.eq(write_at),
+                write.data.eq(value),
+                read.addr.eq(address),
+            ]
+            return read.data
+
+        # -- the first result's tag, in a register -------------------------------------------------
+        # The first to come goes there at once, those behind it by way of the FIFO.
+        tag, after = (Signal(layouts.result_tag(config), name=n) for n in ("tag", "after"))
+        tag_valid, tag_free = Signal(), Signal()
+        after_at = Signal(pointer)
+        after_valid = Signal()
+        waiting = Signal(self.FIFO_DEPTH - 1)  # behind the first: a 1 for each, from bit 0 on
+        m.d.comb += [
+            tag_free.eq(~tag_valid | taken),
+            after.eq(Mux(waiting[0], queue("tags", self.i_tag, after_at), self.i_tag)),
+            after_valid.eq(waiting[0] | self.i_valid),
+        ]
+        with m.If(self.i_valid & ~tag_free):
+            m.d.sync += waiting.eq(Cat(1, waiting))
+        with m.Elif(~self.i_valid & tag_free):
+            m.d.sync += waiting.eq(waiting >> 1)
+
+        # -- 0: the next element -------------------------------------------------------------------
+        row = Signal(row_bits)
+        member = Signal(range(lanes))  # of the group
+        valid = Signal()
+        last_row, last_member = Signal(), Signal()  # of its member, of the result
+        slot = Signal(layouts.slot_bits(config))
+        exponents = self.i_row_exponents
+        m.d.comb += [
+            valid.eq(tag_valid & exponents.valid),
+            taken.eq(valid & last_row & last_member),
+            exponents.ready.eq(tag_valid & last_row & last_member & tag.last_group),
+            slot.eq(Mux(
+                tag.two_planes,
+                Cat(member[:lane_bits - 1], tag.group),
+                Cat(member[:lane_bits], tag.group))),
+            self.base_address.slot.eq(slot),
+            self.base_address.hidden.eq(tag.down & ~tag.linear),
+            self.base_address.bank.eq(tag.x_bank & ~self.base_address.hidden),
+        ]
+        with m.If(valid):
+            m.d.sync += [row.eq(row + 1), last_row.eq(((row + 1)[:row_bits] ^ tag.missing).all())]
+            with m.If(last_row):
+                m.d.sync += [row.eq(0), last_row.eq(tag.missing.all()),
+                             member.eq(member + 1), last_member.eq(member + 2 == tag.slots)]
+        with m.If(tag_free):
+            m.d.sync += [tag.eq(after), tag_valid.eq(after_valid),
+                         after_at.eq(after_at + after_valid),
+                         row.eq(0), last_row.eq(after.missing.all()),
+                         member.eq(0), last_member.eq(after.slots == 1)]
+        meta = Signal(self._meta())
+        m.d.comb += [
+            meta.slot.eq(slot),
+            meta.row.eq(tag.row + row),
+            meta.down.eq(tag.down),
+            meta.last.eq(tag.last & last_row & last_member),
+            meta.slot_bank.eq(tag.slot_bank),
+            meta.fresh.eq(tag.fresh),
+        ]
+
+        pair_of = Signal(range(max(2, lanes // 2)))
+        m.d.comb += pair_of.eq(Mux(tag.two_planes, member, member >> 1))
+        row_exponent = Signal(signed(ROW_EXPONENT_BITS))
+        with m.Switch(row):
+            for i in range(rows):
+                with m.Case(i):
+                    m.d.comb += row_exponent.eq(exponents.payload[i])
+
+        # -- 1: choose; 2, 3: join planes; 4: magnitude --------------------------------------------
+        p = Pipeline(m, valid)
+        s = p.stage(at=read_at, pair=Cat(pair_of[:lane_bits - 1], row), two=tag.two_planes,
+                    second=member[0], row_exponent=row_exponent, meta=meta)
+        # A pair of lanes is a token of a16, or two of a8. What comes next to the place of a result
+        # that has just left is written at the end of this cycle at the earliest.
+        shape = signed(config.accumulator_bits)
+        even, odd = Signal(shape), Signal(shape)
+        sums = [queue(f"sum{i}", self.i_sums[i], s.at) for i in range(rows * lanes)]
+        with m.Switch(s.pair):
+            for i in range(rows * lanes // 2):
+                with m.Case(i):
+                    m.d.comb += [even.eq(sums[2 * i]), odd.eq(sums[2 * i + 1])]
+        exponent = Signal(signed(ROW_EXPONENT_BITS + 2))
+        m.d.comb += exponent.eq(s.row_exponent + self.base_data)
+        s = p.stage(even=even, odd=odd, two=s.two, second=s.second, exponent=exponent, meta=s.meta)
+        joined = Signal(signed(config.joined_bits))
+        with m.If(s.two):
+            m.d.comb += joined.eq((s.even << 8) + s.odd)
+        with m.Else():
+            m.d.comb += joined.eq(Mux(s.second, s.odd, s.even))
+        s = p.stage(joined=joined, exponent=s.exponent, meta=s.meta)
+        magnitude = Signal(config.joined_bits - 1)
+        m.d.comb += magnitude.eq(Mux(s.joined < 0, -s.joined, s.joined))
+        s = p.stage(magnitude=magnitude, sign=s.joined[-1], exponent=s.exponent, meta=s.meta)
+        m.d.comb += [
+            normaliser.i_valid.eq(p.valid),
+            normaliser.i_sign.eq(s.sign),
+            normaliser.i_magnitude.eq(s.magnitude),
+            normaliser.i_exponent.eq(s.exponent),
+            normaliser.i_tag.eq(s.meta),
+        ]
+
+        # -- sign ----------------------------------------------------------------------------------
+        out = Pipeline(m, normaliser.o_valid, "out")
+        mantissa = Signal(signed(18))
+        m.d.comb += mantissa.eq(
+            Mux(normaliser.o_sign, -normaliser.o_magnitude, normaliser.o_magnitude))
+        s = out.stage(mantissa=mantissa, exponent=normaliser.o_exponent, meta=normaliser.o_tag)
+        element = self.o_element.payload
+        m.d.comb += [
+            self.o_element.valid.eq(out.valid),
+            element.value.mantissa.eq(s.mantissa),
+            element.value.exponent.eq(s.exponent),
+        ]
+        for name in self._meta().members:
+            m.d.comb += element[name].eq(s.meta[name])
+        return m

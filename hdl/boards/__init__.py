@@ -1,0 +1,1 @@
+"""What stands between the accelerator and a board's pins."""

@@ -1,0 +1,1 @@
+"""Weighted sums of outputs, and their way to memory."""

@@ -1,0 +1,338 @@
+"""Hands each token's sum to memory, where need be by way of the workspace."""
+
+from amaranth import *
+from amaranth.hdl import Assert
+from amaranth.lib import data, fifo, stream, wiring
+from amaranth.lib.wiring import In, Out
+from amaranth.utils import ceil_log2, exact_log2
+
+from moeaccel.config import AcceleratorConfig
+from moeaccel.hdl import layouts
+from moeaccel.hdl.array.normaliser import shift_out_zeros
+from moeaccel.hdl.combine.row_sums import SUM_BITS, RowSums, stripe, stripe_address
+from moeaccel.hdl.pipeline import Pipeline
+from moeaccel.hdl.sequential_multiplier import SequentialMultiplier
+
+__all__ = ["Combiner", "drain_request"]
+
+def drain_request(config: AcceleratorConfig) -> data.StructLayout:
+    """Return a request to empty the y buffer: the slot table of the set's last pass, its slots."""
+    return data.StructLayout({"slot_bank": 1, "count": range(config.max_slots + 1)})
+
+
+class _ToFloat32(wiring.Component):
+    """Convert a 48-bit sum on the grid to float32: bit for bit ``arithmetic.grid_to_float32``.
+
+    Latency LATENCY_CYCLES, one per cycle, no flow control.
+    """
+
+    LATENCY_CYCLES = 10
+
+    def __init__(self):
+        super().__init__({"i_valid": In(1), "i_sum": In(signed(SUM_BITS)),
+                          "i_grid_exponent": In(signed(8)), "o_valid": Out(1), "o_float": Out(32)})
+
+    def elaborate(self, platform):
+        m = Module()
+        pipe = Pipeline(m, self.i_valid)
+        # Block RAM is slow to answer: a register behind it, ahead of everything else.
+        s = pipe.stage(sum=self.i_sum)
+        s = pipe.stage(sign=s.sum[-1], magnitude=Mux(s.sum[-1], -s.sum, s.sum)[:SUM_BITS])
+        # Whether to shift far is known a stage before it is done.
+        s = pipe.stage(sign=s.sign, magnitude=s.magnitude, empty=s.magnitude[-32:] == 0)
+        value = Mux(s.empty, s.magnitude << 32, s.magnitude)[:SUM_BITS]
+        s = pipe.stage(sign=s.sign, magnitude=value, lost=s.empty, empty=value[-16:] == 0)
+        value = Mux(s.empty, s.magnitude << 16, s.magnitude)[:SUM_BITS]
+        s = pipe.stage(sign=s.sign, magnitude=value, lost=Cat(s.empty, s.lost))
+        for shifts in ((8, 4), (2, 1)):
+            value, taken = shift_out_zeros(s.magnitude, shifts)
+            s = pipe.stage(sign=s.sign, magnitude=value, lost=Cat(*reversed(taken), s.lost))
+        value = s.magnitude  # bit 47 is set, unless it is zero
+        s = pipe.stage(sign=s.sign, keep=value[24:], half=value[23], sticky=value[:23].any(),
+                       lost=s.lost)
+        s = pipe.stage(
+            sign=s.sign, zero=~s.keep[-1],
+            rounded=(s.keep + (s.half & (s.sticky | s.keep[0])))[:25],
+            exponent=(self.i_grid_exponent + (127 + SUM_BITS - 1) - s.lost)[:9])
+        carry = s.rounded[24]
+        s = pipe.stage(value=Mux(s.zero, 0, Cat(
+            Mux(carry, 0, s.rounded[:23]), (s.exponent + carry)[:8], s.sign)))
+        assert pipe.depth == self.LATENCY_CYCLES
+        m.d.comb += [self.o_valid.eq(pipe.valid), self.o_float.eq(s.value)]
+        return m
+
+
+class Combiner(wiring.Component):
+    """Empty the y buffer, which every core has a part of (RowSums), and write rows of zeros.
+
+    ::
+
+        i_drain --> for each slot: workspace --> [+] --> y buffer --> float32 --> y
+                                                                  \\-> workspace
+        i_zero ---------------------------------------------> 0 --> float32 --> y
+
+    Draining goes slot by slot; partial sums of an earlier set are added first (unless ``first``),
+    and the row goes to y (``last``) or back to the workspace. One slot's writes are acknowledged
+    before the next slot's reads, so that a token may occupy two slots.
+
+    A row of zeros takes nothing from the y buffer: the buffer and the slot table stay the cores'
+    until ``i_drain`` is accepted, however long memory needs for the row. Both requests wait until
+    the one before is acknowledged. ``o_drained`` needs no answer: it comes cycles after ``i_drain``
+    was accepted, and the next request only after it.
+
+    Throughput: Q = quantiser_lanes elements, or one beat, per cycle. Reset forgets everything under
+    way.
+
+    Parameters
+    ----------
+    config : :class:`AcceleratorConfig`
+        ``quantiser_lanes`` must be ``port_bytes / 8`` or ``port_bytes / 4``: a word of the y buffer
+        keeps up with the port.
+
+    Members
+    -------
+    i_grid_exponent, i_steps_out, i_y_address, i_workspace_address
+        Of the command.
+    i_lookup : :py:`In(slot_bits + 1)`
+        Slot table address that the cores' elements need: slot, bank.
+    slot_address, slot_data
+        Slot table: {bank, slot} -> layouts.slot, one cycle later; the cores' while not draining.
+    o_draining : :py:`Out(1)`
+        The y buffer is the Combiner's, by ``r_*`` and ``w_*``: from the cycle after ``i_drain`` is
+        accepted to that of ``o_drained``.
+    r_address, r_data : :py:`Out(stripe_address(config))`, :py:`In(stripe(config))`
+        ``RowSums.READ_LATENCY_CYCLES`` later.
+    w_en, w_address, w_data
+        An enable for each sum.
+    i_drain : :py:`In(stream.Signature(drain_request(config)))`
+    o_drained : :py:`Out(1)`
+        Pulse: every write of the drain is acknowledged.
+    i_zero : :py:`In(stream.Signature(token))`
+        Writes a row of zeros; goes before ``i_drain``.
+    o_idle : :py:`Out(1)`
+        No drain and no row of zeros is under way.
+    reader, writer
+        Ports to memory.
+    """
+
+    def __init__(self, config: AcceleratorConfig):
+        if config.quantiser_lanes * 8 not in (config.port_bytes, 2 * config.port_bytes):
+            raise ValueError(
+                f"Quantiser lanes must be {config.port_bytes // 8} or {config.port_bytes // 4} "
+                f"behind a port of {config.port_bytes} bytes, not {config.quantiser_lanes!r}")
+        self._config = config
+        super().__init__({
+            "i_grid_exponent": In(signed(8)),
+            "i_steps_out": In(layouts.steps_bits(config)),
+            "i_y_address": In(config.address_bits),
+            "i_workspace_address": In(config.address_bits),
+            "i_lookup": In(1 + layouts.slot_bits(config)),
+            "slot_address": Out(1 + layouts.slot_bits(config)),
+            "slot_data": In(layouts.slot(config)),
+            "i_drain": In(stream.Signature(drain_request(config))),
+            "o_drained": Out(1),
+            "i_zero": In(stream.Signature(layouts.token_bits(config))),
+            "o_idle": Out(1),
+            "o_draining": Out(1),
+            "r_address": Out(stripe_address(config)),
+            "r_data": In(stripe(config)),
+            "w_en": Out(stripe(config).length),
+            "w_address": Out(stripe_address(config)),
+            "w_data": Out(stripe(config)),
+            "reader": Out(layouts.ReadClientSignature(config)),
+            "writer": Out(layouts.WriteClientSignature(config)),
+        })
+
+    def elaborate(self, platform):
+        m = Module()
+        config = self._config
+        lanes = config.quantiser_lanes
+        lanes_log2 = exact_log2(lanes)
+        # A word is what leaves in a cycle; a stripe, one word of each core, has one or more.
+        words_log2 = exact_log2(stripe(config).length // lanes)
+        row_bits = ceil_log2(config.max_dim // lanes)
+        port_log2 = exact_log2(config.port_bytes)
+        draining = Signal()
+        m.d.comb += self.o_draining.eq(draining)
+
+        # Drain: one slot after another
+        slot = Signal(range(config.max_slots + 1))
+        count = Signal(range(config.max_slots + 1))
+        slot_bank = Signal()
+        zeroing = Signal()
+        token = Signal(layouts.token_bits(config))
+        first, last = Signal(), Signal()
+        row = Signal(config.address_bits)
+        words_last = Signal(row_bits + 1)  # of a row, counted from 0
+        last_row = Signal()
+        m.submodules.offset = offset = SequentialMultiplier(
+            layouts.token_bits(config), layouts.steps_bits(config))
+        slot_index = slot[:layouts.slot_bits(config)]
+        m.d.comb += [
+            offset.i_a.eq(token), offset.i_b.eq(self.i_steps_out),
+            self.slot_address.eq(Mux(draining, Cat(slot_index, slot_bank), self.i_lookup)),
+            self.reader.request.p.address.eq(row),
+            self.reader.request.p.beats.eq(self.i_steps_out << (8 - port_log2)),
+            self.writer.request.p.address.eq(row),
+            self.writer.request.p.beats.eq(Mux(
+                last, self.i_steps_out << (7 - port_log2), self.i_steps_out << (8 - port_log2))),
+        ]
+        m.d.sync += [
+            words_last.eq((self.i_steps_out << (5 - lanes_log2)) - 1),
+            last_row.eq(zeroing | (slot + 1 == count)),
+        ]
+        emitting = Signal()
+        emitted = Signal(row_bits + 1)
+        arriving = Signal(row_bits + 2)  # beats of partial sums
+        added = Signal()
+        with m.FSM():
+            with m.State("IDLE"):
+                m.d.comb += [self.o_idle.eq(~self.i_zero.valid & ~self.i_drain.valid),
+                             self.i_zero.ready.eq(1), self.i_drain.ready.eq(~self.i_zero.valid)]
+                m.d.sync += [slot.eq(0), zeroing.eq(self.i_zero.valid)]
+                with m.If(self.i_zero.valid):
+                    m.d.sync += [token.eq(self.i_zero.payload), first.eq(1), last.eq(1)]
+                    m.next = "OFFSET"
+                with m.Elif(self.i_drain.valid):
+                    m.d.sync += [count.eq(self.i_drain.p.count),
+                                 slot_bank.eq(self.i_drain.p.slot_bank), draining.eq(1)]
+                    m.next = "SLOT"
+            with m.State("SLOT"):
+                m.next = "SLOT_DATA"
+            with m.State("SLOT_DATA"):
+                m.d.sync += [token.eq(self.slot_data.token), first.eq(self.slot_data.first),
+                             last.eq(self.slot_data.last)]
+                m.next = "OFFSET"
+            with m.State("OFFSET"):
+                m.d.comb += offset.i_start.eq(1)
+                m.next = "ROW"
+            with m.State("ROW"):
+                with m.If(offset.o_done):
+                    m.d.sync += [arriving.eq(0), emitted.eq(0)]
+                    with m.If(first):
+                        m.next = "WRITE_ROW"
+                    with m.Else():
+                        m.d.sync += row.eq(self.i_workspace_address + (offset.o_product << 8))
+                        m.next = "READ"
+            with m.State("READ"):
+                m.d.comb += self.reader.request.valid.eq(1)
+                with m.If(self.reader.request.ready):
+                    m.next = "ADD"
+            with m.State("ADD"):
+                with m.If(added):
+                    m.next = "WRITE_ROW"
+            with m.State("WRITE_ROW"):
+                m.d.sync += row.eq(Mux(last, self.i_y_address + (offset.o_product << 7),
+                                       self.i_workspace_address + (offset.o_product << 8)))
+                m.next = "WRITE"
+            with m.State("WRITE"):
+                m.d.comb += self.writer.request.valid.eq(1)
+                with m.If(self.writer.request.ready):
+                    m.d.sync += emitting.eq(1)
+                    m.next = "WRITING"
+            with m.State("WRITING"):
+                with m.If(self.writer.done):
+                    m.d.sync += [emitting.eq(0), slot.eq(slot + 1)]
+                    m.next = "SLOT"
+                    with m.If(last_row):
+                        m.d.comb += self.o_drained.eq(~zeroing)
+                        m.d.sync += draining.eq(0)
+                        m.next = "IDLE"
+
+        # Partial sums of earlier sets are added as they arrive: a beat is a word, or half of one.
+        per_beat = config.port_bytes // 8
+        halves = lanes // per_beat
+        halves_log2 = exact_log2(halves)
+
+        def word_of(index):
+            return (index >> halves_log2)[:row_bits]
+
+        def word_at(index):
+            """Return the sums of a word of the stripe that was read."""
+            starts = range(0, len(self.r_data), lanes)
+            if not words_log2:
+                return list(self.r_data)
+            return [Array(self.r_data[start + i] for start in starts)[index[:words_log2]]
+                    for i in range(lanes)]
+
+        beats = Pipeline(m, self.reader.valid, name="beat")
+        b = beats.delay(RowSums.READ_LATENCY_CYCLES, data=self.reader.data, index=arriving,
+                        last=self.reader.last)
+        old_words = word_at(word_of(b.index))
+        b = beats.stage(data=b.data, index=b.index, last=b.last, old=old_words)
+        m.d.comb += added.eq(beats.valid & b.last)
+        with m.If(self.reader.valid):
+            m.d.sync += arriving.eq(arriving + 1)
+
+        # The y buffer's ports: partial sums come in, or sums go out
+        emit = Signal()
+        half = b.index[0] if halves == 2 else C(0)
+        m.d.comb += [
+            self.r_address.word.eq(
+                Mux(self.reader.valid, word_of(arriving), emitted[:row_bits]) >> words_log2),
+            self.r_address.slot.eq(slot_index),
+            self.w_address.word.eq(word_of(b.index) >> words_log2),
+            self.w_address.slot.eq(slot_index),
+        ]
+        for i in range(len(self.w_data)):
+            word, lane = divmod(i, lanes)
+            m.d.comb += [
+                self.w_en[i].eq(
+                    beats.valid & (half == lane // per_beat)
+                    & (word_of(b.index)[:words_log2] == word)),
+                self.w_data[i].eq(
+                    b.old[lane]
+                    + b.data.word_select(lane % per_beat, 64)[:SUM_BITS].as_signed()),
+            ]
+
+        # The way out: a word of sums becomes float32 or int64, then beats
+        depth, under_way = 32, RowSums.READ_LATENCY_CYCLES + _ToFloat32.LATENCY_CYCLES + 4
+        m.submodules.out_beats = out_beats = fifo.SyncFIFOBuffered(
+            width=8 * config.port_bytes, depth=depth)
+        pause = Signal()  # a word of two beats leaves in two cycles
+        more = Signal()  # words of the row
+        room = Signal()
+        m.d.comb += emit.eq(emitting & ~pause & more & room)
+        m.d.sync += [
+            pause.eq(emit & ~last if halves == 2 else 0),
+            room.eq(out_beats.level <= depth - under_way),
+            more.eq(Mux(emit, emitted != words_last, ~emitting | more)),
+        ]
+        with m.If(emit):
+            m.d.sync += emitted.eq(emitted + 1)
+        out = Pipeline(m, emit, name="out")
+        o = out.delay(RowSums.READ_LATENCY_CYCLES, word=emitted[:max(1, words_log2)])
+        sums = [Mux(zeroing, 0, value)[:SUM_BITS] for value in word_at(o.word)]
+        converters = [_ToFloat32() for _ in range(lanes)]
+        for i, (convert, value) in enumerate(zip(converters, sums, strict=True)):
+            m.submodules[f"to_float32_{i}"] = convert
+            m.d.comb += [convert.i_valid.eq(out.valid & last), convert.i_sum.eq(value),
+                         convert.i_grid_exponent.eq(self.i_grid_exponent)]
+        floats = Cat(convert.o_float for convert in converters)
+        floats_valid = converters[0].o_valid
+        odd = Signal()  # which half of a beat the next floats are
+        # Whole sums need no conversion; rows of both kinds never follow each other closely.
+        whole = Pipeline(m, out.valid & ~last, name="whole")
+        w = whole.stage(sums=sums)
+        integers = [Cat(x, x[-1].replicate(64 - SUM_BITS)) for x in w.sums]
+        low = Signal(4 * config.port_bytes)  # floats of the even word
+        high = Signal(8 * config.port_bytes)  # second beat of a word of integers
+        high_valid = Signal()
+        m.d.sync += [high_valid.eq(0),
+                     Assert(~out_beats.w_en | out_beats.w_rdy, "a beat must have a place")]
+        m.d.comb += [self.writer.data.payload.eq(out_beats.r_data),
+                     self.writer.data.valid.eq(out_beats.r_rdy),
+                     out_beats.r_en.eq(self.writer.data.ready)]
+        with m.If(high_valid):
+            m.d.comb += [out_beats.w_data.eq(high), out_beats.w_en.eq(1)]
+        with m.Elif(whole.valid):
+            m.d.comb += [out_beats.w_data.eq(Cat(*integers[:per_beat])), out_beats.w_en.eq(1)]
+            if halves == 2:
+                m.d.sync += [high.eq(Cat(*integers[per_beat:])), high_valid.eq(1)]
+        with m.Elif(floats_valid):
+            if halves == 2:
+                m.d.comb += [out_beats.w_data.eq(floats), out_beats.w_en.eq(1)]
+            else:
+                m.d.sync += [low.eq(floats), odd.eq(~odd)]
+                m.d.comb += [out_beats.w_data.eq(Cat(low, floats)), out_beats.w_en.eq(odd)]
+        return m

@@ -1,0 +1,1 @@
+"""Commands, registers and counters: what the host sees."""

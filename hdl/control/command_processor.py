@@ -1,0 +1,512 @@
+"""Fetch, check, run and complete commands: the device's end of the two rings."""
+
+import enum
+import functools
+import operator
+from contextlib import contextmanager
+
+from amaranth import *
+from amaranth.lib import stream, wiring
+from amaranth.lib.wiring import In, Out
+from amaranth.utils import exact_log2
+
+from moeaccel.config import BLOCK, AcceleratorConfig
+from moeaccel.hdl import layouts
+from moeaccel.hdl.control.field_checks import FieldChecks
+from moeaccel.hdl.control.job_sizes import JobSizes
+from moeaccel.hdl.control.rings import Rings
+from moeaccel.hdl.layouts import ReadClientSignature, WriteClientSignature, entry_fields, job
+from moeaccel.interface.commands import COMPLETION, ENTRY_BYTES, LAYER, SUBMISSION, Opcode, Status
+
+DRAIN_CYCLES = 16
+"""Cycles for which the engine's reset and the port's flush are held at least."""
+
+_ALIGNMENT_BITS = exact_log2(ENTRY_BYTES)
+_CYCLES_BITS = 48
+
+
+class _State(enum.IntEnum):
+    """States, each a bit of its own: most of what a state does is one gate behind it."""
+
+    IDLE = 0
+    REQUEST = 1  # ask for the submission or the layer
+    COLLECT = 2  # its beats
+    LIMIT = 3  # what depends on another field
+    CHECK = 4  # every field, into one bit each
+    JOIN = 5  # the bits
+    DECIDE = 6
+    MEASURE = 7  # words of the image's sections, ends of everything in memory
+    START = 8  # hand over the job
+    RUN = 9
+    FINISH = 10
+    WRITE = 11  # announce the completion
+    LOAD = 12  # put it together
+    SEND = 13  # its beats
+    ACKNOWLEDGE = 14
+    STOPPED = 15  # the completion could not be written: wait for the host
+    DRAIN = 16  # abort, watchdog: then complete
+    RESET = 17  # soft reset: then forget
+
+
+_RESTING = (_State.IDLE, _State.WRITE, _State.LOAD, _State.SEND, _State.ACKNOWLEDGE, _State.STOPPED,
+            _State.DRAIN, _State.RESET)
+"""Where abort and watchdog end nothing."""
+
+_FETCHING = (_State.REQUEST, _State.COLLECT)
+
+_ENDED = (*_FETCHING, _State.DECIDE, _State.START, _State.RUN, _State.FINISH)
+"""Where they do; the others take a few cycles at most."""
+
+
+class CommandProcessor(wiring.Component):
+    """Run submissions one at a time, in order, and complete each.
+
+    ::
+
+        registers --> Rings --> reader --> [64-byte entry] --> FieldChecks --> JobSizes --> o_job
+        o_irq <-- writer done <-- writer <-- [completion] <--- status <--- faults, i_done
+
+    A submission is fetched while ``enable`` is 1, ``error`` is 0, the registers of the rings are
+    good, the submission ring is not empty and the completion ring has room. Opcode and fields are
+    checked against the texts of ``moeaccel.interface.commands`` and the limits of ``config``; for
+    EXPERTS and GEMM the layer descriptor is fetched and checked too, then that everything ends
+    within the address space, and the job is offered on ``o_job``. After the engine's ``i_done``,
+    which comes when its last write is acknowledged, the completion is written; when that is
+    acknowledged, ``cq_tail`` advances and ``o_irq`` pulses. The submission's fields come before the
+    layer's, and those before what only both together say; of each the lowest bad word is reported.
+    Addresses are checked in every EXPERTS and GEMM, whether they are used or not. Fields of NOP and
+    FENCE other than the opcode are ignored.
+
+    Statuses, the first that holds: ABORTED or WATCHDOG; WINDOW, BUS_ERROR (``fault_*``, cleared
+    when a command starts); BAD_OPCODE, BAD_FIELD, BAD_LAYER; NONFINITE; OVERFLOW; OK.
+
+    Where the completion itself was outside the window, or memory refused it, nothing says that the
+    command has completed: ``o_error`` pulses, and when ``error`` is 0 again (the host has mended
+    what was wrong) it is written once more.
+
+    ``i_abort``, or WATCHDOG cycles without ``progress``, ends the running command:
+    ``o_engine_reset`` and ``flush`` are held for DRAIN_CYCLES and until the port is ``idle``, then
+    the completion is written. It is ignored between commands and once the completion is being
+    written; if it comes while the submission itself is fetched, that is waited for, as its tag is
+    needed; a check under way is finished. ``i_soft_reset`` does the same at any time, without a
+    completion; then the ring indices are 0 and ``o_reset_done`` pulses. While memory does not
+    answer, ``draining`` is 1.
+
+    Latency, without waiting for memory or engine: a submission is requested 2 cycles after its
+    doorbell shows. From the last beat of a submission it is 5 cycles to the request of the layer;
+    from the last beat of the layer 9 cycles, plus the bits of the largest of steps_in,
+    steps_hidden, steps_out, top_k and num_experts - 1, to ``o_job``; from ``i_done`` 2 cycles to
+    the request of the completion's write; from its ``done`` 1 cycle to ``o_irq``. Reset: idle,
+    indices 0, phase 1.
+
+    Parameters
+    ----------
+    config : :class:`AcceleratorConfig`
+        Limits, widths, format constants.
+
+    Members
+    -------
+    reader : :py:`Out(ReadClientSignature(config))`
+    writer : :py:`Out(WriteClientSignature(config))`
+    o_job : :py:`Out(stream.Signature(job(config)))`
+    i_done, i_result : :py:`In(1)`, :py:`In(layouts.job_result(config))`
+        ``i_done`` pulses at the end of a job; the result is valid with it. Only counts without
+        ``o_engine_reset``.
+    o_engine_reset : :py:`Out(1)`
+        Resets everything behind ``o_job``, streams to the port included. A register, 1 after reset.
+    progress : :py:`In(1)`
+        Something moved: a beat of the port, a step of the array.
+    flush, clear_faults : :py:`Out(1)`
+    idle, fault_window, fault_bus, fault_address : :py:`In`
+        Of MemoryPort, under its names.
+    enable, sq_base, cq_base, ring_log2, sq_tail, cq_head, watchdog : :py:`In`
+        Of the registers with these names.
+    error : :py:`In(1)`
+        A bit of ERROR_STATUS is 1. Follows ``o_error`` within DRAIN_CYCLES.
+    i_abort, i_soft_reset : :py:`In(1)`
+        Pulses of CONTROL.
+    sq_head, cq_tail : :py:`Out(32)`
+        Registers. Indices are taken modulo the ring's entries.
+    busy, draining : :py:`Out(1)`
+        Fields of STATUS.
+    o_error : :py:`Out(5)`
+        Set the bits of ERROR_STATUS, in their order.
+    o_irq, o_reset_done : :py:`Out(1)`
+        Set IRQ_STATUS completion and reset_done; the latter also clears counters and doorbells.
+    count_commands, count_tokens, count_overflows, count_underflows : :py:`Out`
+        For Counters, one cycle each: a completion has been written; tokens, overflows and
+        underflows of a job that has run to its end.
+    """
+
+    def __init__(self, config):
+        if not isinstance(config, AcceleratorConfig):
+            raise TypeError(f"config must be an AcceleratorConfig, not {config!r}")
+        self._config = config
+        super().__init__({
+            "reader": Out(ReadClientSignature(config)),
+            "writer": Out(WriteClientSignature(config)),
+            "o_job": Out(stream.Signature(job(config))),
+            "i_done": In(1),
+            "i_result": In(layouts.job_result(config)),
+            "o_engine_reset": Out(1, init=1),
+            "progress": In(1),
+            "flush": Out(1),
+            "clear_faults": Out(1),
+            "idle": In(1),
+            "fault_window": In(1),
+            "fault_bus": In(1),
+            "fault_address": In(config.device_address_bits),
+            "enable": In(1),
+            "sq_base": In(64),
+            "cq_base": In(64),
+            "ring_log2": In(32),
+            "sq_tail": In(32),
+            "cq_head": In(32),
+            "watchdog": In(32),
+            "error": In(1),
+            "i_abort": In(1),
+            "i_soft_reset": In(1),
+            "sq_head": Out(32),
+            "cq_tail": Out(32),
+            "busy": Out(1),
+            "draining": Out(1),
+            "o_error": Out(5),
+            "o_irq": Out(1),
+            "o_reset_done": Out(1),
+            "count_commands": Out(1),
+            "count_tokens": Out(config.max_tokens.bit_length()),
+            "count_overflows": Out(layouts.output_count_bits(config)),
+            "count_underflows": Out(layouts.output_count_bits(config)),
+        })
+
+    def elaborate(self, platform):
+        m = Module()
+        config = self._config
+        address_bits = config.address_bits
+        state = Signal(len(_State), init=1 << _State.IDLE)
+        is_layer = Signal()
+        stopping = Signal()
+        following = {s: Signal(len(_State), name=f"after_{s.name.lower()}") for s in _State}
+
+        def in_state(*states):
+            return Cat(state[s] for s in states).any()
+
+        @contextmanager
+        def in_only(s):
+            with m.If(state[s]):
+                m.d.comb += following[s].eq(1 << s)
+                yield lambda to: following[s].eq(1 << to)
+                if s in _ENDED:  # once the submission's tag is known
+                    with m.If(stopping & (is_layer if s in _FETCHING else 1)):
+                        m.d.comb += following[s].eq(1 << _State.DRAIN)
+
+        m.submodules.rings = rings = Rings(config)
+        m.submodules.checks = checks = FieldChecks(config)
+        m.submodules.sizes = sizes = JobSizes(config)
+        ready = Signal()
+        bad_rings = Signal()
+        m.d.comb += [
+            getattr(rings, name).eq(getattr(self, name)) for name in (
+                "enable", "sq_base", "cq_base", "ring_log2", "sq_tail", "cq_head")]
+        m.d.comb += [self.sq_head.eq(rings.sq_head), self.cq_tail.eq(rings.cq_tail)]
+        # Before IDLE the indices may be those of the last command; in the cycle of o_reset_done the
+        # doorbells still hold what they held.
+        m.d.sync += ready.eq(
+            in_state(_State.IDLE) & rings.o_waiting & ~self.error & ~self.o_reset_done)
+
+        # -- the structure being read --------------------------------------------------------------
+        entry = Signal(8 * ENTRY_BYTES)
+        fetch_address = Signal(address_bits - _ALIGNMENT_BITS)
+        beats = ENTRY_BYTES // config.port_bytes
+        m.d.comb += [
+            self.reader.request.payload.address.eq(fetch_address << _ALIGNMENT_BITS),
+            self.reader.request.payload.beats.eq(beats),
+        ]
+
+        submission, layer = entry_fields(SUBMISSION, entry), entry_fields(LAYER, entry)
+
+        opcode = Signal(8)
+        tag = Signal(16)
+        work = Signal()
+        known = Signal()
+        held_job = Signal(job(config))
+        m.d.comb += [
+            checks.i_entry.eq(entry),
+            checks.i_is_layer.eq(is_layer),
+            checks.i_linear.eq(held_job.linear),
+            sizes.i_start.eq(state[_State.CHECK] & is_layer),
+            sizes.i_job.eq(held_job),
+            self.o_job.payload.eq(held_job),
+            self.o_job.payload.gate_up_words.eq(sizes.o_gate_up_words),
+            self.o_job.payload.down_words.eq(sizes.o_down_words),
+        ]
+
+        # -- the completion ------------------------------------------------------------------------
+        status = Signal(8)
+        detail = Signal(32)
+        about = Signal(config.device_address_bits)
+        underflows = Signal(32)
+        cycles = Signal(_CYCLES_BITS)
+        ran = Signal()
+        measured = Signal()
+        again = Signal()
+        result = Signal(layouts.job_result(config))
+        completion_address = Signal(address_bits - _ALIGNMENT_BITS)
+        completion = Signal(8 * ENTRY_BYTES)
+        sent = Signal(range(max(beats, 2)))
+        values = {"tag": tag, "status": status, "phase": rings.o_phase, "detail": detail,
+                  "address": about, "cycles": cycles, "underflows": underflows}
+        m.d.comb += [
+            *(completion[f.offset:f.offset + f.bits].eq(values[f.name]) for f in COMPLETION),
+            self.writer.request.payload.address.eq(completion_address << _ALIGNMENT_BITS),
+            self.writer.request.payload.beats.eq(beats),
+            self.writer.data.payload.eq(entry[:8 * config.port_bytes]),
+        ]
+        m.d.sync += [
+            completion_address.eq(rings.o_completion),
+            cycles.eq(cycles + 1),
+            self.clear_faults.eq(0),
+            self.o_error.eq(Mux(self.enable | self.busy, rings.o_bad, 0)),
+            bad_rings.eq(rings.o_bad.any()),
+            self.o_irq.eq(0),
+            self.o_reset_done.eq(0),
+            self.count_commands.eq(0),
+            self.count_tokens.eq(0),
+            self.count_overflows.eq(0),
+            self.count_underflows.eq(0),
+        ]
+
+        # -- abort and watchdog --------------------------------------------------------------------
+        running = Signal()
+        stop_status = Signal(8)
+        drained = Signal(range(DRAIN_CYCLES))
+        timer = Signal(32)
+        expired = Signal()
+        aborted = Signal()
+        restart = Signal()
+        holding = Signal()
+        m.d.comb += [
+            self.busy.eq(~in_state(_State.IDLE, _State.RESET)),
+            self.draining.eq(
+                in_state(_State.DRAIN, _State.RESET)
+                | (stopping & ~is_layer & in_state(*_FETCHING, _State.LIMIT))),
+            self.flush.eq(holding),
+        ]
+        m.d.sync += [
+            holding.eq(in_state(_State.DRAIN, _State.RESET)),
+            self.o_engine_reset.eq(in_state(_State.DRAIN, _State.RESET)),
+            drained.eq(Mux(in_state(_State.DRAIN, _State.RESET, _State.STOPPED),
+                           drained + (drained != ~0), 0)),
+            running.eq(~in_state(*_RESTING)),
+            aborted.eq(self.i_abort),
+            restart.eq(self.progress | ~running),
+            timer.eq(Mux(restart, self.watchdog, timer - 1)),
+            expired.eq(~restart & (timer == 0) & (self.watchdog != 0)),
+        ]
+        waited = drained == DRAIN_CYCLES - 1
+        held = waited & self.idle
+
+        with in_only(_State.IDLE) as go:
+            m.d.sync += [
+                is_layer.eq(0),
+                ran.eq(0),
+                measured.eq(0),
+                again.eq(0),
+                stopping.eq(0),
+                cycles.eq(0),
+                fetch_address.eq(rings.o_submission),
+            ]
+            with m.If(ready):
+                m.d.comb += go(_State.REQUEST)
+                m.d.sync += self.clear_faults.eq(1)
+
+        with in_only(_State.REQUEST) as go:
+            m.d.comb += self.reader.request.valid.eq(~holding)
+            with m.If(self.reader.request.ready & ~holding):
+                m.d.comb += go(_State.COLLECT)
+
+        with in_only(_State.COLLECT) as go:
+            with m.If(self.reader.valid & self.reader.last):
+                m.d.comb += go(_State.LIMIT)
+
+        with in_only(_State.LIMIT) as go:
+            m.d.comb += go(_State.CHECK)
+            with m.If(~is_layer):
+                m.d.comb += rings.i_fetched.eq(1)
+                m.d.sync += [
+                    opcode.eq(submission["opcode"]),
+                    tag.eq(submission["tag"]),
+                    known.eq(Cat(submission["opcode"] == code for code in Opcode).any()),
+                    work.eq((submission["opcode"] == Opcode.EXPERTS)
+                            | (submission["opcode"] == Opcode.GEMM)),
+                    fetch_address.eq(submission["layer_address"] >> _ALIGNMENT_BITS),
+                    held_job.linear.eq(submission["opcode"] == Opcode.GEMM),
+                ]
+                m.d.sync += [
+                    held_job[name].eq(submission[name])
+                    for name in ("tokens", "top_k", "x_address", "ids_address",
+                                 "weights_address", "y_address", "workspace_address")
+                ]
+            with m.Else():
+                m.d.sync += [
+                    held_job[name].eq(layer[name])
+                    for name in ("format", "num_experts", "grid_exponent", "stride",
+                                 "image_address")
+                ]
+                m.d.sync += [
+                    held_job.two_planes.eq(layer["planes"] == 2),
+                    held_job.steps_in.eq(layer["d_in"] // BLOCK),
+                    held_job.steps_hidden.eq(layer["d_expert"] // BLOCK),
+                    held_job.steps_out.eq(layer["d_out"] // BLOCK),
+                ]
+
+        with in_only(_State.CHECK) as go:
+            m.d.comb += go(_State.JOIN)
+
+        with in_only(_State.JOIN) as go:
+            m.d.comb += go(_State.DECIDE)
+
+        with in_only(_State.DECIDE) as go:
+            m.d.comb += go(_State.WRITE)
+            with m.If(self.fault_window):
+                m.d.sync += status.eq(Status.WINDOW)
+            with m.Elif(self.fault_bus):
+                m.d.sync += status.eq(Status.BUS_ERROR)
+            with m.Elif(~known):
+                m.d.sync += status.eq(Status.BAD_OPCODE)
+            with m.Elif(~work):
+                m.d.sync += status.eq(Status.OK)
+            with m.Elif(checks.o_bad):
+                m.d.sync += status.eq(Mux(is_layer, Status.BAD_LAYER, Status.BAD_FIELD))
+            with m.Elif(~is_layer):
+                m.d.comb += go(_State.REQUEST)
+                m.d.sync += is_layer.eq(1)
+            with m.Else():
+                m.d.comb += go(_State.MEASURE)
+
+        with in_only(_State.MEASURE) as go:
+            m.d.sync += [
+                measured.eq(1),
+                status.eq(Mux(sizes.o_bad_field, Status.BAD_FIELD, Status.BAD_LAYER)),
+            ]
+            with m.If(sizes.o_done):
+                m.d.comb += go(_State.START)
+                with m.If(sizes.o_bad_field | sizes.o_bad_layer):
+                    m.d.comb += go(_State.WRITE)
+
+        with in_only(_State.START) as go:
+            m.d.comb += self.o_job.valid.eq(1)
+            with m.If(self.o_job.ready):
+                m.d.comb += go(_State.RUN)
+
+        with in_only(_State.RUN) as go:
+            m.d.sync += result.eq(self.i_result)
+            with m.If(self.i_done):
+                m.d.comb += go(_State.FINISH)
+                m.d.sync += ran.eq(1)
+
+        with in_only(_State.FINISH) as go:
+            m.d.comb += go(_State.WRITE)
+            with m.If(self.fault_window):
+                m.d.sync += status.eq(Status.WINDOW)
+            with m.Elif(self.fault_bus):
+                m.d.sync += status.eq(Status.BUS_ERROR)
+            with m.Elif(result.nonfinite):
+                m.d.sync += status.eq(Status.NONFINITE)
+            with m.Elif(result.overflows != 0):
+                m.d.sync += status.eq(Status.OVERFLOW)
+            with m.Else():
+                m.d.sync += status.eq(Status.OK)
+
+        with in_only(_State.WRITE) as go:
+            m.d.comb += self.writer.request.valid.eq(~holding & ~bad_rings)
+            m.d.sync += [cycles.eq(cycles), sent.eq(0)]
+            # What these come from holds until then; chosen here, the state's decision is a short
+            # one.
+            with m.If(~again):
+                m.d.sync += [
+                    detail.eq(0), about.eq(0),
+                    underflows.eq(Mux(ran & ~self.fault_window & ~self.fault_bus,
+                                      layouts.limited_count(result.underflows), 0)),
+                ]
+                with m.Switch(status):
+                    with m.Case(Status.WINDOW, Status.BUS_ERROR):
+                        m.d.sync += about.eq(self.fault_address)
+                    with m.Case(Status.BAD_OPCODE):
+                        m.d.sync += detail.eq(opcode)
+                    with m.Case(Status.BAD_FIELD, Status.BAD_LAYER):
+                        m.d.sync += detail.eq(Mux(measured, sizes.o_word, checks.o_word))
+                    with m.Case(Status.NONFINITE):
+                        m.d.sync += [detail.eq(result.token), about.eq(result.what)]
+                    with m.Case(Status.OVERFLOW):
+                        m.d.sync += detail.eq(layouts.limited_count(result.overflows))
+            with m.If(bad_rings):  # changed while the command ran
+                m.d.comb += go(_State.STOPPED)
+            with m.Elif(self.writer.request.ready & ~holding):
+                m.d.comb += go(_State.LOAD)
+                # From here on a fault is the completion's.
+                m.d.sync += self.clear_faults.eq(1)
+
+        with in_only(_State.LOAD) as go:
+            m.d.comb += go(_State.SEND)
+            m.d.sync += cycles.eq(cycles)
+
+        with in_only(_State.SEND) as go:
+            m.d.comb += self.writer.data.valid.eq(1)
+            m.d.sync += cycles.eq(cycles)
+            with m.If(self.writer.data.ready):
+                m.d.sync += sent.eq(sent + 1)
+                with m.If(sent == beats - 1):
+                    m.d.comb += go(_State.ACKNOWLEDGE)
+
+        with in_only(_State.ACKNOWLEDGE) as go:
+            m.d.sync += cycles.eq(cycles)
+            with m.If(self.writer.done & (self.fault_window | self.fault_bus)):
+                m.d.comb += go(_State.STOPPED)
+                m.d.sync += self.o_error[3:].eq(Cat(self.fault_window, ~self.fault_window))
+            with m.Elif(self.writer.done):
+                m.d.comb += [go(_State.IDLE), rings.i_completed.eq(1)]
+                m.d.sync += [
+                    self.o_irq.eq(1),
+                    self.count_commands.eq(1),
+                ]
+                with m.If(ran):
+                    m.d.sync += [
+                        self.count_tokens.eq(held_job.tokens),
+                        self.count_overflows.eq(result.overflows),
+                        self.count_underflows.eq(result.underflows),
+                    ]
+
+        with in_only(_State.STOPPED) as go:
+            m.d.sync += [cycles.eq(cycles), again.eq(1)]
+            with m.If(waited & ~self.error):
+                m.d.comb += go(_State.WRITE)
+
+        with in_only(_State.DRAIN) as go:
+            with m.If(held):
+                m.d.comb += go(_State.WRITE)
+                m.d.sync += [status.eq(stop_status), ran.eq(0)]
+
+        with in_only(_State.RESET) as go:
+            m.d.sync += stopping.eq(0)
+            with m.If(held):
+                m.d.comb += [go(_State.IDLE), rings.i_reset.eq(1)]
+                m.d.sync += self.o_reset_done.eq(1)
+
+        m.d.sync += state.eq(functools.reduce(operator.or_, following.values()))
+        with m.If(state[_State.LOAD] | Mux(
+                state[_State.COLLECT], self.reader.valid,
+                state[_State.SEND] & self.writer.data.ready)):
+            # Sent as it is received: by a shift.
+            m.d.sync += entry.eq(Mux(
+                state[_State.LOAD], completion,
+                Cat(entry, self.reader.data)[8 * config.port_bytes:]))
+
+        with m.If(running & ~stopping & (aborted | expired)):
+            m.d.sync += [
+                stopping.eq(1),
+                stop_status.eq(Mux(aborted, Status.ABORTED, Status.WATCHDOG)),
+            ]
+        with m.If(self.i_soft_reset):  # wins over whatever the state does
+            m.d.sync += [state.eq(1 << _State.RESET), drained.eq(0)]
+        return m

@@ -1,0 +1,376 @@
+"""What the array does in every cycle: sections, tiles, groups, steps."""
+
+from amaranth import *
+from amaranth.hdl import Assert
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.wiring import In, Out
+from amaranth.utils import ceil_log2, exact_log2
+
+from moeaccel.config import AcceleratorConfig
+from moeaccel.hdl import layouts
+from moeaccel.hdl.combine.combiner import drain_request
+from moeaccel.hdl.dispatch.dispatcher import pass_descriptor
+
+
+def step(config: AcceleratorConfig) -> data.StructLayout:
+    """Return one step of the array as the sequencer starts it."""
+    return data.StructLayout(
+        {
+            "first": 1,
+            "last": 1,
+            "hidden": 1,
+            "x_bank": 1,
+            "lane_address": layouts.lane_address_bits(config),
+        }
+    )
+
+
+class Sequencer(wiring.Component):
+    """Start at most one array step a cycle, in the order tile, group, step.
+
+    A step starts when its weight word is in the tile buffer, its x or h is in the lane buffer and,
+    for the first step of a (tile, group), the result has a place behind the array. Gate/up of the
+    next pass runs while the results of this one are combined and drained; its down section waits
+    until the y buffer is free (``retired``).
+
+    ::
+
+        i_pass --> [gate/up] --> [quantise h] --> [down] --> results in --> drain --> o_retired
+
+    Nothing relies on how fast others are. ``i_loaded`` and ``i_result`` are counted: loads not yet
+    taken, results under way. ``i_down_done`` and ``i_drained`` answer what is waited for, one at a
+    time: a pass begins its down section only when the one before has retired, and neither comes
+    within the two cycles that it takes to begin to wait, as the array and the drain's first look at
+    the slot table are longer.
+
+    Throughput: one step per cycle. Nothing is lost between tiles, groups or, while weights last,
+    sections, but for the latency from the last gate/up step to the first quantised h.
+
+    Parameters
+    ----------
+    config : :class:`AcceleratorConfig`
+
+    Members
+    -------
+    i_job : :py:`In(layouts.job(config))`
+        Constant while passes of the command are in the machine.
+    i_pass : :py:`In(stream.Signature(pass_descriptor(config)))`
+    o_pass, o_pass_start : current pass; pulse when it starts
+    i_available, o_take, o_tile_end, o_rewind, o_free
+        Read side of the tile buffer.
+    o_step : :py:`Out(step(config))`
+        Valid with ``o_take``.
+    o_tag : :py:`Out(layouts.result_tag(config))`
+        Of the step, valid with ``o_take``.
+    i_free : results that have a place behind the array
+    i_result : pulse, a result has arrived there
+    i_loaded : pulse, the x of a set of tokens is in the lane buffer
+    o_hidden_start, i_slots_ready
+        Quantiser of h.
+    i_down_done : pulse, the last output of a pass is in the y buffer
+    o_drain, i_drained
+        Y buffer.
+    o_retired : pulse, the pass has left the machine; its slot table is free
+    o_active, o_starved_weights, o_starved_activations, o_stalled_output
+        For the counters; with ``o_take`` they are exclusive.
+    """
+
+    def __init__(self, config: AcceleratorConfig):
+        self._config = config
+        slots = range(config.max_slots + 1)
+        super().__init__(
+            {
+                "i_job": In(layouts.job(config)),
+                "i_pass": In(stream.Signature(pass_descriptor(config))),
+                "o_pass": Out(pass_descriptor(config)),
+                "o_pass_start": Out(1),
+                "i_available": In(1),
+                "o_take": Out(1),
+                "o_tile_end": Out(1),
+                "o_rewind": Out(1),
+                "o_free": Out(1),
+                "o_step": Out(step(config)),
+                "o_tag": Out(layouts.result_tag(config)),
+                "i_free": In(4),
+                "i_result": In(1),
+                "i_loaded": In(1),
+                "o_hidden_start": Out(1),
+                "i_slots_ready": In(slots),
+                "i_down_done": In(1),
+                "o_drain": Out(stream.Signature(drain_request(config))),
+                "i_drained": In(1),
+                "o_retired": Out(1),
+                "o_active": Out(1),
+                "o_starved_weights": Out(1),
+                "o_starved_activations": Out(1),
+                "o_stalled_output": Out(1),
+            }
+        )
+
+    def elaborate(self, platform):
+        m = Module()
+        config = self._config
+        job = self.i_job
+        lanes = config.token_lanes
+        packed = layouts.is_packed(config, job.format)
+        rows = {"gate_up": job.steps_hidden << 6, "down": job.steps_out << 5}
+        tiles = {
+            name: Mux(packed, layouts.tiles(value, config.rows * config.channels),
+                      layouts.tiles(value, config.row_multipliers * config.channels))
+            for name, value in rows.items()
+        }
+        tile_rows_log2 = Mux(packed, exact_log2(config.rows), exact_log2(config.row_multipliers))
+        count_shape = range(config.max_slots + 1)
+
+        current = Signal(pass_descriptor(config))
+        fresh = Signal()  # the first pass over these tokens: y is stored, not added
+        m.d.comb += self.o_pass.eq(current)
+
+        # -- position: tile, group, step; whether it is the first or the last is in registers, too
+        tiles_left = Signal((2 * config.max_dim).bit_length())
+        group = Signal(range(max(2, config.token_groups)))
+        steps_last = Signal(layouts.steps_bits(config))
+        steps_left = Signal(layouts.steps_bits(config))  # behind this one
+        position = Signal(layouts.steps_bits(config))
+        slots_left = Signal(count_shape)  # slots of this and later groups
+        slots_through, slots_then = (  # slots up to the end of this group, of the next one
+            Signal(range(config.max_slots + 2 * lanes + 1), name=f"slots_{name}")
+            for name in ("through", "then"))
+        row = Signal(range(2 * config.max_dim + 1))
+        per_group = Signal(range(lanes + 1))
+        down = Signal()
+        in_section = Signal()
+
+        one_step, one_group = Signal(), Signal()  # of the section, of the pass
+        first_step, last_step = Signal(), Signal()
+        last_group, last_tile = Signal(), Signal()
+        m.d.comb += per_group.eq(Mux(job.two_planes, lanes // 2, lanes))
+        # Constant long before the first pass begins.
+        tile_count = {name: Signal.like(tiles_left, name=f"tiles_{name}") for name in tiles}
+        one_tile = {name: Signal(name=f"one_tile_{name}") for name in tiles}
+        for name, value in tiles.items():
+            m.d.sync += [
+                tile_count[name].eq(value), one_tile[name].eq(tile_count[name] == 1)]
+
+        # Rows that the array has and the tile has not: half of them in an 8-bit format, and those
+        # by which the section's last tile is short.
+        rows_log2 = exact_log2(config.rows)
+        short = -(Mux(down, rows["down"], rows["gate_up"]) >> exact_log2(config.channels))
+        missing = Signal(rows_log2)
+        m.d.comb += missing.eq(Cat(
+            Mux(last_tile, short[: rows_log2 - 1], 0),
+            Mux(packed, last_tile & short[rows_log2 - 1], 1)))
+
+        # -- may the step start? Whether x or h is there and the result has a place is known from
+        # registers, which are set for the step that comes next. A place that becomes free and a
+        # slot that becomes ready are seen a cycle late.
+        in_flight = Signal(range(32))
+        started = Signal()
+        operand, room = Signal(), Signal()
+        permitted = Signal()  # both, and there is a step
+        operand_next, room_next, in_section_next = Signal(), Signal(), Signal()
+        group_end = Signal()
+        m.d.sync += [
+            Assert(~self.i_result | (in_flight != 0), "a result must belong to a step"),
+            in_flight.eq(in_flight + started - self.i_result),
+            operand.eq(operand_next),
+            room.eq(room_next),
+            in_section.eq(in_section_next),
+            permitted.eq(in_section_next & operand_next & room_next),
+        ]
+        all_ready = self.i_slots_ready == current.count
+        reached_now = all_ready | (self.i_slots_ready >= slots_through)
+        # The next group's; that of the next tile has been used before.
+        reached_then = last_group | all_ready | (self.i_slots_ready >= slots_then)
+        loads = Signal(2)
+        retired = Signal(init=1)  # every pass before the current one has retired
+        y_free = Signal()  # in the next cycle
+        m.d.comb += [
+            group_end.eq(self.o_take & last_step),
+            y_free.eq(retired | self.o_retired),
+            operand_next.eq(Mux(
+                group_end,
+                ~down | job.linear | reached_then,
+                Mux(in_section & down, y_free & (job.linear | reached_now), operand))),
+            room_next.eq(Mux(
+                self.o_take & first_step, ~group_end | (in_flight + 1 < self.i_free),
+                (~first_step & ~group_end) | (in_flight < self.i_free))),
+            in_section_next.eq(in_section),
+            self.o_take.eq(permitted & self.i_available),
+            self.o_tile_end.eq(last_step),
+            self.o_rewind.eq(last_step & ~last_group),
+            self.o_free.eq(last_group),
+            started.eq(self.o_take & first_step),
+            self.o_step.first.eq(first_step),
+            self.o_step.last.eq(last_step),
+            self.o_step.hidden.eq(down & ~job.linear),
+            self.o_step.x_bank.eq(current.x_bank),
+            self.o_step.lane_address.eq(Cat(position[: ceil_log2(config.max_steps)], group)),
+            self.o_tag.group.eq(group),
+            self.o_tag.row.eq(row),
+            self.o_tag.last_group.eq(last_group),
+            self.o_tag.slots.eq(Mux(slots_left > per_group, per_group, slots_left)),
+            self.o_tag.down.eq(down),
+            self.o_tag.linear.eq(job.linear),
+            self.o_tag.two_planes.eq(job.two_planes),
+            self.o_tag.missing.eq(missing),
+            self.o_tag.x_bank.eq(current.x_bank),
+            self.o_tag.slot_bank.eq(current.slot_bank),
+            self.o_tag.fresh.eq(fresh),
+            self.o_tag.last.eq(last_group & last_tile),
+        ]
+        section_end = Signal()
+        first_group = [
+            group.eq(0), slots_left.eq(current.count), slots_through.eq(per_group),
+            slots_then.eq(per_group << 1), last_group.eq(one_group),
+        ]
+        with m.If(self.o_take):
+            m.d.sync += [
+                position.eq(position + 1), steps_left.eq(steps_left - 1),
+                first_step.eq(0), last_step.eq(steps_left == 1),
+            ]
+            with m.If(last_step):
+                m.d.sync += [
+                    position.eq(0),
+                    steps_left.eq(steps_last),
+                    first_step.eq(1),
+                    last_step.eq(one_step),
+                    group.eq(group + 1),
+                    slots_left.eq(slots_left - per_group),
+                    last_group.eq(slots_left <= (per_group << 1)),
+                    slots_through.eq(slots_then),
+                    slots_then.eq(slots_then + per_group),
+                ]
+                with m.If(last_group):
+                    m.d.sync += [
+                        *first_group,
+                        tiles_left.eq(tiles_left - 1),
+                        last_tile.eq(tiles_left == 2),
+                        row.eq(row + (1 << tile_rows_log2)),
+                    ]
+                    m.d.comb += section_end.eq(last_tile)
+
+        waiting_x = Signal()
+        m.d.comb += [
+            self.o_active.eq(in_section | waiting_x),
+            self.o_starved_activations.eq(waiting_x | (in_section & ~operand)),
+            self.o_starved_weights.eq(in_section & operand & ~self.i_available),
+            self.o_stalled_output.eq(in_section & operand & self.i_available & ~room),
+        ]
+
+        # -- sections
+        begin, begin_down = Signal(), Signal()  # a section; it is a down section
+        with m.If(begin):
+            steps = Mux(begin_down, job.steps_hidden, job.steps_in)
+            m.d.comb += [
+                in_section_next.eq(1),
+                operand_next.eq(~begin_down | (y_free & job.linear)),
+                room_next.eq(in_flight < self.i_free),
+            ]
+            m.d.sync += [
+                *first_group,
+                down.eq(begin_down),
+                position.eq(0),
+                row.eq(0),
+                steps_last.eq(steps - 1),
+                steps_left.eq(steps - 1),
+                one_step.eq(steps == 1),
+                first_step.eq(1),
+                last_step.eq(steps == 1),
+                tiles_left.eq(Mux(begin_down, tile_count["down"], tile_count["gate_up"])),
+                last_tile.eq(Mux(begin_down, one_tile["down"], one_tile["gate_up"])),
+            ]
+
+        taken_load = Signal()
+        x_there = Signal()  # that of the pass in ``current``
+        loads_next = Signal.like(loads)
+        m.d.comb += loads_next.eq(loads + self.i_loaded - taken_load)
+        m.d.sync += [loads.eq(loads_next), x_there.eq(current.same | (loads_next != 0)),
+                     Assert(~self.i_loaded | (loads != 3), "loads must not be lost")]
+        finished = Signal()  # the last step of a pass has started
+        with m.FSM(name="issue"):
+            with m.State("PASS"):
+                m.d.comb += self.i_pass.ready.eq(1)
+                m.d.sync += [
+                    current.eq(self.i_pass.payload),
+                    one_group.eq(self.i_pass.p.count <= per_group),
+                    x_there.eq(self.i_pass.p.same | (loads_next != 0)),
+                ]
+                with m.If(self.i_pass.valid):
+                    m.next = "X"
+            with m.State("X"):
+                m.d.comb += waiting_x.eq(1)
+                with m.If(x_there):
+                    m.d.comb += [
+                        taken_load.eq(~current.same), self.o_pass_start.eq(1),
+                        begin.eq(1), begin_down.eq(job.linear),
+                    ]
+                    m.d.sync += fresh.eq(~current.same)
+                    m.next = "GATE_UP"
+                    with m.If(job.linear):
+                        m.next = "DOWN"
+            with m.State("GATE_UP"):
+                with m.If(section_end):
+                    m.d.comb += in_section_next.eq(0)
+                    m.next = "HIDDEN"
+            with m.State("HIDDEN"):
+                m.d.comb += [self.o_hidden_start.eq(1), waiting_x.eq(1)]
+                m.next = "HIDDEN_STARTED"
+            with m.State("HIDDEN_STARTED"):  # i_slots_ready is of this pass from the next cycle on
+                m.d.comb += waiting_x.eq(1)
+                m.d.comb += [begin.eq(1), begin_down.eq(1)]
+                m.next = "DOWN"
+            with m.State("DOWN"):
+                with m.If(section_end):
+                    m.d.comb += [finished.eq(1), in_section_next.eq(0)]
+                    m.d.sync += retired.eq(0)
+                    m.next = "PASS"
+
+        # -- retiring
+        leaving = Signal(pass_descriptor(config))
+        has_next, next_same = Signal(), Signal()
+        held = Signal()  # the issue FSM already holds the pass behind the leaving one
+        left = Signal()  # a cycle later, while ``current`` is still the pass that finished
+        m.d.sync += left.eq(finished)
+        with m.If(self.i_pass.valid & self.i_pass.ready):
+            m.d.sync += held.eq(1)
+        with m.Elif(left):
+            m.d.sync += held.eq(0)
+        m.d.comb += [
+            has_next.eq(held | self.i_pass.valid),
+            next_same.eq(Mux(held, current.same, self.i_pass.p.same)),
+            self.o_drain.p.slot_bank.eq(leaving.slot_bank),
+            self.o_drain.p.count.eq(leaving.count),
+        ]
+        with m.FSM(name="retire") as retire:
+            with m.State("IDLE"):
+                m.d.sync += leaving.eq(current)
+                with m.If(left):
+                    m.next = "RESULTS"
+            with m.State("RESULTS"):
+                with m.If(self.i_down_done):
+                    m.next = "DECIDE"
+            with m.State("DECIDE"):
+                with m.If(leaving.last):
+                    m.next = "DRAIN"
+                with m.Elif(has_next):
+                    m.next = "DRAIN"
+                    with m.If(next_same):
+                        m.next = "RETIRE"
+            with m.State("DRAIN"):
+                m.d.comb += self.o_drain.valid.eq(1)
+                with m.If(self.o_drain.ready):
+                    m.next = "DRAINING"
+            with m.State("DRAINING"):
+                with m.If(self.i_drained):
+                    m.next = "RETIRE"
+            with m.State("RETIRE"):
+                m.d.comb += self.o_retired.eq(1)
+                m.d.sync += retired.eq(1)
+                m.next = "IDLE"
+        m.d.sync += [
+            Assert(~left | retire.ongoing("IDLE"), "one pass must retire at a time"),
+            Assert(~self.i_down_done | retire.ongoing("RESULTS"), "nobody waits for i_down_done"),
+            Assert(~self.i_drained | retire.ongoing("DRAINING"), "nobody waits for i_drained"),
+        ]
+        return m

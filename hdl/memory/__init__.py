@@ -1,0 +1,1 @@
+"""The way to memory: AXI4 port, arbiter, SDRAM controller."""

@@ -1,0 +1,1 @@
+"""How a design becomes Verilog, and the files around it."""

@@ -1,0 +1,1 @@
+"""From bytes of an image to the steps of a tile."""

@@ -1,0 +1,1 @@
+"""What host and device agree on: registers, commands, the link; generated files."""

@@ -1,0 +1,1 @@
+"""The accelerator as Verilated C++, driven from Python."""

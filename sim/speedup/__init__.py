@@ -1,0 +1,1 @@
+"""Verilator's C++, rewritten so that it runs faster."""

@@ -1,0 +1,103 @@
+import numpy as np
+import pytest
+from amaranth.sim import Simulator
+
+from moeaccel.arithmetic import InternalFloat, normalise
+from moeaccel.config import preset
+from moeaccel.hdl.activations.activation_unit import ActivationUnit
+from moeaccel.tables import swiglu
+
+
+def extreme(rng, n):
+    """Return gates over the whole table, outside it, at its ends, tiny and zero."""
+    value = rng.standard_normal(n) * 8
+    value[: n // 4] = rng.uniform(-16.2, 16.2, n // 4)
+    special = [0.0, 16.0, -16.0, np.nextafter(16, 0), np.nextafter(-16, -20), 15.99999, -15.99999,
+               2.0**-6, -(2.0**-6), 1e-30, -1e-30, 1e30, -1e30, 2.0**-18, -(2.0**-18), 127.9, 64.0,
+               -64.0, 1.0, -1.0, 0.015625 * 3 - 2.0**-18, 2.0**-19, -(2.0**-19), 2.0**-100, 2.0**40]
+    value[-len(special):] = special
+    exponent = np.frexp(value)[1] - 30
+    integer = np.rint(np.ldexp(value, -exponent)).astype(np.int64)
+    return normalise(integer, exponent.astype(np.int64))
+
+
+def run(gates, ups, rng, stall):
+    config = preset("tiny")
+    dut = ActivationUnit(config)
+    expected = swiglu(gates, ups)
+    n = len(gates.mantissa)
+    meta = [(int(rng.integers(config.max_slots)), int(rng.integers(config.max_dim)),
+             int(rng.integers(2))) for _ in range(n)]
+    got, cycles = [], []
+
+    async def drive(ctx):
+        port = dut.i_element
+        for i, (slot, index, last) in enumerate(meta):
+            for odd, value in enumerate((gates, ups)):
+                while rng.random() < stall:  # nothing, or a down element
+                    ctx.set(port.valid, int(rng.integers(2)))
+                    ctx.set(port.payload, {"down": 1, "row": int(rng.integers(2)), "value": {
+                        "mantissa": 99999, "exponent": 5}})
+                    await ctx.tick()
+                ctx.set(port.valid, 1)
+                ctx.set(port.payload, {
+                    "slot": slot, "row": 2 * index + odd, "last": last & odd, "value": {
+                        "mantissa": int(value.mantissa[i]), "exponent": int(value.exponent[i])}})
+                await ctx.tick()
+        ctx.set(port.valid, 0)
+
+    async def collect(ctx):
+        port = dut.o_element
+        for cycle in range(100000):
+            *_, valid, e = await ctx.tick().sample(port.valid, port.payload)
+            if valid:
+                magnitude = -e.value.magnitude if e.value.sign else e.value.magnitude
+                got.append((magnitude, e.value.exponent, (e.slot, e.index, e.last)))
+                cycles.append(cycle)
+                if len(got) == n:
+                    break
+        await ctx.tick().repeat(dut.LATENCY_CYCLES + 2)
+        assert not ctx.get(port.valid)
+
+    sim = Simulator(dut)
+    sim.add_clock(1e-9)
+    sim.add_testbench(collect)
+    sim.add_testbench(drive, background=True)
+    sim.run()
+    want = [(int(a), int(b), c) for a, b, c in zip(
+        *expected, meta, strict=True)]
+    assert got == want
+    if not stall:
+        assert cycles == [1 + dut.LATENCY_CYCLES + 2 * i for i in range(n)]
+
+
+@pytest.mark.parametrize("stall", [0.0, 0.3])
+def test_bits(stall):
+    rng = np.random.default_rng(4)
+    gates = extreme(rng, 400)
+    ups = extreme(rng, 400)
+    order = rng.permutation(400)
+    run(gates, ups[order], rng, stall)
+
+
+def test_far_exponents():
+    rng = np.random.default_rng(5)
+    n = 200
+    mantissa = rng.integers(1 << 16, 1 << 17, n) * rng.choice([-1, 1], n)
+    gates = InternalFloat(mantissa, rng.integers(-500, 300, n))
+    ups = InternalFloat(rng.permutation(mantissa), rng.integers(-400, 300, n))
+    run(gates, ups, rng, 0.0)
+
+
+def test_every_segment():
+    rng = np.random.default_rng(6)
+    gates = normalise(((np.arange(2048) - 1024) << 12) + rng.integers(0, 4096, 2048), -18)
+    one = InternalFloat(np.full(2048, 1 << 16), np.full(2048, -16))
+    run(gates, one, rng, 0.0)
+
+
+def test_parameters_are_checked():
+    with pytest.raises(TypeError, match="config must be an AcceleratorConfig, not 'tiny'"):
+        ActivationUnit("tiny")
+    with pytest.raises(ValueError, match="family must be one of generic, ecp5, xilinx, not"):
+        ActivationUnit(preset("tiny"), "ice40")

@@ -1,0 +1,163 @@
+import numpy as np
+import pytest
+from amaranth.sim import Simulator
+
+from moeaccel.arithmetic import BLOCK, quantise_elements
+from moeaccel.config import AcceleratorConfig, preset
+from moeaccel.hdl.activations.hidden_buffer import HiddenBuffer
+from tests.support.elements import hidden_rows, lane_writes, monitor_lanes
+
+WIDE = AcceleratorConfig(
+    name="wide", port_bytes=64, token_lanes=4, token_groups=2, max_dim=160, quantiser_lanes=8,
+    read_ahead_beats=128)
+SEVERAL = [preset("tiny").replace(channels=2), preset("tiny").replace(channels=32),
+           WIDE.replace(channels=4)]
+NARROW = WIDE.replace(name="narrow", quantiser_lanes=1, token_groups=1, max_dim=96)
+
+
+def hidden(significand, exponent):
+    """Return one element as the hardware takes it."""
+    return {"magnitude": abs(int(significand)), "sign": int(significand < 0),
+            "exponent": int(exponent)}
+
+
+class Bench:
+    def __init__(self, config, seed, stall=0.0):
+        self.config = config
+        self.dut = HiddenBuffer(config)
+        self.rng = np.random.default_rng(seed)
+        self.stall = stall
+        self.lanes, self.bases = {}, {}
+
+    def elements(self, h, slot, index):
+        """Return the elements that come with an index, one of each core."""
+        significand, exponent = h
+        first = index * self.config.channels
+        return [hidden(significand[slot, i], exponent[slot, i])
+                for i in range(first, first + self.config.channels)]
+
+    async def send(self, ctx, h, planes, rows):
+        """Send h as tiles of ``rows`` elements, groups of slots, slots."""
+        port, cores = self.dut.i_elements, self.config.channels
+        count, dim = h[0].shape
+        per_group = self.config.token_lanes // planes
+        for first in range(0, dim, rows):
+            for group in range(0, count, per_group):
+                for slot in range(group, min(count, group + per_group)):
+                    for index in range(first // cores, (first + rows) // cores):
+                        while self.rng.random() < self.stall:
+                            await ctx.tick()
+                        ctx.set(port.valid, 1)
+                        ctx.set(port.payload, {
+                            "slot": slot, "index": index,
+                            "value": self.elements(h, slot, index),
+                            "last": slot + 1 == count and cores * (index + 1) == dim})
+                        await ctx.tick()
+                        ctx.set(port.valid, 0)
+                        await ctx.tick()
+
+    async def start(self, ctx, count, planes, steps):
+        dut = self.dut
+        ctx.set(dut.i_start, 1)
+        ctx.set(dut.i_count, count)
+        ctx.set(dut.i_two_planes, planes - 1)
+        ctx.set(dut.i_steps, steps)
+        await ctx.tick()
+        ctx.set(dut.i_start, 0)
+        ctx.set(dut.i_count, 0)
+        ctx.set(dut.i_steps, 0)
+        assert ctx.get(dut.o_slots_ready) == 0
+
+    async def finish(self, ctx, blocks, count):
+        """Wait until all is ready; return the cycles to each slot."""
+        dut, at = self.dut, []
+        expected = lane_writes(self.config, blocks, range(count))
+        for cycle in range(100000):
+            ready = ctx.get(dut.o_slots_ready)
+            if ready > len(at):
+                at.append(cycle)
+                assert ready == len(at)
+                wanted = lane_writes(self.config, blocks, range(ready))
+                assert {k: self.lanes.get(k) for k in wanted} == wanted
+            if ready == count:
+                break
+            await ctx.tick()
+        assert self.lanes == expected
+        assert self.bases == {(0, slot): blocks.base[slot] for slot in range(count)}
+        self.lanes.clear()
+        self.bases.clear()
+        return at
+
+    def run(self, testbench):
+        sim = Simulator(self.dut)
+        sim.add_clock(1e-8)
+        sim.add_testbench(
+            monitor_lanes(self.dut, self.config, self.lanes, self.bases), background=True)
+        sim.add_testbench(testbench)
+        sim.run()
+
+
+@pytest.mark.parametrize("stall", [0.0, 0.3])
+@pytest.mark.parametrize("planes", [1, 2])
+@pytest.mark.parametrize("config", [preset("tiny"), WIDE, NARROW, *SEVERAL])
+def test_bits(config, planes, stall):
+    bench = Bench(config, planes, stall)
+    most = config.max_slots // planes
+
+    async def testbench(ctx):
+        for turn, count in enumerate((most, 1, max(1, most - 1), most)):
+            steps = config.max_steps - turn % 2
+            rows = hidden_rows(bench.rng, 6, BLOCK * steps)
+            chosen = bench.rng.permutation(np.arange(8) % 6)[:count]
+            h = tuple(part[chosen] for part in rows)
+            blocks = quantise_elements(*h, planes)
+            await bench.send(ctx, h, planes, 2 * config.channels if config.channels < 32 else 32)
+            await bench.start(ctx, count, planes, steps)
+            await bench.finish(ctx, blocks, count)
+
+    bench.run(testbench)
+
+
+@pytest.mark.parametrize("config", [preset("tiny"), WIDE, *SEVERAL])
+def test_start_before_the_last_element(config):
+    bench = Bench(config, 5)
+    count, steps = config.max_slots, config.max_steps
+
+    async def testbench(ctx):
+        dut = bench.dut
+        for wait in (0, 1, 5, 200 // config.channels):
+            h = hidden_rows(bench.rng, count, BLOCK * steps)
+            indices = BLOCK * steps // config.channels
+            part = indices * count - wait
+            sent = 0
+            port = dut.i_elements
+            order = [(slot, index) for index in range(indices) for slot in range(count)]
+            for slot, index in order:
+                ctx.set(dut.i_start, sent == part)
+                ctx.set(dut.i_count, count)
+                ctx.set(dut.i_two_planes, 0)
+                ctx.set(dut.i_steps, steps)
+                ctx.set(port.valid, 1)
+                ctx.set(port.payload, {
+                    "slot": slot, "index": index,
+                    "value": bench.elements(h, slot, index),
+                    "last": sent + 1 == len(order)})
+                await ctx.tick()
+                sent += 1
+            ctx.set(port.valid, 0)
+            ctx.set(dut.i_start, wait == 0)
+            assert wait == 0 or ctx.get(dut.o_slots_ready) == 0
+            if wait == 0:
+                await ctx.tick()
+            ctx.set(dut.i_start, 0)
+            at = await bench.finish(ctx, quantise_elements(*h, 1), count)
+            row = BLOCK * steps // config.quantiser_lanes
+            assert at[0] <= row + dut.latency_cycles
+            assert np.diff(at).tolist() == [row] * (count - 1)
+
+    bench.run(testbench)
+
+
+def test_config_is_checked():
+    with pytest.raises(TypeError, match="config must be an AcceleratorConfig, not 'tiny'"):
+        HiddenBuffer("tiny")

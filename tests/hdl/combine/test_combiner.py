@@ -1,0 +1,316 @@
+"""Row sums and combiner against moeaccel.arithmetic: sums, workspace, float32, counts."""
+
+import random
+
+import numpy as np
+import pytest
+from amaranth import Cat, Elaboratable, Module
+from amaranth.sim import Simulator
+
+from moeaccel.arithmetic import (
+    InternalFloat,
+    grid_to_float32,
+    normalise,
+    weighted_output,
+)
+from moeaccel.config import PRESETS
+from moeaccel.hdl.combine.combiner import Combiner
+from moeaccel.hdl.combine.row_sums import RowSums
+
+Y, WORKSPACE = 0x10000, 0x40000
+GRID = -28
+
+
+class Joined(Elaboratable):
+    """The combiner and the row sums of every core."""
+
+    def __init__(self, config):
+        self.combiner = Combiner(config)
+        self.cores = [RowSums(config) for _ in range(config.channels)]
+
+    def elaborate(self, platform):
+        m = Module()
+        m.submodules.combiner = combiner = self.combiner
+        for c, core in enumerate(self.cores):
+            m.submodules[f"core{c}"] = core
+            m.d.comb += [
+                core.i_grid_exponent.eq(combiner.i_grid_exponent),
+                core.i_weight.eq(combiner.slot_data.weight),
+                core.i_draining.eq(combiner.o_draining),
+                core.r_address.eq(combiner.r_address),
+                core.w_address.eq(combiner.w_address),
+            ]
+            for lane, at in enumerate(range(c, len(combiner.r_data), len(self.cores))):
+                m.d.comb += [
+                    combiner.r_data[at].eq(core.r_data[lane]),
+                    core.w_en[lane].eq(combiner.w_en[at]),
+                    core.w_data[lane].eq(combiner.w_data[at]),
+                ]
+        return m
+
+
+class Bench:
+    """A combiner with a slot table and a memory that answers when it likes."""
+
+    def __init__(self, config, seed, *, stalls=True):
+        self.config, self.joined = config, Joined(config)
+        self.dut, self.cores = self.joined.combiner, self.joined.cores
+        self.rng = random.Random(seed)
+        self.stalls = stalls
+        self.acknowledges = True
+        self.memory = bytearray(1 << 20)
+        self.table = {}
+        self.overflows = self.underflows = 0
+
+    def pause(self):
+        return self.stalls and self.rng.random() < 0.3
+
+    async def slots(self, ctx):
+        dut = self.dut
+        while True:
+            *_, address = await ctx.tick().sample(dut.slot_address)
+            ctx.set(dut.slot_data, self.table.get(address, {}))
+
+    async def reads(self, ctx):
+        reader, port = self.dut.reader, self.config.port_bytes
+        while True:
+            ctx.set(reader.request.ready, not self.pause())
+            *_, go, p = await ctx.tick().sample(
+                reader.request.valid & reader.request.ready, reader.request.p)
+            ctx.set(reader.request.ready, 0)
+            for i in range(p.beats if go else 0):
+                while self.pause():
+                    await ctx.tick()
+                at = p.address + i * port
+                ctx.set(reader.valid, 1)
+                ctx.set(reader.last, i + 1 == p.beats)
+                ctx.set(reader.data, int.from_bytes(self.memory[at : at + port], "little"))
+                await ctx.tick()
+                ctx.set(reader.valid, 0)
+
+    async def writes(self, ctx):
+        writer, port = self.dut.writer, self.config.port_bytes
+        while True:
+            ctx.set(writer.request.ready, not self.pause())
+            *_, go, p = await ctx.tick().sample(
+                writer.request.valid & writer.request.ready, writer.request.p)
+            ctx.set(writer.request.ready, 0)
+            i = 0
+            while go and i < p.beats:
+                ctx.set(writer.data.ready, not self.pause())
+                *_, beat, value = await ctx.tick().sample(
+                    writer.data.valid & writer.data.ready, writer.data.payload)
+                if beat:
+                    at = p.address + i * port
+                    self.memory[at : at + port] = value.to_bytes(port, "little")
+                    i += 1
+            ctx.set(writer.data.ready, 0)
+            if go:
+                while self.pause() or not self.acknowledges:
+                    await ctx.tick()
+                ctx.set(writer.done, 1)
+                await ctx.tick()
+                ctx.set(writer.done, 0)
+
+    async def count(self, ctx):
+        while True:
+            *_, over, under = await ctx.tick().sample(
+                Cat(core.o_overflow for core in self.cores),
+                Cat(core.o_underflow for core in self.cores))
+            self.overflows += over.bit_count()
+            self.underflows += under.bit_count()
+
+    async def elements(self, ctx, values, *, bank, fresh):
+        """Send one pass: ``values`` (slots, rows)."""
+        slots, rows = values.mantissa.shape
+        own = rows // len(self.cores)
+        for slot in range(slots):
+            for row in range(own):
+                while self.pause():
+                    await ctx.tick()
+                ctx.set(self.dut.i_lookup, slot | bank << (self.config.max_slots - 1).bit_length())
+                for c, core in enumerate(self.cores):
+                    at = row * len(self.cores) + c
+                    ctx.set(core.i_valid, 1)
+                    ctx.set(core.i_element, {"slot": slot, "row": row, "value": {
+                        "mantissa": int(values.mantissa[slot, at]),
+                        "exponent": int(values.exponent[slot, at])}})
+                    ctx.set(core.i_fresh, fresh)
+                    ctx.set(core.i_last, (slot, row) == (slots - 1, own - 1))
+                await ctx.tick()
+                for core in self.cores:
+                    ctx.set(core.i_valid, 0)
+        await ctx.tick().until(self.cores[0].o_pass_done)
+
+    async def drain(self, ctx, *, bank, count):
+        dut = self.dut
+        ctx.set(dut.i_drain.p, {"slot_bank": bank, "count": count})
+        ctx.set(dut.i_drain.valid, 1)
+        await ctx.tick().until(dut.i_drain.ready)
+        ctx.set(dut.i_drain.valid, 0)
+        await ctx.tick().until(dut.o_drained)
+
+    def row(self, token, rows):
+        at = Y + token * rows * 4
+        return np.frombuffer(bytes(self.memory[at : at + 4 * rows]), "<f4")
+
+    def run(self, scenario):
+        sim = Simulator(self.joined)
+        sim.add_clock(1e-6)
+        for process in (self.slots, self.reads, self.writes, self.count):
+            sim.add_testbench(process, background=True)
+        sim.add_testbench(scenario)
+        sim.run()
+
+
+def draw(rng, shape, low=-30, high=-10):
+    return normalise(rng.integers(-(1 << 40), 1 << 40, shape), rng.integers(low, high, shape) - 24)
+
+
+@pytest.mark.parametrize(("name", "channels"), [
+    ("tiny", 1), ("small", 1), ("tiny", 2), ("tiny", 8), ("small", 4), ("small", 32)])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_sums_travel_through_the_workspace_and_end_as_float32(name, channels, seed):
+    config = PRESETS[name].replace(channels=channels)
+    bench = Bench(config, seed)
+    rng = np.random.default_rng(seed)
+    rows, steps = 64, 2
+    # Three sets of tokens; tokens 0 and 3 appear in several, token 3 twice in one.
+    sets = [[0, 1, 3], [3, 3, 0], [0, 2]]
+    passes = [2, 1, 1]
+    touches = [t for tokens in sets for t in tokens]
+    total = np.zeros((4, rows), np.int64)
+    overflows, underflows = [], []
+
+    async def scenario(ctx):
+        dut = bench.dut
+        ctx.set(dut.i_grid_exponent, GRID)
+        ctx.set(dut.i_steps_out, steps)
+        ctx.set(dut.i_y_address, Y)
+        ctx.set(dut.i_workspace_address, WORKSPACE)
+        ctx.set(dut.i_zero.payload, 3)  # overwritten by the sums of token 3 later
+        ctx.set(dut.i_zero.valid, 1)
+        await ctx.tick().until(dut.i_zero.ready)
+        ctx.set(dut.i_zero.valid, 0)
+        await ctx.tick().until(dut.o_idle)
+        seen, bank = [], 0
+        for tokens, repeats in zip(sets, passes, strict=True):
+            firsts = [t not in seen and t not in tokens[:i] for i, t in enumerate(tokens)]
+            for repeat in range(repeats):
+                bank ^= 1
+                weights = draw(rng, len(tokens), -4, 2)
+                for slot, t in enumerate(tokens):
+                    later = touches[len(seen) + slot + 1 :]
+                    bench.table[slot | bank << (config.max_slots - 1).bit_length()] = {
+                        "token": t, "first": firsts[slot], "last": t not in later,
+                        "weight": {"mantissa": int(weights.mantissa[slot]),
+                                   "exponent": int(weights.exponent[slot])}}
+                values = draw(rng, (len(tokens), rows))
+                term, overflow, underflow = weighted_output(values, InternalFloat(
+                    weights.mantissa[:, None], weights.exponent[:, None]), GRID)
+                np.add.at(total, tokens, term)
+                overflows.append(int(overflow.sum()))
+                underflows.append(int(underflow.sum()))
+                await bench.elements(ctx, values, bank=bank, fresh=repeat == 0)
+            await bench.drain(ctx, bank=bank, count=len(tokens))
+            seen += tokens
+
+    bench.run(scenario)
+    expected = grid_to_float32(total, GRID)
+    for token in range(4):
+        assert (bench.row(token, rows) == expected[token]).all()
+    assert bench.overflows == sum(overflows)
+    assert bench.underflows == sum(underflows)
+
+
+@pytest.mark.parametrize(("name", "channels"), [("tiny", 1), ("small", 4)])
+def test_a_row_of_zeros_leaves_the_buffer_to_the_cores(name, channels):
+    """A pass comes while memory keeps the row's acknowledgement; the drain waits for it."""
+    config = PRESETS[name].replace(channels=channels)
+    bench = Bench(config, 3)
+    rng = np.random.default_rng(3)
+    rows, tokens = 64, [0, 2]
+    weights, values = draw(rng, len(tokens), -4, 2), draw(rng, (len(tokens), rows))
+    term, *_ = weighted_output(
+        values, InternalFloat(weights.mantissa[:, None], weights.exponent[:, None]), GRID)
+    for slot, token in enumerate(tokens):
+        bench.table[slot] = {"token": token, "first": 1, "last": 1, "weight": {
+            "mantissa": int(weights.mantissa[slot]), "exponent": int(weights.exponent[slot])}}
+    bench.memory[Y : Y + 3 * 4 * rows] = b"\xee" * (3 * 4 * rows)
+    bench.acknowledges = False
+
+    async def scenario(ctx):
+        dut = bench.dut
+        ctx.set(dut.i_grid_exponent, GRID)
+        ctx.set(dut.i_steps_out, rows // 32)
+        ctx.set(dut.i_y_address, Y)
+        ctx.set(dut.i_zero.payload, 1)
+        ctx.set(dut.i_zero.valid, 1)
+        await ctx.tick().until(dut.i_zero.ready)
+        ctx.set(dut.i_zero.valid, 0)
+        for _ in range(300):
+            assert not ctx.get(dut.o_draining) and not ctx.get(dut.o_idle)
+            await ctx.tick()
+        assert not bench.row(1, rows).any()
+        await bench.elements(ctx, values, bank=0, fresh=1)
+        ctx.set(dut.i_drain.p, {"slot_bank": 0, "count": len(tokens)})
+        ctx.set(dut.i_drain.valid, 1)
+        for _ in range(100):
+            await ctx.tick()
+            assert not ctx.get(dut.i_drain.ready)
+        bench.acknowledges = True
+        await bench.drain(ctx, bank=0, count=len(tokens))
+
+    bench.run(scenario)
+    for token, sums in zip(tokens, term, strict=True):
+        assert (bench.row(token, rows) == grid_to_float32(sums, GRID)).all()
+    assert not bench.row(1, rows).any()
+
+
+def test_rounding_extremes_overflow_underflow_and_throughput():
+    config = PRESETS["tiny"]
+    bench = Bench(config, 5, stalls=False)
+    rng = np.random.default_rng(5)
+    rows = 256
+    values = draw(rng, (1, rows), -80, 40)
+    # Exact ties of the rounding, zero, the largest term, and one beyond it.
+    for i, (m, e) in enumerate([(65536, -29), (98304, -29), (-98304, -29), (65536, -45),
+                                (0, 0), (131071, -2), (65536, -1), (-65536, 16), (-131071, -2),
+                                (65537, -45), (65536, -46), (-65536, -200), (65536, 1500),
+                                (-65537, -45), (-65536, -45), (131071, -46), (65536, -2048)]):
+        values.mantissa[0, i], values.exponent[0, i] = m, e
+    weight = InternalFloat(np.array([65536]), np.array([-16]))
+    term, overflow, underflow = weighted_output(values, weight, GRID)
+    cycles = []
+
+    async def scenario(ctx):
+        dut = bench.dut
+        ctx.set(dut.i_grid_exponent, GRID)
+        ctx.set(dut.i_steps_out, rows // 32)
+        ctx.set(dut.i_y_address, Y)
+        bench.table[0] = {"token": 0, "first": 1, "last": 1,
+                          "weight": {"mantissa": 65536, "exponent": -16}}
+        await bench.elements(ctx, values, bank=0, fresh=1)
+        bench.stalls = False
+        begin = [0]
+        ctx.set(dut.i_drain.p, {"slot_bank": 0, "count": 1})
+        ctx.set(dut.i_drain.valid, 1)
+        await ctx.tick()
+        ctx.set(dut.i_drain.valid, 0)
+        while not ctx.get(dut.o_drained):
+            begin[0] += 1
+            await ctx.tick()
+        cycles.append(begin[0])
+
+    bench.run(scenario)
+    assert (bench.row(0, rows) == grid_to_float32(term, GRID)[0]).all()
+    assert bench.overflows == overflow.sum() > 0
+    assert bench.underflows == underflow.sum() > 0
+    # Ties at half the grid's unit, the nearest beyond them, zero: what counts and what does not.
+    assert underflow[0, [3, 4, 9, 10, 11, 13, 14, 15, 16]].tolist() == [1, 0, 0, 1, 1, 0, 1, 1, 1]
+    assert cycles[0] <= rows // config.quantiser_lanes + 40  # a word per cycle
+
+
+def test_a_buffer_word_must_keep_up_with_the_port():
+    with pytest.raises(ValueError, match="Quantiser lanes must be 8 or 16 behind a port of 64"):
+        Combiner(PRESETS["small"].replace(quantiser_lanes=2))

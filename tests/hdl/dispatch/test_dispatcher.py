@@ -1,0 +1,283 @@
+"""The dispatcher against a plain sort: every pair in exactly one pass, in order, with the right
+flags."""
+
+import random
+
+import numpy as np
+import pytest
+from amaranth.sim import Simulator
+
+from moeaccel.arithmetic import float32_to_internal
+from moeaccel.config import PRESETS
+from moeaccel.hdl.dispatch.dispatcher import Dispatcher
+
+CONFIG = PRESETS["tiny"]
+
+
+def expected_passes(ids, num_experts, capacity):
+    passes, resident = [], None
+    for e in range(num_experts):
+        pairs = [(t, k) for t in range(ids.shape[0]) for k in range(ids.shape[1]) if ids[t, k] == e]
+        for i in range(0, len(pairs), capacity):
+            chunk = pairs[i : i + capacity]
+            tokens = [t for t, _ in chunk]
+            passes.append((e, chunk, tokens == resident))
+            resident = tokens
+    return passes
+
+
+def run(ids, weights, *, num_experts, two_planes, seed, linear=False, delay=0, more=(),
+        nonfinite=None):
+    """Return (passes, zero tokens); a pass is (image, count, same, last, slots, x bank).
+
+    ``more``: weights with which the job is run again; None: as a linear layer. ``nonfinite``: list
+    that takes, for each run, the token whose weight is not finite, or None.
+    """
+    rng = random.Random(seed)
+    tokens, top_k = ids.shape
+    dut = Dispatcher(CONFIG)
+    passes, zeros, requests, sections, loads = [], [], [], [], []
+    table = {}
+    unanswered = set()  # addresses asked for whose data is not complete
+    beats = {0x10000: ids.astype("<i4").tobytes()}
+
+    async def memory(ctx):
+        while True:
+            ctx.set(dut.reader.request.ready, rng.random() < 0.7)
+            *_, valid, address, count = await ctx.tick().sample(
+                dut.reader.request.valid & dut.reader.request.ready,
+                dut.reader.request.p.address,
+                dut.reader.request.p.beats,
+            )
+            ctx.set(dut.reader.request.ready, 0)
+            if not valid:
+                continue
+            unanswered.add(address)
+            for _ in range(delay):
+                await ctx.tick()
+            data = beats[address].ljust(count * CONFIG.port_bytes, b"\xee")
+            for i in range(count):
+                while rng.random() < 0.3:
+                    await ctx.tick()
+                ctx.set(dut.reader.valid, 1)
+                word = data[i * CONFIG.port_bytes : (i + 1) * CONFIG.port_bytes]
+                ctx.set(dut.reader.data, int.from_bytes(word, "little"))
+                ctx.set(dut.reader.last, i + 1 == count)
+                await ctx.tick()
+                ctx.set(dut.reader.valid, 0)
+            unanswered.remove(address)
+
+    def sink(port, store, convert):
+        async def process(ctx):
+            while True:
+                ctx.set(port.ready, rng.random() < 0.5)
+                *_, valid, payload = await ctx.tick().sample(port.valid & port.ready, port.payload)
+                if valid:
+                    store.append(convert(payload))
+
+        return process
+
+    async def slot_table(ctx):
+        while True:
+            *_, en, address, value = await ctx.tick().sample(
+                dut.slot_w_en, dut.slot_w_address, dut.slot_w_data
+            )
+            if en:
+                table[address] = (
+                    value.token,
+                    value.weight.mantissa,
+                    value.weight.exponent,
+                    value.first,
+                    value.last,
+                )
+
+    waiting = []
+
+    async def take_passes(ctx):
+        while True:
+            ctx.set(dut.o_pass.ready, rng.random() < 0.5)
+            *_, valid, p = await ctx.tick().sample(
+                dut.o_pass.valid & dut.o_pass.ready, dut.o_pass.p
+            )
+            if valid:
+                base = p.slot_bank * CONFIG.max_slots
+                slots = [table[base + i] for i in range(p.count)]
+                passes.append((p.count, p.same, p.last, slots, p.x_bank))
+                waiting.append(rng.randrange(60))
+
+    async def retire(ctx):
+        while True:
+            await ctx.tick()
+            if waiting and waiting[0] == 0:
+                waiting.pop(0)
+                ctx.set(dut.i_retired, 1)
+                await ctx.tick()
+                ctx.set(dut.i_retired, 0)
+            elif waiting:
+                waiting[0] -= 1
+
+    async def job(ctx):
+        p = dut.i_job.p
+        for name, value in {
+            "linear": linear,
+            "format": 1,
+            "two_planes": two_planes,
+            "steps_in": 2,
+            "num_experts": num_experts,
+            "steps_hidden": 1,
+            "steps_out": 2,
+            "stride": 4096,
+            "image_address": 0x100040,
+            "gate_up_words": 40,
+            "down_words": 30,
+            "tokens": tokens,
+            "top_k": top_k,
+            "ids_address": 0x10000,
+            "weights_address": 0x20000,
+        }.items():
+            ctx.set(p[name], value)
+        for now in (weights, *more):
+            if now is None:
+                ctx.set(p.linear, 1)
+            else:
+                beats[0x20000] = now.astype("<f4").tobytes()
+            ctx.set(dut.i_job.valid, 1)
+            await ctx.tick().until(dut.i_job.ready)
+            ctx.set(dut.i_job.valid, 0)
+            await ctx.tick()
+            await ctx.tick().until(dut.o_done)
+            # What comes later would be taken for the next command's.
+            assert not unanswered
+            if nonfinite is not None:
+                found = ctx.get(dut.o_nonfinite)
+                nonfinite.append(ctx.get(dut.o_nonfinite_token) if found else None)
+            for _ in range(200):
+                await ctx.tick()
+
+    sim = Simulator(dut)
+    sim.add_clock(1e-6)
+    for background in (
+        memory,
+        slot_table,
+        take_passes,
+        retire,
+        sink(dut.o_weights, requests, lambda p: (p.address, p.words)),
+        sink(dut.o_section, sections, lambda p: (p.format, p.steps, p.tiles)),
+        sink(dut.o_load, loads, lambda p: (p.bank, p.slot_bank, p.count)),
+        sink(dut.o_zero, zeros, int),
+    ):
+        sim.add_testbench(background, background=True)
+    sim.add_testbench(job)
+    sim.run()
+    return passes, zeros, requests, sections, loads
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("two_planes", [0, 1])
+def test_passes_hold_every_pair_once_in_order(seed, two_planes):
+    rng = np.random.default_rng(seed)
+    tokens, top_k, num_experts = [
+        (1, 1, 2),
+        (1, 3, 16),
+        (7, 2, 5),
+        (16, 4, 3),
+        (5, 16, 16),
+        (9, 1, 4),
+    ][seed]
+    ids = rng.integers(-1, num_experts + 1, (tokens, top_k))
+    if seed == 5:
+        ids[:] = 2  # one expert with all tokens, the others with none
+    weights = rng.standard_normal((tokens, top_k)).astype(np.float32)
+    odd = np.array([0, -0.0, 1e-45, -1e-45, -1.1e-38, 2**-126, -(2**-126), 3.4e38], np.float32)
+    weights = np.where(rng.random(weights.shape) < 0.7, weights, rng.choice(odd, weights.shape))
+    capacity = CONFIG.max_slots // (2 if two_planes else 1)
+    passes, zeros, requests, sections, loads = run(
+        ids, weights, num_experts=num_experts, two_planes=two_planes, seed=seed
+    )
+    expected = expected_passes(ids, num_experts, capacity)
+    valid = (ids >= 0) & (ids < num_experts)
+    assert zeros == np.nonzero(~valid.any(axis=1))[0].tolist()
+    assert requests == [(0x100040 + 4096 * e, 70) for e, _, _ in expected]
+    assert sections == [(1, 2, 16), (1, 1, 16)] * len(expected)
+    assert len(passes) == len(expected)
+    assert len(loads) == sum(not same for _, _, same in expected)
+    left = valid.sum(axis=1)
+    seen = np.zeros(tokens, int)
+    firsts = []
+    for i, ((count, same, last, slots, _), (_, pairs, expect_same)) in enumerate(
+        zip(passes, expected, strict=True)
+    ):
+        assert (count, same, last) == (len(pairs), expect_same, i + 1 == len(expected))
+        if not same:
+            firsts = []
+        for s, ((t, k), (token, mantissa, exponent, first, final)) in enumerate(
+            zip(pairs, slots, strict=True)
+        ):
+            w = float32_to_internal(weights[t : t + 1, k])
+            assert (token, mantissa, exponent) == (t, w.mantissa[0], w.exponent[0])
+            if not same:
+                firsts.append(seen[t] == 0)
+            seen[t] += 1
+            left[t] -= 1
+            assert first == firsts[s] and final == (left[t] == 0)
+
+
+def test_the_lowest_token_whose_weight_is_not_finite_is_named():
+    """Of pairs that are computed, whichever comes first, and not beyond the job."""
+    ids = np.array([[3, -1], [2, 5], [3, 1], [0, 1], [2, 0]])
+    good = np.full(ids.shape, 0.5, np.float32)
+
+    def holding(*places):
+        weights = good.copy()
+        for i, (token, k) in enumerate(places):
+            weights[token, k] = [np.nan, -np.inf, np.inf][i % 3]
+        return weights
+
+    found = []
+    run(ids, holding((0, 1), (1, 1)), num_experts=5, two_planes=1, seed=3, nonfinite=found, more=[
+        holding((3, 0), (2, 0)), good, holding((4, 1), (3, 1), (1, 1)), holding((0, 0)), good])
+    assert found == [None, 2, None, 3, 0, None]
+
+
+def test_a_linear_layer_has_no_weights_that_are_not_finite():
+    """What the memory of weights holds is another command's."""
+    found = []
+    run(np.zeros((3, 1), int), np.full((3, 1), np.nan, np.float32), num_experts=1, two_planes=0,
+        seed=1, more=[None], nonfinite=found)
+    assert found == [0, None]
+
+
+def test_linear_layers_need_no_ids():
+    passes, zeros, requests, sections, _ = run(
+        np.zeros((6, 1), int), np.zeros((6, 1)), num_experts=1, two_planes=1, seed=1, linear=True
+    )
+    assert [p[0] for p in passes] == [2, 2, 2] and not zeros
+    assert all(slot[1:3] == (1 << 16, -16) for p in passes for slot in p[3])
+    assert sections == [(1, 1, 16)] * 3 and len(requests) == 3
+
+
+def test_the_longest_list_of_ids_is_asked_for_in_whole():
+    config = CONFIG.replace(max_assignments=1 << 17, max_tokens=1 << 16, token_groups=64)
+    dut = Dispatcher(config)
+    asked = []
+
+    async def scenario(ctx):
+        ctx.set(dut.i_job.p, {"num_experts": 2, "tokens": config.max_tokens, "top_k": 2})
+        ctx.set(dut.i_job.valid, 1)
+        await ctx.tick().until(dut.i_job.ready)
+        (beats,) = await ctx.tick().sample(dut.reader.request.p.beats).until(
+            dut.reader.request.valid)
+        asked.append(beats)
+
+    sim = Simulator(dut)
+    sim.add_clock(1e-6)
+    sim.add_testbench(scenario)
+    sim.run()
+    assert asked == [4 * config.max_assignments // config.port_bytes] == [1 << 16]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_command_without_valid_ids_waits_for_its_weights(seed):
+    passes, zeros, *_ = run(np.full((2, 1), -1), np.ones((2, 1)), num_experts=1, two_planes=1,
+                            seed=seed, delay=40)
+    assert not passes and zeros == [0, 1]
