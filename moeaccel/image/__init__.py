@@ -1,6 +1,7 @@
 """Expert images: an expert's weights in the order in which the device consumes them.
 
-An image is a header, then the gate/up rows, then the down rows. Everything after the header is a
+An image is a header, then a section for each matrix: the gate/up rows, then the down rows, each in
+a format of its own; that of a linear layer has one section. Everything after the header is a
 sequence of *array words* of ``32 * row_multipliers`` bytes. A tile is ``R`` consecutive rows (R =
 2 * row_multipliers in 4-bit formats, else row_multipliers); gate and up rows alternate (g0, u0, g1,
 u1, ...), so that a pair is always in one tile. For each section::
@@ -36,8 +37,9 @@ from moeaccel.image.expert import (
 )
 from moeaccel.image.images import build_image, build_linear_image, check_image, unpack_image
 from moeaccel.image.sections import Section, pack_section, unpack_section
+from moeaccel.image.table import expert_table, table_entry
 
 __all__ = [
     "ALIGNMENT", "HEADER_BYTES", "Expert", "ExpertShape", "LinearShape", "Section", "build_image",
-    "build_linear_image", "check_image", "interleave_gate_up", "pack_section", "unpack_image",
-    "unpack_section"]
+    "build_linear_image", "check_image", "expert_table", "interleave_gate_up", "pack_section",
+    "table_entry", "unpack_image", "unpack_section"]
