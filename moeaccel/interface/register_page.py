@@ -83,8 +83,8 @@ def generated() -> str:
             lines += [f"### {register.name}", "", *_table(("bits", "field", "meaning"), [
                 (_bits(f.offset, f.bits), f"`{f.name}`", f.text) for f in register.fields])]
     lines += ["## Structures in device memory", "",
-              "64 bytes, little-endian, words of 32 bits; what no field names is 0. Limits with a "
-              "name are the configuration's.", ""]
+              "64 bytes, little-endian, words of 32 bits; what no field names is 0.",
+              "Limits with a name are the configuration's.", ""]
     for name, fields in STRUCTURES.items():
         lines += _structure(name.capitalize(), fields)
     lines += ["## Codes", ""]
