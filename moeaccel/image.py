@@ -31,7 +31,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -171,9 +171,17 @@ class ExpertShape:
     d_expert: int
     row_multipliers: int
     channels: int = 1
+    _: KW_ONLY
+    down_format: WeightFormat | None = None
+    activation: str = "silu"
 
     def __post_init__(self) -> None:
         check_dims(d_model=self.d_model, d_expert=self.d_expert)
+
+    @property
+    def sections(self) -> tuple[Section, ...]:
+        """The sections of the image, in their order."""
+        return self.gate_up, self.down
 
     @property
     def gate_up(self) -> Section:
@@ -186,7 +194,7 @@ class ExpertShape:
     def down(self) -> Section:
         """d_model rows of d_expert inputs."""
         return Section(
-            self.format, whole_blocks(self.d_model), whole_blocks(self.d_expert),
+            self.down_format or self.format, whole_blocks(self.d_model), whole_blocks(self.d_expert),
             self.row_multipliers, self.channels)
 
     @property
@@ -224,6 +232,11 @@ class LinearShape:
 
     def __post_init__(self) -> None:
         check_dims(d_out=self.d_out, d_in=self.d_in)
+
+    @property
+    def sections(self) -> tuple[Section, ...]:
+        """The section, alone."""
+        return (self.section,)
 
     @property
     def section(self) -> Section:
@@ -534,6 +547,7 @@ class Expert:
 
     gate_up: QuantisedMatrix
     down: QuantisedMatrix
+    activation: str = "silu"
 
     @classmethod
     def quantise(
@@ -547,4 +561,5 @@ class Expert:
         """Return what device memory holds: zeros behind rows and columns, up to whole blocks."""
         d_model, d_expert = (whole_blocks(dim) for dim in self.down.integers.shape)
         return Expert(
-            self.gate_up.filled(2 * d_expert, d_model), self.down.filled(d_model, d_expert))
+            self.gate_up.filled(2 * d_expert, d_model), self.down.filled(d_model, d_expert),
+            self.activation)
