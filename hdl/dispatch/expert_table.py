@@ -38,7 +38,7 @@ class ExpertTable(wiring.Component):
 
     Cycles: 2 for each expert to walk over, and 1 for each that is asked for. From the last beat of
     an entry to ``o_expert``: 14 + B with one section, 19 + B + B' with two, where B and B' are the
-    bits of the steps of each (x: d_in / 32, h: d_expert / 32); 4 less from the cycle in which one
+    bits of the steps of each (x: d_in / 32, h: d_expert / 32); 3 less from the cycle in which one
     is taken to the next one whose entry is there. The stream is empty when no expert is left; it
     does not say so. Reset drops all, and must wait until ``o_quiet``.
 
