@@ -26,8 +26,7 @@ class ExpertTable(wiring.Component):
         counts --> walk --> reader.request
                      |
                      +--> [number, pairs] --------------------+
-        reader --> [entry] --> field checks --> [ENTRIES] ----+--> words of the sections -->
-        o_expert
+        reader --> [entry] --> field checks --> [ENTRIES] ----+--> words of sections --> o_expert
 
     An entry is asked for as soon as the walk comes to its expert, ENTRIES ahead at most of the one
     that is handed out, what is under way included. Its fields are checked as it comes; that the
