@@ -29,7 +29,8 @@ from moeaccel.fpga.fold import Fold
 from moeaccel.hdl.boards.serial_link import SerialLink
 from moeaccel.hdl.memory.axi_arbiter import AxiArbiter
 from moeaccel.hdl.memory.memory_port import ID_BITS
-from moeaccel.hdl.memory.sdram_controller import SdramController, SdramTiming
+from moeaccel.hdl.memory.sdram import SdramTiming
+from moeaccel.hdl.memory.sdram_controller import SdramController
 from moeaccel.hdl.verilog.verilog_target import generate
 
 __all__ = ["BLOCKS", "FOLDER", "Report", "block_build", "synthesise"]
