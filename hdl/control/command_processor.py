@@ -94,7 +94,7 @@ class CommandProcessor(wiring.Component):
 
     Latency, without waiting for memory or engine: a submission is requested 2 cycles after its
     doorbell shows. From the last beat of a submission it is 5 cycles to the request of the layer;
-    from the last beat of the layer 6 cycles, plus the bits of the largest of steps_in, steps_out
+    from the last beat of the layer 5 cycles, plus the bits of the largest of steps_in, steps_out
     and top_k, to ``o_job``; from ``i_done`` 2 cycles to
     the request of the completion's write; from its ``done`` 1 cycle to ``o_irq``. Reset: idle,
     indices 0, phase 1.

@@ -24,7 +24,7 @@ class JobSizes(wiring.Component):
     Products are made by shifting and adding, all at once, of the index of the *last* unit: they
     begin with -1, and ``base + last`` has a carry if ``last > ~base``.
 
-    Latency: ``o_done`` B + 3 cycles after ``i_start``, where B is the bits of the largest of
+    Latency: ``o_done`` B + 2 cycles after ``i_start``, where B is the bits of the largest of
     steps_in, steps_out and top_k; ``o_word`` one cycle later. It stays until the next start.
 
     Parameters

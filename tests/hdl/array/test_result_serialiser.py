@@ -178,8 +178,8 @@ class Bench:
             assert cycle < 100000
             if valid:
                 cycles.append(cycle)
-                self.got.append((e.slot, e.row, e.value.mantissa, e.value.exponent, e.combine, e.activation,
-                                 e.last, e.slot_bank, e.fresh))
+                self.got.append((e.slot, e.row, e.value.mantissa, e.value.exponent, e.combine,
+                                 e.activation, e.last, e.slot_bank, e.fresh))
         assert self.got == self.expected
         await ctx.tick().repeat(30)
         assert not ctx.get(port.valid)
@@ -200,7 +200,8 @@ def sections(config):
     return [
         {"tiles": 3, "count": slots, "two": 0},
         {"tiles": 3, "count": slots // 2, "two": 1, "bank": 1},
-        {"tiles": 2, "count": slots // 2 - 1, "two": 1, "hidden": 1, "combine": 1, "bank": 1, "fresh": 1},
+        {"tiles": 2, "count": slots // 2 - 1, "two": 1, "hidden": 1, "combine": 1,
+         "bank": 1, "fresh": 1},
         {"tiles": 4, "count": 1, "two": 0, "packed": 0, "hidden": 1, "combine": 1},
         {"tiles": 4, "count": slots - 1, "packed": 0, "combine": 1, "bank": 1},
         {"tiles": 3, "count": 1, "two": 1, "packed": 0, "activation": 1},

@@ -55,8 +55,8 @@ def run(ids, weights, *, num_experts, two_planes, seed, routed=True, delay=0, mo
     """Return (passes, zero tokens, ...); a pass is (count, same, last, slots, x bank, work).
 
     ``more``: weights with which the job is run again; None: not routed. ``bad``: for each run the
-    expert whose entry is bad, or None; it is checked that the dispatcher says so. ``nonfinite``: list
-    that takes, for each run, the token whose weight is not finite, or None.
+    expert whose entry is bad, or None; it is checked that the dispatcher says so. ``nonfinite``:
+    list that takes, for each run, the token whose weight is not finite, or None.
     """
     rng = random.Random(seed)
     tokens, top_k = ids.shape

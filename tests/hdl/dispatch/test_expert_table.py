@@ -15,7 +15,7 @@ from tests.support.ports import serve_reads
 TINY = PRESETS["tiny"]
 TABLE = 0x400
 D_IN, D_OUT = 64, 64
-SHAPE = dict(row_multipliers=TINY.row_multipliers, channels=TINY.channels)
+SHAPE = {"row_multipliers": TINY.row_multipliers, "channels": TINY.channels}
 
 
 def shape_of(rng):
