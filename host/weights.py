@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moeaccel.activations import ACTIVATIONS
 from moeaccel.config import PRESETS
 from moeaccel.errors import FormatError
 from moeaccel.formats import (
@@ -34,7 +35,7 @@ from moeaccel.grid import (
 )
 from moeaccel.host.errors import InvalidOption, InvalidTensor, LimitExceeded, UploadError
 from moeaccel.host.layers import Experts, Linear
-from moeaccel.host.memory import COMMAND_ALIGNMENT, PAGE, Allocation
+from moeaccel.host.memory import PAGE, Allocation
 from moeaccel.host.report import WeightErrors, WeightReport
 from moeaccel.host.tensors import Tensor, float32, shape_of
 from moeaccel.host.transports.base import Bytes
@@ -47,7 +48,15 @@ from moeaccel.image import (
     build_linear_image,
     interleave_gate_up,
 )
-from moeaccel.interface.commands import GRID_EXPONENTS, LAYER, Activation, LayerKind, encode
+from moeaccel.interface.commands import (
+    ENTRY_BYTES,
+    EXPERT,
+    GRID_EXPONENTS,
+    LAYER,
+    Operand,
+    Sink,
+    encode,
+)
 
 if TYPE_CHECKING:
     from moeaccel.host.device import Device
@@ -175,10 +184,9 @@ def load_linear(device: Device, weight: Tensor, *, weight_format: str, activatio
                  for channel in range(config.channels)]
         _upload(device, images.address, parts, "the linear layer")
         descriptor = _describe(device, {
-            "kind": LayerKind.LINEAR, "format": fmt.code, "planes": planes, "num_experts": 1,
-            "d_in": shape.section.k, "d_expert": shape.section.k, "d_out": shape.section.rows,
-            "grid_exponent": grid_exponent, "stride": shape.stride,
-            "image_address": images.address + shape.header_bytes})
+            "planes": planes, "num_experts": 1, "d_in": shape.section.k,
+            "d_out": shape.section.rows, "grid_exponent": grid_exponent},
+            [_entry(shape, images.address, "silu")])
     return Linear(device, shape, images, descriptor, planes, grid_exponent, _report(errors))
 
 
@@ -213,11 +221,9 @@ def _load_experts(device: Device, experts: Iterable[_Measured], count: int, d_mo
         if grid_exponent is None:
             grid_exponent = choose_grid(outputs)
         descriptor = _describe(device, {
-            "kind": LayerKind.EXPERTS, "format": fmt.code, "planes": planes,
-            "activation": Activation[activation.upper()], "num_experts": count,
-            "d_in": shape.gate_up.k, "d_expert": shape.down.k, "d_out": shape.down.rows,
-            "grid_exponent": grid_exponent, "stride": shape.stride,
-            "image_address": images.address + shape.header_bytes})
+            "planes": planes, "num_experts": count, "d_in": shape.gate_up.k,
+            "d_out": shape.down.rows, "grid_exponent": grid_exponent},
+            [_entry(shape, images.address + e * shape.stride, activation) for e in range(count)])
     return Experts(device, shape, count, images, descriptor, planes, grid_exponent,
                    _report(errors))
 
@@ -245,7 +251,7 @@ def _check_format(device: Device, name: str) -> WeightFormat:
 def _check_options(activation: str, activation_bits: int, grid_exponent: int | None,
                    x_rms: float) -> int:
     """Return the number of planes."""
-    names = [a.name.lower() for a in Activation]
+    names = list(ACTIVATIONS)
     if activation not in names:
         raise InvalidOption(f"activation must be one of {', '.join(names)}, not {activation!r}")
     if activation_bits not in (8, 16):
@@ -312,9 +318,23 @@ def _upload_part(device: Device, address: int, image: Bytes, what: str) -> None:
             f"CRC, but reads {found[:28].tobytes().hex()}; check the device's memory")
 
 
-def _describe(device: Device, values: Mapping[str, int]) -> Allocation:
-    descriptor = device.memory.allocate(COMMAND_ALIGNMENT)
-    with device._lock:
-        device.transport.memory_write(descriptor.address, encode(LAYER, values))
-    return descriptor
+def _entry(shape: ExpertShape | LinearShape, address: int, activation: str) -> dict[str, int]:
+    sections = shape.sections
+    values = {"sections": len(sections), "activation": ACTIVATIONS[activation].code,
+              "d_expert": sections[-1].k if len(sections) == 2 else 0,
+              "image_address": address + shape.header_bytes}
+    for i, section in enumerate(sections):
+        values |= {f"format{i}": section.format.code, f"words{i}": section.words,
+                   f"operand{i}": Operand.HIDDEN if i else Operand.X,
+                   f"sink{i}": Sink.COMBINE if i == len(sections) - 1 else Sink.ACTIVATION}
+    return values
 
+
+def _describe(device: Device, values: Mapping[str, int],
+              entries: Sequence[Mapping[str, int]]) -> Allocation:
+    descriptor = device.memory.allocate(ENTRY_BYTES * (1 + len(entries)))
+    table = b"".join(encode(EXPERT, entry) for entry in entries)
+    layer = {**values, "table_address": descriptor.address + ENTRY_BYTES}
+    with device._lock:
+        device.transport.memory_write(descriptor.address, encode(LAYER, layer) + table)
+    return descriptor

@@ -34,7 +34,7 @@ import functools
 import heapq
 import math
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -163,10 +163,10 @@ def predict_experts(
     if tokens and top_k:
         most = min(config.max_tokens, config.max_assignments // top_k)
         for begin in range(0, tokens, most):
-            job = _Job(
-                config, (shape.gate_up, shape.down), ids[begin : begin + most], num_experts,
-                planes, latency)
-            total += _Machine(job).run()
+            total += predict_command(
+                config, dict.fromkeys(range(num_experts), shape.sections),
+                ids[begin : begin + most], num_experts, d_in=shape.gate_up.k,
+                d_out=shape.down.rows, planes=planes, latency=latency)
     return total
 
 
@@ -178,8 +178,39 @@ def predict_linear(
     most = min(config.max_tokens, config.max_assignments)
     for begin in range(0, tokens, most):
         ids = np.zeros((min(most, tokens - begin), 1), np.int64)
-        total += _Machine(_Job(config, (section,), ids, 1, planes, latency)).run()
+        total += predict_command(config, {0: (section,)}, ids, 1, d_in=section.k,
+                                 d_out=section.rows, planes=planes, latency=latency, gemm=True)
     return total
+
+
+def predict_command(
+    config: AcceleratorConfig,
+    experts: Mapping[int, tuple[Section, ...]],
+    ids: Pairs,
+    num_experts: int,
+    *,
+    d_in: int,
+    d_out: int,
+    planes: int,
+    latency: int = 40,
+    gemm: bool = False,
+) -> Prediction:
+    """Predict one command, within the limits of the configuration.
+
+    Parameters
+    ----------
+    experts : mapping of int to tuple of :class:`Section`
+        What the images hold of the experts with tokens.
+    ids : integer array, (T, K)
+        (T, 1) of zeros in a GEMM.
+    d_in, d_out : :class:`int`
+    gemm : :class:`bool`
+        GEMM, else EXPERTS.
+    config, num_experts, planes, latency
+        See :func:`predict_experts`.
+    """
+    return _Machine(_Job(
+        config, experts, ids, num_experts, d_in, d_out, planes, latency, gemm)).run()
 
 
 def element_cycles(config: AcceleratorConfig) -> int:
@@ -195,31 +226,22 @@ def element_cycles(config: AcceleratorConfig) -> int:
 # -- what is to be done
 @dataclass(frozen=True)
 class _Job:
-    """A command: one section (GEMM) or two (EXPERTS)."""
+    """A command."""
 
     config: AcceleratorConfig
-    sections: tuple[Section, ...]
+    experts: Mapping[int, tuple[Section, ...]]
     ids: Pairs
     num_experts: int
+    d_in: int
+    d_out: int
     planes: int
     latency: int
-
-    @property
-    def linear(self) -> bool:
-        return len(self.sections) == 1
+    gemm: bool
 
     @property
     def per_group(self) -> int:
         """Tokens of a group."""
         return self.config.token_lanes // self.planes
-
-    @property
-    def d_in(self) -> int:
-        return self.sections[0].k
-
-    @property
-    def d_out(self) -> int:
-        return self.sections[-1].rows
 
     def beats(self, elements: int, size: int = 4) -> int:
         """Beats of so many elements of ``size`` bytes."""
@@ -232,6 +254,7 @@ class _Pass:
 
     Parameters
     ----------
+    expert : :class:`int`
     experts : :class:`int`
         Entries of the expert table that the dispatcher reads before it.
     tokens : list of :class:`int`
@@ -246,6 +269,7 @@ class _Pass:
         The command's last pass.
     """
 
+    expert: int
     experts: int
     tokens: list[int]
     same: bool = False
@@ -272,11 +296,11 @@ def _passes(job: _Job) -> list[_Pass]:
     resident: list[int] = []
     resident_first: list[bool] = []
     position, walked = 0, 0
-    for count in counts:
+    for expert, count in enumerate(counts):
         walked += 1
         for begin in range(0, count, capacity):
             slots = min(capacity, count - begin)
-            now = _Pass(walked, tokens[position : position + slots])
+            now = _Pass(expert, walked, tokens[position : position + slots])
             walked, position = 0, position + slots
             if slots == len(resident):
                 wrong = next((i for i in range(slots) if now.tokens[i] != resident[i]), None)
@@ -847,7 +871,8 @@ class _Machine:
         yield read.last + 5
         read = port.read(read.last + 5, beats)
         yield read
-        factors = (*(section.steps for section in job.sections), job.d_out // BLOCK,
+        factors = (job.d_in // BLOCK, *(
+            section.steps for sections in job.experts.values() for section in sections), job.d_out // BLOCK,
                    job.ids.shape[1], job.num_experts - 1)
         start = read.last + 9 + max(factors).bit_length()
         yield start
@@ -858,7 +883,7 @@ class _Machine:
         """Sort the pairs, then prepare a pass while another runs."""
         job, stream = self._job, self._stream
         weights: _Read | None = None
-        if job.linear:
+        if job.gemm:
             cycle = start + 8  # prepare, clear the count, rewind, fetch the first id
         else:
             beats = job.beats(job.ids.size)
@@ -879,8 +904,8 @@ class _Machine:
                 yield self._retired[n - 2]
                 cycle = max(cycle, self._retired[n - 2].cycle + 1)
             yield cycle
-            stream.request(cycle, sum(section.words for section in job.sections))
-            for section in job.sections:  # one waits in the tile buffer while one is parsed
+            stream.request(cycle, sum(section.words for section in job.experts[now.expert]))
+            for section in job.experts[now.expert]:  # one waits in the tile buffer while one is parsed
                 cycle += 1
                 if stream.sections:
                     loaded = stream.sections[-1].loaded
@@ -981,14 +1006,15 @@ class _Machine:
                 cycle = max(cycle, self._x_loaded[n].cycle + 1)
             self._starved_activations += cycle - self._handed[n].cycle
             results.end = cycle
-            for down, section in enumerate(job.sections, start=2 - len(job.sections)):
+            sections = job.experts[now.expert]
+            for down, section in enumerate(sections, start=2 - len(sections)):
                 ready = [0] * len(slots)
                 if down:
                     if n:
                         while not self._retired[n - 1].known:
                             yield
                         ready = [self._retired[n - 1].cycle + 1] * len(slots)
-                    if not job.linear:
+                    if len(sections) > 1:
                         # Elements, h, and three registers until all of it is known to be there;
                         # then slot by slot through the quantiser.
                         tree = config.channels.bit_length() - 1

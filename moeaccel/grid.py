@@ -25,10 +25,10 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
+from moeaccel.activations import exact_logistic
 from moeaccel.arithmetic import TERM_BITS
 from moeaccel.formats import QuantisedMatrix
 from moeaccel.interface.commands import GRID_EXPONENTS
-from moeaccel.tables import exact_logistic
 
 Floats = NDArray[np.float64]
 

@@ -173,7 +173,7 @@ def test_a_closed_transport_says_so(golden):
 
 
 def test_counters_are_48_bits(golden):
-    golden._counters["tokens"] = (1 << 48) + (5 << 32) + 7
+    golden._registers.counters["tokens"] = (1 << 48) + (5 << 32) + 7
     assert read(golden, "TOKENS_HI") == 5
     assert read(golden, "TOKENS_LO") == 7
     assert {f"{name.upper()}_LO" for name, _ in COUNTERS} <= set(REGISTERS)

@@ -4,7 +4,7 @@ import pytest
 from moeaccel import golden
 from moeaccel.arithmetic import quantise_float32
 from moeaccel.formats import FORMATS
-from moeaccel.golden.experts import matvec
+from moeaccel.golden.dot_array import matvec
 from moeaccel.golden.reference import experts_float64, quantised_float_experts
 from moeaccel.image import Expert
 from moeaccel.interface.commands import NonFinite, Status
