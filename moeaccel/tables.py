@@ -1,10 +1,10 @@
 """Activation tables shared by the golden model and the RTL.
 
-An activation is ``act(g) = g * f(g)`` (:mod:`moeaccel.activations`). ``f`` is tabulated on [-16, 16) in 2048 segments of 1/64 with linear interpolation; below it is 0,
-above it is 1. A segment's line is the chord, moved halfway to the curve, so that its error is the
-same in both directions. An entry holds the line's left end as a normalised 17-bit mantissa with its
-own exponent, so that the error is *relative* also where ``f`` is tiny, and the difference to the
-right end in the same units.
+An activation is ``act(g) = g * f(g)`` (:mod:`moeaccel.activations`). ``f`` is tabulated on [-16,
+16) in 2048 segments of 1/64 with linear interpolation; below it is 0, above it is 1. A segment's
+line is the chord, moved halfway to the curve, so that its error is the same in both directions. An
+entry holds the line's left end as a normalised 17-bit mantissa with its own exponent, so that the
+error is *relative* also where ``f`` is tiny, and the difference to the right end in the same units.
 """
 
 from __future__ import annotations

@@ -55,8 +55,9 @@ class Status(enum.IntEnum):
     detail is the index of its 32-bit word."""
     WINDOW = 4
     """A burst outside the memory window was suppressed; address is its first byte. Of one stream of
-    a command (ids; weights; expert table; images; x; rows of zeros; partial sums read; rows and partial sums
-    written) the first such burst is named, of several that of the one that came first."""
+    a command (ids; weights; expert table; images; x; rows of zeros; partial sums read; rows and
+    partial sums written) the first such burst is named, of several that of the one that came
+    first."""
     BUS_ERROR = 5
     """Memory answered with an error; address is the first byte of the burst (writes: 0), chosen as
     for WINDOW; of both, what came first."""
