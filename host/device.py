@@ -34,7 +34,7 @@ from moeaccel.host.residents import Residents
 from moeaccel.host.rings import Command, CommandRings, Completion
 from moeaccel.host.tensors import Tensor
 from moeaccel.host.transports.base import Transport
-from moeaccel.host.weights import Progress, Stack
+from moeaccel.host.weights import Formats, Progress, Stack
 from moeaccel.image import Expert
 from moeaccel.interface.commands import Opcode
 
@@ -174,7 +174,7 @@ class Device(Bound, Inherited):
 
     # -- weights -----------------------------------------------------------------------------------
     def load_experts(self, gate_up: Stack, down: Stack, *, activation: str = "silu",
-                     weight_format: str = "int4_g32", activation_bits: int = 16,
+                     weight_format: Formats = "int4_g32", activation_bits: int = 16,
                      grid_exponent: int | None = None, x_rms: float = 1.0,
                      progress: Progress | None = None) -> Experts:
         """Quantise the experts of one layer and put them into the device's memory.
@@ -187,9 +187,10 @@ class Device(Bound, Inherited):
         down : float tensor, (E, H, I)
             Or a sequence of E matrices.
         activation : :class:`str`
-            Of the gate: ``"silu"``.
-        weight_format : :class:`str`
-            One of :data:`moeaccel.formats.FORMATS`.
+            Of the gate: one of :data:`moeaccel.activations.ACTIVATIONS`.
+        weight_format : :class:`str`, or a sequence of str
+            One of :data:`moeaccel.formats.FORMATS`, or one for each expert. Where gate and up have
+            another format than down, or experts other widths I, see :meth:`load_quantised`.
         activation_bits : :class:`int`
             8 or 16.
         grid_exponent : :class:`int`, optional
@@ -209,10 +210,11 @@ class Device(Bound, Inherited):
             Before anything is sent.
         InvalidTensor, FormatError
             Before anything is sent: for the shapes of stacks, or of expert 0 in a sequence, and for
-            a format that there is not. As experts are taken, one by one: for the shapes of later
-            ones, and for types or values that cannot be quantised, NaN for one. The experts before
-            it have been sent then; their memory is free again, and as long as nothing else takes
-            its place, loading them again there sends them no second time.
+            a format or an activation that there is not, or that the device has not. As experts are
+            taken, one by one: for the shapes of later ones, and for types or values that cannot be
+            quantised, NaN for one. The experts before it have been sent then; their memory is free
+            again, and as long as nothing else takes its place, loading them again there sends them
+            no second time.
         OutOfDeviceMemory
             If the images do not fit.
         UploadError
@@ -223,17 +225,20 @@ class Device(Bound, Inherited):
             activation_bits=activation_bits, grid_exponent=grid_exponent, x_rms=x_rms,
             progress=progress)
 
-    def load_quantised(self, experts: Sequence[Expert], *, activation: str = "silu",
+    def load_quantised(self, experts: Sequence[Expert], *, activation: str | None = None,
                        activation_bits: int = 16, grid_exponent: int | None = None,
                        x_rms: float = 1.0, progress: Progress | None = None) -> Experts:
-        """Put experts that are quantised already, all of one format and shape, into memory.
+        """Put experts that are quantised already into memory.
 
         Parameters
         ----------
         experts : sequence of :class:`moeaccel.image.Expert`
-            Rows of ``gate_up`` alternate: g0, u0, g1, u1, ...
+            All of one d_model; formats of both products, widths and activations may differ. Rows of
+            ``gate_up`` alternate: g0, u0, g1, u1, ...
             (:func:`moeaccel.image.interleave_gate_up`), other than in :meth:`load_experts`;
             :meth:`moeaccel.image.Expert.quantise` makes them so.
+        activation : :class:`str`, optional
+            Of all experts, instead of their own.
 
         See :meth:`load_experts` for the rest; the grid is chosen from the quantised weights.
 

@@ -42,12 +42,14 @@ def test_another_configuration_is_refused():
 
 @pytest.mark.parametrize(("register", "value", "message"), [
     ("ID", 0xFFFFFFFF, "ID must read 0x41454f4d, not 0xffffffff"),
-    ("VERSION", 0x0002_0001, r"VERSION must be 1\.2, or a later 1\.x, not 2\.1"),
-    ("VERSION", 0x0001_0000, r"not 1\.0; .* load the bitstream of this driver"),
+    ("VERSION", 0x0003_0001, r"VERSION must be 2\.0, or a later 2\.x, not 3\.1"),
+    ("VERSION", 0x0001_0002, r"not 1\.2; .* load the bitstream of this driver"),
 ])
-def test_something_else_is_refused(register, value, message):
+def test_something_else_is_refused(register, value, message, monkeypatch):
     transport = GoldenTransport(TINY, memory_bytes=1 << 20)
-    transport._registers[REGISTERS[register].address] = value
+    read = transport.register_read
+    monkeypatch.setattr(transport, "register_read", lambda address: (
+        value if address == REGISTERS[register].address else read(address)))
     with pytest.raises(errors.DeviceNotFound, match=message):
         open_device(transport, config="tiny")
 

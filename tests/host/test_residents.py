@@ -17,6 +17,8 @@ from moeaccel.interface.registers import REGISTERS
 TINY = PRESETS["tiny"]
 STATE = REGISTERS["MEMORY_STATE"].address
 EXPERTS, D_MODEL, D_EXPERT = 4, 64, 96
+TABLE = 64 * (1 + EXPERTS) + 1
+"""More than the layer descriptor and the table of its experts."""
 
 
 class Board(Transport):
@@ -98,14 +100,14 @@ def stacks():
 
 def test_resident_images_are_not_sent_again(board, stacks):
     assert load(board, stacks) >= EXPERTS * board.image
-    assert load(board, stacks) < 100  # the layer descriptor
+    assert load(board, stacks) < TABLE
 
 
 def test_one_expert_that_changed(board, stacks):
     load(board, stacks)
     other = stacks[0].copy(), stacks[1]
     other[0][2] *= -1
-    assert board.image <= load(board, other) < board.image + 200
+    assert board.image <= load(board, other) < board.image + TABLE + 100
 
 
 def test_within_a_session(board, stacks):
@@ -116,7 +118,7 @@ def test_within_a_session(board, stacks):
         linear.close()
         before = board.written
         again = device.load_linear(stacks[1][0])
-        assert board.written - before < 100
+        assert board.written - before < TABLE
         assert np.array_equal(again(CALL[0][:, :64].repeat(2, 1)[:, :D_EXPERT]), y)
 
 
@@ -130,7 +132,7 @@ def test_an_upload_that_was_cut_is_taken_up(board, stacks, whole):
             device.load_experts(*stacks)
         board.left = None
     written = load(board, stacks)
-    assert (EXPERTS - whole) * image <= written < (EXPERTS - whole) * image + 200
+    assert (EXPERTS - whole) * image <= written < (EXPERTS - whole) * image + TABLE + 100
 
 
 def test_an_expert_that_is_refused_leaves_those_before_it(board, stacks):
@@ -145,8 +147,8 @@ def test_an_expert_that_is_refused_leaves_those_before_it(board, stacks):
         before = board.written
         device.load_experts(*stacks).close()
         image = ExpertShape(weight_format("int4_g32"), D_MODEL, D_EXPERT, 2).image_bytes
-        assert 0 < board.written - before - (EXPERTS - 2) * image < 100
-    assert load(board, stacks) < 100
+        assert 0 < board.written - before - (EXPERTS - 2) * image < TABLE
+    assert load(board, stacks) < TABLE
 
 
 def test_every_cut_of_an_image(stacks):
@@ -216,11 +218,11 @@ def test_the_list_forgets_the_oldest(board):
     """A page has room for 255 ranges."""
     residents = Residents(board)
     for k in range(300):
-        residents.enter(PAGE + 64 * k, 64, 1)
+        residents.enter(PAGE + 64 * k, [64])
     board.written = 0
     again = Residents(board)
     for k in range(45, 300):
-        again.enter(PAGE + 64 * k, 64, 1)
+        again.enter(PAGE + 64 * k, [64])
     assert board.written == 0
-    again.enter(PAGE + 64 * 44, 64, 1)
+    again.enter(PAGE + 64 * 44, [64])
     assert board.written > 0
