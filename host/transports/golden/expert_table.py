@@ -50,22 +50,22 @@ class Entry:
 def check_entry(raw: bytes, d_in: int, d_out: int, config: AcceleratorConfig) -> Entry | int:
     """Return an entry, or the 32-bit word of what is wrong with it.
 
-    First of all the fields, each by itself, in the order of their words; then the words of each
-    section, which must be those of :class:`Section`; then the image, which must end within the
-    address space.
+    First of all the fields, each by itself, in the order of their words; then the image, which must
+    end within the address space; then the words of each section, which must be those of
+    :class:`Section`.
     """
     values = decode(EXPERT, raw)
     wrong = bad_field(EXPERT, values, config)
     if wrong is not None:
         return wrong[0].word
     sections = sections_of(values, d_in, d_out, config)
-    for i, section in enumerate(sections):
-        if values[f"words{i}"] != section.words:
-            return field_of(EXPERT, f"words{i}").word
     activation = next((a.name for a in ACTIVATIONS.values() if a.code == values["activation"]), "")
     entry = Entry(values["image_address"], sections, activation)
     if entry.image_address + entry.payload_bytes > 1 << config.address_bits:
         return field_of(EXPERT, "image_address").word
+    for i, section in enumerate(sections):
+        if values[f"words{i}"] != section.words:
+            return field_of(EXPERT, f"words{i}").word
     return entry
 
 

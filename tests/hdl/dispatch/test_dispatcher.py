@@ -1,5 +1,4 @@
-"""The dispatcher against a plain sort: every pair in exactly one pass, in order, with the right
-flags."""
+"""The dispatcher against the plan: every pair in one pass, in order, with the right flags."""
 
 import random
 
@@ -14,6 +13,7 @@ from moeaccel.formats import FORMATS
 from moeaccel.hdl.dispatch.dispatcher import Dispatcher
 from moeaccel.image import ExpertShape, table_entry
 from moeaccel.interface.commands import EXPERT, encode, field_of
+from moeaccel.plan import plan
 
 CONFIG = PRESETS["tiny"]
 TABLE = 0x40000
@@ -36,18 +36,6 @@ def table_of(num_experts, bad=None):
     """Return an expert table; ``bad``: the expert whose entry no device takes."""
     return {TABLE + 64 * e: encode(EXPERT, table_entry(shape_of(e), image_of(e)) | (
         {"flags": 3} if e == bad else {})) for e in range(num_experts)}
-
-
-def expected_passes(ids, num_experts, capacity):
-    passes, resident = [], None
-    for e in range(num_experts):
-        pairs = [(t, k) for t in range(ids.shape[0]) for k in range(ids.shape[1]) if ids[t, k] == e]
-        for i in range(0, len(pairs), capacity):
-            chunk = pairs[i : i + capacity]
-            tokens = [t for t, _ in chunk]
-            passes.append((e, chunk, tokens == resident))
-            resident = tokens
-    return passes
 
 
 def run(ids, weights, *, num_experts, two_planes, seed, routed=True, delay=0, more=(),
@@ -221,39 +209,23 @@ def test_passes_hold_every_pair_once_in_order(seed, two_planes):
     passes, zeros, requests, sections, loads = run(
         ids, weights, num_experts=num_experts, two_planes=two_planes, seed=seed
     )
-    expected = expected_passes(ids, num_experts, capacity)
-    valid = (ids >= 0) & (ids < num_experts)
-    assert zeros == np.nonzero(~valid.any(axis=1))[0].tolist()
-    shapes = [shape_of(e) for e, _, _ in expected]
+    expected = plan(ids, num_experts, capacity)
+    assert zeros == list(expected.zeros)
+    shapes = [shape_of(now.expert) for now in expected.passes]
     assert requests == [
-        (image_of(e), shape.gate_up.words + shape.down.words)
-        for (e, _, _), shape in zip(expected, shapes, strict=True)]
+        (image_of(now.expert), shape.gate_up.words + shape.down.words)
+        for now, shape in zip(expected.passes, shapes, strict=True)]
     assert sections == [
         (section.format.code, section.steps, section.tiles)
         for shape in shapes for section in shape.sections]
     assert [p[5].activation for p in passes] == [
         ACTIVATIONS[shape.activation].code for shape in shapes]
-    assert len(passes) == len(expected)
-    assert len(loads) == sum(not same for _, _, same in expected)
-    left = valid.sum(axis=1)
-    seen = np.zeros(tokens, int)
-    firsts = []
-    for i, ((count, same, last, slots, *_), (_, pairs, expect_same)) in enumerate(
-        zip(passes, expected, strict=True)
-    ):
-        assert (count, same, last) == (len(pairs), expect_same, i + 1 == len(expected))
-        if not same:
-            firsts = []
-        for s, ((t, k), (token, mantissa, exponent, first, final)) in enumerate(
-            zip(pairs, slots, strict=True)
-        ):
-            w = float32_to_internal(weights[t : t + 1, k])
-            assert (token, mantissa, exponent) == (t, w.mantissa[0], w.exponent[0])
-            if not same:
-                firsts.append(seen[t] == 0)
-            seen[t] += 1
-            left[t] -= 1
-            assert first == firsts[s] and final == (left[t] == 0)
+    assert sum(load[2] for load in loads) == len(expected.loads)
+    for (count, same, last, slots, *_), now in zip(passes, expected.passes, strict=True):
+        assert (count, same, last) == (len(now.pairs), now.same, now is expected.passes[-1])
+        chosen = float32_to_internal(weights.reshape(-1)[list(now.pairs)])
+        assert slots == list(zip(now.tokens, chosen.mantissa, chosen.exponent, now.first, now.last,
+                                 strict=True))
 
 
 def test_the_lowest_token_whose_weight_is_not_finite_is_named():
@@ -299,7 +271,7 @@ def test_a_command_ends_at_a_bad_entry(seed):
         ids, weights, num_experts=5, two_planes=1, seed=seed, more=[weights] * 5,
         bad=[2, None, 0, 4, 3, None])
     capacity = CONFIG.max_slots // 2
-    of_experts = [e for e, _, _ in expected_passes(ids, 5, capacity)]
+    of_experts = [now.expert for now in plan(ids, 5, capacity).passes]
     assert [(address - image_of(0)) // 8192 for address, _ in requests] == [
         e for bad in (2, 9, 0, 9, 3, 9) for e in of_experts if e < bad]
     assert len(passes) == len(requests)
