@@ -85,7 +85,7 @@ def _refusal(config: AcceleratorConfig, layer: Mapping[str, int],
     """Return what a device refuses first; addresses are not looked at, and no grid."""
     for expert, fields, values in ((-1, LAYER, layer),
                                    *((expert, EXPERT, table) for expert, table in tables.items())):
-        full = {field.name: 0 for field in fields} | values
+        full = {field.name: 0 for field in fields} | dict(values)
         found = bad_field(fields, full, config)
         if found is not None:
             return _Refusal(expert, *found, full[found[0].name])

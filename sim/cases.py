@@ -16,7 +16,7 @@ import numpy as np
 
 from moeaccel.activations import ACTIVATIONS
 from moeaccel.config import DIM_MAX, EXPERTS_MAX, PRESETS, AcceleratorConfig
-from moeaccel.cycles import Prediction, predict_command, predict_linear
+from moeaccel.cycles import Prediction, predict_experts, predict_linear
 from moeaccel.formats import FORMATS, weight_format
 from moeaccel.grid import GRID_EXPONENTS
 from moeaccel.image import ExpertShape, Section
@@ -133,19 +133,11 @@ class Call:
         if not self.experts:
             section = Section(weight_format(self.weight_format), self.d_other, self.d_in, *array)
             return predict_linear(config, section, len(self.ids), planes=planes)
-        sections = {}
-        for expert in range(self.experts):
-            kind = self.kind_of(expert)
-            sections[expert] = ExpertShape(
-                weight_format(kind.weight_format), self.d_in, kind.d_expert, *array,
-                down_format=weight_format(kind.down_format)).sections
-        ids, total = np.array(self.ids, np.int64), Prediction()
-        most = min(config.max_tokens, config.max_assignments // max(1, ids.shape[1]))
-        for first in range(0, len(ids) if ids.shape[1] else 0, most):
-            total += predict_command(
-                config, sections, ids[first : first + most], self.experts,
-                d_in=sections[0][0].k, d_out=sections[0][-1].rows, planes=planes)
-        return total
+        shapes = [ExpertShape(
+            weight_format(kind.weight_format), self.d_in, kind.d_expert, *array,
+            down_format=weight_format(kind.down_format), activation=kind.activation)
+            for kind in map(self.kind_of, range(self.experts))]
+        return predict_experts(config, shapes, np.array(self.ids), self.experts, planes=planes)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -84,8 +84,9 @@ class Layout:
         """Place the image and the table of a linear layer and return the fields of its descriptor.
         """
         config = self.config
+        d_out, d_in = matrix.integers.shape
         shape = LinearShape(
-            matrix.format, *matrix.integers.shape, config.row_multipliers, config.channels)
+            matrix.format, d_out, d_in, config.row_multipliers, config.channels)
         return self._place_layer([shape], [partial(build_linear_image, matrix)], planes=planes,
                                  grid_exponent=grid_exponent)
 

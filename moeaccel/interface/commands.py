@@ -227,18 +227,18 @@ def _section(index: int) -> tuple[Field, ...]:
     word = 4 + 3 * index
     last = SECTIONS_MAX - 1
     if index < last:
-        here: dict[str, tuple[str, int] | None] = {"when": None}
+        here: tuple[str, int] | None = None
         follows = (
             Limit(values=(Sink.COMBINE,), when=("sections", 1)),
             Limit(values=(Sink.ACTIVATION,), when=("sections", 2)))
     else:
-        here = {"when": ("sections", 2)}
+        here = ("sections", 2)
         follows = (Limit(values=(Sink.COMBINE,), when=("sections", 2)),)
     operand = Operand.HIDDEN if index else Operand.X
     return (
         _field(f"format{index}", word, 0, 8, "Weight format code.",
-               Limit(values="format_codes", **here)),
-        _field(f"operand{index}", word, 8, 8, "Operand.", Limit(values=(operand,), **here)),
+               Limit(values="format_codes", when=here)),
+        _field(f"operand{index}", word, 8, 8, "Operand.", Limit(values=(operand,), when=here)),
         _field(f"sink{index}", word, 16, 8, "Sink.", *follows),
         _field(f"words{index}", word + 1, 0, 32, "Array words of the section (docs/images.md)."),
     )
