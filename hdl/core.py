@@ -50,6 +50,8 @@ class Core(wiring.Component):
         Read side of the tile buffer.
     i_step, i_tag : :py:`In(step(config))`, :py:`In(layouts.result_tag(config))`
         The step that ``i_take`` starts.
+    i_hidden : :py:`In(layouts.hidden_form(config))`
+        Of the pass whose rows of h are computed.
     i_grid_exponent
         Of the command.
     x_en, x_address, x_data, h_en, h_address, h_data
@@ -85,6 +87,7 @@ class Core(wiring.Component):
             "i_free": In(1),
             "i_step": In(step(config)),
             "i_tag": In(layouts.result_tag(config)),
+            "i_hidden": In(layouts.hidden_form(config)),
             "i_grid_exponent": In(signed(8)),
             "x_en": In(config.token_lanes),
             "x_address": In(layouts.lane_address_bits(config) + 1),
@@ -182,6 +185,7 @@ class Core(wiring.Component):
             serialiser.base_data.eq(self.base_data),
             activation.i_element.valid.eq(element.valid & ~element.p.combine),
             activation.i_element.payload.eq(element.payload),
+            activation.i_form.eq(self.i_hidden),
             self.o_hidden_valid.eq(activation.o_element.valid),
             self.o_hidden.eq(activation.o_element.payload),
             self.slot_address.eq(Cat(element.p.slot, element.p.slot_bank)),

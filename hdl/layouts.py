@@ -233,8 +233,17 @@ def expert_work(config: AcceleratorConfig) -> data.StructLayout:
     return data.StructLayout({
         "sections": data.ArrayLayout(section_work(config), SECTIONS_MAX),
         "single": 1,
-        "activation": config.activation_bits,
+        "hidden": hidden_form(config),
     })
+
+
+def hidden_form(config: AcceleratorConfig) -> data.StructLayout:
+    """Return how rows become h.
+
+    ``paired``: gate and up rows in turn, else each row by itself. ``limit``: of gate and up, a
+    bfloat16; none where its exponent field is 0.
+    """
+    return data.StructLayout({"activation": config.activation_bits, "paired": 1, "limit": 16})
 
 
 def expert(config: AcceleratorConfig) -> data.StructLayout:
@@ -280,8 +289,8 @@ def result_tag(config: AcceleratorConfig) -> data.StructLayout:
     """Return what a result of the array (one tile times one group of tokens) is.
 
     ``row``: the tile's first. ``missing``: how many of the array's R rows the tile has not.
-    ``slots``: tokens in the group. ``last``: the section's last result. ``hidden``, ``combine``,
-    ``activation``: of the section. ``fresh``: the pass stores y, it does not add.
+    ``slots``: tokens in the group. ``last``: the section's last result. ``hidden``, ``combine``:
+    of the section. ``fresh``: the pass stores y, it does not add.
     """
     return data.StructLayout({
         "group": max(1, ceil_log2(config.token_groups)),
@@ -292,7 +301,6 @@ def result_tag(config: AcceleratorConfig) -> data.StructLayout:
         "last": 1,
         "hidden": 1,
         "combine": 1,
-        "activation": config.activation_bits,
         "two_planes": 1,
         "x_bank": 1,
         "slot_bank": 1,
@@ -301,12 +309,11 @@ def result_tag(config: AcceleratorConfig) -> data.StructLayout:
 
 
 def result_element(config: AcceleratorConfig) -> data.StructLayout:
-    """Return one row's output for one slot: gate, up, or to be combined; ``last``: the section's
+    """Return one row's output for one slot: of h's rows, or to be combined; ``last``: the section's
     last."""
     return data.StructLayout({
         **dict(element(config).members),
         "combine": 1,
-        "activation": config.activation_bits,
         "last": 1,
         "slot_bank": 1,
         "fresh": 1,

@@ -174,6 +174,7 @@ class Device(Bound, Inherited):
 
     # -- weights -----------------------------------------------------------------------------------
     def load_experts(self, gate_up: Stack, down: Stack, *, activation: str = "silu",
+                     gated: bool = True, limit: float | None = None,
                      weight_format: Formats = "int4_g32", activation_bits: int = 16,
                      grid_exponent: int | None = None, x_rms: float = 1.0,
                      progress: Progress | None = None) -> Experts:
@@ -182,12 +183,18 @@ class Device(Bound, Inherited):
         Parameters
         ----------
         gate_up : float tensor, (E, 2 I, H)
-            Gate rows, then up rows, of each expert. Or a sequence of E matrices, taken one by one.
-            Any H and I: memory holds them filled up with zeros to multiples of 32.
+            Gate rows, then up rows, of each expert; (E, I, H) if not ``gated``. Or a sequence of E
+            matrices, taken one by one. Any H and I: memory holds them filled up with zeros to
+            multiples of 32.
         down : float tensor, (E, H, I)
             Or a sequence of E matrices.
         activation : :class:`str`
-            Of the gate: one of :data:`moeaccel.activations.ACTIVATIONS`.
+            One of :data:`moeaccel.activations.ACTIVATIONS`.
+        gated : :class:`bool`
+            h = activation(gate) * up; else there are no up rows, and h = activation(gate).
+        limit : :class:`float`, optional
+            Gate rows are at most that before the activation, and up rows at most that far from 0;
+            a number with at most 8 significant bits.
         weight_format : :class:`str`, or a sequence of str
             One of :data:`moeaccel.formats.FORMATS`, or one for each expert. Where gate and up have
             another format than down, or experts other widths I, see :meth:`load_quantised`.
@@ -221,7 +228,8 @@ class Device(Bound, Inherited):
             If an image does not read back.
         """
         return weights.load_experts(
-            self, gate_up, down, activation=activation, weight_format=weight_format,
+            self, gate_up, down, activation=activation, gated=gated, limit=limit,
+            weight_format=weight_format,
             activation_bits=activation_bits, grid_exponent=grid_exponent, x_rms=x_rms,
             progress=progress)
 
@@ -233,10 +241,9 @@ class Device(Bound, Inherited):
         Parameters
         ----------
         experts : sequence of :class:`moeaccel.image.Expert`
-            All of one d_model; formats of both products, widths and activations may differ. Rows of
-            ``gate_up`` alternate: g0, u0, g1, u1, ...
-            (:func:`moeaccel.image.interleave_gate_up`), other than in :meth:`load_experts`;
-            :meth:`moeaccel.image.Expert.quantise` makes them so.
+            All of one d_model; they may differ in all else. Rows of ``gate_up`` alternate: g0, u0,
+            g1, u1, ... (:func:`moeaccel.image.interleave_gate_up`), other than in
+            :meth:`load_experts`; :meth:`moeaccel.image.Expert.quantise` makes them so.
         activation : :class:`str`, optional
             Of all experts, instead of their own.
 

@@ -87,19 +87,23 @@ def _freed_on_error(allocation: Allocation) -> Iterator[None]:
         raise
 
 
-def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str,
-                 weight_format: Formats, activation_bits: int, grid_exponent: int | None,
-                 x_rms: float, progress: Progress | None) -> Experts:
+def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str, gated: bool,
+                 limit: float | None, weight_format: Formats, activation_bits: int, grid_exponent:
+                 int | None, x_rms: float, progress: Progress | None) -> Experts:
     """Quantise the experts of one layer and put them into a device's memory."""
     experts, rows, d_model = _stack_shape("gate_up", gate_up, "2 I", "H")
     shape = _stack_shape("down", down, "H", "I")
-    if shape != (experts, d_model, rows // 2) or rows % 2:
+    per_element = 2 if gated else 1
+    d_expert = rows // per_element
+    if shape != (experts, d_model, d_expert) or rows % per_element:
         raise InvalidTensor(
-            f"down must have the shape (E, H, I) = {(experts, d_model, rows // 2)} for gate_up "
-            f"{(experts, rows, d_model)} = (E, 2 I, H), not {shape}")
+            f"down must have the shape (E, H, I) = {(experts, d_model, d_expert)} for gate_up "
+            f"{(experts, rows, d_model)} = (E, {'2 ' if gated else ''}I, H), not {shape}; experts "
+            f"are {'gated unless gated=False' if gated else 'not gated'}")
     formats = _formats(weight_format, experts)
     array = device.config.row_multipliers, device.config.channels
-    shapes = {fmt: ExpertShape(fmt, d_model, rows // 2, *array, activation=activation)
+    shapes = {fmt: ExpertShape(fmt, d_model, d_expert, *array, activation=activation, gated=gated,
+                               limit=limit)
               for fmt in dict.fromkeys(formats)}
 
     def quantised() -> Iterator[_Measured]:
@@ -111,7 +115,8 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
                     f"{shape[1:]}, not {matrices[0].shape} and {matrices[1].shape}; experts of "
                     "different widths go by load_quantised()")
             expert = Expert.quantise(*matrices, fmt)
-            yield expert, {"gate_up": squares(expert.gate_up, interleave_gate_up(matrices[0])),
+            yield expert, {"gate_up": squares(
+                expert.gate_up, interleave_gate_up(matrices[0]) if gated else matrices[0]),
                            "down": squares(expert.down, matrices[1])}
 
     return _load_experts(
@@ -153,12 +158,11 @@ def _checked_shape(device: Device, e: int, expert: Expert, activation: str | Non
     check_matrix(expert.gate_up, f"gate_up of expert {e}")
     check_matrix(expert.down, f"down of expert {e}")
     rows, d_model = expert.gate_up.integers.shape
-    if rows % 2:
-        raise InvalidTensor(f"gate_up of expert {e} must have a row of up for each row of gate, "
-                            f"not {rows} rows")
-    if expert.down.integers.shape != (d_model, rows // 2):
-        raise InvalidTensor(f"down of expert {e} must have the shape {(d_model, rows // 2)}, not "
-                            f"{expert.down.integers.shape}")
+    found = expert.down.integers.shape
+    if found not in ((d_model, rows / 2), (d_model, rows)):
+        raise InvalidTensor(
+            f"down of expert {e} must have the shape {(d_model, rows // 2)}, or {(d_model, rows)} "
+            f"without up rows, not {found}")
     if activation is not None:
         expert = replace(expert, activation=activation)
     return expert.shape(device.config.row_multipliers, device.config.channels)

@@ -1,11 +1,12 @@
 """Activations of experts: what each is, once for golden model, hardware, driver and documentation.
 
-Every one has the form ``act(g) = g * f(g)`` with f from 0 to 1, 0 far below and 1 far above; the
-device multiplies by f, which a table of :mod:`moeaccel.tables` holds, or the sign of g tells.
+Every one has the form ``act(g) = g * f(g)``; the device multiplies by f.
 """
 
 from __future__ import annotations
 
+import enum
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from moeaccel.errors import FormatError
 
-__all__ = ["ACTIVATIONS", "Activation", "activation", "exact_logistic"]
+__all__ = ["ACTIVATIONS", "Activation", "Factor", "activation", "exact_logistic"]
 
 Floats = NDArray[np.float64]
 
@@ -26,6 +27,35 @@ def exact_logistic(x: Floats) -> Floats:
 
 def _step(x: Floats) -> Floats:
     return (x > 0).astype(np.float64)
+
+
+def _ramp(x: Floats) -> Floats:
+    return np.maximum(x, 0)
+
+
+_erfc = np.vectorize(math.erfc, otypes=[np.float64])
+
+
+def _normal(x: Floats) -> Floats:
+    """Return the distribution function of the standard normal distribution."""
+    return _erfc(-x / math.sqrt(2)) / 2
+
+
+def _normal_tanh(x: Floats) -> Floats:
+    """Return its approximation by the hyperbolic tangent, 1/2 (1 + tanh y): logistic(2 y)."""
+    near = np.clip(x, -100, 100)
+    return exact_logistic(2 * math.sqrt(2 / math.pi) * (near + 0.044715 * near**3))
+
+
+class Factor(enum.Enum):
+    """Where the device has f from."""
+
+    TABLE = "table"
+    """Interpolated; 0 far below and 1 far above."""
+    STEP = "step"
+    """1 where g > 0, else 0."""
+    RAMP = "ramp"
+    """g where g > 0, else 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,15 +70,14 @@ class Activation:
         Formula and source.
     f : callable
         f in float64, exactly.
-    tabulated : :class:`bool`
-        f is interpolated from a table; else it is 1 where g > 0 and 0 elsewhere.
+    factor : :class:`Factor`
     """
 
     name: str
     code: int
     text: str
     f: Callable[[Floats], Floats]
-    tabulated: bool
+    factor: Factor
 
     def __call__(self, g: Floats) -> Floats:
         """Return ``act(g)`` in float64."""
@@ -58,8 +87,17 @@ class Activation:
 ACTIVATIONS: dict[str, Activation] = {a.name: a for a in (
     Activation(
         name="silu", code=0, text="g / (1 + exp(-g)) (Elfwing et al., 2017)", f=exact_logistic,
-        tabulated=True),
-    Activation(name="relu", code=1, text="max(g, 0)", f=_step, tabulated=False),
+        factor=Factor.TABLE),
+    Activation(name="relu", code=1, text="max(g, 0)", f=_step, factor=Factor.STEP),
+    Activation(
+        name="gelu", code=2, text="g (1 + erf(g / sqrt(2))) / 2 (Hendrycks and Gimpel, 2016)",
+        f=_normal, factor=Factor.TABLE),
+    Activation(
+        name="gelu_tanh", code=3,
+        text="g (1 + tanh(sqrt(2 / pi) (g + 0.044715 g^3))) / 2 (Hendrycks and Gimpel, 2016)",
+        f=_normal_tanh, factor=Factor.TABLE),
+    Activation(
+        name="relu2", code=4, text="max(g, 0)^2 (So et al., 2021)", f=_ramp, factor=Factor.RAMP),
 )}
 """Every activation by name, in the order of their codes."""
 

@@ -270,7 +270,7 @@ class AcceleratorConfig:
             {a.name: getattr(f, a.name) for a in dataclasses.fields(WeightFormat)}
             for f in self.weight_formats]
         fields["activations"] = [
-            {"name": a.name, "code": a.code, "tabulated": a.tabulated}
+            {"name": a.name, "code": a.code, "factor": a.factor.value}
             for a in self.expert_activations]
         return zlib.crc32(json.dumps(fields, sort_keys=True).encode())
 

@@ -104,22 +104,24 @@ def _gate_table(activation: Activation) -> Floats:
 
 def gated_output(gate_up: Squares, down: Squares, *, x_rms: float = 1.0,
                  activation: str = "silu") -> float:
-    """Return the typical output of one gated expert, 0 for one that only gives zeros.
+    """Return the typical output of one expert, 0 for one that only gives zeros.
 
     Parameters
     ----------
     gate_up : :class:`Squares`
-        Rows alternate: g0, u0, g1, u1, ...
+        Rows alternate: g0, u0, g1, u1, ...; as many as columns of down where there are no up rows.
     down : :class:`Squares`
     x_rms : :class:`float`
         Root mean square of the elements of x.
     activation : :class:`str`
-        Of the gate.
     """
     table = _gate_table(find_activation(activation))
     # What is beyond float64 is infinite, and gets the coarsest grid.
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-        gate, up = (gate_up.rows[first::2] * x_rms**2 for first in (0, 1))
+        rows = gate_up.rows * x_rms**2
+        gate, up = rows, np.ones_like(rows)
+        if len(rows) != len(down.columns):
+            gate, up = rows[0::2], rows[1::2]
         share = np.interp(np.log2(gate) / 2, _DEVIATIONS_LOG2, table)
         hidden = share * gate * up  # mean squares of h; its elements are independent of zero mean
         return float(np.sqrt((down.columns * hidden).sum() / len(down.rows)))

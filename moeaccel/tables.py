@@ -14,7 +14,7 @@ from functools import cache
 
 import numpy as np
 
-from moeaccel.activations import Activation
+from moeaccel.activations import Activation, Factor
 from moeaccel.arithmetic import (
     InternalFloat,
     Ints,
@@ -29,13 +29,17 @@ SEGMENT_BITS = 6
 FRACTION_BITS = 12
 """Bits of the position inside a segment; the argument is truncated to ``2**-18``."""
 VALUE_BITS = 17
-SLOPE_BITS = 13
+SLOPE_BITS = 14
 EXPONENT_BITS = 5
 LIMIT_EXPONENT = 4
 """The table covers ``[-2**4, 2**4)``."""
 
 MAX_RELATIVE_ERROR = 2.0**-15
 """Stated bound on the relative error of ``f`` over [-16, 16) (tested at every argument)."""
+
+
+ONE = InternalFloat(np.array(1 << (VALUE_BITS - 1)), np.array(-(VALUE_BITS - 1)))
+"""1 as an internal float."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class ActivationTable:
     exponent: Ints
 
     def packed(self) -> list[int]:
-        """Return the ROM's words: value (17 bits), slope (13), exponent (5), least significant
+        """Return the ROM's words: value (17 bits), slope (14), exponent (5), least significant
         first."""
         return [
             int(v) | int(s) << VALUE_BITS | int(x) << (VALUE_BITS + SLOPE_BITS)
@@ -69,7 +73,11 @@ def activation_table(act: Activation) -> ActivationTable:
     mantissa = np.rint(value * scale).astype(np.int64)
     carry = mantissa >> VALUE_BITS
     mantissa, exponent, scale = mantissa >> carry, exponent - carry, scale / 2.0**carry
-    return ActivationTable(mantissa, np.rint(right * scale).astype(np.int64) - mantissa, exponent)
+    slope = np.rint(right * scale).astype(np.int64) - mantissa
+    # Up to the last segment that an entry cannot hold f is 0: it is less than 2**-24 there.
+    fits = (exponent < 1 << EXPONENT_BITS) & (slope < 1 << SLOPE_BITS)
+    there = np.logical_and.accumulate(fits[::-1])[::-1]
+    return ActivationTable(*(np.where(there, part, 0) for part in (mantissa, slope, exponent)))
 
 
 def gate(g: InternalFloat, table: ActivationTable) -> InternalFloat:
@@ -95,16 +103,45 @@ def gate(g: InternalFloat, table: ActivationTable) -> InternalFloat:
 
 def factor(g: InternalFloat, act: Activation) -> InternalFloat:
     """Return ``f(g)`` as the device has it."""
-    if act.tabulated:
-        return gate(g, activation_table(act))
+    match act.factor:
+        case Factor.TABLE:
+            return gate(g, activation_table(act))
+        case Factor.STEP:
+            above = ONE
+        case Factor.RAMP:
+            above = g
     positive = g.mantissa > 0
     return InternalFloat(
-        np.where(positive, 1 << (VALUE_BITS - 1), 0), np.where(positive, -(VALUE_BITS - 1), 0))
+        np.where(positive, above.mantissa, 0), np.where(positive, above.exponent, 0))
 
 
-def gated(g: InternalFloat, u: InternalFloat, act: Activation) -> tuple[Ints, Ints]:
+def clamped(values: InternalFloat, limit: InternalFloat, *, below: bool) -> InternalFloat:
+    """Return ``min(values, limit)``, and with ``below`` no less than ``-limit``."""
+    # Mantissas other than 0 have all their bits, so that exponents decide first.
+    magnitude = np.abs(values.mantissa)
+    beyond = (magnitude != 0) & ((values.exponent > limit.exponent) | (
+        (values.exponent == limit.exponent) & (magnitude > limit.mantissa)))
+    beyond &= (values.mantissa > 0) | below
+    return InternalFloat(
+        np.where(beyond, np.sign(values.mantissa) * limit.mantissa, values.mantissa),
+        np.where(beyond, limit.exponent, values.exponent))
+
+
+def gated(g: InternalFloat, u: InternalFloat, act: Activation,
+          limit: InternalFloat | None = None) -> tuple[Ints, Ints]:
     """Return ``h = act(g) * u`` (Shazeer, 2020): f, then two products, each rounded once.
 
-    h is quantised next, so it keeps the quantiser's 24 bits: (significand, exponent).
+    h is quantised next, so it keeps the quantiser's 24 bits: (significand, exponent). With a
+    ``limit`` g is at most that much, and u at most that far from 0.
     """
+    if limit is not None:
+        g, u = clamped(g, limit, below=False), clamped(u, limit, below=True)
     return multiply_to_element(multiply(g, factor(g, act)), u)
+
+
+def ungated(g: InternalFloat, act: Activation,
+            limit: InternalFloat | None = None) -> tuple[Ints, Ints]:
+    """Return ``h = act(g)`` of an expert without up rows, as :func:`gated` with u = 1."""
+    if limit is not None:
+        g = clamped(g, limit, below=False)
+    return multiply_to_element(multiply(g, factor(g, act)), ONE)

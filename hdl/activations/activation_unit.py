@@ -1,9 +1,10 @@
-"""The gated activation: act(gate) * up."""
+"""The activation: rows become h."""
 
 from amaranth import *
 from amaranth.lib import data, memory, stream, wiring
 from amaranth.lib.wiring import In, Out
 
+from moeaccel.activations import Factor
 from moeaccel.arithmetic import ELEMENT_BITS, MANTISSA_BITS
 from moeaccel.config import AcceleratorConfig
 from moeaccel.hdl import layouts
@@ -49,20 +50,22 @@ def _magnitude(m, value, name):
 
 
 class ActivationUnit(wiring.Component):
-    """Compute ``h = (gate * f(gate)) * up``, where f is that of the element's activation.
+    """Compute ``h = (gate * f(gate)) * up``, where f is that of the pass's activation.
 
-    Bit for bit :func:`moeaccel.tables.gated` (Shazeer, 2020): f by linear interpolation, then two
-    products, each rounded once. There is a table for each activation that has one.
+    Bit for bit :func:`moeaccel.tables.gated` (Shazeer, 2020) and ``ungated``: gate and up clamped
+    where there is a limit, f by linear interpolation, then two products, each rounded once. There
+    is a table for each activation that has one.
 
     ::
 
-        gate --> position --> [ROM] --> value + slope * fraction --> round --> * gate --> round
-             --> * up --> round --> h
+        gate, up --> clamp --> position --> [ROM] --> value + slope * fraction --> round
+             --> * gate --> round --> * up --> round --> h
 
-    An element that is not to be combined and of an even row is a gate; the next one, of the odd row
-    above it and the same slot, is its up. Other cycles may lie between them. Latency LATENCY_CYCLES
-    from the up element; one element per cycle in, one every two cycles out, never a stall. Reset
-    forgets what is under way.
+    Elements that are not to be combined are rows of h. In a ``paired`` form one of an even row is a
+    gate; the next one, of the odd row above it and the same slot, is its up. Other cycles may lie
+    between them. Else each is a gate, and up is 1. Latency LATENCY_CYCLES from the up element, or
+    the only one; one element per cycle in, one every two cycles out, or in each, never a stall.
+    Reset forgets what is under way.
 
     Parameters
     ----------
@@ -74,11 +77,14 @@ class ActivationUnit(wiring.Component):
     -------
     i_element : :py:`In(stream.Signature(layouts.result_element(config), always_ready=True))`
         ``combine`` elements are ignored.
+    i_form : :py:`In(layouts.hidden_form(config))`
+        Of the pass: constant while its elements are under way. The next pass begins when all of
+        this one's h is quantised.
     o_element : :py:`Out(stream.Signature(layouts.hidden_element(config), always_ready=True))`
         ``last`` is that of the up element.
     """
 
-    LATENCY_CYCLES = 7 + 3 * (Multiplier.LATENCY_CYCLES + 3)
+    LATENCY_CYCLES = 10 + 3 * (Multiplier.LATENCY_CYCLES + 3)
 
     def __init__(self, config, family="generic"):
         if not isinstance(config, AcceleratorConfig):
@@ -90,6 +96,7 @@ class ActivationUnit(wiring.Component):
         super().__init__({
             "i_element": In(stream.Signature(
                 layouts.result_element(config), always_ready=True)),
+            "i_form": In(layouts.hidden_form(config)),
             "o_element": Out(stream.Signature(
                 layouts.hidden_element(config), always_ready=True)),
         })
@@ -109,6 +116,8 @@ class ActivationUnit(wiring.Component):
         config = self._config
         element = self.i_element.payload
 
+        form = self.i_form
+
         # -- pairs ---------------------------------------------------------------------------------
         arrives = self.i_element.valid & ~element.combine
         held = Signal(layouts.internal_float(), reset_less=True)
@@ -118,39 +127,74 @@ class ActivationUnit(wiring.Component):
             "slot": layouts.slot_bits(config), "index": layouts.row_bits(config) - 1, "last": 1}))
         m.d.comb += [
             meta.slot.eq(element.slot),
-            meta.index.eq(element.row >> 1),
+            meta.index.eq(Mux(form.paired, element.row >> 1, element.row)),
             meta.last.eq(element.last),
         ]
+        one = Signal(layouts.internal_float())
+        m.d.comb += [one.mantissa.eq(1 << MANTISSA_BITS - 1), one.exponent.eq(1 - MANTISSA_BITS)]
+        p = Pipeline(m, arrives & (element.row[0] | ~form.paired), "position")
+        s = p.stage(
+            gate=_magnitude(m, Mux(form.paired, held, element.value), "gate"),
+            up=_magnitude(m, Mux(form.paired, element.value, one), "up"), meta=meta)
 
-        # -- 1 to 3: position of the gate in the table, rounded down -------------------------------
-        p = Pipeline(m, arrives & element.row[0], "position")
+        # -- 2, 3: no more than the limit, whose significand is made as long as a mantissa ---------
+        limited = Signal()
+        most = Signal(data.StructLayout({
+            "magnitude": MANTISSA_BITS, "exponent": signed(EXPONENT_BITS)}))
+        m.d.comb += [
+            limited.eq(form.limit[7:15] != 0),
+            most.magnitude.eq(Cat(C(0, MANTISSA_BITS - 8), form.limit[:7], C(1, 1))),
+            most.exponent.eq(form.limit[7:15] - (127 + MANTISSA_BITS - 1)),
+        ]
+
+        def beyond_limit(value):
+            return limited & (value.magnitude != 0) & (
+                (value.exponent > most.exponent)
+                | ((value.exponent == most.exponent) & (value.magnitude > most.magnitude)))
+
+        def clamp(value, beyond):
+            after = Signal.like(value)
+            m.d.comb += after.eq(value)
+            with m.If(beyond):
+                m.d.comb += [
+                    after.magnitude.eq(most.magnitude), after.exponent.eq(most.exponent)]
+            return after
+
+        s = p.stage(
+            gate=s.gate, up=s.up, meta=s.meta, gate_beyond=beyond_limit(s.gate) & ~s.gate.sign,
+            up_beyond=beyond_limit(s.up) & form.paired)
+        s = p.stage(gate=clamp(s.gate, s.gate_beyond), up=clamp(s.up, s.up_beyond), meta=s.meta)
+
+        # -- 4 to 6: position of the gate in the table, rounded down -------------------------------
         distance = Signal(signed(EXPONENT_BITS + 1))
         by = Signal(range(MAX_RIGHT_SHIFT + 1))
+        mantissa = Signal(signed(MANTISSA_BITS + 1))
         m.d.comb += [
-            distance.eq(MAX_LEFT_SHIFT - SEGMENT_BITS - FRACTION_BITS - held.exponent),
+            mantissa.eq(Mux(s.gate.sign, -s.gate.magnitude, s.gate.magnitude)),
+            distance.eq(MAX_LEFT_SHIFT - SEGMENT_BITS - FRACTION_BITS - s.gate.exponent),
             by.eq(Mux(distance > MAX_RIGHT_SHIFT, MAX_RIGHT_SHIFT, distance[:len(by)])),
         ]
         s = p.stage(
-            value=Cat(Const(0, MAX_LEFT_SHIFT), held.mantissa).as_signed(), by=by,
-            over=distance < 0, activation=element.activation, gate=_magnitude(m, held, "gate"),
-            up=_magnitude(m, element.value, "up"), meta=meta)
-        s = p.stage(value=s.value >> s.by[:3], by=s.by[3:], over=s.over, activation=s.activation,
-                    gate=s.gate, up=s.up, meta=s.meta)
-        tables = [a for a in config.expert_activations if a.tabulated]
-        plain = [a.code for a in config.expert_activations if not a.tabulated]
-        s = p.stage(value=s.value >> (s.by << 3), over=s.over, gate=s.gate, up=s.up, meta=s.meta,
-                    stepped=Cat(s.activation == code for code in plain).any(),
-                    table=Cat(s.activation == a.code for a in tables[1:]))
+            value=Cat(Const(0, MAX_LEFT_SHIFT), mantissa).as_signed(), by=by,
+            over=distance < 0, gate=s.gate, up=s.up, meta=s.meta)
+        s = p.stage(value=s.value >> s.by[:3], by=s.by[3:], over=s.over, gate=s.gate, up=s.up,
+                    meta=s.meta)
+        s = p.stage(value=s.value >> (s.by << 3), over=s.over, gate=s.gate, up=s.up, meta=s.meta)
+        tables, plain = (
+            [a for a in config.expert_activations if (a.factor is Factor.TABLE) is tabulated]
+            for tabulated in (True, False))
+        stepped = Cat(form.activation == a.code for a in plain).any()
+        ramps = Cat(form.activation == a.code for a in plain if a.factor is Factor.RAMP).any()
 
-        # -- 4: look it up -------------------------------------------------------------------------
+        # -- 7: look it up -------------------------------------------------------------------------
         m.submodules.table = table = memory.Memory(
             shape=unsigned(VALUE_BITS + SLOPE_BITS + TABLE_EXPONENT_BITS),
             depth=SEGMENTS * max(1, len(tables)),
             init=[word for a in tables for word in activation_table(a).packed()])
         rom = table.read_port()
-        which = Signal(range(max(2, len(tables))))  # of the tables
-        for i, chosen in enumerate(s.table, start=1):
-            with m.If(chosen):
+        which = Signal(range(max(2, len(tables))))
+        for i, chosen in enumerate(tables):
+            with m.If(form.activation == chosen.code):
                 m.d.comb += which.eq(i)
         beyond = s.value[POSITION_BITS:]  # all equal to the sign within the table
         negative = s.value[-1]
@@ -160,14 +204,14 @@ class ActivationUnit(wiring.Component):
                 s.value[FRACTION_BITS:POSITION_BITS + 1] ^ (SEGMENTS // 2), which)),
         ]
         s = p.stage(
-            above=~negative & (s.gate.magnitude != 0) & (s.over | beyond.any() | s.stepped),
-            below=Mux(s.stepped, negative | (s.gate.magnitude == 0),
+            above=~negative & (s.gate.magnitude != 0) & (s.over | beyond.any() | stepped),
+            below=Mux(stepped, negative | (s.gate.magnitude == 0),
                       negative & (s.over | ~beyond.all())),
             fraction=s.value[:FRACTION_BITS], gate=s.gate, up=s.up, meta=s.meta)
         # Block RAM is slow to answer: a register behind it, ahead of everything else.
         s = p.stage(**vars(s), entry=rom.data)
 
-        # -- 6 to 9: interpolate -------------------------------------------------------------------
+        # -- 9 to 12: interpolate ------------------------------------------------------------------
         m.submodules.interpolate = interpolate = Multiplier(
             SLOPE_BITS + 1, FRACTION_BITS + 1, family=self._family)
         m.d.comb += [
@@ -201,8 +245,11 @@ class ActivationUnit(wiring.Component):
 
         # -- gate * f(gate), then that * up --------------------------------------------------------
         factor, factor_exponent = Signal(MANTISSA_BITS), Signal(signed(EXPONENT_BITS))
-        with m.If(round_f.o_tag.above):  # 1
-            m.d.comb += [factor[-1].eq(1), factor_exponent.eq(-(MANTISSA_BITS - 1))]
+        with m.If(round_f.o_tag.above):  # 1, or the gate itself
+            m.d.comb += [
+                factor.eq(Mux(ramps, round_f.o_tag.gate.magnitude, 1 << MANTISSA_BITS - 1)),
+                factor_exponent.eq(
+                    Mux(ramps, round_f.o_tag.gate.exponent, -(MANTISSA_BITS - 1)))]
         with m.Elif(~round_f.o_tag.below):  # else 0
             m.d.comb += [factor.eq(round_f.o_magnitude), factor_exponent.eq(round_f.o_exponent)]
 

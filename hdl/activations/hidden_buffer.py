@@ -32,12 +32,11 @@ class HiddenBuffer(wiring.Component):
                     +--> [tree] --> [largest of block, of token] ----^
 
     As many consecutive elements of a slot come at once as there are channels, one from each core.
-    They come in the order of their index, those of different slots in any order, those of a slot
-    not in consecutive cycles (an ActivationUnit needs two for each). The bits are those
+    They come in the order of their index, those of different slots in any order. The bits are those
     of :func:`moeaccel.arithmetic.quantise_elements`. ``i_start`` says what the pass is; quantising
     begins when the element marked ``last`` has come, too, be it before or after.
 
-    Throughput: ``channels`` elements in every other cycle; ``quantiser_lanes`` elements per cycle
+    Throughput: ``channels`` elements per cycle in; ``quantiser_lanes`` elements per cycle
     out, so that slot s is counted by ``o_slots_ready`` about ``(s + 1) * 32 * i_steps /
     quantiser_lanes + latency_cycles`` cycles after the beginning. Nothing can be refused: elements
     of the next pass may come only when all slots are ready. They do, for each group of a pass's
@@ -179,27 +178,34 @@ class HiddenBuffer(wiring.Component):
             s = p.stage(found=found, slot=s.slot, index=s.index, last=s.last)
             found = s.found
         (new,) = found
-        block_old, token_old = (Signal(block_top(), name=n) for n in ("block_old", "token_old"))
+        block_old, token_old, block_now, token_now = (
+            Signal(block_top(), name=n)
+            for n in ("block_old", "token_old", "block_now", "token_now"))
+        # What is being stored, of the element before, is of the same slot: it is not read back.
+        behind = Signal()
         m.d.comb += [
             block_r.addr.eq(s.slot),
             token_r.addr.eq(s.slot),
-            block_old.eq(block_r.data),
-            token_old.eq(token_r.data),
+            block_old.eq(Mux(behind, block_now, block_r.data)),
+            token_old.eq(Mux(behind, token_now, token_r.data)),
         ]
+        before = s
         with m.If(s.index[:block_bits] == 0):
             m.d.comb += block_old.zero.eq(1)
         with m.If(s.index == 0):
             m.d.comb += token_old.zero.eq(1)
         s = p.stage(new=new, block_old=block_old, token_old=token_old, slot=s.slot, index=s.index,
                     last=s.last)
-        block_now = _larger(m, s.new, s.block_old, "block_now")
         m.d.comb += [
+            behind.eq(p.valid & (s.slot == before.slot)),
+            block_now.eq(_larger(m, s.new, s.block_old, "block_largest")),
+            token_now.eq(_larger(m, s.new, s.token_old, "token_largest")),
             block_w.en.eq(p.valid),
             block_w.addr.eq(s.slot),
             block_w.data.eq(block_now),
             token_w.en.eq(p.valid),
             token_w.addr.eq(s.slot),
-            token_w.data.eq(_larger(m, s.new, s.token_old, "token_now")),
+            token_w.data.eq(token_now),
             tops_w.en.eq(p.valid & s.index[core_bits:block_bits].all()),
             tops_w.addr.eq(Cat(s.index[block_bits:][:step_bits], s.slot)),
             tops_w.data.eq(block_now),

@@ -181,7 +181,6 @@ class ResultSerialiser(wiring.Component):
             meta.slot.eq(slot),
             meta.row.eq(tag.row + row),
             meta.combine.eq(tag.combine),
-            meta.activation.eq(tag.activation),
             meta.last.eq(tag.last & last_row & last_member),
             meta.slot_bank.eq(tag.slot_bank),
             meta.fresh.eq(tag.fresh),

@@ -209,7 +209,6 @@ class Sequencer(wiring.Component):
             self.o_tag.slots.eq(Mux(slots_left > per_group, per_group, slots_left)),
             self.o_tag.hidden.eq(section.hidden),
             self.o_tag.combine.eq(section.combine),
-            self.o_tag.activation.eq(current.work.activation),
             self.o_tag.two_planes.eq(job.two_planes),
             self.o_tag.missing.eq(missing),
             self.o_tag.x_bank.eq(current.x_bank),

@@ -1,20 +1,27 @@
-"""The gated activation: pairs of rows become h."""
+"""The activation: rows become h."""
 
 from __future__ import annotations
 
+import numpy as np
+
 from moeaccel.activations import activation
-from moeaccel.arithmetic import InternalFloat, Ints
-from moeaccel.tables import gated
+from moeaccel.arithmetic import InternalFloat, Ints, float32_to_internal
+from moeaccel.image import Expert
+from moeaccel.tables import gated, ungated
 
 
-def hidden(gate_up: InternalFloat, name: str) -> tuple[Ints, Ints]:
+def hidden(rows: InternalFloat, expert: Expert) -> tuple[Ints, Ints]:
     """Return h, (n, d_expert), as the (significand, exponent) that the quantiser takes.
 
     Parameters
     ----------
-    gate_up : :class:`InternalFloat`
-        (n, 2 d_expert), gate and up rows in turn.
-    name : :class:`str`
-        Activation.
+    rows : :class:`InternalFloat`
+        (n, 2 d_expert), gate and up rows in turn, or (n, d_expert) of an expert that is not gated.
+    expert : :class:`Expert`
+        Activation, whether it is gated, and limit.
     """
-    return gated(gate_up[:, 0::2], gate_up[:, 1::2], activation(name))
+    act = activation(expert.activation)
+    limit = None if expert.limit is None else float32_to_internal(np.float32(expert.limit))
+    if expert.gated:
+        return gated(rows[:, 0::2], rows[:, 1::2], act, limit)
+    return ungated(rows, act, limit)

@@ -62,7 +62,7 @@ def expert(x: BlockFloat, weights: Weights) -> InternalFloat:
     """Return one expert's output, (n, d_out)."""
     if isinstance(weights, QuantisedMatrix):
         return matvec(x, weights)
-    h = hidden(matvec(x, weights.gate_up), weights.activation)
+    h = hidden(matvec(x, weights.gate_up), weights)
     return matvec(quantise_hidden(h, x.planes), weights.down)
 
 

@@ -22,6 +22,7 @@ def experts_float64(
     gate_up: Sequence[NDArray[np.floating]],
     down: Sequence[NDArray[np.floating]],
     activation: str | Sequence[str] = "silu",
+    limit: float | None = None,
 ) -> Floats:
     """Return the MoE layer in float64.
 
@@ -32,9 +33,11 @@ def experts_float64(
         Negative or ``>= len(down)``: skipped.
     weights : float array, (T, K)
     gate_up, down : sequence of float array
-        (2 I, H) as ``[gate; up]``, and (H, I); I may differ.
+        (2 I, H) as ``[gate; up]``, or (I, H), not gated; and (H, I). I may differ.
     activation : :class:`str` or sequence of str
         Of all, or of each.
+    limit : :class:`float`, optional
+        As in :class:`moeaccel.image.ExpertShape`.
     """
     x = np.asarray(x, np.float64)
     y = np.zeros((x.shape[0], down[0].shape[0]))
@@ -42,14 +45,19 @@ def experts_float64(
     for e in np.unique(ids[(ids >= 0) & (ids < len(down))]):
         tokens, slots = np.nonzero(ids == e)
         projected = x[tokens] @ np.asarray(gate_up[e], np.float64).T
-        half = projected.shape[1] // 2
-        act = find_activation(names[e])
-        out = (
-            act(projected[:, :half]) * projected[:, half:]
-            @ np.asarray(down[e], np.float64).T
-        )
+        hidden = _hidden(projected, down[e].shape[1], names[e], limit)
+        out = hidden @ np.asarray(down[e], np.float64).T
         np.add.at(y, tokens, out * np.asarray(weights, np.float64)[tokens, slots][:, None])
     return y
+
+
+def _hidden(rows: Floats, d_expert: int, activation: str, limit: float | None) -> Floats:
+    """Return h of ``[gate; up]`` rows, or of gate rows alone."""
+    gate, up = rows[:, :d_expert], rows[:, d_expert:]
+    if limit is not None:
+        gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
+    h = find_activation(activation)(gate)
+    return h * up if up.shape[1] else h
 
 
 def quantised_float_experts(
@@ -67,7 +75,10 @@ def quantised_float_experts(
     for e in np.unique(ids[(ids >= 0) & (ids < len(layer))]):
         tokens, slots = np.nonzero(ids == e)
         projected = x_hat[tokens] @ layer[e].gate_up.dequantise().T
-        hidden = find_activation(layer[e].activation)(projected[:, 0::2]) * projected[:, 1::2]
+        d_expert = layer[e].down.integers.shape[1]
+        if layer[e].gated:
+            projected = np.concatenate([projected[:, 0::2], projected[:, 1::2]], axis=1)
+        hidden = _hidden(projected, d_expert, layer[e].activation, layer[e].limit)
         significand, exponent, _ = split_float32(hidden.astype(np.float32))
         h_hat = quantise_elements(significand, exponent, planes).to_float64()
         out = h_hat @ layer[e].down.dequantise().T

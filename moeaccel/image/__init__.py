@@ -34,6 +34,7 @@ from moeaccel.image.expert import (
     ExpertShape,
     LinearShape,
     interleave_gate_up,
+    limit_bits,
 )
 from moeaccel.image.images import build_image, build_linear_image, check_image, unpack_image
 from moeaccel.image.sections import Section, pack_section, unpack_section
@@ -41,5 +42,5 @@ from moeaccel.image.table import expert_table, table_entry
 
 __all__ = [
     "ALIGNMENT", "HEADER_BYTES", "Expert", "ExpertShape", "LinearShape", "Section", "build_image",
-    "build_linear_image", "check_image", "expert_table", "interleave_gate_up", "pack_section",
-    "table_entry", "unpack_image", "unpack_section"]
+    "build_linear_image", "check_image", "expert_table", "interleave_gate_up", "limit_bits",
+    "pack_section", "table_entry", "unpack_image", "unpack_section"]

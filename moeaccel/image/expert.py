@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeaccel.activations import activation
+from moeaccel.errors import FormatError
 from moeaccel.formats import (
     QuantisedMatrix,
     WeightFormat,
@@ -20,7 +21,7 @@ from moeaccel.formats import (
 from moeaccel.image.sections import Section, stored_bytes
 
 __all__ = ["ALIGNMENT", "HEADER_BYTES", "Expert", "ExpertShape", "ImageShape", "LinearShape",
-           "interleave_gate_up"]
+           "interleave_gate_up", "limit_bits"]
 
 HEADER_BYTES = 64
 ALIGNMENT = 4096
@@ -68,11 +69,16 @@ class ExpertShape(ImageShape):
         Of down where it differs; one that does not becomes None, so that equal shapes are equal.
     activation : :class:`str`
         One of :data:`moeaccel.activations.ACTIVATIONS`.
+    gated : :class:`bool`
+        h = activation(gate) * up; else there are no up rows, and h = activation(gate).
+    limit : :class:`float`, optional
+        Of the rows before the activation: gate is at most that, up at most that far from 0.
 
     Raises
     ------
     FormatError
-        For a dimension below 1, and an activation that there is not.
+        For a dimension below 1, an activation that there is not, and a limit that is no positive
+        bfloat16 number.
     """
 
     format: WeightFormat
@@ -83,19 +89,27 @@ class ExpertShape(ImageShape):
     _: KW_ONLY
     down_format: WeightFormat | None = None
     activation: str = "silu"
+    gated: bool = True
+    limit: float | None = None
 
     def __post_init__(self) -> None:
         check_dims(d_model=self.d_model, d_expert=self.d_expert)
         activation(self.activation)
+        limit_bits(self.limit)
         if self.down_format == self.format:
             object.__setattr__(self, "down_format", None)
 
     @property
     def gate_up(self) -> Section:
-        """Rows g0, u0, g1, u1, ... of d_model inputs."""
+        """Rows g0, u0, g1, u1, ... of d_model inputs; g0, g1, ... where it is not gated."""
         return Section(
-            self.format, 2 * whole_blocks(self.d_expert), whole_blocks(self.d_model),
+            self.format, self.rows_of_h * whole_blocks(self.d_expert), whole_blocks(self.d_model),
             self.row_multipliers, self.channels)
+
+    @property
+    def rows_of_h(self) -> int:
+        """Rows for each element of h."""
+        return 2 if self.gated else 1
 
     @property
     def down(self) -> Section:
@@ -112,7 +126,7 @@ class ExpertShape(ImageShape):
     @property
     def stored_bytes(self) -> int:
         """Bytes of weights, scales and row exponents without padding, in all parts."""
-        return (stored_bytes(self.format, 2 * self.d_expert, self.d_model)
+        return (stored_bytes(self.format, self.rows_of_h * self.d_expert, self.d_model)
                 + stored_bytes(self.down.format, self.d_model, self.d_expert))
 
 
@@ -147,6 +161,24 @@ class LinearShape(ImageShape):
         return stored_bytes(self.format, self.d_out, self.d_in)
 
 
+def limit_bits(limit: float | None) -> int:
+    """Return a limit as an expert table entry has it: the bits of a bfloat16, 0 for none.
+
+    Raises
+    ------
+    FormatError
+        If it is not a positive bfloat16 number.
+    """
+    if limit is None:
+        return 0
+    bits = int(np.float32(limit).view(np.uint32)) if np.isscalar(limit) else 0
+    if not 0x80 <= bits >> 16 <= 0x7F7F or bits & 0xFFFF or float(np.float32(limit)) != limit:
+        raise FormatError(
+            f"limit must be a positive number with at most 8 significant bits, such as 7.0, "
+            f"not {limit!r}")
+    return bits >> 16
+
+
 def interleave_gate_up(gate_up: NDArray[np.floating]) -> NDArray[np.floating]:
     """Reorder ``[gate; up]`` rows, (2 I, H), to g0, u0, g1, u1, ..."""
     half = gate_up.shape[0] // 2
@@ -155,40 +187,52 @@ def interleave_gate_up(gate_up: NDArray[np.floating]) -> NDArray[np.floating]:
 
 @dataclass(frozen=True)
 class Expert:
-    """One quantised expert: what an image holds, before packing, and its activation.
+    """One quantised expert: what an image holds, before packing, and how rows become h.
 
     Parameters
     ----------
     gate_up : :class:`QuantisedMatrix`
-        (2 d_expert, d_model), rows g0, u0, g1, u1, ...
+        (2 d_expert, d_model), rows g0, u0, g1, u1, ...; or (d_expert, d_model), not gated.
     down : :class:`QuantisedMatrix`
         (d_model, d_expert); its format may be another one.
-    activation : :class:`str`
+    activation, limit
+        As in :class:`ExpertShape`.
     """
 
     gate_up: QuantisedMatrix
     down: QuantisedMatrix
     activation: str = "silu"
+    limit: float | None = None
+
+    @property
+    def gated(self) -> bool:
+        """Whether there are up rows."""
+        return self.gate_up.integers.shape[0] != self.down.integers.shape[1]
 
     @classmethod
     def quantise(
         cls, gate_up: NDArray[np.floating], down: NDArray[np.floating], name: str | WeightFormat,
-        *, down_format: str | WeightFormat | None = None, activation: str = "silu"
+        *, down_format: str | WeightFormat | None = None, activation: str = "silu",
+        limit: float | None = None
     ) -> Expert:
-        """Quantise float weights: ``gate_up`` (2 I, H) as ``[gate; up]``, ``down`` (H, I)."""
+        """Quantise float weights: ``gate_up`` (2 I, H) as ``[gate; up]``, or (I, H), ``down``
+        (H, I)."""
         fmt = weight_format(name)
-        return cls(quantise(interleave_gate_up(gate_up), fmt),
-                   quantise(down, fmt if down_format is None else down_format), activation)
+        rows = gate_up if len(gate_up) == down.shape[1] else interleave_gate_up(gate_up)
+        return cls(quantise(rows, fmt), quantise(down, fmt if down_format is None else down_format),
+                   activation, limit)
 
     def shape(self, row_multipliers: int, channels: int = 1) -> ExpertShape:
         """Return its shape for a device with such arrays."""
         d_model, d_expert = self.down.integers.shape
         return ExpertShape(
             self.gate_up.format, d_model, d_expert, row_multipliers, channels,
-            down_format=self.down.format, activation=self.activation)
+            down_format=self.down.format, activation=self.activation, gated=self.gated,
+            limit=self.limit)
 
     def filled(self) -> Expert:
         """Return what device memory holds: zeros behind rows and columns, up to whole blocks."""
         d_model, d_expert = (whole_blocks(dim) for dim in self.down.integers.shape)
-        return replace(self, gate_up=self.gate_up.filled(2 * d_expert, d_model),
+        rows = d_expert * (2 if self.gated else 1)
+        return replace(self, gate_up=self.gate_up.filled(rows, d_model),
                        down=self.down.filled(d_model, d_expert))

@@ -42,7 +42,8 @@ def build_image(
     Parameters
     ----------
     gate_up : :class:`QuantisedMatrix`
-        (2 d_expert, d_model), rows interleaved (:func:`interleave_gate_up`).
+        (2 d_expert, d_model), rows interleaved (:func:`interleave_gate_up`); or (d_expert,
+        d_model), not gated.
     down : :class:`QuantisedMatrix`
         (d_model, d_expert); its format may be another one.
     row_multipliers : :class:`int`
@@ -53,7 +54,7 @@ def build_image(
     shape = filled.shape(row_multipliers, channels)
     payload = np.concatenate([
         pack_section(deal(matrix, row_multipliers, channel, channels, together), row_multipliers)
-        for matrix, together in ((filled.gate_up, 2), (filled.down, 1))])
+        for matrix, together in ((filled.gate_up, shape.rows_of_h), (filled.down, 1))])
     head = _header(shape, shape.d_model, shape.d_expert, channel, payload)
     return np.concatenate([head, payload])
 
@@ -86,7 +87,7 @@ def _header(shape: ExpertShape | LinearShape, first_dim: int, second_dim: int, c
 def check_image(image: Bytes, *, channel: int = 0) -> ExpertShape:
     """Check an image's header and CRC-32 and return its shape.
 
-    The activation is not the image's: an expert table names it.
+    Activation and limit are not the image's: an expert table names them.
 
     Parameters
     ----------
@@ -126,8 +127,11 @@ def check_image(image: Bytes, *, channel: int = 0) -> ExpertShape:
             f"{d_expert}, for 1 row multiplier or more, not {row_multipliers}; its header was "
             "damaged, load it again"
         )
-    shape = ExpertShape(fmt, d_model, d_expert, row_multipliers, last_channel + 1,
-                        down_format=down_format)
+    shape, ungated = (
+        ExpertShape(fmt, d_model, d_expert, row_multipliers, last_channel + 1,
+                    down_format=down_format, gated=gated) for gated in (True, False))
+    if words == [s.words for s in ungated.sections]:
+        shape = ungated
     if words != [s.words for s in shape.sections] or len(image) < shape.image_bytes:
         raise ImageError(
             f"image must be {shape.image_bytes} bytes for its header, "
@@ -171,5 +175,6 @@ def unpack_image(*parts: Bytes) -> Expert:
             f"parts must be all those of one image, not {len(parts)} of {sorted(map(str, shapes))}")
     split = shape.header_bytes + shape.gate_up.words * shape.gate_up.word_bytes
     return Expert(
-        unpack_section([p[shape.header_bytes : split] for p in parts], shape.gate_up, paired=True),
+        unpack_section([p[shape.header_bytes : split] for p in parts], shape.gate_up,
+                       paired=shape.gated),
         unpack_section([p[split : shape.image_bytes] for p in parts], shape.down, paired=False))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moeaccel.activations import activation
-from moeaccel.image.expert import ExpertShape, LinearShape
+from moeaccel.image.expert import ExpertShape, LinearShape, limit_bits
 from moeaccel.interface.commands import EXPERT, Operand, Sink, encode
 
 __all__ = ["expert_table", "table_entry"]
@@ -21,15 +21,18 @@ def table_entry(shape: ExpertShape | LinearShape, image_address: int) -> dict[st
         Of the first word, ``shape.header_bytes`` behind the image's first byte.
     """
     sections = shape.sections
+    rows = Sink.COMBINE
     entry = {"sections": len(sections), "image_address": image_address}
     if isinstance(shape, ExpertShape):
-        entry |= {"activation": activation(shape.activation).code, "d_expert": shape.down.k}
+        entry |= {"activation": activation(shape.activation).code, "d_expert": shape.down.k,
+                  "limit": limit_bits(shape.limit)}
+        rows = Sink.ACTIVATION if shape.gated else Sink.ACTIVATION_ROWS
     for index, section in enumerate(sections):
         last = index == len(sections) - 1
         entry |= {
             f"format{index}": section.format.code,
             f"operand{index}": int(Operand.HIDDEN if index else Operand.X),
-            f"sink{index}": int(Sink.COMBINE if last else Sink.ACTIVATION),
+            f"sink{index}": int(Sink.COMBINE if last else rows),
             f"words{index}": section.words}
     return entry
 

@@ -102,6 +102,8 @@ class Sink(enum.IntEnum):
     """Pairs of rows, 2 * d_expert: h = activation(gate) * up."""
     COMBINE = 1
     """d_out rows: weighted, and added to the token's y."""
+    ACTIVATION_ROWS = 2
+    """Rows by themselves, d_expert: h = activation(row)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,7 +232,7 @@ def _section(index: int) -> tuple[Field, ...]:
         here: tuple[str, int] | None = None
         follows = (
             Limit(values=(Sink.COMBINE,), when=("sections", 1)),
-            Limit(values=(Sink.ACTIVATION,), when=("sections", 2)))
+            Limit(values=(Sink.ACTIVATION, Sink.ACTIVATION_ROWS), when=("sections", 2)))
     else:
         here = ("sections", 2)
         follows = (Limit(values=(Sink.COMBINE,), when=("sections", 2)),)
@@ -247,13 +249,17 @@ def _section(index: int) -> tuple[Field, ...]:
 EXPERT = (
     _field("sections", 0, 0, 8, "Sections of the image, in the order in which they are computed.",
            Limit(values=tuple(range(1, SECTIONS_MAX + 1)))),
-    _field("activation", 0, 8, 8, "Activation code, if a sink is ACTIVATION.",
+    _field("activation", 0, 8, 8, "Activation code.",
            Limit(values="activation_codes", when=("sections", 2))),
     _field("flags", 0, 16, 16, "None is defined.", Limit(values=(0,))),
     _field("d_expert", 1, 0, 32, "Elements of h; experts of a layer may differ in it.",
            Limit(low=BLOCK, high="max_dim", multiple=BLOCK, when=("sections", 2))),
     _address("image_address", 2, "First word of the image, behind its header."),
     *(field for index in range(SECTIONS_MAX) for field in _section(index)),
+    _field("limit", 10, 0, 16,
+           "Most that gate rows may be, and how far from 0 up rows, at the activation: bfloat16; "
+           "0, or a subnormal number: none.",
+           Limit(low=0, high=0x7F7F, when=("sections", 2))),
 )
 
 COMPLETION = (

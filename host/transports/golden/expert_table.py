@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
+
 from moeaccel.activations import ACTIVATIONS
 from moeaccel.config import AcceleratorConfig
 from moeaccel.formats import FORMATS
@@ -15,6 +17,7 @@ from moeaccel.image import Section
 from moeaccel.interface.commands import (
     ENTRY_BYTES,
     EXPERT,
+    Sink,
     Status,
     bad_field,
     decode,
@@ -31,14 +34,16 @@ class Entry:
     ----------
     image_address : :class:`int`
     sections : tuple of :class:`Section`
-        Two of a gated expert; one of a matrix.
-    activation : :class:`str`
-        Of a gated expert.
+        Two of an expert; one of a matrix.
+    activation, gated, limit
+        Of an expert, as in :class:`moeaccel.image.ExpertShape`.
     """
 
     image_address: int
     sections: tuple[Section, ...]
     activation: str
+    gated: bool
+    limit: float | None
 
     @property
     def payload_bytes(self) -> int:
@@ -60,7 +65,10 @@ def check_entry(raw: bytes, d_in: int, d_out: int, config: AcceleratorConfig) ->
         return wrong[0].word
     sections = sections_of(values, d_in, d_out, config)
     activation = next((a.name for a in ACTIVATIONS.values() if a.code == values["activation"]), "")
-    entry = Entry(values["image_address"], sections, activation)
+    limit = np.uint32(values["limit"] << 16).view(np.float32)
+    entry = Entry(
+        values["image_address"], sections, activation, values["sink0"] == Sink.ACTIVATION,
+        float(limit) if values["limit"] >> 7 else None)
     if entry.image_address + entry.payload_bytes > 1 << config.address_bits:
         return field_of(EXPERT, "image_address").word
     for i, section in enumerate(sections):
@@ -74,7 +82,8 @@ def sections_of(values: Mapping[str, int], d_in: int, d_out: int, config: Accele
     """Return the sections of an entry whose fields are good."""
     formats = {f.code: f for f in FORMATS.values()}
     d_expert = values["d_expert"]
-    shapes = [(d_out, d_in)] if values["sections"] == 1 else [(2 * d_expert, d_in),
+    rows_of_h = 2 if values["sink0"] == Sink.ACTIVATION else 1
+    shapes = [(d_out, d_in)] if values["sections"] == 1 else [(rows_of_h * d_expert, d_in),
                                                             (d_out, d_expert)]
     return tuple(
         Section(formats[values[f"format{i}"]], rows, k, config.row_multipliers, config.channels)

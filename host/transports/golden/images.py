@@ -26,7 +26,7 @@ class Images:
     def __init__(self, port: MemoryPort, cache_bytes: int) -> None:
         self._port = port
         self._most = cache_bytes
-        self._cache: OrderedDict[tuple[int, tuple[Section, ...]],
+        self._cache: OrderedDict[tuple[int, tuple[Section, ...], bool],
                                  tuple[int, _Matrices, int]] = OrderedDict()
 
     def clear(self) -> None:
@@ -36,13 +36,14 @@ class Images:
     def weights(self, entry: Entry) -> Weights:
         """Return what an entry's image holds."""
         matrices = self._matrices(entry)
-        return matrices[0] if len(matrices) == 1 else Expert(*matrices, entry.activation)
+        return matrices[0] if len(matrices) == 1 else Expert(
+            *matrices, entry.activation, entry.limit)
 
     def _matrices(self, entry: Entry) -> _Matrices:
         channels = self._port.channels
         address, sections = entry.image_address, entry.sections
         version = sum(memory.version(address, entry.payload_bytes) for memory in channels)
-        key = address, sections
+        key = address, sections, entry.gated
         found = self._cache.get(key)
         if found is not None and found[0] == version:
             self._cache.move_to_end(key)
@@ -51,7 +52,8 @@ class Images:
         for i, section in enumerate(sections):
             size = section.words * section.word_bytes
             words = [memory.view(address, size) for memory in channels]
-            matrices.append(unpack_section(words, section, paired=i + 1 < len(sections)))
+            matrices.append(unpack_section(
+                words, section, paired=entry.gated and i + 1 < len(sections)))
             address += size
         size = sum(matrix.integers.nbytes for matrix in matrices)
         self._cache[key] = version, tuple(matrices), size

@@ -2,10 +2,12 @@ import numpy as np
 import pytest
 from amaranth.sim import Simulator
 
-from moeaccel.arithmetic import InternalFloat, normalise
+from moeaccel.activations import ACTIVATIONS, Factor
+from moeaccel.arithmetic import InternalFloat, float32_to_internal, normalise
 from moeaccel.config import preset
 from moeaccel.hdl.activations.activation_unit import ActivationUnit
-from moeaccel.tables import gated
+from moeaccel.image import limit_bits
+from moeaccel.tables import gated, ungated
 
 
 def extreme(rng, n):
@@ -21,22 +23,23 @@ def extreme(rng, n):
     return normalise(integer, exponent.astype(np.int64))
 
 
-def run(gates, ups, rng, stall):
+def run(gates, ups, rng, stall, *, activation="silu", paired=True, limit=None):
     config = preset("tiny")
     dut = ActivationUnit(config)
     n = len(gates.mantissa)
-    activations = config.expert_activations
-    chosen = rng.integers(len(activations), size=n)  # those of consecutive elements differ
-    of_each = np.array([gated(gates, ups, a) for a in activations])
-    expected = of_each[chosen, :, np.arange(n)].T
+    act = ACTIVATIONS[activation]
+    most = None if limit is None else float32_to_internal(np.float32(limit))
+    expected = gated(gates, ups, act, most) if paired else ungated(gates, act, most)
     meta = [(int(rng.integers(config.max_slots)), int(rng.integers(config.max_dim)),
              int(rng.integers(2))) for _ in range(n)]
     got, cycles = [], []
 
     async def drive(ctx):
         port = dut.i_element
+        ctx.set(dut.i_form, {
+            "activation": act.code, "paired": paired, "limit": limit_bits(limit)})
         for i, (slot, index, last) in enumerate(meta):
-            for odd, value in enumerate((gates, ups)):
+            for odd, value in enumerate((gates, ups) if paired else (gates,)):
                 while rng.random() < stall:  # nothing, or an element to be combined
                     ctx.set(port.valid, int(rng.integers(2)))
                     ctx.set(port.payload, {"combine": 1, "row": int(rng.integers(2)), "value": {
@@ -44,8 +47,8 @@ def run(gates, ups, rng, stall):
                     await ctx.tick()
                 ctx.set(port.valid, 1)
                 ctx.set(port.payload, {
-                    "slot": slot, "row": 2 * index + odd, "last": last & odd,
-                    "activation": activations[chosen[i]].code, "value": {
+                    "slot": slot, "row": 2 * index + odd if paired else index,
+                    "last": last & odd if paired else last, "value": {
                         "mantissa": int(value.mantissa[i]), "exponent": int(value.exponent[i])}})
                 await ctx.tick()
         ctx.set(port.valid, 0)
@@ -72,16 +75,20 @@ def run(gates, ups, rng, stall):
         *expected, meta, strict=True)]
     assert got == want
     if not stall:
-        assert cycles == [1 + dut.LATENCY_CYCLES + 2 * i for i in range(n)]
+        apart = 2 if paired else 1
+        assert cycles == [apart - 1 + dut.LATENCY_CYCLES + apart * i for i in range(n)]
 
 
-@pytest.mark.parametrize("stall", [0.0, 0.3])
-def test_bits(stall):
+@pytest.mark.parametrize("paired", [True, False], ids=["gated", "ungated"])
+@pytest.mark.parametrize(("activation", "stall", "limit"), [
+    ("silu", 0.0, None), ("silu", 0.3, 7.0), ("relu", 0.3, None), ("gelu", 0.0, 2.0**-20),
+    ("gelu_tanh", 0.0, None), ("relu2", 0.0, None), ("relu2", 0.3, 1.9921875)])
+def test_bits(activation, stall, limit, paired):
     rng = np.random.default_rng(4)
     gates = extreme(rng, 400)
     ups = extreme(rng, 400)
     order = rng.permutation(400)
-    run(gates, ups[order], rng, stall)
+    run(gates, ups[order], rng, stall, activation=activation, limit=limit, paired=paired)
 
 
 def test_far_exponents():
@@ -93,11 +100,13 @@ def test_far_exponents():
     run(gates, ups, rng, 0.0)
 
 
-def test_every_segment():
+@pytest.mark.parametrize("activation", [a.name for a in ACTIVATIONS.values()
+                                        if a.factor is Factor.TABLE])
+def test_every_segment(activation):
     rng = np.random.default_rng(6)
     gates = normalise(((np.arange(2048) - 1024) << 12) + rng.integers(0, 4096, 2048), -18)
     one = InternalFloat(np.full(2048, 1 << 16), np.full(2048, -16))
-    run(gates, one, rng, 0.0)
+    run(gates, one, rng, 0.0, activation=activation)
 
 
 def test_parameters_are_checked():

@@ -22,11 +22,12 @@ def hidden(significand, exponent):
 
 
 class Bench:
-    def __init__(self, config, seed, stall=0.0):
+    def __init__(self, config, seed, stall=0.0, apart=2):
         self.config = config
         self.dut = HiddenBuffer(config)
         self.rng = np.random.default_rng(seed)
         self.stall = stall
+        self.apart = apart  # cycles of an element
         self.lanes, self.bases = {}, {}
 
     def elements(self, h, slot, index):
@@ -54,7 +55,7 @@ class Bench:
                             "last": slot + 1 == count and cores * (index + 1) == dim})
                         await ctx.tick()
                         ctx.set(port.valid, 0)
-                        await ctx.tick()
+                        await ctx.tick().repeat(self.apart - 1)
 
     async def start(self, ctx, count, planes, steps):
         dut = self.dut
@@ -97,11 +98,12 @@ class Bench:
         sim.run()
 
 
+@pytest.mark.parametrize("apart", [1, 2])
 @pytest.mark.parametrize("stall", [0.0, 0.3])
 @pytest.mark.parametrize("planes", [1, 2])
 @pytest.mark.parametrize("config", [preset("tiny"), WIDE, NARROW, *SEVERAL])
-def test_bits(config, planes, stall):
-    bench = Bench(config, planes, stall)
+def test_bits(config, planes, stall, apart):
+    bench = Bench(config, planes, stall, apart)
     most = config.max_slots // planes
 
     async def testbench(ctx):
