@@ -50,12 +50,16 @@ class Kind:
         Of gate and up, and of down.
     d_expert : int
     activation : str
+    gated : bool
+    limit : float, optional
     """
 
     weight_format: str = "int4_g32"
     down_format: str = "int4_g32"
     d_expert: int = 32
     activation: str = "silu"
+    gated: bool = True
+    limit: float | None = None
 
     def __post_init__(self) -> None:
         _check_whole("d_expert", self.d_expert, 1, DIM_MAX)
@@ -135,7 +139,8 @@ class Call:
             return predict_linear(config, section, len(self.ids), planes=planes)
         shapes = [ExpertShape(
             weight_format(kind.weight_format), self.d_in, kind.d_expert, *array,
-            down_format=weight_format(kind.down_format), activation=kind.activation)
+            down_format=weight_format(kind.down_format), activation=kind.activation,
+            gated=kind.gated, limit=kind.limit)
             for kind in map(self.kind_of, range(self.experts))]
         return predict_experts(config, shapes, np.array(self.ids), self.experts, planes=planes)
 
@@ -305,7 +310,8 @@ def _half(dim: int) -> int:
 def _draw_kind(draw: random.Random) -> Kind:
     return Kind(
         weight_format=draw.choice(list(FORMATS)), down_format=draw.choice(list(FORMATS)),
-        d_expert=32 * draw.choice((1, 1, 2, 3, 5)), activation=draw.choice(list(ACTIVATIONS)))
+        d_expert=32 * draw.choice((1, 1, 2, 3, 5)), activation=draw.choice(list(ACTIVATIONS)),
+        gated=draw.random() < 0.6, limit=draw.choice((None, None, 0.75)))
 
 
 def _draw_ids(draw: random.Random, tokens: int, top_k: int, experts: int

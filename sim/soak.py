@@ -134,11 +134,12 @@ def _load(device: Device, seed: int, at: int, call: Call) -> Any:
     layer = []
     for expert in range(call.experts):
         kind = call.kind_of(expert)
-        gate_up = rng.standard_normal((2 * kind.d_expert, call.d_in)) / np.sqrt(call.d_in)
+        gate_up = rng.standard_normal(((1 + kind.gated) * kind.d_expert, call.d_in))
+        gate_up /= np.sqrt(call.d_in)
         down = rng.standard_normal((call.d_in, kind.d_expert)) / np.sqrt(kind.d_expert)
         layer.append(Expert.quantise(
             gate_up, down, kind.weight_format, down_format=kind.down_format,
-            activation=kind.activation))
+            activation=kind.activation, limit=kind.limit))
     return device.load_quantised(layer, **options)
 
 

@@ -130,12 +130,14 @@ class ActivationUnit(wiring.Component):
             meta.index.eq(Mux(form.paired, element.row >> 1, element.row)),
             meta.last.eq(element.last),
         ]
-        one = Signal(layouts.internal_float())
-        m.d.comb += [one.mantissa.eq(1 << MANTISSA_BITS - 1), one.exponent.eq(1 - MANTISSA_BITS)]
+        gate, up = (Signal(layouts.internal_float(), name=name) for name in ("gate_in", "up_in"))
+        with m.If(form.paired):
+            m.d.comb += [gate.eq(held), up.eq(element.value)]
+        with m.Else():  # up is 1
+            m.d.comb += [gate.eq(element.value), up.mantissa.eq(1 << MANTISSA_BITS - 1),
+                         up.exponent.eq(1 - MANTISSA_BITS)]
         p = Pipeline(m, arrives & (element.row[0] | ~form.paired), "position")
-        s = p.stage(
-            gate=_magnitude(m, Mux(form.paired, held, element.value), "gate"),
-            up=_magnitude(m, Mux(form.paired, element.value, one), "up"), meta=meta)
+        s = p.stage(gate=_magnitude(m, gate, "gate"), up=_magnitude(m, up, "up"), meta=meta)
 
         # -- 2, 3: no more than the limit, whose significand is made as long as a mantissa ---------
         limited = Signal()

@@ -171,7 +171,8 @@ def limit_bits(limit: float | None) -> int:
     """
     if limit is None:
         return 0
-    bits = int(np.float32(limit).view(np.uint32)) if np.isscalar(limit) else 0
+    number = isinstance(limit, int | float | np.number)
+    bits = int(np.float32(limit).view(np.uint32)) if number else 0
     if not 0x80 <= bits >> 16 <= 0x7F7F or bits & 0xFFFF or float(np.float32(limit)) != limit:
         raise FormatError(
             f"limit must be a positive number with at most 8 significant bits, such as 7.0, "

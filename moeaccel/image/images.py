@@ -1,9 +1,10 @@
 """Images: built from an expert or a matrix, checked, and taken apart again.
 
 A header is, little-endian: magic u32, version u16, number of sections u8, row multipliers u8,
-channel u8, last channel u8, format code of each section u8 (0 where there is none), d_model and
-d_expert u32 (of a linear layer d_out and d_in) in whole blocks, words of each section u32, CRC-32
-of the header before it and of everything behind the header u32; zeros up to the first word.
+channel u8, last channel u8, format code of each section u8, sink of each section u8 (0 where there
+is none), d_model and d_expert u32 (of a linear layer d_out and d_in) in whole blocks, words of each
+section u32, CRC-32 of the header before it and of everything behind the header u32; zeros up to the
+first word.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from moeaccel.errors import ImageError
 from moeaccel.formats import BLOCK, FORMATS, QuantisedMatrix, WeightFormat, whole_blocks
 from moeaccel.image.expert import HEADER_BYTES, Expert, ExpertShape, LinearShape
 from moeaccel.image.sections import Bytes, deal, pack_section, unpack_section
-from moeaccel.interface.commands import SECTIONS_MAX
+from moeaccel.image.table import sinks
+from moeaccel.interface.commands import SECTIONS_MAX, Sink
 
 __all__ = ["MAGIC", "VERSION", "build_image", "build_linear_image", "check_image", "unpack_image"]
 
 MAGIC = 0x4558_4F4D  # "MOXE" in memory order
 VERSION = 2
-_HEAD = struct.Struct("<IHBBBB2BII2I")
+_HEAD = struct.Struct("<IHBBBB2B2BII2I")
 _CRC = struct.Struct("<I")
 
 
@@ -78,7 +80,8 @@ def _header(shape: ExpertShape | LinearShape, first_dim: int, second_dim: int, c
     none = [0] * (SECTIONS_MAX - len(sections))
     head = _HEAD.pack(
         MAGIC, VERSION, len(sections), shape.row_multipliers, channel, shape.channels - 1,
-        *[section.format.code for section in sections], *none, first_dim, second_dim,
+        *[section.format.code for section in sections], *none, *sinks(shape), *none,
+        first_dim, second_dim,
         *[section.words for section in sections], *none)
     raw = head + _CRC.pack(zlib.crc32(payload.data, zlib.crc32(head)))
     return np.frombuffer(raw.ljust(shape.header_bytes, b"\0"), np.uint8)
@@ -103,8 +106,8 @@ def check_image(image: Bytes, *, channel: int = 0) -> ExpertShape:
     if len(image) < HEADER_BYTES:
         raise ImageError(f"image must be at least {HEADER_BYTES} bytes, not {len(image)}")
     raw = image[:HEADER_BYTES].tobytes()
-    (magic, version, sections, row_multipliers, found_channel, last_channel, code, down_code,
-     d_model, d_expert, *words) = _HEAD.unpack_from(raw)
+    (magic, version, sections, row_multipliers, found_channel, last_channel, code, down_code, sink,
+     _, d_model, d_expert, *words) = _HEAD.unpack_from(raw)
     if magic != MAGIC:
         raise ImageError(
             f"image must start with {MAGIC:#010x}, not {magic:#010x}; this is no expert image"
@@ -127,11 +130,8 @@ def check_image(image: Bytes, *, channel: int = 0) -> ExpertShape:
             f"{d_expert}, for 1 row multiplier or more, not {row_multipliers}; its header was "
             "damaged, load it again"
         )
-    shape, ungated = (
-        ExpertShape(fmt, d_model, d_expert, row_multipliers, last_channel + 1,
-                    down_format=down_format, gated=gated) for gated in (True, False))
-    if words == [s.words for s in ungated.sections]:
-        shape = ungated
+    shape = ExpertShape(fmt, d_model, d_expert, row_multipliers, last_channel + 1,
+                        down_format=down_format, gated=sink == Sink.ACTIVATION)
     if words != [s.words for s in shape.sections] or len(image) < shape.image_bytes:
         raise ImageError(
             f"image must be {shape.image_bytes} bytes for its header, "

@@ -8,7 +8,14 @@ from moeaccel.activations import activation
 from moeaccel.image.expert import ExpertShape, LinearShape, limit_bits
 from moeaccel.interface.commands import EXPERT, Operand, Sink, encode
 
-__all__ = ["expert_table", "table_entry"]
+__all__ = ["expert_table", "sinks", "table_entry"]
+
+
+def sinks(shape: ExpertShape | LinearShape) -> tuple[Sink, ...]:
+    """Return where the results of each section go."""
+    if isinstance(shape, LinearShape):
+        return (Sink.COMBINE,)
+    return Sink.ACTIVATION if shape.gated else Sink.ACTIVATION_ROWS, Sink.COMBINE
 
 
 def table_entry(shape: ExpertShape | LinearShape, image_address: int) -> dict[str, int]:
@@ -21,18 +28,15 @@ def table_entry(shape: ExpertShape | LinearShape, image_address: int) -> dict[st
         Of the first word, ``shape.header_bytes`` behind the image's first byte.
     """
     sections = shape.sections
-    rows = Sink.COMBINE
     entry = {"sections": len(sections), "image_address": image_address}
     if isinstance(shape, ExpertShape):
         entry |= {"activation": activation(shape.activation).code, "d_expert": shape.down.k,
                   "limit": limit_bits(shape.limit)}
-        rows = Sink.ACTIVATION if shape.gated else Sink.ACTIVATION_ROWS
-    for index, section in enumerate(sections):
-        last = index == len(sections) - 1
+    for index, (section, sink) in enumerate(zip(sections, sinks(shape), strict=True)):
         entry |= {
             f"format{index}": section.format.code,
             f"operand{index}": int(Operand.HIDDEN if index else Operand.X),
-            f"sink{index}": int(Sink.COMBINE if last else rows),
+            f"sink{index}": int(sink),
             f"words{index}": section.words}
     return entry
 

@@ -32,7 +32,8 @@ def test_the_typical_output_is_that_of_gaussian_x(scale, d_model, d_expert, acti
         y = experts_float64(x, np.zeros((400, 1), int), np.ones((400, 1)), [gate_up], [down],
                             activation)
         assert typical(gate_up, down, x_rms, activation=activation) == pytest.approx(
-            np.sqrt((y**2).mean()), rel=0.15)
+            # A third power of x has long tails: 400 tokens say less.
+            np.sqrt((y**2).mean()), rel=0.25 if activation == "relu2" else 0.15)
 
 
 def test_a_linear_layer_too():

@@ -5,10 +5,11 @@ import random
 import pytest
 from amaranth.sim import Simulator
 
+from moeaccel.activations import ACTIVATIONS
 from moeaccel.config import PRESETS
 from moeaccel.formats import FORMATS
 from moeaccel.hdl.dispatch.expert_table import ExpertTable
-from moeaccel.image import ExpertShape, LinearShape, table_entry
+from moeaccel.image import ExpertShape, LinearShape, limit_bits, table_entry
 from moeaccel.interface.commands import EXPERT, encode, field_of
 from tests.support.ports import serve_reads
 
@@ -25,7 +26,8 @@ def shape_of(rng):
         return LinearShape(rng.choice(formats), D_OUT, D_IN, **SHAPE)
     return ExpertShape(
         rng.choice(formats), D_IN, 32 * rng.randint(1, 8), down_format=rng.choice(formats),
-        activation=rng.choice(("silu", "relu")), **SHAPE)
+        activation=rng.choice(list(ACTIVATIONS)), gated=rng.random() < 0.5,
+        limit=rng.choice((None, 7.0)), **SHAPE)
 
 
 def run(config, counts, entries, *, seed=0, stall=0.0, latency=5, take=1.0, expected=None):
@@ -105,7 +107,9 @@ def test_experts_with_tokens_come_in_order_with_their_shapes(seed, port_bytes):
             assert (work.hidden, work.combine) == (i == 1, i + 1 == len(sections))
             assert work.short == -section.channel_rows % config.rows
         if isinstance(shape, ExpertShape):
-            assert p.work.activation == {"silu": 0, "relu": 1}[shape.activation]
+            form = p.work.hidden
+            assert (form.activation, form.paired, form.limit) == (
+                ACTIVATIONS[shape.activation].code, shape.gated, limit_bits(shape.limit))
 
 
 def test_sixteen_entries_at_most_are_asked_for_ahead():
@@ -117,6 +121,7 @@ def test_sixteen_entries_at_most_are_asked_for_ahead():
 
 
 GATED = ExpertShape(FORMATS["int4_g32"], D_IN, 128, down_format=FORMATS["mxint8"], **SHAPE)
+UNGATED = ExpertShape(FORMATS["mxint8"], D_IN, 96, gated=False, **SHAPE)
 LINEAR = LinearShape(FORMATS["mxfp4"], D_OUT, D_IN, **SHAPE)
 TOP = 1 << TINY.address_bits
 
@@ -129,7 +134,7 @@ def image_bytes(shape):
     (GATED, {"sections": 0}, "sections"), (GATED, {"sections": 3}, "sections"),
     (GATED, {"sections": 1}, "sink0"),
     (LINEAR, {"sections": 2, "d_expert": 32}, "sink0"),
-    (GATED, {"activation": 2}, "activation"), (LINEAR, {"activation": 9}, None),
+    (GATED, {"activation": 5}, "activation"), (LINEAR, {"activation": 9}, None),
     (GATED, {"flags": 1}, "flags"), (GATED, {"flags": 1 << 15, "format0": 99}, "flags"),
     (GATED, {"d_expert": 0}, "d_expert"), (GATED, {"d_expert": 48}, "d_expert"),
     (GATED, {"d_expert": TINY.max_dim + 32}, "d_expert"), (LINEAR, {"d_expert": 7}, None),
@@ -142,7 +147,10 @@ def image_bytes(shape):
     (GATED, {"format0": 5}, "format0"), (GATED, {"format1": 255}, "format1"),
     (LINEAR, {"format1": 255, "operand1": 9, "sink1": 9, "words1": 9}, None),
     (GATED, {"operand0": 1}, "operand0"), (GATED, {"operand1": 0}, "operand1"),
-    (GATED, {"sink1": 0}, "sink1"),
+    (GATED, {"sink1": 0}, "sink1"), (GATED, {"sink0": 2}, "words0"),
+    (GATED, {"sink0": 3}, "sink0"), (UNGATED, {}, None), (UNGATED, {"sink0": 0}, "words0"),
+    (GATED, {"limit": 0x7F80}, "limit"), (GATED, {"limit": 0x7F7F}, None),
+    (GATED, {"limit": 0x80E0}, "limit"), (LINEAR, {"limit": 0xFFFF}, None),
     (GATED, {"words0": 1}, "words0"), (GATED, {"words1": 0, "words0": 0}, "words0"),
     (GATED, {"words1": 1 << 31}, "words1"), (LINEAR, {"words0": 0}, "words0"),
     (GATED, {"format0": FORMATS["mxint8"].code}, "words0"),

@@ -195,3 +195,23 @@ def test_matrices_are_experts_of_one_section():
     both = golden.experts(x, ids, weights, [matrix, gated]).y
     parts = golden.gemm(x, matrix).y + golden.experts(x, every, one, [gated]).y
     assert relative(both, parts / 2) < 1e-6
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("activation", ["silu", "relu", "gelu", "gelu_tanh", "relu2"])
+def test_every_activation_with_and_without_up_rows_and_limits(activation, gated):
+    rng = np.random.default_rng(9)
+    gate_up = rng.standard_normal(((2 if gated else 1) * 64, 64)).astype(np.float32)
+    down = rng.standard_normal((64, 64)).astype(np.float32)
+    x = rng.standard_normal((9, 64)).astype(np.float32) / 8
+    ids, weights = np.zeros((9, 1), np.int64), np.ones((9, 1), np.float32)
+    found = {}
+    for limit in (None, 0.5):
+        expert = Expert.quantise(gate_up, down, "mxint8", activation=activation, limit=limit)
+        assert expert.gated == gated
+        y = golden.experts(x, ids, weights, [expert]).y
+        exact = experts_float64(x, ids, weights, [gate_up], [down], activation, limit)
+        assert relative(y, exact) < 0.03  # 8-bit weights
+        assert relative(y, quantised_float_experts(x, ids, weights, [expert], planes=2)) < 2e-4
+        found[limit] = y
+    assert relative(found[None], found[0.5]) > 0.1

@@ -13,14 +13,17 @@ from moeaccel.interface.commands import EXPERT, Operand, Sink, bad_field, decode
 TINY = PRESETS["tiny"]
 
 
+@pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize(("name", "down"), list(itertools.product(FORMATS, FORMATS)))
-def test_an_entry_of_an_expert(name, down):
-    shape = ExpertShape(FORMATS[name], 40, 50, 2, down_format=FORMATS[down], activation="relu")
+def test_an_entry_of_an_expert(name, down, gated):
+    shape = ExpertShape(FORMATS[name], 40, 50, 2, down_format=FORMATS[down], activation="relu",
+                        gated=gated, limit=7.0)
     entry = table_entry(shape, 0x2040)
     assert entry == {
         "sections": 2, "activation": ACTIVATIONS["relu"].code, "d_expert": 64,
         "image_address": 0x2040,
-        "format0": FORMATS[name].code, "operand0": Operand.X, "sink0": Sink.ACTIVATION,
+        "format0": FORMATS[name].code, "operand0": Operand.X,
+        "sink0": Sink.ACTIVATION if gated else Sink.ACTIVATION_ROWS, "limit": 0x40E0,
         "words0": shape.gate_up.words,
         "format1": FORMATS[down].code, "operand1": Operand.HIDDEN, "sink1": Sink.COMBINE,
         "words1": shape.down.words}

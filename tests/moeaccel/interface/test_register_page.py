@@ -30,7 +30,7 @@ def test_everything_is_there():
 def test_limits_stand_beside_the_meaning():
     text = generated()
     assert "| `tokens` | Tokens. Allowed: from 1 to max_tokens. |" in text
-    assert "| `sink0` | Sink. Allowed: 1 where sections is 1; 0 where sections is 2. |" in text
+    assert "| `sink0` | Sink. Allowed: 1 where sections is 1; 0 or 2 where sections is 2. |" in text
     assert "Allowed: from -100 to 60. Signed. |" in text
     assert "| `tag` | Returned in the completion. |" in text
 
