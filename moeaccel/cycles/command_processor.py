@@ -13,8 +13,8 @@ from moeaccel.interface.commands import ENTRY_BYTES
 def fetch(job: Job, port: MemoryPort, start: Callable[[int], None]) -> Process:
     """Fetch submission and layer, check them, see where arrays end, start the job.
 
-    From the submission's last beat 5 cycles to the request of the layer; from the layer's 9 and the
-    bits of the largest factor of a size to the job.
+    From the submission's last beat 5 cycles to the request of the layer; from the layer's 5, and
+    the bits of the largest factor of a size, to the job.
     """
     beats = job.beats(ENTRY_BYTES, 1)
     read = port.read(0, beats)
@@ -22,9 +22,6 @@ def fetch(job: Job, port: MemoryPort, start: Callable[[int], None]) -> Process:
     yield read.last + 5
     read = port.read(read.last + 5, beats)
     yield read
-    factors = (job.steps_in, *(
-        section.steps for sections in job.experts.values() for section in sections), job.steps_out,
-        job.ids.shape[1], job.num_experts - 1)
-    cycle = read.last + 9 + max(factors).bit_length()
+    cycle = read.last + 5 + max(job.steps_in, job.steps_out, job.ids.shape[1]).bit_length()
     yield cycle
     start(cycle)

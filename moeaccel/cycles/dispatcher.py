@@ -6,6 +6,7 @@ import numpy as np
 
 from moeaccel.cycles.activation_loader import ActivationLoader
 from moeaccel.cycles.combiner import Combiner
+from moeaccel.cycles.expert_table import ExpertTable
 from moeaccel.cycles.job import Job
 from moeaccel.cycles.memory_port import MemoryPort
 from moeaccel.cycles.schedule import Event, Process, Read, Schedule
@@ -18,7 +19,7 @@ class Dispatcher:
 
     Parameters
     ----------
-    job, schedule, port, streamer, tiles, loader, combiner
+    job, schedule, port, streamer, tiles, loader, combiner, table
         The blocks that it tells what to do.
 
     Attributes
@@ -28,7 +29,8 @@ class Dispatcher:
     """
 
     def __init__(self, job: Job, schedule: Schedule, port: MemoryPort, streamer: WeightStreamer,
-                 tiles: TileBuffer, loader: ActivationLoader, combiner: Combiner) -> None:
+                 tiles: TileBuffer, loader: ActivationLoader, combiner: Combiner,
+                 table: ExpertTable) -> None:
         self._job = job
         self._schedule = schedule
         self._port = port
@@ -36,6 +38,7 @@ class Dispatcher:
         self._tiles = tiles
         self._loader = loader
         self._combiner = combiner
+        self._table = table
         self.finished = 0
 
     def run(self, start: int) -> Process:
@@ -58,10 +61,13 @@ class Dispatcher:
 
         last_load: Event | None = None
         resident: tuple[int, ...] = ()
-        walked = -1
         for n, (now, events) in enumerate(zip(job.passes, job.events, strict=True)):
-            cycle += 2 * (now.expert - walked)  # a count is read, and looked at
-            walked = now.expert
+            if not n or now.expert != job.passes[n - 1].expert:
+                offered = self._table.offered[now.expert]
+                yield offered
+                cycle = max(cycle, offered.cycle)
+                self._schedule.set(self._table.taken[now.expert], cycle)
+                cycle += 1
             if n >= 2:  # one pass runs, one is prepared
                 retired = job.events[n - 2].retired
                 yield retired
@@ -119,6 +125,7 @@ class Dispatcher:
             cycle = self._combiner.zero_row(cycle + 3 * top_k * (token + 1 - counted))
             counted = token + 1
         cycle += 3 * top_k * (tokens - counted)
+        self._table.start(cycle)  # while positions are made of the counts, and pairs get theirs
         return cycle + 2 * job.num_experts + 4 + 3 * top_k * tokens
 
 

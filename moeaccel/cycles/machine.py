@@ -6,6 +6,7 @@ from moeaccel.cycles.activation_loader import ActivationLoader
 from moeaccel.cycles.combiner import Combiner
 from moeaccel.cycles.command_processor import fetch
 from moeaccel.cycles.dispatcher import Dispatcher
+from moeaccel.cycles.expert_table import ExpertTable
 from moeaccel.cycles.job import Job
 from moeaccel.cycles.memory_port import MemoryPort
 from moeaccel.cycles.prediction import Prediction
@@ -34,7 +35,8 @@ class Machine:
         self._combiner = Combiner(job, schedule, port)
         self._dispatcher = Dispatcher(
             job, schedule, port, self._streamer, self._tiles,
-            ActivationLoader(job, schedule, port), self._combiner)
+            ActivationLoader(job, schedule, port), self._combiner,
+            ExpertTable(job, schedule, port))
 
     def run(self) -> Prediction:
         """Return the prediction."""
