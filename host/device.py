@@ -463,7 +463,8 @@ def open_device(spec: str | Transport, config: str | AcceleratorConfig | None = 
     Parameters
     ----------
     spec : :class:`str` or :class:`Transport`
-        ``"golden"``: the bit-exact model. ``"rtl"``: the Verilated hardware in this process.
+        ``"golden"``: the bit-exact model; with ``timing=True`` it also states cycles.
+        ``"rtl"``: the Verilated hardware in this process.
         ``"serial:PORT"``: a board at a serial port; option ``baud``. ``"xdma:N"``: a PCIe card.
         ``"replay:FILE"``: a recorded session. A transport is used as it is.
     config : :class:`str` or :class:`AcceleratorConfig`, optional

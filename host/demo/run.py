@@ -139,11 +139,13 @@ def run(prompts: Sequence[str], *, right_answers: Sequence[str] | None = None, d
     outcome: dict[str, tuple[list[str], torch.Tensor]] = {}
     counters: dict[str, int] = {}
     seconds, cycles = 0.0, 0
-    for spec in ("golden", device):
+    # The golden device states cycles when asked: where they are what is shown.
+    timed: dict[str, Any] = {"timing": True} if device == "golden" else {}
+    for spec, options in (("golden", {}), (device, timed)):
         what = "the golden model" if spec == "golden" else f"{spec} (config {config.name})"
         progress(f"opening {what}; a first build of the RTL takes a minute or two"
                  if spec == "rtl" else f"opening {what}")
-        with open_device(spec, config=config) as opened:
+        with open_device(spec, config=config, **options) as opened:
             use_device(opened, weight_format=weight_format, activation_bits=activation_bits)
             progress(f"generating on {what}")
             before = opened.counters()

@@ -334,7 +334,8 @@ def _open(device: DeviceKind, config: "AcceleratorConfig", latency: int,
             raise BenchmarkError(
                 f"memory must be 'ideal' on 'golden', not {memory.value!r}: its cycles are the "
                 "cycle model's, which knows no other; measure it with --device rtl")
-        return open_device("golden", config=config, memory_bytes=size, latency=latency)
+        return open_device(
+            "golden", config=config, memory_bytes=size, timing=True, latency=latency)
     from moeaccel.sim.cosim.memory import MemoryModel
 
     model = (MemoryModel.ideal(latency, size=size) if memory is MemoryKind.IDEAL
