@@ -26,7 +26,7 @@ from moeaccel.golden import DeviceResult, experts, gemm
 from moeaccel.host.errors import DeviceClosed, InvalidOption, UploadError
 from moeaccel.host.options import whole
 from moeaccel.host.registers import mask
-from moeaccel.host.transports.base import Bytes, Transport
+from moeaccel.host.transports.base import Bytes, DeviceSpec, Scheme, Transport
 from moeaccel.image import Expert, ExpertShape, Section, unpack_section
 from moeaccel.interface.commands import (
     COMPLETION,
@@ -45,7 +45,7 @@ from moeaccel.interface.commands import (
 )
 from moeaccel.interface.registers import COUNTERS, REGISTERS, Access
 
-__all__ = ["GoldenTransport"]
+__all__ = ["SCHEME", "GoldenTransport"]
 
 logger = logging.getLogger(__name__)
 
@@ -609,3 +609,13 @@ class GoldenTransport(Transport):
                             config.channels)
         return expert_cycles(
             config, shape, ids, layer.num_experts, planes=planes, latency=latency)
+
+
+def _open(spec: DeviceSpec) -> tuple[Transport, AcceleratorConfig]:
+    size = spec.memory_bytes or min(1 << 32, 1 << spec.config.address_bits)
+    return GoldenTransport(spec.config, memory_bytes=size, **spec.options), spec.config
+
+
+SCHEME = Scheme(
+    help="the golden model behind registers, rings and memory", time="cycles from the cycle model",
+    options=(GoldenTransport,), open=_open)
