@@ -37,7 +37,8 @@ def test_a_transport_drives_it(found):
 @pytest.mark.parametrize(("name", "kind", "message"), [
     ("ulx4s", Board, "board must be one of u55c, ulx3s, not 'ulx4s'$"),
     ("base", Board, "board must be one of u55c, ulx3s, not 'base'$"),
-    ("u55c", BitstreamBoard, "must be one of ulx3s, not 'u55c'; .* 'moeaccel verilog --board u55c'$"),
+    ("u55c", BitstreamBoard,
+     "must be one of ulx3s, not 'u55c'; .* 'moeaccel verilog --board u55c'$"),
     ("ulx3s", ProjectBoard,
      "must be one of u55c, not 'ulx3s'; .* 'moeaccel bitstream --board ulx3s'$"),
 ])
