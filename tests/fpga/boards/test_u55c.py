@@ -12,7 +12,7 @@ import pytest
 from moeaccel.config import PRESETS
 from moeaccel.errors import ConfigurationError
 from moeaccel.fpga.boards import u55c
-from moeaccel.hdl.array.dsp_models import DSP_MODELS
+from moeaccel.hdl.verilog.dsp_models import DSP_MODELS
 from tests.support.emitted import emitted
 from tests.support.verilated import lint
 
