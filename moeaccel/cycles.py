@@ -41,7 +41,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from moeaccel.config import BLOCK, AcceleratorConfig
+from moeaccel.config import BLOCK, MEMORY_LATENCY_CYCLES, AcceleratorConfig
 from moeaccel.image import HEADER_BYTES, ExpertShape, Section
 from moeaccel.interface.commands import ENTRY_BYTES
 
@@ -119,14 +119,15 @@ def expert_cycles(
     num_experts: int,
     *,
     planes: int,
-    latency: int = 40,
+    latency: int = MEMORY_LATENCY_CYCLES,
 ) -> int:
     """Return the predicted cycles of EXPERTS, see :func:`predict_experts`."""
     return predict_experts(config, shape, ids, num_experts, planes=planes, latency=latency).cycles
 
 
 def linear_cycles(
-    config: AcceleratorConfig, section: Section, tokens: int, *, planes: int, latency: int = 40
+    config: AcceleratorConfig, section: Section, tokens: int, *, planes: int,
+    latency: int = MEMORY_LATENCY_CYCLES
 ) -> int:
     """Return the predicted cycles of GEMM, see :func:`predict_linear`."""
     return predict_linear(config, section, tokens, planes=planes, latency=latency).cycles
@@ -139,7 +140,7 @@ def predict_experts(
     num_experts: int,
     *,
     planes: int,
-    latency: int = 40,
+    latency: int = MEMORY_LATENCY_CYCLES,
 ) -> Prediction:
     """Predict EXPERTS.
 
@@ -171,7 +172,8 @@ def predict_experts(
 
 
 def predict_linear(
-    config: AcceleratorConfig, section: Section, tokens: int, *, planes: int, latency: int = 40
+    config: AcceleratorConfig, section: Section, tokens: int, *, planes: int,
+    latency: int = MEMORY_LATENCY_CYCLES
 ) -> Prediction:
     """Predict GEMM with ``tokens`` rows of x; see :func:`predict_experts`."""
     total = Prediction()

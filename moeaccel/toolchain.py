@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from moeaccel.errors import CacheError, MoeAccelError, ToolMissingError
+from moeaccel.errors import CacheError, ToolMissingError, instead_of_os_error
 
 __all__ = ["CACHE_VARIABLE", "cache_folder", "executing", "find_compiler", "using_cache"]
 
@@ -55,12 +55,10 @@ def executing(program: str) -> Iterator[None]:
     ToolMissingError
         In the place of :class:`OSError`.
     """
-    try:
-        yield
-    except OSError as error:
-        raise ToolMissingError(
+    with instead_of_os_error(lambda error: ToolMissingError(
             f"{program} must be a program that can be executed, but the system says "
-            f"{error.strerror or error}; install it again, or name another one") from error
+            f"{error.strerror or error}; install it again, or name another one")):
+        yield
 
 
 def cache_folder() -> Path:
@@ -93,11 +91,7 @@ def using_cache(folder: Path) -> Iterator[None]:
     CacheError
         In the place of :class:`OSError`.
     """
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, MoeAccelError):
-            raise
+    def error_for(error: OSError) -> CacheError:
         match error.errno:
             case errno.ENOTDIR | errno.EEXIST:
                 what = f"a file is in its place ({error.filename or folder})"
@@ -107,6 +101,9 @@ def using_cache(folder: Path) -> Iterator[None]:
                 what = f"there is no room ({error.strerror}); free some, there or in $TMPDIR"
             case _:
                 what = f"the system says {error.strerror or error}"
-        raise CacheError(
+        return CacheError(
             f"cache folder of built models must be one that can be written, not {str(folder)!r}: "
-            f"{what}, or set {CACHE_VARIABLE} to another folder") from error
+            f"{what}, or set {CACHE_VARIABLE} to another folder")
+
+    with instead_of_os_error(error_for):
+        yield

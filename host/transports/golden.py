@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from moeaccel.config import BLOCK, TOP_K_MAX, AcceleratorConfig
+from moeaccel.config import BLOCK, MEMORY_LATENCY_CYCLES, TOP_K_MAX, AcceleratorConfig
 from moeaccel.cycles import expert_cycles, linear_cycles
 from moeaccel.formats import QuantisedMatrix, WeightFormat
 from moeaccel.golden import DeviceResult, experts, gemm
@@ -173,7 +173,8 @@ class GoldenTransport(Transport):
     """
 
     def __init__(self, config: AcceleratorConfig, *, memory_bytes: int,
-                 cache_bytes: int = 1 << 30, latency: int = 40) -> None:
+                 cache_bytes: int = 1 << 30,
+                 latency: int = MEMORY_LATENCY_CYCLES) -> None:
         whole("cache_bytes", cache_bytes, least=0)
         whole("latency", latency, least=0, unit=" cycles")
         self._config = config
