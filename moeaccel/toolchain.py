@@ -1,5 +1,5 @@
-"""What the simulator builds its models with, and where it keeps them; ``moeaccel doctor`` looks
-for the same.
+"""What models and designs are built with, and where models are kept; ``moeaccel doctor`` looks for
+the same.
 """
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -15,7 +16,8 @@ from pathlib import Path
 
 from moeaccel.errors import CacheError, ToolMissingError, instead_of_os_error
 
-__all__ = ["CACHE_VARIABLE", "cache_folder", "executing", "find_compiler", "using_cache"]
+__all__ = ["CACHE_VARIABLE", "cache_folder", "executing", "find_compiler", "is_as_new",
+           "using_cache"]
 
 CACHE_VARIABLE = "MOEACCEL_CACHE"
 
@@ -59,6 +61,24 @@ def executing(program: str) -> Iterator[None]:
             f"{program} must be a program that can be executed, but the system says "
             f"{error.strerror or error}; install it again, or name another one")):
         yield
+
+
+def is_as_new(native: str, shipped: str) -> bool:
+    """Return whether a program on PATH is as new as the one of this environment's packages.
+
+    Figures of an old tool are worse, and nobody sees why; so one that does not say its version is
+    not taken, either.
+
+    Parameters
+    ----------
+    native, shipped : str
+        Lines that hold a version: dotted numbers, of which the first two count.
+    """
+    def numbers(line: str) -> list[int]:
+        found = re.search(r"\d+(?:\.\d+)+", line)
+        return [int(part) for part in found[0].split(".")[:2]] if found else []
+
+    return numbers(native) >= numbers(shipped)
 
 
 def cache_folder() -> Path:
