@@ -94,11 +94,13 @@ def find_tool(name: str, *, package: str | None = None) -> Tool:
         If there is none.
     """
     native, shipped = _native(name), _shipped(name, package)
-    if native is None and shipped is None:
-        raise ToolMissingError(f"Synthesis needs {name}, and there is none on PATH: install it, or "
-                               "'pip install moeaccel[fpga]'")
-    if native is None or shipped is None:
-        return native or shipped
+    if native is None:
+        if shipped is None:
+            raise ToolMissingError(f"Synthesis needs {name}, and there is none on PATH: install "
+                                   "it, or 'pip install moeaccel[fpga]'")
+        return shipped
+    if shipped is None:
+        return native
     if package is None:
         take_native = is_as_new(native.identity, shipped.identity)
     else:

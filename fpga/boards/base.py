@@ -95,7 +95,10 @@ class BitstreamBoard(Board):
         """
 
     def sites(self, config: AcceleratorConfig) -> Mapping[str, str]:
-        """Return where cells must lie, by ends of their names: see :func:`fpga.netlist.place`."""
+        """Return the sites of cells that must not lie elsewhere, by ends of their names.
+
+        See :func:`moeaccel.fpga.netlist.place`.
+        """
         del config
         return {}
 
