@@ -256,11 +256,11 @@ def build_simulator(verilog: str, top: str, *, parameters: Mapping[str, object] 
     _, root = builder._verilator()
     tools = (f"waves={waves}", builder._compiler_identity(compiler),
              builder._verilator_identity(root))
-    digest = builder._digest(
+    digest = builder.digest(
         verilog, top, *_FLAGS, *_TIMESCALE, *_OPTIMISE, *tools,
         json.dumps(dict(parameters or {}), sort_keys=True, default=str),
         importlib.metadata.version("cocotb"), str(cocotb_tools.config.libs_dir))
-    runtime_digest = builder._digest(*_FLAGS, _RUNTIME_OPTIMISE, *tools)
+    runtime_digest = builder.digest(*_FLAGS, _RUNTIME_OPTIMISE, *tools)
     parent = (cache or cache_folder()) / "cocotb"
     home = parent / digest
     runtime = parent / "runtime" / runtime_digest

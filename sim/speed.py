@@ -26,10 +26,10 @@ from moeaccel.interface.commands import (
     encode,
 )
 from moeaccel.sim.cocotb_runner import build_simulator, run_cocotb
-from moeaccel.sim.cosim.accelerator import accelerator_verilog
+from moeaccel.sim.cosim.accelerator import build_accelerator_model
 from moeaccel.sim.cosim.memory import MemoryModel, StallModel
 from moeaccel.sim.cosim.simulation import CoSimulation
-from moeaccel.sim.cosim.verilator import Model, build_model
+from moeaccel.sim.cosim.verilator import Model
 from moeaccel.sim.errors import SimulationError
 from moeaccel.sim.workload import Layout, random_experts, register_writes, start_writes
 
@@ -134,7 +134,7 @@ def compare(config: AcceleratorConfig, *, experts: int = 8, tokens: int = 4, d_m
     d_model, d_expert = min(d_model, config.max_dim), min(d_expert, config.max_dim)
     experts = min(experts, config.max_experts)
     job = _prepare(config, experts, tokens, d_model, d_expert, weight_format, planes, seed)
-    model, verilog = build_model(accelerator_verilog(config)), generate_verilog(config)
+    model, verilog = build_accelerator_model(config), generate_verilog(config)
     build_simulator(verilog, "top", waves=False)
     in_process: list[Run] = []
     under_cocotb: list[Run] = []
