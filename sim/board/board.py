@@ -125,8 +125,8 @@ def _verilog(config: AcceleratorConfig, cycles_per_bit: int) -> str:
 def board_design(config: AcceleratorConfig, cycles_per_bit: int = CYCLES_PER_BIT) -> Design:
     """Return a board's Verilog, to be made when a model of it has to be built."""
     return design_from(
-        *(_FOLDER / name for name in ("board.py", "model.py", "sdram_chip.py")),
-        parameters=f"{parameters(config)} {cycles_per_bit}",
+        _FOLDER / "model.py", _FOLDER / "sdram_chip.py",
+        parameters=f"{parameters(config)} {CLOCK_HZ} {cycles_per_bit}",
         verilog=functools.partial(_verilog, config, cycles_per_bit), busy=busy)
 
 
