@@ -25,9 +25,20 @@ def accelerator_verilog(config: AcceleratorConfig, family: str = "generic") -> s
 
 
 def accelerator_design(config: AcceleratorConfig, family: str = "generic") -> Design:
-    """Return the same, to be made when a model of it has to be built."""
+    """Return the same Verilog, to be made when a model of it has to be built."""
     return design_from(Path(__file__), parameters=f"{parameters(config)} {family}",
                        verilog=functools.partial(accelerator_verilog, config, family), busy=busy)
+
+
+def shipped_design(config: AcceleratorConfig, family: str = "generic") -> Design:
+    """Return the Verilog that goes to other tools, without models of multiplier blocks."""
+    def verilog() -> str:
+        from moeaccel.hdl.top import generate_verilog
+
+        return generate_verilog(config, family=family)
+
+    return design_from(Path(__file__), parameters=f"shipped {parameters(config)} {family}",
+                       verilog=verilog)
 
 
 def parameters(config: AcceleratorConfig) -> str:

@@ -86,6 +86,8 @@ def test_the_second_build_comes_from_the_cache(cache, monkeypatch):
 def test_the_speedup_can_be_switched_off(cache, monkeypatch):
     """By an argument, or by the environment where there is none."""
     rewritten = []
+    monkeypatch.setattr(build._Build, "compile", lambda self, harness: (
+        (self._work / build.LIBRARY_NAME).write_text("")))
     monkeypatch.setattr(build, "vectorise", lambda folder: rewritten.append(folder) or 7)
     monkeypatch.setattr(build, "gate", lambda folder, busy: 3)
 
