@@ -184,9 +184,10 @@ def test_a_model_that_is_built_needs_no_compiler(cache, monkeypatch):
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"path": 3}', '"path"',
                                   '{"path": "model.so", "more": 1}'])
 def test_a_damaged_entry_is_none(tmp_path, text):
-    (tmp_path / "model.so").write_text("")
+    for name in ("model.so", "top.v"):
+        (tmp_path / name).write_text("")
     (tmp_path / "model.json").write_text(
-        '{"path": "model.so", "digest": "0", "build_seconds": 1}')
+        '{"path": "model.so", "digest": "0", "build_seconds": 1, "looped": 0, "skippable": 0}')
     assert build._load(tmp_path).path == tmp_path / "model.so"
     (tmp_path / "model.json").write_text(text)
     assert build._load(tmp_path) is None
