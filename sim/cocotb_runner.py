@@ -31,7 +31,7 @@ import cocotb_tools.config
 from cocotb_tools.runner import SUPPORTED_RUNNERS, Verilator, get_runner
 
 from moeaccel.sim.cosim import verilator as builder
-from moeaccel.sim.cosim.sources import Design
+from moeaccel.sim.cosim.sources import Design, digest as digest_of, locked
 from moeaccel.sim.errors import BuildError, SimulationError
 from moeaccel.toolchain import cache_folder, executing, find_compiler, using_cache
 
@@ -267,19 +267,22 @@ def build_simulator(verilog: str | Design, top: str, *,
     _, root = builder._verilator()
     tools = (f"waves={waves}", builder._compiler_identity(compiler),
              builder._verilator_identity(root))
-    digest = builder.digest(
-        design.key, top, *_FLAGS, *_TIMESCALE, _OPTIMISE[optimise], _RUNTIME_OPTIMISE, *tools,
+    folder = cache or cache_folder()
+    with using_cache(folder):
+        name = design.name(folder / "verilog")
+    digest = digest_of(
+        name, top, *_FLAGS, *_TIMESCALE, _OPTIMISE[optimise], _RUNTIME_OPTIMISE, *tools,
         json.dumps(dict(parameters or {}), sort_keys=True, default=str),
         importlib.metadata.version("cocotb"), str(cocotb_tools.config.libs_dir))
-    runtime_digest = builder.digest(*_FLAGS, _RUNTIME_OPTIMISE, *tools)
-    parent = (cache or cache_folder()) / "cocotb"
+    runtime_digest = digest_of(*_FLAGS, _RUNTIME_OPTIMISE, *tools)
+    parent = folder / "cocotb"
     home = parent / digest
     runtime = parent / "runtime" / runtime_digest
     if (home / top).is_file():
         return home
     with using_cache(parent.parent):
         parent.mkdir(parents=True, exist_ok=True)
-        with builder._locked(parent / f"{digest}.lock"):
+        with locked(parent / f"{digest}.lock"):
             if (home / top).is_file():  # another process built it meanwhile
                 return home
             work = Path(tempfile.mkdtemp(prefix=f"{digest}.", suffix=".part", dir=parent))

