@@ -36,8 +36,10 @@ class Images:
     def weights(self, entry: Entry) -> Weights:
         """Return what an entry's image holds."""
         matrices = self._matrices(entry)
-        return matrices[0] if len(matrices) == 1 else Expert(
-            *matrices, entry.activation, entry.limit)
+        if len(matrices) == 1:
+            return matrices[0]
+        gate_up, down = matrices
+        return Expert(gate_up, down, entry.activation, entry.limit)
 
     def _matrices(self, entry: Entry) -> _Matrices:
         channels = self._port.channels
