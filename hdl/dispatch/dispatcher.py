@@ -1,4 +1,4 @@
-"""Which tokens go to which expert: what sorts, looks up and fills slot tables, made into passes."""
+"""Pairs of tokens and experts, sorted by expert and handed out as passes."""
 
 from amaranth import *
 from amaranth.hdl import Assert
@@ -51,13 +51,11 @@ class Dispatcher(wiring.Component):
 
     ::
 
-        i_job --> fetch ids, weights --> [PairSort] --> for each busy expert:
-                             |            |   |          weights, sections, slot table, x, pass
-                             |     counts |   | pairs        ^              ^
-                             |            v   |              |              |
-                             |    [ExpertTable] -------------+              |
-                             |                |                             |
-                             +----------> [SlotFiller] ---------------------+
+        i_job --> fetch --- ids -----> [PairSort] --- counts ---> [ExpertTable]
+                    |                      |                            |
+                    |                    pairs                       experts
+                    |                      v                            v
+                    +----- weights --> [SlotFiller] <--- passes: weights, sections, slots, x, pass
 
     The token-expert pairs, at most ``max_assignments``, are sorted by
     :class:`~moeaccel.hdl.dispatch.pair_sort.PairSort`. Ids that are negative or not below
