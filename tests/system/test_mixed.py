@@ -1,10 +1,11 @@
-"""Layers whose experts differ in format, width and activation: the golden model's bits, and the
-cost of their parts."""
+"""Layers whose experts differ in format, width and how rows become h: the golden model's bits, and
+the cost of their parts."""
 
 import numpy as np
 import pytest
 
 from moeaccel import golden
+from moeaccel.activations import ACTIVATIONS
 from moeaccel.formats import FORMATS
 from moeaccel.image import Expert
 from tests.support.pair import assert_same_bits, draw_experts
@@ -14,17 +15,22 @@ WIDTHS = (32, 160, 64, 96, 256)
 NAMES = list(FORMATS)
 
 
-def draw_expert(rng, name, down, d_expert, activation):
+def draw_expert(rng, name, down, d_expert, activation, *, gated=True, limit=None):
     gate_up, matrix = draw_experts(rng, 1, D_MODEL, d_expert, spread=6)
-    return Expert.quantise(gate_up[0], matrix[0], name, down_format=down, activation=activation)
+    rows = gate_up[0] if gated else gate_up[0][:d_expert]
+    return Expert.quantise(rows, matrix[0], name, down_format=down, activation=activation,
+                           limit=limit)
 
 
 def draw_layer(seed):
     """Return one expert of each format, no two alike in anything."""
     rng = np.random.default_rng(seed)
     downs, widths = rng.permutation(NAMES), rng.permutation(WIDTHS)
-    return [draw_expert(rng, name, str(down), int(width), ("silu", "relu")[(seed + e) % 2])
-            for e, (name, down, width) in enumerate(zip(NAMES, downs, widths, strict=True))]
+    activations = rng.permutation(list(ACTIVATIONS))
+    return [draw_expert(rng, name, str(down), int(width), str(activation), gated=bool(e & 1),
+                        limit=(None, 0.5, 7.0)[(seed + e) % 3])
+            for e, (name, down, width, activation) in enumerate(
+                zip(NAMES, downs, widths, activations, strict=True))]
 
 
 @pytest.mark.parametrize("config", ["tiny", "small"])
