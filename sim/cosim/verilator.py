@@ -308,7 +308,7 @@ def _wanted_speedup(speedup: bool | None) -> bool:
 
 def _build_files(harness: Path, *, speedup: bool) -> dict[str, Path]:
     """Return the files of this package that a library is built with."""
-    files = {name: _SOURCES / name for name in ("verilator.py", "sources.py")}
+    files = {"verilator.py": _SOURCES / "verilator.py"}
     for folder in {harness.parent, _SOURCES}:
         files |= tree(folder.name, folder, ("*.cpp", "*.h"))
     if speedup:

@@ -9,6 +9,7 @@ import pytest
 
 import moeaccel
 from moeaccel.config import PRESETS
+from moeaccel.errors import ToolMissingError
 from moeaccel.hdl import core
 from moeaccel.sim.board.board import board_design
 from moeaccel.sim.cosim import accelerator, sources, verilator
@@ -96,6 +97,13 @@ def test_configuration_family_and_versions_are_in_the_key(monkeypatch):
     assert board_design(TINY, 5).key != board_design(TINY, 4).key
     monkeypatch.setattr(sources, "_versions", lambda: ("0.5.99", "1"))
     assert accelerator_design(TINY).key != before
+
+
+def test_without_amaranth(monkeypatch):
+    monkeypatch.setattr(sources, "_TOOLS", ("no-such-package",))
+    sources._versions.cache_clear()
+    with pytest.raises(ToolMissingError, match="needs the Python package no-such-package: run"):
+        accelerator_design(TINY)
 
 
 def package(folder, files):
