@@ -13,11 +13,12 @@ from moeaccel.config import AcceleratorConfig
 from moeaccel.host import open_device
 from moeaccel.host.device import Command, Device
 from moeaccel.host.errors import CommandFailed
+from moeaccel.host.layers import Experts, Linear
 from moeaccel.host.memory import Allocation
 from moeaccel.host.rings import Completion
 from moeaccel.host.transports.golden import GoldenTransport
 from moeaccel.host.transports.rtl import RtlTransport
-from moeaccel.interface.commands import LAYER, Opcode, encode
+from moeaccel.interface.commands import ENTRY_BYTES, EXPERT, LAYER, Opcode, decode, encode
 from moeaccel.interface.registers import REGISTERS
 from moeaccel.sim import CoSimulation, MemoryModel, StallModel
 from moeaccel.sim.cosim.verilator import Model
@@ -211,10 +212,24 @@ def execute(device: Device, fields: Mapping[str, int]) -> Command:
     return command
 
 
-def place_layer(device: Device, **fields: int) -> Allocation:
-    """Write a layer descriptor of one's own."""
-    memory = device.memory.allocate(64)
-    device.transport.memory_write(memory.address, np.frombuffer(encode(LAYER, fields), np.uint8))
+def read_layer(device: Device, layer: Experts | Linear) -> tuple[dict[str, int],
+                                                                 list[dict[str, int]]]:
+    """Return the descriptor of a layer and the entries of its table, as they are in memory."""
+    raw = device.transport.memory_read(layer._descriptor.address, ENTRY_BYTES).tobytes()
+    descriptor = decode(LAYER, raw)
+    table = device.transport.memory_read(
+        descriptor["table_address"], ENTRY_BYTES * descriptor["num_experts"]).tobytes()
+    return descriptor, [decode(EXPERT, table[at : at + ENTRY_BYTES])
+                        for at in range(0, len(table), ENTRY_BYTES)]
+
+
+def place_layer(device: Device, descriptor: Mapping[str, int],
+                table: Sequence[Mapping[str, int]], **changes: int) -> Allocation:
+    """Write a layer descriptor of one's own and its table; ``changes`` replace its fields."""
+    memory = device.memory.allocate(ENTRY_BYTES * (1 + len(table)))
+    own = {**descriptor, "table_address": memory.address + ENTRY_BYTES, **changes}
+    raw = encode(LAYER, own) + b"".join(encode(EXPERT, entry) for entry in table)
+    device.transport.memory_write(memory.address, np.frombuffer(raw, np.uint8))
     return memory
 
 
