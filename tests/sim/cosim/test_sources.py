@@ -15,6 +15,7 @@ from moeaccel.sim.board.board import board_design
 from moeaccel.sim.cosim import accelerator, sources, verilator
 from moeaccel.sim.cosim.accelerator import accelerator_design
 from moeaccel.sim.cosim.sources import Design, design_from, digest, sources_of
+from moeaccel.sim.errors import BuildError
 
 TINY = PRESETS["tiny"]
 REPOSITORY = Path(core.__file__).parents[1]
@@ -208,6 +209,25 @@ def test_a_cached_model_is_opened_without_its_verilog(monkeypatch, tmp_path):
     first.library.with_name(verilator.VERILOG_NAME).unlink()  # a damaged entry
     assert verilator.build_model(design, cache=tmp_path).memory_ports == ("mem", "mem10")
     assert len(made) == before + 1
+
+
+def test_sources_that_change_while_a_model_is_built(monkeypatch, tmp_path):
+    """What it was built from is not what its name says: it is not kept."""
+    harness = tmp_path / "own" / "harness.cpp"
+    harness.parent.mkdir()
+    harness.write_text("one", encoding="utf-8")
+
+    def compile_it(self, harness):
+        (self._work / verilator.LIBRARY_NAME).write_text("")
+        harness.write_text("two", encoding="utf-8")
+
+    monkeypatch.setattr(verilator._Build, "compile", compile_it)
+    cache = tmp_path / "cache"
+    with pytest.raises(BuildError, match=r"have changed while .* build it again") as caught:
+        verilator.build_library(MODULE, harness=harness, cache=cache)
+    assert caught.value.log.is_file()
+    assert not list(cache.rglob("model.json"))
+    assert verilator.build_library(MODULE, harness=harness, cache=cache).path.is_file()
 
 
 PORTS = ("input clk", "input rst", "input axil__awvalid", "input mem__awready",
