@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import moeaccel
+from moeaccel.errors import ToolMissingError
 
 __all__ = ["Design", "contents", "design_from", "digest", "locked", "sources_of", "tree"]
 
@@ -95,8 +96,13 @@ def design_from(*own: Path, parameters: str, verilog: Callable[[], str],
         Everything else that it depends on.
     verilog, busy
         See :class:`Design`.
+
+    Raises
+    ------
+    ToolMissingError
+        If Amaranth or its Yosys is not installed.
     """
-    files = sources_of(*own)
+    files = sources_of(Path(__file__), *own)
     # One that is newer than this process may not be the one that was imported: only the text says
     # what came of it.
     newer = any(path.stat().st_ctime > _BEGIN for path in files.values())
@@ -172,4 +178,8 @@ def digest(*parts: str) -> str:
 
 @functools.cache
 def _versions() -> tuple[str, ...]:
-    return tuple(importlib.metadata.version(name) for name in _TOOLS)
+    try:
+        return tuple(importlib.metadata.version(name) for name in _TOOLS)
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ToolMissingError(f"Simulating the RTL needs the Python package {error.name}: run "
+                               "\"pip install 'moeaccel[sim]'\"") from error

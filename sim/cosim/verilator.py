@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 LIBRARY_NAME = "model.so"
 VERILOG_NAME = "top.v"
+LOG_NAME = "build.log"
 
 SPEEDUP_VARIABLE = "MOEACCEL_SPEEDUP"
 """0 builds models from Verilator's C++ as it is, 1 rewrites that first, as without the variable."""
@@ -261,9 +262,10 @@ def build_library(verilog: str | Design, *, harness: Path,
     translator, root = _verilator()
     translate = _translate_flags(top=top, threads=threads, waves=waves, assertions=assertions)
     folder = (cache or cache_folder()) / "models"
+    files = contents(_build_files(harness, speedup=speedup))
     with using_cache(folder.parent):
         key = (design.name(folder.parent / "verilog"), *translate, *flags, f"speedup={speedup}",
-               harness.name, *contents(_build_files(harness, speedup=speedup)))
+               harness.name, *files)
         # Says what was built from these sources for this processor, by whatever compiler.
         note = folder / f"{digest(*key, _processor(), _verilator_identity(root))}.built"
         try:
@@ -283,6 +285,9 @@ def build_library(verilog: str | Design, *, harness: Path,
             found = steps.rewrite(design.busy()) if speedup else (0, 0)
             steps.write_headers(made)
             steps.compile(harness)
+            if contents(_build_files(harness, speedup=speedup)) != files:
+                raise BuildError("The sources of moeaccel.sim have changed while the model was "
+                                 "built from them: build it again", log=work / LOG_NAME)
             steps.clean()
             return found
 
@@ -308,7 +313,7 @@ def _wanted_speedup(speedup: bool | None) -> bool:
 
 def _build_files(harness: Path, *, speedup: bool) -> dict[str, Path]:
     """Return the files of this package that a library is built with."""
-    files = {name: _SOURCES / name for name in ("verilator.py", "sources.py")}
+    files = {"verilator.py": _SOURCES / "verilator.py"}
     for folder in {harness.parent, _SOURCES}:
         files |= tree(folder.name, folder, ("*.cpp", "*.h"))
     if speedup:
@@ -455,7 +460,7 @@ class _Build:
         self._compiler = shlex.split(compiler)
         self._flags = flags
         self._waves = waves
-        self._log = work / "build.log"
+        self._log = work / LOG_NAME
 
     def translate(self, verilator: Path, flags: Iterable[str], verilog: str) -> None:
         (self._work / VERILOG_NAME).write_text(verilog, encoding="utf-8")

@@ -9,11 +9,13 @@ import pytest
 
 import moeaccel
 from moeaccel.config import PRESETS
+from moeaccel.errors import ToolMissingError
 from moeaccel.hdl import core
 from moeaccel.sim.board.board import board_design
 from moeaccel.sim.cosim import accelerator, sources, verilator
 from moeaccel.sim.cosim.accelerator import accelerator_design
 from moeaccel.sim.cosim.sources import Design, design_from, digest, sources_of
+from moeaccel.sim.errors import BuildError
 
 TINY = PRESETS["tiny"]
 REPOSITORY = Path(core.__file__).parents[1]
@@ -96,6 +98,13 @@ def test_configuration_family_and_versions_are_in_the_key(monkeypatch):
     assert board_design(TINY, 5).key != board_design(TINY, 4).key
     monkeypatch.setattr(sources, "_versions", lambda: ("0.5.99", "1"))
     assert accelerator_design(TINY).key != before
+
+
+def test_without_amaranth(monkeypatch):
+    monkeypatch.setattr(sources, "_TOOLS", ("no-such-package",))
+    sources._versions.cache_clear()
+    with pytest.raises(ToolMissingError, match="needs the Python package no-such-package: run"):
+        accelerator_design(TINY)
 
 
 def package(folder, files):
@@ -200,6 +209,25 @@ def test_a_cached_model_is_opened_without_its_verilog(monkeypatch, tmp_path):
     first.library.with_name(verilator.VERILOG_NAME).unlink()  # a damaged entry
     assert verilator.build_model(design, cache=tmp_path).memory_ports == ("mem", "mem10")
     assert len(made) == before + 1
+
+
+def test_sources_that_change_while_a_model_is_built(monkeypatch, tmp_path):
+    """What it was built from is not what its name says: it is not kept."""
+    harness = tmp_path / "own" / "harness.cpp"
+    harness.parent.mkdir()
+    harness.write_text("one", encoding="utf-8")
+
+    def compile_it(self, harness):
+        (self._work / verilator.LIBRARY_NAME).write_text("")
+        harness.write_text("two", encoding="utf-8")
+
+    monkeypatch.setattr(verilator._Build, "compile", compile_it)
+    cache = tmp_path / "cache"
+    with pytest.raises(BuildError, match=r"have changed while .* build it again") as caught:
+        verilator.build_library(MODULE, harness=harness, cache=cache)
+    assert caught.value.log.is_file()
+    assert not list(cache.rglob("model.json"))
+    assert verilator.build_library(MODULE, harness=harness, cache=cache).path.is_file()
 
 
 PORTS = ("input clk", "input rst", "input axil__awvalid", "input mem__awready",

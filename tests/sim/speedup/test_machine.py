@@ -82,6 +82,11 @@ def history(model):
                 assert command(layer) == Status.OK
         assert command(layer, wrong=(5, 700)) == Status.NONFINITE
         assert command(layer, top_k=0) not in (Status.OK, Status.NONFINITE)
+        coarse = device.load_experts(gate_up, down, grid_exponent=2)
+        assert command(coarse) == Status.OK
+        fine = device.load_experts(gate_up, down, grid_exponent=-45)
+        assert command(fine) == Status.OVERFLOW
+        assert device.counters()["underflows"] > 0
         linear = device.load_linear(draw_experts(rng, 1, D_MODEL, 48)[0][0])
         assert command(linear, opcode=int(Opcode.GEMM), top_k=1) == Status.OK
         for moment in rng.integers(50, 1500, 5):  # a reset in the midst of a command
