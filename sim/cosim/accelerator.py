@@ -14,8 +14,8 @@ from moeaccel.sim.cosim.verilator import Model, build_model
 @functools.cache
 def accelerator_verilog(config: AcceleratorConfig, family: str = "generic") -> str:
     """Return the accelerator's Verilog with models of the family's multiplier blocks."""
-    from moeaccel.hdl.array.dsp_models import DSP_MODELS
     from moeaccel.hdl.top import generate_verilog
+    from moeaccel.hdl.verilog.dsp_models import DSP_MODELS
 
     return generate_verilog(config, family=family, simulation=True) + DSP_MODELS[family]
 

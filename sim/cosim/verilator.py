@@ -44,8 +44,8 @@ LIBRARY_NAME = "model.so"
 WAIVERS = ("WIDTHEXPAND", "WIDTHTRUNC", "CASEINCOMPLETE")
 
 _SOURCES = Path(__file__).resolve().parent
-_HARNESS_FILES = ("harness.cpp", "harness.h", "support.h", "memory_port.h", "port_checker.h",
-                  "register_port.h", "lz4/lz4.h")
+_HARNESS_FILES = ("harness.cpp", "harness.h", "support.h", "memory_port.h", "bandwidth.h",
+                  "port_checker.h", "register_port.h", "lz4/lz4.h")
 _HOOKS = "runtime_hooks.h"
 _REWRITERS = ("../speedup/vectorise.py", "../speedup/gating.py", "../speedup/statements.py")
 _COMMON_FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-DVL_TIME_CONTEXT")
