@@ -50,13 +50,13 @@ class Words:
         Steps of a tile, for all groups.
     loaded : :class:`Event`
         The parser takes it up.
-    turn : :class:`int`
-        Cycle in which its first word may be accepted.
+    turn, turn_waited : :class:`int`
+        Cycle in which its first word may be accepted; as ``waited``.
     began, arrived : list of :class:`int`
         Cycles in which a tile's first and last step are accepted.
     waited : list of (int, int)
-        Of these words, by how many cycles fewer the next one follows: it was put together while
-        the word waited.
+        How long these two waited, ``beats_per_word - 1`` cycles at most: meanwhile the next word is
+        put together, which follows so much sooner.
     ended, taken : list of :class:`int`
         Cycles in which its last step is started, its last element leaves the serialiser's FIFO.
     """
@@ -112,7 +112,7 @@ class TileBuffer:
         self._credit, self._credit_ring = Place(), Place()
         self._parser, self._ring, self._exponents = Place(), Place(), Place()
         self._arrived, self._before = 0, -1  # last step of the tile before, its word
-        self._waited = 0  # by how much sooner the next word follows it
+        self._waited = 0  # how long it did, see Words
 
     def announce(self, section: Section, cycle: int) -> None:
         """Tell the parser in ``cycle`` what comes next."""
