@@ -87,7 +87,7 @@ class Combiner:
         job, config = self._job, self._job.config
         beats = job.beats(job.d_out, 4 if last else 8)
         words = job.d_out // config.quantiser_lanes
-        first = cycle + 1 + SUMS_READ_CYCLES + (FLOAT_CYCLES if last else 1) + 2 + 1
+        first = cycle + 1 + SUMS_READ_CYCLES + (FLOAT_CYCLES if last else 2) + 2 + 1
         spacing = 1
         if last and beats < words:
             first, spacing = first + 1, 2
