@@ -81,7 +81,7 @@ class Combiner:
         """Return when a row is written and acknowledged; the request is accepted in ``cycle``.
 
         Sums leave a word a cycle, or in two if a word makes two beats (integers) or half of one
-        (float32); then their memories, conversion (of integers a register), the FIFO (2) and W's
+        (float32); then their memories, conversion (of integers 2 cycles), the FIFO (2) and W's
         register.
         """
         job, config = self._job, self._job.config

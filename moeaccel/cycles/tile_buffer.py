@@ -50,8 +50,8 @@ class Words:
         Steps of a tile, for all groups.
     loaded : :class:`Event`
         The parser takes it up.
-    turn, turn_waited : :class:`int`
-        Cycle in which its first word may be accepted; as ``waited``.
+    turn : :class:`int`
+        Cycle in which its first word may be accepted.
     began, arrived : list of :class:`int`
         Cycles in which a tile's first and last step are accepted.
     waited : list of (int, int)
@@ -76,7 +76,7 @@ class Words:
             self.first_step = before.first_step + before.tiles * before.steps
             self.first_tile = before.first_tile + before.tiles
         self.loaded = Event()
-        self.turn = self.turn_waited = 0
+        self.turn = 0
         self.began: list[int] = []
         self.arrived: list[int] = []
         self.waited: list[tuple[int, int]] = []
@@ -142,7 +142,7 @@ class TileBuffer:
         tile = place.tile
         if not words.loaded.known or tile > len(words.arrived):
             return NEVER
-        before, origin, waited = 0, words.turn, words.turn_waited
+        before, origin, waited = 0, words.turn, 0
         if tile:
             before, origin, waited = (
                 words.last[tile - 1], words.arrived[tile - 1], words.waited[tile - 1][1])
@@ -214,10 +214,8 @@ class TileBuffer:
         """Take up the next section when the one before has ended."""
         words = self.sections[self._parser.section]
         loaded = max(words.accepted, self._arrived) + 1
-        there = self._arrived + self._spacing - self._waited
-        words.turn = max(loaded + 1, there)
-        words.turn_waited = min(self._spacing - 1, words.turn - there)
-        self._arrived, self._before, self._waited = words.turn, 0, words.turn_waited
+        words.turn = max(loaded + 1, self._arrived + self._spacing - self._waited)
+        self._arrived, self._before, self._waited = words.turn, 0, 0
         self._schedule.set(words.loaded, loaded)
 
     def next_tile(self) -> int:
