@@ -16,8 +16,8 @@ layer of real size takes two seconds. Cycle 0 is the first one of the fetch of t
 What waits for what: a burst for room in the beat FIFO; a word for room in the ring and in the FIFO
 of row exponents; a step for its word, its x or h and a place for its result; a pass for its x; its
 down section for the y buffer; a drain for the next pass to be known; the dispatcher for the parser,
-for the pass before the last, and for the entry of an expert. Reads share the port in the order of their requests, and wait
-while something is written.
+for the pass before the last, and for the entry of an expert. Reads share the port in the order of
+their requests, and wait while something is written.
 
 Of several channels, channel 0 is followed: all read the same weights in step, and only channel 0
 moves anything else.
