@@ -44,7 +44,7 @@ def experts_float64(
         tokens, slots = np.nonzero(ids == e)
         projected = x[tokens] @ np.asarray(gate_up[e], np.float64).T
         half = projected.shape[1] // 2
-        act = find_activation(names[e])
+        act = find_activation(names[int(e)])
         out = (
             act(projected[:, :half]) * projected[:, half:]
             @ np.asarray(down[e], np.float64).T
