@@ -15,17 +15,17 @@ layer of real size takes two seconds. Cycle 0 is the first one of the fetch of t
 
 What waits for what: a burst for room in the beat FIFO; a word for room in the ring and in the FIFO
 of row exponents; a step for its word, its x or h and a place for its result; a pass for its x; its
-down section for the y buffer; a drain for the next pass to be known; the dispatcher for the parser
-and for the pass before the last. Reads share the port in the order of their requests, and wait
-while something is written.
+down section for the y buffer; a drain for the next pass to be known; the dispatcher for the parser,
+for the pass before the last, and for the entry of an expert. Reads share the port in the order of
+their requests, and wait while something is written.
 
 Of several channels, channel 0 is followed: all read the same weights in step, and only channel 0
 moves anything else.
 
 The memory is ideal (``MemoryModel.ideal``): it never refuses, has a fixed latency and one port for
 reads and writes. Accuracy, held by tests/system/test_cycles.py: 1 % or 16 cycles of the RTL;
-typically it is exact. What is not: bursts of two readers in the same cycles, row and scale words
-where the ring is full, and writes of every other cycle, which are taken eight beats at a time.
+typically it is exact. What is not: bursts of two readers in the same cycles, and writes of every
+other cycle, which are taken eight beats at a time.
 """
 
 from moeaccel.cycles.combiner import COMBINER_CYCLES, FLOAT_CYCLES, SUMS_READ_CYCLES

@@ -54,6 +54,9 @@ class Words:
         Cycle in which its first word may be accepted.
     began, arrived : list of :class:`int`
         Cycles in which a tile's first and last step are accepted.
+    waited : list of (int, int)
+        How long these two waited, ``beats_per_word - 1`` cycles at most: meanwhile the next word is
+        put together, which follows so much sooner.
     ended, taken : list of :class:`int`
         Cycles in which its last step is started, its last element leaves the serialiser's FIFO.
     """
@@ -76,6 +79,7 @@ class Words:
         self.turn = 0
         self.began: list[int] = []
         self.arrived: list[int] = []
+        self.waited: list[tuple[int, int]] = []
         self.ended: list[int] = []
         self.taken: list[int] = []
 
@@ -100,7 +104,7 @@ class TileBuffer:
         self._config = config
         self._schedule = schedule
         self._streamer = streamer
-        streamer.accepted = self.accepted
+        streamer.moves_on = self.moves_on
         self._spacing = config.beats_per_word
         # From a word's last beat to the parser: FIFO (2 cycles), the gearbox, and a register.
         self._delay = 3 if self._spacing == 1 else 4
@@ -108,6 +112,7 @@ class TileBuffer:
         self._credit, self._credit_ring = Place(), Place()
         self._parser, self._ring, self._exponents = Place(), Place(), Place()
         self._arrived, self._before = 0, -1  # last step of the tile before, its word
+        self._waited = 0  # how long it did, see Words
 
     def announce(self, section: Section, cycle: int) -> None:
         """Tell the parser in ``cycle`` what comes next."""
@@ -116,12 +121,14 @@ class TileBuffer:
         if len(self.sections) == 1:
             self._load()
 
-    def accepted(self, word: int) -> int:
-        """Return the cycle in which a word is accepted if its beats are there, or NEVER.
+    def moves_on(self, word: int) -> int:
+        """Return the cycle from which beats are taken of the word after the next, or NEVER.
 
-        Words must be asked for in ascending order.
+        One word waits for the parser, another is put together: that begins when the one before it
+        moves on, as this one is accepted, unless it is not complete yet. Beats that come later are
+        for the caller to know. Words must be asked for in ascending order.
         """
-        place = self._credit
+        place, spacing = self._credit, self._spacing
         while place.section < len(self.sections):
             words = self.sections[place.section]
             at = word - words.first_word
@@ -135,32 +142,43 @@ class TileBuffer:
         tile = place.tile
         if not words.loaded.known or tile > len(words.arrived):
             return NEVER
-        turn = words.turn if tile == 0 else words.arrived[tile - 1] + self._spacing
+        before, origin, waited = 0, words.turn, 0
+        if tile:
+            before, origin, waited = (
+                words.last[tile - 1], words.arrived[tile - 1], words.waited[tile - 1][1])
         first, last = words.first[tile], words.last[tile]
-        ahead = min(at, first) - (0 if tile == 0 else words.last[tile - 1] + 1)
-        turn += ahead * self._spacing
+        ahead = min(at, first) - before
+        if ahead:
+            origin, waited = origin + ahead * spacing - waited, 0
         if at < first:  # row and scale words
-            return turn
+            return origin + spacing - 1 - waited
         steps = words.steps
         step = words.first_step + tile * steps - self._config.tile_words
         if tile < len(words.arrived):
-            began = words.began[tile]
+            cycle, waited = words.began[tile], words.waited[tile][0]
         else:  # the parser is in the middle of this tile
-            began = max(turn, self._exponent_room(words.first_tile + tile - ROW_EXPONENTS),
-                        self._ring_room(self._credit_ring, step))
-        into = (at - first) * (steps - 1) // max(1, last - first)
-        return max(began + (at - first) * self._spacing,
-                   self._ring_room(self._credit_ring, step + into, into, at - first))
+            cycle = max(origin, self._exponent_room(words.first_tile + tile - ROW_EXPONENTS),
+                        self._ring_room(self._credit_ring, step)[0])
+            waited = min(spacing - 1, cycle - origin)
+        if at > first:
+            into = (at - first) * (steps - 1) // max(1, last - first)
+            room, there = self._ring_room(self._credit_ring, step + into, into, at - first)
+            there = max(there, cycle + (at - first) * spacing - waited)
+            cycle = max(there, room)
+            waited = min(spacing - 1, cycle - there)
+        return cycle + spacing - 1 - waited
 
-    def _ring_room(self, place: Place, step: int, into: int = 0, span: int = 0) -> int:
-        """Return the cycle from which a step's place in the ring is free, or NEVER.
+    def _ring_room(self, place: Place, step: int, into: int = 0, span: int = 0
+                   ) -> tuple[int, int]:
+        """Return the cycle from which a step's place in the ring is free, or NEVER, and one before
+        which its word is not there.
 
         Places are freed one a cycle in the last group of a tile. Where another tile's begin among
         the ``into`` steps before this one, ``span`` words ago, they may be what this one waits
         for.
         """
         if step < 0:
-            return 0
+            return 0, 0
         while True:
             words = self.sections[place.section]
             steps = words.steps
@@ -170,13 +188,15 @@ class TileBuffer:
             elif tile >= words.tiles:
                 place.section += 1
             elif tile >= len(words.ended):
-                return NEVER
+                return NEVER, 0
             else:
                 break
         begin = words.ended[tile] - (steps - 1) + 3
-        if 0 < at <= into:
-            return begin + max(at, at * span // into * self._spacing)
-        return begin + at
+        if 0 < at <= into and at * span // into:
+            # The first of the words behind the one that waited was put together meanwhile.
+            there = begin + at * span // into * self._spacing - (self._spacing - 1)
+            return begin + at, there
+        return begin + at, 0
 
     def _exponent_room(self, tile: int) -> int:
         """Return the cycle from which the FIFO of row exponents has room once ``tile`` is done."""
@@ -194,8 +214,8 @@ class TileBuffer:
         """Take up the next section when the one before has ended."""
         words = self.sections[self._parser.section]
         loaded = max(words.accepted, self._arrived) + 1
-        words.turn = max(loaded + 1, self._arrived + self._spacing)
-        self._arrived, self._before = words.turn - self._spacing, -1
+        words.turn = max(loaded + 1, self._arrived + self._spacing - self._waited)
+        self._arrived, self._before, self._waited = words.turn, 0, 0
         self._schedule.set(words.loaded, loaded)
 
     def next_tile(self) -> int:
@@ -213,7 +233,8 @@ class TileBuffer:
         steps = words.steps
         step = words.first_step + tile * steps - self._config.tile_words + steps - 1
         exponents = words.first_tile + tile - ROW_EXPONENTS
-        if self._exponent_room(exponents) == NEVER or self._ring_room(self._ring, step) == NEVER:
+        if self._exponent_room(exponents) == NEVER or (
+                self._ring_room(self._ring, step)[0] == NEVER):
             return NEVER
         return self._streamer.beat_cycle(place, last_beat)
 
@@ -230,22 +251,29 @@ class TileBuffer:
         steps = words.steps
         step = words.first_step + tile * steps - self._config.tile_words
         beat = (words.first_word + first + 1) * spacing - 1
-        began = max(
-            self._arrived + (first - self._before) * spacing,
-            self._exponent_room(words.first_tile + tile - ROW_EXPONENTS),
-            self._ring_room(self._ring, step),
+        there = max(
+            self._arrived + (first - self._before) * spacing - self._waited,
             self._streamer.beat_cycle(place, beat) + delay)
+        began = max(
+            there,
+            self._exponent_room(words.first_tile + tile - ROW_EXPONENTS),
+            self._ring_room(self._ring, step)[0])
+        waited = waited_first = min(spacing - 1, began - there)
         span = last - first
-        self._arrived = arrived = max(
-            began + span * spacing,
-            self._ring_room(self._ring, step + steps - 1, steps - 1, span),
-            self._streamer.beat_cycle(place, beat + span * spacing) + delay)
-        self._before = last
+        arrived = began
+        if span:
+            room, behind = self._ring_room(self._ring, step + steps - 1, steps - 1, span)
+            there = max(began + span * spacing - waited, behind,
+                        self._streamer.beat_cycle(place, beat + span * spacing) + delay)
+            arrived = max(there, room)
+            waited = min(spacing - 1, arrived - there)
+        self._arrived, self._before, self._waited = arrived, last, waited
+        words.waited.append((waited_first, waited))
         words.began.append(began)
         words.arrived.append(arrived)
         place.tile += 1
         if place.tile == words.tiles:
-            place.section, place.tile, self._before = place.section + 1, 0, -1
+            place.section, place.tile = place.section + 1, 0
 
     def skip(self, limit: int) -> None:
         """Pass over tiles up to cycle ``limit``, when nothing else happens before it.
@@ -279,6 +307,7 @@ class TileBuffer:
         for cycles in (words.began, words.arrived, words.ended, words.taken):
             pattern = cycles[-period:]
             cycles.extend([cycle + i * length for i in range(1, count + 1) for cycle in pattern])
+        words.waited.extend(words.waited[-period:] * count)
         place.tile += count * period
         self._before = words.last[place.tile - 1]
         self._arrived = words.arrived[-1]

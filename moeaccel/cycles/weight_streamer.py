@@ -35,9 +35,8 @@ class WeightStreamer:
     ----------
     beats : :class:`int`
         Requested so far.
-    accepted : callable
-        Of the tile buffer: the cycle in which it accepts a word of the stream, or NEVER; asked in
-        ascending order.
+    moves_on : callable
+        Of the tile buffer, see :meth:`TileBuffer.moves_on`.
     """
 
     def __init__(self, config: AcceleratorConfig, port: MemoryPort) -> None:
@@ -47,7 +46,7 @@ class WeightStreamer:
         self._spacing = config.beats_per_word
         self._reach = config.read_ahead_beats + config.max_burst_beats
         self.beats = 0
-        self.accepted: Callable[[int], int] = lambda word: NEVER
+        self.moves_on: Callable[[int], int] = lambda word: NEVER
         self._requests: deque[tuple[int, int]] = deque()
         self._left = self._room = 0  # beats of the request, of its burst
         self._request_beat = 0  # its first
@@ -77,12 +76,11 @@ class WeightStreamer:
             return cycle
         left = self.beat_cycle(self._credit, beat) + 1
         # A beat leaves the FIFO's memory when the one before it is taken: the first of a word with
-        # the word before it (a word of one beat: itself), the others one a cycle from there. A word
-        # is taken when the parser accepts the one before it.
+        # the word before it (a word of one beat: itself), the others one a cycle from there.
         word, part = divmod(beat - 1, self._spacing)
         word -= 1 + (self._spacing > 1)
         if word >= 0:
-            left = max(left, self.accepted(word) + part)
+            left = max(left, self.moves_on(word) + part)
         return max(cycle, left + CREDIT_CYCLES)
 
     def issue(self, grant: int) -> None:

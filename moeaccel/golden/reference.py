@@ -46,7 +46,7 @@ def experts_float64(
     for e in np.unique(ids[(ids >= 0) & (ids < len(down))]):
         tokens, slots = np.nonzero(ids == e)
         projected = x[tokens] @ np.asarray(gate_up[e], np.float64).T
-        hidden = _hidden(projected, down[e].shape[1], names[e], limit)
+        hidden = _hidden(projected, down[e].shape[1], names[int(e)], limit)
         out = hidden @ np.asarray(down[e], np.float64).T
         np.add.at(y, tokens, out * np.asarray(weights, np.float64)[tokens, slots][:, None])
     return y

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,10 @@ EXACT = ("busy", "bytes_read_weights", "bytes_read_other", "bytes_written")
 
 @dataclass(frozen=True)
 class Case:
-    """One command; without ``ids`` a GEMM from ``d_in`` to ``d_other``."""
+    """One command; without ``ids`` a GEMM from ``d_in`` to ``d_other``.
+
+    Experts of a ``mixed`` layer take turns in formats, activation and width, ``d_other`` the first.
+    """
 
     d_in: int
     d_other: int
@@ -39,6 +42,7 @@ class Case:
     tokens: int
     experts: int = 1
     ids: tuple[tuple[int, ...], ...] = ()
+    mixed: bool = False
 
     @classmethod
     def draw(cls, rng: np.random.Generator, config: AcceleratorConfig, most_steps: int) -> Case:
@@ -87,6 +91,19 @@ class Case:
     def top_k(self) -> int:
         return len(self.ids[0]) if self.ids else 1
 
+    def shapes(self, config: AcceleratorConfig) -> list[ExpertShape]:
+        """Return the shape of each expert."""
+        names = list(FORMATS)
+        begin, blocks = names.index(self.weight_format), config.max_dim // 32
+        return [
+            ExpertShape(
+                weight_format(names[(begin + e * self.mixed) % len(names)]), self.d_in,
+                32 * ((self.d_other // 32 - 1 + e * self.mixed) % blocks + 1),
+                config.row_multipliers, config.channels,
+                down_format=weight_format(names[(begin + 2 * e * self.mixed) % len(names)]),
+                activation=("silu", "relu")[e * self.mixed % 2])
+            for e in range(self.experts)]
+
     def predict(self, config: AcceleratorConfig, latency: int) -> Prediction:
         """Return what the model says."""
         fmt, array = weight_format(self.weight_format), (config.row_multipliers, config.channels)
@@ -95,8 +112,7 @@ class Case:
             return predict_linear(
                 config, Section(fmt, self.d_other, self.d_in, *array), self.tokens, **options)
         return predict_experts(
-            config, ExpertShape(fmt, self.d_in, self.d_other, *array), np.array(self.ids),
-            self.experts, **options)
+            config, self.shapes(config), np.array(self.ids), self.experts, **options)
 
     def measure(self, device: Device) -> dict[str, int]:
         """Return the completion's cycles and what the counters counted. Values do not matter."""
@@ -105,10 +121,13 @@ class Case:
         bits = 8 * self.planes
         if self.ids:
             ids = np.array(self.ids)
-            expert = Expert.quantise(
-                np.ones((2 * self.d_other, self.d_in), np.float32),
-                np.ones((self.d_in, self.d_other), np.float32), self.weight_format)
-            with device.load_quantised([expert] * self.experts, activation_bits=bits,
+            made: dict[ExpertShape, Expert] = {}
+            for shape in (shapes := self.shapes(device.config)):
+                made[shape] = made.get(shape) or Expert.quantise(
+                    np.ones((2 * shape.d_expert, shape.d_model), np.float32),
+                    np.ones((shape.d_model, shape.d_expert), np.float32), shape.format,
+                    down_format=shape.down.format, activation=shape.activation)
+            with device.load_quantised([made[shape] for shape in shapes], activation_bits=bits,
                                        grid_exponent=0) as layer:
                 handle = layer.submit(x, ids, np.ones(ids.shape, np.float32))
                 layer.sync(handle)
@@ -170,6 +189,18 @@ def test_the_model_predicts_the_rtl(pair_of, config, latency, count, most_cycles
     ("tiny", 1, 60), ("tiny", 40, 30), ("small", 1, 120), ("small", 40, 60)])
 def test_the_model_predicts_small_shapes(pair_of, config, latency, count):
     compare_small(pair_of, config, latency, count=count, seed=latency)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("config", "latency"), [("tiny", 1), ("tiny", 40), ("small", 40)])
+def test_the_model_predicts_mixed_layers(pair_of, config, latency):
+    rng = np.random.default_rng(2000 + latency)
+    cases = [replace(Case.draw_small(rng, preset(config)), mixed=True) for _ in range(30)]
+    # Many experts of one token each: little hides how their entries come.
+    spread = tuple((expert,) for expert in range(16))
+    cases += [Case(64, 32, "mxfp4", 2, 16, 16, spread, mixed=True),
+              Case(32, 32, "mxint8", 1, 1, 16, ((15,),), mixed=True)]
+    hold(pair_of, config, latency, cases)
 
 
 def test_the_second_row_of_x_and_the_second_image(pair_of):
