@@ -8,9 +8,10 @@ import pytest
 from moeaccel.cli import COMMANDS
 
 ROOT = Path(__file__).parents[1]
-SKIPPED = {".venv", "build", "node_modules"}
-PAGES = sorted(path for path in ROOT.rglob("*.md") if not SKIPPED & set(path.relative_to(ROOT).parts)
-               and not any(part.startswith(".") for part in path.relative_to(ROOT).parts))
+SKIPPED = {"build", "dist", "node_modules"}
+PAGES = sorted(
+    path for path in ROOT.rglob("*.md")
+    if not any(part in SKIPPED or part[0] == "." for part in path.relative_to(ROOT).parts))
 TARGETS = set(re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.M))
 
 
@@ -62,5 +63,6 @@ def test_what_is_dead():
     page = ("# A b/c\n[a](#a-bc) [b](README.md) [c](https://x.y) [d](none.md)\n"
             "```\n# no heading\n[e](code.md)\n```\n[f](#no-heading) [g](README.md#quick-start)\n")
     assert dead_links(page, ROOT / "CHANGELOG.md") == ["#a-bc", "none.md", "#no-heading"]
-    page = "`make tests` `make test` `moeaccel ran` `pytest tests/none.py`\n```sh\nmake clear\n```\n"
+    page = ("`make tests` `make test` `moeaccel ran` `pytest tests/none.py`\n"
+            "```sh\nmake clear\n```\n")
     assert unknown_commands(page) == ["tests/none.py", "moeaccel ran", "make clear", "make tests"]

@@ -16,7 +16,8 @@ from moeaccel.docs.markdown import ROOT, table
 __all__ = ["Block", "blocks", "components"]
 
 _GOLDEN = ("moeaccel/golden", "host/transports/golden")
-_ELSEWHERE = {"Dispatcher": "moeaccel/plan.py", "Accelerator": "host/transports/golden/transport.py"}
+_ELSEWHERE = {
+    "Accelerator": "host/transports/golden/transport.py", "Dispatcher": "moeaccel/plan.py"}
 """Golden models that have a name of their own, since more than the golden device uses them."""
 
 _FORMULA = re.compile(

@@ -56,7 +56,8 @@ def section_words() -> list[str]:
             section.tile_rows, section.tiles, section.row_words, section.scale_words,
             section.tiles * section.steps, section.words)))
 
-    return [f"A section of {_ROWS} rows and {_K} columns, {_ROW_MULTIPLIERS} row multipliers, one "
-            f"channel; words of {32 * _ROW_MULTIPLIERS} bytes:", "", *table(
-                ("format", "R", "tiles", "row words", "scale words", "weight words", "words"),
-                [row(fmt) for fmt in FORMATS.values()])]
+    example = (f"A section of {_ROWS} rows and {_K} columns, {_ROW_MULTIPLIERS} row multipliers, "
+               f"one channel; words of {32 * _ROW_MULTIPLIERS} bytes:")
+    return [example, "", *table(
+        ("format", "R", "tiles", "row words", "scale words", "weight words", "words"),
+        [row(fmt) for fmt in FORMATS.values()])]

@@ -87,8 +87,8 @@ def test_a_block_is_found_by_its_name():
 
 
 def test_what_a_docstring_gives():
-    block = Block("RowSums", "Sum ``a | b``. More.\n\nLatency N_CYCLES; one\na cycle. Reset: none.\n\n"
-                  "Members\n-------\nLatency x.", "hdl/x.py")
+    block = Block("RowSums", "Sum ``a | b``. More.\n\nLatency N_CYCLES; one\na cycle. Reset: "
+                  "none.\n\nMembers\n-------\nLatency x.", "hdl/x.py")
     assert block.stem == "row_sums"
     assert block.summary == r"Sum `a \| b`."
     assert block.speed == "Latency N_CYCLES; one a cycle."
@@ -99,8 +99,8 @@ def test_what_a_docstring_gives():
     ("<!-- BEGIN GENERATED register: x -->\n<!-- END GENERATED -->",
      "generated part must be one of activations, .* not 'register'"),
     ("<!-- BEGIN GENERATED registers: x -->\n", "part 'registers' must end with the line"),
-    ("<!-- BEGIN GENERATED codes: x -->\n<!-- BEGIN GENERATED blocks: x -->\n"
-     "<!-- END GENERATED -->", "part 'codes' must end with the line"),
+    ("<!-- BEGIN GENERATED codes: x -->\n<!-- BEGIN GENERATED a: x -->\n<!-- END GENERATED -->",
+     "part 'codes' must end with the line"),
 ])
 def test_markers_that_are_wrong(page, match):
     with pytest.raises(MoeAccelError, match=match):
