@@ -16,7 +16,12 @@ from moeaccel.hdl.dispatch.sequencer import step
 from moeaccel.hdl.weights.tile_buffer import TileBuffer
 from moeaccel.hdl.weights.weight_streamer import WeightStreamer
 
-__all__ = ["Core"]
+__all__ = ["BUSY", "Core"]
+
+BUSY = ("array", "tiles", "streamer", "serialiser", "x_lanes", "i_")
+"""What the names of those submodules and ports begin with that change in nearly every cycle in
+which there is work: all between weights and sums. A simulator that skips what is idle need not look
+there."""
 
 
 class Core(wiring.Component):

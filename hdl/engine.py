@@ -19,7 +19,10 @@ from moeaccel.hdl.dispatch.sequencer import Sequencer
 from moeaccel.hdl.verilog.verilog_target import add_replicas
 from moeaccel.interface.commands import NonFinite
 
-__all__ = ["READERS", "STREAMER", "WRITERS", "Engine"]
+__all__ = ["CORE", "READERS", "STREAMER", "WRITERS", "Engine"]
+
+CORE = "core"
+"""Name of the cores among the submodules, with the number of a channel behind it."""
 
 STREAMER = "streamer"
 """The reader that every channel has (layouts.channel_name)."""
@@ -85,7 +88,7 @@ class Engine(wiring.Component):
         m.submodules.hidden = hidden = HiddenBuffer(config)
         m.submodules.combiner = combiner = Combiner(config)
         cores = add_replicas(
-            m, platform, "core", functools.partial(Core, config, self._family),
+            m, platform, CORE, functools.partial(Core, config, self._family),
             range(config.channels))
         lead = cores[0]
         job = dispatcher.o_job

@@ -1,19 +1,17 @@
-"""A device: open it, load weights into its memory, run commands, read its counters."""
+"""A device: load weights into its memory, run commands, read its counters."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
 import logging
-import os
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Self
 
-from moeaccel.config import AcceleratorConfig, preset
+from moeaccel.config import AcceleratorConfig
 from moeaccel.host import weights
 from moeaccel.host.errors import (
     DeviceClosed,
@@ -22,12 +20,11 @@ from moeaccel.host.errors import (
     HostError,
     InvalidOption,
     LinkLost,
-    UnsupportedTransport,
 )
 from moeaccel.host.identity import check_config, check_version
 from moeaccel.host.layers import Experts, Handle, Linear
 from moeaccel.host.memory import COMMAND_ALIGNMENT, PAGE, Allocator
-from moeaccel.host.options import check_names, seconds, whole
+from moeaccel.host.options import seconds, whole
 from moeaccel.host.process import Bound, Inherited
 from moeaccel.host.registers import RegisterAccess, fields_of, mask
 from moeaccel.host.residents import Residents
@@ -38,10 +35,7 @@ from moeaccel.host.weights import Formats, Progress, Stack
 from moeaccel.image import Expert
 from moeaccel.interface.commands import Opcode
 
-if TYPE_CHECKING:
-    from moeaccel.host.transports.xdma import XdmaTransport
-
-__all__ = ["Command", "Device", "open_device"]
+__all__ = ["Command", "Device"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +43,7 @@ _SPURIOUS_INTERRUPTS = 64
 
 
 class Device(Bound, Inherited):
-    """An accelerator behind a transport; see :func:`open_device`.
+    """An accelerator behind a transport; see :func:`moeaccel.host.open_device`.
 
     Every method may be called from several threads: a lock lets one at a time through. A thread
     that waits for a result holds the lock; the device executes commands in order anyway.
@@ -452,111 +446,3 @@ class Device(Bound, Inherited):
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
                  traceback: TracebackType | None) -> None:
         self.close()
-
-
-def open_device(spec: str | Transport, config: str | AcceleratorConfig | None = None, *,
-                memory_bytes: int | None = None, timeout_s: float = 30.0, ring_log2: int = 4,
-                watchdog_cycles: int = 1 << 24, record: str | Path | None = None,
-                **options: Any) -> Device:
-    """Open a device.
-
-    Parameters
-    ----------
-    spec : :class:`str` or :class:`Transport`
-        ``"golden"``: the bit-exact model. ``"rtl"``: the Verilated hardware in this process.
-        ``"serial:PORT"``: a board at a serial port; option ``baud``. ``"xdma:N"``: a PCIe card.
-        ``"replay:FILE"``: a recorded session. A transport is used as it is.
-    config : :class:`str` or :class:`AcceleratorConfig`, optional
-        What the device was built from: a preset's name, or a configuration; when left out,
-        ``"ulx3s"`` at a serial port, the preset that a PCIe card names, else ``"small"``.
-    memory_bytes : :class:`int`, optional
-        Size of the memory on each channel. A model's costs only what is used; 4 GiB when left out.
-        A PCIe card's is that of an Alveo U55C when left out. A board at a serial port or a
-        recording says itself how much it has.
-    timeout_s, ring_log2, watchdog_cycles
-        See :class:`Device`.
-    record : path, optional
-        File to which the session is recorded, for ``"replay:FILE"``.
-    **options
-        Passed to the transport.
-
-    Raises
-    ------
-    UnsupportedTransport
-        For a specification that this version does not know.
-    InvalidOption
-        For options that the transport does not have, or values of the wrong type or range.
-    DeviceNotFound, ConfigMismatch
-        If something else answers, or nothing.
-    PortUnavailable
-        If there is no such port, or it may not be opened.
-    """
-    if memory_bytes is not None:
-        memory_bytes = whole("memory_bytes", memory_bytes, least=1)
-    if record is not None and not isinstance(record, str | os.PathLike):
-        raise InvalidOption(f"record must be the name of a file, not {record!r}")
-    if isinstance(spec, str) and spec.startswith("xdma:"):
-        transport = _open_xdma(spec, None if config is None else preset(config), memory_bytes,
-                               {"timeout_s": timeout_s} | options)
-        config = transport.config
-    else:
-        if config is None:
-            config = "ulx3s" if isinstance(spec, str) and spec.startswith("serial:") else "small"
-        config = preset(config)
-        transport = _open_transport(spec, config, memory_bytes, options)
-    try:
-        if record is not None:
-            from moeaccel.host.transports.record import RecordTransport
-
-            transport = RecordTransport(transport, record, config)
-        return Device(transport, config, timeout_s=timeout_s, ring_log2=ring_log2,
-                      watchdog_cycles=watchdog_cycles)
-    except BaseException:
-        transport.close()
-        raise
-
-
-def _open_xdma(spec: str, config: AcceleratorConfig | None, memory_bytes: int | None,
-               options: dict[str, Any]) -> XdmaTransport:
-    from moeaccel.host.transports.xdma import XdmaTransport
-
-    number = spec.partition(":")[2]
-    if not number.isdecimal():
-        raise UnsupportedTransport(
-            f"device must be 'xdma:N' with the N of /dev/xdmaN_user, not {spec!r}")
-    check_names("xdma:N", options, XdmaTransport)
-    return XdmaTransport(int(number), config, memory_bytes=memory_bytes, **options)
-
-
-def _open_transport(spec: object, config: AcceleratorConfig, memory_bytes: int | None,
-                    options: dict[str, Any]) -> Transport:
-    kind, _, name = spec.partition(":") if isinstance(spec, str) else ("", "", "")
-    if isinstance(spec, Transport) or (kind in ("serial", "replay") and name):
-        what = "an open transport" if isinstance(spec, Transport) else f"{kind}:..."
-        if memory_bytes is not None:
-            raise InvalidOption(f"memory_bytes must be left out for {what}, which says itself "
-                                f"how much there is, not {memory_bytes}")
-        if isinstance(spec, Transport):
-            check_names(what, options)
-            return spec
-        if kind == "serial":
-            from moeaccel.host.transports.serial import SerialTransport
-
-            check_names("serial:PORT", options, SerialTransport)
-            return SerialTransport(name, **options)
-        from moeaccel.host.transports.record import ReplayTransport
-
-        check_names("replay:FILE", options, ReplayTransport)
-        return ReplayTransport(name, config, **options)
-    if spec == "golden":
-        from moeaccel.host.transports.golden import GoldenTransport
-
-        check_names("golden", options, GoldenTransport)
-        return GoldenTransport(
-            config, memory_bytes=memory_bytes or min(1 << 32, 1 << config.address_bits), **options)
-    if spec == "rtl":
-        from moeaccel.host.transports.rtl import RtlTransport
-
-        return RtlTransport(config, memory_bytes=memory_bytes, **options)
-    raise UnsupportedTransport("device must be 'golden', 'rtl', 'serial:PORT', 'xdma:N' or "
-                               f"'replay:FILE', not {spec!r}")

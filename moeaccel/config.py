@@ -27,6 +27,10 @@ DIM_MAX = 32768
 EXPERTS_MAX = 1024
 """Most experts of a layer in any configuration."""
 
+MEMORY_LATENCY_CYCLES = 100
+"""Latency of a modelled memory where nobody names another: of the golden model's cycles, of
+simulations, and of every published figure."""
+
 
 def _is_power_of_two(value: int) -> bool:
     return value > 0 and value & (value - 1) == 0

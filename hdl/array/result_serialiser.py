@@ -45,8 +45,8 @@ class ResultSerialiser(wiring.Component):
     Members
     -------
     i_valid : :py:`In(1)`
-    i_sums : :py:`In(ArrayLayout(signed(config.accumulator_bits), config.rows *
-    config.token_lanes))` i_tag : :py:`In(layouts.result_tag(config))`
+    i_sums : :py:`In(ArrayLayout(signed(config.accumulator_bits), rows * token_lanes))`
+    i_tag : :py:`In(layouts.result_tag(config))`
     o_free : :py:`Out(range(FIFO_DEPTH + 1))`
         Results that may still arrive; counts one that arrives from the next cycle on.
     i_row_exponents : :py:`In(stream.Signature(ArrayLayout(signed(16), config.rows)))`

@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from moeaccel.config import AcceleratorConfig
+from moeaccel.config import MEMORY_LATENCY_CYCLES, AcceleratorConfig
 from moeaccel.cycles.job import Job, Pairs
 from moeaccel.cycles.machine import Machine
 from moeaccel.cycles.prediction import Prediction
@@ -24,14 +24,15 @@ def expert_cycles(
     num_experts: int,
     *,
     planes: int,
-    latency: int = 40,
+    latency: int = MEMORY_LATENCY_CYCLES,
 ) -> int:
     """Return the predicted cycles of EXPERTS, see :func:`predict_experts`."""
     return predict_experts(config, shape, ids, num_experts, planes=planes, latency=latency).cycles
 
 
 def linear_cycles(
-    config: AcceleratorConfig, section: Section, tokens: int, *, planes: int, latency: int = 40
+    config: AcceleratorConfig, section: Section, tokens: int, *, planes: int,
+    latency: int = MEMORY_LATENCY_CYCLES
 ) -> int:
     """Return the predicted cycles of GEMM, see :func:`predict_linear`."""
     return predict_linear(config, section, tokens, planes=planes, latency=latency).cycles
@@ -44,7 +45,7 @@ def predict_experts(
     num_experts: int,
     *,
     planes: int,
-    latency: int = 40,
+    latency: int = MEMORY_LATENCY_CYCLES,
 ) -> Prediction:
     """Predict EXPERTS.
 
@@ -88,7 +89,8 @@ def predict_experts(
 
 
 def predict_linear(
-    config: AcceleratorConfig, section: Section, tokens: int, *, planes: int, latency: int = 40
+    config: AcceleratorConfig, section: Section, tokens: int, *, planes: int,
+    latency: int = MEMORY_LATENCY_CYCLES
 ) -> Prediction:
     """Predict GEMM with ``tokens`` rows of x; see :func:`predict_experts`."""
     total = Prediction()
@@ -109,7 +111,7 @@ def predict_command(
     d_in: int,
     d_out: int,
     planes: int,
-    latency: int = 40,
+    latency: int = MEMORY_LATENCY_CYCLES,
     gemm: bool = False,
 ) -> Prediction:
     """Predict one command, within the limits of the configuration.

@@ -11,6 +11,9 @@ READ_CYCLES = 6
 and two registers behind R."""
 WRITE_CYCLES = 2
 """From the last beat on W to the writer's ``done``, but for the latency: B is counted, ``done``."""
+WRITE_AHEAD_CYCLES = 3
+"""From a beat on W to the first beat that a reader gets later for it: a beat on R in the same cycle
+is there already, and two registers are behind R."""
 
 
 class MemoryPort:
@@ -27,7 +30,6 @@ class MemoryPort:
         """Reads of weights in their order; one that writes interrupt becomes two."""
         self.beats_read = 0
         self.beats_written = 0
-        self.writes = 0
 
     def read(self, cycle: int, beats: int, beat: int = -1) -> Read:
         """Return the read of a request that is accepted in ``cycle``; ``beat``: of weights."""
@@ -56,7 +58,7 @@ class MemoryPort:
     def write(self, cycle: int, beats: int) -> None:
         """Put ``beats`` on the bus from ``cycle`` on: reads wait meanwhile."""
         self.beats_written += beats
-        self.writes += 1
+        cycle += WRITE_AHEAD_CYCLES
         free = cycle + beats
         for read in list(self._pending):
             if read.last < cycle:

@@ -38,7 +38,8 @@ def experts_float64(
     """
     x = np.asarray(x, np.float64)
     y = np.zeros((x.shape[0], down[0].shape[0]))
-    names = [activation] * len(down) if isinstance(activation, str) else activation
+    names: Sequence[str] = (
+        [activation] * len(down) if isinstance(activation, str) else activation)
     for e in np.unique(ids[(ids >= 0) & (ids < len(down))]):
         tokens, slots = np.nonzero(ids == e)
         projected = x[tokens] @ np.asarray(gate_up[e], np.float64).T

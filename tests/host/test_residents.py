@@ -11,7 +11,7 @@ from moeaccel.host.memory import PAGE
 from moeaccel.host.residents import Residents
 from moeaccel.host.transports.base import Transport
 from moeaccel.host.transports.golden import GoldenTransport
-from moeaccel.image import HEADER_BYTES, ExpertShape
+from moeaccel.image import HEADER_BYTES, Expert, ExpertShape
 from moeaccel.interface.registers import REGISTERS
 
 TINY = PRESETS["tiny"]
@@ -226,3 +226,40 @@ def test_the_list_forgets_the_oldest(board):
     assert board.written == 0
     again.enter(PAGE + 64 * 44, [64])
     assert board.written > 0
+
+
+def test_images_of_other_sizes_are_another_range(board):
+    """As large together, but with headers elsewhere: what lies there may be anything."""
+    residents = Residents(board)
+    residents.enter(PAGE, [PAGE, 2 * PAGE])
+    board.memory_write(PAGE, np.full(3 * PAGE, 7, np.uint8))  # images, as an upload leaves them
+    board.written = 0
+    Residents(board).enter(PAGE, [PAGE, 2 * PAGE])
+    assert board.written == 0
+    again = Residents(board)
+    again.enter(PAGE, [2 * PAGE, PAGE])
+    for header, cleared in ((PAGE, True), (2 * PAGE, False), (3 * PAGE, True)):
+        assert board.memory_read(header, HEADER_BYTES).any() != cleared
+    before = board.written
+    Residents(board).enter(PAGE, [PAGE, 2 * PAGE])
+    assert board.written > before
+
+
+def test_experts_of_different_sizes_are_not_sent_again(board, stacks):
+    layer = [Expert.quantise(g[: 2 * d], w[:, :d], name) for g, w, d, name in zip(
+        *stacks, (96, 32, 64, 96), ("mxint8", "int4_g32", "mxfp4", "int4_g128"), strict=True)]
+    with open_device("golden", config=TINY, memory_bytes=1 << 20) as device:
+        expected = device.load_quantised(layer)(*CALL)
+    for most in (None, TABLE, TABLE):
+        with open_device(board, config=TINY) as device:
+            before = board.written
+            loaded = device.load_quantised(layer)
+            assert most is None or board.written - before < most
+            assert np.array_equal(loaded(*CALL), expected)
+    other = [layer[0], layer[2], layer[1], layer[3]]  # as large together
+    with open_device(board, config=TINY) as device:
+        before = board.written
+        loaded = device.load_quantised(other)
+        assert board.written - before > sum(shape.image_bytes for shape in loaded.shapes)
+        x, ids, scores = CALL
+        assert np.array_equal(loaded(x, np.array([0, 2, 1, 3])[ids], scores), expected)

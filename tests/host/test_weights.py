@@ -11,6 +11,7 @@ from moeaccel.config import PRESETS
 from moeaccel.errors import FormatError
 from moeaccel.formats import FORMATS, QuantisedMatrix, quantise
 from moeaccel.golden import experts_float64
+from moeaccel.grid import gated_output, grid_exponent, squares
 from moeaccel.host import errors, open_device
 from moeaccel.image import Expert
 
@@ -319,6 +320,20 @@ def test_the_activation_may_be_relu(device, how):
     assert np.array_equal(y, expected.y)
     exact = experts_float64(x, ids, scores, gate_up, down, "relu")
     assert np.linalg.norm(y - exact) < 0.05 * np.linalg.norm(exact)
+
+
+def test_the_grid_is_that_of_the_activation(device):
+    """Small gates: SiLU halves them, ReLU keeps one half of them."""
+    differ = 0
+    for size in np.exp2(np.arange(-8, -6, 0.25)):
+        gate_up, down = draw_weights(np.random.default_rng(8), 2, scale=size)
+        found = {name: device.load_quantised(layer_of(gate_up, down), activation=name).grid_exponent
+                 for name in ("silu", "relu")}
+        assert found == {name: grid_exponent(
+            gated_output(squares(e.gate_up), squares(e.down), activation=name)
+            for e in layer_of(gate_up, down)) for name in ("silu", "relu")}
+        differ += found["silu"] != found["relu"]
+    assert differ
 
 
 def test_weights_that_are_there_get_another_activation(device):

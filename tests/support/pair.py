@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import importlib.metadata
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -25,10 +21,8 @@ from moeaccel.host.transports.rtl import RtlTransport
 from moeaccel.interface.commands import ENTRY_BYTES, EXPERT, LAYER, Opcode, decode, encode
 from moeaccel.interface.registers import REGISTERS
 from moeaccel.sim import CoSimulation, MemoryModel, StallModel
-from moeaccel.sim.cosim.accelerator import accelerator_verilog
-from moeaccel.sim.cosim.verilator import Model, build_model
+from moeaccel.sim.cosim.verilator import Model
 
-ROOT = Path(__file__).parents[2]
 MEMORY_BYTES = 1 << 27  # 128 experts, each as large as a drawn case reads them
 
 TIME = ("busy", "starved_weights", "starved_activations", "stalled_output", "idle")
@@ -37,32 +31,6 @@ TIME = ("busy", "starved_weights", "starved_activations", "stalled_output", "idl
 WORK = ("bytes_read_weights", "bytes_read_other", "bytes_written", "tokens", "expert_passes",
         "assignments", "overflows", "commands", "underflows")
 """Counters of work, equal on both."""
-
-
-@functools.cache
-def sources_digest() -> str:
-    """Return a digest of everything that an accelerator's Verilog is made from."""
-    return digest_of(ROOT / "hdl", ROOT / "moeaccel", ROOT / "sim" / "cosim" / "accelerator.py")
-
-
-def digest_of(*places: Path) -> str:
-    """Return a digest of Python files, and of those in folders and below, and of Amaranth."""
-    total = hashlib.sha256(importlib.metadata.version("amaranth").encode())
-    for place in places:
-        for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
-            total.update(f"{path.relative_to(place.parent)}\0{path.stat().st_size}\0".encode())
-            total.update(path.read_bytes())
-    return total.hexdigest()[:16]
-
-
-def cached_model(config: AcceleratorConfig, folder: Path, family: str = "generic") -> Model:
-    """Return the Verilated accelerator; its Verilog, which takes a while, is kept in a folder."""
-    path = folder / f"{sources_digest()}-{config.digest:08x}-{family}.v"
-    if not path.is_file():
-        made = path.with_suffix(f".{id(path)}.part")
-        made.write_text(accelerator_verilog(config, family), encoding="utf-8")
-        made.replace(path)
-    return build_model(path.read_text(encoding="utf-8"))
 
 
 class Pair:

@@ -12,9 +12,10 @@ from typing import Any, Literal, get_args
 
 from moeaccel.config import PRESETS, AcceleratorConfig, preset
 from moeaccel.formats import FORMATS
-from moeaccel.host.device import Device, open_device
+from moeaccel.host.device import Device
 from moeaccel.host.errors import InvalidOption, OutOfDeviceMemory
 from moeaccel.host.limits import check_layer
+from moeaccel.host.opening import open_device
 from moeaccel.host.plugins.transformers.choice import (
     Choice,
     LayerDims,

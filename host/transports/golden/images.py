@@ -36,7 +36,10 @@ class Images:
     def weights(self, entry: Entry) -> Weights:
         """Return what an entry's image holds."""
         matrices = self._matrices(entry)
-        return matrices[0] if len(matrices) == 1 else Expert(*matrices, entry.activation)
+        if len(matrices) == 1:
+            return matrices[0]
+        gate_up, down = matrices
+        return Expert(gate_up, down, entry.activation)
 
     def _matrices(self, entry: Entry) -> _Matrices:
         channels = self._port.channels

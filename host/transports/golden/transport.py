@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moeaccel.config import AcceleratorConfig
+from moeaccel.config import MEMORY_LATENCY_CYCLES, AcceleratorConfig
 from moeaccel.host.errors import InvalidOption
 from moeaccel.host.options import whole
 from moeaccel.host.transports.base import Bytes, Transport
@@ -47,7 +47,8 @@ class GoldenTransport(Transport):
     """
 
     def __init__(self, config: AcceleratorConfig, *, memory_bytes: int,
-                 cache_bytes: int = 1 << 30, timing: bool = False, latency: int = 40) -> None:
+                 cache_bytes: int = 1 << 30, timing: bool = False,
+                 latency: int = MEMORY_LATENCY_CYCLES) -> None:
         whole("cache_bytes", cache_bytes, least=0)
         whole("latency", latency, least=0, unit=" cycles")
         if not isinstance(timing, bool):
