@@ -9,9 +9,11 @@ __all__ = ["boards"]
 
 def boards() -> list[str]:
     """Return every board that is known."""
-    from moeaccel.fpga.boards import BOARDS, board  # a page is of the whole tree
+    from moeaccel.fpga.boards import BOARDS  # a page is made of the whole tree
 
-    return table(("board", "FPGA", "configuration", "clock", "file"), [
-        (f"`{name}`", board(name).part, f"`{board(name).config}`",
-         f"{board(name).clock_hz / 1e6:g} MHz", f"[{name}.py](../fpga/boards/{name}.py)")
-        for name in BOARDS])
+    return table(
+        ("board", "FPGA", "memory", "configuration", "clock", "driven by", "built by", "file"), [
+            (f"{b.title} (`{b.name}`)", b.part, b.memory, f"`{b.config}`",
+             f"{b.clock_hz / 1e6:g} MHz", f"`{b.transport}`", f"`{b.command} --board {b.name}`",
+             f"[{b.name}.py](../fpga/boards/{b.name}.py)")
+            for b in BOARDS.values()])
