@@ -52,7 +52,7 @@ def test_a_shape_is_that_of_its_formats():
     assert plain == ExpertShape(one, 64, 96, 2, down_format=one) != mixed
     down = mixed.image_bytes - plain.image_bytes, mixed.stored_bytes - plain.stored_bytes
     assert down == (64 * (mixed.down.words - plain.down.words), 64 * 3 * (32 + 1 - 16 - 2))
-    with pytest.raises(FormatError, match="activation must be one of silu, relu, not 'gelu'"):
+    with pytest.raises(FormatError, match=r"activation must be one of silu, relu.* not 'gelu'"):
         ExpertShape(one, 64, 96, 2, activation="gelu")
 
 
