@@ -255,6 +255,17 @@ def expert(config: AcceleratorConfig) -> data.StructLayout:
     })
 
 
+def pair_beat_bits(config: AcceleratorConfig) -> int:
+    """Return the bits that number the beats of the longest list of ids, or of weights."""
+    return max(1, ceil_log2(4 * config.max_assignments // config.port_bytes))
+
+
+def pair(config: AcceleratorConfig) -> data.StructLayout:
+    """Return a token-expert pair: its token, and where its id and weight are in their lists."""
+    return data.StructLayout({
+        "token": token_bits(config), "index": ceil_log2(config.max_assignments)})
+
+
 def slot(config: AcceleratorConfig) -> data.StructLayout:
     """Return one entry of the slot table: a token-expert pair of the pass.
 

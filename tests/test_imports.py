@@ -38,7 +38,8 @@ _VERILOG = "moeaccel.hdl.verilog"
 # Folder or file -> all that it may import of a package.
 ONLY = {
     "moeaccel/interface/": ("moeaccel", (
-        "moeaccel.interface", "moeaccel.config", "moeaccel.formats", "moeaccel.errors")),
+        "moeaccel.interface", "moeaccel.config", "moeaccel.formats", "moeaccel.activations",
+        "moeaccel.errors")),
     **{f"hdl/{name.rpartition('.')[2]}/": ("moeaccel.hdl", (*_BLOCKS, *_SHARED))
        for name in _BLOCKS},
     "hdl/core.py": ("moeaccel.hdl", (*_BLOCKS, *_SHARED)),

@@ -58,6 +58,59 @@ _ENDED = (*_FETCHING, _State.DECIDE, _State.START, _State.RUN, _State.FINISH)
 """Where they do; the others take a few cycles at most."""
 
 
+class _Wires:
+    """What the parts of a command processor tell each other."""
+
+    def __init__(self, config):
+        # States; the next one, by the one that it follows.
+        self.state = Signal(len(_State), init=1 << _State.IDLE)
+        self.following = {s: Signal(len(_State), name=f"after_{s.name.lower()}") for s in _State}
+
+        # The structure being read, and the completion being sent.
+        self.entry = Signal(8 * ENTRY_BYTES)
+        self.is_layer = Signal()
+        self.fetch_address = Signal(config.address_bits - _ALIGNMENT_BITS)
+        self.completion = Signal(8 * ENTRY_BYTES)
+
+        # The submission, and the job that becomes of it.
+        self.opcode = Signal(8)
+        self.tag = Signal(16)
+        self.work = Signal()
+        self.known = Signal()
+        self.job = Signal(job(config))
+
+        # What has become of it.
+        self.status = Signal(8)
+        self.result = Signal(layouts.job_result(config))
+        self.ran = Signal()
+        self.measured = Signal()
+        self.bad_word = Signal(range(ENTRY_BYTES // 4))
+        self.again = Signal()  # the completion could not be written
+        self.cycles = Signal(_CYCLES_BITS)
+
+        # Abort and watchdog.
+        self.stopping = Signal()
+        self.holding = Signal()
+        self.drained = Signal(range(DRAIN_CYCLES))
+        self.waited = Signal()
+        self.bad_rings = Signal()
+
+    def at(self, *states):
+        """Return whether the state is one of some."""
+        return Cat(self.state[s] for s in states).any()
+
+    @contextmanager
+    def only(self, m, s):
+        """Open a block for one state, and yield what makes the statement to go to another."""
+        following = self.following[s]
+        with m.If(self.state[s]):
+            m.d.comb += following.eq(1 << s)
+            yield lambda to: following.eq(1 << to)
+            if s in _ENDED:  # once the submission's tag is known
+                with m.If(self.stopping & (self.is_layer if s in _FETCHING else 1)):
+                    m.d.comb += following.eq(1 << _State.DRAIN)
+
+
 class CommandProcessor(wiring.Component):
     """Run submissions one at a time, in order, and complete each.
 
@@ -181,286 +234,253 @@ class CommandProcessor(wiring.Component):
 
     def elaborate(self, platform):
         m = Module()
-        config = self._config
-        address_bits = config.address_bits
-        state = Signal(len(_State), init=1 << _State.IDLE)
-        is_layer = Signal()
-        stopping = Signal()
-        following = {s: Signal(len(_State), name=f"after_{s.name.lower()}") for s in _State}
+        wires = _Wires(self._config)
+        m.submodules.rings = rings = Rings(self._config)
+        self._begin(m, wires, rings)
+        self._fetch(m, wires, rings)
+        self._check(m, wires)
+        self._run(m, wires)
+        self._report(m, wires, rings)
+        self._complete(m, wires, rings)
+        m.d.sync += wires.state.eq(functools.reduce(operator.or_, wires.following.values()))
+        self._interrupt(m, wires, rings)
+        return m
 
-        def in_state(*states):
-            return Cat(state[s] for s in states).any()
-
-        @contextmanager
-        def in_only(s):
-            with m.If(state[s]):
-                m.d.comb += following[s].eq(1 << s)
-                yield lambda to: following[s].eq(1 << to)
-                if s in _ENDED:  # once the submission's tag is known
-                    with m.If(stopping & (is_layer if s in _FETCHING else 1)):
-                        m.d.comb += following[s].eq(1 << _State.DRAIN)
-
-        m.submodules.rings = rings = Rings(config)
-        m.submodules.checks = checks = FieldChecks(config)
-        m.submodules.sizes = sizes = JobSizes(config)
+    def _begin(self, m, w, rings):
+        """Wait until the rings have a submission and room for its completion."""
         ready = Signal()
-        bad_rings = Signal()
         m.d.comb += [
             getattr(rings, name).eq(getattr(self, name)) for name in (
                 "enable", "sq_base", "cq_base", "ring_log2", "sq_tail", "cq_head")]
         m.d.comb += [self.sq_head.eq(rings.sq_head), self.cq_tail.eq(rings.cq_tail)]
-        # Before IDLE the indices may be those of the last command; in the cycle of o_reset_done the
-        # doorbells still hold what they held.
-        m.d.sync += ready.eq(
-            in_state(_State.IDLE) & rings.o_waiting & ~self.error & ~self.o_reset_done)
-
-        # -- the structure being read --------------------------------------------------------------
-        entry = Signal(8 * ENTRY_BYTES)
-        fetch_address = Signal(address_bits - _ALIGNMENT_BITS)
-        beats = ENTRY_BYTES // config.port_bytes
-        m.d.comb += [
-            self.reader.request.payload.address.eq(fetch_address << _ALIGNMENT_BITS),
-            self.reader.request.payload.beats.eq(beats),
-        ]
-
-        submission, layer = entry_fields(SUBMISSION, entry), entry_fields(LAYER, entry)
-
-        opcode = Signal(8)
-        tag = Signal(16)
-        work = Signal()
-        known = Signal()
-        held_job = Signal(job(config))
-        m.d.comb += [
-            checks.i_entry.eq(entry),
-            checks.i_is_layer.eq(is_layer),
-            sizes.i_start.eq(state[_State.CHECK] & is_layer),
-            sizes.i_job.eq(held_job),
-            self.o_job.payload.eq(held_job),
-        ]
-
-        # -- the completion ------------------------------------------------------------------------
-        status = Signal(8)
-        detail = Signal(32)
-        about = Signal(config.device_address_bits)
-        underflows = Signal(32)
-        cycles = Signal(_CYCLES_BITS)
-        ran = Signal()
-        measured = Signal()
-        again = Signal()
-        result = Signal(layouts.job_result(config))
-        completion_address = Signal(address_bits - _ALIGNMENT_BITS)
-        completion = Signal(8 * ENTRY_BYTES)
-        sent = Signal(range(max(beats, 2)))
-        values = {"tag": tag, "status": status, "phase": rings.o_phase, "detail": detail,
-                  "address": about, "cycles": cycles, "underflows": underflows}
-        m.d.comb += [
-            *(completion[f.offset:f.offset + f.bits].eq(values[f.name]) for f in COMPLETION),
-            self.writer.request.payload.address.eq(completion_address << _ALIGNMENT_BITS),
-            self.writer.request.payload.beats.eq(beats),
-            self.writer.data.payload.eq(entry[:8 * config.port_bytes]),
-        ]
         m.d.sync += [
-            completion_address.eq(rings.o_completion),
-            cycles.eq(cycles + 1),
-            self.clear_faults.eq(0),
+            # Before IDLE the indices may be those of the last command; in the cycle of o_reset_done
+            # the doorbells still hold what they held.
+            ready.eq(w.at(_State.IDLE) & rings.o_waiting & ~self.error & ~self.o_reset_done),
+            w.bad_rings.eq(rings.o_bad.any()),
+            w.cycles.eq(w.cycles + 1),
             self.o_error.eq(Mux(self.enable | self.busy, rings.o_bad, 0)),
-            bad_rings.eq(rings.o_bad.any()),
-            self.o_irq.eq(0),
-            self.o_reset_done.eq(0),
-            self.count_commands.eq(0),
-            self.count_tokens.eq(0),
-            self.count_overflows.eq(0),
-            self.count_underflows.eq(0),
+            self.clear_faults.eq(0),
         ]
-
-        # -- abort and watchdog --------------------------------------------------------------------
-        running = Signal()
-        stop_status = Signal(8)
-        drained = Signal(range(DRAIN_CYCLES))
-        timer = Signal(32)
-        expired = Signal()
-        aborted = Signal()
-        restart = Signal()
-        holding = Signal()
-        m.d.comb += [
-            self.busy.eq(~in_state(_State.IDLE, _State.RESET)),
-            self.draining.eq(
-                in_state(_State.DRAIN, _State.RESET)
-                | (stopping & ~is_layer & in_state(*_FETCHING, _State.LIMIT))),
-            self.flush.eq(holding),
-        ]
-        m.d.sync += [
-            holding.eq(in_state(_State.DRAIN, _State.RESET)),
-            self.o_engine_reset.eq(in_state(_State.DRAIN, _State.RESET)),
-            drained.eq(Mux(in_state(_State.DRAIN, _State.RESET, _State.STOPPED),
-                           drained + (drained != ~0), 0)),
-            running.eq(~in_state(*_RESTING)),
-            aborted.eq(self.i_abort),
-            restart.eq(self.progress | ~running),
-            timer.eq(Mux(restart, self.watchdog, timer - 1)),
-            expired.eq(~restart & (timer == 0) & (self.watchdog != 0)),
-        ]
-        waited = drained == DRAIN_CYCLES - 1
-        held = waited & self.idle
-
-        with in_only(_State.IDLE) as go:
+        with w.only(m, _State.IDLE) as go:
             m.d.sync += [
-                is_layer.eq(0),
-                ran.eq(0),
-                measured.eq(0),
-                again.eq(0),
-                stopping.eq(0),
-                cycles.eq(0),
-                fetch_address.eq(rings.o_submission),
+                w.is_layer.eq(0),
+                w.ran.eq(0),
+                w.measured.eq(0),
+                w.again.eq(0),
+                w.stopping.eq(0),
+                w.cycles.eq(0),
+                w.fetch_address.eq(rings.o_submission),
             ]
             with m.If(ready):
                 m.d.comb += go(_State.REQUEST)
                 m.d.sync += self.clear_faults.eq(1)
 
-        with in_only(_State.REQUEST) as go:
-            m.d.comb += self.reader.request.valid.eq(~holding)
-            with m.If(self.reader.request.ready & ~holding):
+    def _fetch(self, m, w, rings):
+        """Read the submission, or the layer, and keep what of it the job needs."""
+        beat_bits = 8 * self._config.port_bytes
+        submission, layer = entry_fields(SUBMISSION, w.entry), entry_fields(LAYER, w.entry)
+        m.d.comb += [
+            self.reader.request.payload.address.eq(w.fetch_address << _ALIGNMENT_BITS),
+            self.reader.request.payload.beats.eq(8 * ENTRY_BYTES // beat_bits),
+        ]
+        with w.only(m, _State.REQUEST) as go:
+            m.d.comb += self.reader.request.valid.eq(~w.holding)
+            with m.If(self.reader.request.ready & ~w.holding):
                 m.d.comb += go(_State.COLLECT)
 
-        with in_only(_State.COLLECT) as go:
+        with w.only(m, _State.COLLECT) as go:
             with m.If(self.reader.valid & self.reader.last):
                 m.d.comb += go(_State.LIMIT)
 
-        with in_only(_State.LIMIT) as go:
+        with w.only(m, _State.LIMIT) as go:
             m.d.comb += go(_State.CHECK)
-            with m.If(~is_layer):
+            with m.If(~w.is_layer):
                 m.d.comb += rings.i_fetched.eq(1)
                 m.d.sync += [
-                    opcode.eq(submission["opcode"]),
-                    tag.eq(submission["tag"]),
-                    known.eq(Cat(submission["opcode"] == code for code in Opcode).any()),
-                    work.eq((submission["opcode"] == Opcode.EXPERTS)
-                            | (submission["opcode"] == Opcode.GEMM)),
-                    fetch_address.eq(submission["layer_address"] >> _ALIGNMENT_BITS),
-                    held_job.routed.eq(submission["opcode"] == Opcode.EXPERTS),
+                    w.opcode.eq(submission["opcode"]),
+                    w.tag.eq(submission["tag"]),
+                    w.known.eq(Cat(submission["opcode"] == code for code in Opcode).any()),
+                    w.work.eq((submission["opcode"] == Opcode.EXPERTS)
+                              | (submission["opcode"] == Opcode.GEMM)),
+                    w.fetch_address.eq(submission["layer_address"] >> _ALIGNMENT_BITS),
+                    w.job.routed.eq(submission["opcode"] == Opcode.EXPERTS),
                 ]
                 m.d.sync += [
-                    held_job[name].eq(submission[name])
+                    w.job[name].eq(submission[name])
                     for name in ("tokens", "top_k", "x_address", "ids_address",
                                  "weights_address", "y_address", "workspace_address")
                 ]
             with m.Else():
                 m.d.sync += [
-                    held_job[name].eq(layer[name])
+                    w.job[name].eq(layer[name])
                     for name in ("num_experts", "grid_exponent", "table_address")
                 ]
                 m.d.sync += [
-                    held_job.two_planes.eq(layer["planes"] == 2),
-                    held_job.steps_in.eq(layer["d_in"] // BLOCK),
-                    held_job.steps_out.eq(layer["d_out"] // BLOCK),
+                    w.job.two_planes.eq(layer["planes"] == 2),
+                    w.job.steps_in.eq(layer["d_in"] // BLOCK),
+                    w.job.steps_out.eq(layer["d_out"] // BLOCK),
                 ]
 
-        with in_only(_State.CHECK) as go:
+        with m.If(w.state[_State.LOAD] | Mux(
+                w.state[_State.COLLECT], self.reader.valid,
+                w.state[_State.SEND] & self.writer.data.ready)):
+            # Sent as it is received: by a shift.
+            m.d.sync += w.entry.eq(Mux(
+                w.state[_State.LOAD], w.completion,
+                Cat(w.entry, self.reader.data)[beat_bits:]))
+
+    def _check(self, m, w):
+        """Look at every field; with the layer, at where everything in memory ends."""
+        m.submodules.checks = checks = FieldChecks(self._config)
+        m.submodules.sizes = sizes = JobSizes(self._config)
+        m.d.comb += [
+            checks.i_entry.eq(w.entry),
+            checks.i_is_layer.eq(w.is_layer),
+            sizes.i_start.eq(w.state[_State.CHECK] & w.is_layer),
+            sizes.i_job.eq(w.job),
+            w.bad_word.eq(Mux(w.measured, sizes.o_word, checks.o_word)),
+        ]
+        with w.only(m, _State.CHECK) as go:
             m.d.comb += go(_State.JOIN)
 
-        with in_only(_State.JOIN) as go:
+        with w.only(m, _State.JOIN) as go:
             m.d.comb += go(_State.DECIDE)
 
-        with in_only(_State.DECIDE) as go:
+        with w.only(m, _State.DECIDE) as go:
             m.d.comb += go(_State.WRITE)
             with m.If(self.fault_window):
-                m.d.sync += status.eq(Status.WINDOW)
+                m.d.sync += w.status.eq(Status.WINDOW)
             with m.Elif(self.fault_bus):
-                m.d.sync += status.eq(Status.BUS_ERROR)
-            with m.Elif(~known):
-                m.d.sync += status.eq(Status.BAD_OPCODE)
-            with m.Elif(~work):
-                m.d.sync += status.eq(Status.OK)
+                m.d.sync += w.status.eq(Status.BUS_ERROR)
+            with m.Elif(~w.known):
+                m.d.sync += w.status.eq(Status.BAD_OPCODE)
+            with m.Elif(~w.work):
+                m.d.sync += w.status.eq(Status.OK)
             with m.Elif(checks.o_bad):
-                m.d.sync += status.eq(Mux(is_layer, Status.BAD_LAYER, Status.BAD_FIELD))
-            with m.Elif(~is_layer):
+                m.d.sync += w.status.eq(Mux(w.is_layer, Status.BAD_LAYER, Status.BAD_FIELD))
+            with m.Elif(~w.is_layer):
                 m.d.comb += go(_State.REQUEST)
-                m.d.sync += is_layer.eq(1)
+                m.d.sync += w.is_layer.eq(1)
             with m.Else():
                 m.d.comb += go(_State.MEASURE)
 
-        with in_only(_State.MEASURE) as go:
+        with w.only(m, _State.MEASURE) as go:
             m.d.sync += [
-                measured.eq(1),
-                status.eq(Mux(sizes.o_bad_field, Status.BAD_FIELD, Status.BAD_LAYER)),
+                w.measured.eq(1),
+                w.status.eq(Mux(sizes.o_bad_field, Status.BAD_FIELD, Status.BAD_LAYER)),
             ]
             with m.If(sizes.o_done):
                 m.d.comb += go(_State.START)
                 with m.If(sizes.o_bad_field | sizes.o_bad_layer):
                     m.d.comb += go(_State.WRITE)
 
-        with in_only(_State.START) as go:
+    def _run(self, m, w):
+        """Hand the job over, and judge what comes back."""
+        m.d.comb += self.o_job.payload.eq(w.job)
+        with w.only(m, _State.START) as go:
             m.d.comb += self.o_job.valid.eq(1)
             with m.If(self.o_job.ready):
                 m.d.comb += go(_State.RUN)
 
-        with in_only(_State.RUN) as go:
-            m.d.sync += result.eq(self.i_result)
+        with w.only(m, _State.RUN) as go:
+            m.d.sync += w.result.eq(self.i_result)
             with m.If(self.i_done):
                 m.d.comb += go(_State.FINISH)
-                m.d.sync += ran.eq(1)
+                m.d.sync += w.ran.eq(1)
 
-        with in_only(_State.FINISH) as go:
+        with w.only(m, _State.FINISH) as go:
             m.d.comb += go(_State.WRITE)
             with m.If(self.fault_window):
-                m.d.sync += status.eq(Status.WINDOW)
+                m.d.sync += w.status.eq(Status.WINDOW)
             with m.Elif(self.fault_bus):
-                m.d.sync += status.eq(Status.BUS_ERROR)
-            with m.Elif(result.bad_expert):
-                m.d.sync += status.eq(Status.BAD_EXPERT)
-            with m.Elif(result.nonfinite):
-                m.d.sync += status.eq(Status.NONFINITE)
-            with m.Elif(result.overflows != 0):
-                m.d.sync += status.eq(Status.OVERFLOW)
+                m.d.sync += w.status.eq(Status.BUS_ERROR)
+            with m.Elif(w.result.bad_expert):
+                m.d.sync += w.status.eq(Status.BAD_EXPERT)
+            with m.Elif(w.result.nonfinite):
+                m.d.sync += w.status.eq(Status.NONFINITE)
+            with m.Elif(w.result.overflows != 0):
+                m.d.sync += w.status.eq(Status.OVERFLOW)
             with m.Else():
-                m.d.sync += status.eq(Status.OK)
+                m.d.sync += w.status.eq(Status.OK)
 
-        with in_only(_State.WRITE) as go:
-            m.d.comb += self.writer.request.valid.eq(~holding & ~bad_rings)
-            m.d.sync += [cycles.eq(cycles), sent.eq(0)]
-            # What these come from holds until then; chosen here, the state's decision is a short
-            # one.
-            with m.If(~again):
-                m.d.sync += [
-                    detail.eq(0), about.eq(0),
-                    underflows.eq(Mux(ran & ~self.fault_window & ~self.fault_bus
-                                      & ~result.bad_expert,
-                                      layouts.limited_count(result.underflows), 0)),
-                ]
-                with m.Switch(status):
-                    with m.Case(Status.WINDOW, Status.BUS_ERROR):
-                        m.d.sync += about.eq(self.fault_address)
-                    with m.Case(Status.BAD_OPCODE):
-                        m.d.sync += detail.eq(opcode)
-                    with m.Case(Status.BAD_FIELD, Status.BAD_LAYER):
-                        m.d.sync += detail.eq(Mux(measured, sizes.o_word, checks.o_word))
-                    with m.Case(Status.BAD_EXPERT):
-                        m.d.sync += [detail.eq(result.expert), about.eq(result.word)]
-                    with m.Case(Status.NONFINITE):
-                        m.d.sync += [detail.eq(result.token), about.eq(result.what)]
-                    with m.Case(Status.OVERFLOW):
-                        m.d.sync += detail.eq(layouts.limited_count(result.overflows))
-            with m.If(bad_rings):  # changed while the command ran
+    def _report(self, m, w, rings):
+        """Choose what the completion says.
+
+        What it comes from holds while the completion waits to be written; chosen here, that state's
+        decision is a short one.
+        """
+        result = w.result
+        detail = Signal(32)
+        about = Signal(self._config.device_address_bits)
+        underflows = Signal(32)
+        values = {"tag": w.tag, "status": w.status, "phase": rings.o_phase, "detail": detail,
+                  "address": about, "cycles": w.cycles, "underflows": underflows}
+        m.d.comb += [
+            w.completion[f.offset:f.offset + f.bits].eq(values[f.name]) for f in COMPLETION]
+        with m.If(w.state[_State.WRITE] & ~w.again):
+            m.d.sync += [
+                detail.eq(0), about.eq(0),
+                underflows.eq(Mux(w.ran & ~self.fault_window & ~self.fault_bus & ~result.bad_expert,
+                                  layouts.limited_count(result.underflows), 0)),
+            ]
+            with m.Switch(w.status):
+                with m.Case(Status.WINDOW, Status.BUS_ERROR):
+                    m.d.sync += about.eq(self.fault_address)
+                with m.Case(Status.BAD_OPCODE):
+                    m.d.sync += detail.eq(w.opcode)
+                with m.Case(Status.BAD_FIELD, Status.BAD_LAYER):
+                    m.d.sync += detail.eq(w.bad_word)
+                with m.Case(Status.BAD_EXPERT):
+                    m.d.sync += [detail.eq(result.expert), about.eq(result.word)]
+                with m.Case(Status.NONFINITE):
+                    m.d.sync += [detail.eq(result.token), about.eq(result.what)]
+                with m.Case(Status.OVERFLOW):
+                    m.d.sync += detail.eq(layouts.limited_count(result.overflows))
+
+    def _complete(self, m, w, rings):
+        """Write the completion, and announce it when memory has it."""
+        config = self._config
+        beats = ENTRY_BYTES // config.port_bytes
+        completion_address = Signal.like(w.fetch_address)
+        sent = Signal(range(max(beats, 2)))
+        m.d.comb += [
+            self.writer.request.payload.address.eq(completion_address << _ALIGNMENT_BITS),
+            self.writer.request.payload.beats.eq(beats),
+            self.writer.data.payload.eq(w.entry[:8 * config.port_bytes]),
+        ]
+        m.d.sync += [
+            completion_address.eq(rings.o_completion),
+            self.o_irq.eq(0),
+            self.count_commands.eq(0),
+            self.count_tokens.eq(0),
+            self.count_overflows.eq(0),
+            self.count_underflows.eq(0),
+        ]
+        with w.only(m, _State.WRITE) as go:
+            m.d.comb += self.writer.request.valid.eq(~w.holding & ~w.bad_rings)
+            m.d.sync += [w.cycles.eq(w.cycles), sent.eq(0)]
+            with m.If(w.bad_rings):  # changed while the command ran
                 m.d.comb += go(_State.STOPPED)
-            with m.Elif(self.writer.request.ready & ~holding):
+            with m.Elif(self.writer.request.ready & ~w.holding):
                 m.d.comb += go(_State.LOAD)
                 # From here on a fault is the completion's.
                 m.d.sync += self.clear_faults.eq(1)
 
-        with in_only(_State.LOAD) as go:
+        with w.only(m, _State.LOAD) as go:
             m.d.comb += go(_State.SEND)
-            m.d.sync += cycles.eq(cycles)
+            m.d.sync += w.cycles.eq(w.cycles)
 
-        with in_only(_State.SEND) as go:
+        with w.only(m, _State.SEND) as go:
             m.d.comb += self.writer.data.valid.eq(1)
-            m.d.sync += cycles.eq(cycles)
+            m.d.sync += w.cycles.eq(w.cycles)
             with m.If(self.writer.data.ready):
                 m.d.sync += sent.eq(sent + 1)
                 with m.If(sent == beats - 1):
                     m.d.comb += go(_State.ACKNOWLEDGE)
 
-        with in_only(_State.ACKNOWLEDGE) as go:
-            m.d.sync += cycles.eq(cycles)
+        with w.only(m, _State.ACKNOWLEDGE) as go:
+            m.d.sync += w.cycles.eq(w.cycles)
             with m.If(self.writer.done & (self.fault_window | self.fault_bus)):
                 m.d.comb += go(_State.STOPPED)
                 m.d.sync += self.o_error[3:].eq(Cat(self.fault_window, ~self.fault_window))
@@ -470,43 +490,64 @@ class CommandProcessor(wiring.Component):
                     self.o_irq.eq(1),
                     self.count_commands.eq(1),
                 ]
-                with m.If(ran):
+                with m.If(w.ran):
                     m.d.sync += [
-                        self.count_tokens.eq(held_job.tokens),
-                        self.count_overflows.eq(result.overflows),
-                        self.count_underflows.eq(result.underflows),
+                        self.count_tokens.eq(w.job.tokens),
+                        self.count_overflows.eq(w.result.overflows),
+                        self.count_underflows.eq(w.result.underflows),
                     ]
 
-        with in_only(_State.STOPPED) as go:
-            m.d.sync += [cycles.eq(cycles), again.eq(1)]
-            with m.If(waited & ~self.error):
+        with w.only(m, _State.STOPPED) as go:
+            m.d.sync += [w.cycles.eq(w.cycles), w.again.eq(1)]
+            with m.If(w.waited & ~self.error):
                 m.d.comb += go(_State.WRITE)
 
-        with in_only(_State.DRAIN) as go:
-            with m.If(held):
-                m.d.comb += go(_State.WRITE)
-                m.d.sync += [status.eq(stop_status), ran.eq(0)]
+    def _interrupt(self, m, w, rings):
+        """End a command at an abort or the watchdog, forget it at a soft reset.
 
-        with in_only(_State.RESET) as go:
-            m.d.sync += stopping.eq(0)
-            with m.If(held):
+        The last of the parts: the soft reset wins over whatever the state does.
+        """
+        draining = w.at(_State.DRAIN, _State.RESET)
+        running = Signal()
+        stop_status = Signal(8)
+        timer = Signal(32)
+        expired = Signal()
+        aborted = Signal()
+        restart = Signal()
+        m.d.comb += [
+            self.busy.eq(~w.at(_State.IDLE, _State.RESET)),
+            self.draining.eq(
+                draining | (w.stopping & ~w.is_layer & w.at(*_FETCHING, _State.LIMIT))),
+            self.flush.eq(w.holding),
+            w.waited.eq(w.drained == DRAIN_CYCLES - 1),
+        ]
+        m.d.sync += [
+            w.holding.eq(draining),
+            self.o_engine_reset.eq(draining),
+            self.o_reset_done.eq(0),
+            w.drained.eq(Mux(w.at(_State.DRAIN, _State.RESET, _State.STOPPED),
+                             w.drained + (w.drained != ~0), 0)),
+            running.eq(~w.at(*_RESTING)),
+            aborted.eq(self.i_abort),
+            restart.eq(self.progress | ~running),
+            timer.eq(Mux(restart, self.watchdog, timer - 1)),
+            expired.eq(~restart & (timer == 0) & (self.watchdog != 0)),
+        ]
+        with w.only(m, _State.DRAIN) as go:
+            with m.If(w.waited & self.idle):
+                m.d.comb += go(_State.WRITE)
+                m.d.sync += [w.status.eq(stop_status), w.ran.eq(0)]
+
+        with w.only(m, _State.RESET) as go:
+            m.d.sync += w.stopping.eq(0)
+            with m.If(w.waited & self.idle):
                 m.d.comb += [go(_State.IDLE), rings.i_reset.eq(1)]
                 m.d.sync += self.o_reset_done.eq(1)
 
-        m.d.sync += state.eq(functools.reduce(operator.or_, following.values()))
-        with m.If(state[_State.LOAD] | Mux(
-                state[_State.COLLECT], self.reader.valid,
-                state[_State.SEND] & self.writer.data.ready)):
-            # Sent as it is received: by a shift.
-            m.d.sync += entry.eq(Mux(
-                state[_State.LOAD], completion,
-                Cat(entry, self.reader.data)[8 * config.port_bytes:]))
-
-        with m.If(running & ~stopping & (aborted | expired)):
+        with m.If(running & ~w.stopping & (aborted | expired)):
             m.d.sync += [
-                stopping.eq(1),
+                w.stopping.eq(1),
                 stop_status.eq(Mux(aborted, Status.ABORTED, Status.WATCHDOG)),
             ]
-        with m.If(self.i_soft_reset):  # wins over whatever the state does
-            m.d.sync += [state.eq(1 << _State.RESET), drained.eq(0)]
-        return m
+        with m.If(self.i_soft_reset):
+            m.d.sync += [w.state.eq(1 << _State.RESET), w.drained.eq(0)]

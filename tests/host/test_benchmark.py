@@ -21,7 +21,8 @@ def test_the_memory_share_is_of_all_channels(channels):
 def test_a_measurement_is_of_the_whole_machine():
     """On two channels a product takes half of the weights on each, and nothing is over 1."""
     config = TINY.replace(name="two", channels=2)
-    with open_device("golden", config=config, memory_bytes=1 << 22, latency=9) as device:
+    with open_device("golden", config=config, memory_bytes=1 << 22, timing=True,
+                     latency=9) as device:
         said = []
         bench = Bench(device=device, device_name="golden", memory="ideal", latency=9,
                       weight_format="mxint8", activation_bits=8, seed=3, progress=said.append)
