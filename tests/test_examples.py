@@ -55,7 +55,7 @@ def test_counters(printed):
     assert batch.startswith("16 token(s)")
     for line in (decode_times, batch_times):
         assert sum(shares(line).values()) == pytest.approx(100, abs=3)
-    assert shares(decode)["weights take"] > 80
+    assert 50 < shares(decode)["weights take"] <= 100
 
 
 def test_residency(printed):

@@ -5,6 +5,7 @@ import random
 import pytest
 from amaranth.sim import Simulator
 
+from moeaccel.activations import ACTIVATIONS
 from moeaccel.config import PRESETS
 from moeaccel.formats import FORMATS
 from moeaccel.hdl.dispatch.expert_table import ExpertTable
@@ -25,7 +26,7 @@ def shape_of(rng):
         return LinearShape(rng.choice(formats), D_OUT, D_IN, **SHAPE)
     return ExpertShape(
         rng.choice(formats), D_IN, 32 * rng.randint(1, 8), down_format=rng.choice(formats),
-        activation=rng.choice(("silu", "relu")), **SHAPE)
+        activation=rng.choice(list(ACTIVATIONS)), **SHAPE)
 
 
 def run(config, counts, entries, *, seed=0, stall=0.0, latency=5, take=1.0, expected=None):
@@ -105,7 +106,7 @@ def test_experts_with_tokens_come_in_order_with_their_shapes(seed, port_bytes):
             assert (work.hidden, work.combine) == (i == 1, i + 1 == len(sections))
             assert work.short == -section.channel_rows % config.rows
         if isinstance(shape, ExpertShape):
-            assert p.work.activation == {"silu": 0, "relu": 1}[shape.activation]
+            assert p.work.activation == ACTIVATIONS[shape.activation].code
 
 
 def test_sixteen_entries_at_most_are_asked_for_ahead():
@@ -129,7 +130,7 @@ def image_bytes(shape):
     (GATED, {"sections": 0}, "sections"), (GATED, {"sections": 3}, "sections"),
     (GATED, {"sections": 1}, "sink0"),
     (LINEAR, {"sections": 2, "d_expert": 32}, "sink0"),
-    (GATED, {"activation": 2}, "activation"), (LINEAR, {"activation": 9}, None),
+    (GATED, {"activation": len(ACTIVATIONS)}, "activation"), (LINEAR, {"activation": 9}, None),
     (GATED, {"flags": 1}, "flags"), (GATED, {"flags": 1 << 15, "format0": 99}, "flags"),
     (GATED, {"d_expert": 0}, "d_expert"), (GATED, {"d_expert": 48}, "d_expert"),
     (GATED, {"d_expert": TINY.max_dim + 32}, "d_expert"), (LINEAR, {"d_expert": 7}, None),
