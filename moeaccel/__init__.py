@@ -4,4 +4,4 @@ from moeaccel.config import PRESETS, AcceleratorConfig
 
 __all__ = ["PRESETS", "AcceleratorConfig", "__version__"]
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"

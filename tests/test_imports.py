@@ -58,6 +58,7 @@ LAZY = {
 } | {
     ("host/transports/rtl.py", "moeaccel.sim"):
         'open_device("rtl") builds the simulator; no other transport needs Amaranth or a compiler',
+    ("moeaccel/docs/boards.py", "moeaccel.fpga"): "its page is made from the registry of boards",
 }
 
 WITHOUT = """

@@ -81,7 +81,7 @@ def test_short_last_group():
         (
             np.ones((2, 64)),
             "int3",
-            "weight_format must be one of mxint8, int4_g32, int4_g128, mxfp4, int4_g64, not 'int3'",
+            f"weight_format must be one of {', '.join(FORMATS)}, not 'int3'",
         ),
         (np.full((2, 64), np.nan), "mxint8", "weights must be finite"),
         (np.ones(64), "mxint8", "weights must be a matrix"),

@@ -134,7 +134,7 @@ def image_bytes(shape):
     (GATED, {"sections": 0}, "sections"), (GATED, {"sections": 3}, "sections"),
     (GATED, {"sections": 1}, "sink0"),
     (LINEAR, {"sections": 2, "d_expert": 32}, "sink0"),
-    (GATED, {"activation": 5}, "activation"), (LINEAR, {"activation": 9}, None),
+    (GATED, {"activation": len(ACTIVATIONS)}, "activation"), (LINEAR, {"activation": 9}, None),
     (GATED, {"flags": 1}, "flags"), (GATED, {"flags": 1 << 15, "format0": 99}, "flags"),
     (GATED, {"d_expert": 0}, "d_expert"), (GATED, {"d_expert": 48}, "d_expert"),
     (GATED, {"d_expert": TINY.max_dim + 32}, "d_expert"), (LINEAR, {"d_expert": 7}, None),
