@@ -32,6 +32,7 @@ from moeaccel.grid import (
     linear_output,
     squares,
 )
+from moeaccel.host.calibration import calibrated
 from moeaccel.host.errors import InvalidOption, InvalidTensor, LimitExceeded, UploadError
 from moeaccel.host.layers import Experts, Linear
 from moeaccel.host.memory import COMMAND_ALIGNMENT, PAGE, Allocation
@@ -86,7 +87,8 @@ def _freed_on_error(allocation: Allocation) -> Iterator[None]:
 
 def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str,
                  weight_format: str, activation_bits: int, grid_exponent: int | None,
-                 x_rms: float, progress: Progress | None) -> Experts:
+                 x_rms: float, progress: Progress | None, quantiser: str,
+                 calibration: tuple[Tensor, Tensor] | None) -> Experts:
     """Quantise the experts of one layer and put them into a device's memory."""
     experts, rows, d_model = _stack_shape("gate_up", gate_up, "2 I", "H")
     shape = _stack_shape("down", down, "H", "I")
@@ -94,6 +96,7 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
         raise InvalidTensor(
             f"down must have the shape (E, H, I) = {(experts, d_model, rows // 2)} for gate_up "
             f"{(experts, rows, d_model)} = (E, 2 I, H), not {shape}")
+    seen = calibrated(quantiser, calibration, d_model=d_model, num_experts=experts)
 
     def quantised() -> Iterator[_Measured]:
         for e in range(experts):
@@ -102,7 +105,10 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
                 raise InvalidTensor(
                     f"expert {e} must have the shapes of expert 0, {(rows, d_model)} and "
                     f"{shape[1:]}, not {matrices[0].shape} and {matrices[1].shape}")
-            expert = Expert.quantise(*matrices, weight_format)
+            moments = (None, None) if seen is None else seen.moments(
+                e, matrices[0], second=quantiser == "gptq")
+            expert = Expert.quantise(*matrices, weight_format, quantiser=quantiser,
+                                     moments=moments)
             yield expert, {"gate_up": squares(expert.gate_up, interleave_gate_up(matrices[0])),
                            "down": squares(expert.down, matrices[1])}
 
@@ -152,7 +158,7 @@ def load_quantised(device: Device, experts: Sequence[Expert], *, activation: str
 
 
 def load_linear(device: Device, weight: Tensor, *, weight_format: str, activation_bits: int,
-                grid_exponent: int | None, x_rms: float) -> Linear:
+                grid_exponent: int | None, x_rms: float, quantiser: str) -> Linear:
     """Quantise the matrix of a linear layer and put it into a device's memory."""
     d_out, d_in = shape_of("weight", weight, "N", "K")
     fmt = _check_format(device, weight_format)
@@ -161,7 +167,7 @@ def load_linear(device: Device, weight: Tensor, *, weight_format: str, activatio
     config = device.config
     shape = LinearShape(fmt, d_out, d_in, config.row_multipliers, config.channels)
     values = float32("weight", weight)
-    matrix = quantise(values, fmt)
+    matrix = quantise(values, fmt, quantiser=quantiser)
     found = squares(matrix, values)
     if grid_exponent is None:
         grid_exponent = choose_grid([linear_output(found, x_rms=x_rms)])

@@ -537,11 +537,18 @@ class Expert:
 
     @classmethod
     def quantise(
-        cls, gate_up: NDArray[np.floating], down: NDArray[np.floating], name: str | WeightFormat
+        cls, gate_up: NDArray[np.floating], down: NDArray[np.floating], name: str | WeightFormat, *,
+        quantiser: str = "search",
+        moments: tuple[NDArray[np.floating] | None, NDArray[np.floating] | None] = (None, None),
     ) -> Expert:
-        """Quantise float weights: ``gate_up`` (2 I, H) as ``[gate; up]``, ``down`` (H, I)."""
+        """Quantise float weights: ``gate_up`` (2 I, H) as ``[gate; up]``, ``down`` (H, I).
+
+        ``quantiser`` and ``moments``, those of x and of h, as in :func:`moeaccel.formats.quantise`.
+        """
         fmt = weight_format(name)
-        return cls(quantise(interleave_gate_up(gate_up), fmt), quantise(down, fmt))
+        return cls(
+            quantise(interleave_gate_up(gate_up), fmt, quantiser=quantiser, moments=moments[0]),
+            quantise(down, fmt, quantiser=quantiser, moments=moments[1]))
 
     def filled(self) -> Expert:
         """Return what device memory holds: zeros behind rows and columns, up to whole blocks."""
