@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from moeaccel.errors import FormatError
 from moeaccel.formats import (
     SIGNIFICAND_BITS,
     QuantisedMatrix,
@@ -96,6 +97,8 @@ class Coded:
                        minimum=minimum)
 
 
+_CHUNK_ELEMENTS = 1 << 17  # rows that are worked on at once stay in a core's cache
+
 Matrix = Coded | NDArray[np.float32]
 """A matrix of a checkpoint: coded, or floats, (n, K)."""
 
@@ -166,38 +169,66 @@ def convert(matrix: Matrix, name: str | WeightFormat, *, exact: bool = False,
     fmt = weight_format(name)
     if isinstance(matrix, Coded):
         if matrix.order is None:
-            return _recode(matrix, fmt, exact, quantiser, what)
+            n, k = matrix.integers.shape
+            step = max(1, _CHUNK_ELEMENTS // k)
+            parts = [_recode(matrix[first : first + step], fmt, exact, quantiser, what, first)
+                     for first in range(0, n, step)]
+            return _stacked([part for part, _ in parts]), sum((fit for _, fit in parts), Fit())
         matrix = matrix.floats()
     if exact:
         raise InexactWeights(f"{what} must be integers and scales, columns in their order, to "
                              f"become {fmt.name} exactly; leave exact out")
-    if not np.isfinite(matrix).all():
-        row, column = (int(i) for i in np.argwhere(~np.isfinite(matrix))[0])
-        raise CheckpointError(f"{what} must be finite, but row {row}, column {column} holds "
-                              f"{matrix[row, column]}")
-    quantised = quantise(matrix, fmt, quantiser=quantiser)
+    quantised = _quantise(matrix, fmt, quantiser, what)
     groups = quantised.shift.size
     return quantised, Fit(groups, groups, quantised.coarsened, *_squares(quantised, matrix))
 
 
-def _recode(coded: Coded, fmt: WeightFormat, exact: bool, quantiser: str,
-            what: str) -> tuple[QuantisedMatrix, Fit]:
+def _quantise(weights: NDArray[np.float32], fmt: WeightFormat, quantiser: str,
+              what: str) -> QuantisedMatrix:
+    """Quantise weights; where they are not finite, say where."""
+    try:
+        return quantise(weights, fmt, quantiser=quantiser)
+    except FormatError:
+        bad = np.argwhere(~np.isfinite(weights))
+        if not len(bad):
+            raise
+        row, column = (int(i) for i in bad[0])
+        raise CheckpointError(f"{what} must be finite, but row {row}, column {column} holds "
+                              f"{weights[row, column]}") from None
+
+
+def _stacked(parts: list[QuantisedMatrix]) -> QuantisedMatrix:
+    """Return the matrix of which these are the rows."""
+    if len(parts) == 1:
+        return parts[0]
+    return replace(parts[0], coarsened=sum(part.coarsened for part in parts), **{
+        name: np.concatenate([getattr(part, name) for part in parts])
+        for name in ("integers", "significand", "shift", "row_exponent")})
+
+
+def _grouped(values: NDArray[np.generic], group: int) -> NDArray[np.generic]:
+    """Return the rows of a matrix in groups, (n, groups, group), zeros behind the last."""
+    missing = -values.shape[1] % group
+    if missing:
+        values = np.pad(values, ((0, 0), (0, missing)))
+    return np.ascontiguousarray(values).reshape(len(values), -1, group)
+
+
+def _recode(coded: Coded, fmt: WeightFormat, exact: bool, quantiser: str, what: str,
+            first: int) -> tuple[QuantisedMatrix, Fit]:
+    """Bring some rows, from row ``first`` on, into a format."""
     n, k = coded.integers.shape
-    groups = -(-k // fmt.group)
-    padded = np.pad(coded.integers, ((0, 0), (0, groups * fmt.group - k)))
-    grouped = padded.reshape(n, groups, fmt.group)
+    grouped = _grouped(coded.integers, fmt.group)
     scales, one_scale = _regrouped(coded, fmt.group)
     flipped = scales < 0
     if flipped.any():
         scales = np.abs(scales)
         grouped = np.where(flipped[:, :, None], -grouped, grouped)  # int8 has no -(-128): not there
-    there = grouped.any(axis=2) & (scales > 0)
+    there = _any(grouped) & (scales > 0)
     scales = np.where(there, scales, 0)
     significand, exponent = split_scales(fmt, scales)
-    known = np.zeros(256, bool)
-    known[fmt.integers[(fmt.integers >= fmt.low) & (fmt.integers <= fmt.high)]] = True
     reasons = {
-        f"integers that {fmt.name} has": known[grouped.view(np.uint8)].all(axis=2),
+        f"integers that {fmt.name} has": _known(grouped, fmt),
         f"one scale for each {fmt.group} weights": one_scale,
         f"scales of at most {SIGNIFICAND_BITS} bits" if fmt.real_scale
         else "powers of two for scales":
@@ -208,12 +239,12 @@ def _recode(coded: Coded, fmt: WeightFormat, exact: bool, quantiser: str,
         row, group = (int(i) for i in np.argwhere(~fits)[0])
         why = next(reason for reason, good in reasons.items() if not good[row, group])
         raise InexactWeights(
-            f"{what} must have {why} to become {fmt.name} exactly, but row {row}, group {group} has "
-            "not; leave exact out, or take another weight_format")
+            f"{what} must have {why} to become {fmt.name} exactly, but row {first + row}, group "
+            f"{group} has not; leave exact out, or take another weight_format")
     weights: NDArray[np.float32] | None = None
     if not fits.all():
         weights = coded.floats()
-        again = quantise(weights, fmt, quantiser=quantiser)
+        again = _quantise(weights, fmt, quantiser, what)
         if not fits.any():
             return again, Fit(fits.size, fits.size, again.coarsened, *_squares(again, weights))
         scales = np.ldexp(again.significand.astype(np.float64),
@@ -226,28 +257,41 @@ def _recode(coded: Coded, fmt: WeightFormat, exact: bool, quantiser: str,
         row, group = (int(i) for i in np.argwhere(coarsened)[0])
         raise InexactWeights(
             f"{what} must have scales of each row within {fmt.max_shift} powers of two, and in the "
-            f"significand's bits below, to become {fmt.name} exactly, but row {row}, group {group} "
-            "has not; leave exact out")
-    integers = np.where(there[:, :, None], grouped, np.int8(0))
+            f"significand's bits below, to become {fmt.name} exactly, but row {first + row}, group "
+            f"{group} has not; leave exact out")
+    integers = grouped * there[:, :, None]
     anew = ~fits | coarsened
     if anew.any():
         weights = coded.floats() if weights is None else weights
-        padded_weights = np.pad(weights, ((0, 0), (0, groups * fmt.group - k)))
         rows, columns = np.nonzero(anew)
         scale = np.ldexp(stored[anew].astype(np.float64),
                          shift[anew].astype(np.int32) + row_exponent[rows])
         inverse = np.divide(1.0, scale, out=np.zeros_like(scale), where=scale > 0)
-        part = padded_weights.reshape(n, groups, fmt.group)[rows, columns].astype(np.float64)
+        part = _grouped(weights, fmt.group)[rows, columns].astype(np.float64)
         integers[rows, columns] = fmt.nearest(part * inverse[:, None])
     quantised = QuantisedMatrix(
         fmt, np.ascontiguousarray(integers.reshape(n, -1)[:, :k]), stored, shift, row_exponent,
         int(coarsened.sum()))
     if weights is None:
-        powers = np.einsum("ijk,ijk->ij", integers, integers, dtype=np.float32, casting="unsafe")
-        measured = 0.0, float(np.vdot(powers, scales * scales))
+        floats = integers.astype(np.float32)
+        measured = 0.0, float(np.vdot(np.vecdot(floats, floats), scales * scales))
     else:
         measured = _squares(quantised, weights)
     return quantised, Fit(fits.size, int((~fits).sum()), int(coarsened.sum()), *measured)
+
+
+def _known(integers: NDArray[np.int8], fmt: WeightFormat) -> NDArray[np.bool_]:
+    """Return which groups hold nothing but integers of a format."""
+    if fmt.table is None and fmt.low <= integers.min() and integers.max() <= fmt.high:
+        return np.ones(integers.shape[:2], bool)
+    unknown = np.ones(256, np.int8)
+    unknown[fmt.integers[(fmt.integers >= fmt.low) & (fmt.integers <= fmt.high)]] = 0
+    return ~_any(unknown[integers.view(np.uint8)])
+
+
+def _any(integers: NDArray[np.int8]) -> NDArray[np.bool_]:
+    """Return which groups hold something else than zeros, eight of them at a time."""
+    return np.bitwise_or.reduce(integers.view(np.uint64), axis=2) != 0
 
 
 def _regrouped(coded: Coded, group: int) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:

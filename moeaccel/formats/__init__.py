@@ -174,6 +174,4 @@ def quantise(weights: NDArray[np.floating], name: str | WeightFormat, *,
         )
     n, k = weights.shape
     check_dims(rows=n, K=k)
-    if not np.isfinite(weights).all():
-        raise FormatError("weights must be finite; the tensor holds NaN or infinity")
     return quantise_matrix(weights, fmt, quantiser, moments)

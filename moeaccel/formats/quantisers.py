@@ -33,9 +33,9 @@ QUANTISERS = ("search", "amax", "gptq")
 
 Floats = NDArray[np.floating]
 
-CLIP_STEPS = (-0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
+CLIP_STEPS = (0.0, 0.5, 1.0, 1.5, 2.0)
 """Candidates of real scales: the largest magnitude becomes the format's largest integer and so
-much. (Gaussian ``int4_g32``: these come to within 0.4 % of the least error, two of them to 2 %.)"""
+much. (With these the error is within 0.6 % of that of very many, for groups of 32 and of 128.)"""
 
 _CHUNK_ELEMENTS = 1 << 17  # what is worked on at once stays in a core's cache
 _FLOAT32_EXPONENTS = 60  # squares of 2**60 and of 2**-60 are well inside float32
@@ -50,7 +50,8 @@ def quantise_matrix(weights: NDArray[np.float32], fmt: WeightFormat, quantiser: 
     Raises
     ------
     FormatError
-        For a quantiser that there is not, and moments that it cannot use.
+        For a quantiser that there is not, moments that it cannot use, and weights that are not
+        finite.
     """
     n, k = weights.shape
     importance, second = _check_moments(quantiser, moments, k)
@@ -64,6 +65,8 @@ def quantise_matrix(weights: NDArray[np.float32], fmt: WeightFormat, quantiser: 
     for first in range(0, n, step):
         part = slice(first, first + step)
         columns, amax = _grouped(weights[part], fmt.group)
+        if not np.isfinite(amax).all():
+            raise FormatError("weights must be finite; the tensor holds NaN or infinity")
         if quantiser == "amax":
             split = fmt.group_scale(amax)
             split = np.where(amax > 0, split[0], 0), split[1]
@@ -117,7 +120,7 @@ def _grouped(weights: NDArray[np.float32], group: int) -> tuple[Floats, NDArray[
         weights = np.pad(weights, ((0, 0), (0, groups * group - k)))
     columns = np.ascontiguousarray(weights.reshape(n * groups, group).T)
     amax = np.maximum(columns.max(axis=0), -columns.min(axis=0)).astype(np.float64)
-    exponent = np.frexp(amax[amax > 0])[1]
+    exponent = np.frexp(amax[(amax > 0) & (amax < np.inf)])[1]
     if len(exponent) and max(exponent.max(), -exponent.min()) > _FLOAT32_EXPONENTS:
         columns = columns.astype(np.float64)
     return columns, amax
@@ -137,31 +140,30 @@ def _search(columns: Floats, amax: NDArray[np.float64], fmt: WeightFormat,
     """Return (significand, exponent) of the scale of each group with the least squared error."""
     weighted = columns if importance is None else columns * importance
     if fmt.real_scale:
-        candidates = [amax / (fmt.high + step) for step in CLIP_STEPS]
+        unit = _inverse(amax).astype(columns.dtype)
+        candidates = [(unit * columns.dtype.type(fmt.high + step), None) for step in CLIP_STEPS]
     else:
         exponent = fmt.group_scale(amax)[1].astype(np.int32)
-        one = np.where(amax > 0, 1.0, 0.0)
-        candidates = [np.ldexp(one, exponent + step) for step in (0, -1, 1)]
+        there = np.where(amax > 0, 1.0, 0.0)
+        candidates = [(np.ldexp(there, -exponent - step).astype(columns.dtype),
+                       np.ldexp(there, exponent + step)) for step in (0, -1, 1)]
     best = np.full(amax.shape, -np.inf)
     chosen = np.zeros(amax.shape)
     rounded = np.empty_like(columns)
-    for scale in candidates:
-        np.multiply(columns, _inverse(scale).astype(columns.dtype), out=rounded)
-        fmt.nearest(rounded)
-        cross = np.einsum("ij,ij->j", weighted, rounded).astype(np.float64)
-        if importance is None:
-            power = np.einsum("ij,ij->j", rounded, rounded).astype(np.float64)
-        else:
-            power = np.einsum("ij,ij,ij->j", rounded, rounded, importance).astype(np.float64)
-        # The error is that of all zeros less this.
-        if fmt.real_scale:
+    for inverse, scale in candidates:
+        fmt.nearest(np.multiply(columns, inverse, out=rounded))
+        cross = np.einsum("ij,ij->j", weighted, rounded)
+        power = (np.einsum("ij,ij->j", rounded, rounded) if importance is None
+                 else np.einsum("ij,ij,ij->j", rounded, rounded, importance))
+        # The error is that of all zeros less the gain.
+        if scale is None:
             scale = np.divide(cross, power, out=np.zeros_like(cross), where=power > 0)
             gain = scale * cross
         else:
             gain = scale * (2 * cross - scale * power)
         better = gain > best
-        best = np.where(better, gain, best)
-        chosen = np.where(better, scale, chosen)
+        np.copyto(best, gain, where=better)
+        np.copyto(chosen, scale, where=better)
     return split_scales(fmt, chosen)
 
 
