@@ -124,14 +124,15 @@ def load_quantised(device: Device, experts: Sequence[Expert], *, activation: str
     """Put experts that are quantised already into a device's memory."""
     if not len(experts):
         raise InvalidTensor("experts must be at least one, not none")
-    checked: set[int] = set()
+    kinds: set[tuple[str, tuple[int, ...], str, tuple[int, ...]]] = set()
+    seen: Expert | None = None  # not its id, which another may have that is made later
     for e, expert in enumerate(experts):
-        if id(expert) not in checked:
+        if expert is not seen:
             check_matrix(expert.gate_up, f"gate_up of expert {e}")
             check_matrix(expert.down, f"down of expert {e}")
-            checked.add(id(expert))
-    kinds = {(e.gate_up.format.name, e.gate_up.integers.shape, e.down.format.name,
-              e.down.integers.shape) for e in experts}
+            kinds.add((expert.gate_up.format.name, expert.gate_up.integers.shape,
+                       expert.down.format.name, expert.down.integers.shape))
+            seen = expert
     if len(kinds) > 1:
         raise InvalidTensor(f"experts must have one format and shape, not {sorted(kinds)}")
     name, (rows, d_model), down_name, down_shape = kinds.pop()

@@ -1,8 +1,8 @@
 """Weights of published checkpoints, brought into the formats of the device.
 
-``open_checkpoint`` opens one; ``convert`` and ``expert_rows`` do the same for weights that a
-program has in memory as integers and scales. How weights are stored is a file each of
-``families/``.
+``open_checkpoint`` opens one, ``import_checkpoint`` writes its experts to a file in a device
+format, ``open_quantised`` opens that. ``convert`` and ``expert_rows`` serve weights that a program
+has in memory as integers and scales. How weights are stored is a file each of ``families/``.
 """
 
 from moeaccel.host.importers.checkpoint import Checkpoint, ExpertLayer, open_checkpoint
@@ -13,6 +13,8 @@ from moeaccel.host.importers.errors import (
     ForeignCheckpoint,
     InexactWeights,
 )
+from moeaccel.host.importers.quantised_file import import_checkpoint, open_quantised
 
 __all__ = ["Checkpoint", "CheckpointError", "Coded", "DamagedCheckpoint", "ExpertLayer", "Fit",
-           "ForeignCheckpoint", "InexactWeights", "convert", "expert_rows", "open_checkpoint"]
+           "ForeignCheckpoint", "InexactWeights", "convert", "expert_rows", "import_checkpoint",
+           "open_checkpoint", "open_quantised"]

@@ -99,7 +99,8 @@ def check_shape(tensor: StoredTensor, expected: tuple[int, ...], why: str) -> No
 def nibbles(words: NDArray[np.integer]) -> NDArray[np.int8]:
     """Return the eight 4-bit numbers of each 32-bit word, low ones first, as a last dimension."""
     low_first = np.ascontiguousarray(words).view(np.uint8).reshape(*words.shape, 4)
-    return np.stack([low_first & 15, low_first >> 4], axis=-1).reshape(*words.shape, 8).view(np.int8)
+    pairs = np.stack([low_first & 15, low_first >> 4], axis=-1)
+    return pairs.reshape(*words.shape, 8).view(np.int8)
 
 
 def grouped_columns(g_idx: NDArray[np.integer], group: int, groups: int

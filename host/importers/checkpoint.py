@@ -36,11 +36,11 @@ _PARTS = {
     "gate_up": "gate_up"}
 _STEMS = tuple(re.compile(pattern) for pattern in (
     # One matrix for each expert: Qwen, OLMoE, DeepSeek; Mixtral.
-    r"(?:.*\.)?layers\.(?P<layer>\d{1,6})\.(?:.*\.)?experts\.(?P<expert>\d{1,6})\."
-    r"(?P<part>gate_proj|up_proj|down_proj|w[123])",
+    (r"(?:.*\.)?layers\.(?P<layer>\d{1,6})\.(?:.*\.)?experts\.(?P<expert>\d{1,6})\."
+     r"(?P<part>gate_proj|up_proj|down_proj|w[123])"),
     # Stacked: gpt-oss, Llama 4, and what transformers has in memory.
-    r"(?:.*\.)?layers\.(?P<layer>\d{1,6})\.(?:.*\.)?experts\."
-    r"(?P<part>gate_up_proj|gate_proj|up_proj|down_proj)",
+    (r"(?:.*\.)?layers\.(?P<layer>\d{1,6})\.(?:.*\.)?experts\."
+     r"(?P<part>gate_up_proj|gate_proj|up_proj|down_proj)"),
     r"blk\.(?P<layer>\d{1,6})\.ffn_(?P<part>gate_up|gate|up|down)_exps"))  # GGUF
 
 

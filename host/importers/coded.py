@@ -8,6 +8,7 @@ groups are quantised again, and what comes of that is counted and measured.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -127,10 +128,9 @@ class Fit:
     total: float = 0.0
 
     def __add__(self, other: Fit) -> Fit:
-        return Fit(*(a + b for a, b in zip(self._values(), other._values(), strict=True)))
-
-    def _values(self) -> tuple[float, ...]:
-        return self.groups, self.requantised, self.coarsened, self.error, self.total
+        return Fit(self.groups + other.groups, self.requantised + other.requantised,
+                   self.coarsened + other.coarsened, self.error + other.error,
+                   self.total + other.total)
 
     @property
     def exact(self) -> bool:
@@ -206,7 +206,7 @@ def _stacked(parts: list[QuantisedMatrix]) -> QuantisedMatrix:
         for name in ("integers", "significand", "shift", "row_exponent")})
 
 
-def _grouped(values: NDArray[np.generic], group: int) -> NDArray[np.generic]:
+def _grouped(values: NDArray[Any], group: int) -> NDArray[Any]:
     """Return the rows of a matrix in groups, (n, groups, group), zeros behind the last."""
     missing = -values.shape[1] % group
     if missing:
@@ -228,13 +228,14 @@ def _recode(coded: Coded, fmt: WeightFormat, exact: bool, quantiser: str, what: 
     scales = np.where(there, scales, 0)
     significand, exponent = split_scales(fmt, scales)
     reasons = {
+        "no minimum": np.full(there.shape, coded.minimum is None),
         f"integers that {fmt.name} has": _known(grouped, fmt),
         f"one scale for each {fmt.group} weights": one_scale,
         f"scales of at most {SIGNIFICAND_BITS} bits" if fmt.real_scale
         else "powers of two for scales":
-            np.ldexp(significand.astype(np.float64), exponent.astype(np.int32)) == scales,
-        "no minimum": np.full(there.shape, coded.minimum is None)}
-    fits = np.logical_and.reduce(list(reasons.values())) | ~there & one_scale & reasons["no minimum"]
+            np.ldexp(significand.astype(np.float64), exponent.astype(np.int32)) == scales}
+    zeros = ~there & one_scale & reasons["no minimum"]  # whatever integers or scale say
+    fits = np.logical_and.reduce(list(reasons.values())) | zeros
     if exact and not fits.all():
         row, group = (int(i) for i in np.argwhere(~fits)[0])
         why = next(reason for reason, good in reasons.items() if not good[row, group])

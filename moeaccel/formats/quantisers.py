@@ -95,11 +95,10 @@ def _check_moments(quantiser: str, moments: Floats | None,
     shapes = {"search": ((k,), (k, k)), "gptq": ((k, k),), "amax": ()}[quantiser]
     if moments is None and quantiser != "gptq":
         return None, None
-    if np.shape(moments) not in shapes:
-        wanted = " or ".join(map(str, shapes)) or "left out"
-        raise FormatError(f"moments of quantiser {quantiser!r} must be "
-                          f"{f'an array of the shape {wanted}' if shapes else wanted}, not "
-                          f"{'left out' if moments is None else f'of {np.shape(moments)}'}")
+    if moments is None or np.shape(moments) not in shapes:
+        wanted = f"an array of the shape {' or '.join(map(str, shapes))}" if shapes else "left out"
+        found = "left out" if moments is None else f"of {np.shape(moments)}"
+        raise FormatError(f"moments of quantiser {quantiser!r} must be {wanted}, not {found}")
     second = np.asarray(moments, np.float64)
     importance = second if second.ndim == 1 else second.diagonal()
     if not (np.isfinite(second).all() and (importance >= 0).all()):

@@ -1,4 +1,4 @@
-"""FP8 E4M3 with a scale for each block of 128 by 128, for each row, or for all: always quantised."""
+"""FP8 E4M3 with a scale for each block of 128 by 128, row, or matrix: always quantised."""
 
 from __future__ import annotations
 

@@ -159,8 +159,8 @@ def _size_of(shape: tuple[int, ...], code: int, what: str) -> tuple[str, int]:
         kind = GGMLQuantizationType(code)
         block, size = GGML_QUANT_SIZES[kind]
     except (ValueError, KeyError):
-        raise DamagedCheckpoint(f"{what} must be of a type that the package gguf knows, not {code}; "
-                                "update it, or the file is damaged") from None
+        raise DamagedCheckpoint(f"{what} must be of a type that the package gguf knows, not "
+                                f"{code}; update it, or the file is damaged") from None
     if shape[-1] % block:
         raise DamagedCheckpoint(f"{what} must have rows of whole blocks of {block} for "
                                 f"{kind.name}, not of {shape[-1]}")

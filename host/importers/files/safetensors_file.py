@@ -61,16 +61,18 @@ def read_safetensors(path: Path) -> tuple[BinaryIO, dict[str, StoredTensor], dic
         raise
 
 
+def _whole(values: Any) -> list[int] | None:
+    """Return a list of whole numbers, None if it is none."""
+    good = isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)
+    return values if good else None
+
+
 def _tensor(file: BinaryIO, name: str, entry: Any, start: int, end: int) -> StoredTensor:
     """Return a tensor of the header."""
-    dtype, shape, offsets = (
-        entry.get(key) if isinstance(entry, dict) else None
-        for key in ("dtype", "shape", "data_offsets"))
-
-    def whole(values: Any) -> bool:
-        return isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)
-
-    if not (isinstance(dtype, str) and whole(shape) and whole(offsets) and len(offsets) == 2):
+    fields = entry if isinstance(entry, dict) else {}
+    dtype = fields.get("dtype")
+    shape, offsets = _whole(fields.get("shape")), _whole(fields.get("data_offsets"))
+    if not isinstance(dtype, str) or shape is None or offsets is None or len(offsets) != 2:
         raise DamagedCheckpoint(
             f"tensor {name!r} in the header of {file.name} must have a dtype, a shape and two "
             f"data_offsets, not {str(entry)[:200]}")

@@ -51,7 +51,7 @@ def read_at(file: BinaryIO, offset: int, size: int, what: str) -> NDArray[np.uin
         end = os.fstat(file.fileno()).st_size
         if offset + size <= end:
             data = np.empty(size, np.uint8)
-            view, done = memoryview(data), 0
+            view, done = data.data, 0
             while done < size and (got := os.preadv(file.fileno(), [view[done:]], offset + done)):
                 done += got
             if done == size:

@@ -100,8 +100,7 @@ def test_inputs_that_are_always_zero_cost_nothing():
 
 @pytest.mark.parametrize(("quantiser", "moments", "message"), [
     ("best", None, "quantiser must be one of search, amax, gptq, not 'best'"),
-    ("gptq", None, r"moments of quantiser 'gptq' must be an array of the shape \(64, 64\), not "
-                   "left out"),
+    ("gptq", None, r"moments of quantiser 'gptq' must be an array of .* \(64, 64\), not left out"),
     ("gptq", np.ones(64), r"'gptq' must be an array of the shape \(64, 64\), not of \(64,\)"),
     ("search", np.ones(63), r"'search' must be .* \(64,\) or \(64, 64\), not of \(63,\)"),
     ("amax", np.ones(64), r"'amax' must be left out, not of \(64,\)"),

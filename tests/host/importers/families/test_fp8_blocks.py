@@ -40,8 +40,9 @@ def test_blocks_rows_and_whole_matrices(tmp_path, rows, columns, name):
 
 
 @pytest.mark.parametrize(("scale", "message"), [
-    (torch.ones(3, 2), r"fp8 weights of tensor '.*gate_proj.weight' \(F8_E4M3 \[160, 192\] at byte "
-                       r"\d+ of .*\): FP8 weights of \(160, 192\) must have a scale for each block"),
+    (torch.ones(3, 2),
+     (r"fp8 weights of tensor '.*gate_proj.weight' \(F8_E4M3 \[160, 192\] at byte \d+ of .*\): "
+      r"FP8 weights of \(160, 192\) must have a scale for each block")),
     (None, "weight_scale' must be in the checkpoint"),
 ])
 def test_scales_that_do_not_fit_are_named(tmp_path, scale, message):

@@ -158,7 +158,7 @@ def test_scales_beyond_a_rows_range_are_coarsened_counted_and_refused(tmp_path):
     (lambda t: t.pop("S.scales"), "tensor 'S.scales' must be in the checkpoint, but is not"),
     (lambda t: t.update({"S.g_idx": np.zeros(H, np.int32)}),
      r"gptq weights of tensor 'S.qweight' .* at byte \d+ of .*: g_idx must name each of 4 groups"),
-    (lambda t: t.update({"S.qzeros": np.zeros((4, 7), np.int32)}), "'S.qzeros' .* must have the sh"),
+    (lambda t: t.update({"S.qzeros": np.zeros((4, 7), np.int32)}), "'S.qzeros' .* must have the"),
     (lambda t: t.update({"S.scales": np.full((4, I), np.nan, np.float16)}),
      "scales must be finite, but row 0, group 0 holds nan"),
     (lambda t: t.update({"S.scales": np.zeros((3, I), np.float16)}), "groups of equal size of 128"),
