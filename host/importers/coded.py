@@ -100,6 +100,9 @@ class Coded:
 
 _CHUNK_ELEMENTS = 1 << 17  # rows that are worked on at once stay in a core's cache
 
+IMPORT_QUANTISERS = ("search", "amax")
+"""Quantisers that need nothing but weights."""
+
 Matrix = Coded | NDArray[np.float32]
 """A matrix of a checkpoint: coded, or floats, (n, K)."""
 
@@ -167,6 +170,10 @@ def convert(matrix: Matrix, name: str | WeightFormat, *, exact: bool = False,
         If there is no such format or quantiser.
     """
     fmt = weight_format(name)
+    if quantiser not in IMPORT_QUANTISERS:
+        raise FormatError(
+            f"quantiser of an import must be {' or '.join(IMPORT_QUANTISERS)}, not {quantiser!r}; "
+            "what needs activations takes float weights (Device.load_experts, calibration=)")
     if isinstance(matrix, Coded):
         if matrix.order is None:
             n, k = matrix.integers.shape

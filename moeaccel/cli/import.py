@@ -27,8 +27,8 @@ def command(
 ) -> None:
     """Bring the experts of a checkpoint into a weight format of the device, and write them down.
 
-    Integers and scales are taken over exactly where the format can hold them; what it cannot hold is
-    quantised, counted and measured. Pickles are not read. Load the file in Python:
+    Integers and scales are taken over exactly where the format can hold them; what it cannot hold
+    is quantised, counted and measured. Pickles are not read. Load the file in Python:
 
     with open_quantised(FILE) as file: experts = device.load_quantised(file.layers[0])
     """

@@ -24,8 +24,9 @@ def float_experts(experts, d_model, d_expert, seed=0):
 def write_safetensors(folder, tensors, config=None):
     """Write a folder as Hugging Face has it; NumPy arrays and torch tensors."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: torch.from_numpy(np.ascontiguousarray(t)) if isinstance(t, np.ndarray)
-               else t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors")
+    whole = {name: torch.from_numpy(np.array(t, order="C")) if isinstance(t, np.ndarray)
+             else t.clone() for name, t in tensors.items()}
+    save_file(whole, folder / "model.safetensors")
     if config is not None:
         (folder / "config.json").write_text(json.dumps(config))
     return folder

@@ -50,7 +50,7 @@ def test_scales_that_do_not_fit_are_named(tmp_path, scale, message):
     for part, _, stem in expert_stems(1):
         tensors[f"{stem}.weight"] = torch.zeros(shapes(H, I)[part]).to(torch.float8_e4m3fn)
         if scale is not None:
-            tensors[f"{stem}.weight_scale_inv"] = scale.clone()
+            tensors[f"{stem}.weight_scale_inv"] = scale
     with open_checkpoint(write_safetensors(tmp_path, tensors)) as checkpoint, pytest.raises(
             ForeignCheckpoint, match=message):
         checkpoint.matrices(0, 0)
