@@ -23,13 +23,14 @@ from rich.table import Table
 
 from moeaccel.config import AcceleratorConfig, preset
 from moeaccel.errors import ToolFailedError
-from moeaccel.fpga.floorplan import floorplan
+from moeaccel.fpga.boards import BitstreamBoard, board
 from moeaccel.fpga.flow import Build
 from moeaccel.fpga.fold import Fold
 from moeaccel.hdl.boards.serial_link import SerialLink
 from moeaccel.hdl.memory.axi_arbiter import AxiArbiter
 from moeaccel.hdl.memory.memory_port import ID_BITS
-from moeaccel.hdl.memory.sdram_controller import SdramController, SdramTiming
+from moeaccel.hdl.memory.sdram import SdramTiming
+from moeaccel.hdl.memory.sdram_controller import SdramController
 from moeaccel.hdl.verilog.verilog_target import generate
 
 __all__ = ["BLOCKS", "FOLDER", "Report", "block_build", "synthesise"]
@@ -37,8 +38,11 @@ __all__ = ["BLOCKS", "FOLDER", "Report", "block_build", "synthesise"]
 TARGET_MHZ = 100
 """What nextpnr aims at; it stops improving a path that reaches it."""
 
-ROUTE = ("--85k", "--package", "CABGA381", "--speed", "6", "--freq", str(TARGET_MHZ),
-         "--lpf-allow-unconstrained", "--timing-allow-fail")
+BOARD = board("ulx3s", BitstreamBoard)
+"""Of which the device is."""
+
+ROUTE = (*BOARD.route, "--freq", str(TARGET_MHZ), "--lpf-allow-unconstrained",
+         "--timing-allow-fail")
 
 Block = Callable[[AcceleratorConfig], wiring.Component]
 
@@ -77,20 +81,20 @@ def _serial_link(config: AcceleratorConfig) -> wiring.Component:
 
 
 BLOCKS: dict[str, Block] = {
-    "dot_array": _block("dot_array", "DotArray", "ecp5", tag_width=16),
-    "tile_buffer": _block("tile_buffer", "TileBuffer"),
-    "weight_streamer": _block("weight_streamer", "WeightStreamer"),
-    "sequencer": _block("sequencer", "Sequencer"),
-    "dispatcher": _block("dispatcher", "Dispatcher"),
-    "activation_loader": _block("activation_loader", "ActivationLoader"),
-    "result_serialiser": _block("result_serialiser", "ResultSerialiser"),
-    "activation_unit": _block("activation_unit", "ActivationUnit", "ecp5"),
-    "hidden_buffer": _block("hidden_buffer", "HiddenBuffer"),
-    "row_sums": _block("row_sums", "RowSums", "ecp5"),
-    "combiner": _block("combiner", "Combiner"),
-    "memory_port": _block("memory_port", "MemoryPort", readers=5, writers=2),
-    "command_processor": _block("command_processor", "CommandProcessor"),
-    "register_file": _block("register_file", "RegisterFile"),
+    "dot_array": _block("array.dot_array", "DotArray", "ecp5", tag_width=16),
+    "tile_buffer": _block("weights.tile_buffer", "TileBuffer"),
+    "weight_streamer": _block("weights.weight_streamer", "WeightStreamer"),
+    "sequencer": _block("dispatch.sequencer", "Sequencer"),
+    "dispatcher": _block("dispatch.dispatcher", "Dispatcher"),
+    "activation_loader": _block("activations.activation_loader", "ActivationLoader"),
+    "result_serialiser": _block("array.result_serialiser", "ResultSerialiser"),
+    "activation_unit": _block("activations.activation_unit", "ActivationUnit", "ecp5"),
+    "hidden_buffer": _block("activations.hidden_buffer", "HiddenBuffer"),
+    "row_sums": _block("combine.row_sums", "RowSums", "ecp5"),
+    "combiner": _block("combine.combiner", "Combiner"),
+    "memory_port": _block("memory.memory_port", "MemoryPort", readers=5, writers=2),
+    "command_processor": _block("control.command_processor", "CommandProcessor"),
+    "register_file": _block("control.register_file", "RegisterFile"),
     "axi_arbiter": _axi_arbiter,
     "sdram_controller": _sdram_controller,
     "serial_link": _serial_link,
@@ -157,9 +161,9 @@ def block_build(name: str, config: AcceleratorConfig, *, folder: Path = FOLDER) 
     if name not in BLOCKS:
         raise ValueError(f"block must be one of {', '.join(BLOCKS)}, not {name!r}")
     return Build(name=f"{name}-{config.name}",
-                 verilog=generate(Fold(BLOCKS[name](config), "ecp5"), "top"),
+                 verilog=generate(Fold(BLOCKS[name](config), BOARD.family), "top"),
                  script="setattr -mod -set keep_hierarchy 1 \\top.block",
-                 sites=floorplan(config) if name == CORE else None, route=ROUTE, folder=folder)
+                 sites=BOARD.sites(config) if name == CORE else None, route=ROUTE, folder=folder)
 
 
 def synthesise(name: str, config: AcceleratorConfig, *, seed: int = 1,

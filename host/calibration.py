@@ -6,10 +6,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from moeaccel.activations import activation as find_activation
 from moeaccel.formats import QUANTISERS
 from moeaccel.host.errors import InvalidOption, InvalidTensor
 from moeaccel.host.tensors import Tensor, float32, indices, shape_of
-from moeaccel.tables import exact_logistic
 
 __all__ = ["Calibration", "calibrated"]
 
@@ -59,7 +59,7 @@ class Calibration:
             own[others[:: max(1, len(others) // missing)][:missing]] = True
         return self._x[own]
 
-    def moments(self, expert: int, gate_up: NDArray[np.float32], *,
+    def moments(self, expert: int, gate_up: NDArray[np.float32], activation: str, *,
                 second: bool) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return the moments of the inputs of an expert's two matrices.
 
@@ -68,6 +68,7 @@ class Calibration:
         expert : :class:`int`
         gate_up : float32 array, (2 I, H)
             Its weights, gate rows, then up rows, for the inputs of down.
+        activation : :class:`str`
         second : :class:`bool`
             Second moments, else mean squares.
 
@@ -79,7 +80,7 @@ class Calibration:
         x = self.tokens(expert).astype(np.float64)
         with np.errstate(over="ignore", invalid="ignore"):  # of weights that quantising refuses
             gate, up = np.split(x @ gate_up.T.astype(np.float64), 2, axis=1)
-            hidden = gate * exact_logistic(gate) * up
+            hidden = find_activation(activation)(gate) * up
         return _moments(x, second), _moments(hidden, second)
 
 
