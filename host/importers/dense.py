@@ -1,9 +1,9 @@
 """Dense Llama-like checkpoints as Mixtral ones whose experts are blocks of rows of each FFN.
 
-A gated FFN is a sum over its hidden units, so that it may be cut along them: block e has rows of gate
-and up, and the columns of down beside them. All blocks are chosen for each token, by a router of
-zeros, which weighs each with ``1 / blocks``; down is multiplied by ``blocks``, a power of two, so that
-in floats nothing is rounded that was not before but the order of the sum.
+A gated FFN is a sum over its hidden units, so that it may be cut along them: block e has rows of
+gate and up, and the columns of down beside them. All blocks are chosen for each token, by a router
+of zeros, which weighs each with ``1 / blocks``; down is multiplied by ``blocks``, a power of two:
+in floats only the order of the sum is another.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ def _dense(checkpoint: Checkpoint) -> _Dense:
     if found.get("model_type") != "llama" or found.get("attention_bias") or found.get(
             "mlp_bias") or found.get("hidden_act", "silu") != "silu":
         raise UnsupportedExperts(
-            f"{checkpoint.path} must be a model of the type llama with SiLU and without biases, not "
-            f"{found.get('model_type')!r}")
+            f"{checkpoint.path} must be a model of the type llama with SiLU and without biases, "
+            f"not {found.get('model_type')!r}")
     for name in _GGUF_CONFIG:
         if name != "rope_theta" and not found.get(name):
             raise ForeignCheckpoint(f"{name} must be in the configuration of {checkpoint.path}")

@@ -1,9 +1,9 @@
+import gguf
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-import gguf
 from moeaccel.host.errors import InvalidOption, UnsupportedExperts
 from moeaccel.host.importers import ForeignCheckpoint, open_checkpoint
 from moeaccel.host.importers.dense import experts_of_dense
@@ -82,7 +82,7 @@ def test_what_cannot_be_cut_is_refused(tmp_path, source):
 
 
 @pytest.mark.parametrize(("config", "error", "message"), [
-    ({"model_type": "gpt2"}, UnsupportedExperts, "must be a model of the type llama .*, not 'gpt2'"),
+    ({"model_type": "gpt2"}, UnsupportedExperts, "must be a model of the type llama .* not 'gpt2'"),
     ({"model_type": "llama", "mlp_bias": True}, UnsupportedExperts, "without biases"),
     ({"model_type": "llama", "hidden_act": "gelu"}, UnsupportedExperts, "with SiLU"),
     ({"model_type": "llama", "hidden_size": 64}, ForeignCheckpoint, "intermediate_size must be in"),
