@@ -171,7 +171,8 @@ class Device(Bound, Inherited):
                      gated: bool = True, limit: float | None = None,
                      weight_format: Formats = "int4_g32", activation_bits: int = 16,
                      grid_exponent: int | None = None, x_rms: float = 1.0,
-                     progress: Progress | None = None) -> Experts:
+                     progress: Progress | None = None, quantiser: str = "search",
+                     calibration: tuple[Tensor, Tensor] | None = None) -> Experts:
         """Quantise the experts of one layer and put them into the device's memory.
 
         Parameters
@@ -204,6 +205,13 @@ class Device(Bound, Inherited):
             Root mean square of the elements of x for which it is chosen.
         progress : callable, optional
             Called with (experts uploaded, experts in all).
+        quantiser : :class:`str`
+            ``"search"``: scales of little squared error. ``"amax"``: from each group's largest
+            magnitude alone. ``"gptq"``: error feedback, which asks for a calibration and takes
+            seconds an expert. See :mod:`moeaccel.formats.quantisers`.
+        calibration : pair of tensors, optional
+            x, (T, H), and ids, (T, K), of tokens that went through this layer: what quantising
+            makes worse is then counted by the inputs that the weights meet.
 
         Raises
         ------
@@ -225,7 +233,7 @@ class Device(Bound, Inherited):
             self, gate_up, down, activation=activation, gated=gated, limit=limit,
             weight_format=weight_format,
             activation_bits=activation_bits, grid_exponent=grid_exponent, x_rms=x_rms,
-            progress=progress)
+            progress=progress, quantiser=quantiser, calibration=calibration)
 
     def load_quantised(self, experts: Sequence[Expert], *, activation: str | None = None,
                        activation_bits: int = 16, grid_exponent: int | None = None,
@@ -255,14 +263,14 @@ class Device(Bound, Inherited):
 
     def load_linear(self, weight: Tensor, *, weight_format: str = "int4_g32",
                     activation_bits: int = 16, grid_exponent: int | None = None,
-                    x_rms: float = 1.0) -> Linear:
+                    x_rms: float = 1.0, quantiser: str = "search") -> Linear:
         """Quantise the matrix of a linear layer, (N, K) float, and put it into memory.
 
         See :meth:`load_experts`.
         """
         return weights.load_linear(
             self, weight, weight_format=weight_format, activation_bits=activation_bits,
-            grid_exponent=grid_exponent, x_rms=x_rms)
+            grid_exponent=grid_exponent, x_rms=x_rms, quantiser=quantiser)
 
     def _forget(self, address: int, size: int) -> None:
         with self._lock:

@@ -3,8 +3,8 @@
 Nothing here changes a bit. What the numbers say:
 
 * A large relative error of the weights: take a format with more bits or smaller groups
-  (:data:`moeaccel.formats.FORMATS`; errors of Gaussian weights are 0.8 % in ``mxint8``, 10 % in
-  ``int4_g32``, 12 % in ``int4_g128`` and in ``mxfp4``).
+  (:data:`moeaccel.formats.FORMATS`; errors of Gaussian weights are 0.8 % in ``mxint8``, 9 % in
+  ``int4_g32``, 10 % in ``int4_g128``, 11 % in ``mxfp4``), or give ``calibration=``.
 * Many coarsened scales: the groups of a row differ by more than the format's shifts reach; a format
   whose scales are powers of two (``mxint8``, ``mxfp4``) reaches further.
 * Many elements of x flushed to zero: they share a block with an outlier, or lie far below the

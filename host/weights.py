@@ -31,6 +31,7 @@ from moeaccel.grid import (
     linear_output,
     squares,
 )
+from moeaccel.host.calibration import calibrated
 from moeaccel.host.errors import InvalidOption, InvalidTensor, UploadError
 from moeaccel.host.layers import Experts, Linear
 from moeaccel.host.limits import check_layer
@@ -88,8 +89,9 @@ def _freed_on_error(allocation: Allocation) -> Iterator[None]:
 
 
 def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str, gated: bool,
-                 limit: float | None, weight_format: Formats, activation_bits: int, grid_exponent:
-                 int | None, x_rms: float, progress: Progress | None) -> Experts:
+                 limit: float | None, weight_format: Formats, activation_bits: int,
+                 grid_exponent: int | None, x_rms: float, progress: Progress | None,
+                 quantiser: str, calibration: tuple[Tensor, Tensor] | None) -> Experts:
     """Quantise the experts of one layer and put them into a device's memory."""
     experts, rows, d_model = _stack_shape("gate_up", gate_up, "2 I", "H")
     shape = _stack_shape("down", down, "H", "I")
@@ -105,6 +107,7 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
     shapes = {fmt: ExpertShape(fmt, d_model, d_expert, *array, activation=activation, gated=gated,
                                limit=limit)
               for fmt in dict.fromkeys(formats)}
+    seen = calibrated(quantiser, calibration, d_model=d_model, num_experts=experts)
 
     def quantised() -> Iterator[_Measured]:
         for e, fmt in enumerate(formats):
@@ -114,7 +117,9 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
                     f"expert {e} must have the shapes of expert 0, {(rows, d_model)} and "
                     f"{shape[1:]}, not {matrices[0].shape} and {matrices[1].shape}; experts of "
                     "different widths go by load_quantised()")
-            expert = Expert.quantise(*matrices, fmt)
+            moments = (None, None) if seen is None else seen.moments(
+                e, matrices[0], d_expert, activation, limit, second=quantiser == "gptq")
+            expert = Expert.quantise(*matrices, fmt, quantiser=quantiser, moments=moments)
             yield expert, {"gate_up": squares(
                 expert.gate_up, interleave_gate_up(matrices[0]) if gated else matrices[0]),
                            "down": squares(expert.down, matrices[1])}
@@ -130,11 +135,13 @@ def load_quantised(device: Device, experts: Sequence[Expert], *, activation: str
     """Put experts that are quantised already into a device's memory."""
     if not len(experts):
         raise InvalidTensor("experts must be at least one, not none")
-    found: dict[int, ExpertShape] = {}  # many experts may be one object
+    shapes: list[ExpertShape] = []
+    seen: Expert | None = None  # many may be one object; its id may be another's that is made later
     for e, expert in enumerate(experts):
-        if id(expert) not in found:
-            found[id(expert)] = _checked_shape(device, e, expert, activation)
-    shapes = [found[id(expert)] for expert in experts]
+        if expert is not seen:
+            shape = _checked_shape(device, e, expert, activation)
+            seen = expert
+        shapes.append(shape)
     if len({shape.d_model for shape in shapes}) > 1:
         raise InvalidTensor(
             f"experts must be of one d_model, not {sorted({shape.d_model for shape in shapes})}")
@@ -169,7 +176,7 @@ def _checked_shape(device: Device, e: int, expert: Expert, activation: str | Non
 
 
 def load_linear(device: Device, weight: Tensor, *, weight_format: str, activation_bits: int,
-                grid_exponent: int | None, x_rms: float) -> Linear:
+                grid_exponent: int | None, x_rms: float, quantiser: str) -> Linear:
     """Quantise the matrix of a linear layer and put it into a device's memory."""
     d_out, d_in = shape_of("weight", weight, "N", "K")
     planes = _check_options(activation_bits, grid_exponent, x_rms)
@@ -178,7 +185,7 @@ def load_linear(device: Device, weight: Tensor, *, weight_format: str, activatio
         find_format(weight_format), d_out, d_in, config.row_multipliers, config.channels)
     check_layer(config, [shape])
     values = float32("weight", weight)
-    matrix = quantise(values, shape.format)
+    matrix = quantise(values, shape.format, quantiser=quantiser)
     found = squares(matrix, values)
     if grid_exponent is None:
         grid_exponent = choose_grid([linear_output(found, x_rms=x_rms)])

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from moeaccel.errors import FormatError
 
-__all__ = ["ACTIVATIONS", "Activation", "Factor", "activation", "exact_logistic"]
+__all__ = ["ACTIVATIONS", "Activation", "Factor", "activation", "exact_logistic", "hidden"]
 
 Floats = NDArray[np.float64]
 
@@ -117,3 +117,21 @@ def activation(name: str | Activation) -> Activation:
     except (KeyError, TypeError):
         raise FormatError(
             f"activation must be one of {', '.join(ACTIVATIONS)}, not {name!r}") from None
+
+
+def hidden(rows: Floats, d_expert: int, name: str | Activation, limit: float | None = None
+           ) -> Floats:
+    """Return h of an expert in float64, (n, d_expert): ``act(gate) * up``, or ``act(gate)``.
+
+    Parameters
+    ----------
+    rows : float64 array, (n, 2 d_expert) or (n, d_expert)
+        Gate, then up; or gate alone.
+    limit : :class:`float`, optional
+        Gate is at most that before the activation, and up at most that far from 0.
+    """
+    gate, up = rows[:, :d_expert], rows[:, d_expert:]
+    if limit is not None:
+        gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
+    h = activation(name)(gate)
+    return h * up if up.shape[1] else h

@@ -91,6 +91,12 @@ class Status:
         if self._status is not None:
             self._status.stop()
 
+    def stop(self) -> None:
+        """Say nothing more: something else is written now."""
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
+
     def __call__(self, text: str) -> None:
         """Say it."""
         if self._status is not None:

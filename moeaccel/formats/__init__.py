@@ -23,8 +23,9 @@ from moeaccel.formats.base import (
     QuantisedMatrix,
     WeightFormat,
 )
+from moeaccel.formats.quantisers import QUANTISERS, quantise_matrix
 
-__all__ = ["BLOCK", "FORMATS", "SHARED_FIELD_BITS", "SHIFT_BITS", "SIGNIFICAND_BITS",
+__all__ = ["BLOCK", "FORMATS", "QUANTISERS", "SHARED_FIELD_BITS", "SHIFT_BITS", "SIGNIFICAND_BITS",
            "QuantisedMatrix", "WeightFormat", "check_dims", "check_matrix", "quantise",
            "weight_format", "whole_blocks"]
 
@@ -141,13 +142,29 @@ def _check_values(what: str, values: NDArray[np.integer], field: str, name: str,
                           f"but row {row}{where} holds {values[row, *rest]}")
 
 
-def quantise(weights: NDArray[np.floating], name: str | WeightFormat) -> QuantisedMatrix:
-    """Quantise a float matrix, (n, K), round to nearest, as the format's family has it.
+def quantise(weights: NDArray[np.floating], name: str | WeightFormat, *,
+             quantiser: str = "search",
+             moments: NDArray[np.floating] | None = None) -> QuantisedMatrix:
+    """Quantise a float matrix, (n, K).
+
+    Parameters
+    ----------
+    weights : float array, (n, K)
+    name : :class:`str`
+        Of a format.
+    quantiser : :class:`str`
+        ``"search"``: scales of little squared error. ``"amax"``: scales from the largest magnitude
+        of each group alone. ``"gptq"``: ``"search"``, then integers with error feedback
+        (:mod:`moeaccel.formats.quantisers`).
+    moments : float array, optional
+        How large the inputs are that the weights will meet: mean squares, (K,), for ``"search"``,
+        or second moments, (K, K), for both, ``"gptq"`` asks for these. Their unit does not matter.
 
     Raises
     ------
     FormatError
-        Unknown format, no rows or columns, or a weight that is not finite.
+        Unknown format or quantiser, no rows or columns, moments that are none, or a weight that is
+        not finite.
     """
     fmt = weight_format(name)
     weights = np.asarray(weights, dtype=np.float32)
@@ -157,40 +174,4 @@ def quantise(weights: NDArray[np.floating], name: str | WeightFormat) -> Quantis
         )
     n, k = weights.shape
     check_dims(rows=n, K=k)
-    if not np.isfinite(weights).all():
-        raise FormatError("weights must be finite; the tensor holds NaN or infinity")
-    groups = -(-k // fmt.group)
-    padded = (
-        weights
-        if groups * fmt.group == k
-        else np.pad(weights, ((0, 0), (0, groups * fmt.group - k)))
-    )
-    grouped = padded.reshape(n, groups, fmt.group)
-    amax = np.maximum(grouped.max(axis=2), -grouped.min(axis=2)).astype(np.float64)
-    significand, exponent = fmt.group_scale(amax)
-    never = np.int64(-(1 << 14))
-    exponent = np.where(amax > 0, exponent, never)
-    top = exponent.max(axis=1)
-    row_exponent = np.where(top == never, 0, top - fmt.max_shift)
-    below = np.maximum(row_exponent[:, None] - exponent, 0)
-    clamped = (below > 0) & (amax > 0)
-    if fmt.real_scale:
-        significand = np.rint(significand / 2.0 ** np.minimum(below, 30)).astype(np.int64)
-    shift = np.maximum(exponent - row_exponent[:, None], 0)
-    significand = np.where(amax > 0, significand, 0 if fmt.real_scale else 1)
-    shift = np.where(amax > 0, shift, 0)
-    scale = np.ldexp(
-        significand.astype(np.float64), (shift + row_exponent[:, None]).astype(np.int32)
-    )
-    with np.errstate(divide="ignore", over="ignore"):
-        inverse = np.where(scale > 0, 1 / scale, 0)
-    integers = fmt.nearest((grouped * inverse[:, :, None]).astype(np.float64, copy=False))
-    integers = integers.reshape(n, groups * fmt.group)[:, :k]
-    return QuantisedMatrix(
-        fmt,
-        np.ascontiguousarray(integers),
-        significand.astype(np.int16),
-        shift.astype(np.int8),
-        row_exponent.astype(np.int16),
-        int(clamped.sum()),
-    )
+    return quantise_matrix(weights, fmt, quantiser, moments)

@@ -168,9 +168,10 @@ class WeightFormat(ABC):
         SIGNIFICAND_BITS. What is returned for 0 is not used.
         """
 
-    @abstractmethod
-    def nearest(self, scaled: NDArray[np.float64]) -> NDArray[np.int8]:
-        """Round weights, divided by their scale, to integers of the format; saturate."""
+    def nearest(self, scaled: NDArray[np.floating]) -> NDArray[np.floating]:
+        """Round weights, divided by their scale, to integers of the format, in place; saturate."""
+        np.rint(scaled, out=scaled)
+        return np.clip(scaled, self.low, self.high, out=scaled)
 
 
 @dataclass(frozen=True)

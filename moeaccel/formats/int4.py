@@ -1,6 +1,7 @@
 """INT4 with a real scale for each group: two's complement integers, 11-bit significands.
 
-A group's scale is ``amax / 7``, rounded to the significand, and integers are in [-8, 7].
+Integers are in [-8, 7]; the scale that a group's largest magnitude stands for is ``amax / 7``,
+rounded to the significand.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moeaccel.formats.base import SIGNIFICAND_BITS, WeightFormat
+from moeaccel.formats.base import WeightFormat
+from moeaccel.formats.scales import split_scales
 
 __all__ = ["FORMATS"]
 
@@ -28,13 +30,7 @@ class Int4(WeightFormat):
     def group_scale(
         self, amax: NDArray[np.float64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        fraction, exponent = np.frexp(amax / self.high)
-        significand = np.rint(fraction * (1 << SIGNIFICAND_BITS)).astype(np.int64)
-        carry = significand >> SIGNIFICAND_BITS
-        return significand >> carry, exponent.astype(np.int64) - SIGNIFICAND_BITS + carry
-
-    def nearest(self, scaled: NDArray[np.float64]) -> NDArray[np.int8]:
-        return np.clip(np.rint(scaled), self.low, self.high).astype(np.int8)
+        return split_scales(self, amax / self.high)
 
 
 FORMATS = (

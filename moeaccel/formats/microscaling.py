@@ -7,7 +7,6 @@ section 6.3), here with -127 as the least ``mxint8`` integer, so that negation l
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,18 +38,16 @@ class Microscaled(WeightFormat):
         floor_log2 = np.frexp(amax)[1].astype(np.int64) - 1
         return np.ones(amax.shape, np.int64), floor_log2 + self.unit_exponent
 
-    def nearest(self, scaled: NDArray[np.float64]) -> NDArray[np.int8]:
+    def nearest(self, scaled: NDArray[np.floating]) -> NDArray[np.floating]:
         if self.table is None:
-            return np.clip(np.rint(scaled), self.low, self.high).astype(np.int8)
-        positive = np.array(self.table[: len(self.table) // 2])
+            return super().nearest(scaled)
+        # Codes are 1 apart up to 4, then 2 up to 8, then 4: in these units a tie between two codes
+        # goes to the even one as a tie between two integers does.
         magnitude = np.abs(scaled)
-        # Midpoints between neighbours; a tie goes to the even code: below at even lower codes,
-        # above at odd ones.
-        code = np.zeros(scaled.shape, np.int8)
-        for lower, (a, b) in enumerate(pairwise(positive)):
-            middle = (float(a) + float(b)) / 2
-            code += (magnitude > middle) if lower % 2 == 0 else (magnitude >= middle)
-        return np.where(scaled < 0, -positive[code], positive[code]).astype(np.int8)
+        step = np.add(magnitude >= 4, 1, dtype=scaled.dtype)
+        step += 2 * (magnitude >= 8)
+        np.rint(np.divide(scaled, step, out=scaled), out=scaled)
+        return np.clip(np.multiply(scaled, step, out=scaled), self.low, self.high, out=scaled)
 
 
 FORMATS = (

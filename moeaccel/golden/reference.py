@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from moeaccel.activations import activation as find_activation
+from moeaccel.activations import hidden as hidden_of
 from moeaccel.arithmetic import quantise_elements, quantise_float32, split_float32
 from moeaccel.image import Expert
 
@@ -46,19 +46,10 @@ def experts_float64(
     for e in np.unique(ids[(ids >= 0) & (ids < len(down))]):
         tokens, slots = np.nonzero(ids == e)
         projected = x[tokens] @ np.asarray(gate_up[e], np.float64).T
-        hidden = _hidden(projected, down[e].shape[1], names[int(e)], limit)
+        hidden = hidden_of(projected, down[e].shape[1], names[int(e)], limit)
         out = hidden @ np.asarray(down[e], np.float64).T
         np.add.at(y, tokens, out * np.asarray(weights, np.float64)[tokens, slots][:, None])
     return y
-
-
-def _hidden(rows: Floats, d_expert: int, activation: str, limit: float | None) -> Floats:
-    """Return h of ``[gate; up]`` rows, or of gate rows alone."""
-    gate, up = rows[:, :d_expert], rows[:, d_expert:]
-    if limit is not None:
-        gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
-    h = find_activation(activation)(gate)
-    return h * up if up.shape[1] else h
 
 
 def quantised_float_experts(
@@ -79,7 +70,7 @@ def quantised_float_experts(
         d_expert = layer[e].down.integers.shape[1]
         if layer[e].gated:
             projected = np.concatenate([projected[:, 0::2], projected[:, 1::2]], axis=1)
-        hidden = _hidden(projected, d_expert, layer[e].activation, layer[e].limit)
+        hidden = hidden_of(projected, d_expert, layer[e].activation, layer[e].limit)
         significand, exponent, _ = split_float32(hidden.astype(np.float32))
         h_hat = quantise_elements(significand, exponent, planes).to_float64()
         out = h_hat @ layer[e].down.dequantise().T

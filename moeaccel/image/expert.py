@@ -214,14 +214,20 @@ class Expert:
     def quantise(
         cls, gate_up: NDArray[np.floating], down: NDArray[np.floating], name: str | WeightFormat,
         *, down_format: str | WeightFormat | None = None, activation: str = "silu",
-        limit: float | None = None
+        limit: float | None = None, quantiser: str = "search",
+        moments: tuple[NDArray[np.floating] | None, NDArray[np.floating] | None] = (None, None),
     ) -> Expert:
         """Quantise float weights: ``gate_up`` (2 I, H) as ``[gate; up]``, or (I, H), ``down``
-        (H, I)."""
+        (H, I).
+
+        ``quantiser`` and ``moments``, those of x and of h, as in :func:`moeaccel.formats.quantise`.
+        """
         fmt = weight_format(name)
         rows = gate_up if len(gate_up) == down.shape[1] else interleave_gate_up(gate_up)
-        return cls(quantise(rows, fmt), quantise(down, fmt if down_format is None else down_format),
-                   activation, limit)
+        return cls(
+            quantise(rows, fmt, quantiser=quantiser, moments=moments[0]),
+            quantise(down, fmt if down_format is None else down_format, quantiser=quantiser,
+                     moments=moments[1]), activation, limit)
 
     def shape(self, row_multipliers: int, channels: int = 1) -> ExpertShape:
         """Return its shape for a device with such arrays."""

@@ -7,9 +7,10 @@ from moeaccel.host import errors
 README = Path(__file__).parents[2] / "host" / "README.md"
 
 
-def test_the_examples_run(capsys):
+def test_the_examples_run(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.M | re.S)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     names = {}
     try:
         for block in blocks:

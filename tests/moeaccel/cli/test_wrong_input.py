@@ -27,6 +27,8 @@ RUN = ["run", "--prompt", "1+1=", "--device", "golden"]
 BITSTREAM = ["bitstream", "--folder", NO_PLACE]
 SOAK = ["soak", "--config", "tiny", "--channels", "1", "--case"]
 IMPORT = ["trace", "import", "/no/such/file", "--format", "sglang", "--out", "t"]
+ROOT = Path(__file__).parents[3]
+CHECKPOINT = ["import", str(ROOT / "host" / "demo" / "checkpoint")]
 GENERATE = ["trace", "generate", "--out", "t"]
 
 REFUSED = [
@@ -54,6 +56,19 @@ REFUSED = [
     ([*RUN, "--device", "xdma:x"], "device must be 'xdma:N'"),
     ([*RUN, "--device", "replay:/no/such/file"], "replay must name a recording"),
     ([*RUN, "--no-such-option"], "No such option"),
+    (["run", "--model", "smollm2"], "give --prompt TEXT with --model smollm2"),
+    (["run", "--model", "smollm2", "--prompt", "a", "--config", "huge"], "config must be one of"),
+    (["run", "--model", "smollm2", "--prompt", "a", "--new-tokens", "0"], "--new-tokens"),
+    (["run", "--model", "gpt", "--prompt", "a"], "model must be one of demo, smollm2, not 'gpt'"),
+    # import
+    (["import", "/no/such/file", "--output", NO_PLACE], "/no/such/file must be a file that can"),
+    (["import", str(ROOT / "tests"), "--output", NO_PLACE], "must hold *.safetensors, but has no"),
+    (["import", str(ROOT / "README.md"), "--output", NO_PLACE], "README.md must be at most"),
+    ([*CHECKPOINT, "--output", NO_PLACE], f"not '{NO_PLACE}'"),
+    ([*CHECKPOINT, "--output", "t", "--weight-format", "int3"], "weight_format must be one of"),
+    ([*CHECKPOINT, "--output", "t", "--quantiser", "gptq"], "must be search or amax, not 'gptq'"),
+    ([*CHECKPOINT, "--output", "t", "--layer", "7"], "0, 1, 2, not 7"),
+    ([*CHECKPOINT, "--output", "t", "--exact"], "must be integers and scales"),
     # models
     (["models", "a", "b"], "unexpected extra argument"),
     # verilog

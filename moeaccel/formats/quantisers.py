@@ -1,0 +1,221 @@
+"""How a float matrix becomes a quantised one: which scales, and which integers.
+
+The device is told neither: it multiplies integers and scales, whoever chose them.
+
+``"search"``
+    A scale of each group that makes its squared error small. Of some candidates around the one that
+    just avoids saturation, each is rounded with and, in formats with real scales, replaced by the
+    least-squares scale of the integers so found, ``sum(w q) / sum(q q)``; the best stays. With
+    ``moments`` the error of each weight counts as much as its input does.
+``"amax"``
+    The scale that the format's family derives from a group's largest magnitude.
+``"gptq"``
+    The scales of ``"search"``, then integers with error feedback: columns are rounded one after
+    another, and what each rounding costs is made up for by those that are still to come, as the
+    correlations of the inputs allow (Frantar et al., GPTQ: Accurate Post-Training Quantization for
+    Generative Pre-trained Transformers, ICLR 2023, section 3.3). Columns go in the order of falling
+    moments.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeaccel.errors import FormatError
+from moeaccel.formats.base import QuantisedMatrix, WeightFormat
+from moeaccel.formats.scales import fit_rows, split_scales
+
+__all__ = ["QUANTISERS", "quantise_matrix"]
+
+QUANTISERS = ("search", "amax", "gptq")
+"""Names of the quantisers, the default first."""
+
+Floats = NDArray[np.floating]
+
+CLIP_STEPS = (0.0, 0.5, 1.0, 1.5, 2.0)
+"""Candidates of real scales: the largest magnitude becomes the format's largest integer and so
+much. (With these the error is within 0.6 % of that of very many, for groups of 32 and of 128.)"""
+
+_CHUNK_ELEMENTS = 1 << 17  # what is worked on at once stays in a core's cache
+_FLOAT32_EXPONENTS = 60  # squares of 2**60 and of 2**-60 are well inside float32
+_FEEDBACK_COLUMNS = 128
+_DAMPING = 0.01
+
+
+def quantise_matrix(weights: NDArray[np.float32], fmt: WeightFormat, quantiser: str,
+                    moments: Floats | None) -> QuantisedMatrix:
+    """Quantise a matrix; :func:`moeaccel.formats.quantise` says what its arguments mean.
+
+    Raises
+    ------
+    FormatError
+        For a quantiser that there is not, moments that it cannot use, and weights that are not
+        finite.
+    """
+    n, k = weights.shape
+    importance, second = _check_moments(quantiser, moments, k)
+    groups = -(-k // fmt.group)
+    integers = np.empty((n, groups * fmt.group), np.int8)
+    significand = np.empty((n, groups), np.int16)
+    shift = np.empty((n, groups), np.int8)
+    row_exponent = np.empty(n, np.int16)
+    coarsened = 0
+    step = max(1, _CHUNK_ELEMENTS // (groups * fmt.group))
+    for first in range(0, n, step):
+        part = slice(first, first + step)
+        columns, amax = _grouped(weights[part], fmt.group)
+        if not np.isfinite(amax).all():
+            raise FormatError("weights must be finite; the tensor holds NaN or infinity")
+        if quantiser == "amax":
+            split = fmt.group_scale(amax)
+            split = np.where(amax > 0, split[0], 0), split[1]
+        else:
+            split = _search(columns, amax, fmt, _spread(importance, columns, groups, fmt.group))
+        rows = len(weights[part])
+        significand[part], shift[part], row_exponent[part], changed = fit_rows(
+            fmt, split[0].reshape(rows, groups), split[1].reshape(rows, groups))
+        coarsened += int(changed.sum())
+        scale = _scales(significand[part], shift[part], row_exponent[part])
+        fmt.nearest(np.multiply(columns, _inverse(scale).reshape(-1).astype(columns.dtype),
+                                out=columns))
+        np.copyto(integers[part].reshape(-1, fmt.group), columns.T, casting="unsafe")
+    integers = np.ascontiguousarray(integers[:, :k])
+    if second is not None:
+        scale = np.repeat(_scales(significand, shift, row_exponent), fmt.group, axis=1)[:, :k]
+        integers = _feedback(weights, scale, fmt, second)
+    return QuantisedMatrix(fmt, integers, significand, shift, row_exponent, coarsened)
+
+
+def _check_moments(quantiser: str, moments: Floats | None,
+                   k: int) -> tuple[Floats | None, Floats | None]:
+    """Return (mean squares of the inputs, second moments) as far as a quantiser uses them."""
+    if quantiser not in QUANTISERS:
+        raise FormatError(f"quantiser must be one of {', '.join(QUANTISERS)}, not {quantiser!r}")
+    shapes = {"search": ((k,), (k, k)), "gptq": ((k, k),), "amax": ()}[quantiser]
+    if moments is None and quantiser != "gptq":
+        return None, None
+    if moments is None or np.shape(moments) not in shapes:
+        wanted = f"an array of the shape {' or '.join(map(str, shapes))}" if shapes else "left out"
+        found = "left out" if moments is None else f"of {np.shape(moments)}"
+        raise FormatError(f"moments of quantiser {quantiser!r} must be {wanted}, not {found}")
+    second = np.asarray(moments, np.float64)
+    importance = second if second.ndim == 1 else second.diagonal()
+    if not (np.isfinite(second).all() and (importance >= 0).all()):
+        raise FormatError("moments must be finite, and mean squares at least 0; the calibration's "
+                          "activations hold NaN or infinity")
+    return (importance if importance.any() else None), (second if quantiser == "gptq" else None)
+
+
+def _grouped(weights: NDArray[np.float32], group: int) -> tuple[Floats, NDArray[np.float64]]:
+    """Return a column for each group, (group, n * groups), and the largest magnitude of each.
+
+    Groups beside one another and not behind one another: what is summed over a group then is whole
+    vectors. float32, but where squares would leave its range.
+    """
+    n, k = weights.shape
+    groups = -(-k // group)
+    if groups * group != k:
+        weights = np.pad(weights, ((0, 0), (0, groups * group - k)))
+    columns = np.ascontiguousarray(weights.reshape(n * groups, group).T)
+    amax = np.maximum(columns.max(axis=0), -columns.min(axis=0)).astype(np.float64)
+    exponent = np.frexp(amax[(amax > 0) & (amax < np.inf)])[1]
+    if len(exponent) and max(exponent.max(), -exponent.min()) > _FLOAT32_EXPONENTS:
+        columns = columns.astype(np.float64)
+    return columns, amax
+
+
+def _spread(importance: Floats | None, columns: Floats, groups: int, group: int) -> Floats | None:
+    """Return the importance of each weight of each group's column; their sum is that of ones."""
+    if importance is None:
+        return None
+    padded = np.pad(importance / importance.mean(), (0, groups * group - len(importance)))
+    each = padded.reshape(groups, group).T.astype(columns.dtype)
+    return np.tile(each, columns.shape[1] // groups)
+
+
+def _search(columns: Floats, amax: NDArray[np.float64], fmt: WeightFormat,
+            importance: Floats | None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return (significand, exponent) of the scale of each group with the least squared error."""
+    weighted = columns if importance is None else columns * importance
+    if fmt.real_scale:
+        unit = _inverse(amax).astype(columns.dtype)
+        candidates = [(unit * columns.dtype.type(fmt.high + step), None) for step in CLIP_STEPS]
+    else:
+        exponent = fmt.group_scale(amax)[1].astype(np.int32)
+        there = np.where(amax > 0, 1.0, 0.0)
+        candidates = [(np.ldexp(there, -exponent - step).astype(columns.dtype),
+                       np.ldexp(there, exponent + step)) for step in (0, -1, 1)]
+    best = np.full(amax.shape, -np.inf)
+    chosen = np.zeros(amax.shape)
+    rounded = np.empty_like(columns)
+    for inverse, scale in candidates:
+        fmt.nearest(np.multiply(columns, inverse, out=rounded))
+        cross = np.einsum("ij,ij->j", weighted, rounded)
+        power = (np.einsum("ij,ij->j", rounded, rounded) if importance is None
+                 else np.einsum("ij,ij,ij->j", rounded, rounded, importance))
+        # The error is that of all zeros less the gain.
+        if scale is None:
+            scale = np.divide(cross, power, out=np.zeros_like(cross), where=power > 0)
+            gain = scale * cross
+        else:
+            gain = scale * (2 * cross - scale * power)
+        better = gain > best
+        np.copyto(best, gain, where=better)
+        np.copyto(chosen, scale, where=better)
+    return split_scales(fmt, chosen)
+
+
+def _scales(significand: NDArray[np.int16], shift: NDArray[np.int8],
+            row_exponent: NDArray[np.int16]) -> NDArray[np.float64]:
+    """Return the scales, (n, groups)."""
+    return np.ldexp(significand.astype(np.float64), shift.astype(np.int32) + row_exponent[:, None])
+
+
+def _inverse(scale: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return 1 / scale, 0 where it is 0."""
+    return np.divide(1.0, scale, out=np.zeros_like(scale), where=scale > 0)
+
+
+def _feedback(weights: NDArray[np.float32], scale: NDArray[np.float64], fmt: WeightFormat,
+              second: Floats) -> NDArray[np.int8]:
+    """Return integers, (n, K), chosen column by column so that errors of the outputs are small.
+
+    Parameters
+    ----------
+    weights : float32 array, (n, K)
+    scale : float64 array, (n, K)
+        Of each weight.
+    fmt : :class:`WeightFormat`
+    second : array, (K, K)
+        Second moments of the inputs.
+    """
+    order = np.argsort(-second.diagonal(), kind="stable")
+    moments = second[np.ix_(order, order)].astype(np.float64)
+    moments = (moments + moments.T) / 2
+    diagonal = np.einsum("ii->i", moments)
+    diagonal += max(_DAMPING * float(diagonal.mean()), np.finfo(np.float32).tiny)
+    try:
+        # Row i holds how the columns after i make up for an error of column i.
+        upper = np.linalg.cholesky(np.linalg.inv(moments)).T
+    except np.linalg.LinAlgError:
+        raise FormatError("moments must be those of real inputs, a matrix without negative "
+                          "eigenvalues; measure them again") from None
+    left = weights.T[order].astype(np.float64)  # (K, n): a column of the weights is a row here
+    inverse = np.ascontiguousarray(_inverse(scale).T[order])
+    scale = np.ascontiguousarray(scale.T[order])
+    integers = np.empty(left.shape, np.int8)
+    k = len(order)
+    for first in range(0, k, _FEEDBACK_COLUMNS):
+        last = min(first + _FEEDBACK_COLUMNS, k)
+        errors = np.empty((last - first, left.shape[1]))
+        for i in range(first, last):
+            rounded = fmt.nearest(left[i] * inverse[i])
+            integers[i] = rounded
+            error = (left[i] - rounded * scale[i]) / upper[i, i]
+            errors[i - first] = error
+            left[i + 1 : last] -= upper[i, i + 1 : last, None] * error
+        left[last:] -= upper[first:last, last:].T @ errors
+    back = np.empty_like(integers)
+    back[order] = integers
+    return np.ascontiguousarray(back.T)

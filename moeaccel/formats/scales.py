@@ -1,0 +1,74 @@
+"""Scales as a format stores them: a significand and an exponent each, then a shift in their row."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeaccel.formats.base import SIGNIFICAND_BITS, WeightFormat
+
+__all__ = ["fit_rows", "split_scales"]
+
+Integers = NDArray[np.int64]
+
+
+def split_scales(fmt: WeightFormat, scales: NDArray[np.float64]) -> tuple[Integers, Integers]:
+    """Return (significand, exponent) of the nearest scales that a format has, whatever the row.
+
+    Parameters
+    ----------
+    fmt : :class:`WeightFormat`
+    scales : float64 array
+        Not negative; powers of two where the format has nothing else. 0 has a significand of 0.
+
+    Returns
+    -------
+    pair of int64 arrays
+        ``significand * 2**exponent``; significands are 1, or have SIGNIFICAND_BITS.
+    """
+    fraction, exponent = np.frexp(scales)
+    exponent = exponent.astype(np.int64)
+    if not fmt.real_scale:
+        return (scales > 0).astype(np.int64), exponent - 1
+    significand = np.rint(fraction * (1 << SIGNIFICAND_BITS)).astype(np.int64)
+    carry = significand >> SIGNIFICAND_BITS
+    return significand >> carry, exponent - SIGNIFICAND_BITS + carry
+
+
+def fit_rows(
+    fmt: WeightFormat, significand: Integers, exponent: Integers
+) -> tuple[NDArray[np.int16], NDArray[np.int8], NDArray[np.int16], NDArray[np.bool_]]:
+    """Give the scales of each row one range of shifts, which starts at its largest scale.
+
+    A row's largest exponent gets ``max_shift``. What lies below the range is rounded to its least
+    scale's unit in formats with real scales, which may make it 0, and becomes the least scale in
+    the others.
+
+    Parameters
+    ----------
+    fmt : :class:`WeightFormat`
+    significand, exponent : int64 arrays, (n, groups)
+        As :func:`split_scales` has them; a group of zeros has a significand of 0.
+
+    Returns
+    -------
+    significand : int16 array, (n, groups)
+    shift : int8 array, (n, groups)
+    row_exponent : int16 array, (n,)
+    coarsened : bool array, (n, groups)
+        Scales that are not what they were.
+    """
+    there = significand > 0
+    never = np.int64(-(1 << 14))
+    top = np.where(there, exponent, never).max(axis=1)
+    row_exponent = np.where(top == never, 0, top - fmt.max_shift)
+    shift = np.where(there, exponent - row_exponent[:, None], 0)
+    below = np.clip(-shift, 0, 30)
+    if fmt.real_scale:
+        stored = np.rint(significand / 2.0**below).astype(np.int64)
+        coarsened = stored << below != significand
+    else:
+        stored = np.ones_like(significand)
+        coarsened = below > 0
+    return (stored.astype(np.int16), np.maximum(shift, 0).astype(np.int8),
+            row_exponent.astype(np.int16), coarsened)
