@@ -60,7 +60,8 @@ class Calibration:
         return self._x[own]
 
     def moments(self, expert: int, gate_up: NDArray[np.float32], d_expert: int,
-                activation: str, limit: float | None, *, second: bool) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+                activation: str, limit: float | None, *, second: bool
+                ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return the moments of the inputs of an expert's two matrices.
 
         Parameters

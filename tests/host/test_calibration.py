@@ -24,13 +24,13 @@ def test_an_expert_is_calibrated_with_the_tokens_that_went_to_it(layer):
     calibration = Calibration(x, ids, d_model=H, num_experts=E)
     own = x[(ids == 1).any(axis=1)]
     assert np.array_equal(calibration.tokens(1), own)
-    of_x, of_h = calibration.moments(1, gate_up[1], "silu", second=True)
+    of_x, of_h = calibration.moments(1, gate_up[1], len(gate_up[1]) // 2, "silu", None, second=True)
     exact = own.astype(np.float64)
     gate, up = exact @ gate_up[1, :I].T, exact @ gate_up[1, I:].T
     hidden = gate / (1 + np.exp(-gate)) * up
     assert np.allclose(of_x, exact.T @ exact / len(own))
     assert np.allclose(of_h, hidden.T @ hidden / len(own))
-    squares = calibration.moments(1, gate_up[1], "silu", second=False)
+    squares = calibration.moments(1, gate_up[1], len(gate_up[1]) // 2, "silu", None, second=False)
     assert np.allclose(squares[0], of_x.diagonal()) and np.allclose(squares[1], of_h.diagonal())
 
 
