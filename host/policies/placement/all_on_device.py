@@ -1,0 +1,17 @@
+"""Everything on the accelerator."""
+
+from __future__ import annotations
+
+from moeaccel.host.policies.placement.base import NONE, Placement, Plan, Work
+
+__all__ = ["AllOnDevice"]
+
+
+class AllOnDevice(Placement):
+    """The accelerator computes every expert where its image is: one call, and nothing moves."""
+
+    name = "all-on-device"
+
+    def place(self, work: Work) -> Plan:
+        """Return a plan without torch work."""
+        return Plan(NONE, NONE)

@@ -1,0 +1,120 @@
+"""Our own: the scan, on costs that it measures itself."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moeaccel.host.policies.costs import LayerCosts, Rates
+from moeaccel.host.policies.placement.base import ALL, NONE, Chains, Plan, Work
+from moeaccel.host.policies.placement.scan import Extra, Scan
+
+__all__ = ["MeasuredScan"]
+
+_MEMORY = 0.98  # of what was measured, at each measurement
+_EXTRA_MEMORY = 0.9
+_CHANGE = 0.02  # relative change of a rate, or of a call's extra time, that counts
+_LOOK_AGAIN = 1024  # decisions without a measurement of one side, after which it is tried
+
+
+class _Ratio:
+    """Believed over found seconds, the old ones fading."""
+
+    def __init__(self) -> None:
+        self._believed = self._found = 0.0
+        self.age = _LOOK_AGAIN  # decisions since the last measurement
+
+    def add(self, believed: float, found: float) -> None:
+        if believed <= 0 or found <= 0:
+            return
+        self._believed = _MEMORY * self._believed + believed
+        self._found = _MEMORY * self._found + found
+        self.age = 0
+
+    @property
+    def value(self) -> float:
+        return self._believed / self._found if self._found else 1.0
+
+
+class MeasuredScan(Scan):
+    """:class:`Scan` with costs that are corrected by what calls took.
+
+    What a chain took beside its calls and rows, over what was believed, corrects the rate of the
+    device, of the torch device (where it did not wait for a move) and of the link (a move, also one
+    in the background); a rate counts as changed from 2 % on. What a plan took longer than its
+    chains is kept for each kind of plan (one side alone, both, with moves) and added to the plans of
+    that kind, so that the policy falls back to one side when working on both loses; it fades, so
+    that both are tried again. A side that no plan has used for 1,024 decisions is used once.
+    """
+
+    name = "measured-scan"
+
+    def __init__(self, costs: LayerCosts) -> None:
+        super().__init__(costs)
+        self._believed = costs
+        self.rates = Rates()
+        self._link, self._device, self._torch = _Ratio(), _Ratio(), _Ratio()
+        self._extra = [0.0, 0.0, 0.0, 0.0]
+        self._used = Extra()
+
+    @property
+    def wants_move(self) -> bool:
+        """Whether the link's rate is not known, so that a move in the background would help."""
+        return self._link.age >= _LOOK_AGAIN
+
+    def place(self, work: Work) -> Plan:
+        """Return the best split, or one that measures a side that was not seen for long."""
+        self._link.age += 1
+        self._device.age += 1
+        self._torch.age += 1
+        if self._torch.age > _LOOK_AGAIN and len(work.resident_tokens):
+            self._torch.age = 0
+            return Plan(ALL, NONE)
+        if self._device.age > _LOOK_AGAIN and len(work):
+            self._device.age = 0
+            return Plan(NONE, NONE)
+        return self.split(work, self._used)
+
+    def measured(self, work: Work, plan: Plan, found: Chains) -> None:
+        """Correct the costs."""
+        costs = self._believed
+        device_of, torch_of = costs.tables(work.tokens)
+        inside, outside = work.resident_tokens, work.other_tokens
+        kept, moved = inside[plan.resident], outside[plan.moved]
+        left = len(work) - len(kept) - len(moved)
+        if left:
+            rest = np.concatenate((inside, outside)).sum() - kept.sum() - moved.sum()
+            calls = costs.device_call + costs.row * min(work.tokens, int(rest))
+            believed = (device_of[inside].sum() + device_of[outside].sum() - device_of[kept].sum()
+                        - device_of[moved].sum() + costs.contend * found.n_moved)
+            self._device.add(float(believed), found.device - calls)
+        if len(moved):
+            self._link.add(costs.move * found.n_moved, found.moves)
+        elif len(kept):
+            shared = costs.shared(work.tokens)
+            calls = costs.torch_call * (2 if shared else 1)
+            believed = float(torch_of[kept].sum()) + max(0.0, shared - costs.torch_call)
+            self._torch.add(believed, found.torch - calls)
+        kind = 3 if len(moved) and left else 2 if left and len(kept) else 0 if left else 1
+        merge = costs.merge if left and found.torch else 0.0
+        over = found.total - max(found.device, found.torch) - merge
+        extra = self._extra
+        extra[:] = [value * 0.999 for value in extra]
+        extra[kind] = _EXTRA_MEMORY * extra[kind] + (1 - _EXTRA_MEMORY) * over
+        if max(abs(a - b) for a, b in zip(extra, self._used, strict=True)) > (
+                _CHANGE * found.total):
+            self._used = Extra(*extra)
+            self.forget()
+        self._correct()
+
+    def measured_move(self, images: float, seconds: float) -> None:
+        """Correct the link's rate by a move in the background."""
+        self._link.add(self._believed.move * images, seconds)
+        self._correct()
+
+    def _correct(self) -> None:
+        found = Rates(link=self._link.value, device=self._device.value, torch=self._torch.value)
+        now = self.rates
+        if (abs(found.link / now.link - 1) > _CHANGE or abs(found.device / now.device - 1) > _CHANGE
+                or abs(found.torch / now.torch - 1) > _CHANGE):
+            self.rates, self.costs = found, self._believed.at(found)
+            self.forget()

@@ -1,0 +1,41 @@
+"""Our own: guided by the prompt, then promoted one by one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from moeaccel.host.policies.residency.decayed_lfu import DecayedLFU
+
+__all__ = ["Promoted"]
+
+
+class Promoted(DecayedLFU):
+    """Decayed LFU that lets an expert in only where it pays: the newcomer's score must be `margin`
+    times that of the resident whose place it takes, best newcomers first, as many as there is room
+    for on the link. A prompt is one call with many tokens, so that what it used most comes in behind
+    it and fades as the answer goes on.
+
+    A prompt of T tokens counts as ``prompt`` tokens at most: else long ones would never fade.
+
+    Parameters
+    ----------
+    decay, margin : :class:`float`
+    prompt : :class:`float`
+        Most tokens that a call counts for.
+    **options
+        See :class:`DecayedLFU`.
+    """
+
+    name = "promoted"
+    bypass = True
+
+    def __init__(self, *, decay: float = 0.97, margin: float = 1.3, prompt: float = 64.0,
+                 **options: Any) -> None:
+        super().__init__(decay=decay, margin=margin, **options)
+        self._prompt = prompt
+
+    def _use(self, layer: int, uses: np.ndarray, used: np.ndarray, mass: np.ndarray | None) -> None:
+        top = int(uses.max())
+        super()._use(layer, uses * (self._prompt / top) if top > self._prompt else uses, used, mass)
