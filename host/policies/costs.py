@@ -13,15 +13,17 @@ residents and M the moved experts that the torch device computes, and n tokens o
     torch(n)  = max(2 bytes * weights / torch memory, n * weights / torch MACs)
     device(n) = max(image / cards' memory, n * weights / cards' MACs)
     row       = x and y of a token, staged by the host and sent over the links;  up: y alone
-    move      = image / link;  contend = image / cards' memory;  decode = image to bf16
+    move      = image / link;  decode = image to bf16
+    contend   = image / cards' memory where images come from the cards, else 0
 
-The cards are asked first and awaited last. What moves is the quantised image, from a card to the
-torch device; y goes the same way and goes first. Several cards share every expert: its width is
-dealt to them, so that each reads its part and their y are added. ``device_call`` is the driver's
-time and, where the torch device has a memory of its own, its copies down and up; then a write of
-the memory of the card, a doorbell and a read: small DMAs of 6 to 12 microseconds each. min(T, sum
-n) is at least the rows that are sent: those that have an expert on the device. The policy's own
-time to decide is not in here.
+The cards are asked first and awaited last. What moves is the quantised image, to the torch device:
+from the host's memory, which keeps a copy until it is told to release it, or from the cards where
+theirs is the only one. y goes the same way and goes first. Several cards share every expert: its
+width is dealt to them, so that each reads its part and their y are added. ``device_call`` is the
+driver's time and, where the torch device has a memory of its own, its copies down and up; then a
+write of the memory of the card, a doorbell and a read: small DMAs of 6 to 12 microseconds each.
+min(T, sum n) is at least the rows that are sent: those that have an expert on the device. The
+policy's own time to decide is not in here.
 
 Presets are published peaks times what is usually sustained; every number can be replaced by a
 measured one.
@@ -138,7 +140,8 @@ CARDS = {cards.name: cards for cards in (
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """How fast the link, the device and the torch device are beside what is believed; 1 as believed.
+    """How fast the link, the device and the torch device are beside what is believed; 1 as
+    believed.
 
     Parameters
     ----------
@@ -161,8 +164,9 @@ class LayerCosts:
         Of an expert: its image; its decoded weights in the torch device's memory.
     device_call, torch_call, move_call, merge : :class:`float`
     row, up, move, decode, contend : :class:`float`
-    between : :class:`float`
-        Torch time of a token's step between two layers of experts, when the link is idle.
+    between_call, between_read, between_product : :class:`float`
+        Between two layers of experts: calls of attention; its weights read once; its products for
+        one token.
     device_read, device_product, torch_read, torch_product : :class:`float`
         Of an expert's weights: read once; multiplied for one token.
     n_shared : :class:`int`
@@ -181,7 +185,9 @@ class LayerCosts:
     move: float
     decode: float
     contend: float
-    between: float
+    between_call: float
+    between_read: float
+    between_product: float
     device_read: float
     device_product: float
     torch_read: float
@@ -213,11 +219,21 @@ class LayerCosts:
                 np.where(n > 0, np.maximum(self.torch_read, n * self.torch_product), 0))
         return self._tables[0], self._tables[1]
 
+    @cached_property
+    def single(self) -> tuple[float, float]:
+        """Seconds of an expert with one token, on the device and on the torch device."""
+        return (max(self.device_read, self.device_product),
+                max(self.torch_read, self.torch_product))
+
     def shared(self, tokens: int) -> float:
         """Return the seconds of the shared experts."""
         if not self.n_shared:
             return 0.0
         return self.torch_call + self.n_shared * max(self.torch_read, tokens * self.torch_product)
+
+    def between(self, tokens: int) -> float:
+        """Return the seconds between two layers of experts, in which the link has nothing to do."""
+        return self.between_call + max(self.between_read, tokens * self.between_product)
 
     @cached_property
     def break_even(self) -> float:
@@ -266,7 +282,7 @@ class Machine:
                            self.cards.config.channels).stored_bytes
 
     def layer(self, model: Model, *, weight_format_name: str = "int4_g32",
-              activation_bits: int = 16) -> LayerCosts:
+              activation_bits: int = 16, single_copy: bool = False) -> LayerCosts:
         """Return the costs of one layer of a model.
 
         Parameters
@@ -276,6 +292,8 @@ class Machine:
             Of the images.
         activation_bits : :class:`int`
             8 or 16; 16 are two planes, and half the products.
+        single_copy : :class:`bool`
+            Whether images are on the cards alone; always where the torch device is the host itself.
 
         Raises
         ------
@@ -294,7 +312,10 @@ class Machine:
         memory = cards.count * cards.memory_bytes_per_second
         macs = (cards.count * cards.clock_hz * cards.config.multipliers
                 * (2 if fmt.packed else 1) / (activation_bits // 8))
-        link = min(cards.count * cards.link_bytes_per_second, torch.link_bytes_per_second)
+        from_cards = single_copy or math.isinf(torch.link_bytes_per_second)
+        link = torch.link_bytes_per_second
+        if from_cards:
+            link = min(cards.count * cards.link_bytes_per_second, link)
         # x goes once from the torch device, then to every card; each card has a y of its own.
         staged = row * (1 + cards.count) / cards.host_bytes_per_second
         down = row / torch.link_bytes_per_second + row / cards.link_bytes_per_second
@@ -305,11 +326,13 @@ class Machine:
             resident_bytes=weights * ELEMENT_BYTES,
             device_call=(cards.driver_seconds + 2 * cards.dma_seconds + cards.doorbell_seconds
                          + 2 * torch.copy_seconds),
-            torch_call=torch.call_seconds, move_call=cards.dma_seconds + torch.copy_seconds,
+            torch_call=torch.call_seconds,
+            move_call=torch.copy_seconds + (cards.dma_seconds if from_cards else 0.0),
             merge=torch.call_seconds / 4, row=staged + down + up, up=up, move=image / link,
             decode=(image + weights * ELEMENT_BYTES) / torch.memory_bytes_per_second,
-            contend=image / memory, between=2 * torch.call_seconds + (
-                attention * ELEMENT_BYTES / torch.memory_bytes_per_second),
+            contend=image / memory if from_cards else 0.0, between_call=2 * torch.call_seconds,
+            between_read=attention * ELEMENT_BYTES / torch.memory_bytes_per_second,
+            between_product=attention / torch.macs_per_second,
             device_read=image / memory, device_product=weights / macs,
             torch_read=weights * ELEMENT_BYTES / torch.memory_bytes_per_second,
             torch_product=weights / torch.macs_per_second, n_shared=model.n_shared or 0)

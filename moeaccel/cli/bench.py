@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moeaccel.cli import policies
 from moeaccel.cli.output import Status, print_json
 from moeaccel.formats import FORMATS
 
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from moeaccel.config import AcceleratorConfig
 
 app = typer.Typer(no_args_is_help=True, help="Measure layers of real size on the RTL or its model.")
+
+app.command("policies")(policies.compare)
 
 
 class DeviceKind(StrEnum):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
 from moeaccel.host.policies.costs import LayerCosts
 
-__all__ = ["ALL", "NONE", "Chains", "Placement", "Plan", "Work", "chains"]
+__all__ = ["ALL", "NONE", "Chains", "Placement", "Plan", "Sums", "Work", "chains"]
 
 ALL, NONE = slice(None), slice(0)
 
@@ -98,8 +98,54 @@ class Chains:
     n_moved: int
 
 
+class Sums(NamedTuple):
+    """What a plan gives to each side.
+
+    Parameters
+    ----------
+    left, kept, moved : :class:`int`
+        Experts of the device; residents and moved experts of the torch device.
+    rows : :class:`int`
+        Sent to the device: those of its assignments, as far as a call has so many tokens.
+    device, torch_kept, torch_moved : :class:`float`
+        Seconds of these experts.
+    """
+
+    left: int
+    kept: int
+    moved: int
+    rows: int
+    device: float
+    torch_kept: float
+    torch_moved: float
+
+    @classmethod
+    def of(cls, costs: LayerCosts, work: Work, plan: Plan) -> Sums:
+        """Return the sums of a plan."""
+        inside, outside, tokens = work.resident_tokens, work.other_tokens, work.tokens
+        if tokens == 1:  # all experts alike
+            kept, moved = _count(plan.resident, len(inside)), _count(plan.moved, len(outside))
+            left = len(inside) + len(outside) - kept - moved
+            device, torch = costs.single
+            return cls(left, kept, moved, min(1, left), left * device, kept * torch, moved * torch)
+        device_of, torch_of = costs.tables(tokens)
+        kept, moved = inside[plan.resident], outside[plan.moved]
+        left = len(inside) + len(outside) - len(kept) - len(moved)
+        rows = int(inside.sum() + outside.sum() - kept.sum() - moved.sum())
+        device = (device_of[inside].sum() + device_of[outside].sum() - device_of[kept].sum()
+                  - device_of[moved].sum())
+        return cls(left, len(kept), len(moved), min(tokens, rows), float(device) if left else 0.0,
+                   float(torch_of[kept].sum()), float(torch_of[moved].sum()))
+
+
+def _count(chosen: slice | np.ndarray, size: int) -> int:
+    if isinstance(chosen, slice):
+        return size if chosen.stop is None else min(size, chosen.stop)
+    return int(np.count_nonzero(chosen))
+
+
 def chains(costs: LayerCosts, work: Work, plan: Plan, *, weights: np.ndarray | None = None,
-           contending: float = 0.0) -> Chains:
+           contending: float = 0.0, behind: float = 0.0) -> Chains:
     """Return what a plan takes; the formulas are those of :mod:`~moeaccel.host.policies.costs`.
 
     Parameters
@@ -110,32 +156,26 @@ def chains(costs: LayerCosts, work: Work, plan: Plan, *, weights: np.ndarray | N
     weights : float, (O,), optional
         What share of its image has to be moved for each of the others; 1 when left out.
     contending : :class:`float`
-        Seconds for which other moves keep the cards' memory busy.
+        Seconds for which the cards' memory is busy with something else.
+    behind : :class:`float`
+        Seconds that the link is busy with something else before the first move.
     """
-    device_of, torch_of = costs.tables(work.tokens)
-    inside, outside = work.resident_tokens, work.other_tokens
-    kept, moved = inside[plan.resident], outside[plan.moved]
-    device = float(device_of[inside].sum() - device_of[kept].sum()
-                   + device_of[outside].sum() - device_of[moved].sum())
-    left = len(work) - len(kept) - len(moved)
-    rows = 0
-    if left:
-        rows = min(work.tokens, int(inside.sum() + outside.sum() - kept.sum() - moved.sum()))
-        images = len(moved) if weights is None else float(weights[plan.moved].sum())
-        device += (costs.device_call + costs.row * rows + costs.contend * images + contending)
-    else:
-        device = 0.0
+    sums = Sums.of(costs, work, plan)
+    images = sums.moved if weights is None else float(weights[plan.moved].sum())
+    device = 0.0
+    if sums.left:
+        device = (costs.device_call + costs.row * sums.rows + sums.device + costs.contend * images
+                  + contending)
     torch = costs.shared(work.tokens)
-    if len(kept):
-        torch += costs.torch_call + float(torch_of[kept].sum())
+    if sums.kept:
+        torch += costs.torch_call + sums.torch_kept
     moves = 0.0
-    if len(moved):
-        images = len(moved) if weights is None else float(weights[plan.moved].sum())
+    if sums.moved:
         moves = costs.move * images
-        torch = (max(torch, costs.move_call + moves + costs.up * rows) + costs.torch_call
-                 + costs.decode * images + float(torch_of[moved].sum()))
-    both = costs.merge if left and torch else 0.0
-    return Chains(device, torch, max(device, torch) + both, moves, len(moved))
+        link = costs.move_call + behind + moves + costs.up * sums.rows
+        torch = max(torch, link) + costs.torch_call + costs.decode * images + sums.torch_moved
+    both = costs.merge if sums.left and torch else 0.0
+    return Chains(device, torch, max(device, torch) + both, moves, sums.moved)
 
 
 class Placement(ABC):
@@ -159,8 +199,8 @@ class Placement(ABC):
 
     def measured(self, work: Work, plan: Plan, found: Chains) -> None:
         """Hear what a plan took."""
-        del work, plan, found
+        return
 
     def measured_move(self, images: float, seconds: float) -> None:
         """Hear what moving images in the background took on the link."""
-        del images, seconds
+        return

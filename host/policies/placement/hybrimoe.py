@@ -8,10 +8,11 @@ __all__ = ["HybriMoE"]
 
 
 class HybriMoE(Placement):
-    """Line the experts up, residents first and hottest first among each; the torch device takes from
-    the head, the accelerator from the tail, and next takes who would have finished its next expert
-    earlier; the torch device's time has the moves in it (HybriMoE, arXiv 2504.05897, its ``HSS``).
-    It minimises the later end, ``min max(T_torch, T_device)``, where Fiddler's code adds both.
+    """Line the experts up, residents first and hottest first among each; the torch device takes
+    from the head, the accelerator from the tail, and next takes who would have finished its next
+    expert earlier; the torch device's time has the moves in it (HybriMoE, arXiv 2504.05897, its
+    ``HSS``). It minimises the later end, ``min max(T_torch, T_device)``, where Fiddler's code adds
+    both.
     """
 
     name = "hybrimoe"

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from moeaccel.host.policies.costs import LayerCosts, Rates
-from moeaccel.host.policies.placement.base import ALL, NONE, Chains, Plan, Work
+from moeaccel.host.policies.placement.base import ALL, NONE, Chains, Plan, Sums, Work
 from moeaccel.host.policies.placement.scan import Extra, Scan
 
 __all__ = ["MeasuredScan"]
@@ -41,8 +39,8 @@ class MeasuredScan(Scan):
     What a chain took beside its calls and rows, over what was believed, corrects the rate of the
     device, of the torch device (where it did not wait for a move) and of the link (a move, also one
     in the background); a rate counts as changed from 2 % on. What a plan took longer than its
-    chains is kept for each kind of plan (one side alone, both, with moves) and added to the plans of
-    that kind, so that the policy falls back to one side when working on both loses; it fades, so
+    chains is kept for each kind of plan (one side alone, both, with moves) and added to the plans
+    of that kind, so that the policy falls back to one side when working on both loses; it fades, so
     that both are tried again. A side that no plan has used for 1,024 decisions is used once.
     """
 
@@ -77,25 +75,20 @@ class MeasuredScan(Scan):
     def measured(self, work: Work, plan: Plan, found: Chains) -> None:
         """Correct the costs."""
         costs = self._believed
-        device_of, torch_of = costs.tables(work.tokens)
-        inside, outside = work.resident_tokens, work.other_tokens
-        kept, moved = inside[plan.resident], outside[plan.moved]
-        left = len(work) - len(kept) - len(moved)
-        if left:
-            rest = np.concatenate((inside, outside)).sum() - kept.sum() - moved.sum()
-            calls = costs.device_call + costs.row * min(work.tokens, int(rest))
-            believed = (device_of[inside].sum() + device_of[outside].sum() - device_of[kept].sum()
-                        - device_of[moved].sum() + costs.contend * found.n_moved)
-            self._device.add(float(believed), found.device - calls)
-        if len(moved):
-            self._link.add(costs.move * found.n_moved, found.moves)
-        elif len(kept):
+        sums = Sums.of(costs, work, plan)
+        if sums.left:
+            calls = costs.device_call + costs.row * sums.rows
+            self._device.add(sums.device + costs.contend * sums.moved, found.device - calls)
+        if sums.moved:
+            self._link.add(costs.move * sums.moved, found.moves)
+        elif sums.kept:
             shared = costs.shared(work.tokens)
             calls = costs.torch_call * (2 if shared else 1)
-            believed = float(torch_of[kept].sum()) + max(0.0, shared - costs.torch_call)
-            self._torch.add(believed, found.torch - calls)
-        kind = 3 if len(moved) and left else 2 if left and len(kept) else 0 if left else 1
-        merge = costs.merge if left and found.torch else 0.0
+            self._torch.add(sums.torch_kept + max(0.0, shared - costs.torch_call),
+                            found.torch - calls)
+        kind = 3 if sums.moved and sums.left else 2 if sums.left and sums.kept else (
+            0 if sums.left else 1)
+        merge = costs.merge if sums.left and found.torch else 0.0
         over = found.total - max(found.device, found.torch) - merge
         extra = self._extra
         extra[:] = [value * 0.999 for value in extra]

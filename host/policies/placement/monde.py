@@ -39,7 +39,7 @@ class MoNDE(Placement):
             raise InvalidOption(f"alpha must be at least 0, not {alpha!r}")
         super().__init__(costs)
         self.alpha, self.ceil = alpha, ceil
-        link, memory = 1 / costs.move, 1 / costs.contend
+        link, memory = 1 / costs.move, 1 / costs.device_read
         self.share = alpha * link / (memory + link)
 
     def place(self, work: Work) -> Plan:

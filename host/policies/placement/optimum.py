@@ -24,8 +24,8 @@ def lower_bound(costs: LayerCosts, work: Work, at_most: float, bins: int = _BINS
     The torch device's seconds are rounded down to whole bins, of which the time to read an expert
     has a whole number, and the table
     ``least device seconds for so many torch seconds and so many moves`` is computed expert by
-    expert, so that every set is in it. What hides in it is taken at its shortest: k moves have the k
-    shortest computations behind them. ``row min(T, sum n)`` is the smaller of two sums, each of
+    expert, so that every set is in it. What hides in it is taken at its shortest: k moves have the
+    k shortest computations behind them. ``row min(T, sum n)`` is the smaller of two sums, each of
     which a table of its own has exactly.
 
     Parameters
@@ -37,10 +37,12 @@ def lower_bound(costs: LayerCosts, work: Work, at_most: float, bins: int = _BINS
     bins : :class:`int`
         At least as many; the more, the closer.
     """
-    return min(at_most, *(_bound(costs, work, at_most, bins, all_rows) for all_rows in (False, True)))
+    return min(at_most, _bound(costs, work, at_most, bins, all_rows=False),
+               _bound(costs, work, at_most, bins, all_rows=True))
 
 
-def _bound(costs: LayerCosts, work: Work, at_most: float, bins: int, all_rows: bool) -> float:
+def _bound(costs: LayerCosts, work: Work, at_most: float, bins: int, *,
+           all_rows: bool) -> float:
     """Every row is sent, or one for each assignment to the device."""
     device_of, torch_of = costs.tables(work.tokens)
     width = costs.torch_read / math.ceil(costs.torch_read * bins / at_most)

@@ -15,8 +15,8 @@ _ZERO = np.zeros(1)
 
 
 class Extra(NamedTuple):
-    """Seconds that plans take beside their costs: on the device alone, on the torch device alone, on
-    both, and on both with moves."""
+    """Seconds that plans take beside their costs: on the device alone, on the torch device alone,
+    on both, and on both with moves."""
 
     device: float = 0.0
     torch: float = 0.0
@@ -24,9 +24,12 @@ class Extra(NamedTuple):
     moving: float = 0.0
 
 
-def best_split(costs: LayerCosts, work: Work, extra: Extra = Extra()) -> tuple[int, int]:
-    """Return r and k of the least time when the r hottest residents are computed on the torch device
-    and the k hottest others are moved to it.
+_NO_EXTRA = Extra()
+
+
+def best_split(costs: LayerCosts, work: Work, extra: Extra = _NO_EXTRA) -> tuple[int, int]:
+    """Return r and k of the least time when the r hottest residents are computed on the torch
+    device and the k hottest others are moved to it.
 
     All r are tried, with all k whose moves alone do not take longer than the best without moves.
     """
@@ -80,8 +83,8 @@ def _before(values: np.ndarray, *, added: bool = False) -> np.ndarray:
 
 
 class Scan(Placement):
-    """Compute the r hottest residents on the torch device, move the k hottest others, and take the r
-    and k of the least time by the whole cost formula, calls and copies included.
+    """Compute the r hottest residents on the torch device, move the k hottest others, and take the
+    r and k of the least time by the whole cost formula, calls and copies included.
 
     Where the torch device's time does not depend on the tokens of an expert (on a GPU below some
     hundred) no other choice of experts is better: the accelerator's does, so that the hottest are
@@ -96,7 +99,7 @@ class Scan(Placement):
 
     def place(self, work: Work) -> Plan:
         """Return the best split."""
-        return self.split(work, Extra())
+        return self.split(work, _NO_EXTRA)
 
     def split(self, work: Work, extra: Extra) -> Plan:
         """Return the best split when plans take something beside their costs."""

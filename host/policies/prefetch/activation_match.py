@@ -13,8 +13,8 @@ __all__ = ["ActivationMatch"]
 
 class ActivationMatch(Prefetch):
     """Keep the activation matrices (layers, experts) of past requests; after a layer take the one,
-    M, with the highest mean cosine of its rows to those of the request at hand, and move by ``P[l'] =
-    (M[l'] + 1e-8) (1 - (l' - l) / (L + 1))``, l' > l (MoE-Infinity, arXiv 2401.14361,
+    M, with the highest mean cosine of its rows to those of the request at hand, and move by
+    ``P[l'] = (M[l'] + 1e-8) (1 - (l' - l) / (L + 1))``, l' > l (MoE-Infinity, arXiv 2401.14361,
     ``memory/expert_predictor.py``). When the collection is full the least matched goes.
 
     Parameters

@@ -54,7 +54,7 @@ class Prefetch(ABC):
 
     def begin_pass(self, *, new_request: bool) -> None:
         """Hear that a forward pass begins, and whether a request begins with it."""
-        del new_request
+        return
 
     @abstractmethod
     def guess(self, layer: int, uses: np.ndarray, ahead: Ahead) -> list[Guess]:

@@ -12,8 +12,8 @@ __all__ = ["PreGated"]
 class PreGated(Prefetch):
     """The gate of layer l chooses the experts of layer l + 1, so that their weights move while l is
     computed (Pre-gated MoE, arXiv 2308.12066). Every guess is right, since it is the route; but the
-    gates are retrained and choose otherwise than the model's own: lossy. The first layer has its own
-    gate, and nothing early.
+    gates are retrained and choose otherwise than the model's own: lossy. The first layer has its
+    own gate, and nothing early.
     """
 
     name = "pre-gated"

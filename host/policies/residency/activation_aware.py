@@ -14,8 +14,8 @@ __all__ = ["ActivationAware"]
 class ActivationAware(Residency):
     """Keep ``freq(l, e) / sum * (1 - l / L) * A(l, e) / sum``: use over all requests times use in
     the request at hand, its activation matrix A, shallow layers first (MoE-Infinity, arXiv
-    2401.14361, ``memory/expert_priority_score.py``). Sums are over the layer's experts; with a cache
-    for each layer the factor of the layer changes nothing.
+    2401.14361, ``memory/expert_priority_score.py``). Sums are over the layer's experts; with a
+    cache for each layer the factor of the layer changes nothing.
     """
 
     name = "activation-aware"

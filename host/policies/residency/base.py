@@ -5,11 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from moeaccel.host.errors import InvalidOption
+from moeaccel.host.policies.costs import LayerCosts
 
 __all__ = ["Replay", "Residency", "SecondMiss", "replay"]
 
@@ -50,6 +51,10 @@ class Residency(ABC):
     name: ClassVar[str]
     bypass: ClassVar[bool] = False
     """Whether an expert may be used without becoming resident; else what a call used stays."""
+    at_once: ClassVar[bool] = False
+    """Whether its newcomers come all together, however many, and not as the link has time."""
+    wants_mass: ClassVar[bool] = False
+    """Whether scores are of routing weights, and not of counts."""
 
     def __init__(self, *, n_layers: int, n_experts: int, slots: int | Sequence[int],
                  margin: float = 1.0, admission: SecondMiss | None = None) -> None:
@@ -70,12 +75,19 @@ class Residency(ABC):
         self.resident = np.zeros((n_layers, n_experts), bool)
         self.score = np.zeros((n_layers, n_experts))
 
+    @classmethod
+    def fitting(cls, costs: LayerCosts) -> dict[str, Any]:
+        """Return options that fit what moves cost."""
+        del costs
+        return {}
+
     @abstractmethod
     def _use(self, layer: int, uses: np.ndarray, used: np.ndarray, mass: np.ndarray | None) -> None:
         """Bring the scores of a layer up to date; see :meth:`use`, ``used = uses > 0``."""
 
     def begin_request(self) -> None:
-        """Hear that a request begins."""
+        """Hear that a request begins, which most policies do not mind."""
+        return
 
     def use(self, layer: int, uses: np.ndarray, *, mass: np.ndarray | None = None,
             arrived: np.ndarray | None = None, room: int | None = None) -> np.ndarray:

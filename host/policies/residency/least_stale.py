@@ -13,11 +13,11 @@ __all__ = ["LeastStale"]
 
 
 class LeastStale(Residency):
-    """Evict what is stale: experts that the current forward pass has left behind without using them,
-    those of the oldest pass first and of the layer just computed first, since the pass comes to it
-    again last; then the least recently used of the layers that are still to come, from the end
-    (SpecMD, arXiv 2602.03921). One pool of ``slots * n_layers`` experts: where LRU thrashes in a
-    sweep over the layers, this does not.
+    """Evict what is stale: experts that the current forward pass has left behind without using
+    them, those of the oldest pass first and of the layer just computed first, since the pass comes
+    to it again last; then the least recently used of the layers that are still to come, from the
+    end (SpecMD, arXiv 2602.03921). One pool of ``slots * n_layers`` experts: where LRU thrashes in
+    a sweep over the layers, this does not.
     """
 
     name = "least-stale"

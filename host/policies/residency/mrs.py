@@ -26,6 +26,7 @@ class MRS(Residency):
     """
 
     name = "mrs"
+    wants_mass = True
 
     def __init__(self, *, rate: float = 0.5, **options: Any) -> None:
         if not 0 < rate <= 1:

@@ -31,6 +31,7 @@ class PrefillGuided(Residency):
 
     name = "prefill-guided"
     bypass = True
+    at_once = True
 
     def __init__(self, *, tokens: int = 16, margin: float = 1.05, **options: Any) -> None:
         super().__init__(margin=margin, **options)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from moeaccel.host.policies.costs import LayerCosts
 from moeaccel.host.policies.residency.decayed_lfu import DecayedLFU
 
 __all__ = ["Promoted"]
@@ -14,8 +15,10 @@ __all__ = ["Promoted"]
 class Promoted(DecayedLFU):
     """Decayed LFU that lets an expert in only where it pays: the newcomer's score must be `margin`
     times that of the resident whose place it takes, best newcomers first, as many as there is room
-    for on the link. A prompt is one call with many tokens, so that what it used most comes in behind
-    it and fades as the answer goes on.
+    for on the link. A prompt is one call with many tokens, so that what it used most comes in
+    behind it and fades as the answer goes on. Where images come from the cards, a move keeps their
+    memory as busy as one use of the expert does, so that a newcomer that is a little better does
+    not pay: there the margin is 2, and the score forgets more slowly.
 
     A prompt of T tokens counts as ``prompt`` tokens at most: else long ones would never fade.
 
@@ -31,10 +34,15 @@ class Promoted(DecayedLFU):
     name = "promoted"
     bypass = True
 
-    def __init__(self, *, decay: float = 0.97, margin: float = 1.3, prompt: float = 64.0,
+    def __init__(self, *, decay: float = 0.97, margin: float = 1.2, prompt: float = 64.0,
                  **options: Any) -> None:
         super().__init__(decay=decay, margin=margin, **options)
         self._prompt = prompt
+
+    @classmethod
+    def fitting(cls, costs: LayerCosts) -> dict[str, Any]:
+        """Return decay and margin; see :class:`Promoted`."""
+        return {"margin": 2.0, "decay": 0.99} if costs.contend else {}
 
     def _use(self, layer: int, uses: np.ndarray, used: np.ndarray, mass: np.ndarray | None) -> None:
         top = int(uses.max())

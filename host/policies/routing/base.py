@@ -53,6 +53,10 @@ class Routed(NamedTuple):
 class Routing(ABC):
     """A change of routes.
 
+    Parameters
+    ----------
+    n_layers : :class:`int`
+
     Attributes
     ----------
     wants_logits : :class:`bool`
@@ -65,6 +69,9 @@ class Routing(ABC):
     lossless: ClassVar[bool] = False
     wants_logits: ClassVar[bool] = False
     within_residents: ClassVar[bool] = False
+
+    def __init__(self, *, n_layers: int = 1) -> None:
+        self.n_layers = n_layers
 
     @abstractmethod
     def route(self, call: Call) -> Routed:

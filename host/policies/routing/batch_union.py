@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from moeaccel.host.errors import InvalidOption
@@ -12,10 +14,10 @@ __all__ = ["BatchUnion"]
 
 class BatchUnion(Routing):
     """Shrink the union of the experts of a decode batch: ``bin = clamp(floor(alpha (logit_e -
-    logit_1)), -beta, 0)``, score of an expert ``sum over tokens of tokens^bin``; the `keep` share of
-    the union with the highest scores stays, and every token's first; a token's slots outside go to
-    its best experts inside (Lynx, arXiv 2411.08982). A call of fewer than two tokens, and a prompt,
-    stay as they are.
+    logit_1)), -beta, 0)``, score of an expert ``sum over tokens of tokens^bin``; the `keep` share
+    of the union with the highest scores stays, and every token's first; a token's slots outside go
+    to its best experts inside (Lynx, arXiv 2411.08982). A call of fewer than two tokens, and a
+    prompt, stay as they are.
 
     Parameters
     ----------
@@ -24,13 +26,16 @@ class BatchUnion(Routing):
         In (0, 1].
     most : :class:`int`
         A call of more tokens is a prompt.
+    **options
+        See :class:`Routing`.
     """
 
     name = "batch-union"
     wants_logits = True
 
     def __init__(self, *, alpha: float = 2.0, beta: float = 4.0, keep: float = 0.7,
-                 most: int = 256) -> None:
+                 most: int = 256, **options: Any) -> None:
+        super().__init__(**options)
         if not 0 < keep <= 1:
             raise InvalidOption(f"keep must be above 0 and at most 1, not {keep!r}")
         self.alpha, self.beta, self.keep, self.most = alpha, beta, keep, most

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from moeaccel.host.errors import InvalidOption
@@ -11,8 +13,8 @@ __all__ = ["CachePrior"]
 
 
 class CachePrior(Routing):
-    """Order by ``r + strength * D[l] * resident``, D the running mean of a token's ``max r - min r``
-    in the layer, always keep the router's first `keep`, and take the weights from r (Mixture of
+    """Order by ``r + strength * D[l] * resident``, D the running mean of a token's ``max r - min
+    r`` in the layer, always keep the router's first `keep`, and take the weights from r (Mixture of
     Cache-Conditional Experts, arXiv 2412.00099).
 
     Parameters
@@ -20,12 +22,15 @@ class CachePrior(Routing):
     strength : :class:`float`
     keep : :class:`int`
         J, 1 or 2.
+    **options
+        See :class:`Routing`.
     """
 
     name = "cache-prior"
     wants_logits = True
 
-    def __init__(self, *, strength: float = 0.3, keep: int = 1) -> None:
+    def __init__(self, *, strength: float = 0.3, keep: int = 1, **options: Any) -> None:
+        super().__init__(**options)
         if strength < 0 or keep < 0:
             raise InvalidOption(f"strength and keep must be at least 0, not {strength!r} and "
                                 f"{keep!r}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from moeaccel.host.errors import InvalidOption
@@ -20,20 +22,22 @@ class Deferral(Routing):
     ----------
     now : :class:`int`
         Slots that are not deferred.
-    n_layers : :class:`int`
+    **options
+        See :class:`Routing`.
     """
 
     name = "deferral"
 
-    def __init__(self, *, now: int = 2, n_layers: int = 1 << 30) -> None:
+    def __init__(self, *, now: int = 2, **options: Any) -> None:
+        super().__init__(**options)
         if now < 0:
             raise InvalidOption(f"now must be at least 0, not {now!r}")
-        self.now, self._last = now, n_layers - 1
+        self.now = now
 
     def route(self, call: Call) -> Routed:
         """Return the route, and which slots of it may come later."""
         later = np.zeros(call.ids.shape, bool)
-        if call.layer < self._last:
+        if call.layer < self.n_layers - 1:
             later[:, self.now :] = (call.ids[:, self.now :] >= 0) & ~call.resident[
                 call.ids[:, self.now :]]
         return Routed(call.ids, call.weights, later=later)

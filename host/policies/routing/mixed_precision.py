@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from moeaccel.host.errors import InvalidOption
@@ -19,11 +21,14 @@ class MixedPrecision(Routing):
     ----------
     high, low : :class:`float`
         Shares of a token's weight, ``0 <= high <= low``.
+    **options
+        See :class:`Routing`.
     """
 
     name = "mixed-precision"
 
-    def __init__(self, *, high: float = 0.6, low: float = 0.9) -> None:
+    def __init__(self, *, high: float = 0.6, low: float = 0.9, **options: Any) -> None:
+        super().__init__(**options)
         if not 0 <= high <= low:
             raise InvalidOption(f"high and low must be 0 <= high <= low, not {high!r} and {low!r}")
         self.high, self.low = high, low

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -20,11 +21,14 @@ class RelativeThreshold(Routing):
     Parameters
     ----------
     beta : :class:`float`, or one for each layer
+    **options
+        See :class:`Routing`.
     """
 
     name = "relative-threshold"
 
-    def __init__(self, *, beta: float | Sequence[float] = 0.4) -> None:
+    def __init__(self, *, beta: float | Sequence[float] = 0.4, **options: Any) -> None:
+        super().__init__(**options)
         values = [beta] if isinstance(beta, int | float) else list(beta)
         if not values or not all(0 <= b <= 1 for b in values):
             raise InvalidOption(f"beta must be 0 to 1, not {beta!r}")

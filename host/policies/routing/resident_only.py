@@ -10,10 +10,10 @@ __all__ = ["ResidentOnly"]
 
 
 class ResidentOnly(Routing):
-    """Route among the residents, and let residency refresh the set slowly by the experts' importance
-    (SwapMoE, arXiv 2308.15030: virtual experts; memory becomes a knob). Nothing is missed, by
-    construction; what is lost is the weight of what the router would have chosen. Without a resident
-    the route stays.
+    """Route among the residents, and let residency refresh the set slowly by the experts'
+    importance (SwapMoE, arXiv 2308.15030: virtual experts; memory becomes a knob). Nothing is
+    missed, by construction; what is lost is the weight of what the router would have chosen.
+    Without a resident the route stays.
     """
 
     name = "resident-only"

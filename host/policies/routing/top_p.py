@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from moeaccel.host.errors import InvalidOption
@@ -18,11 +20,14 @@ class TopP(Routing):
     ----------
     p : :class:`float`
         In (0, 1].
+    **options
+        See :class:`Routing`.
     """
 
     name = "top-p"
 
-    def __init__(self, *, p: float = 0.8) -> None:
+    def __init__(self, *, p: float = 0.8, **options: Any) -> None:
+        super().__init__(**options)
         if not 0 < p <= 1:
             raise InvalidOption(f"p must be above 0 and at most 1, not {p!r}")
         self.p = p
