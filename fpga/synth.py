@@ -29,7 +29,8 @@ from moeaccel.fpga.fold import Fold
 from moeaccel.hdl.boards.serial_link import SerialLink
 from moeaccel.hdl.memory.axi_arbiter import AxiArbiter
 from moeaccel.hdl.memory.memory_port import ID_BITS
-from moeaccel.hdl.memory.sdram_controller import SdramController, SdramTiming
+from moeaccel.hdl.memory.sdram import SdramTiming
+from moeaccel.hdl.memory.sdram_controller import SdramController
 from moeaccel.hdl.verilog.verilog_target import generate
 
 __all__ = ["BLOCKS", "FOLDER", "Report", "block_build", "synthesise"]
@@ -77,20 +78,20 @@ def _serial_link(config: AcceleratorConfig) -> wiring.Component:
 
 
 BLOCKS: dict[str, Block] = {
-    "dot_array": _block("dot_array", "DotArray", "ecp5", tag_width=16),
-    "tile_buffer": _block("tile_buffer", "TileBuffer"),
-    "weight_streamer": _block("weight_streamer", "WeightStreamer"),
-    "sequencer": _block("sequencer", "Sequencer"),
-    "dispatcher": _block("dispatcher", "Dispatcher"),
-    "activation_loader": _block("activation_loader", "ActivationLoader"),
-    "result_serialiser": _block("result_serialiser", "ResultSerialiser"),
-    "activation_unit": _block("activation_unit", "ActivationUnit", "ecp5"),
-    "hidden_buffer": _block("hidden_buffer", "HiddenBuffer"),
-    "row_sums": _block("row_sums", "RowSums", "ecp5"),
-    "combiner": _block("combiner", "Combiner"),
-    "memory_port": _block("memory_port", "MemoryPort", readers=5, writers=2),
-    "command_processor": _block("command_processor", "CommandProcessor"),
-    "register_file": _block("register_file", "RegisterFile"),
+    "dot_array": _block("array.dot_array", "DotArray", "ecp5", tag_width=16),
+    "tile_buffer": _block("weights.tile_buffer", "TileBuffer"),
+    "weight_streamer": _block("weights.weight_streamer", "WeightStreamer"),
+    "sequencer": _block("dispatch.sequencer", "Sequencer"),
+    "dispatcher": _block("dispatch.dispatcher", "Dispatcher"),
+    "activation_loader": _block("activations.activation_loader", "ActivationLoader"),
+    "result_serialiser": _block("array.result_serialiser", "ResultSerialiser"),
+    "activation_unit": _block("activations.activation_unit", "ActivationUnit", "ecp5"),
+    "hidden_buffer": _block("activations.hidden_buffer", "HiddenBuffer"),
+    "row_sums": _block("combine.row_sums", "RowSums", "ecp5"),
+    "combiner": _block("combine.combiner", "Combiner"),
+    "memory_port": _block("memory.memory_port", "MemoryPort", readers=5, writers=2),
+    "command_processor": _block("control.command_processor", "CommandProcessor"),
+    "register_file": _block("control.register_file", "RegisterFile"),
     "axi_arbiter": _axi_arbiter,
     "sdram_controller": _sdram_controller,
     "serial_link": _serial_link,

@@ -107,6 +107,17 @@ def read_request(config: AcceleratorConfig) -> data.StructLayout:
         "address": config.address_bits, "beats": range(most_beats(config) + 1)})
 
 
+def burst(config: AcceleratorConfig) -> data.StructLayout:
+    """Return a burst: aligned block, first and last beat in it, whether its request ends."""
+    index = exact_log2(config.max_burst_beats)
+    return data.StructLayout({
+        "start": index,
+        "block": config.address_bits - exact_log2(config.port_bytes) - index,
+        "end": index,
+        "last": 1,
+    })
+
+
 class ReadClientSignature(wiring.Signature):
     """One reader of the memory port, seen from the reader.
 

@@ -22,7 +22,7 @@ from moeaccel.errors import ClockRateError
 from moeaccel.fpga.boards import Board, Design
 from moeaccel.hdl.boards.global_buffer import GlobalBuffer
 from moeaccel.hdl.boards.serial_board import SerialBoard
-from moeaccel.hdl.memory.sdram_controller import SdramTiming
+from moeaccel.hdl.memory.sdram import SdramTiming
 from moeaccel.hdl.verilog.verilog_target import generate
 
 __all__ = ["BOARD", "IO_CYCLES", "Pll", "Ulx3s", "Ulx3sTop"]

@@ -9,7 +9,8 @@ from moeaccel.errors import ConfigurationError
 from moeaccel.hdl.boards.serial_link import SerialLink
 from moeaccel.hdl.memory.axi_arbiter import AxiArbiter
 from moeaccel.hdl.memory.memory_port import ID_BITS
-from moeaccel.hdl.memory.sdram_controller import SdramController, SdramSignature, SdramTiming
+from moeaccel.hdl.memory.sdram import SdramSignature, SdramTiming
+from moeaccel.hdl.memory.sdram_controller import SdramController
 from moeaccel.hdl.top import Accelerator
 
 __all__ = ["LEDS", "SerialBoard"]

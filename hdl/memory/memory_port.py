@@ -4,14 +4,15 @@ import functools
 import operator
 
 from amaranth import *
-from amaranth.hdl import Assert
-from amaranth.lib import data, memory, stream, wiring
+from amaranth.lib import memory, wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import ceil_log2, exact_log2
 
 from moeaccel.config import AcceleratorConfig
+from moeaccel.hdl import layouts
 from moeaccel.hdl.layouts import ReadClientSignature, WriteClientSignature, read_request
 from moeaccel.hdl.memory.axi import AXI4Signature
+from moeaccel.hdl.memory.burst_splitter import BurstSplitter
 
 ID_BITS = 4
 """Bits of ARID and AWID."""
@@ -23,72 +24,6 @@ WRITE_AHEAD_BURSTS = 4
 """Bursts by which AW may run ahead of the one on W, and one more."""
 
 _BURST_INCR = 1
-
-
-def _burst(config):
-    """Return a burst: aligned block, first and last beat in it, whether its request ends."""
-    index = exact_log2(config.max_burst_beats)
-    return data.StructLayout({
-        "start": index,
-        "block": config.address_bits - exact_log2(config.port_bytes) - index,
-        "end": index,
-        "last": 1,
-    })
-
-
-class _Splitter(wiring.Component):
-    """Cut a linear request into bursts that stay within one aligned block of max_burst_beats.
-
-    Blocks divide 4 KiB, so no burst crosses a page, and an address never needs a long addition:
-    after the first burst only the block number counts up. ``burst`` is announced in the cycle after
-    the request is accepted, and may be taken from the next one on, one a cycle; the next request
-    is accepted in the cycle after the last of them. ``drop`` forgets the request.
-    """
-
-    def __init__(self, *, config):
-        self._config = config
-        super().__init__({
-            "request": In(stream.Signature(read_request(config))),
-            "burst": Out(stream.Signature(_burst(config), always_valid=False)),
-            "drop": In(1),
-        })
-
-    def elaborate(self, platform):
-        m = Module()
-        config = self._config
-        index = exact_log2(config.max_burst_beats)
-        address = self.request.payload.address[exact_log2(config.port_bytes):]
-        beats = self.request.payload.beats
-
-        valid = Signal()
-        start = Signal(index)
-        block = Signal(len(address) - index)
-        end = Signal(index)
-        more = Signal(len(beats) + 1 - index)
-        final = Signal()
-        m.d.comb += [
-            self.request.ready.eq(~valid & ~self.drop),
-            self.burst.valid.eq(valid),
-            self.burst.payload.start.eq(start),
-            self.burst.payload.block.eq(block),
-            self.burst.payload.end.eq(Mux(final, end, ~0)),
-            self.burst.payload.last.eq(final),
-        ]
-        # A cycle behind ``more``, which nobody takes a burst in.
-        m.d.sync += final.eq(more == self.burst.ready)
-        with m.If(self.request.valid & self.request.ready):
-            m.d.sync += Assert(beats != 0, "a request must have 1 beat or more")
-        with m.If(~valid):  # whether there is a request or not
-            m.d.sync += [
-                valid.eq(self.request.valid),
-                Cat(start, block).eq(address),
-                Cat(end, more).eq(address[:index] + beats - 1),
-            ]
-        with m.Elif(self.burst.ready):
-            m.d.sync += [valid.eq(~final), start.eq(0), block.eq(block + 1), more.eq(more - 1)]
-        with m.If(self.drop):
-            m.d.sync += valid.eq(0)
-        return m
 
 
 class _Kept:
@@ -207,7 +142,7 @@ class MemoryPort(wiring.Component):
         axi = self.axi_mem
         shift = exact_log2(config.port_bytes)
         index = exact_log2(config.max_burst_beats)
-        burst_layout = _burst(config)
+        burst_layout = layouts.burst(config)
         kept = _Kept()
         readers = [getattr(self, f"reader{i}") for i in range(self._readers)]
         writers = [getattr(self, f"writer{i}") for i in range(self._writers)]
@@ -235,7 +170,7 @@ class MemoryPort(wiring.Component):
         # -- read bursts: choose one, check it, issue it -------------------------------------------
         read_splitters = []
         for i, reader in enumerate(readers):
-            splitter = _Splitter(config=config)
+            splitter = BurstSplitter(config)
             m.submodules[f"read_splitter{i}"] = splitter
             wiring.connect(m, port=wiring.flipped(reader.request), splitter=splitter.request)
             m.d.comb += splitter.drop.eq(flushing)
@@ -462,10 +397,10 @@ class MemoryPort(wiring.Component):
         shift = exact_log2(config.port_bytes)
         index = exact_log2(config.max_burst_beats)
         pointer = exact_log2(OUTSTANDING_BURSTS)
-        burst_layout = _burst(config)
+        burst_layout = layouts.burst(config)
         owner = Signal(range(max(2, len(writers))))
         feeds = Signal(len(writers))  # whose data W may take: the owner's, unless flushing
-        m.submodules.write_splitter = splitter = _Splitter(config=config)
+        m.submodules.write_splitter = splitter = BurstSplitter(config)
         # The splitter is empty while there is no owner.
         accepted = Signal()
         request = Signal(read_request(config))

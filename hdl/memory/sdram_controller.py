@@ -2,187 +2,28 @@
 
 from __future__ import annotations
 
-import enum as python_enum
-from dataclasses import dataclass, fields
-
 from amaranth import *
 from amaranth.hdl import Assert
 from amaranth.lib import data, fifo, memory, wiring
 from amaranth.lib.wiring import In, Out
 
 from moeaccel.hdl.memory.axi import AXI4Signature
+from moeaccel.hdl.memory.sdram import (
+    BANK_BITS,
+    BURST_WORDS,
+    CAS_LATENCY,
+    CHIP_BYTES,
+    COLUMN_BITS,
+    MODE_REGISTER,
+    POWER_UP_REFRESHES,
+    ROW_BITS,
+    SdramCommand,
+    SdramSignature,
+    SdramTiming,
+)
 from moeaccel.hdl.pipeline import Pipeline
 
-__all__ = ["BURST_WORDS", "CHIP_BYTES", "MODE_REGISTER", "SdramCommand", "SdramController",
-           "SdramSignature", "SdramTiming"]
-
-BANK_BITS = 2
-ROW_BITS = 13
-COLUMN_BITS = 9
-CHIP_BYTES = 2 << (BANK_BITS + ROW_BITS + COLUMN_BITS)
-"""Bytes of the chip: 4 banks of 8192 rows of 512 words of 16 bits."""
-
-BURST_WORDS = 4
-"""Words that one column command moves: a beat of 64 bits."""
-
-CAS_LATENCY = 3
-MODE_REGISTER = CAS_LATENCY << 4 | 2
-"""What the chip is set to: CAS latency 3, sequential bursts of 4 words, for writes too."""
-
-POWER_UP_REFRESHES = 8
-
-_NS = 10**9
-
-
-class SdramCommand(python_enum.IntEnum):
-    """A command as ``ras_n, cas_n, we_n`` (most significant first) with ``cs_n`` low."""
-
-    MODE = 0b000
-    REFRESH = 0b001
-    PRECHARGE = 0b010
-    ACTIVATE = 0b011
-    WRITE = 0b100
-    READ = 0b101
-    TERMINATE = 0b110
-    NOP = 0b111
-
-
-class SdramSignature(wiring.Signature):
-    """A 16-bit SDRAM, seen from its controller; the clock is that of the domain."""
-
-    def __init__(self):
-        super().__init__({
-            "cke": Out(1),
-            "cs_n": Out(1),
-            "ras_n": Out(1),
-            "cas_n": Out(1),
-            "we_n": Out(1),
-            "ba": Out(BANK_BITS),
-            "a": Out(ROW_BITS),
-            "dqm": Out(2),
-            "dq_o": Out(16),
-            "dq_oe": Out(1),
-            "dq_i": In(16),
-        })
-
-
-@dataclass(frozen=True, kw_only=True)
-class SdramTiming:
-    """Limits of a chip in nanoseconds, and in cycles of a clock.
-
-    The names are those of data sheets without their leading t. Properties give cycles: the least
-    that are allowed, or the most in ``ras_max`` and ``refresh``.
-
-    Parameters
-    ----------
-    clock_hz : :class:`int`
-        The clock.
-    rc_ns, rfc_ns : :class:`int`
-        From one activation of a bank to its next; from a refresh to any command.
-    ras_ns, ras_max_ns : :class:`int`
-        From a bank's activation to its precharge, least and most.
-    rcd_ns, rp_ns : :class:`int`
-        From activation to column command; from precharge to activation or refresh.
-    rrd_ns, wr_ns, mrd_ns : :class:`int`
-        Between activations of two banks; from the last word written to the precharge; from setting
-        the mode to any command. At least 2 cycles each.
-    refresh_ns : :class:`int`
-        Mean time between refreshes.
-    power_up_ns : :class:`int`
-        From power and clock to the first command.
-    """
-
-    clock_hz: int
-    rc_ns: int
-    rfc_ns: int
-    ras_ns: int
-    ras_max_ns: int
-    rcd_ns: int
-    rp_ns: int
-    rrd_ns: int
-    wr_ns: int
-    mrd_ns: int
-    refresh_ns: int
-    power_up_ns: int
-
-    def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{field.name} must be a positive integer, not {value!r}")
-
-    @classmethod
-    def ulx3s(cls, *, clock_hz):
-        """Return limits that all chips of the ULX3S keep.
-
-        The largest (for ``ras_max_ns`` the smallest) of the data sheets' figures for AS4C16M16SA-6
-        and -7, W9825G6KH-6 and IS42S16160G-7; 8192 refreshes in 64 ms.
-        """
-        return cls(clock_hz=clock_hz, rc_ns=63, rfc_ns=63, ras_ns=42, ras_max_ns=100_000, rcd_ns=21,
-                   rp_ns=21, rrd_ns=14, wr_ns=14, mrd_ns=14, refresh_ns=64_000_000 // 8192,
-                   power_up_ns=200_000)
-
-    def _least(self, nanoseconds, floor=1):
-        return max(floor, -(-nanoseconds * self.clock_hz // _NS))
-
-    def _most(self, nanoseconds):
-        return nanoseconds * self.clock_hz // _NS
-
-    @property
-    def rc(self):
-        """Least cycles between activations of a bank."""
-        return self._least(self.rc_ns)
-
-    @property
-    def rfc(self):
-        """Least cycles from a refresh to any command."""
-        return self._least(self.rfc_ns)
-
-    @property
-    def ras(self):
-        """Least cycles from activation to precharge."""
-        return self._least(self.ras_ns)
-
-    @property
-    def ras_max(self):
-        """Most cycles from activation to precharge."""
-        return self._most(self.ras_max_ns)
-
-    @property
-    def rcd(self):
-        """Least cycles from activation to column command."""
-        return self._least(self.rcd_ns)
-
-    @property
-    def rp(self):
-        """Least cycles from precharge to activation or refresh."""
-        return self._least(self.rp_ns)
-
-    @property
-    def rrd(self):
-        """Least cycles between activations of two banks."""
-        return self._least(self.rrd_ns, 2)
-
-    @property
-    def wr(self):
-        """Least cycles from the last word written to the precharge."""
-        return self._least(self.wr_ns, 2)
-
-    @property
-    def mrd(self):
-        """Least cycles from setting the mode to any command."""
-        return self._least(self.mrd_ns, 2)
-
-    @property
-    def refresh(self):
-        """Most cycles between refreshes, on average."""
-        return self._most(self.refresh_ns)
-
-    @property
-    def power_up(self):
-        """Least cycles from power to the first command."""
-        return self._least(self.power_up_ns)
-
+__all__ = ["SdramController"]
 
 _FRAME = BURST_WORDS
 # The cycle of a frame in which a command of each kind is decided.
@@ -210,6 +51,68 @@ _POSTPONED = 4
 
 _CHUNK_BITS = 2
 _BLOCK_BITS = COLUMN_BITS - 2 - _CHUNK_BITS
+
+
+class _Wires:
+    """What the parts of a controller tell each other."""
+
+    def __init__(self, id_width, timing):
+        beat_bits = (CHIP_BYTES // 8 - 1).bit_length()
+        self.request = data.StructLayout({
+            "id": id_width, "length": 8, "start": _CHUNK_BITS,
+            "block": beat_bits - _CHUNK_BITS, "outside": 1,
+        })
+        chunk = data.StructLayout({
+            "id": id_width, "write": 1, "outside": 1, "final": 1,
+            "start": _CHUNK_BITS, "end": _CHUNK_BITS,
+            "column": _BLOCK_BITS, "bank": BANK_BITS, "row": ROW_BITS,
+        })
+
+        # The frame.
+        self.phase = Signal(range(_FRAME))
+        self.frame_end = Signal()
+
+        # Queues; those of addresses are made with what fills them.
+        self.acknowledgements = fifo.SyncFIFO(width=id_width + 1, depth=_QUEUE)
+        self.answers = fifo.SyncFIFO(width=id_width + 2 + 64, depth=_QUEUE)
+        self.whole_bursts = Signal(range(_WRITE_BEATS + 1))
+        self.take_write = Signal()
+        self.take_word = Signal()
+
+        # The burst that is cut into chunks.
+        self.burst = Signal(self.request)
+        self.burst_valid = Signal()
+        self.burst_write = Signal()
+        self.burst_end = Signal(_CHUNK_BITS)
+        self.burst_more = Signal(9 - _CHUNK_BITS)  # chunks after this one
+        self.write_ready = Signal()
+
+        # Next and current chunk.
+        self.next_chunk = Signal(chunk)
+        self.next_valid = Signal()
+        self.current = Signal(chunk)
+        self.current_valid = Signal()
+        self.current_last = Signal()
+        self.advance = Signal()
+        self.may_advance = Signal()
+
+        # The next chunk's row.
+        self.is_open = Signal(1 << BANK_BITS)
+        self.found_open = Signal()
+        self.hit = Signal()
+        self.in_use = Signal()
+        self.wanted = Signal()  # next_chunk is there, in the chip, and no refresh comes before it
+
+        # Commands, refreshes, power-up.
+        self.column = Signal()
+        self.precharge_all = Signal()
+        self.refresh = Signal()
+        self.set_mode = Signal()
+        self.refresh_wanted = Signal(init=1)
+        self.frames = Signal(range(max(timing.refresh // _FRAME, timing.power_up // _FRAME + 2)))
+        self.owed = Signal(range(2 * _POSTPONED + 1), init=POWER_UP_REFRESHES)
+        self.nothing_to_do = Signal()
+        self.configured = Signal()
 
 
 class SdramController(wiring.Component):
@@ -298,53 +201,55 @@ class SdramController(wiring.Component):
 
     def elaborate(self, platform):
         m = Module()
-        timing, axi, sdram = self._timing, self.axi, self.sdram
-        beat_bits = (CHIP_BYTES // 8 - 1).bit_length()
-        request = data.StructLayout({
-            "id": self._id_width, "length": 8, "start": _CHUNK_BITS,
-            "block": beat_bits - _CHUNK_BITS, "outside": 1,
-        })
-        chunk = data.StructLayout({
-            "id": self._id_width, "write": 1, "outside": 1, "final": 1,
-            "start": _CHUNK_BITS, "end": _CHUNK_BITS,
-            "column": _BLOCK_BITS, "bank": BANK_BITS, "row": ROW_BITS,
-        })
+        wires = _Wires(self._id_width, self._timing)
+        m.d.sync += wires.phase.eq(wires.phase + 1)
+        m.d.comb += wires.frame_end.eq(wires.phase == _FRAME - 1)
+        self._queues(m, wires)
+        self._write_data(m, wires)
+        self._bursts(m, wires)
+        self._chunks(m, wires)
+        self._open_rows(m, wires)
+        self._next_chunk(m, wires)
+        self._refreshes(m, wires)
+        self._commands(m, wires)
+        self._sequence(m, wires)
+        self._words_out(m, wires)
+        self._words_in(m, wires)
+        return m
 
-        phase = Signal(range(_FRAME))
-        frame_end = Signal()
-        m.d.sync += phase.eq(phase + 1)
-        m.d.comb += frame_end.eq(phase == _FRAME - 1)
+    def _queues(self, m, w):
+        """Addresses wait in two queues; so do acknowledgements and answers."""
+        w.reads, w.read = self._address_queue(m, "ar", w.request)
+        w.writes, w.write = self._address_queue(m, "aw", w.request)
+        m.submodules.acknowledgements = w.acknowledgements
+        m.submodules.answers = w.answers
 
-        # -- queues --------------------------------------------------------------------------------
-        def address_queue(channel):
-            queue = fifo.SyncFIFO(width=request.size, depth=_QUEUE)
-            m.submodules[f"{channel}_queue"] = queue
-            valid, address = getattr(axi, f"{channel}valid"), getattr(axi, f"{channel}addr")
-            legal = (getattr(axi, f"{channel}size") == 3) & (getattr(axi, f"{channel}burst") == 1) \
-                & (address[:3] == 0)
-            m.d.comb += [
-                queue.w_en.eq(valid),
-                getattr(axi, f"{channel}ready").eq(queue.w_rdy),
-                queue.w_data.eq(Cat(getattr(axi, f"{channel}id"), getattr(axi, f"{channel}len"),
-                                    address[3:3 + beat_bits], address[3 + beat_bits:].any())),
-            ]
-            m.d.sync += Assert(~valid | legal, "a burst must be INCR, of aligned 8-byte beats")
-            return queue, data.View(request, queue.r_data)
+    def _address_queue(self, m, channel, request):
+        axi = self.axi
+        beat_bits = request["start"].width + request["block"].width
+        queue = fifo.SyncFIFO(width=request.size, depth=_QUEUE)
+        m.submodules[f"{channel}_queue"] = queue
+        valid, address = getattr(axi, f"{channel}valid"), getattr(axi, f"{channel}addr")
+        legal = (getattr(axi, f"{channel}size") == 3) & (getattr(axi, f"{channel}burst") == 1) \
+            & (address[:3] == 0)
+        m.d.comb += [
+            queue.w_en.eq(valid),
+            getattr(axi, f"{channel}ready").eq(queue.w_rdy),
+            queue.w_data.eq(Cat(getattr(axi, f"{channel}id"), getattr(axi, f"{channel}len"),
+                                address[3:3 + beat_bits], address[3 + beat_bits:].any())),
+        ]
+        m.d.sync += Assert(~valid | legal, "a burst must be INCR, of aligned 8-byte beats")
+        return queue, data.View(request, queue.r_data)
 
-        reads, read = address_queue("ar")
-        writes, write = address_queue("aw")
-
-        m.submodules.acknowledgements = acknowledgements = fifo.SyncFIFO(
-            width=self._id_width + 1, depth=_QUEUE)
-        m.submodules.answers = answers = fifo.SyncFIFO(width=self._id_width + 2 + 64, depth=_QUEUE)
-
+    def _write_data(self, m, w):
+        """Data waits in block RAM until all of its burst is there."""
+        axi = self.axi
         # What is read while it is written is not used.
         m.submodules.write_data = write_data = memory.Memory(
             shape=72, depth=_WRITE_BEATS, init=[], attrs={"no_rw_check": True})
-        write_in, write_out = write_data.write_port(), write_data.read_port()
+        write_in = write_data.write_port()
+        w.write_out = write_data.read_port()
         write_level = Signal(range(_WRITE_BEATS + 1))
-        whole_bursts = Signal(range(_WRITE_BEATS + 1))
-        take_write, take_word = Signal(), Signal()
         m.d.comb += [
             write_in.en.eq(axi.wvalid & axi.wready),
             write_in.data.eq(Cat(axi.wdata, axi.wstrb)),
@@ -352,173 +257,166 @@ class SdramController(wiring.Component):
         # Ready comes from a register, hence the margin.
         m.d.sync += [
             write_in.addr.eq(write_in.addr + write_in.en),
-            write_out.addr.eq(write_out.addr + take_word),
-            write_level.eq(write_level + write_in.en - take_word),
+            w.write_out.addr.eq(w.write_out.addr + w.take_word),
+            write_level.eq(write_level + write_in.en - w.take_word),
             axi.wready.eq(write_level < _WRITE_BEATS - 4),
-            whole_bursts.eq(whole_bursts + (write_in.en & axi.wlast) - take_write),
+            w.whole_bursts.eq(w.whole_bursts + (write_in.en & axi.wlast) - w.take_write),
         ]
 
-        # -- burst: reads and writes take turns, once a frame --------------------------------------
-        burst = Signal(request)
-        burst_valid = Signal()
-        burst_write = Signal()
+    def _bursts(self, m, w):
+        """Reads and writes take turns, once a frame."""
         burst_new = Signal()
-        burst_end = Signal(_CHUNK_BITS)
-        burst_more = Signal(9 - _CHUNK_BITS)  # chunks after this one
-        write_ready = Signal()
         write_next = Signal()
         may_take = Signal()
         take_read = Signal()
         # Since the latest burst was taken, in cycle 1, these have settled.
         m.d.sync += [
-            write_ready.eq(writes.r_rdy & (whole_bursts != 0)
-                           & (acknowledgements.w_level < _QUEUE // 2)),
-            write_next.eq(write_ready & ~(reads.r_rdy & burst_write)),
+            w.write_ready.eq(w.writes.r_rdy & (w.whole_bursts != 0)
+                             & (w.acknowledgements.w_level < _QUEUE // 2)),
+            write_next.eq(w.write_ready & ~(w.reads.r_rdy & w.burst_write)),
         ]
         m.d.comb += [
-            may_take.eq((phase == 1) & ~burst_valid),
-            take_write.eq(may_take & write_next),
-            take_read.eq(may_take & reads.r_rdy & ~write_next),
-            reads.r_en.eq(take_read),
-            writes.r_en.eq(take_write),
+            may_take.eq((w.phase == 1) & ~w.burst_valid),
+            w.take_write.eq(may_take & write_next),
+            take_read.eq(may_take & w.reads.r_rdy & ~write_next),
+            w.reads.r_en.eq(take_read),
+            w.writes.r_en.eq(w.take_write),
         ]
-        m.d.sync += burst_new.eq(take_read | take_write)
-        with m.If(take_read | take_write):
+        m.d.sync += burst_new.eq(take_read | w.take_write)
+        with m.If(take_read | w.take_write):
             m.d.sync += [
-                burst_valid.eq(1),
-                burst_write.eq(write_next),
-                burst.eq(Mux(write_next, write, read)),
+                w.burst_valid.eq(1),
+                w.burst_write.eq(write_next),
+                w.burst.eq(Mux(write_next, w.write, w.read)),
             ]
         with m.If(burst_new):
-            m.d.sync += Cat(burst_end, burst_more).eq(burst.start + burst.length)
+            m.d.sync += Cat(w.burst_end, w.burst_more).eq(w.burst.start + w.burst.length)
 
-        # -- next and current chunk ----------------------------------------------------------------
-        next_chunk, next_valid = Signal(chunk), Signal()
-        current, current_valid = Signal(chunk), Signal()
-        current_last = Signal()
-        advance, may_advance = Signal(), Signal()
+    def _chunks(self, m, w):
+        """The burst gives the next chunk, which becomes the current one."""
+        burst, next_chunk, current = w.burst, w.next_chunk, w.current
         last_chunk = Signal()
         m.d.comb += [
-            advance.eq(frame_end & may_advance),
-            current_last.eq(current.start == current.end),
-            last_chunk.eq(burst_more == 0),
+            w.advance.eq(w.frame_end & w.may_advance),
+            w.current_last.eq(current.start == current.end),
+            last_chunk.eq(w.burst_more == 0),
         ]
-        with m.If(frame_end & (may_advance | ~next_valid)):
+        with m.If(w.frame_end & (w.may_advance | ~w.next_valid)):
             m.d.sync += [
-                next_valid.eq(burst_valid),
+                w.next_valid.eq(w.burst_valid),
                 next_chunk.id.eq(burst.id),
-                next_chunk.write.eq(burst_write),
+                next_chunk.write.eq(w.burst_write),
                 next_chunk.outside.eq(burst.outside),
                 next_chunk.final.eq(last_chunk),
                 next_chunk.start.eq(burst.start),
-                next_chunk.end.eq(burst_end | ~last_chunk.replicate(_CHUNK_BITS)),
+                next_chunk.end.eq(w.burst_end | ~last_chunk.replicate(_CHUNK_BITS)),
                 Cat(next_chunk.column, next_chunk.bank, next_chunk.row).eq(burst.block),
             ]
-            with m.If(burst_valid):
+            with m.If(w.burst_valid):
                 # Within 4 KiB the row stays the same.
                 count = burst.block[:_BLOCK_BITS + BANK_BITS]
                 m.d.sync += [
-                    burst_valid.eq(~last_chunk),
+                    w.burst_valid.eq(~last_chunk),
                     burst.start.eq(0),
                     count.eq(count + 1),
-                    burst_more.eq(burst_more - 1),
+                    w.burst_more.eq(w.burst_more - 1),
                 ]
-        with m.If(frame_end):
+        with m.If(w.frame_end):
             m.d.sync += [
-                current_valid.eq(may_advance | (current_valid & ~current_last)),
+                w.current_valid.eq(w.may_advance | (w.current_valid & ~w.current_last)),
                 current.start.eq(current.start + 1),
             ]
-        with m.If(advance):
+        with m.If(w.advance):
             m.d.sync += current.eq(next_chunk)
 
-        # -- open rows: looked up in cycles 0 and 1 of a frame -------------------------------------
+    def _open_rows(self, m, w):
+        """Look the next chunk's row up, in cycles 0 and 1 of a frame."""
+        next_chunk = w.next_chunk
         m.submodules.rows = rows = memory.Memory(shape=ROW_BITS, depth=1 << BANK_BITS, init=[])
-        rows_write, rows_read = rows.write_port(), rows.read_port(domain="comb")
-        is_open = Signal(1 << BANK_BITS)
-        found_open, found_row, hit, in_use = Signal(), Signal(ROW_BITS), Signal(), Signal()
-        wanted = Signal()  # next_chunk is there, in the chip, and no refresh comes before it
-        refresh_wanted = Signal(init=1)
+        w.rows_write = rows.write_port()
+        rows_read = rows.read_port(domain="comb")
+        found_row = Signal(ROW_BITS)
         m.d.comb += [
             rows_read.addr.eq(next_chunk.bank),
-            rows_write.addr.eq(next_chunk.bank),
-            rows_write.data.eq(next_chunk.row),
+            w.rows_write.addr.eq(next_chunk.bank),
+            w.rows_write.data.eq(next_chunk.row),
         ]
         m.d.sync += [
-            found_open.eq(is_open.bit_select(next_chunk.bank, 1)),
+            w.found_open.eq(w.is_open.bit_select(next_chunk.bank, 1)),
             found_row.eq(rows_read.data),
-            hit.eq(found_open & (found_row == next_chunk.row)),
-            in_use.eq(current_valid & (current.bank == next_chunk.bank)),
-            wanted.eq(next_valid & ~next_chunk.outside & ~refresh_wanted),
+            w.hit.eq(w.found_open & (found_row == next_chunk.row)),
+            w.in_use.eq(w.current_valid & (w.current.bank == next_chunk.bank)),
+            w.wanted.eq(w.next_valid & ~next_chunk.outside & ~w.refresh_wanted),
         ]
 
-        # -- what the next chunk needs: an open row, room for its answers, a free bus --------------
+    def _next_chunk(self, m, w):
+        """The next chunk needs an open row, room for its answers, and a free bus."""
+        next_chunk = w.next_chunk
         reserved = Signal(range(_QUEUE + 1))
         room = Signal()
         released = Signal()
         m.d.sync += [
-            released.eq(axi.rvalid & axi.rready),
+            released.eq(self.axi.rvalid & self.axi.rready),
             room.eq(reserved <= _QUEUE - (1 << _CHUNK_BITS)),
             # Settled in cycle 2, used in cycle 3: a row being opened in cycle 2 is in time.
-            may_advance.eq(
-                next_valid & ~refresh_wanted & (~current_valid | current_last)
-                & (next_chunk.outside | hit | ~found_open)
-                & Mux(next_chunk.write, ~current_valid | current.write, room)),
+            w.may_advance.eq(
+                w.next_valid & ~w.refresh_wanted & (~w.current_valid | w.current_last)
+                & (next_chunk.outside | w.hit | ~w.found_open)
+                & Mux(next_chunk.write, ~w.current_valid | w.current.write, room)),
         ]
         reserve = Signal(range(1 + (1 << _CHUNK_BITS)))
-        with m.If(advance & ~next_chunk.write):
+        with m.If(w.advance & ~next_chunk.write):
             m.d.comb += reserve.eq(next_chunk.end - next_chunk.start + 1)
         m.d.sync += reserved.eq(reserved + reserve - released)
 
-        # -- refreshes owed ------------------------------------------------------------------------
-        interval = timing.refresh // _FRAME
-        frames = Signal(range(max(interval, timing.power_up // _FRAME + 2)))
-        configured = Signal()
-        refresh_due, refresh = Signal(), Signal()
-        owed = Signal(range(2 * _POSTPONED + 1), init=POWER_UP_REFRESHES)
-        nothing_to_do = Signal()
-        refresh_held = Signal(init=1)
+    def _refreshes(self, m, w):
+        """Count the refreshes that are owed."""
+        interval = self._timing.refresh // _FRAME
+        refresh_due = Signal()
         m.d.sync += [
-            nothing_to_do.eq(~(current_valid | next_valid | burst_valid | reads.r_rdy
-                               | write_ready)),
-            owed.eq(owed + refresh_due - refresh),
+            w.nothing_to_do.eq(~(w.current_valid | w.next_valid | w.burst_valid | w.reads.r_rdy
+                                 | w.write_ready)),
+            w.owed.eq(w.owed + refresh_due - w.refresh),
         ]
-        m.d.comb += refresh_due.eq(configured & frame_end & (frames == interval - 1))
-        with m.If(frame_end):
-            m.d.sync += frames.eq(frames + 1)
+        m.d.comb += refresh_due.eq(w.configured & w.frame_end & (w.frames == interval - 1))
+        with m.If(w.frame_end):
+            m.d.sync += w.frames.eq(w.frames + 1)
         with m.If(refresh_due):
-            m.d.sync += frames.eq(0)
+            m.d.sync += w.frames.eq(0)
 
-        # -- commands ------------------------------------------------------------------------------
+    def _commands(self, m, w):
+        """Give the chip its command, bank and address."""
+        sdram, next_chunk, current = self.sdram, w.next_chunk, w.current
         command = Signal(3, init=SdramCommand.NOP)
-        activate, precharge, precharge_all, set_mode = Signal(), Signal(), Signal(), Signal()
-        column = Signal()
+        activate = Signal()
+        precharge = Signal()
         m.d.comb += [
             Cat(sdram.we_n, sdram.cas_n, sdram.ras_n).eq(command),
-            column.eq((phase == _COLUMN) & current_valid),
-            activate.eq((phase == _ROW) & wanted & ~found_open),
-            precharge.eq((phase == _PRECHARGE) & wanted & found_open & ~hit & ~in_use),
-            rows_write.en.eq(activate),
+            w.column.eq((w.phase == _COLUMN) & w.current_valid),
+            activate.eq((w.phase == _ROW) & w.wanted & ~w.found_open),
+            precharge.eq((w.phase == _PRECHARGE) & w.wanted & w.found_open & ~w.hit & ~w.in_use),
+            w.rows_write.en.eq(activate),
         ]
         m.d.sync += [sdram.cke.eq(1), sdram.cs_n.eq(0), command.eq(SdramCommand.NOP)]
-        with m.If(column & ~current.outside):
+        with m.If(w.column & ~current.outside):
             m.d.sync += command.eq(Mux(current.write, SdramCommand.WRITE, SdramCommand.READ))
         with m.If(activate):
             m.d.sync += [
                 command.eq(SdramCommand.ACTIVATE),
-                is_open.bit_select(next_chunk.bank, 1).eq(1),
+                w.is_open.bit_select(next_chunk.bank, 1).eq(1),
             ]
         with m.If(precharge):
             m.d.sync += [
                 command.eq(SdramCommand.PRECHARGE),
-                is_open.bit_select(next_chunk.bank, 1).eq(0),
+                w.is_open.bit_select(next_chunk.bank, 1).eq(0),
             ]
-        with m.If(precharge_all):
-            m.d.sync += command.eq(SdramCommand.PRECHARGE), is_open.eq(0)
-        with m.If(refresh):
+        with m.If(w.precharge_all):
+            m.d.sync += command.eq(SdramCommand.PRECHARGE), w.is_open.eq(0)
+        with m.If(w.refresh):
             m.d.sync += command.eq(SdramCommand.REFRESH)
-        with m.If(set_mode):
+        with m.If(w.set_mode):
             m.d.sync += command.eq(SdramCommand.MODE)
-        with m.Switch(phase):
+        with m.Switch(w.phase):
             with m.Case(_COLUMN):
                 m.d.sync += [
                     sdram.ba.eq(current.bank),
@@ -526,70 +424,77 @@ class SdramController(wiring.Component):
                 ]
             with m.Case(_ROW):
                 m.d.sync += [
-                    sdram.ba.eq(Mux(configured, next_chunk.bank, 0)),
-                    sdram.a.eq(Mux(configured, next_chunk.row, MODE_REGISTER)),
+                    sdram.ba.eq(Mux(w.configured, next_chunk.bank, 0)),
+                    sdram.a.eq(Mux(w.configured, next_chunk.row, MODE_REGISTER)),
                 ]
             with m.Case(_PRECHARGE):
-                m.d.sync += sdram.a[10].eq(precharge_all)  # the bank is still next_chunk's
+                m.d.sync += sdram.a[10].eq(w.precharge_all)  # the bank is still next_chunk's
 
-        # -- power-up and refresh ------------------------------------------------------------------
+    def _sequence(self, m, w):
+        """Power-up, and refreshes when it is their turn."""
+        timing = self._timing
+        refresh_held = Signal(init=1)
         wait = Signal(range(max(2, -(-timing.rfc // _FRAME))))
         with m.FSM(name="sequence"):
             with m.State("POWER_UP"):
-                with m.If(frame_end & (frames == timing.power_up // _FRAME + 1)):
-                    m.d.comb += precharge_all.eq(1)
-                    m.d.sync += frames.eq(0)
+                with m.If(w.frame_end & (w.frames == timing.power_up // _FRAME + 1)):
+                    m.d.comb += w.precharge_all.eq(1)
+                    m.d.sync += w.frames.eq(0)
                     m.next = "REFRESH"
             with m.State("RUN"):
-                with m.If(frame_end):
+                with m.If(w.frame_end):
                     m.d.sync += [
-                        refresh_wanted.eq((owed >= _POSTPONED) | ((owed != 0) & nothing_to_do)
-                                          | refresh_wanted),
-                        refresh_held.eq(refresh_wanted),
+                        w.refresh_wanted.eq((w.owed >= _POSTPONED)
+                                            | ((w.owed != 0) & w.nothing_to_do)
+                                            | w.refresh_wanted),
+                        refresh_held.eq(w.refresh_wanted),
                     ]
                     # A row that was opened just before refresh_wanted has had its time.
-                    with m.If(refresh_wanted & refresh_held & ~current_valid):
-                        m.d.comb += precharge_all.eq(1)
+                    with m.If(w.refresh_wanted & refresh_held & ~w.current_valid):
+                        m.d.comb += w.precharge_all.eq(1)
                         m.next = "REFRESH"
             with m.State("REFRESH"):
-                m.d.comb += refresh.eq((phase == _ROW) & (wait == 0))
-                with m.If(frame_end):
+                m.d.comb += w.refresh.eq((w.phase == _ROW) & (wait == 0))
+                with m.If(w.frame_end):
                     m.d.sync += wait.eq(wait + 1)
                     with m.If(wait == -(-timing.rfc // _FRAME) - 1):
                         m.d.sync += wait.eq(0)
-                        with m.If((owed == 0) & ~configured):
+                        with m.If((w.owed == 0) & ~w.configured):
                             m.next = "MODE"
-                        with m.Elif(owed == 0):
-                            m.d.sync += refresh_wanted.eq(0), refresh_held.eq(0)
+                        with m.Elif(w.owed == 0):
+                            m.d.sync += w.refresh_wanted.eq(0), refresh_held.eq(0)
                             m.next = "RUN"
             with m.State("MODE"):
-                m.d.comb += set_mode.eq(phase == _ROW)
-                with m.If(frame_end):
-                    m.d.sync += [configured.eq(1), refresh_wanted.eq(0), refresh_held.eq(0),
-                                 frames.eq(0)]
+                m.d.comb += w.set_mode.eq(w.phase == _ROW)
+                with m.If(w.frame_end):
+                    m.d.sync += [w.configured.eq(1), w.refresh_wanted.eq(0), refresh_held.eq(0),
+                                 w.frames.eq(0)]
                     m.next = "RUN"
 
-        # -- words out: a beat leaves its queue in cycle 0, and the chip gets it from cycle 1 on ---
+    def _words_out(self, m, w):
+        """A beat leaves block RAM in cycle 0, and the chip gets it from cycle 1 on."""
+        axi, sdram, current = self.axi, self.sdram, w.current
         word = Signal(72, reset_less=True)
         words = Signal(64, reset_less=True)
         masks = Signal(8, init=~0)
         m.d.comb += [
-            take_word.eq((phase == _COLUMN - 1) & current_valid & current.write),
+            w.take_word.eq((w.phase == _COLUMN - 1) & w.current_valid & current.write),
             sdram.dq_o.eq(words),
             sdram.dqm.eq(masks),
         ]
         # Block RAM is slow to answer: nothing stands between it and a register.
-        m.d.sync += word.eq(write_out.data), words.eq(words >> 16)
-        with m.If(configured):
+        m.d.sync += word.eq(w.write_out.data), words.eq(words >> 16)
+        with m.If(w.configured):
             m.d.sync += masks.eq(masks >> 2)
         writing = Signal()  # in phase _COLUMN
-        m.d.sync += writing.eq(take_word & ~current.outside)
-        with m.If(phase == _COLUMN):
+        m.d.sync += writing.eq(w.take_word & ~current.outside)
+        with m.If(w.phase == _COLUMN):
             m.d.sync += words.eq(word), sdram.dq_oe.eq(writing)
         with m.If(writing):
             m.d.sync += masks.eq(~word[64:])
+        acknowledgements = w.acknowledgements
         m.d.comb += [
-            acknowledgements.w_en.eq(column & current.write & current_last & current.final),
+            acknowledgements.w_en.eq(w.column & current.write & w.current_last & current.final),
             acknowledgements.w_data.eq(Cat(current.id, current.outside)),
             acknowledgements.r_en.eq(axi.bready),
             axi.bvalid.eq(acknowledgements.r_rdy),
@@ -597,14 +502,16 @@ class SdramController(wiring.Component):
             axi.bresp[1].eq(axi.bresp[0]),
         ]
 
-        # -- words in: what was asked travels along ------------------------------------------------
+    def _words_in(self, m, w):
+        """Words become beats; what was asked travels along."""
+        axi, current, answers = self.axi, w.current, w.answers
         arrived = Signal(16, reset_less=True)
         beat = Signal(64, reset_less=True)
-        m.d.sync += [arrived.eq(sdram.dq_i), beat.eq(Cat(beat[16:], arrived))]
-        answer = Pipeline(m, column & ~current.write, name="answer")
+        m.d.sync += [arrived.eq(self.sdram.dq_i), beat.eq(Cat(beat[16:], arrived))]
+        answer = Pipeline(m, w.column & ~current.write, name="answer")
         # Registers: the command, the chip's, those between, arrived, four words.
         asked = answer.delay(1 + CAS_LATENCY + self._io_cycles + 1 + BURST_WORDS, id=current.id,
-                             outside=current.outside, last=current_last & current.final)
+                             outside=current.outside, last=w.current_last & current.final)
         m.d.comb += [
             answers.w_en.eq(answer.valid),
             answers.w_data.eq(Cat(beat, asked.last, asked.outside, asked.id)),
@@ -614,4 +521,3 @@ class SdramController(wiring.Component):
             axi.rresp[1].eq(axi.rresp[0]),
         ]
         m.d.sync += Assert(~answer.valid | answers.w_rdy, "an answer found no room")
-        return m

@@ -171,7 +171,7 @@ class Board:
     @property
     def memory(self) -> npt.NDArray[np.uint8]:
         """The SDRAM's own bytes, uint8 (32 Mi,); they must not be used after :meth:`close`."""
-        from moeaccel.hdl.memory.sdram_controller import CHIP_BYTES
+        from moeaccel.hdl.memory.sdram import CHIP_BYTES
 
         address = self._library.moeaccel_board_memory(self._open)
         if not address:

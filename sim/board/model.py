@@ -12,7 +12,7 @@ from amaranth.lib.wiring import In, Out
 
 from moeaccel.config import AcceleratorConfig
 from moeaccel.hdl.boards.serial_board import SerialBoard
-from moeaccel.hdl.memory.sdram_controller import SdramTiming
+from moeaccel.hdl.memory.sdram import SdramTiming
 from moeaccel.hdl.verilog.verilog_target import RAM_VERILOG, VerilogTarget, generate
 from moeaccel.sim.board.sdram_chip import SdramChip, Violation
 

@@ -7,7 +7,7 @@ from amaranth import *
 from amaranth.lib import enum, memory, wiring
 from amaranth.lib.wiring import In, Out
 
-from moeaccel.hdl.memory.sdram_controller import (
+from moeaccel.hdl.memory.sdram import (
     BANK_BITS,
     BURST_WORDS,
     CAS_LATENCY,

@@ -7,7 +7,7 @@ from amaranth import *
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
-from moeaccel.hdl.memory.sdram_controller import CHIP_BYTES
+from moeaccel.hdl.memory.sdram import CHIP_BYTES
 from moeaccel.hdl.verilog.verilog_target import generate
 from moeaccel.sim.board.sdram_chip import Violation
 from moeaccel.sim.cocotb_runner import run_cocotb

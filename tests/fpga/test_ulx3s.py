@@ -15,7 +15,7 @@ from moeaccel.fpga import bitstream
 from moeaccel.fpga.bitstream import build_bitstream
 from moeaccel.fpga.boards import BOARDS, board, ulx3s
 from moeaccel.fpga.boards.ulx3s import _SITES, Pll, _margins
-from moeaccel.hdl.memory.sdram_controller import SdramSignature
+from moeaccel.hdl.memory.sdram import SdramSignature
 
 MHZ = 1_000_000
 

@@ -7,7 +7,8 @@ from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
 from moeaccel.hdl.memory.axi import AXI4Signature
-from moeaccel.hdl.memory.sdram_controller import SdramController, SdramTiming
+from moeaccel.hdl.memory.sdram import SdramTiming
+from moeaccel.hdl.memory.sdram_controller import SdramController
 from moeaccel.sim.board.sdram_chip import SdramChip, Violation
 
 

@@ -14,7 +14,8 @@ from moeaccel.config import PRESETS
 from moeaccel.hdl.memory.axi import AXI4Signature
 from moeaccel.hdl.memory.axi_arbiter import AxiArbiter
 from moeaccel.hdl.memory.memory_port import ID_BITS, MemoryPort
-from moeaccel.hdl.memory.sdram_controller import CHIP_BYTES, SdramController, SdramTiming
+from moeaccel.hdl.memory.sdram import CHIP_BYTES, SdramTiming
+from moeaccel.hdl.memory.sdram_controller import SdramController
 from moeaccel.hdl.weights.weight_streamer import WeightStreamer
 from moeaccel.sim.board.sdram_chip import Violation
 from tests.support.axi_master import AxiMaster

@@ -3,7 +3,7 @@
 import pytest
 from amaranth.sim import Simulator
 
-from moeaccel.hdl.memory.sdram_controller import MODE_REGISTER, SdramCommand as Command, SdramTiming
+from moeaccel.hdl.memory.sdram import MODE_REGISTER, SdramCommand as Command, SdramTiming
 from moeaccel.sim.board.sdram_chip import REFRESHES_POSTPONED, SdramChip, Violation
 from tests.support.sdram import short_timing
 

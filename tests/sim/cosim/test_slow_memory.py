@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from tests.sim.cosim.test_simulation import SIZE, SOURCE, TARGET, copy, start
 
 from moeaccel.sim import CoSimulation, MemoryModel
 from moeaccel.sim.errors import ProtocolError
 from tests.sim import copy_engine as engine
+from tests.sim.cosim.test_simulation import SIZE, SOURCE, TARGET, copy, start
 
 BURST = 16  # beats of the engine's
 
