@@ -225,8 +225,8 @@ class _Run:
         self.contending = self.last_seconds = 0.0
         self.calls = 0
         self.credit = np.zeros(layers)
-        zeros = [np.zeros(layers) for _ in range(5)]
-        self.totals = _Totals(*zeros)
+        self.totals = _Totals(np.zeros(layers), np.zeros(layers), np.zeros(layers),
+                              np.zeros(layers), np.zeros(layers))
 
     def _residency(self, size: dict[str, Any], costs: LayerCosts,
                    profile: np.ndarray | None) -> Residency | None:
@@ -281,6 +281,8 @@ class _Run:
         per_step = self.system.per_step
         if per_step is None:
             per_step = self.last_seconds / self.truth.move if self.system.near_data else 0
+        if not self.place.useful:
+            per_step = 0
         waiting = len(self.link.promotions)
         each = max(0.0, per_step - waiting) / self.trace.n_layers
         np.minimum(self.credit + each, max(1.0, each), out=self.credit)

@@ -86,6 +86,8 @@ class Chains:
     device, torch, total : :class:`float`
         The accelerator's call, 0 without one; the torch device's part, waiting for moves included;
         the layer.
+    computing : :class:`float`
+        The torch device's grouped calls, without waiting.
     moves : :class:`float`
         The moved images on the link, without what a move costs beside its bytes.
     n_moved : :class:`int`
@@ -94,6 +96,7 @@ class Chains:
     device: float
     torch: float
     total: float
+    computing: float
     moves: float
     n_moved: int
 
@@ -169,13 +172,14 @@ def chains(costs: LayerCosts, work: Work, plan: Plan, *, weights: np.ndarray | N
     torch = costs.shared(work.tokens)
     if sums.kept:
         torch += costs.torch_call + sums.torch_kept
-    moves = 0.0
+    moves, computing = 0.0, torch
     if sums.moved:
         moves = costs.move * images
         link = costs.move_call + behind + moves + costs.up * sums.rows
-        torch = max(torch, link) + costs.torch_call + costs.decode * images + sums.torch_moved
+        behind_it = costs.torch_call + costs.decode * images + sums.torch_moved
+        torch, computing = max(torch, link) + behind_it, torch + behind_it
     both = costs.merge if sums.left and torch else 0.0
-    return Chains(device, torch, max(device, torch) + both, moves, sums.moved)
+    return Chains(device, torch, max(device, torch) + both, computing, moves, sums.moved)
 
 
 class Placement(ABC):
@@ -189,6 +193,8 @@ class Placement(ABC):
 
     name: ClassVar[str]
     lossless: ClassVar[bool] = True
+    useful: bool = True
+    """Whether more residents would help; else promotions can wait."""
 
     def __init__(self, costs: LayerCosts) -> None:
         self.costs = costs

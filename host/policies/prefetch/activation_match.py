@@ -62,6 +62,6 @@ class ActivationMatch(Prefetch):
         nearest = int(self._cosines[: self._count].argmax())
         if layer + 1 < self.n_layers:
             self._matched[nearest] += 1
-        count = np.count_nonzero(uses)
+        count = int(np.count_nonzero(uses))
         return [Guess(later, best(self._kept[later, nearest], count))
                 for later in range(layer + 1, min(layer + 1 + self.depth, self.n_layers))]

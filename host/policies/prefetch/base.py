@@ -70,9 +70,9 @@ class Prefetch(ABC):
         """
 
 
-def best(score: np.ndarray, count: int) -> np.ndarray:
-    """Return the experts with the highest scores, highest first."""
-    count = min(count, len(score))
+def best(score: np.ndarray, count: int | None = None) -> np.ndarray:
+    """Return the experts with the highest scores, highest first: so many, or all that are not 0."""
+    count = min(int(np.count_nonzero(score)) if count is None else count, len(score))
     places = score.argpartition(len(score) - count)[len(score) - count :]
     return places[(-score[places]).argsort(kind="stable")]
 

@@ -51,7 +51,7 @@ class GateAhead(Prefetch):
                 logits = np.atleast_2d(ahead.hidden) @ self._gates[later].T
                 chosen = np.argpartition(logits, -self.top_k, axis=1)[:, -self.top_k :]
                 counts = np.bincount(chosen.ravel(), minlength=self.n_experts)
-                experts = best(counts, np.count_nonzero(counts))
+                experts = best(counts)
             elif ahead.uses is not None:
                 experts = blurred(ahead.uses(later), self.accuracy ** (later - layer), self.random)
             else:

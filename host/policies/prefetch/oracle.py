@@ -35,6 +35,5 @@ class Oracle(Prefetch):
             return []
         found = []
         for later in range(layer + 1, min(layer + 1 + self.depth, self.n_layers)):
-            coming = ahead.uses(later)
-            found.append(Guess(later, best(coming, np.count_nonzero(coming))))
+            found.append(Guess(later, best(ahead.uses(later))))
         return found

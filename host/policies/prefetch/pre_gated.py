@@ -23,5 +23,4 @@ class PreGated(Prefetch):
         """Return the route of the next layer; see :meth:`Prefetch.guess`."""
         if ahead.uses is None or layer + 1 >= self.n_layers:
             return []
-        later = ahead.uses(layer + 1)
-        return [Guess(layer + 1, best(later, np.count_nonzero(later)))]
+        return [Guess(layer + 1, best(ahead.uses(layer + 1)))]

@@ -116,11 +116,11 @@ class Residency(ABC):
         self._use(layer, uses, used, mass)
         new = (used > resident).nonzero()[0]
         slots = self.slots[layer]
+        if self.admission is not None:
+            new = self.admission.admitted(layer, new)
         if not len(new) or not slots:
             return _NOTHING
         score = self.score[layer]
-        if self.admission is not None:
-            new = self.admission.admitted(layer, new)
         moving = None if arrived is None else ~arrived[new]
         if moving is not None and room is not None and np.count_nonzero(moving) > room:
             extra = new[moving]
@@ -204,7 +204,7 @@ class SecondMiss:
         self._now = [0] * n_layers
 
     def admitted(self, layer: int, missed: np.ndarray) -> np.ndarray:
-        """Return those of some experts that may come in."""
+        """Return those of a call's missed experts that may come in."""
         now = self._now[layer] = self._now[layer] + 1
         last = self._last[layer]
         again = missed if not self._within else missed[now - last[missed] <= self._within]
