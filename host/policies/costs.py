@@ -10,7 +10,7 @@ residents and M the moved experts that the torch device computes, and n tokens o
     torch  = max(torch, link) + torch_call + sum (decode + torch(n))                  over M, if any
     layer  = max(device, torch) + merge, if there are both
 
-    torch(n)  = max(2 bytes * weights / torch memory, n * weights / torch MACs)
+    torch(n)  = max(resident's bytes / torch memory, n * weights / torch MACs)
     device(n) = max(image / cards' memory, n * weights / cards' MACs)
     row       = x and y of a token, staged by the host and sent over the links;  up: y alone
     move      = image / link;  decode = image to bf16
@@ -161,7 +161,7 @@ class LayerCosts:
     ----------
     n_experts : :class:`int`
     image_bytes, resident_bytes : :class:`int`
-        Of an expert: its image; its decoded weights in the torch device's memory.
+        Of an expert: its image; its weights in the torch device's memory.
     device_call, torch_call, move_call, merge : :class:`float`
     row, up, move, decode, contend : :class:`float`
     between_call, between_read, between_product : :class:`float`
@@ -282,7 +282,8 @@ class Machine:
                            self.cards.config.channels).stored_bytes
 
     def layer(self, model: Model, *, weight_format_name: str = "int4_g32",
-              activation_bits: int = 16, single_copy: bool = False) -> LayerCosts:
+              activation_bits: int = 16, single_copy: bool = False,
+              fused: bool = False) -> LayerCosts:
         """Return the costs of one layer of a model.
 
         Parameters
@@ -294,6 +295,9 @@ class Machine:
             8 or 16; 16 are two planes, and half the products.
         single_copy : :class:`bool`
             Whether images are on the cards alone; always where the torch device is the host itself.
+        fused : :class:`bool`
+            Whether the torch device multiplies images as they are, by a kernel that decodes as it
+            reads, and residents are images; else both are bf16.
 
         Raises
         ------
@@ -320,21 +324,22 @@ class Machine:
         staged = row * (1 + cards.count) / cards.host_bytes_per_second
         down = row / torch.link_bytes_per_second + row / cards.link_bytes_per_second
         up = row / torch.link_bytes_per_second + row / cards.link_bytes_per_second
+        resident = image if fused else weights * ELEMENT_BYTES
         attention = 4 * model.d_model**2
         return LayerCosts(
             n_experts=_known(model, "n_experts"), image_bytes=image,
-            resident_bytes=weights * ELEMENT_BYTES,
+            resident_bytes=resident,
             device_call=(cards.driver_seconds + 2 * cards.dma_seconds + cards.doorbell_seconds
                          + 2 * torch.copy_seconds),
             torch_call=torch.call_seconds,
             move_call=torch.copy_seconds + (cards.dma_seconds if from_cards else 0.0),
             merge=torch.call_seconds / 4, row=staged + down + up, up=up, move=image / link,
-            decode=(image + weights * ELEMENT_BYTES) / torch.memory_bytes_per_second,
+            decode=0.0 if fused else (image + resident) / torch.memory_bytes_per_second,
             contend=image / memory if from_cards else 0.0, between_call=2 * torch.call_seconds,
             between_read=attention * ELEMENT_BYTES / torch.memory_bytes_per_second,
             between_product=attention / torch.macs_per_second,
             device_read=image / memory, device_product=weights / macs,
-            torch_read=weights * ELEMENT_BYTES / torch.memory_bytes_per_second,
+            torch_read=resident / torch.memory_bytes_per_second,
             torch_product=weights / torch.macs_per_second, n_shared=model.n_shared or 0)
 
 

@@ -66,6 +66,10 @@ def compare(
         bool, typer.Option("--single-copy", help="Images are on the cards alone, and move from "
                                                  "there; else the host has a copy.")
     ] = False,
+    fused: Annotated[
+        bool, typer.Option("--fused", help="The torch device multiplies images as they are, and "
+                                           "residents are images; else both are bf16.")
+    ] = False,
     profile: Annotated[
         Path | None, typer.Option(help="Trace or profile for policies that pin experts; when left "
                                        "out, the trace itself.")
@@ -92,7 +96,8 @@ def compare(
     found = find_model(model)
     chosen = [system(name) for name in policy] if policy else list(SYSTEMS.values())
     host = machine(torch, cards).holding(found, weight_format)
-    costs = host.layer(found, weight_format_name=weight_format, single_copy=single_copy)
+    costs = host.layer(found, weight_format_name=weight_format, single_copy=single_copy,
+                       fused=fused)
     with Status(as_json) as status:
         if trace is not None:
             routes = RoutingTrace.load(trace)
@@ -124,7 +129,7 @@ def compare(
         draw(rows, plot, title=title)
     if as_json:
         print_json({"model": found.key, "machine": host.name, "gpu_bytes": size,
-                    "weight_format": weight_format, "single_copy": single_copy,
+                    "weight_format": weight_format, "single_copy": single_copy, "fused": fused,
                     "tokens": len(routes), "trace": routes.source,
                     "policies": [row.as_dict() for row in rows]})
         return

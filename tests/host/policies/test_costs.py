@@ -58,6 +58,13 @@ def test_images_come_from_the_host_unless_theirs_is_the_only_copy():
     assert costs(torch="cpu") == costs(torch="cpu", single_copy=True)
 
 
+def test_a_fused_kernel_reads_images():
+    bf16, fused = costs(), costs(fused=True)
+    assert fused.resident_bytes == fused.image_bytes < bf16.resident_bytes / 3.5
+    assert fused.torch_read / bf16.torch_read == fused.image_bytes / bf16.resident_bytes
+    assert fused.decode == 0 and fused.torch_product == bf16.torch_product
+
+
 def test_activation_planes_are_products():
     assert costs(activation_bits=8).device_product == costs().device_product / 2
 
