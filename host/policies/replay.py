@@ -415,8 +415,9 @@ class _Run:
         if self.free_moves:
             keep.use(layer, uses, mass=mass)
             return
-        arrived = self.staged[layer].copy()
-        arrived[work.other_experts[plan.moved]] = True
+        arrived = work.other_experts[plan.moved]
+        if self.n_staged:
+            arrived = np.concatenate((arrived, self.staged[layer].nonzero()[0]))
         room = None if keep.at_once else int(self.credit[layer])
         new = keep.use(layer, uses, mass=mass, arrived=arrived, room=room)
         for expert in new.tolist():

@@ -12,6 +12,5 @@ class AllOnDevice(Placement):
 
     name = "all-on-device"
 
-    def place(self, work: Work) -> Plan:
-        """Return a plan without torch work."""
+    def _place(self, work: Work) -> Plan:
         return Plan(NONE, NONE)

@@ -198,10 +198,22 @@ class Placement(ABC):
 
     def __init__(self, costs: LayerCosts) -> None:
         self.costs = costs
+        self._single: dict[tuple[int, int], Plan] = {}
 
-    @abstractmethod
     def place(self, work: Work) -> Plan:
         """Return who computes what."""
+        if work.tokens != 1:
+            return self._place(work)
+        # One token: all experts alike, few cases, each decided once.
+        key = len(work.resident_tokens), len(work.other_tokens)
+        plan = self._single.get(key)
+        if plan is None:
+            plan = self._single[key] = self._place(work)
+        return plan
+
+    @abstractmethod
+    def _place(self, work: Work) -> Plan:
+        """Return who computes what; by the tokens of the experts, and not by which they are."""
 
     def measured(self, work: Work, plan: Plan, found: Chains) -> None:
         """Hear what a plan took."""

@@ -18,8 +18,7 @@ class Duplex(Placement):
 
     name = "duplex"
 
-    def place(self, work: Work) -> Plan:
-        """Return the plan at which the greedy search stops."""
+    def _place(self, work: Work) -> Plan:
         costs, inside = self.costs, len(work.resident_tokens)
         device_of, torch_of = costs.tables(work.tokens)
         tokens = np.concatenate((work.resident_tokens, work.other_tokens))

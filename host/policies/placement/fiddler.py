@@ -15,8 +15,7 @@ class Fiddler(Placement):
 
     name = "fiddler"
 
-    def place(self, work: Work) -> Plan:
-        """Return what each expert would choose."""
+    def _place(self, work: Work) -> Plan:
         device_of, torch_of = self.costs.tables(work.tokens)
         n = work.other_tokens
         moving = self.costs.move + self.costs.decode

@@ -17,8 +17,7 @@ class HybriMoE(Placement):
 
     name = "hybrimoe"
 
-    def place(self, work: Work) -> Plan:
-        """Return who took what."""
+    def _place(self, work: Work) -> Plan:
         costs, inside = self.costs, len(work.resident_tokens)
         device_of, torch_of = costs.tables(work.tokens)
         torch = torch_of[work.resident_tokens].tolist()

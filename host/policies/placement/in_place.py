@@ -15,6 +15,5 @@ class InPlace(Placement):
 
     name = "in-place"
 
-    def place(self, work: Work) -> Plan:
-        """Return a plan with the residents on the torch device."""
+    def _place(self, work: Work) -> Plan:
         return Plan(ALL, NONE)

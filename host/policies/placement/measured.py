@@ -65,7 +65,6 @@ class MeasuredScan(Scan):
         self.rates = Rates()
         self._link, self._device, self._torch = _Ratio(), _Ratio(), _Ratio()
         self._extra = [0.0, 0.0, 0.0, 0.0]
-        self._used = Extra()
         self._decisions = 0
 
     @property
@@ -88,7 +87,7 @@ class MeasuredScan(Scan):
         self._decisions += 1
         if self._decisions % _ASK == 1:
             self.useful = self._gains(work)
-        return self.split(work, self._used)
+        return super().place(work)
 
     def _gains(self, work: Work) -> bool:
         half = (len(work.other_experts) + 1) // 2
@@ -97,7 +96,7 @@ class MeasuredScan(Scan):
         experts = np.concatenate((work.resident_experts, work.other_experts[:half]))
         more = Work(experts[order], tokens[order], work.other_experts[half:],
                     work.other_tokens[half:], work.tokens)
-        now, then = (chains(self.costs, w, self.split(w, self._used)).total for w in (work, more))
+        now, then = (chains(self.costs, w, super(MeasuredScan, self).place(w)).total for w in (work, more))
         return then < now * (1 - _GAIN)
 
     def measured(self, work: Work, plan: Plan, found: Chains) -> None:
@@ -123,9 +122,9 @@ class MeasuredScan(Scan):
         extra = self._extra
         extra[:] = [value * 0.999 for value in extra]
         extra[kind] = _EXTRA_MEMORY * extra[kind] + (1 - _EXTRA_MEMORY) * over
-        if max(abs(a - b) for a, b in zip(extra, self._used, strict=True)) > (
+        if max(abs(a - b) for a, b in zip(extra, self.extra, strict=True)) > (
                 _CHANGE * found.total):
-            self._used = Extra(*extra)
+            self.extra = Extra(*extra)
             self.forget()
         self._correct()
 

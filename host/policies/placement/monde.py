@@ -42,8 +42,7 @@ class MoNDE(Placement):
         link, memory = 1 / costs.move, 1 / costs.device_read
         self.share = alpha * link / (memory + link)
 
-    def place(self, work: Work) -> Plan:
-        """Return a plan that moves the hottest."""
+    def _place(self, work: Work) -> Plan:
         wanted = self.share * len(work)
         return Plan(ALL, slice(math.ceil(wanted - 1e-9) if self.ceil else round(wanted)))
 

@@ -96,23 +96,24 @@ class Optimum(Placement):
         super().__init__(costs)
         self.bins = bins
         self.bound = 0.0
-        self._single: dict[tuple[int, int], tuple[Plan, float]] = {}
 
     def place(self, work: Work) -> Plan:
         """Return the best plan that was found."""
+        plan = super().place(work)
+        if work.tokens == 1:
+            self.bound = chains(self.costs, work, plan).total
+        return plan
+
+    def _place(self, work: Work) -> Plan:
         if not len(work):
+            self.bound = 0.0
             return Plan(NONE, NONE)
-        key = len(work.resident_tokens), len(work.other_tokens)
-        if work.tokens == 1 and key in self._single:
-            plan, self.bound = self._single[key]
-            return plan
         if 1 < work.tokens and len(work) <= _FEW:
             return self._try_all(work)
         r, k = best_split(self.costs, work)
         plan = Plan(slice(r), slice(k))
         self.bound = chains(self.costs, work, plan).total
         if work.tokens == 1:
-            self._single[key] = plan, self.bound
             return plan
         plan, time = self._exchange(work, r, k, self.bound)
         self.bound = lower_bound(self.costs, work, time, self.bins)

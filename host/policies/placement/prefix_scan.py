@@ -17,8 +17,7 @@ class PrefixScan(Placement):
 
     name = "prefix-scan"
 
-    def place(self, work: Work) -> Plan:
-        """Return the best prefix."""
+    def _place(self, work: Work) -> Plan:
         costs, inside = self.costs, len(work.resident_tokens)
         device_of, torch_of = costs.tables(work.tokens)
         tokens = np.concatenate((work.resident_tokens, work.other_tokens))

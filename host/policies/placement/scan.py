@@ -11,9 +11,6 @@ from moeaccel.host.policies.placement.base import Placement, Plan, Work
 
 __all__ = ["Extra", "Scan", "best_split"]
 
-_ZERO = np.zeros(1)
-
-
 class Extra(NamedTuple):
     """Seconds that plans take beside their costs: on the device alone, on the torch device alone,
     on both, and on both with moves."""
@@ -35,51 +32,54 @@ def best_split(costs: LayerCosts, work: Work, extra: Extra = _NO_EXTRA) -> tuple
     """
     inside, outside, tokens = work.resident_tokens, work.other_tokens, work.tokens
     device_of, torch_of = costs.tables(tokens)
-    n, sums = len(inside), inside.cumsum()
-    count, device_in = n + len(outside), device_of[inside]
-    r = np.arange(n + 1)
-    on_torch = costs.shared(tokens) + costs.torch_call + _before(torch_of[inside])
-    on_torch[0] -= costs.torch_call
-    given = _before(device_in)
-    all_device = given[-1] + float(device_of[outside].sum())
-    assigned = int(outside.sum()) + (int(sums[-1]) if n else 0)
-    rest = assigned - _before(sums, added=True)
-    fixed = costs.merge + extra.both
-    device = costs.device_call + costs.row * np.minimum(tokens, rest) + all_device - given
-    if len(outside) == 0:
+    n, others = len(inside), len(outside)
+    # Of the r hottest residents: seconds of the device that are saved, and of the torch device.
+    saved, on_torch, taken = np.zeros(n + 1), np.zeros(n + 1), np.zeros(n + 1, np.int64)
+    device_of[inside].cumsum(out=saved[1:])
+    torch_of[inside].cumsum(out=on_torch[1:])
+    inside.cumsum(out=taken[1:])
+    shared = costs.shared(tokens)
+    on_torch += shared
+    on_torch[1:] += costs.torch_call
+    assigned = int(taken[-1] + outside.sum())
+    everything = costs.device_call + saved[-1] + float(device_of[outside].sum())
+    few = assigned - int(taken[-1]) < tokens  # of the others: not every token has one
+    rows = np.minimum(tokens, assigned - taken) if few else tokens
+    device = everything + costs.row * rows - saved
+    if not others:
         device[-1] = 0.0
-    total = np.maximum(device, on_torch) + fixed
-    if on_torch[0] == 0:
-        total[0] -= costs.merge
-    total[0] += extra.device - extra.both
-    if len(outside) == 0:
+    total = np.maximum(device, on_torch)
+    total += costs.merge + extra.both
+    total[0] += extra.device - extra.both - (0.0 if shared else costs.merge)
+    if not others:
         total[-1] = on_torch[-1] + extra.torch
     best = int(total.argmin())
-    limit = min(len(outside), int(
+    limit = min(others, int(
         (total[best] - costs.move_call - costs.torch_call) / (costs.move + costs.decode)))
     if limit < 1:
         return best, 0
     hottest = outside[:limit]
     k = np.arange(1, limit + 1)
-    rest = rest[:, None] - hottest.cumsum()
-    rows = np.minimum(tokens, rest)
-    device = (costs.device_call + costs.row * rows + (all_device - given)[:, None]
-              - device_of[hottest].cumsum() + costs.contend * k)
-    device[count - r[:, None] - k == 0] = 0.0
-    torch = np.maximum(on_torch[:, None], costs.move_call + costs.move * k + costs.up * rows)
-    torch += costs.torch_call + costs.decode * k + torch_of[hottest].cumsum()
-    moving = np.maximum(device, torch) + (costs.merge + extra.moving)
-    if limit == len(outside):
-        moving[-1, -1] = torch[-1, -1] + extra.torch
+    moved = hottest.cumsum()
+    less = costs.contend * k - device_of[hottest].cumsum()
+    if assigned - int(taken[-1] + moved[-1]) < tokens:
+        rows = np.minimum(tokens, assigned - taken[:, None] - moved)
+        device = (everything - saved)[:, None] + costs.row * rows + less
+    else:
+        device = device[:, None] + less
+    arrived = costs.move_call + costs.move * k + costs.up * rows
+    moving = np.maximum(on_torch[:, None], arrived)
+    moving += costs.torch_call + costs.decode * k + torch_of[hottest].cumsum()
+    if limit == others:
+        alone = moving[-1, -1]
+    np.maximum(moving, device, out=moving)
+    moving += costs.merge + extra.moving
+    if limit == others:
+        moving[-1, -1] = alone + extra.torch
     place = int(moving.argmin())
     if moving.flat[place] < total[best]:
         return place // limit, place % limit + 1
     return best, 0
-
-
-def _before(values: np.ndarray, *, added: bool = False) -> np.ndarray:
-    """Return 0 and the running sums; ``added``: of what is summed already."""
-    return np.concatenate((_ZERO, values if added else values.cumsum()))
 
 
 class Scan(Placement):
@@ -93,24 +93,11 @@ class Scan(Placement):
 
     name = "scan"
 
-    def __init__(self, costs: LayerCosts) -> None:
-        super().__init__(costs)
-        self._single: dict[tuple[int, int], tuple[int, int]] = {}
+    extra = _NO_EXTRA
 
-    def place(self, work: Work) -> Plan:
-        """Return the best split."""
-        return self.split(work, _NO_EXTRA)
-
-    def split(self, work: Work, extra: Extra) -> Plan:
-        """Return the best split when plans take something beside their costs."""
-        if work.tokens == 1:  # all experts alike: few cases, decided once
-            key = len(work.resident_tokens), len(work.other_tokens)
-            found = self._single.get(key)
-            if found is None:
-                found = self._single[key] = best_split(self.costs, work, extra)
-        else:
-            found = best_split(self.costs, work, extra)
-        return Plan(slice(found[0]), slice(found[1]))
+    def _place(self, work: Work) -> Plan:
+        r, k = best_split(self.costs, work, self.extra)
+        return Plan(slice(r), slice(k))
 
     def forget(self) -> None:
         """Decide again what was decided once."""

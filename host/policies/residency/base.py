@@ -100,7 +100,7 @@ class Residency(ABC):
             Tokens of the call that each expert has.
         mass : float, (n_experts,), optional
             Sum of the routing weights of each expert; where it is not known, `uses` stands for it.
-        arrived : bool, (n_experts,), optional
+        arrived : integer, (n,), optional
             Experts that this call brought to the torch device anyway; all that it used when left
             out.
         room : :class:`int`, optional
@@ -115,50 +115,63 @@ class Residency(ABC):
         used = uses > 0
         self._use(layer, uses, used, mass)
         new = (used > resident).nonzero()[0]
-        slots = self.slots[layer]
         if self.admission is not None:
             new = self.admission.admitted(layer, new)
+        slots = self.slots[layer]
         if not len(new) or not slots:
             return _NOTHING
-        score = self.score[layer]
-        moving = None if arrived is None else ~arrived[new]
-        if moving is not None and room is not None and np.count_nonzero(moving) > room:
-            extra = new[moving]
-            best = extra[(-score[extra]).argsort(kind="stable")[:room]]
-            new = np.concatenate((new[~moving], best))
-        before = resident.nonzero()[0]
+        score, before = self.score[layer], resident.nonzero()[0]
+        if self.bypass and len(before) >= slots:  # only who beats the worst: mostly no one
+            values = score[before]
+            new = new[score[new] > values[values.argmin()] * self.margin]
+        moving = _NOTHING
+        if arrived is not None and len(new):
+            new, moving = self._within(new, score, arrived, room)
+        if not len(new):
+            return _NOTHING
         leave = len(before) + len(new) - slots
         if leave <= 0:
             resident[new] = True
         elif self.bypass:
-            new = self._exchange(resident, score, before, new, slots)
+            self._exchange(resident, score, before, new, slots - len(before))
         else:
             places = np.concatenate((before, new))
             values = score[places]
             values[used[places]] += _ABOVE_ALL
-            out = places[values.argpartition(leave - 1)[:leave]]
             resident[new] = True
-            resident[out] = False
-        if moving is None or not len(new):
-            return _NOTHING
-        return new[resident[new] & ~arrived[new]]  # type: ignore[index]
+            resident[places[values.argpartition(leave - 1)[:leave]]] = False
+        return moving[resident[moving]] if len(moving) else moving
+
+    @staticmethod
+    def _within(new: np.ndarray, score: np.ndarray, arrived: np.ndarray,
+                room: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """Return the newcomers that there is room for, and those of them that have to be moved."""
+        came, moving = _NOTHING, new
+        if len(arrived):
+            here = np.zeros(len(score), bool)
+            here[arrived] = True
+            flags = here[new]
+            came, moving = new[flags], new[~flags]
+        if room is not None and len(moving) > room:
+            moving = (_NOTHING if not room
+                      else moving[(-score[moving]).argsort(kind="stable")[:room]])
+        return (np.concatenate((came, moving)) if len(came) else moving), moving
 
     def _exchange(self, resident: np.ndarray, score: np.ndarray, before: np.ndarray,
-                  new: np.ndarray, slots: int) -> np.ndarray:
+                  new: np.ndarray, free: int) -> None:
         """Fill free slots, then let the best newcomers take the places of the worst residents."""
-        new = new[(-score[new]).argsort(kind="stable")]
-        free = slots - len(before)
-        rest = new[free:]
+        gain = score[new]
+        order = (-gain).argsort(kind="stable")
+        new, gain = new[order], gain[order]
         values = score[before]
-        count = min(len(rest), len(before))
-        worst = before[values.argpartition(count - 1)[:count]] if count < len(before) else before
-        worst = worst[score[worst].argsort(kind="stable")]
-        gains = score[rest[:count]] > score[worst] * self.margin
-        better = count if gains.all() else int(gains.argmin())
-        resident[worst[:better]] = False
-        new = new[: free + better]
-        resident[new] = True
-        return new
+        count = min(len(new) - free, len(before))
+        worst = values.argsort(kind="stable")[:count]
+        better = count
+        if count:
+            gains = gain[free : free + count] > values[worst] * self.margin
+            better = count if gains.all() else int(gains.argmin())
+        resident[before[worst[:better]]] = False
+        resident[new[: free + better]] = True
 
     def step(self, uses: np.ndarray) -> np.ndarray:
         """Use experts of all layers, one after the other, and let them in.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,8 @@ import numpy as np
 from moeaccel.host.policies.residency.base import Residency
 
 __all__ = ["LeastStale"]
+
+_NEVER = np.iinfo(np.int64).max
 
 
 class LeastStale(Residency):
@@ -25,42 +26,35 @@ class LeastStale(Residency):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.room = sum(self.slots)
-        self._held: list[OrderedDict[int, int]] = [OrderedDict() for _ in self.slots]
-        self._oldest = np.full(len(self.slots), np.iinfo(np.int64).max)
+        self._stamp = np.zeros(self.resident.shape, np.int64)  # pass of the last use
+        self._oldest = np.full(len(self.slots), _NEVER)  # of what a layer holds
         self._pass, self._last, self._count = 0, len(self.slots), 0
 
     def _use(self, layer: int, uses: np.ndarray, used: np.ndarray, mass: np.ndarray | None) -> None:
-        pass
+        self._stamp[layer, used] = self._pass
 
     def use(self, layer: int, uses: np.ndarray, *, mass: np.ndarray | None = None,
             arrived: np.ndarray | None = None, room: int | None = None) -> np.ndarray:
         """Use experts, and let them in; see :meth:`Residency.use`."""
         self._pass += layer <= self._last
         self._last = layer
-        held, resident = self._held[layer], self.resident[layer]
-        promoted = []
-        for expert in uses.nonzero()[0].tolist():
-            if expert in held:
-                held.move_to_end(expert)
-            elif self.room:
-                free = arrived is None or bool(arrived[expert])
-                if not free and room is not None and len(promoted) >= room:
-                    continue
-                self._count += 1
-                resident[expert] = True
-                if not free:
-                    promoted.append(expert)
-            else:
-                continue
-            held[expert] = self._pass
-        self._first(layer)
+        resident, used = self.resident[layer], uses > 0
+        self._use(layer, uses, used, mass)
+        new, moving = (used > resident).nonzero()[0], np.zeros(0, np.int64)
+        if not self.room:
+            return moving
+        if arrived is not None:
+            new, moving = self._within(new, self._stamp[layer], arrived, room)
+        resident[new] = True
+        self._count += len(new)
+        self._look(layer)
         while self._count > self.room:
             self._evict(layer, self._count - self.room)
-        return np.array([e for e in promoted if resident[e]], np.int64)
+        return moving[resident[moving]]
 
-    def _first(self, layer: int) -> None:
-        held = self._held[layer]
-        self._oldest[layer] = (held[next(iter(held))] if held else np.iinfo(np.int64).max)
+    def _look(self, layer: int) -> None:
+        stamps = self._stamp[layer][self.resident[layer]]
+        self._oldest[layer] = stamps.min() if len(stamps) else _NEVER
 
     def _evict(self, layer: int, most: int) -> None:
         # Layers behind the pass, least recent use first, the layer just computed first; where the
@@ -68,12 +62,10 @@ class LeastStale(Residency):
         behind = self._oldest[: layer + 1]
         place = layer - int(behind[::-1].argmin())
         if behind[place] >= self._pass:
-            ahead = (self._oldest[layer + 1 :] < np.iinfo(np.int64).max).nonzero()[0]
+            ahead = (self._oldest[layer + 1 :] < _NEVER).nonzero()[0]
             place = layer + 1 + int(ahead[-1]) if len(ahead) else place
-        held, stale = self._held[place], self._oldest[place]
-        gone = []
-        while held and len(gone) < most and held[next(iter(held))] == stale:
-            gone.append(held.popitem(last=False)[0])
+        stale = self.resident[place] & (self._stamp[place] == self._oldest[place])
+        gone = stale.nonzero()[0][:most]
         self.resident[place, gone] = False
         self._count -= len(gone)
-        self._first(place)
+        self._look(place)

@@ -45,5 +45,5 @@ class Promoted(DecayedLFU):
         return {"margin": 2.0, "decay": 0.99} if costs.contend else {}
 
     def _use(self, layer: int, uses: np.ndarray, used: np.ndarray, mass: np.ndarray | None) -> None:
-        top = int(uses.max())
+        top = uses[uses.argmax()]  # quicker than max() for so few
         super()._use(layer, uses * (self._prompt / top) if top > self._prompt else uses, used, mass)

@@ -212,22 +212,21 @@ def test_activation_matrix_ends_with_its_request():
 
 def test_only_what_did_not_come_anyway_has_to_be_moved():
     policy = LRU(n_layers=1, n_experts=8, slots=4)
-    arrived = np.zeros(8, bool)
-    arrived[2] = True
+    arrived = np.array([2])
     assert sorted(policy.use(0, uses(1, 2, 3), arrived=arrived).tolist()) == [1, 3]
     assert policy.use(0, uses(1, 2, 3), arrived=arrived).tolist() == []
 
 
 def test_promotions_keep_within_their_room():
     policy = DecayedLFU(n_layers=1, n_experts=8, slots=6)
-    nothing = np.zeros(8, bool)
+    nothing = np.array([], int)
     moved = policy.use(0, uses(1, 2, 2, 3, 3, 3), arrived=nothing, room=2)
     assert sorted(moved.tolist()) == [2, 3] == np.flatnonzero(policy.resident[0]).tolist()
     assert policy.use(0, uses(5), arrived=nothing, room=0).tolist() == []
 
 
 def test_newcomers_of_promoted_must_be_better_by_the_margin():
-    nothing = np.zeros(8, bool)
+    nothing = np.array([], int)
     policy = Promoted(n_layers=1, n_experts=8, slots=1, margin=2.0, decay=1.0)
     policy.use(0, uses(1, 1), arrived=nothing)
     assert policy.use(0, uses(2, 2, 2, 2), arrived=nothing).tolist() == []  # twice is not more
@@ -290,7 +289,6 @@ def test_least_stale_holds_what_it_says(passes, room):
         for layer, now in enumerate(one):
             policy.use(layer, uses(*now, size=6))
             held = [set(np.flatnonzero(row).tolist()) for row in policy.resident]
-            assert held == [set(h) for h in policy._held]
             assert sum(map(len, held)) == policy._count <= room
 
 
