@@ -220,7 +220,8 @@ class _Run:
         self.link = Background()
         self.buffers = buffers
         self.staged = np.zeros((layers, experts), bool)
-        self.pending = np.zeros((layers, experts), bool)
+        self.pending = np.zeros((layers, experts), bool)  # promotions on their way
+        self.coming = np.zeros((layers, experts), bool)  # guesses on their way
         self.n_staged = 0
         self.contending = self.last_seconds = 0.0
         self.calls = 0
@@ -300,7 +301,9 @@ class _Run:
         available = resident if resident is not None else self.staged[layer]
         partial: list[Move] = []
         if self.guesser is not None:
-            partial = self.link.take(layer, lambda expert: uses[expert] > 0)
+            if self.link.guesses:
+                partial = self.link.take(layer, lambda expert: uses[expert] > 0)
+            self.coming[layer] = False
             if self.n_staged:
                 available = available | self.staged[layer]
         work = Work.of(uses, available, tokens)
@@ -391,18 +394,21 @@ class _Run:
 
     def _guess(self, layer: int, of_pass: np.ndarray) -> None:
         assert self.guesser is not None
-        link = self.link
-        for guess in self.guesser.guess(layer, of_pass[layer], Ahead(lambda at: of_pass[at])):
-            for expert in guess.experts.tolist():
-                if len(link.guesses) + self.n_staged >= self.buffers:
-                    return
-                at = guess.layer
-                if self.staged[at, expert] or (self.keep is not None
-                                               and self.keep.resident[at, expert]):
-                    continue
-                if any(m.layer == at and m.expert == expert for m in link.guesses):
-                    continue
-                link.guesses.append(Move(at, expert, guess=True))
+        guesses = self.link.guesses
+        coming = self.guesser.guess(layer, of_pass[layer], Ahead(of_pass.__getitem__))
+        room = self.buffers - len(guesses) - self.n_staged
+        if room <= 0:
+            return
+        for at, experts in coming:
+            here = self.staged[at] | self.coming[at]
+            if self.keep is not None:
+                here |= self.keep.resident[at]
+            new = experts[~here[experts]][:room]
+            self.coming[at, new] = True
+            guesses += [Move(at, expert, guess=True) for expert in new.tolist()]
+            room -= len(new)
+            if room <= 0:
+                return
 
     def _admit(self, layer: int, step: Step, uses: np.ndarray, work: Work, plan: Any) -> None:
         keep = self.keep
@@ -438,6 +444,7 @@ class _Run:
     def _arrive(self, move: Move) -> None:
         if move.guess:
             self.staged[move.layer, move.expert] = True
+            self.coming[move.layer, move.expert] = False
             self.n_staged += 1
         elif move.expert >= 0:
             self.pending[move.layer, move.expert] = False

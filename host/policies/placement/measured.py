@@ -96,7 +96,8 @@ class MeasuredScan(Scan):
         experts = np.concatenate((work.resident_experts, work.other_experts[:half]))
         more = Work(experts[order], tokens[order], work.other_experts[half:],
                     work.other_tokens[half:], work.tokens)
-        now, then = (chains(self.costs, w, super(MeasuredScan, self).place(w)).total for w in (work, more))
+        place = super().place
+        now, then = (chains(self.costs, w, place(w)).total for w in (work, more))
         return then < now * (1 - _GAIN)
 
     def measured(self, work: Work, plan: Plan, found: Chains) -> None:

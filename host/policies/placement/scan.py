@@ -70,8 +70,7 @@ def best_split(costs: LayerCosts, work: Work, extra: Extra = _NO_EXTRA) -> tuple
     arrived = costs.move_call + costs.move * k + costs.up * rows
     moving = np.maximum(on_torch[:, None], arrived)
     moving += costs.torch_call + costs.decode * k + torch_of[hottest].cumsum()
-    if limit == others:
-        alone = moving[-1, -1]
+    alone = moving[-1, -1]
     np.maximum(moving, device, out=moving)
     moving += costs.merge + extra.moving
     if limit == others:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -57,8 +57,9 @@ class Prefetch(ABC):
         return
 
     @abstractmethod
-    def guess(self, layer: int, uses: np.ndarray, ahead: Ahead) -> list[Guess]:
-        """Return what to move while a layer is computed, the most urgent layer first.
+    def guess(self, layer: int, uses: np.ndarray, ahead: Ahead) -> Iterable[Guess]:
+        """Return what to move while a layer is computed, the most urgent layer first; those behind
+        it may be left unasked for.
 
         Parameters
         ----------
@@ -81,7 +82,7 @@ def blurred(uses: np.ndarray, accuracy: float, random: np.random.Generator) -> n
     """Return what a predictor of some accuracy would say: the experts of a route, each replaced by
     any other with the chance that the accuracy leaves; busiest first."""
     experts = uses.nonzero()[0]
-    if len(experts) > 1 and uses[experts].max() > 1:
+    if uses[uses.argmax()] > 1:
         experts = experts[(-uses[experts]).argsort(kind="stable")]
     wrong = (random.random(len(experts)) >= accuracy).nonzero()[0]
     if len(wrong):

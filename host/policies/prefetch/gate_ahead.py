@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,8 @@ class GateAhead(Prefetch):
     accuracy : :class:`float`
     depth : :class:`int`
         Layers ahead.
+    most : :class:`int`, optional
+        Guesses for a layer.
     **options
         See :class:`Prefetch`.
     """
@@ -36,16 +38,15 @@ class GateAhead(Prefetch):
     name = "gate-ahead"
 
     def __init__(self, *, gates: Sequence[np.ndarray] | None = None, accuracy: float = 0.85,
-                 depth: int = 1, **options: Any) -> None:
+                 depth: int = 1, most: int | None = None, **options: Any) -> None:
         super().__init__(**options)
         if not 0 <= accuracy <= 1 or depth < 1:
             raise InvalidOption(f"accuracy must be 0 to 1 and depth at least 1, not {accuracy!r} "
                                 f"and {depth!r}")
-        self._gates, self.accuracy, self.depth = gates, accuracy, depth
+        self._gates, self.accuracy, self.depth, self.most = gates, accuracy, depth, most
 
-    def guess(self, layer: int, uses: np.ndarray, ahead: Ahead) -> list[Guess]:
-        """Return the choice of the next gates; see :meth:`Prefetch.guess`."""
-        found = []
+    def guess(self, layer: int, uses: np.ndarray, ahead: Ahead) -> Iterator[Guess]:
+        """Yield the choice of the next gates; see :meth:`Prefetch.guess`."""
         for later in range(layer + 1, min(layer + 1 + self.depth, self.n_layers)):
             if self._gates is not None and ahead.hidden is not None:
                 logits = np.atleast_2d(ahead.hidden) @ self._gates[later].T
@@ -56,5 +57,4 @@ class GateAhead(Prefetch):
                 experts = blurred(ahead.uses(later), self.accuracy ** (later - layer), self.random)
             else:
                 break
-            found.append(Guess(later, experts))
-        return found
+            yield Guess(later, experts[: self.most])

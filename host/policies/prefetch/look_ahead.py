@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -37,13 +38,11 @@ class LookAhead(Prefetch):
         """Forget the plan of the pass before."""
         self._plan.clear()
 
-    def guess(self, layer: int, uses: np.ndarray, ahead: Ahead) -> list[Guess]:
-        """Return the plan of the next layers; see :meth:`Prefetch.guess`."""
+    def guess(self, layer: int, uses: np.ndarray, ahead: Ahead) -> Iterator[Guess]:
+        """Yield the plan of the next layers; see :meth:`Prefetch.guess`."""
         if ahead.uses is None:
-            return []
-        found = []
+            return
         for later in range(layer + 1, min(layer + 1 + self.depth, self.n_layers)):
             if later not in self._plan:  # one that is planned is on its way already
                 self._plan[later] = blurred(ahead.uses(later), self.accuracy, self.random)
-                found.append(Guess(later, self._plan[later]))
-        return found
+                yield Guess(later, self._plan[later])

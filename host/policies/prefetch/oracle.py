@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -29,11 +30,9 @@ class Oracle(Prefetch):
         super().__init__(**options)
         self.depth = depth
 
-    def guess(self, layer: int, uses: np.ndarray, ahead: Ahead) -> list[Guess]:
-        """Return the true routes; see :meth:`Prefetch.guess`."""
+    def guess(self, layer: int, uses: np.ndarray, ahead: Ahead) -> Iterator[Guess]:
+        """Yield the true routes; see :meth:`Prefetch.guess`."""
         if ahead.uses is None:
-            return []
-        found = []
+            return
         for later in range(layer + 1, min(layer + 1 + self.depth, self.n_layers)):
-            found.append(Guess(later, best(ahead.uses(later))))
-        return found
+            yield Guess(later, best(ahead.uses(later)))

@@ -96,11 +96,15 @@ def stand_in_logits(ids: np.ndarray, weights: np.ndarray, n_experts: int,
     :class:`numpy.ndarray` of float32, (tokens, n_experts)
     """
     tokens, k = ids.shape
-    top = np.log(np.maximum(weights, 1e-9)).astype(np.float32)
+    top = np.log(np.maximum(weights, 1e-9))
     last = top.min(1, keepdims=True)
     gap = (top.max(1, keepdims=True) - last) / max(1, k - 1)
-    logits = last - gap * n_experts * random.random((tokens, n_experts), np.float32) / 4 - 1e-3
-    slot = np.where(ids >= 0, ids, ids[:, :1])
+    logits = random.random((tokens, n_experts), np.float32)
+    logits *= gap * (-n_experts / 4)
+    logits += last - 1e-3
     rows = np.arange(tokens)[:, None]
-    logits[rows, slot[:, ::-1]] = np.where(ids >= 0, top, top[:, :1])[:, ::-1]
+    if ids.min() < 0:  # an unused slot says what the first does, and is written before it
+        ids, top = np.where(ids < 0, ids[:, :1], ids)[:, ::-1], np.where(
+            ids < 0, top[:, :1], top)[:, ::-1]
+    logits[rows, ids] = top
     return logits

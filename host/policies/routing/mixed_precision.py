@@ -38,6 +38,9 @@ class MixedPrecision(Routing):
         shares = call.weights / np.maximum(call.weights.sum(1, keepdims=True), 1e-9)
         before = shares.cumsum(1) - shares
         missing = (call.ids >= 0) & ~call.resident[call.ids]
-        ids = np.where(missing & (before > self.low), -1, call.ids)
-        low = missing & (before > self.high) & (before <= self.low)
-        return Routed(ids, renormalised(ids, call.weights, call.weights), low=low)
+        light = missing & (before > self.high)
+        skipped = light & (before > self.low)
+        if not skipped.any():
+            return Routed(call.ids, call.weights, low=light)
+        ids = np.where(skipped, -1, call.ids)
+        return Routed(ids, renormalised(ids, call.weights, call.weights), low=light & ~skipped)

@@ -45,7 +45,7 @@ def test_gate_ahead_asks_the_next_gates():
     assert (first.layer, second.layer) == (2, 3)
     for guess, gate in ((first, gates[2]), (second, gates[3])):
         assert set(guess.experts) == set(np.argsort(-(gate @ hidden[0]))[:2])
-    assert policy.guess(3, np.ones(16, int), Ahead(hidden=hidden)) == []
+    assert not list(policy.guess(3, np.ones(16, int), Ahead(hidden=hidden)))
 
 
 def test_gate_ahead_is_as_good_as_published_where_there_are_no_states():
@@ -57,7 +57,9 @@ def test_gate_ahead_is_as_good_as_published_where_there_are_no_states():
     chance = 2 / 16
     assert one == pytest.approx(0.8 + 0.2 * chance, abs=0.03)
     assert two == pytest.approx(0.64 + 0.36 * chance, abs=0.03)
-    assert GateAhead(**SIZE).guess(0, uses[0], Ahead()) == []
+    assert not list(GateAhead(**SIZE).guess(0, uses[0], Ahead()))
+    guess, = GateAhead(accuracy=1.0, most=1, **SIZE).guess(0, uses[0], ahead)
+    assert guess.experts.tolist() == [2]
     with pytest.raises(InvalidOption, match="accuracy must be 0 to 1 and depth at least 1"):
         GateAhead(accuracy=2, **SIZE)
 
