@@ -29,6 +29,7 @@ from moeaccel.host.policies.prefetch import Ahead, Prefetch, prefetch
 from moeaccel.host.policies.residency import (
     Belady,
     Pinned,
+    Promoted,
     Residency,
     SecondMiss,
     residency,
@@ -155,8 +156,8 @@ def replay(system: System, trace: RoutingTrace, costs: LayerCosts, *, gpu_bytes:
     truth : :class:`LayerCosts`, optional
         What things take; as believed when left out.
     profile : (n_layers, n_experts), optional
-        Popularity for policies that pin experts; the trace's own when left out, which no one knows
-        beforehand.
+        Popularity for policies that pin experts or begin with them; those that pin take the trace's
+        own when it is left out, which no one knows beforehand.
     seed : :class:`int`
         Of stand-ins for predictors and logits.
 
@@ -241,6 +242,8 @@ class _Run:
             counts = self.trace.popularity().counts if profile is None else profile
             return kind(popularity=counts, slots=self.slots)
         options = kind.fitting(costs) | part.options
+        if profile is not None and issubclass(kind, Promoted):
+            options["popularity"] = profile
         if self.system.second_miss is not None:
             options["admission"] = SecondMiss(**size, **self.system.second_miss)
         return kind(**size, slots=self.slots, **options)

@@ -8,8 +8,11 @@ import numpy as np
 
 from moeaccel.host.policies.costs import LayerCosts
 from moeaccel.host.policies.residency.decayed_lfu import DecayedLFU
+from moeaccel.host.policies.residency.pinned import Pinned
 
 __all__ = ["Promoted"]
+
+_KNOWN = 8.0  # tokens that the most popular expert of a profile counts for
 
 
 class Promoted(DecayedLFU):
@@ -20,6 +23,8 @@ class Promoted(DecayedLFU):
     memory as busy as one use of the expert does, so that a newcomer that is a little better does
     not pay: there the margin is 2, and the score forgets more slowly.
 
+    It may begin with the most popular of a profile, as a static set does, and goes on from there.
+
     A prompt of T tokens counts as ``prompt`` tokens at most: else long ones would never fade.
 
     Parameters
@@ -27,6 +32,8 @@ class Promoted(DecayedLFU):
     decay, margin : :class:`float`
     prompt : :class:`float`
         Most tokens that a call counts for.
+    popularity : (n_layers, n_experts), optional
+        The highest of each layer are resident from the start.
     **options
         See :class:`DecayedLFU`.
     """
@@ -35,9 +42,12 @@ class Promoted(DecayedLFU):
     bypass = True
 
     def __init__(self, *, decay: float = 0.97, margin: float = 1.2, prompt: float = 64.0,
-                 **options: Any) -> None:
+                 popularity: np.ndarray | None = None, **options: Any) -> None:
         super().__init__(decay=decay, margin=margin, **options)
         self._prompt = prompt
+        if popularity is not None:
+            self.score[:] = popularity * (_KNOWN / max(1, popularity.max()))
+            self.resident |= Pinned(popularity=popularity, slots=self.slots).resident
 
     @classmethod
     def fitting(cls, costs: LayerCosts) -> dict[str, Any]:

@@ -242,6 +242,15 @@ def test_a_prompt_does_not_outweigh_everything():
     assert np.flatnonzero(policy.resident[0]).tolist() == [3]
 
 
+def test_promoted_begins_with_a_profile_and_leaves_it():
+    policy = Promoted(n_layers=1, n_experts=4, slots=2, popularity=np.array([[9, 5, 1, 0]]))
+    assert policy.resident[0].tolist() == [True, True, False, False]
+    nothing = np.array([], int)
+    for _ in range(20):
+        policy.use(0, uses(2, 3, size=4), arrived=nothing)
+    assert policy.resident[0].tolist() == [False, False, True, True]
+
+
 def test_prefill_guided_moves_behind_prompts_only():
     policy = PrefillGuided(n_layers=1, n_experts=8, slots=2, tokens=8)
     policy.use(0, uses(0, 0, 0, 0, 1, 1, 1, 2, 2, 3))
