@@ -12,14 +12,15 @@ import numpy as np
 from moeaccel.host.policies.costs import LayerCosts
 from moeaccel.host.policies.placement import Work
 from moeaccel.host.policies.placement.monde import ALPHAS, MoNDE
+from moeaccel.host.policies.placement.scan import best_split
 from moeaccel.host.policies.replay import Outcome, replay
 from moeaccel.host.policies.systems import SYSTEMS, Part, System
 from moeaccel.host.traces import RoutingTrace
 
-__all__ = ["Comparison", "compare", "tuned"]
+__all__ = ["Comparison", "compare", "device_alone", "tuned"]
 
 _SAMPLE = 256
-"""Calls that MoNDE's alpha is tuned on."""
+"""Calls that MoNDE's alpha is tuned on, and that are looked at for :func:`device_alone`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,10 +95,23 @@ def tuned(system: System, trace: RoutingTrace, costs: LayerCosts) -> System:
     """Return a system with what its authors tune: MoNDE's alpha, on some calls of the trace."""
     if system.placement.name != MoNDE.name or "alpha" in system.placement.options:
         return system
-    empty = np.zeros(trace.n_experts, bool)
-    works = []
-    steps = list(trace.steps())
-    for step in steps[:: max(1, len(steps) * trace.n_layers // _SAMPLE)]:
-        works += [Work.of(uses, empty, len(step.ids)) for uses in trace.counts(step.ids)]
-    best = MoNDE.best(costs, works, alphas=ALPHAS)
+    best = MoNDE.best(costs, _works(trace), alphas=ALPHAS)
     return dataclasses.replace(system, placement=Part(MoNDE.name, {"alpha": best.alpha}))
+
+
+def device_alone(trace: RoutingTrace, costs: LayerCosts) -> dict[int, float]:
+    """Return, by the tokens of a call, the share of the trace's calls for which all on the device
+    is already the best split, without residents; of a sample."""
+    found: dict[int, list[bool]] = {}
+    for work in _works(trace):
+        found.setdefault(work.tokens, []).append(best_split(costs, work) == (0, 0))
+    return {tokens: float(np.mean(alone)) for tokens, alone in sorted(found.items())}
+
+
+def _works(trace: RoutingTrace) -> list[Work]:
+    """Return some calls of a trace, nothing resident."""
+    empty = np.zeros(trace.n_experts, bool)
+    steps = list(trace.steps())
+    return [Work.of(uses, empty, len(step.ids))
+            for step in steps[:: max(1, len(steps) * trace.n_layers // _SAMPLE)]
+            for uses in trace.counts(step.ids)]

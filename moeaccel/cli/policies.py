@@ -86,7 +86,7 @@ def compare(
 ) -> None:
     """Replay a trace under every policy: hits, bytes over the link, predicted time, distance to the
     bounds."""
-    from moeaccel.host.policies.compare import compare as run
+    from moeaccel.host.policies.compare import compare as run, device_alone
     from moeaccel.host.policies.costs import machine
     from moeaccel.host.policies.systems import SYSTEMS, system
     from moeaccel.host.traces import ForeignTrace, PopularityProfile, RoutingTrace
@@ -127,13 +127,17 @@ def compare(
         from moeaccel.host.policies.plot import plot as draw
 
         draw(rows, plot, title=title)
+    alone = device_alone(routes, costs)
     if as_json:
         print_json({"model": found.key, "machine": host.name, "gpu_bytes": size,
                     "weight_format": weight_format, "single_copy": single_copy, "fused": fused,
                     "tokens": len(routes), "trace": routes.source,
+                    "device_alone_is_best": alone,
                     "policies": [row.as_dict() for row in rows]})
         return
     _print(rows, title)
+    shares = ", ".join(f"{share:.0%} of calls of {tokens}" for tokens, share in alone.items())
+    typer.echo(f"without residents all on the device is already best: {shares} tokens")
 
 
 def _print(rows: "list[Comparison]", title: str) -> None:

@@ -3,7 +3,7 @@ import pytest
 
 from moeaccel.errors import OutputError
 from moeaccel.host.errors import InvalidOption
-from moeaccel.host.policies.compare import compare, tuned
+from moeaccel.host.policies.compare import compare, device_alone, tuned
 from moeaccel.host.policies.costs import machine
 from moeaccel.host.policies.plot import plot
 from moeaccel.host.policies.systems import SYSTEMS
@@ -50,6 +50,12 @@ def test_mondes_alpha_is_tuned_for_the_trace():
     assert tuned(monde, prompts, COSTS).placement.options["alpha"] > 0
     assert tuned(monde, decode, COSTS).placement.options["alpha"] == 0
     assert tuned(SYSTEMS["monde-ceil"], prompts, COSTS) is SYSTEMS["monde-ceil"]
+
+
+def test_where_the_device_alone_is_best():
+    """Of single tokens; not of prompts, whose hot experts are worth a move."""
+    trace = generate("mixtral-8x7b", requests=2, tokens=264, prompt=256, seed=3)
+    assert device_alone(trace, COSTS) == {1: 1.0, 256: 0.0}
 
 
 def test_plot(rows, tmp_path):

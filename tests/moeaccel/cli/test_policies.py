@@ -43,9 +43,11 @@ def test_compare(tmp_path):
     assert (found["gpu_bytes"], found["tokens"]) == (8 << 30, 16)
     assert found["machine"] == "h100 + 2 x u55c"
     assert {row["policy"] for row in found["policies"]} == {"moeaccel", "daop"}
+    assert found["device_alone_is_best"]["1"] == 1
     assert picture.read_text().startswith("<?xml")
     table = run(*BENCH, *SMALL, "--gpu-bytes", "10%", "--torch", "cpu", "--profile",
                 trace_of(tmp_path, "mixtral-8x7b")).stdout
+    assert "all on the device is already best: 100% of calls of 1" in table
     assert "moeaccel" in table and "cpu + 2 x u55c" in table
 
 
