@@ -302,7 +302,7 @@ class RoutingTrace:
     def uses(self, phase: Phase = "all") -> Iterator[np.ndarray]:
         """Yield for each forward pass how many tokens each expert has, int64 (layers, experts)."""
         for step in self.steps(phase):
-            yield self._counts(step.ids)
+            yield self.counts(step.ids)
 
     def _rows(self, phase: Phase) -> np.ndarray:
         match phase:
@@ -315,14 +315,15 @@ class RoutingTrace:
             case _:
                 raise InvalidTrace(f'phase must be "all", "prefill" or "decode", not {phase!r}')
 
-    def _counts(self, ids: np.ndarray) -> np.ndarray:
+    def counts(self, ids: np.ndarray) -> np.ndarray:
+        """Return how many tokens each expert has, int64 (layers, experts), of some tokens' ids."""
         flat = ids + np.arange(self.n_layers)[:, None] * self.n_experts
         size = self.n_layers * self.n_experts
         return np.bincount(flat[ids >= 0], minlength=size).reshape(self.n_layers, -1)
 
     def popularity(self) -> PopularityProfile:
         """Return how often each expert was used."""
-        return PopularityProfile(counts=self._counts(self.ids), layers=self.layers,
+        return PopularityProfile(counts=self.counts(self.ids), layers=self.layers,
                                  model=self.model, source=self.source)
 
     def rebatch(self, batch: int, *, prompt: int = 0) -> RoutingTrace:

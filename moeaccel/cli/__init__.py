@@ -24,6 +24,8 @@ __all__ = ["COMMANDS", "app", "main"]
 
 COMMANDS = (
     "run", "import", "bench", "soak", "models", "trace", "verilog", "bitstream", "board", "doctor")
+    "run", "bench", "soak", "models", "trace", "policies", "verilog", "bitstream", "board",
+    "doctor")
 
 
 class _Group(TyperGroup):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moeaccel.cli import policies
 from moeaccel.cli.output import Status, print_json
 from moeaccel.config import MEMORY_LATENCY_CYCLES
 from moeaccel.formats import FORMATS
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from moeaccel.host.benchmark import Bench
 
 app = typer.Typer(no_args_is_help=True, help="Measure layers of real size on the RTL or its model.")
+
+app.command("policies")(policies.compare)
 
 
 class DeviceKind(StrEnum):

@@ -21,7 +21,8 @@ def hidden(rows: InternalFloat, expert: Expert) -> tuple[Ints, Ints]:
         Activation, whether it is gated, and limit.
     """
     act = activation(expert.activation)
-    limit = None if expert.limit is None else float32_to_internal(np.float32(expert.limit))
+    limit = None if expert.limit is None else float32_to_internal(
+        np.array(expert.limit, np.float32))
     if expert.gated:
         return gated(rows[:, 0::2], rows[:, 1::2], act, limit)
     return ungated(rows, act, limit)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -22,18 +22,19 @@ class Belady(Residency):
     ----------
     future : iterable of integer (n_layers, n_experts)
         The steps that will come, as :meth:`step` will get them.
-    slots : :class:`int`
+    slots : :class:`int`, or one for each layer
         See :class:`Residency`.
 
     Raises
     ------
     InvalidOption
-        If there is no step; from :meth:`step`, if it is not the one that was announced.
+        If there is no step; from :meth:`use`, if it is not the one that was announced.
     """
 
+    name = "belady"
     bypass = True
 
-    def __init__(self, *, future: Iterable[np.ndarray], slots: int) -> None:
+    def __init__(self, *, future: Iterable[np.ndarray], slots: int | Sequence[int]) -> None:
         kept = list(future)
         found = [np.flatnonzero(uses > 0) for uses in kept]
         if not kept:
@@ -46,13 +47,15 @@ class Belady(Residency):
         order = np.argsort(entries, kind="stable")
         self._times = steps[order]
         self._at = np.searchsorted(entries[order], np.arange(size)).reshape(self.score.shape)
-        self._now = np.zeros(self.score.shape[0], np.int64)
+        self._now = [0] * self.score.shape[0]
+        self.score[:] = -self._times[self._at]
 
-    def _use(self, layers: slice, uses: np.ndarray) -> None:
-        at, used = self._at[layers], uses > 0
-        if not (self._times[at] == self._now[layers, None])[used].all():
+    def _use(self, layer: int, uses: np.ndarray, used: np.ndarray, mass: np.ndarray | None) -> None:
+        at, now = self._at[layer], self._now[layer]
+        experts = used.nonzero()[0]
+        if not (self._times[at[experts]] == now).all():
             raise InvalidOption("steps of Belady must be those of its future; "
-                                f"step {int(self._now[layers].min())} uses other experts")
-        at += used
-        self._now[layers] += 1
-        np.copyto(self.score[layers], -self._times[at], where=used)
+                                f"step {now} uses other experts")
+        at[experts] += 1
+        self._now[layer] += 1
+        self.score[layer, experts] = -self._times[at[experts]]

@@ -16,5 +16,7 @@ class LFU(Residency):
     need follow the count. On a long stream this is static popularity with a little recency.
     """
 
-    def _use(self, layers: slice, uses: np.ndarray) -> None:
-        self.score[layers] += uses
+    name = "lfu"
+
+    def _use(self, layer: int, uses: np.ndarray, used: np.ndarray, mass: np.ndarray | None) -> None:
+        self.score[layer] += uses

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from moeaccel.host.policies.residency.base import Residency
@@ -16,10 +18,12 @@ class LRU(Residency):
     (arXiv 2312.17238), one for each layer.
     """
 
-    def __init__(self, *, n_layers: int, n_experts: int, slots: int) -> None:
-        super().__init__(n_layers=n_layers, n_experts=n_experts, slots=slots)
-        self._steps = np.zeros((n_layers, 1))
+    name = "lru"
 
-    def _use(self, layers: slice, uses: np.ndarray) -> None:
-        self._steps[layers] += 1
-        np.copyto(self.score[layers], self._steps[layers], where=uses > 0)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._steps = [0] * len(self.score)
+
+    def _use(self, layer: int, uses: np.ndarray, used: np.ndarray, mass: np.ndarray | None) -> None:
+        self._steps[layer] += 1
+        self.score[layer, used] = self._steps[layer]

@@ -1,0 +1,176 @@
+"""``moeaccel policies`` and ``moeaccel bench policies``: which expert is where, compared."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moeaccel.cli.output import Status, print_json
+from moeaccel.errors import MoeAccelError
+
+if TYPE_CHECKING:
+    from moeaccel.host.policies.compare import Comparison
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+class InvalidSize(MoeAccelError, ValueError):
+    """A size that is no number of bytes, nor a share."""
+
+
+def command(as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False
+            ) -> None:
+    """List offloading systems and the parts that they are made of here."""
+    from moeaccel.host.policies.systems import SYSTEMS
+
+    if as_json:
+        print_json([{
+            "policy": s.name, "title": s.title, "source": s.source, "lossless": s.lossless,
+            **{kind: None if part is None else {"name": part.name, "options": part.options}
+               for kind, part in (("placement", s.placement), ("residency", s.residency),
+                                  ("prefetch", s.prefetch), ("routing", s.routing))},
+            "note": s.note} for s in SYSTEMS.values()])
+        return
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    table = Table(Column("policy", no_wrap=True), "placement", "residency", "prefetch", "routing",
+                  "routes")
+    for s in SYSTEMS.values():
+        table.add_row(s.name, *("-" if part is None else str(part) for part in (
+            s.placement, s.residency, s.prefetch, s.routing)),
+            "lossless" if s.lossless else "lossy")
+    console = Console()
+    console.print(table)
+    for s in SYSTEMS.values():
+        text = ", ".join(filter(None, (s.title, s.source)))
+        console.print(f"{s.name}: {text}{s.note and f'; {s.note}'}", highlight=False)
+
+
+def compare(
+    model: Annotated[str, typer.Option(help="Model of the zoo, see `moeaccel models`.")],
+    trace: Annotated[
+        Path | None, typer.Option(help="Trace of the model; when left out, routes are generated.")
+    ] = None,
+    gpu_bytes: Annotated[
+        str, typer.Option(help="Memory of the torch device for experts: bytes, as 8GiB, or as 25%.")
+    ] = "25%",
+    policy: Annotated[
+        list[str] | None, typer.Option(help="Only this, repeatable; see `moeaccel policies`.")
+    ] = None,
+    torch: Annotated[str, typer.Option(help="Torch device: h100, rtx4090 or cpu.")] = "h100",
+    cards: Annotated[str, typer.Option(help="Accelerator cards, as many as hold the model.")]
+    = "u55c",
+    weight_format: Annotated[str, typer.Option(help="Of the images.")] = "int4_g32",
+    single_copy: Annotated[
+        bool, typer.Option("--single-copy", help="Images are on the cards alone, and move from "
+                                                 "there; else the host has a copy.")
+    ] = False,
+    fused: Annotated[
+        bool, typer.Option("--fused", help="The torch device multiplies images as they are, and "
+                                           "residents are images; else both are bf16.")
+    ] = False,
+    profile: Annotated[
+        Path | None, typer.Option(help="Trace or profile for policies that pin experts; when left "
+                                       "out, the trace itself.")
+    ] = None,
+    requests: Annotated[int, typer.Option(min=1, help="Requests to generate.")] = 4,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each.")] = 256,
+    prompt: Annotated[int, typer.Option(min=0, help="Of these, of the prompt.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 1,
+    plot: Annotated[
+        Path | None, typer.Option(help="Picture to draw: .png, .svg or .pdf.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of routes and of stand-ins.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Replay a trace under every policy: hits, bytes over the link, predicted time, distance to the
+    bounds."""
+    from moeaccel.host.policies.compare import compare as run, device_alone
+    from moeaccel.host.policies.costs import machine
+    from moeaccel.host.policies.systems import SYSTEMS, system
+    from moeaccel.host.traces import ForeignTrace, PopularityProfile, RoutingTrace
+    from moeaccel.host.traces.presets import generate, presets
+    from moeaccel.zoo import model as find_model
+
+    found = find_model(model)
+    chosen = [system(name) for name in policy] if policy else list(SYSTEMS.values())
+    host = machine(torch, cards).holding(found, weight_format)
+    costs = host.layer(found, weight_format_name=weight_format, single_copy=single_copy,
+                       fused=fused)
+    with Status(as_json) as status:
+        if trace is not None:
+            routes = RoutingTrace.load(trace)
+        else:
+            if found.key not in presets():
+                raise ForeignTrace(f"a trace must be given with --trace for {found.key}: routes "
+                                   f"are generated for {', '.join(presets())} only")
+            status(f"generating routes of {found.key}")
+            routes = generate(found.key, requests=requests, tokens=tokens, prompt=prompt,
+                              batch=batch, seed=seed)
+        routes.expect(n_layers=found.n_moe_layers, n_experts=found.n_experts, top_k=found.top_k)
+        counts = None
+        if profile is not None:
+            try:
+                counts = RoutingTrace.load(profile).popularity().counts
+            except ForeignTrace:
+                counts = PopularityProfile.load(profile).counts
+            if counts.shape != (found.n_moe_layers, found.n_experts):
+                raise ForeignTrace(f"{profile} must have {found.n_moe_layers} layers of "
+                                   f"{found.n_experts} experts, not {counts.shape}")
+        size = _bytes(gpu_bytes, found.n_moe_layers * found.n_experts * costs.resident_bytes)
+        rows = run(routes, costs, gpu_bytes=size, systems=chosen, profile=counts, seed=seed,
+                   progress=lambda name: status(f"replaying {name}"))
+    title = (f"{found.name} on {host.name}, {size / 1e9:.2f} GB for experts, "
+             f"{len(routes):,} tokens, {weight_format}")
+    if plot is not None:
+        from moeaccel.host.policies.plot import plot as draw
+
+        draw(rows, plot, title=title)
+    alone = device_alone(routes, costs)
+    if as_json:
+        print_json({"model": found.key, "machine": host.name, "gpu_bytes": size,
+                    "weight_format": weight_format, "single_copy": single_copy, "fused": fused,
+                    "tokens": len(routes), "trace": routes.source,
+                    "device_alone_is_best": alone,
+                    "policies": [row.as_dict() for row in rows]})
+        return
+    _print(rows, title)
+    shares = ", ".join(f"{share:.0%} of calls of {tokens}" for tokens, share in alone.items())
+    typer.echo(f"without residents all on the device is already best: {shares} tokens")
+
+
+def _print(rows: "list[Comparison]", title: str) -> None:
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    table = Table(Column("policy", no_wrap=True), "routes", "hits", "to Belady", "MB/token",
+                  "ms/token", "ms in experts", "to optimum", title=title)
+    for row in rows:
+        found = row.outcome
+        table.add_row(
+            found.system.name,
+            "lossless" if found.system.lossless else f"lossy, {found.mass:.0%}",
+            f"{found.hit_rate:.3f}", f"{row.to_belady:.3f}",
+            f"{found.link_bytes_per_token / 1e6:,.2f}", f"{found.seconds_per_token * 1e3:,.3f}",
+            f"{found.moe_seconds_per_token * 1e3:,.3f}", f"{found.to_optimum:+.1%}")
+    console = Console()
+    console.print(table)
+    console.print("predicted; lossy: with the share of the routers' weight that is computed; to "
+                  "optimum: over the best split of the same residents", highlight=False)
+
+
+def _bytes(text: str, everything: int) -> int:
+    """Return a size in bytes: a number, with a unit, or a share of all experts."""
+    units: dict[str, Any] = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 1 << 10,
+                             "MIB": 1 << 20, "GIB": 1 << 30, "%": everything / 100}
+    number = text.strip().rstrip("%BKMGIibkmg")
+    unit = text.strip()[len(number):].upper()
+    try:
+        value = float(number) * units[unit]
+    except (KeyError, ValueError):
+        raise InvalidSize("gpu_bytes must be a number of bytes, with a unit as 8GiB or 500MB, or a "
+                          f"share as 25%, not {text!r}") from None
+    if not 0 <= value < 1 << 62:
+        raise InvalidSize(f"gpu_bytes must be at least 0, not {text!r}")
+    return int(value)
