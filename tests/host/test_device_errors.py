@@ -97,7 +97,7 @@ def test_quantised_weights_are_checked(device):
     with pytest.raises(errors.InvalidTensor, match="at least one"):
         device.load_quantised([])
     with pytest.raises(errors.InvalidTensor,
-                       match=r"down of expert 1 must have the shape \(64, 96\), or .* not \(96, 64\)"):
+                       match=r"down of expert 1 must have .* \(64, 96\), or .* not \(96, 64\)"):
         device.load_quantised([*one, Expert(one[0].gate_up, other[0].down)])
 
 
