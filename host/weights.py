@@ -138,10 +138,9 @@ def load_quantised(device: Device, experts: Sequence[Expert], *, activation: str
     shapes: list[ExpertShape] = []
     seen: Expert | None = None  # many may be one object; its id may be another's that is made later
     for e, expert in enumerate(experts):
-        if expert is not seen:
-            shape = _checked_shape(device, e, expert, activation)
-            seen = expert
-        shapes.append(shape)
+        shapes.append(
+            shapes[-1] if expert is seen else _checked_shape(device, e, expert, activation))
+        seen = expert
     if len({shape.d_model for shape in shapes}) > 1:
         raise InvalidTensor(
             f"experts must be of one d_model, not {sorted({shape.d_model for shape in shapes})}")

@@ -105,9 +105,10 @@ def _parts(matrix: QuantisedMatrix) -> dict[str, NDArray[Any]]:
 
 def _matrix(fmt: WeightFormat, k: int, parts: dict[str, NDArray[Any]]) -> QuantisedMatrix:
     """Return the matrix that a file holds: the inverse of :func:`_parts`."""
-    codes, scales = parts["codes"], parts["scales"]
+    codes: NDArray[np.uint8] = parts["codes"]
+    scales = parts["scales"]
     if fmt.packed:
-        codes = np.stack([codes & 15, codes >> 4], axis=2).reshape(len(codes), -1)[:, :k]
+        codes = np.stack([codes & 15, codes >> 4], axis=2).reshape(len(codes), -1)[:, :k].view(np.uint8)
     mask = (1 << SIGNIFICAND_BITS) - 1
     return QuantisedMatrix(
         fmt, fmt.decode(np.ascontiguousarray(codes)),
@@ -140,12 +141,12 @@ class QuantisedExperts(Sequence[Expert]):
             return [self[e] for e in range(len(self))[index]]
         expert = range(len(self))[index]
         layer = self.summary
-        matrices = (
+        gate_up, down = (
             _matrix(self._format, k, {
                 part: self._tensors[f"layers.{layer.index}.{name}.{part}"].array(expert)
                 for part in ("codes", "scales", "row_exponents")})
             for name, k in (("gate_up", layer.d_model), ("down", layer.d_expert)))
-        return Expert(*matrices)
+        return Expert(gate_up, down)
 
 
 class QuantisedFile:
