@@ -21,12 +21,15 @@ def toy(transform=lambda module: None, **flags):
             gate_up = torch.randn(4, 192, 64, generator=generator) / 8
             down = torch.randn(4, 64, 96, generator=generator) / 8
             self.act_fn = torch.nn.SiLU()
+            gated = flags.get("has_gate", True)
+            if not gated:
+                gate_up = gate_up[:, :96]
             self.plain = gate_up, down
-            if not flags.get("is_concatenated", True):
+            if gated and not flags.get("is_concatenated", True):
                 gate_up = gate_up.reshape(4, 2, 96, 64).transpose(1, 2).reshape(4, 192, 64)
             if flags.get("is_transposed"):
                 gate_up, down = gate_up.mT.contiguous(), down.mT.contiguous()
-            self.gate_up_proj = torch.nn.Parameter(gate_up.clone())
+            setattr(self, "gate_up_proj" if gated else "up_proj", torch.nn.Parameter(gate_up.clone()))
             self.down_proj = torch.nn.Parameter(down.clone())
             transform(self)
 
@@ -38,16 +41,28 @@ def toy(transform=lambda module: None, **flags):
     return ToyExperts(config).eval()
 
 
-def fp8(block=(128, 128), **config):
+def limited(limit):
+    """Return an experts module of the same weights with a clamped gate."""
+    def apply_gate(self, rows):
+        gate, up = rows.chunk(2, dim=-1)
+        return self.act_fn(gate.clamp(max=self.limit)) * up.clamp(-self.limit, self.limit)
+
+    module = toy(lambda m: setattr(type(m), "_apply_gate", apply_gate))
+    module.limit = limit
+    return module
+
+
+def fp8(block=(128, 128), *, gated=True, **config):
     """Return an experts module with FP8 weights, 4 experts of 256 by 128."""
     full = transformers.Qwen3MoeConfig(
         hidden_size=256, moe_intermediate_size=128, num_experts=4, **config)
     full._experts_implementation = "moeaccel"
     module = use_experts_implementation(
-        FP8Experts, experts_interface=FP8ExpertsInterface())(full, block_size=block)
+        type("FP8Experts", (FP8Experts,), {}), experts_interface=FP8ExpertsInterface(),
+        has_gate=gated)(full, block_size=block, has_gate=gated)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for name in ("gate_up_proj", "down_proj"):
+        for name in ("gate_up_proj" if gated else "up_proj", "down_proj"):
             weight, scale = getattr(module, name), getattr(module, f"{name}_scale_inv")
             weight.copy_((torch.randn(weight.shape, generator=generator) * 100).to(weight.dtype))
             scale.copy_(torch.rand(scale.shape, generator=generator) / 1000)

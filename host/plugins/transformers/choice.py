@@ -26,16 +26,20 @@ _COMMANDS_IN_FLIGHT = 16
 
 
 class LayerDims(NamedTuple):
-    """Number of experts in a layer, and the dimensions as the device has them, in whole blocks."""
+    """Number of experts in a layer, the dimensions as the device has them, in whole blocks, and
+    what its experts are."""
 
     experts: int
     d_model: int
     d_expert: int
+    gated: bool = True
+    activation: str = "silu"
 
     @classmethod
-    def padded(cls, experts: int, d_model: int, d_expert: int) -> Self:
+    def padded(cls, experts: int, d_model: int, d_expert: int, *, gated: bool = True,
+               activation: str = "silu") -> Self:
         """Round the dimensions up to whole blocks of 32."""
-        return cls(experts, whole_blocks(d_model), whole_blocks(d_expert))
+        return cls(experts, whole_blocks(d_model), whole_blocks(d_expert), gated, activation)
 
     @property
     def possible(self) -> bool:
@@ -45,13 +49,14 @@ class LayerDims(NamedTuple):
 
     def fits(self, config: AcceleratorConfig) -> bool:
         """Return whether a configuration's limits allow the layer."""
-        return (self.experts <= config.max_experts
+        return (self.activation in config.activations and self.experts <= config.max_experts
                 and max(self.d_model, self.d_expert) <= config.max_dim)
 
     def shape(self, config: AcceleratorConfig, format_name: str) -> ExpertShape:
         """Return the shape of each expert."""
         return ExpertShape(weight_format(format_name), self.d_model, self.d_expert,
-                           config.row_multipliers, config.channels)
+                           config.row_multipliers, config.channels, gated=self.gated,
+                           activation=self.activation)
 
     def image_bytes(self, config: AcceleratorConfig, format_name: str) -> int:
         """Return how many bytes of each channel's memory the layer's images and table take."""

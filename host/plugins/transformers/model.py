@@ -14,7 +14,7 @@ from moeaccel.errors import MoeAccelError
 from moeaccel.host.errors import ExpertsIgnored, InvalidOption
 from moeaccel.host.plugins.transformers import uploads
 from moeaccel.host.plugins.transformers.choice import Choice
-from moeaccel.host.plugins.transformers.modules import Weights, why_not
+from moeaccel.host.plugins.transformers.modules import Weights, look
 from moeaccel.host.plugins.transformers.operator import (
     NAME,
     Call,
@@ -44,8 +44,8 @@ def _dispatches(module: torch.nn.Module) -> bool:
 
 def _weights_in(model: torch.nn.Module) -> list[Weights]:
     """Return those of a model's layers that the device supports."""
-    return [Weights.of(module) for module in model.modules()
-            if _dispatches(module) and why_not(module) is None]
+    found = (look(module)[0] for module in model.modules() if _dispatches(module))
+    return [weights for weights in found if weights is not None]
 
 
 # -- what is in device memory ----------------------------------------------------------------------

@@ -6,18 +6,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Self, overload
 
 import torch
-from transformers.activations import SiLUActivation
-from transformers.integrations import moe
-from transformers.integrations.finegrained_fp8 import FP8Experts
 
+from moeaccel.activations import ACTIVATIONS
 from moeaccel.host.importers.fp8 import dequantise
 from moeaccel.host.plugins.transformers.choice import LayerDims
+from moeaccel.host.plugins.transformers.gates import gate_of
 
-__all__ = ["Weights", "why_not"]
+__all__ = ["Weights", "look"]
 
-# What the decorator installs where a class has no gate of its own. Others may differ by a clamp
-# that no probe would reach, so they are refused.
-_DEFAULT_GATE = vars(moe).get("_default_apply_gate")
 _LAYERS_IF_UNKNOWN = 64
 
 
@@ -32,7 +28,7 @@ class Weights(NamedTuple):
     Parameters
     ----------
     gate_up : tensor, (E, 2 I, H)
-        (E, H, 2 I) where ``transposed``.
+        (E, H, 2 I) where ``transposed``; I instead of 2 I where not ``gated``.
     down : tensor, (E, H, I)
         (E, I, H) where ``transposed``.
     gate_up_scale, down_scale : tensor, optional
@@ -44,6 +40,8 @@ class Weights(NamedTuple):
         Rows and columns of the block of a scale.
     layers : :class:`int`
         How many such layers the model has, or more: what a device is chosen for.
+    activation, gated, limit
+        See :meth:`moeaccel.host.Device.load_experts`.
     """
 
     gate_up: torch.Tensor
@@ -54,17 +52,23 @@ class Weights(NamedTuple):
     interleaved: bool
     block: list[int] | None
     layers: int
+    activation: str = "silu"
+    gated: bool = True
+    limit: float | None = None
 
     @classmethod
-    def of(cls, module: Any) -> Self:
+    def of(cls, module: Any, activation: str = "silu", limit: float | None = None) -> Self:
         """Return those of a module."""
         block = getattr(module, "block_size", None)
-        return cls(module.gate_up_proj, module.down_proj,
-                   getattr(module, "gate_up_proj_scale_inv", None),
+        gated = bool(getattr(module, "has_gate", True))
+        first = "gate_up_proj" if gated else "up_proj"
+        return cls(getattr(module, first), module.down_proj,
+                   getattr(module, f"{first}_scale_inv", None),
                    getattr(module, "down_proj_scale_inv", None),
                    bool(getattr(module, "is_transposed", False)),
-                   not getattr(module, "is_concatenated", True),
-                   None if block is None else list(block), _layers_of(module))
+                   gated and not getattr(module, "is_concatenated", True),
+                   None if block is None else list(block), _layers_of(module),
+                   activation, gated, limit)
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
@@ -77,13 +81,16 @@ class Weights(NamedTuple):
         """Number of experts and dimensions, padded."""
         experts, *shape = self.down.shape
         d_expert, d_model = shape if self.transposed else reversed(shape)
-        return LayerDims.padded(experts, d_model, d_expert)
+        return LayerDims.padded(experts, d_model, d_expert, gated=self.gated,
+                                activation=self.activation)
 
     @property
     def stacks(self) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
-        """Gate and up, (E, 2 I, H), and down, (E, H, I), converted one expert at a time."""
+        """Gate and up, (E, 2 I, H) or (E, I, H), and down, (E, H, I), converted one expert at a
+        time."""
+        parts = 2 if self.gated and not self.interleaved else 1
         return (_Stack(self.gate_up, self.gate_up_scale, self.block, self.transposed,
-                       self.interleaved, 1 if self.interleaved else 2),
+                       self.interleaved, parts),
                 _Stack(self.down, self.down_scale, self.block, self.transposed, False, 1))
 
 
@@ -127,47 +134,24 @@ class _Stack(Sequence[torch.Tensor]):
 
 
 # -- does the device do what it does? --------------------------------------------------------------
-@torch.compiler.disable
-def _computes_silu(function: Any) -> bool:
-    probe = torch.linspace(-30, 30, 241)
-    try:
-        with torch.no_grad():
-            return torch.allclose(function(probe.clone()), torch.nn.functional.silu(probe),
-                                  rtol=1e-5, atol=1e-6)
-    except (RuntimeError, TypeError, ValueError):
-        return False
-
-
-def _is_silu(function: Any) -> bool:
-    """Return whether an activation computes SiLU, whatever class it is."""
-    return type(function) in (torch.nn.SiLU, SiLUActivation) or bool(_computes_silu(function))
-
-
-def why_not(module: Any) -> str | None:
-    """Return what a module does that the device does not do, or None.
+def look(module: Any) -> tuple[Weights | None, str | None]:
+    """Return what a module holds, or None and what it does that the device does not do.
 
     Called on every call, and traced by ``torch.compile``.
     """
-    found = None
-    if not getattr(module, "has_gate", True):
-        found = "a gate, but has_gate is False"
-    elif getattr(module, "has_bias", False):
-        found = "no bias, but has_bias is True"
-    elif getattr(module, "has_post_expert_norm", False):
-        found = "no norm behind its experts, but has_post_expert_norm is True"
-    elif isinstance(module, FP8Experts):
-        for flag in ("swiglu_alpha", "limit", "gate_softcap"):
-            if (value := getattr(module, flag, None)) is not None:
-                found = f"a plain SwiGLU gate, but {flag} is {value}"
-        if module.gate_up_proj.dtype == torch.int8:
-            found = "FP8 weights, but its weights are packed FP4"
-    elif getattr(type(module), "_apply_gate", None) is not _DEFAULT_GATE:
-        found = "the default gate, silu(gate) * up, but _apply_gate is its own"
-    if found is None and not _is_silu(module.act_fn):
-        name = getattr(module.act_fn, "__name__", type(module.act_fn).__name__)
-        found = f"the activation SiLU, but act_fn is {name}"
-    if found is None:
-        return None
-    return (f"{type(module).__name__} must have {found}; the device runs gated experts with SiLU, "
-            'without bias and without a norm behind them: use experts_implementation="eager" for '
-            "this model")
+    missing = []
+    if getattr(module, "has_bias", False):
+        missing.append("no bias, but has_bias is True")
+    if getattr(module, "has_post_expert_norm", False):
+        missing.append("no norm behind its experts, but has_post_expert_norm is True")
+    if module.down_proj.dtype == torch.int8:
+        missing.append("FP8 or float weights, but its weights are packed FP4")
+    gate = gate_of(module)
+    if gate.missing is not None:
+        missing.append(gate.missing)
+    if not missing:
+        return Weights.of(module, gate.activation, gate.limit), None
+    return None, (
+        f"{type(module).__name__} must have {', and '.join(missing)}; the device runs experts with "
+        f"or without up rows, activations {', '.join(ACTIVATIONS)} and a limit before them: use "
+        'experts_implementation="eager" for this model')

@@ -25,7 +25,7 @@ from moeaccel.host.errors import (
     UnsupportedExperts,
 )
 from moeaccel.host.plugins.transformers.choice import LayerDims
-from moeaccel.host.plugins.transformers.modules import Weights, why_not
+from moeaccel.host.plugins.transformers.modules import Weights, look
 from moeaccel.host.plugins.transformers.session import check_limits, option, session_for
 from moeaccel.host.plugins.transformers.uploads import experts_of
 
@@ -46,7 +46,8 @@ _WAY_OUT = ("the device computes no gradients: evaluate under torch.no_grad() or
     "moeaccel::experts", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,),
     schema="(Tensor x, Tensor ids, Tensor routing, Tensor gate_up, Tensor down, "
            "Tensor? gate_up_scale, Tensor? down_scale, bool transposed, bool interleaved, "
-           "int[]? block, int layers) -> Tensor")
+           "int[]? block, int layers, str activation='silu', bool gated=True, "
+           "float? limit=None) -> Tensor")
 def _experts(x: torch.Tensor, ids: torch.Tensor, routing: torch.Tensor,
              *weights: Any) -> torch.Tensor:
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
@@ -104,15 +105,19 @@ probed: contextvars.ContextVar[list[Call] | None] = contextvars.ContextVar(
 """Where calls are noted down instead of executed."""
 
 
-def why_refused(reason: str | None, dims: tuple[int, int, int] | None, top_k: int,
+_Dims = tuple[int, int, int, bool, str]
+"""The fields of :class:`LayerDims`."""
+
+
+def why_refused(reason: str | None, dims: _Dims | None, top_k: int,
                 layers: int) -> HostError | None:
     """Return why the device cannot run a layer, or None; opens it if need be.
 
     Parameters
     ----------
     reason : :class:`str`, optional
-        See :func:`why_not`.
-    dims : three :class:`int`, optional
+        See :func:`look`.
+    dims : tuple, optional
         See :class:`LayerDims`.
     top_k, layers : :class:`int`
     """
@@ -124,13 +129,13 @@ def why_refused(reason: str | None, dims: tuple[int, int, int] | None, top_k: in
     layer = LayerDims(*dims)
     try:
         check_limits(session_for([layer] * layers), layer)
-    except LimitExceeded as error:
+    except (LimitExceeded, UnsupportedExperts) as error:
         return error
     return None
 
 
 @torch.compiler.assume_constant_result
-def _runs_eagerly(reason: str | None, dims: tuple[int, int, int] | None, top_k: int,
+def _runs_eagerly(reason: str | None, dims: _Dims | None, top_k: int,
                   layers: int) -> bool:
     """Return whether transformers' own code runs a layer; asked once when code is compiled."""
     if option("unsupported") != "eager":
@@ -177,15 +182,14 @@ def experts_forward(module: Any, hidden_states: torch.Tensor, top_k_index: torch
     GraphCaptureUnsupported
         If a CUDA graph is being captured.
     """
-    reason = why_not(module)
-    weights = None if reason is not None else Weights.of(module)
+    weights, reason = look(module)
     top_k = top_k_index.shape[-1]
     if not torch.compiler.is_compiling() and (calls := probed.get()) is not None:
         calls.append(Call(module, weights, top_k, reason))
         return torch.zeros_like(hidden_states)
     dims = weights and weights.dims
-    if _runs_eagerly(reason, dims and (dims.experts, dims.d_model, dims.d_expert), top_k,
-                     1 if weights is None else weights.layers):
+    plain = dims and (dims.experts, dims.d_model, dims.d_expert, dims.gated, dims.activation)
+    if _runs_eagerly(reason, plain, top_k, 1 if weights is None else weights.layers):
         # What the decorator wrapped.
         return type(module).forward.__wrapped__(
             module, hidden_states, top_k_index, top_k_weights, **_)

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from moeaccel.config import PRESETS, AcceleratorConfig, preset
+from moeaccel.errors import FormatError
 from moeaccel.formats import FORMATS
 from moeaccel.host.device import Device
-from moeaccel.host.errors import InvalidOption, OutOfDeviceMemory
+from moeaccel.host.errors import InvalidOption, OutOfDeviceMemory, UnsupportedExperts
 from moeaccel.host.limits import check_layer
 from moeaccel.host.opening import open_device
 from moeaccel.host.plugins.transformers.choice import (
@@ -263,10 +264,15 @@ def option(name: str) -> Any:
 
 
 def check_limits(session: Session, layer: LayerDims) -> None:
-    """Raise :class:`LimitExceeded` or :class:`FormatError` if the device's configuration does not
-    take a layer."""
+    """Raise :class:`LimitExceeded`, :class:`UnsupportedExperts` for the activation or
+    :class:`FormatError` if the device's configuration does not take a layer."""
     config = session.device.config
-    check_layer(config, [layer.shape(config, session.weight_format)] * layer.experts)
+    try:
+        check_layer(config, [layer.shape(config, session.weight_format)] * layer.experts)
+    except FormatError as error:
+        if layer.activation in config.activations:
+            raise
+        raise UnsupportedExperts(str(error)) from error
 
 
 def check_memory(session: Session, layers: Sequence[LayerDims]) -> None:

@@ -56,7 +56,7 @@ _uploads: weakref.WeakKeyDictionary[torch.UntypedStorage, dict[_Key, _Upload]] =
 
 def _key(weights: Weights) -> _Key:
     return (*identity(weights.gate_up), weights.transposed, weights.interleaved,
-            tuple(weights.block or ()))
+            tuple(weights.block or ()), weights.activation, weights.gated, weights.limit)
 
 
 def _place(weights: Weights) -> dict[_Key, _Upload]:
@@ -106,7 +106,8 @@ def experts_of(weights: Weights, *, everything: bool = False) -> Experts:
         # Watched first, read second: what changes in between is seen by the next call.
         watches = [Watch(tensor) for tensor in weights.tensors]
         experts = session.device.load_experts(
-            *weights.stacks, weight_format=session.weight_format,
+            *weights.stacks, activation=weights.activation, gated=weights.gated,
+            limit=weights.limit, weight_format=session.weight_format,
             activation_bits=session.activation_bits, grid_exponent=session.grid_exponent)
         place[key] = _Upload(experts, session, watches)
         return experts

@@ -30,7 +30,19 @@ def test_every_published_model_gets_one_that_fits(fmt):
 
 
 def test_dimensions_are_counted_as_the_device_has_them():
-    assert LayerDims.padded(4, 1, 33) == (4, 32, 64)
+    assert LayerDims.padded(4, 1, 33) == LayerDims(4, 32, 64)
+
+
+def test_experts_without_up_rows_need_two_thirds_of_the_memory():
+    gated, plain = (LayerDims(64, 1024, 1024, gated=gated).image_bytes(PRESETS["small"], "mxint8")
+                    for gated in (True, False))
+    assert plain == pytest.approx(gated * 2 / 3, rel=0.01)
+
+
+def test_a_configuration_without_the_activation_does_not_fit():
+    silu_only = PRESETS["small"].replace(activations=("silu",))
+    assert LayerDims(4, 64, 64).fits(silu_only)
+    assert not LayerDims(4, 64, 64, activation="relu").fits(silu_only)
 
 
 def test_larger_than_a_preset():

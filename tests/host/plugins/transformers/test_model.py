@@ -87,9 +87,9 @@ def test_layers_that_are_not_reached_are_reported(device):
 # -- what the first forward pass would refuse
 REFUSED = {
     "bias": ("GptOss", FOUR | {"head_dim": 16}, errors.UnsupportedExperts,
-             "GptOssExperts must have no bias, but has_bias is True; the device runs gated"),
-    "activation": ("Mixtral", FOUR | {"hidden_act": "gelu"}, errors.UnsupportedExperts,
-                   "activation SiLU, but act_fn is GELU"),
+             "GptOssExperts must have no bias, but has_bias is True, and a gate without alpha"),
+    "activation": ("Mixtral", FOUR | {"hidden_act": "mish"}, errors.UnsupportedExperts,
+                   "an activation among silu, .*, but act_fn is Mish"),
     "top-k": ("Olmoe", {"num_experts": 32, "num_experts_per_tok": 17}, errors.LimitExceeded,
               "at most 16 experts for each token, not 17"),
     "dimension": ("Mixtral", FOUR | {"intermediate_size": 1056}, errors.LimitExceeded,

@@ -1,9 +1,9 @@
 import pytest
 import torch
+from transformers.activations import ACT2FN
 
 from moeaccel.host import errors
-from tests.support.experts import CALL, fp8, toy
-from tests.support.models import FOUR, config_of, make
+from tests.support.experts import CALL, fp8, limited, toy
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -20,61 +20,106 @@ def test_every_layout_is_honoured(device, transposed, concatenated):
 
 @pytest.mark.parametrize(("flags", "message"), [
     ({"has_bias": True}, "no bias, but has_bias is True"),
-    ({"has_gate": False}, "a gate, but has_gate is False"),
     ({"has_post_expert_norm": True}, "has_post_expert_norm is True"),
-    ({"transform": lambda m: setattr(m, "act_fn", torch.nn.ReLU())}, "but act_fn is ReLU"),
+    ({"transform": lambda m: setattr(m, "act_fn", torch.nn.Tanh())}, "but act_fn is Tanh"),
     ({"transform": lambda m: setattr(type(m), "_apply_gate", lambda self, g: g)},
-     "the default gate, silu.*but _apply_gate is its own"),
+     "but _apply_gate computes something else"),
+    ({"has_bias": True, "has_post_expert_norm": True, "has_gate": False},
+     "no bias, but has_bias is True, and no norm behind its experts, but .*; the device runs"),
 ])
 def test_what_the_device_does_not_do_is_refused(device, flags, message):
     with pytest.raises(errors.UnsupportedExperts, match=f"ToyExperts must have .*{message}"):
         toy(**flags)(*CALL)
 
 
-class OtherSilu(torch.nn.Module):
-    def forward(self, x):
-        return x * x.sigmoid()
+ACTIVATIONS = {
+    "silu": torch.nn.SiLU(), "relu": torch.nn.ReLU(), "gelu": torch.nn.GELU(),
+    "gelu_tanh": torch.nn.GELU("tanh"), "relu2": ACT2FN["relu2"],
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("gated", [True, False])
+@torch.no_grad()
+def test_every_activation_with_and_without_up_rows(device, name, gated):
+    module = toy(lambda m: setattr(m, "act_fn", ACTIVATIONS[name]), has_gate=gated)
+    expected = device.load_experts(
+        *module.plain, weight_format="mxint8", activation=name, gated=gated)(*CALL)
+    assert torch.equal(module(*CALL), expected)
 
 
 @torch.no_grad()
-def test_any_class_that_computes_silu_will_do(device):
-    expected = toy()(*CALL)
-    assert torch.equal(toy(lambda m: setattr(m, "act_fn", OtherSilu()))(*CALL), expected)
+def test_every_layout_without_up_rows(device):
+    expected = toy(has_gate=False)(*CALL)
+    # Nothing alternates where there are no up rows.
+    for flags in ({"is_transposed": True}, {"is_concatenated": False}):
+        assert torch.equal(toy(has_gate=False, **flags)(*CALL), expected)
 
 
-def test_other_activations_are_refused(device, ids):
-    model = make(config_of("Mixtral", **FOUR, hidden_act="gelu"), "moeaccel")
-    with pytest.raises(errors.UnsupportedExperts, match="activation SiLU, but act_fn is GELU"):
-        model(ids)
+@torch.no_grad()
+def test_limits(device):
+    module = limited(0.5)
+    expected = device.load_experts(*module.plain, weight_format="mxint8", limit=0.5)(*CALL)
+    assert torch.equal(module(*CALL), expected)
+    assert not torch.equal(toy()(*CALL), expected)
+
+
+@torch.no_grad()
+def test_layers_that_share_weights_keep_their_gates_apart(device):
+    first, second, third = limited(0.5), limited(7.0), toy()
+    expected = [module(*CALL) for module in (first, second, third)]
+    for module in (second, third):
+        module.gate_up_proj, module.down_proj = first.gate_up_proj, first.down_proj
+    third.act_fn = torch.nn.ReLU()
+    for _ in range(2):
+        assert torch.equal(first(*CALL), expected[0])
+        assert torch.equal(second(*CALL), expected[1])
+        assert not torch.equal(third(*CALL), expected[2])
+    first.limit = 7.0
+    assert torch.equal(first(*CALL), expected[1])
 
 
 # -- FP8
 @pytest.mark.parametrize("block", [(128, 128), None])
+@pytest.mark.parametrize("limit", [None, 7.0])
 @torch.no_grad()
-def test_fp8_weights_are_dequantised(device, block):
-    module = fp8(block)
-
-    def plain(name):
-        weight, scale = getattr(module, name), getattr(module, f"{name}_scale_inv")
-        parts = [dimension // count for dimension, count in
-                 zip(weight.shape[1:], scale.shape[1:], strict=True)]
-        return weight.float() * torch.kron(scale, torch.ones(parts))
-
-    x = torch.randn(6, 256, generator=torch.Generator().manual_seed(1))
+def test_fp8_weights_are_dequantised(device, block, limit):
+    module = fp8(block, swiglu_limit=limit)
+    x = 16 * torch.randn(6, 256, generator=torch.Generator().manual_seed(1))
     _, ids, weights = CALL
-    expected = device.load_experts(plain("gate_up_proj"), plain("down_proj"),
-                                   weight_format="mxint8")(x, ids, weights)
+    expected = device.load_experts(
+        plain(module, "gate_up_proj"), plain(module, "down_proj"), weight_format="mxint8",
+        limit=limit)(x, ids, weights)
+    assert torch.equal(module(x, ids, weights), expected)
+
+
+def plain(module, name):
+    """Return FP8 weights of a module as float32."""
+    weight, scale = getattr(module, name), getattr(module, f"{name}_scale_inv")
+    parts = [dimension // count for dimension, count in
+             zip(weight.shape[1:], scale.shape[1:], strict=True)]
+    return weight.float() * torch.kron(scale, torch.ones(parts))
+
+
+@torch.no_grad()
+def test_fp8_experts_without_up_rows(device):
+    module = fp8(gated=False)
+    x, (_, ids, weights) = torch.randn(6, 256), CALL
+    expected = device.load_experts(
+        plain(module, "up_proj"), plain(module, "down_proj"), weight_format="mxint8", gated=False,
+        activation="silu")(x, ids, weights)
     assert torch.equal(module(x, ids, weights), expected)
 
 
 def test_fp8_experts_with_another_gate_are_refused(device):
-    with pytest.raises(errors.UnsupportedExperts, match=r"FP8Experts must .* limit is 7"):
-        fp8(swiglu_limit=7.0)(torch.zeros(6, 256), *CALL[1:])
+    with pytest.raises(errors.UnsupportedExperts, match=r"FP8Experts must .*swiglu_alpha is 1.7"):
+        fp8(swiglu_limit=7.0, swiglu_alpha=1.7)(torch.zeros(6, 256), *CALL[1:])
 
 
 def test_packed_fp4_is_refused(device):
     module = fp8()
-    module.gate_up_proj = torch.nn.Parameter(
-        torch.zeros(4, 256, 128, dtype=torch.int8), requires_grad=False)
+    for name in ("gate_up_proj", "down_proj"):
+        packed = getattr(module, name)[..., ::2].view(torch.int8).contiguous()
+        setattr(module, name, torch.nn.Parameter(packed, requires_grad=False))
     with pytest.raises(errors.UnsupportedExperts, match="its weights are packed FP4"):
         module(torch.zeros(6, 256), *CALL[1:])

@@ -4,11 +4,14 @@ import pytest
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
+from transformers.activations import ReLUSquaredActivation
 
 import moeaccel.host.transformers_plugin as plugin
+from moeaccel.config import PRESETS
+from moeaccel.errors import FormatError
 from moeaccel.formats import quantise
-from moeaccel.host import errors
-from tests.support.experts import CALL, relative, toy
+from moeaccel.host import errors, open_device
+from tests.support.experts import CALL, fp8, limited, relative, toy
 from tests.support.models import FOUR, MODELS, config_of, make
 
 TORCH_WARNS_ITSELF = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
@@ -210,6 +213,37 @@ def test_compiled_code_refuses_what_the_module_refuses(device, compiled):
         torch.compile(toy(has_bias=True), backend="eager")(*CALL)
 
 
+FLAVOURS = {
+    "limit": lambda: limited(0.5),
+    "gelu": lambda: toy(lambda m: setattr(m, "act_fn", torch.nn.GELU())),
+    "relu2, no up rows": lambda: toy(
+        lambda m: setattr(m, "act_fn", ReLUSquaredActivation()), has_gate=False),
+    "fp8 with a limit": lambda: fp8(swiglu_limit=0.5),
+}
+
+
+@pytest.mark.parametrize("name", FLAVOURS)
+@torch.no_grad()
+def test_compiled_and_exported_code_of_every_flavour(device, compiled, name):
+    module = FLAVOURS[name]()
+    call = torch.randn(6, module.down_proj.shape[1]), *CALL[1:]
+    expected = module(*call)
+    fresh = FLAVOURS[name]()  # nobody looked at its gate yet
+    assert torch.equal(torch.compile(fresh, backend="aot_eager", fullgraph=True)(*call), expected)
+    for strict in (False, True):
+        program = torch.export.export(FLAVOURS[name](), call, strict=strict)
+        assert torch.equal(program.module()(*call), expected)
+
+
+@torch.no_grad()
+def test_compiled_code_tells_limits_apart(device, compiled):
+    forward = torch.compile(lambda module: module(*CALL), backend="eager", fullgraph=True)
+    first, second = limited(0.5), limited(7.0)
+    for module in (first, second, first):
+        assert torch.equal(forward(module), module(*CALL))
+    assert not torch.equal(forward(first), forward(second))
+
+
 @torch.no_grad()
 def test_compiled_code_sees_changed_weights_and_tells_layers_apart(device, compiled):
     first, second = toy(), toy()
@@ -268,6 +302,22 @@ def test_unsupported_layers_run_eagerly_when_asked(device, caplog, compiled):
     assert device.counters()["commands"] == 0
     toy()(*CALL)
     assert device.counters()["commands"] == 1
+
+
+@torch.no_grad()
+def test_activations_that_a_configuration_has_not(caplog):
+    module = toy(lambda m: setattr(m, "act_fn", torch.nn.ReLU()))
+    config = PRESETS["tiny"].replace(name="silu-only", activations=("silu",))
+    with open_device("golden", config=config, memory_bytes=1 << 22) as device:
+        plugin.use_device(device, weight_format="mxint8")
+        message = "activation must be one of silu in config 'silu-only', not 'relu'"
+        with pytest.raises(FormatError, match=message):
+            module(*CALL)
+        plugin.use_device(device, weight_format="mxint8", unsupported="eager")
+        assert torch.equal(module(*CALL), 2 * CALL[0])
+        assert message in lines(caplog)[0]
+        plugin.release()
+        plugin.use_device(None)
 
 
 @torch.no_grad()

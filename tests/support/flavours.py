@@ -1,0 +1,80 @@
+"""Every class of experts that transformers decorates, as small instances."""
+
+import importlib
+import inspect
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import PreTrainedConfig
+
+from moeaccel.formats import quantise
+
+_SMALL = {
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("intermediate_size", "moe_intermediate_size"), 96),
+    "hidden_size": 64, "moe_latent_size": None,
+}
+
+
+def modelling(name):
+    """Return transformers' module of a model."""
+    return importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+
+
+def decorated(module):
+    """Return the classes of experts in a module of transformers."""
+    return [value for value in vars(module).values()
+            if inspect.isclass(value) and value.__module__ == module.__name__
+            and "_apply_gate" in vars(value) and hasattr(value.forward, "__wrapped__")]
+
+
+def every_class():
+    """Return all of them; imports all of their models."""
+    folder = Path(transformers.__file__).parent / "models"
+    return [cls for path in sorted(folder.glob("*/modeling_*.py"))
+            if "use_experts_implementation" in path.read_text(encoding="utf-8")
+            for cls in decorated(modelling(path.parent.name))]
+
+
+def small(cls, implementation="moeaccel"):
+    """Return an experts module of a class: small, but for all else as its model has it by default.
+
+    Its weights are random, and large enough for limits to be reached.
+    """
+    named = "intermediate_size" in inspect.signature(cls).parameters
+    generator = torch.Generator().manual_seed(0)
+    for kind in _configs(cls):
+        config = kind()
+        for name, value in _SMALL.items():
+            if hasattr(config, name) and not isinstance(getattr(config, name), list):
+                setattr(config, name, value)
+        config._experts_implementation = implementation
+        try:
+            module = cls(config, **({"intermediate_size": 96} if named else {})).eval()
+        except AttributeError:  # one of another part of the model
+            continue
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        return module
+    raise LookupError(f"{cls.__name__} must take a configuration of its model")
+
+
+def _configs(cls):
+    """Return the configurations that a class may take; that of its signature first."""
+    named = inspect.signature(cls).parameters["config"].annotation
+    found = [value for value in vars(inspect.getmodule(cls)).values()
+             if inspect.isclass(value) and issubclass(value, PreTrainedConfig)
+             and value is not PreTrainedConfig]
+    return [named] * (named in found) + found
+
+
+@torch.no_grad()
+def quantised(module, name="mxint8"):
+    """Replace a module's weights by what a format makes of them; return the module."""
+    for parameter in module.parameters():
+        for matrix in parameter:
+            rows = matrix.T if module.is_transposed else matrix
+            rows.copy_(torch.from_numpy(quantise(rows.numpy().copy(), name).dequantise()))
+    return module
