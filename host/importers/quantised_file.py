@@ -108,7 +108,8 @@ def _matrix(fmt: WeightFormat, k: int, parts: dict[str, NDArray[Any]]) -> Quanti
     codes: NDArray[np.uint8] = parts["codes"]
     scales = parts["scales"]
     if fmt.packed:
-        codes = np.stack([codes & 15, codes >> 4], axis=2).reshape(len(codes), -1)[:, :k].view(np.uint8)
+        nibbles = np.stack([codes & 15, codes >> 4], axis=2).astype(np.uint8)
+        codes = nibbles.reshape(len(codes), -1)[:, :k]
     mask = (1 << SIGNIFICAND_BITS) - 1
     return QuantisedMatrix(
         fmt, fmt.decode(np.ascontiguousarray(codes)),
