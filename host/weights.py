@@ -298,7 +298,7 @@ def _upload_part(device: Device, address: int, image: Bytes, what: str) -> None:
     if not np.array_equal(found, header):
         raise UploadError(
             f"header of {what} at {address:#x} must read back as it was written, with its "
-            f"CRC, but reads {found[:28].tobytes().hex()}; check the device's memory")
+            f"CRC, but reads {found[:HEADER_USED].tobytes().hex()}; check the device's memory")
 
 
 def _describe(device: Device, planes: int, grid_exponent: int,

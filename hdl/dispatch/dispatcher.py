@@ -304,7 +304,8 @@ class Dispatcher(wiring.Component):
                         m.d.sync += w.running.eq(0)
                         m.next = "IDLE"
                 with m.Elif(expert.valid):
-                    m.d.comb += expert.ready.eq(1)
+                    # A bad one is not taken, so that the table asks for no more than it has.
+                    m.d.comb += expert.ready.eq(~expert.p.bad)
                     m.d.sync += [w.expert.eq(expert.payload), w.left.eq(expert.p.pairs)]
                     m.next = "PASS"
                     with m.If(expert.p.bad):

@@ -347,12 +347,12 @@ class Sequencer(wiring.Component):
                 with m.If(self.i_down_done):
                     m.next = "DECIDE"
             with m.State("DECIDE"):
-                with m.If(leaving.last | self.i_ended):
-                    m.next = "DRAIN"
-                with m.Elif(has_next):
+                with m.If(has_next & ~leaving.last):
                     m.next = "DRAIN"
                     with m.If(next_same):
                         m.next = "RETIRE"
+                with m.Elif(leaving.last | self.i_ended):
+                    m.next = "DRAIN"
             with m.State("DRAIN"):
                 m.d.comb += self.o_drain.valid.eq(1)
                 with m.If(self.o_drain.ready):

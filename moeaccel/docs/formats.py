@@ -13,8 +13,8 @@ __all__ = ["activations", "configurations", "formats", "section_words"]
 _ROWS, _K, _ROW_MULTIPLIERS = 64, 256, 2  # of the example
 
 
-_FACTORS = {Factor.TABLE: "table of linear segments", Factor.STEP: "the sign of g",
-            Factor.RAMP: "g itself, where it is positive"}
+_FACTORS = {Factor.TABLE: "table of linear segments", Factor.STEP: "1 where g is positive, else 0",
+            Factor.RAMP: "g where it is positive, else 0"}
 
 def _integers(fmt: WeightFormat) -> str:
     if fmt.table is None:

@@ -21,12 +21,14 @@ from moeaccel.image.sections import Bytes, deal, pack_section, unpack_section
 from moeaccel.image.table import sinks
 from moeaccel.interface.commands import SECTIONS_MAX, Sink
 
-__all__ = ["MAGIC", "VERSION", "build_image", "build_linear_image", "check_image", "unpack_image"]
+__all__ = ["HEADER_USED", "MAGIC", "VERSION", "build_image", "build_linear_image", "check_image", "unpack_image"]
 
 MAGIC = 0x4558_4F4D  # "MOXE" in memory order
 VERSION = 2
 _HEAD = struct.Struct("<IHBBBB2B2BII2I")
 _CRC = struct.Struct("<I")
+HEADER_USED = _HEAD.size + _CRC.size
+"""Bytes of a header that are not always 0."""
 
 
 def build_image(
@@ -107,7 +109,7 @@ def check_image(image: Bytes, *, channel: int = 0) -> ExpertShape:
         raise ImageError(f"image must be at least {HEADER_BYTES} bytes, not {len(image)}")
     raw = image[:HEADER_BYTES].tobytes()
     (magic, version, sections, row_multipliers, found_channel, last_channel, code, down_code, sink,
-     _, d_model, d_expert, *words) = _HEAD.unpack_from(raw)
+     last_sink, d_model, d_expert, *words) = _HEAD.unpack_from(raw)
     if magic != MAGIC:
         raise ImageError(
             f"image must start with {MAGIC:#010x}, not {magic:#010x}; this is no expert image"
@@ -132,6 +134,9 @@ def check_image(image: Bytes, *, channel: int = 0) -> ExpertShape:
         )
     shape = ExpertShape(fmt, d_model, d_expert, row_multipliers, last_channel + 1,
                         down_format=down_format, gated=sink == Sink.ACTIVATION)
+    if (sink, last_sink) != sinks(shape):
+        raise ImageError(f"image sinks must be {[int(s) for s in sinks(shape)]}, or 2 in the first "
+                         f"place, not {[sink, last_sink]}; its header was damaged, load it again")
     if words != [s.words for s in shape.sections] or len(image) < shape.image_bytes:
         raise ImageError(
             f"image must be {shape.image_bytes} bytes for its header, "

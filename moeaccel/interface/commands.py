@@ -74,7 +74,8 @@ class Status(enum.IntEnum):
     """An entry of the expert table, of an expert with tokens, has a field out of range, words that
     are not those of its sections, or an image that runs beyond the address space; detail is the
     expert, address the index of the entry's 32-bit word. Of several such experts the first; y is
-    undefined."""
+    undefined. Entries are read up to 17 experts ahead: where one of those behind it cannot be read,
+    that may be named instead."""
 
 
 class NonFinite(enum.IntEnum):

@@ -66,7 +66,9 @@ class Engine:
         slots = self._config.max_slots // layer["planes"]
         planned = plan(ids, num_experts, slots)
         entries, bad, unread = self._table.read(layer, planned)
+        behind: list[Fault] = []
         if bad is not None:
+            behind = self._table.faults_behind(layer, planned, bad.detail)
             planned = planned.before(bad.detail)
             ids = np.where(ids < bad.detail, ids, -1)
         self._check_streams(submission, layer, planned, entries, unread, gemm=gemm)
@@ -74,7 +76,7 @@ class Engine:
         result = self._compute(submission, layer, planned, entries, ids, weights)
         self._registers.count(overflows=result.overflows, underflows=result.underflows)
         if bad is not None:
-            self._port.raise_first([bad])
+            self._port.raise_first([bad], behind)
         self._port.ram.write(submission["y_address"], np.ascontiguousarray(result.y).view(np.uint8)
                              .reshape(-1))
         if self._timing is None:

@@ -26,6 +26,11 @@ from moeaccel.interface.commands import (
 from moeaccel.plan import Plan
 
 
+AHEAD = 17
+"""Entries that hardware may have asked for behind the one that it hands out: 16, and one that is
+checked."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """A checked entry.
@@ -93,8 +98,9 @@ def sections_of(values: Mapping[str, int], d_in: int, d_out: int, config: Accele
 class ExpertTable:
     """Reads entries.
 
-    Hardware reads entries ahead of the passes, up to 16, so that how many it has read behind a bad
-    one depends on time. Here those up to the bad one are read.
+    Hardware reads entries ahead of the passes, up to AHEAD, so that how many it has read behind a
+    bad one depends on time. Here those up to the bad one are counted; :meth:`faults_behind` says
+    what hardware may have met behind it.
 
     Parameters
     ----------
@@ -117,7 +123,6 @@ class ExpertTable:
         An entry that cannot be read is bad: reads outside the window give zeros.
         """
         entries: dict[int, Entry] = {}
-        bad, faults = None, []
         for expert in plan.experts:
             address = layer["table_address"] + ENTRY_BYTES * expert
             faults = self._port.first_faults([(address, ENTRY_BYTES)])
@@ -127,7 +132,12 @@ class ExpertTable:
                 self._registers.count(bytes_read_other=ENTRY_BYTES)
             found = check_entry(raw, layer["d_in"], layer["d_out"], self._config)
             if isinstance(found, int):
-                bad = Fault(Status.BAD_EXPERT, detail=expert, address=found)
-                break
+                return entries, Fault(Status.BAD_EXPERT, detail=expert, address=found), faults
             entries[expert] = found
-        return entries, bad, faults
+        return entries, None, []
+
+    def faults_behind(self, layer: Mapping[str, int], plan: Plan, bad: int) -> list[Fault]:
+        """Return the faults of entries that may have been read ahead when that of ``bad`` came."""
+        behind = [expert for expert in plan.experts if expert > bad][:AHEAD]
+        return self._port.first_faults(
+            (layer["table_address"] + ENTRY_BYTES * expert, ENTRY_BYTES) for expert in behind)
