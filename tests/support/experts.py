@@ -29,7 +29,8 @@ def toy(transform=lambda module: None, **flags):
                 gate_up = gate_up.reshape(4, 2, 96, 64).transpose(1, 2).reshape(4, 192, 64)
             if flags.get("is_transposed"):
                 gate_up, down = gate_up.mT.contiguous(), down.mT.contiguous()
-            setattr(self, "gate_up_proj" if gated else "up_proj", torch.nn.Parameter(gate_up.clone()))
+            first = "gate_up_proj" if gated else "up_proj"
+            setattr(self, first, torch.nn.Parameter(gate_up.clone()))
             self.down_proj = torch.nn.Parameter(down.clone())
             transform(self)
 

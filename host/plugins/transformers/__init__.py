@@ -4,9 +4,9 @@ Importing it registers the name with transformers' own registries; nothing is pa
 documented name is :mod:`moeaccel.host.transformers_plugin`.
 
 ``choice`` picks a configuration and memory; ``session`` knows the device; ``modules`` what an
-experts module holds and whether the device does that; ``watch`` whether weights are what they
-were; ``uploads`` what is in device memory; ``operator`` is the call; ``model`` looks at whole
-models.
+experts module holds and whether the device does that; ``gates`` what it computes between its
+products; ``watch`` whether weights are what they were; ``uploads`` what is in device memory;
+``operator`` is the call; ``model`` looks at whole models.
 """
 
 from moeaccel.host.plugins.transformers.choice import Choice

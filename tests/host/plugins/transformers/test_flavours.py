@@ -75,7 +75,8 @@ def test_limits_are_reached():
 @pytest.mark.parametrize("model", ["gpt_oss", "muse_spark"])
 def test_refused_classes_say_why(device, model):
     (cls,) = decorated(modelling(model))
-    with pytest.raises(UnsupportedExperts, match=f"{cls.__name__} must have {REFUSED[cls.__name__]}"):
+    why = f"{cls.__name__} must have {REFUSED[cls.__name__]}"
+    with pytest.raises(UnsupportedExperts, match=why):
         small(cls)(*CALL)
 
 

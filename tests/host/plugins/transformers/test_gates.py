@@ -113,8 +113,8 @@ def test_other_gates_are_none_of_these(gate):
 
 def test_a_limit_that_the_device_cannot_hold():
     missing = gate_of(gated_by(clamped(10.01))).missing
-    assert missing == "a limit with at most 8 significant bits before its activation, but it is " \
-        "10.01"
+    assert missing.startswith("a limit with at most 8 significant bits")
+    assert missing.endswith("but it is 10.01")
 
 
 @pytest.mark.parametrize(("attributes", "missing"), [
