@@ -131,8 +131,12 @@ def chat(prompt: str, *, device: str = "rtl", config: str | AcceleratorConfig = 
 
     def generate(spec: str, aloud: bool) -> tuple[Any, Streamer, float]:
         progress(f"opening {spec}, config {config.name}")
-        memory = {"memory_bytes": MEMORY_BYTES} if spec in ("rtl", "golden") else {}
-        with open_device(spec, config=config, **memory) as opened:
+        options: dict[str, Any] = {}
+        if spec in ("rtl", "golden"):
+            options["memory_bytes"] = MEMORY_BYTES
+        if spec == "golden" and aloud:
+            options["timing"] = True
+        with open_device(spec, config=config, **options) as opened:
             use_device(opened, weight_format=weight_format, activation_bits=activation_bits)
             progress(f"generating on {spec}")
             streamer = Streamer(opened, aloud)
@@ -156,7 +160,7 @@ def chat(prompt: str, *, device: str = "rtl", config: str | AcceleratorConfig = 
     # What is between two calls of the streamer is a pass of the model, or nothing; the prompt's is
     # the first.
     steps = [(after[0] - before[0], after[1] - before[1])
-             for before, after in pairwise(streamer.seen) if after[0] > before[0]]
+             for before, after in pairwise(streamer.seen) if after[1] > before[1]]
     cycles, passes = steps[-1] if len(steps) > 1 else (0, 0)
     shape = ExpertShape(fmt, model.config.hidden_size, model.config.intermediate_size,
                         config.row_multipliers)
