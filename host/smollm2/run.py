@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -130,8 +131,12 @@ def chat(prompt: str, *, device: str = "rtl", config: str | AcceleratorConfig = 
 
     def generate(spec: str, aloud: bool) -> tuple[Any, Streamer, float]:
         progress(f"opening {spec}, config {config.name}")
-        memory = {"memory_bytes": MEMORY_BYTES} if spec in ("rtl", "golden") else {}
-        with open_device(spec, config=config, **memory) as opened:
+        options: dict[str, Any] = {}
+        if spec in ("rtl", "golden"):
+            options["memory_bytes"] = MEMORY_BYTES
+        if spec == "golden" and aloud:
+            options["timing"] = True
+        with open_device(spec, config=config, **options) as opened:
             use_device(opened, weight_format=weight_format, activation_bits=activation_bits)
             progress(f"generating on {spec}")
             streamer = Streamer(opened, aloud)
@@ -152,8 +157,11 @@ def chat(prompt: str, *, device: str = "rtl", config: str | AcceleratorConfig = 
         equal = torch.equal(out.sequences, reference.sequences) and all(
             torch.equal(a, b) for a, b in zip(out.logits, reference.logits, strict=True))
     new = out.sequences[0, inputs["input_ids"].shape[1]:]
-    before, after = streamer.seen[-2:] if len(new) > 1 else [(0, 0), (0, 0)]
-    cycles, passes = (b - a for a, b in zip(before, after, strict=True))
+    # What is between two calls of the streamer is a pass of the model, or nothing; the prompt's is
+    # the first.
+    steps = [(after[0] - before[0], after[1] - before[1])
+             for before, after in pairwise(streamer.seen) if after[1] > before[1]]
+    cycles, passes = steps[-1] if len(steps) > 1 else (0, 0)
     shape = ExpertShape(fmt, model.config.hidden_size, model.config.intermediate_size,
                         config.row_multipliers)
     return ChatResult(

@@ -26,7 +26,8 @@ __all__ = ["FAMILIES"]
 _CODED = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34, "MXFP4": 17}
 """Bytes of a block of 32."""
 
-_PLAIN = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8")
+_BLOCKS = ("Q", "IQ", "TQ", "MXFP", "NVFP")
+"""What the names of the types begin with that are no numbers on their own."""
 
 
 class GgufBlocks(Family):
@@ -36,10 +37,7 @@ class GgufBlocks(Family):
     mark = ".weight"
 
     def claims(self, contents: Contents, stem: str) -> bool:
-        from gguf import GGMLQuantizationType
-
-        dtype = contents.dtype(stem + self.mark)
-        return dtype in GGMLQuantizationType.__members__ and dtype not in _PLAIN
+        return contents.dtype(stem + self.mark).startswith(_BLOCKS)
 
     def shape(self, contents: Contents, stem: str) -> tuple[int, ...]:
         return contents.need(stem + self.mark).shape
