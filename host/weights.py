@@ -41,6 +41,7 @@ from moeaccel.host.tensors import Tensor, float32, shape_of
 from moeaccel.host.transports.base import Bytes
 from moeaccel.image import (
     HEADER_BYTES,
+    HEADER_USED,
     Expert,
     ExpertShape,
     LinearShape,

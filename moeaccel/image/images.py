@@ -21,7 +21,8 @@ from moeaccel.image.sections import Bytes, deal, pack_section, unpack_section
 from moeaccel.image.table import sinks
 from moeaccel.interface.commands import SECTIONS_MAX, Sink
 
-__all__ = ["HEADER_USED", "MAGIC", "VERSION", "build_image", "build_linear_image", "check_image", "unpack_image"]
+__all__ = ["HEADER_USED", "MAGIC", "VERSION", "build_image", "build_linear_image", "check_image",
+           "unpack_image"]
 
 MAGIC = 0x4558_4F4D  # "MOXE" in memory order
 VERSION = 2

@@ -25,7 +25,6 @@ from moeaccel.interface.commands import (
 )
 from moeaccel.plan import Plan
 
-
 AHEAD = 17
 """Entries that hardware may have asked for behind the one that it hands out: 16, and one that is
 checked."""
