@@ -47,6 +47,7 @@ from moeaccel.image.sections import Section, pack_section, unpack_section
 from moeaccel.image.table import expert_table, table_entry
 
 __all__ = [
-    "ALIGNMENT", "HEADER_BYTES", "HEADER_USED", "Expert", "ExpertShape", "LinearShape", "Section",
-    "build_image", "build_linear_image", "check_image", "expert_table", "interleave_gate_up", "limit_bits",
-    "pack_section", "table_entry", "unpack_image", "unpack_section"]
+    "ALIGNMENT", "HEADER_BYTES", "HEADER_USED", "Expert", "ExpertShape", "LinearShape",
+    "Section", "build_image", "build_linear_image", "check_image", "expert_table",
+    "interleave_gate_up", "limit_bits", "pack_section", "table_entry", "unpack_image",
+    "unpack_section"]

@@ -55,7 +55,8 @@ class Bench:
                             "last": slot + 1 == count and cores * (index + 1) == dim})
                         await ctx.tick()
                         ctx.set(port.valid, 0)
-                        await ctx.tick().repeat(self.apart - 1)
+                        for _ in range(1, self.apart):
+                            await ctx.tick()
 
     async def start(self, ctx, count, planes, steps):
         dut = self.dut

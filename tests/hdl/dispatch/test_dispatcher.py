@@ -1,6 +1,7 @@
 """The dispatcher against the plan: every pair in one pass, in order, with the right flags."""
 
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -168,6 +169,7 @@ def run(ids, weights, *, num_experts, two_planes, seed, routed=True, delay=0, mo
                 nonfinite.append(ctx.get(dut.o_nonfinite_token) if found else None)
             for _ in range(200):
                 await ctx.tick()
+            assert not unanswered
 
     sim = Simulator(dut)
     sim.add_clock(1e-6)
@@ -303,3 +305,13 @@ def test_a_command_without_valid_ids_waits_for_its_weights(seed):
     passes, zeros, *_ = run(np.full((2, 1), -1), np.ones((2, 1)), num_experts=1, two_planes=1,
                             seed=seed, delay=40)
     assert not passes and zeros == [0, 1]
+
+
+def test_a_bad_first_entry_leaves_none_under_way(monkeypatch):
+    """More experts have tokens than entries are read ahead: none is asked for behind the end."""
+    monkeypatch.setattr(sys.modules[__name__], "CONFIG", CONFIG.replace(max_experts=32))
+    ids = np.arange(24).reshape(12, 2)
+    weights = np.ones(ids.shape, np.float32)
+    passes, *_ = run(ids, weights, num_experts=24, two_planes=1, seed=0, delay=20,
+                     more=[weights], bad=[0, None])
+    assert len(passes) == 24
