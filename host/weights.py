@@ -222,7 +222,7 @@ def _load_experts(device: Device, experts: Iterable[_Measured], shapes: Sequence
                 previous = expert
             _upload(device, addresses[e], parts, f"expert {e}")
             outputs.append(gated_output(found["gate_up"], found["down"], x_rms=x_rms,
-                                        activation=shapes[e].activation))
+                                        activation=shapes[e].activation, limit=shapes[e].limit))
             errors.add(e, found, groups=expert.gate_up.shift.size + expert.down.shift.size,
                        coarsened=expert.gate_up.coarsened + expert.down.coarsened)
             if progress is not None:

@@ -25,7 +25,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from moeaccel.activations import Activation, activation as find_activation
+from moeaccel.activations import Activation, Factor, activation as find_activation
 from moeaccel.arithmetic import TERM_BITS
 from moeaccel.formats import QuantisedMatrix
 from moeaccel.interface.commands import GRID_EXPONENTS
@@ -103,7 +103,7 @@ def _gate_table(activation: Activation) -> Floats:
 
 
 def gated_output(gate_up: Squares, down: Squares, *, x_rms: float = 1.0,
-                 activation: str = "silu") -> float:
+                 activation: str = "silu", limit: float | None = None) -> float:
     """Return the typical output of one expert, 0 for one that only gives zeros.
 
     Parameters
@@ -113,16 +113,22 @@ def gated_output(gate_up: Squares, down: Squares, *, x_rms: float = 1.0,
     down : :class:`Squares`
     x_rms : :class:`float`
         Root mean square of the elements of x.
-    activation : :class:`str`
+    activation, limit
+        As in :class:`moeaccel.image.ExpertShape`; a limit bounds rows as it bounds their squares.
     """
-    table = _gate_table(find_activation(activation))
+    act = find_activation(activation)
     # What is beyond float64 is infinite, and gets the coarsest grid.
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
         rows = gate_up.rows * x_rms**2
+        if limit is not None:
+            rows = np.minimum(rows, limit**2)
         gate, up = rows, np.ones_like(rows)
         if len(rows) != len(down.columns):
             gate, up = rows[0::2], rows[1::2]
-        share = np.interp(np.log2(gate) / 2, _DEVIATIONS_LOG2, table)
+        if act.factor is Factor.RAMP:
+            share = 1.5 * gate  # E[z**4] / 2 of a Gaussian, and no table goes far enough
+        else:
+            share = np.interp(np.log2(gate) / 2, _DEVIATIONS_LOG2, _gate_table(act))
         hidden = share * gate * up  # mean squares of h; its elements are independent of zero mean
         return float(np.sqrt((down.columns * hidden).sum() / len(down.rows)))
 
