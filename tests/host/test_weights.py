@@ -212,7 +212,8 @@ def test_arrays_of_another_kind_are_refused(device, change, message):
 def test_gate_up_has_pairs_of_rows(device):
     expert = layer_of(*draw_weights(np.random.default_rng(0), 1, 64, 64))[0]
     odd = Expert(expert.gate_up[:127], expert.down)
-    with pytest.raises(errors.InvalidTensor, match=r"must have the shape \(64, 63\), or \(64, 127\) without up rows"):
+    with pytest.raises(errors.InvalidTensor,
+                       match=r"must have the shape \(64, 63\), or \(64, 127\) without up rows"):
         device.load_quantised([odd])
 
 

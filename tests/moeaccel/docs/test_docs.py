@@ -14,6 +14,7 @@ from moeaccel.docs.blocks import Block, components
 from moeaccel.errors import MoeAccelError
 from moeaccel.formats import FORMATS, quantise
 from moeaccel.image import Section, build_linear_image
+from moeaccel.interface.commands import Sink
 from moeaccel.interface.registers import REGISTERS
 
 ROOT = Path(__file__).parents[3]
@@ -38,13 +39,13 @@ def test_registers_and_commands():
     assert "| 9 | `WATCHDOG` | No progress for WATCHDOG cycles. |" in text
     assert "| 0 | 24 | `phase` | Inverts on each pass" in text
     assert "### Expert table entry" in text
-    assert "| 1 | `relu` | max(g, 0) | the sign of g |" in text
+    assert "| 1 | `relu` | max(g, 0) | 1 where g is positive, else 0 |" in text
 
 
 def test_limits_stand_beside_the_meaning():
     text = generated("submission") + generated("expert-table")
     assert "| `tokens` | Tokens. Allowed: from 1 to max_tokens. |" in text
-    assert "| `sink0` | Sink. Allowed: 1 where sections is 1; 0 where sections is 2. |" in text
+    assert "| `sink0` | Sink. Allowed: 1 where sections is 1; 0 or 2 where sections is 2. |" in text
     assert "Allowed: from -100 to 60. Signed. |" in text
     assert "| `tag` | Returned in the completion. |" in text
 
@@ -66,11 +67,11 @@ def test_the_header_is_where_the_page_says():
                              for offset in offsets.split(", ")]
         for offsets, bits, what in re.findall(r"^\| ([\d, ]+) \| (\d+) \| (.*) \|$", page, re.M)}
     crc = values.pop("CRC-32 of the bytes before it and of everything behind the header")
-    assert crc[0] == int.from_bytes(image[28:32], "little") != 0 and not any(image[32:64])
+    assert crc[0] == int.from_bytes(image[30:34], "little") != 0 and not any(image[34:64])
     words = Section(matrix.format, 64, 96, 2).words
     assert list(values.values()) == [
         [int.from_bytes(b"MOXE", "little")], [2], [1], [2], [0, 0], [matrix.format.code, 0],
-        [64, 96], [words, 0]]
+        [Sink.COMBINE, 0], [64, 96], [words, 0]]
 
 
 def test_a_block_is_found_by_its_name():

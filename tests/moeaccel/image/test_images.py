@@ -66,8 +66,8 @@ def test_a_shape_is_that_of_its_formats():
         (8, "part of channel 0, not of 85 of 1 channels"),
         (10, "format code of gate and up must be"),
         (11, "format code of down must be"),
-        (12, "it is truncated"),  # another sink: other rows
-        (13, "it was damaged, load it again"),
+        (12, "image sinks must be .* not .85, 1.; its header was damaged"),
+        (13, "image sinks must be .* not .0, 84.; its header was damaged"),
         (14, "dimensions must be positive multiples of 32, not 213 and 96"),
         (19, "must be 4808640 bytes for its header, not 21440"),
         (24, "it is truncated"),
