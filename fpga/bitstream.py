@@ -13,8 +13,7 @@ from typing import Any
 
 from moeaccel.config import AcceleratorConfig, preset
 from moeaccel.errors import ClockRateError
-from moeaccel.fpga.boards import board as find_board
-from moeaccel.fpga.floorplan import floorplan
+from moeaccel.fpga.boards import BitstreamBoard, board as find_board
 from moeaccel.fpga.flow import Build, Routed, find_tool, run_tool
 
 __all__ = ["RESOURCES", "Bitstream", "build_bitstream"]
@@ -57,6 +56,8 @@ class Bitstream:
         The bitstream; none when the clock is not reached.
     program : tuple of str
         Commands that load it, any of which does.
+    transport : str
+        What drives it then: the ``spec`` of :func:`moeaccel.host.open_device`.
     tools : str
         Names and versions.
     digest : str
@@ -77,6 +78,7 @@ class Bitstream:
     resources: dict[str, tuple[int, int]]
     path: str | None
     program: tuple[str, ...]
+    transport: str
     tools: str
     digest: str
     seconds: float
@@ -100,7 +102,7 @@ def build_bitstream(board: str, *, config: str | AcceleratorConfig | None = None
     Parameters
     ----------
     board : str
-        One of :data:`moeaccel.fpga.boards.BOARDS`.
+        A :class:`~moeaccel.fpga.boards.BitstreamBoard` of :data:`moeaccel.fpga.boards.BOARDS`.
     config : str or AcceleratorConfig, optional
     clock_mhz : float, optional
     baud : int, optional
@@ -118,7 +120,7 @@ def build_bitstream(board: str, *, config: str | AcceleratorConfig | None = None
         Before anything is built.
     ToolMissingError, ToolFailedError
     """
-    found = find_board(board)
+    found = find_board(board, BitstreamBoard)
     chosen = preset(config or found.config)
     if clock_mhz is not None and not math.isfinite(clock_mhz):
         raise ClockRateError(f"clock must be a finite number of MHz, not {clock_mhz}")
@@ -133,7 +135,7 @@ def build_bitstream(board: str, *, config: str | AcceleratorConfig | None = None
     design = found.design(chosen, clock_hz=clock_hz, baud=baud)
     seconds = time.monotonic() - begin
     build = Build(name=f"{board}-{chosen.name}", verilog=design.verilog,
-                  sites=floorplan(chosen), route=(*design.route, "--timing-allow-fail"),
+                  sites=found.sites(chosen), route=(*found.route, "--timing-allow-fail"),
                   constraints=design.constraints, folder=folder)
     progress("synthesis, a few minutes")
     seconds += build.synthesise()
@@ -149,7 +151,7 @@ def build_bitstream(board: str, *, config: str | AcceleratorConfig | None = None
         path = build.home / f"{board}-{best.seed}.bit"
         if not path.exists():
             progress("packing")
-            run_tool(ecppack, [*design.pack, "--usercode", str(int(build.digest[:8], 16)),
+            run_tool(ecppack, [*found.pack, "--usercode", str(int(build.digest[:8], 16)),
                                f"top-{best.seed}.config", f"{path.name}.part"],
                      build.home, "ecppack.log")
             path.with_name(f"{path.name}.part").replace(path)
@@ -159,4 +161,5 @@ def build_bitstream(board: str, *, config: str | AcceleratorConfig | None = None
         seed=best.seed, fmax_mhz=best.fmax_mhz, critical_path=best.critical_path, tried=tried,
         resources={name: used[key] for name, key in RESOURCES.items()},
         path=str(path) if path else None, program=found.program(path) if path else (),
+        transport=found.transport,
         tools=build.tools, digest=build.digest, seconds=round(seconds, 1))

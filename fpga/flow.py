@@ -1,6 +1,7 @@
 """Synthesis, placement and routing with open tools, each step done once for what goes into it.
 
-Native tools are used when they are on PATH, else the YoWASP ones of this environment.
+Of the tools on PATH and the YoWASP ones of this environment the newer are used; every figure names
+them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from moeaccel.errors import ToolFailedError, ToolMissingError
 from moeaccel.fpga import netlist, yowasp
+from moeaccel.toolchain import is_as_new
 
 __all__ = ["Build", "CELLS", "Routed", "Tool", "find_tool", "run_tool", "run_yosys"]
 
@@ -76,29 +78,50 @@ class Tool:
 
 
 def find_tool(name: str, *, package: str | None = None) -> Tool:
-    """Return the native tool, or the YoWASP one.
+    """Return the native tool or the YoWASP one, whichever is newer; the native one if both are.
 
     Parameters
     ----------
     name : str
         Of the native program; YoWASP's is called ``yowasp-`` and that.
     package : str, optional
-        YoWASP's package, when it is not called like the program.
+        YoWASP's package, when it is not called like the program: that of another program, with
+        which this one comes, so that it is taken from where that one is.
 
     Raises
     ------
     ToolMissingError
         If there is none.
     """
+    native, shipped = _native(name), _shipped(name, package)
+    if native is None:
+        if shipped is None:
+            raise ToolMissingError(f"Synthesis needs {name}, and there is none on PATH: install "
+                                   "it, or 'pip install moeaccel[fpga]'")
+        return shipped
+    if shipped is None:
+        return native
+    if package is None:
+        take_native = is_as_new(native.identity, shipped.identity)
+    else:
+        main = package.removeprefix("yowasp-")
+        take_native = find_tool(main) == _native(main)
+    return native if take_native else shipped
+
+
+def _native(name: str) -> Tool | None:
     path = shutil.which(name)
-    if path is not None:
-        version = subprocess.run([path, "--version"], capture_output=True, text=True, check=True)
-        line = (version.stdout + version.stderr).strip().splitlines()[0]
-        return Tool((path,), line.replace(path, name).replace(f'"{name}" -- ', ""))
+    if path is None:
+        return None
+    version = subprocess.run([path, "--version"], capture_output=True, text=True, check=True)
+    line = (version.stdout + version.stderr).strip().splitlines()[0]
+    return Tool((path,), line.replace(path, name).replace(f'"{name}" -- ', ""))
+
+
+def _shipped(name: str, package: str | None) -> Tool | None:
     other = f"yowasp-{name}"
     if not importlib.metadata.entry_points(group="console_scripts", name=other):
-        raise ToolMissingError(f"Synthesis needs {name}, and there is none on PATH: install it, or "
-                               "'pip install moeaccel[fpga]'")
+        return None
     return Tool((sys.executable, "-m", yowasp.__name__, other),
                 f"{other} {importlib.metadata.version(package or other)}")
 

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from moeaccel.config import AcceleratorConfig, preset
 from moeaccel.errors import ToolFailedError
-from moeaccel.fpga.floorplan import floorplan
+from moeaccel.fpga.boards import BitstreamBoard, board
 from moeaccel.fpga.flow import Build
 from moeaccel.fpga.fold import Fold
 from moeaccel.hdl.boards.serial_link import SerialLink
@@ -38,8 +38,11 @@ __all__ = ["BLOCKS", "FOLDER", "Report", "block_build", "synthesise"]
 TARGET_MHZ = 100
 """What nextpnr aims at; it stops improving a path that reaches it."""
 
-ROUTE = ("--85k", "--package", "CABGA381", "--speed", "6", "--freq", str(TARGET_MHZ),
-         "--lpf-allow-unconstrained", "--timing-allow-fail")
+BOARD = board("ulx3s", BitstreamBoard)
+"""Of which the device is."""
+
+ROUTE = (*BOARD.route, "--freq", str(TARGET_MHZ), "--lpf-allow-unconstrained",
+         "--timing-allow-fail")
 
 Block = Callable[[AcceleratorConfig], wiring.Component]
 
@@ -158,9 +161,9 @@ def block_build(name: str, config: AcceleratorConfig, *, folder: Path = FOLDER) 
     if name not in BLOCKS:
         raise ValueError(f"block must be one of {', '.join(BLOCKS)}, not {name!r}")
     return Build(name=f"{name}-{config.name}",
-                 verilog=generate(Fold(BLOCKS[name](config), "ecp5"), "top"),
+                 verilog=generate(Fold(BLOCKS[name](config), BOARD.family), "top"),
                  script="setattr -mod -set keep_hierarchy 1 \\top.block",
-                 sites=floorplan(config) if name == CORE else None, route=ROUTE, folder=folder)
+                 sites=BOARD.sites(config) if name == CORE else None, route=ROUTE, folder=folder)
 
 
 def synthesise(name: str, config: AcceleratorConfig, *, seed: int = 1,

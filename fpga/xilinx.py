@@ -1,4 +1,4 @@
-"""What the accelerator takes of an UltraScale+ device, block by block, and whether it fits a U55C.
+"""What the accelerator takes of an UltraScale+ device, block by block, and whether it fits a board.
 
 ``python -m moeaccel.fpga.xilinx --config hbm32 --save``
 
@@ -23,14 +23,14 @@ from rich.console import Console
 from rich.table import Table
 
 from moeaccel.config import AcceleratorConfig, preset
+from moeaccel.fpga.boards import Board, ProjectBoard, board as find_board
 from moeaccel.fpga.flow import find_tool, run_yosys
 from moeaccel.hdl.top import generate_verilog
 
-__all__ = ["U55C", "Usage", "map_blocks"]
+__all__ = ["RESOURCES", "Usage", "map_blocks"]
 
-U55C = {"lut": 1_303_680, "flip_flop": 2_607_360, "dsp": 9_024, "block_ram": 2_016,
-        "ultra_ram": 960}
-"""What the device of an Alveo U55C has (AMD DS978); block RAMs of 36 kbit."""
+RESOURCES = ("lut", "flip_flop", "dsp", "block_ram", "ultra_ram")
+"""What is counted; block RAMs of 36 kbit."""
 
 REPORTS = Path(__file__).resolve().parent / "reports"
 
@@ -75,7 +75,7 @@ class Usage:
     times : int
         How often it is there.
     resources : dict of str to float
-        Of each of them, by the names of :data:`U55C`.
+        Of each of them, by the names of :data:`RESOURCES`.
     """
 
     block: str
@@ -93,7 +93,7 @@ def _count(modules: dict[str, dict[str, int]]) -> list[Usage]:
 
     def total(name: str) -> dict[str, float]:
         if name not in totals:
-            sums = dict.fromkeys(U55C, 0.0)
+            sums = dict.fromkeys(RESOURCES, 0.0)
             for cell, count in modules[name].items():
                 if cell in modules:
                     for resource, amount in total(cell).items():
@@ -166,28 +166,29 @@ def _shown(module: str) -> str:
     return module.removeprefix("top.accelerator.").partition("$")[0]
 
 
-def _rows(usages: list[Usage]) -> list[list[str]]:
-    rows = [[_shown(u.block), str(u.times), *(f"{u.resources[r]:,.10g}" for r in U55C)]
+def _rows(board: Board, usages: list[Usage]) -> list[list[str]]:
+    rows = [[_shown(u.block), str(u.times), *(f"{u.resources[r]:,.10g}" for r in RESOURCES)]
             for u in usages]
-    top = usages[0].resources
-    rows.append(["U55C", "", *(f"{amount:,}" for amount in U55C.values())])
-    rows.append(["share taken", "", *(f"{100 * top[r] / U55C[r]:.1f} %" for r in U55C)])
+    top, there = usages[0].resources, board.resources
+    rows.append([board.title, "", *(f"{there[r]:,}" for r in RESOURCES)])
+    rows.append(["share taken", "", *(f"{100 * top[r] / there[r]:.1f} %" for r in RESOURCES)])
     return rows
 
 
 _COLUMNS = ("block", "times", "LUT", "FF", "DSP", "RAMB36", "URAM")
 
 
-def _page(config: AcceleratorConfig, usages: list[Usage], tool: str) -> str:
+def _page(board: Board, config: AcceleratorConfig, usages: list[Usage], tool: str) -> str:
     """Return the committed report."""
-    fits = all(usages[0].resources[r] <= U55C[r] for r in U55C)
+    fits = "fits" if all(
+        usages[0].resources[r] <= board.resources[r] for r in RESOURCES) else "does not fit"
     return "\n".join([
         f"# {config.name} on UltraScale+", "",
         f"Written by `python -m moeaccel.fpga.xilinx --config {config.name} --save` with {tool}.",
         "One of each block, blocks below it included; mapped, not placed. Without PCIe, HBM and",
-        f"SmartConnects. By these counts it {'fits' if fits else 'does not fit'} the U55C.", "",
+        f"SmartConnects. By these counts it {fits} the {board.title}.", "",
         "| " + " | ".join(_COLUMNS) + " |", "|---" + "|--:" * (len(_COLUMNS) - 1) + "|",
-        *("| " + " | ".join(row) + " |" for row in _rows(usages)), ""])
+        *("| " + " | ".join(row) + " |" for row in _rows(board, usages)), ""])
 
 
 app = typer.Typer(add_completion=False)
@@ -195,26 +196,31 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def main(
-    config: Annotated[str, typer.Option(help="Name of a configuration.")] = "hbm32",
+    board: Annotated[str, typer.Option(help="Name of the board; a wrong one lists them.")] = "u55c",
+    config: Annotated[
+        str | None, typer.Option(help="Name of a configuration; the board's when left out.")
+    ] = None,
     folder: Annotated[Path, typer.Option(help="Where results are kept.")] = Path("build/synth"),
     save: Annotated[bool, typer.Option("--save", help="Also write fpga/reports/.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Map the accelerator onto UltraScale+ cells; print what each block takes of a U55C."""
-    chosen = preset(config)
-    with Console(stderr=True).status(f"{config}: minutes, unless it was done before"):
+    """Map the accelerator onto UltraScale+ cells; print what each block takes of a board."""
+    found = find_board(board, ProjectBoard)
+    chosen = preset(config or found.config)
+    with Console(stderr=True).status(f"{chosen.name}: minutes, unless it was done before"):
         usages, tool = map_blocks(chosen, folder=folder)
     if save:
         REPORTS.mkdir(exist_ok=True)
-        (REPORTS / f"u55c-{config}.md").write_text(_page(chosen, usages, tool), encoding="utf-8")
+        (REPORTS / f"{board}-{chosen.name}.md").write_text(
+            _page(found, chosen, usages, tool), encoding="utf-8")
     if as_json:
-        print(json.dumps({"tool": tool, "u55c": U55C, "blocks": [
+        print(json.dumps({"tool": tool, board: found.resources, "blocks": [
             {"block": u.block, "times": u.times} | u.resources for u in usages]}, indent=1))
         return
-    table = Table(title=f"{config}, UltraScale+, {tool}", title_style="")
+    table = Table(title=f"{chosen.name}, UltraScale+, {tool}", title_style="")
     for column in _COLUMNS:
         table.add_column(column, justify="left" if column == "block" else "right", no_wrap=True)
-    for row in _rows(usages):
+    for row in _rows(found, usages):
         table.add_row(*row)
     Console().print(table)
 

@@ -16,7 +16,12 @@ from moeaccel.hdl.dispatch.sequencer import step
 from moeaccel.hdl.weights.tile_buffer import TileBuffer
 from moeaccel.hdl.weights.weight_streamer import WeightStreamer
 
-__all__ = ["Core"]
+__all__ = ["BUSY", "Core"]
+
+BUSY = ("array", "tiles", "streamer", "serialiser", "x_lanes", "i_")
+"""What the names of those submodules and ports begin with that change in nearly every cycle in
+which there is work: all between weights and sums. A simulator that skips what is idle need not look
+there."""
 
 
 class Core(wiring.Component):
@@ -50,7 +55,7 @@ class Core(wiring.Component):
         Read side of the tile buffer.
     i_step, i_tag : :py:`In(step(config))`, :py:`In(layouts.result_tag(config))`
         The step that ``i_take`` starts.
-    i_format, i_grid_exponent
+    i_grid_exponent
         Of the command.
     x_en, x_address, x_data, h_en, h_address, h_data
         Write ports of the lane buffers.
@@ -85,7 +90,6 @@ class Core(wiring.Component):
             "i_free": In(1),
             "i_step": In(step(config)),
             "i_tag": In(layouts.result_tag(config)),
-            "i_format": In(config.format_bits),
             "i_grid_exponent": In(signed(8)),
             "x_en": In(config.token_lanes),
             "x_address": In(layouts.lane_address_bits(config) + 1),
@@ -155,7 +159,7 @@ class Core(wiring.Component):
             array.i_first.eq(started.first),
             array.i_last.eq(started.last),
             array.i_used.eq(Mux(tag.two_planes, Cat(pairs), Cat(tokens))),
-            array.i_format.eq(self.i_format),
+            array.i_format.eq(started.format),
             array.i_codes.eq(tiles.o_codes),
             array.i_scales.eq(tiles.o_scales),
             array.i_lanes.eq(Mux(of_hidden, h_lanes.r_data, x_lanes.r_data)),
@@ -181,12 +185,12 @@ class Core(wiring.Component):
             self.o_result.eq(array.o_valid),
             self.base_address.eq(serialiser.base_address),
             serialiser.base_data.eq(self.base_data),
-            activation.i_element.valid.eq(element.valid & ~element.p.down),
+            activation.i_element.valid.eq(element.valid & ~element.p.combine),
             activation.i_element.payload.eq(element.payload),
             self.o_hidden_valid.eq(activation.o_element.valid),
             self.o_hidden.eq(activation.o_element.payload),
             self.slot_address.eq(Cat(element.p.slot, element.p.slot_bank)),
-            sums.i_valid.eq(element.valid & element.p.down),
+            sums.i_valid.eq(element.valid & element.p.combine),
             sums.i_element.slot.eq(element.p.slot),
             sums.i_element.row.eq(element.p.row),
             sums.i_element.value.eq(element.p.value),

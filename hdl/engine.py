@@ -19,7 +19,10 @@ from moeaccel.hdl.dispatch.sequencer import Sequencer
 from moeaccel.hdl.verilog.verilog_target import add_replicas
 from moeaccel.interface.commands import NonFinite
 
-__all__ = ["READERS", "STREAMER", "WRITERS", "Engine"]
+__all__ = ["CORE", "READERS", "STREAMER", "WRITERS", "Engine"]
+
+CORE = "core"
+"""Name of the cores among the submodules, with the number of a channel behind it."""
 
 STREAMER = "streamer"
 """The reader that every channel has (layouts.channel_name)."""
@@ -85,7 +88,7 @@ class Engine(wiring.Component):
         m.submodules.hidden = hidden = HiddenBuffer(config)
         m.submodules.combiner = combiner = Combiner(config)
         cores = add_replicas(
-            m, platform, "core", functools.partial(Core, config, self._family),
+            m, platform, CORE, functools.partial(Core, config, self._family),
             range(config.channels))
         lead = cores[0]
         job = dispatcher.o_job
@@ -111,6 +114,9 @@ class Engine(wiring.Component):
         m.d.comb += self.o_result.eq(result)
         m.d.sync += [
             self.o_done.eq(finished), loader.i_clear.eq(begin),
+            result.bad_expert.eq(dispatcher.o_bad),
+            result.expert.eq(dispatcher.o_bad_expert),
+            result.word.eq(dispatcher.o_bad_word),
             result.nonfinite.eq(loader.o_nonfinite | dispatcher.o_nonfinite),
             result.what.eq(Mux(loader.o_nonfinite, NonFinite.X, NonFinite.ROUTING_WEIGHT)),
             result.token.eq(Mux(
@@ -202,6 +208,7 @@ class Engine(wiring.Component):
         m.d.comb += [
             dispatcher.i_retired.eq(sequencer.o_retired),
             sequencer.i_job.eq(job),
+            sequencer.i_ended.eq(dispatcher.o_bad),
             sequencer.i_available.eq(Cat(core.o_available for core in cores).all()),
             sequencer.i_free.eq(lead.o_free),
             sequencer.i_result.eq(lead.o_result),
@@ -214,7 +221,6 @@ class Engine(wiring.Component):
                 core.i_free.eq(sequencer.o_free),
                 core.i_step.eq(sequencer.o_step),
                 core.i_tag.eq(sequencer.o_tag),
-                core.i_format.eq(job.format),
                 core.i_grid_exponent.eq(job.grid_exponent),
             ]
 
@@ -229,7 +235,7 @@ class Engine(wiring.Component):
             hidden.i_start.eq(sequencer.o_hidden_start),
             hidden.i_count.eq(sequencer.o_pass.count),
             hidden.i_two_planes.eq(job.two_planes),
-            hidden.i_steps.eq(job.steps_hidden),
+            hidden.i_steps.eq(sequencer.o_pass.work.sections[1].dims.steps),
             sequencer.i_slots_ready.eq(hidden.o_slots_ready),
             sequencer.i_loaded.eq(loader.o_done),
         ]

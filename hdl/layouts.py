@@ -10,7 +10,7 @@ from amaranth.utils import ceil_log2, exact_log2
 from moeaccel.arithmetic import ELEMENT_BITS, MANTISSA_BITS
 from moeaccel.config import BLOCK, AcceleratorConfig
 from moeaccel.formats import WeightFormat
-from moeaccel.interface.commands import COUNT_MAX, Field, NonFinite
+from moeaccel.interface.commands import COUNT_MAX, ENTRY_BYTES, SECTIONS_MAX, Field, NonFinite
 
 EXPONENT_BITS = 12
 """Signed exponents of internal and block floats: no product of the chain leaves this range."""
@@ -49,6 +49,11 @@ def token_bits(config: AcceleratorConfig) -> int:
     return max(1, ceil_log2(config.max_tokens))
 
 
+def expert_bits(config: AcceleratorConfig) -> int:
+    """Return the bits of an expert's number."""
+    return max(1, ceil_log2(config.max_experts))
+
+
 def row_bits(config: AcceleratorConfig) -> int:
     """Return the bits of a row's index in a section of one channel."""
     return ceil_log2(2 * config.max_dim // config.channels)
@@ -67,20 +72,6 @@ def is_format(code: Value, formats: Iterable[WeightFormat]) -> Value:
 def is_packed(config: AcceleratorConfig, code: Value) -> Value:
     """Return whether two rows share a multiplier in the format of that code."""
     return is_format(code, [f for f in config.weight_formats if f.packed])
-
-
-def tiles(rows: Value, dealt: int) -> Value:
-    """Return the tiles of a section on each channel, as moeaccel.image.Section has them.
-
-    Parameters
-    ----------
-    rows : :class:`Value`
-        Of the section, a multiple of 32.
-    dealt : :class:`int`
-        Rows of a tile times channels.
-    """
-    more = dealt - 1 if dealt > BLOCK else 0  # else a tile is always whole
-    return (rows + more) >> exact_log2(dealt)
 
 
 def steps_bits(config: AcceleratorConfig) -> int:
@@ -156,23 +147,21 @@ class WriteClientSignature(wiring.Signature):
 
 
 def job(config: AcceleratorConfig) -> data.StructLayout:
-    """Return a checked command with its layer, as the engine takes it."""
+    """Return a checked command with its layer, as the engine takes it.
+
+    ``routed``: ids and weights are in memory; else every token goes to expert 0 with weight 1.
+    """
     address = config.address_bits
     return data.StructLayout({
-        "linear": 1,
-        "format": config.format_bits,
+        "routed": 1,
         "two_planes": 1,
         "num_experts": config.max_experts.bit_length(),
         "steps_in": steps_bits(config),
-        "steps_hidden": steps_bits(config),
         "steps_out": steps_bits(config),
         "grid_exponent": signed(8),
-        "stride": 32,
-        "image_address": address,
-        "gate_up_words": 32,
-        "down_words": 32,
         "tokens": config.max_tokens.bit_length(),
         "top_k": 5,
+        "table_address": address,
         "x_address": address,
         "ids_address": address,
         "weights_address": address,
@@ -195,10 +184,14 @@ def limited_count(count: Value) -> Value:
 def job_result(config: AcceleratorConfig) -> data.StructLayout:
     """Return what a job that has run to its end says of its numbers.
 
+    ``bad_expert``: it ended at an entry of the expert table, that of ``expert``, for ``word``.
     ``nonfinite``: something that was computed with is NaN or infinite; then ``what`` and ``token``
     are those that :class:`moeaccel.interface.commands.Status` has reported.
     """
     return data.StructLayout({
+        "bad_expert": 1,
+        "expert": expert_bits(config),
+        "word": range(ENTRY_BYTES // 4),
         "nonfinite": 1,
         "what": NonFinite,
         "token": token_bits(config),
@@ -208,7 +201,7 @@ def job_result(config: AcceleratorConfig) -> data.StructLayout:
 
 
 def entry_fields(structure: tuple[Field, ...], entry: Value) -> dict[str, Value]:
-    """Return the fields of a submission, a layer descriptor or a completion, by name."""
+    """Return the fields of a structure in device memory, by name."""
     fields: dict[str, Value] = {}
     for f in structure:
         part = entry[f.offset:f.offset + f.bits]
@@ -222,6 +215,43 @@ def section(config: AcceleratorConfig) -> data.StructLayout:
         "format": config.format_bits,
         "steps": steps_bits(config),
         "tiles": (2 * config.max_dim).bit_length(),
+    })
+
+
+def section_work(config: AcceleratorConfig) -> data.StructLayout:
+    """Return a section and what to do with it.
+
+    ``hidden``: the operand is h, not x. ``combine``: the sink is y, not the activation. ``short``:
+    rows that a tile of all the array's rows, at the section's end, has not.
+    """
+    return data.StructLayout({
+        "dims": section(config), "hidden": 1, "combine": 1, "short": exact_log2(config.rows)})
+
+
+def expert_work(config: AcceleratorConfig) -> data.StructLayout:
+    """Return what is to be computed for an expert: its sections, ``single`` where it has one."""
+    return data.StructLayout({
+        "sections": data.ArrayLayout(section_work(config), SECTIONS_MAX),
+        "single": 1,
+        "activation": config.activation_bits,
+    })
+
+
+def expert(config: AcceleratorConfig) -> data.StructLayout:
+    """Return an expert that has tokens, with what its entry of the expert table says.
+
+    ``pairs``: of tokens with it. ``words``: of its whole image. ``bad``: the entry cannot be
+    computed with, for what its 32-bit word ``word`` says; then all else but ``expert`` is
+    undefined.
+    """
+    return data.StructLayout({
+        "expert": expert_bits(config),
+        "pairs": config.max_assignments.bit_length(),
+        "image_address": config.address_bits,
+        "words": 32,
+        "work": expert_work(config),
+        "bad": 1,
+        "word": range(ENTRY_BYTES // 4),
     })
 
 
@@ -250,8 +280,8 @@ def result_tag(config: AcceleratorConfig) -> data.StructLayout:
     """Return what a result of the array (one tile times one group of tokens) is.
 
     ``row``: the tile's first. ``missing``: how many of the array's R rows the tile has not.
-    ``slots``: tokens in the group. ``last``: the section's last result. ``fresh``: the pass stores
-    y, it does not add.
+    ``slots``: tokens in the group. ``last``: the section's last result. ``hidden``, ``combine``,
+    ``activation``: of the section. ``fresh``: the pass stores y, it does not add.
     """
     return data.StructLayout({
         "group": max(1, ceil_log2(config.token_groups)),
@@ -260,8 +290,9 @@ def result_tag(config: AcceleratorConfig) -> data.StructLayout:
         "slots": range(config.token_lanes + 1),
         "last_group": 1,
         "last": 1,
-        "down": 1,
-        "linear": 1,
+        "hidden": 1,
+        "combine": 1,
+        "activation": config.activation_bits,
         "two_planes": 1,
         "x_bank": 1,
         "slot_bank": 1,
@@ -270,10 +301,12 @@ def result_tag(config: AcceleratorConfig) -> data.StructLayout:
 
 
 def result_element(config: AcceleratorConfig) -> data.StructLayout:
-    """Return one row's output for one slot: gate, up or ``down``; ``last``: the section's last."""
+    """Return one row's output for one slot: gate, up, or to be combined; ``last``: the section's
+    last."""
     return data.StructLayout({
         **dict(element(config).members),
-        "down": 1,
+        "combine": 1,
+        "activation": config.activation_bits,
         "last": 1,
         "slot_bank": 1,
         "fresh": 1,

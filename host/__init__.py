@@ -6,8 +6,9 @@
 0
 """
 
-from moeaccel.host.device import Device, open_device
+from moeaccel.host.device import Device
 from moeaccel.host.errors import HostError
 from moeaccel.host.layers import CallStatistics, Experts, Handle, Linear
+from moeaccel.host.opening import open_device
 
 __all__ = ["CallStatistics", "Device", "Experts", "Handle", "HostError", "Linear", "open_device"]

@@ -18,12 +18,48 @@ from moeaccel.zoo import Model
 
 if TYPE_CHECKING:
     from moeaccel.host.device import Device
+    from moeaccel.host.layers import Experts, Linear
 
 Progress = Callable[[str], None]
 
 
 class BenchmarkError(MoeAccelError, ValueError):
     """A benchmark that cannot be run as asked."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What is measured, and with what.
+
+    Parameters
+    ----------
+    device : :class:`Device`
+    device_name, memory : :class:`str`
+        For the results: what the device is, and its memory.
+    latency : :class:`int`
+        Of the ideal memory for which the cycle model's figure is, whatever the device has.
+    weight_format : :class:`str`
+    activation_bits : :class:`int`
+        8 or 16.
+    seed : :class:`int`
+        Of weights, x and routing.
+    progress : callable
+        Told what is being done.
+    """
+
+    device: Device
+    device_name: str
+    memory: str
+    latency: int
+    weight_format: str
+    activation_bits: int
+    seed: int = 0
+    progress: Progress = lambda _: None
+
+    @property
+    def planes(self) -> int:
+        """Planes of the activations."""
+        return self.activation_bits // 8
 
 
 @dataclass(frozen=True)
@@ -85,6 +121,11 @@ class BenchmarkResult:
         return asdict(self)
 
 
+def memory_share(config: AcceleratorConfig, stored_bytes: int, cycles: int) -> float:
+    """Return how much of what all channels can bring was weights: see :class:`BenchmarkResult`."""
+    return stored_bytes / (config.channels * config.port_bytes * cycles) if cycles else 0.0
+
+
 def routing(tokens: int, experts: int, top_k: int, *, kind: str, seed: int) -> NDArray[np.int64]:
     """Draw ids, (tokens, top_k), distinct within a token.
 
@@ -111,30 +152,49 @@ def routing(tokens: int, experts: int, top_k: int, *, kind: str, seed: int) -> N
     return np.argsort(-keys, axis=1)[:, :top_k].astype(np.int64)
 
 
-def bench_experts(
-    device: Device,
-    config: AcceleratorConfig,
-    model: Model,
-    *,
-    tokens: int,
-    weight_format_name: str,
-    activation_bits: int,
-    kind: str = "uniform",
-    what: str = "decode",
-    seed: int = 0,
-    latency: int,
-    memory: str,
-    device_name: str,
-    progress: Progress = lambda _: None,
-) -> BenchmarkResult:
-    """Run one MoE layer of a model's size on random weights; every other figure is derived from
-    this run.
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """A call that was measured."""
 
-    The cycle model's figure is that of an ideal memory of the given latency, whatever the device
-    has.
+    y: NDArray[np.float32]
+    cycles: int
+    counters: dict[str, int]
+    wall_s: float
+
+
+def _run(bench: Bench, loaded: Experts | Linear, *call: NDArray[Any]) -> _Run:
+    bench.progress("running")
+    before = bench.device.counters()
+    begin = time.perf_counter()
+    handle = loaded.submit(*call)
+    y = loaded.sync(handle)
+    wall = time.perf_counter() - begin
+    after = bench.device.counters()
+    return _Run(y=np.asarray(y), cycles=handle.cycles, wall_s=wall,
+                counters={name: after[name] - before[name] for name in after})
+
+
+def bench_experts(bench: Bench, model: Model, *, tokens: int, kind: str = "uniform",
+                  what: str = "decode") -> BenchmarkResult:
+    """Run one MoE layer of a model's size on random weights; every figure is of this run.
 
     Experts that no token is routed to hold the weights of expert 0: they are resident, and never
     read.
+
+    Parameters
+    ----------
+    bench : :class:`Bench`
+    model : :class:`moeaccel.zoo.Model`
+    tokens : :class:`int`
+    kind : :class:`str`
+        Of the routing: see :func:`routing`.
+    what : :class:`str`
+        For the result.
+
+    Raises
+    ------
+    BenchmarkError
+        If the model's experts are of a kind that is not measured, or there is no such routing.
     """
     from moeaccel import golden
     from moeaccel.golden.reference import experts_float64
@@ -145,16 +205,17 @@ def bench_experts(
             f"model must have SwiGLU experts without bias, not {model.name!r} "
             f"({model.act}, {model.ffn})"
         )
-    rng = np.random.default_rng(seed)
-    fmt = weight_format(weight_format_name)
+    config, planes = bench.device.config, bench.planes
+    rng = np.random.default_rng(bench.seed)
+    fmt = weight_format(bench.weight_format)
     experts, d_model, d_expert = model.n_experts, model.d_model, model.d_expert
     x = rng.standard_normal((tokens, d_model)).astype(np.float32)
-    ids = routing(tokens, experts, model.top_k, kind=kind, seed=seed)
+    ids = routing(tokens, experts, model.top_k, kind=kind, seed=bench.seed)
     weights = rng.random((tokens, model.top_k)).astype(np.float32)
     weights /= weights.sum(axis=1, keepdims=True)
     used = np.unique(ids)
 
-    progress(f"drawing and quantising {len(used)} of {experts} experts")
+    bench.progress(f"drawing and quantising {len(used)} of {experts} experts")
     floats: dict[int, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
     layer: dict[int, Expert] = {}
     for e in used.tolist():
@@ -167,19 +228,13 @@ def bench_experts(
         floats[e], layer[e] = (gate_up, down), Expert.quantise(gate_up, down, fmt)
     filler = layer[int(used[0])]
     all_experts = [layer.get(e, filler) for e in range(experts)]
-    progress("loading the device")
-    loaded = device.load_quantised(all_experts, activation_bits=activation_bits)
-    progress("running")
-    before = device.counters()
-    begin = time.perf_counter()
-    handle = loaded.submit(x, ids, weights)
-    y = loaded.sync(handle)
-    wall = time.perf_counter() - begin
-    counters = _difference(before, device.counters())
-    progress("checking against the golden model")
+    bench.progress("loading the device")
+    loaded = bench.device.load_quantised(all_experts, activation_bits=bench.activation_bits)
+    run = _run(bench, loaded, x, ids, weights)
+    bench.progress("checking against the golden model")
     expected = golden.experts(
         _filled(x), ids, weights, [expert.filled() for expert in all_experts],
-        planes=activation_bits // 8, grid_exponent=loaded.grid_exponent).y[:, :d_model]
+        planes=planes, grid_exponent=loaded.grid_exponent).y[:, :d_model]
     order = {e: i for i, e in enumerate(used.tolist())}
     exact = experts_float64(
         x,
@@ -188,91 +243,39 @@ def bench_experts(
         [floats[e][0] for e in order],
         [floats[e][1] for e in order],
     )
-    shape = loaded.shape
-    assignments = ids.size
-    useful = assignments * 3 * d_model * d_expert * (activation_bits // 8)
     return _result(
-        device,
-        config,
-        what,
-        model.name,
-        fmt.name,
-        activation_bits,
-        tokens,
-        assignments,
-        len(used),
-        handle.cycles,
-        expert_cycles(
-            config, shape, ids, experts, planes=activation_bits // 8, latency=latency),
-        len(used) * shape.stored_bytes,
-        useful,
-        counters,
-        wall,
-        bool((y == expected).all()),
-        _relative(y, exact),
-        memory,
-        device_name,
-    )
+        bench, run, what=what, model=model.name, tokens=tokens, assignments=ids.size,
+        experts_used=len(used), stored_bytes=len(used) * loaded.shape.stored_bytes,
+        useful=ids.size * 3 * d_model * d_expert * planes,
+        predicted=expert_cycles(
+            config, loaded.shape, ids, experts, planes=planes, latency=bench.latency),
+        expected=expected, exact=exact)
 
 
-def bench_gemm(
-    device: Device,
-    config: AcceleratorConfig,
-    *,
-    m: int,
-    k: int,
-    n: int,
-    weight_format_name: str,
-    activation_bits: int,
-    seed: int = 0,
-    latency: int,
-    memory: str,
-    device_name: str,
-    progress: Progress = lambda _: None,
-) -> BenchmarkResult:
-    """Run ``y = x W^T`` with x (m, k) and W (n, k); ``latency`` as in :func:`bench_experts`."""
+def bench_gemm(bench: Bench, *, m: int, k: int, n: int) -> BenchmarkResult:
+    """Run ``y = x W^T`` with x (m, k) and W (n, k)."""
     from moeaccel import golden
     from moeaccel.formats import quantise
 
-    rng = np.random.default_rng(seed)
-    fmt = weight_format(weight_format_name)
+    config, planes = bench.device.config, bench.planes
+    rng = np.random.default_rng(bench.seed)
+    fmt = weight_format(bench.weight_format)
     x = rng.standard_normal((m, k)).astype(np.float32)
     w = rng.standard_normal((n, k), dtype=np.float32) / np.float32(np.sqrt(k))
-    progress("quantising and loading")
+    bench.progress("quantising and loading")
     matrix = quantise(w, fmt)
-    loaded = device.load_linear(w, weight_format=fmt.name, activation_bits=activation_bits)
-    progress("running")
-    before = device.counters()
-    begin = time.perf_counter()
-    handle = loaded.submit(x)
-    y = loaded.sync(handle)
-    wall = time.perf_counter() - begin
-    counters = _difference(before, device.counters())
+    loaded = bench.device.load_linear(
+        w, weight_format=fmt.name, activation_bits=bench.activation_bits)
+    run = _run(bench, loaded, x)
     section = loaded.shape.section
     expected = golden.gemm(
-        _filled(x), matrix.filled(section.rows, section.k), planes=activation_bits // 8,
+        _filled(x), matrix.filled(section.rows, section.k), planes=planes,
         grid_exponent=loaded.grid_exponent).y[:, :n]
     return _result(
-        device,
-        config,
-        "gemm",
-        f"{m}x{k}x{n}",
-        fmt.name,
-        activation_bits,
-        m,
-        m,
-        1,
-        handle.cycles,
-        linear_cycles(config, section, m, planes=activation_bits // 8, latency=latency),
-        loaded.shape.stored_bytes,
-        m * k * n * (activation_bits // 8),
-        counters,
-        wall,
-        bool((y == expected).all()),
-        _relative(y, x.astype(np.float64) @ w.astype(np.float64).T),
-        memory,
-        device_name,
-    )
+        bench, run, what="gemm", model=f"{m}x{k}x{n}", tokens=m, assignments=m, experts_used=1,
+        stored_bytes=loaded.shape.stored_bytes, useful=m * k * n * planes,
+        predicted=linear_cycles(config, section, m, planes=planes, latency=bench.latency),
+        expected=expected, exact=x.astype(np.float64) @ w.astype(np.float64).T)
 
 
 def _filled(x: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -280,62 +283,37 @@ def _filled(x: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.pad(x, ((0, 0), (0, whole_blocks(x.shape[1]) - x.shape[1])))
 
 
-def _difference(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:
-    return {name: after[name] - before[name] for name in after}
-
-
 def _relative(y: NDArray[np.floating], exact: NDArray[np.float64]) -> float:
     size = np.linalg.norm(exact)
     return float(np.linalg.norm(y - exact) / size) if size else 0.0
 
 
-def _result(
-    device: Device,
-    config: AcceleratorConfig,
-    what: str,
-    model: str,
-    fmt: str,
-    activation_bits: int,
-    tokens: int,
-    assignments: int,
-    experts_used: int,
-    cycles: int,
-    predicted: int,
-    stored_bytes: int,
-    useful: int,
-    counters: dict[str, int],
-    wall: float,
-    matches: bool,
-    error: float,
-    memory: str,
-    device_name: str,
-) -> BenchmarkResult:
-    per_cycle = config.multipliers * (2 if weight_format(fmt).packed else 1)
-    width = config.channels * config.port_bytes
-    memory_share = stored_bytes / (width * cycles) if cycles else 0.0
-    useful_share = useful / (per_cycle * cycles) if cycles else 0.0
+def _result(bench: Bench, run: _Run, *, expected: NDArray[np.float32], exact: NDArray[np.float64],
+            predicted: int, stored_bytes: int, useful: int, **workload: Any) -> BenchmarkResult:
+    """Return the figures of a run; ``useful``: multiplications that its result needed."""
+    config, cycles, counters = bench.device.config, run.cycles, run.counters
+    fmt = weight_format(bench.weight_format)
+    per_cycle = config.multipliers * (2 if fmt.packed else 1)
+    of_memory = memory_share(config, stored_bytes, cycles)
+    of_multipliers = useful / (per_cycle * cycles) if cycles else 0.0
     return BenchmarkResult(
-        what=what,
-        model=model,
+        **workload,
         config=config.name,
-        device=device_name,
-        memory=memory,
-        weight_format=fmt,
-        activation_bits=activation_bits,
-        tokens=tokens,
-        assignments=assignments,
-        experts_used=experts_used,
+        device=bench.device_name,
+        memory=bench.memory,
+        weight_format=fmt.name,
+        activation_bits=bench.activation_bits,
         cycles=cycles,
         cycle_model_cycles=predicted,
         stored_bytes=stored_bytes,
-        memory_share=round(memory_share, 5),
-        mac_useful_share=round(useful_share, 5),
-        bound_share=round(max(memory_share, useful_share), 5),
+        memory_share=round(of_memory, 5),
+        mac_useful_share=round(of_multipliers, 5),
+        bound_share=round(max(of_memory, of_multipliers), 5),
         bytes_read=counters["bytes_read_weights"] + counters["bytes_read_other"],
         bytes_written=counters["bytes_written"],
-        wall_s=round(wall, 3),
-        cycles_per_s=round(cycles / wall, 1) if wall else 0.0,
-        matches_golden=matches,
-        rel_err_float=error,
+        wall_s=round(run.wall_s, 3),
+        cycles_per_s=round(cycles / run.wall_s, 1) if run.wall_s else 0.0,
+        matches_golden=bool((run.y == expected).all()),
+        rel_err_float=_relative(run.y, exact),
         counters=counters,
     )

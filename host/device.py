@@ -1,19 +1,17 @@
-"""A device: open it, load weights into its memory, run commands, read its counters."""
+"""A device: load weights into its memory, run commands, read its counters."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
 import logging
-import os
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Self
 
-from moeaccel.config import AcceleratorConfig, preset
+from moeaccel.config import AcceleratorConfig
 from moeaccel.host import weights
 from moeaccel.host.errors import (
     DeviceClosed,
@@ -22,26 +20,22 @@ from moeaccel.host.errors import (
     HostError,
     InvalidOption,
     LinkLost,
-    UnsupportedTransport,
 )
 from moeaccel.host.identity import check_config, check_version
 from moeaccel.host.layers import Experts, Handle, Linear
 from moeaccel.host.memory import COMMAND_ALIGNMENT, PAGE, Allocator
-from moeaccel.host.options import check_names, seconds, whole
+from moeaccel.host.options import seconds, whole
 from moeaccel.host.process import Bound, Inherited
 from moeaccel.host.registers import RegisterAccess, fields_of, mask
 from moeaccel.host.residents import Residents
 from moeaccel.host.rings import Command, CommandRings, Completion
 from moeaccel.host.tensors import Tensor
 from moeaccel.host.transports.base import Transport
-from moeaccel.host.weights import Progress, Stack
+from moeaccel.host.weights import Formats, Progress, Stack
 from moeaccel.image import Expert
 from moeaccel.interface.commands import Opcode
 
-if TYPE_CHECKING:
-    from moeaccel.host.transports.xdma import XdmaTransport
-
-__all__ = ["Command", "Device", "open_device"]
+__all__ = ["Command", "Device"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +43,7 @@ _SPURIOUS_INTERRUPTS = 64
 
 
 class Device(Bound, Inherited):
-    """An accelerator behind a transport; see :func:`open_device`.
+    """An accelerator behind a transport; see :func:`moeaccel.host.open_device`.
 
     Every method may be called from several threads: a lock lets one at a time through. A thread
     that waits for a result holds the lock; the device executes commands in order anyway.
@@ -174,7 +168,7 @@ class Device(Bound, Inherited):
 
     # -- weights -----------------------------------------------------------------------------------
     def load_experts(self, gate_up: Stack, down: Stack, *, activation: str = "silu",
-                     weight_format: str = "int4_g32", activation_bits: int = 16,
+                     weight_format: Formats = "int4_g32", activation_bits: int = 16,
                      grid_exponent: int | None = None, x_rms: float = 1.0,
                      progress: Progress | None = None) -> Experts:
         """Quantise the experts of one layer and put them into the device's memory.
@@ -187,9 +181,10 @@ class Device(Bound, Inherited):
         down : float tensor, (E, H, I)
             Or a sequence of E matrices.
         activation : :class:`str`
-            Of the gate: ``"silu"``.
-        weight_format : :class:`str`
-            One of :data:`moeaccel.formats.FORMATS`.
+            Of the gate: one of :data:`moeaccel.activations.ACTIVATIONS`.
+        weight_format : :class:`str`, or a sequence of str
+            One of :data:`moeaccel.formats.FORMATS`, or one for each expert. Where gate and up have
+            another format than down, or experts other widths I, see :meth:`load_quantised`.
         activation_bits : :class:`int`
             8 or 16.
         grid_exponent : :class:`int`, optional
@@ -209,10 +204,11 @@ class Device(Bound, Inherited):
             Before anything is sent.
         InvalidTensor, FormatError
             Before anything is sent: for the shapes of stacks, or of expert 0 in a sequence, and for
-            a format that there is not. As experts are taken, one by one: for the shapes of later
-            ones, and for types or values that cannot be quantised, NaN for one. The experts before
-            it have been sent then; their memory is free again, and as long as nothing else takes
-            its place, loading them again there sends them no second time.
+            a format or an activation that there is not, or that the device has not. As experts are
+            taken, one by one: for the shapes of later ones, and for types or values that cannot be
+            quantised, NaN for one. The experts before it have been sent then; their memory is free
+            again, and as long as nothing else takes its place, loading them again there sends them
+            no second time.
         OutOfDeviceMemory
             If the images do not fit.
         UploadError
@@ -223,17 +219,20 @@ class Device(Bound, Inherited):
             activation_bits=activation_bits, grid_exponent=grid_exponent, x_rms=x_rms,
             progress=progress)
 
-    def load_quantised(self, experts: Sequence[Expert], *, activation: str = "silu",
+    def load_quantised(self, experts: Sequence[Expert], *, activation: str | None = None,
                        activation_bits: int = 16, grid_exponent: int | None = None,
                        x_rms: float = 1.0, progress: Progress | None = None) -> Experts:
-        """Put experts that are quantised already, all of one format and shape, into memory.
+        """Put experts that are quantised already into memory.
 
         Parameters
         ----------
         experts : sequence of :class:`moeaccel.image.Expert`
-            Rows of ``gate_up`` alternate: g0, u0, g1, u1, ...
+            All of one d_model; formats of both products, widths and activations may differ. Rows of
+            ``gate_up`` alternate: g0, u0, g1, u1, ...
             (:func:`moeaccel.image.interleave_gate_up`), other than in :meth:`load_experts`;
             :meth:`moeaccel.image.Expert.quantise` makes them so.
+        activation : :class:`str`, optional
+            Of all experts, instead of their own.
 
         See :meth:`load_experts` for the rest; the grid is chosen from the quantised weights.
 
@@ -447,111 +446,3 @@ class Device(Bound, Inherited):
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
                  traceback: TracebackType | None) -> None:
         self.close()
-
-
-def open_device(spec: str | Transport, config: str | AcceleratorConfig | None = None, *,
-                memory_bytes: int | None = None, timeout_s: float = 30.0, ring_log2: int = 4,
-                watchdog_cycles: int = 1 << 24, record: str | Path | None = None,
-                **options: Any) -> Device:
-    """Open a device.
-
-    Parameters
-    ----------
-    spec : :class:`str` or :class:`Transport`
-        ``"golden"``: the bit-exact model. ``"rtl"``: the Verilated hardware in this process.
-        ``"serial:PORT"``: a board at a serial port; option ``baud``. ``"xdma:N"``: a PCIe card.
-        ``"replay:FILE"``: a recorded session. A transport is used as it is.
-    config : :class:`str` or :class:`AcceleratorConfig`, optional
-        What the device was built from: a preset's name, or a configuration; when left out,
-        ``"ulx3s"`` at a serial port, the preset that a PCIe card names, else ``"small"``.
-    memory_bytes : :class:`int`, optional
-        Size of the memory on each channel. A model's costs only what is used; 4 GiB when left out.
-        A PCIe card's is that of an Alveo U55C when left out. A board at a serial port or a
-        recording says itself how much it has.
-    timeout_s, ring_log2, watchdog_cycles
-        See :class:`Device`.
-    record : path, optional
-        File to which the session is recorded, for ``"replay:FILE"``.
-    **options
-        Passed to the transport.
-
-    Raises
-    ------
-    UnsupportedTransport
-        For a specification that this version does not know.
-    InvalidOption
-        For options that the transport does not have, or values of the wrong type or range.
-    DeviceNotFound, ConfigMismatch
-        If something else answers, or nothing.
-    PortUnavailable
-        If there is no such port, or it may not be opened.
-    """
-    if memory_bytes is not None:
-        memory_bytes = whole("memory_bytes", memory_bytes, least=1)
-    if record is not None and not isinstance(record, str | os.PathLike):
-        raise InvalidOption(f"record must be the name of a file, not {record!r}")
-    if isinstance(spec, str) and spec.startswith("xdma:"):
-        transport = _open_xdma(spec, None if config is None else preset(config), memory_bytes,
-                               {"timeout_s": timeout_s} | options)
-        config = transport.config
-    else:
-        if config is None:
-            config = "ulx3s" if isinstance(spec, str) and spec.startswith("serial:") else "small"
-        config = preset(config)
-        transport = _open_transport(spec, config, memory_bytes, options)
-    try:
-        if record is not None:
-            from moeaccel.host.transports.record import RecordTransport
-
-            transport = RecordTransport(transport, record, config)
-        return Device(transport, config, timeout_s=timeout_s, ring_log2=ring_log2,
-                      watchdog_cycles=watchdog_cycles)
-    except BaseException:
-        transport.close()
-        raise
-
-
-def _open_xdma(spec: str, config: AcceleratorConfig | None, memory_bytes: int | None,
-               options: dict[str, Any]) -> XdmaTransport:
-    from moeaccel.host.transports.xdma import XdmaTransport
-
-    number = spec.partition(":")[2]
-    if not number.isdecimal():
-        raise UnsupportedTransport(
-            f"device must be 'xdma:N' with the N of /dev/xdmaN_user, not {spec!r}")
-    check_names("xdma:N", options, XdmaTransport)
-    return XdmaTransport(int(number), config, memory_bytes=memory_bytes, **options)
-
-
-def _open_transport(spec: object, config: AcceleratorConfig, memory_bytes: int | None,
-                    options: dict[str, Any]) -> Transport:
-    kind, _, name = spec.partition(":") if isinstance(spec, str) else ("", "", "")
-    if isinstance(spec, Transport) or (kind in ("serial", "replay") and name):
-        what = "an open transport" if isinstance(spec, Transport) else f"{kind}:..."
-        if memory_bytes is not None:
-            raise InvalidOption(f"memory_bytes must be left out for {what}, which says itself "
-                                f"how much there is, not {memory_bytes}")
-        if isinstance(spec, Transport):
-            check_names(what, options)
-            return spec
-        if kind == "serial":
-            from moeaccel.host.transports.serial import SerialTransport
-
-            check_names("serial:PORT", options, SerialTransport)
-            return SerialTransport(name, **options)
-        from moeaccel.host.transports.record import ReplayTransport
-
-        check_names("replay:FILE", options, ReplayTransport)
-        return ReplayTransport(name, config, **options)
-    if spec == "golden":
-        from moeaccel.host.transports.golden import GoldenTransport
-
-        check_names("golden", options, GoldenTransport)
-        return GoldenTransport(
-            config, memory_bytes=memory_bytes or min(1 << 32, 1 << config.address_bits), **options)
-    if spec == "rtl":
-        from moeaccel.host.transports.rtl import RtlTransport
-
-        return RtlTransport(config, memory_bytes=memory_bytes, **options)
-    raise UnsupportedTransport("device must be 'golden', 'rtl', 'serial:PORT', 'xdma:N' or "
-                               f"'replay:FILE', not {spec!r}")

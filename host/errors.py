@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moeaccel.errors import MoeAccelError
-from moeaccel.interface.commands import LAYER, SUBMISSION, Field, NonFinite, Status
+from moeaccel.interface.commands import EXPERT, LAYER, SUBMISSION, Field, NonFinite, Status
 
 __all__ = [
     "HostError", "NotCopyable", "UnsupportedTransport", "DeviceNotFound", "ConfigMismatch",
@@ -11,8 +11,9 @@ __all__ = [
     "InvalidTensor", "InvalidOption", "LimitExceeded", "OutOfDeviceMemory", "UploadError",
     "DeviceTimeout", "DeviceStopped", "HandleConsumed", "PortUnavailable", "LinkLost",
     "AccessFailed", "RecordingError", "ReplayMismatch",
-    "CommandFailed", "CommandRejected", "WindowViolation", "BusError", "NonFiniteInput",
-    "GridOverflow", "CommandAborted", "CompletionLost", "WatchdogExpired", "LOST", "command_error",
+    "CommandFailed", "CommandRejected", "ExpertRejected", "WindowViolation", "BusError",
+    "NonFiniteInput", "GridOverflow", "CommandAborted", "CompletionLost", "WatchdogExpired", "LOST",
+    "command_error",
     "UnsupportedExperts", "ExpertsIgnored", "TrainingUnsupported", "GraphCaptureUnsupported",
 ]
 
@@ -121,7 +122,21 @@ class CommandFailed(HostError):
 
 
 class CommandRejected(CommandFailed):
-    """The device found a field of the submission or of the layer descriptor out of range."""
+    """The device found a field of what it was sent out of range."""
+
+
+class ExpertRejected(CommandRejected):
+    """The device found an entry of the expert table that it cannot go by; y is undefined."""
+
+    @property
+    def expert(self) -> int:
+        """Whose entry it is, the first where there are several."""
+        return self.detail
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The field, or those that share its 32-bit word."""
+        return tuple(field.name for field in EXPERT if field.word == self.address)
 
 
 class WindowViolation(CommandFailed):
@@ -178,8 +193,15 @@ def _nonfinite(address: int) -> str:
 
 
 def _field_at(fields: tuple[Field, ...], word: int) -> str:
-    names = [field.name for field in fields if field.word == word]
-    return " or ".join(names) or f"word {word}"
+    """Return the names of the fields of a 32-bit word, and what each must be."""
+    said = []
+    for field in fields:
+        if field.word == word:
+            limits = "; ".join(filter(None, (limit.text() for limit in field.limits)))
+            if field.name.endswith("_address"):
+                limits += ", where all that is there ends, too"
+            said.append(f"{field.name} must be {limits or 'what the other fields give'}")
+    return ", ".join(said) or f"word {word} must be in the device's range"
 
 
 def command_error(status: int, detail: int, address: int, *, first_token: int = 0) -> CommandFailed:
@@ -200,12 +222,14 @@ def command_error(status: int, detail: int, address: int, *, first_token: int = 
                 "is the driver newer than the device?")
         case Status.BAD_FIELD:
             kind, text = CommandRejected, (
-                f"submission field {_field_at(SUBMISSION, detail)} must be in the device's range; "
-                "nothing was started")
+                f"submission field {_field_at(SUBMISSION, detail)}; nothing was started")
         case Status.BAD_LAYER:
             kind, text = CommandRejected, (
-                f"layer descriptor field {_field_at(LAYER, detail)} must be in the device's range; "
-                "nothing was started")
+                f"layer descriptor field {_field_at(LAYER, detail)}; nothing was started")
+        case Status.BAD_EXPERT:
+            kind, text = ExpertRejected, (
+                f"expert table entry of expert {detail}: field {_field_at(EXPERT, address)}; y is "
+                "undefined, load the layer again if something else wrote to the device's memory")
         case Status.WINDOW:
             kind, text = WindowViolation, (
                 f"burst at {address:#x} must be inside the memory window; it was suppressed")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -386,23 +386,38 @@ class Experts(_Layer):
     ``y[t] = sum over k of weights[t, k] * expert[ids[t, k]](x[t])``
     """
 
-    def __init__(self, device: Device, shape: ExpertShape, num_experts: int, images: Allocation,
+    def __init__(self, device: Device, shapes: Sequence[ExpertShape], images: Allocation,
                  descriptor: Allocation, planes: int, grid_exponent: int,
                  report: WeightReport) -> None:
-        super().__init__(device, images, descriptor, d_in=shape.d_model, d_out=shape.d_model,
-                         planes=planes, grid_exponent=grid_exponent, report=report)
-        self._shape = shape
-        self._num_experts = num_experts
+        d_model = shapes[0].d_model
+        super().__init__(device, images, descriptor, d_in=d_model, d_out=d_model, planes=planes,
+                         grid_exponent=grid_exponent, report=report)
+        self._shapes = tuple(shapes)
+
+    @property
+    def shapes(self) -> tuple[ExpertShape, ...]:
+        """Formats, dimensions and activation of each expert; the dimensions are the caller's."""
+        return self._shapes
 
     @property
     def shape(self) -> ExpertShape:
-        """Format and dimensions of each expert; the dimensions are the caller's."""
-        return self._shape
+        """The shape of every expert.
+
+        Raises
+        ------
+        InvalidOption
+            If they differ, see :attr:`shapes`.
+        """
+        found = set(self._shapes)
+        if len(found) > 1:
+            raise InvalidOption(f"shape must be that of all experts, but there are {len(found)}; "
+                                "ask for shapes")
+        return self._shapes[0]
 
     @property
     def num_experts(self) -> int:
         """Number of experts."""
-        return self._num_experts
+        return len(self._shapes)
 
     def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Any:
         """Return y, (T, H); see :meth:`submit` and :meth:`sync`."""
@@ -440,7 +455,7 @@ class Experts(_Layer):
         if found != shape:
             raise InvalidTensor(f"weights must have the shape of ids, {shape}, not {found}")
         return self._submit(Opcode.EXPERTS, float32("x", x),
-                            indices("ids", ids, self._num_experts), float32("weights", weights),
+                            indices("ids", ids, self.num_experts), float32("weights", weights),
                             Like.of(x))
 
 

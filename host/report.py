@@ -45,6 +45,7 @@ class WeightReport:
     Parameters
     ----------
     weight_format : :class:`str`
+        Its name; of a layer with several their names, joined by commas.
     relative_error : :class:`dict` of :class:`str` to :class:`float`, optional
         Relative Frobenius error of each kind of matrix (``gate_up`` and ``down``, or ``weight``)
         over all experts. None where no float weights were given.

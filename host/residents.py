@@ -12,18 +12,21 @@ page 0 has been written, and 0 after whatever may have cost memory its content, 
 configured.
 
 Layout, little-endian: magic u32, version u16, number of ranges u16, CRC-32 of everything else u32,
-then for each range its address u64, the bytes from one image to the next u32, and the number of
-images u32; zeros up to the next multiple of 64. Memory with error correction must not be read
-before it is written, nor be written in parts: only blocks that a list needs are written, and read.
+then for each range its address u64, its size in blocks of 64 bytes u32, and a CRC-32 u32 of the
+sizes of its images, each in blocks of 64 bytes as u32; zeros up to the next multiple of 64. (Where
+sizes differ, headers lie elsewhere: it is another range.) Memory with error correction must not be
+read before it is written, nor be written in parts: only blocks that a list needs are written, and
+read.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import struct
 import zlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -37,7 +40,7 @@ __all__ = ["Residents"]
 logger = logging.getLogger(__name__)
 
 _MAGIC = 0x5352_4F4D  # "MORS" in memory order
-_VERSION = 1
+_VERSION = 2
 _LISTED = mask("MEMORY_STATE", "listed")
 _HEAD = struct.Struct("<IHH")
 _CRC = struct.Struct("<I")
@@ -51,14 +54,21 @@ def _blocks(size: int) -> int:
 
 
 class _Range(NamedTuple):
-    """Bytes that hold images, each ``stride`` bytes behind the one before."""
+    """Bytes that hold images, one behind the other."""
 
     address: int
-    stride: int
-    images: int
+    blocks: int
+    layout: int  # CRC-32 of the sizes of the images
+
+    @classmethod
+    def of(cls, address: int, sizes: Sequence[int]) -> Self:
+        """Return the range of images with these sizes."""
+        blocks = [size // COMMAND_ALIGNMENT for size in sizes]
+        return cls(address, sum(blocks), zlib.crc32(struct.pack(f"<{len(blocks)}I", *blocks)))
 
     def overlaps(self, address: int, size: int) -> bool:
-        return address < self.address + self.stride * self.images and self.address < address + size
+        end = self.address + self.blocks * COMMAND_ALIGNMENT
+        return address < end and self.address < address + size
 
 
 class Residents:
@@ -112,26 +122,23 @@ class Residents:
             self._write(left)
             self._ranges = left
 
-    def enter(self, address: int, stride: int, count: int) -> None:
+    def enter(self, address: int, sizes: Sequence[int]) -> None:
         """Enter a range, before its images are uploaded; every header in it is true from then on.
 
         Parameters
         ----------
         address : :class:`int`
             Of the first image.
-        stride : :class:`int`
-            Bytes from one image to the next.
-        count : :class:`int`
-            Number of images.
+        sizes : sequence of :class:`int`
+            Bytes from each image to the one behind it, whole blocks of 64.
         """
-        entry = _Range(address, stride, count)
+        entry = _Range.of(address, sizes)
         if entry in self._ranges:
             return
-        self.forget(address, stride * count)
+        self.forget(address, sum(sizes))
         for channel in self._channels:
-            for image in range(count):
-                self._transport.memory_write(
-                    channel + address + image * stride, np.zeros(HEADER_BYTES, np.uint8))
+            for image in itertools.accumulate(sizes[:-1], initial=channel + address):
+                self._transport.memory_write(image, np.zeros(HEADER_BYTES, np.uint8))
         self._ranges = [*self._ranges, entry]
         self._write(self._ranges[-_MOST:])
         self._ranges = self._ranges[-_MOST:]

@@ -8,19 +8,18 @@ The calls behind :meth:`Device.load_experts`, :meth:`Device.load_quantised` and
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from numbers import Real
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moeaccel.config import PRESETS
-from moeaccel.errors import FormatError
 from moeaccel.formats import (
     WeightFormat,
-    check_dims,
     check_matrix,
     quantise,
     weight_format as find_format,
@@ -32,9 +31,10 @@ from moeaccel.grid import (
     linear_output,
     squares,
 )
-from moeaccel.host.errors import InvalidOption, InvalidTensor, LimitExceeded, UploadError
+from moeaccel.host.errors import InvalidOption, InvalidTensor, UploadError
 from moeaccel.host.layers import Experts, Linear
-from moeaccel.host.memory import COMMAND_ALIGNMENT, PAGE, Allocation
+from moeaccel.host.limits import check_layer
+from moeaccel.host.memory import PAGE, Allocation
 from moeaccel.host.report import WeightErrors, WeightReport
 from moeaccel.host.tensors import Tensor, float32, shape_of
 from moeaccel.host.transports.base import Bytes
@@ -45,15 +45,15 @@ from moeaccel.image import (
     LinearShape,
     build_image,
     build_linear_image,
+    expert_table,
     interleave_gate_up,
 )
-from moeaccel.interface.commands import GRID_EXPONENTS, LAYER, Activation, LayerKind, encode
+from moeaccel.interface.commands import ENTRY_BYTES, GRID_EXPONENTS, LAYER, encode
 
 if TYPE_CHECKING:
     from moeaccel.host.device import Device
 
-__all__ = [
-    "Progress", "Stack", "check_limits", "load_experts", "load_linear", "load_quantised"]
+__all__ = ["Formats", "Progress", "Stack", "load_experts", "load_linear", "load_quantised"]
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +62,9 @@ Progress = Callable[[int, int], None]
 
 Stack = Tensor | Sequence[Tensor]
 """One matrix for each expert."""
+
+Formats = str | WeightFormat | Sequence[str | WeightFormat]
+"""A weight format for all experts, or one for each."""
 
 _Measured = tuple[Expert, dict[str, Squares]]
 """An expert, and the sums of squares of its matrices by their kind."""
@@ -85,7 +88,7 @@ def _freed_on_error(allocation: Allocation) -> Iterator[None]:
 
 
 def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str,
-                 weight_format: str, activation_bits: int, grid_exponent: int | None,
+                 weight_format: Formats, activation_bits: int, grid_exponent: int | None,
                  x_rms: float, progress: Progress | None) -> Experts:
     """Quantise the experts of one layer and put them into a device's memory."""
     experts, rows, d_model = _stack_shape("gate_up", gate_up, "2 I", "H")
@@ -94,47 +97,42 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
         raise InvalidTensor(
             f"down must have the shape (E, H, I) = {(experts, d_model, rows // 2)} for gate_up "
             f"{(experts, rows, d_model)} = (E, 2 I, H), not {shape}")
+    formats = _formats(weight_format, experts)
+    array = device.config.row_multipliers, device.config.channels
+    shapes = {fmt: ExpertShape(fmt, d_model, rows // 2, *array, activation=activation)
+              for fmt in dict.fromkeys(formats)}
 
     def quantised() -> Iterator[_Measured]:
-        for e in range(experts):
+        for e, fmt in enumerate(formats):
             matrices = float32("gate_up", gate_up[e]), float32("down", down[e])
             if matrices[0].shape != (rows, d_model) or matrices[1].shape != shape[1:]:
                 raise InvalidTensor(
                     f"expert {e} must have the shapes of expert 0, {(rows, d_model)} and "
-                    f"{shape[1:]}, not {matrices[0].shape} and {matrices[1].shape}")
-            expert = Expert.quantise(*matrices, weight_format)
+                    f"{shape[1:]}, not {matrices[0].shape} and {matrices[1].shape}; experts of "
+                    "different widths go by load_quantised()")
+            expert = Expert.quantise(*matrices, fmt)
             yield expert, {"gate_up": squares(expert.gate_up, interleave_gate_up(matrices[0])),
                            "down": squares(expert.down, matrices[1])}
 
     return _load_experts(
-        device, quantised(), experts, d_model, rows // 2, format_name=weight_format,
-        activation=activation, activation_bits=activation_bits, grid_exponent=grid_exponent,
-        x_rms=x_rms, progress=progress)
+        device, quantised(), [shapes[fmt] for fmt in formats], activation_bits=activation_bits,
+        grid_exponent=grid_exponent, x_rms=x_rms, progress=progress)
 
 
-def load_quantised(device: Device, experts: Sequence[Expert], *, activation: str,
+def load_quantised(device: Device, experts: Sequence[Expert], *, activation: str | None,
                    activation_bits: int, grid_exponent: int | None, x_rms: float,
                    progress: Progress | None) -> Experts:
     """Put experts that are quantised already into a device's memory."""
     if not len(experts):
         raise InvalidTensor("experts must be at least one, not none")
-    checked: set[int] = set()
+    found: dict[int, ExpertShape] = {}  # many experts may be one object
     for e, expert in enumerate(experts):
-        if id(expert) not in checked:
-            check_matrix(expert.gate_up, f"gate_up of expert {e}")
-            check_matrix(expert.down, f"down of expert {e}")
-            checked.add(id(expert))
-    kinds = {(e.gate_up.format.name, e.gate_up.integers.shape, e.down.format.name,
-              e.down.integers.shape) for e in experts}
-    if len(kinds) > 1:
-        raise InvalidTensor(f"experts must have one format and shape, not {sorted(kinds)}")
-    name, (rows, d_model), down_name, down_shape = kinds.pop()
-    if rows % 2:
-        raise InvalidTensor(f"gate_up must have a row of up for each row of gate, not {rows} rows")
-    if down_shape != (d_model, rows // 2) or name != down_name:
+        if id(expert) not in found:
+            found[id(expert)] = _checked_shape(device, e, expert, activation)
+    shapes = [found[id(expert)] for expert in experts]
+    if len({shape.d_model for shape in shapes}) > 1:
         raise InvalidTensor(
-            f"down must be {name} of the shape {(d_model, rows // 2)}, not {down_name} of "
-            f"{down_shape}")
+            f"experts must be of one d_model, not {sorted({shape.d_model for shape in shapes})}")
 
     def measured() -> Iterator[_Measured]:
         previous: Expert | None = None
@@ -146,54 +144,62 @@ def load_quantised(device: Device, experts: Sequence[Expert], *, activation: str
             yield expert, found
 
     return _load_experts(
-        device, measured(), len(experts), d_model, rows // 2, format_name=name,
-        activation=activation, activation_bits=activation_bits, grid_exponent=grid_exponent,
+        device, measured(), shapes, activation_bits=activation_bits, grid_exponent=grid_exponent,
         x_rms=x_rms, progress=progress)
+
+
+def _checked_shape(device: Device, e: int, expert: Expert, activation: str | None) -> ExpertShape:
+    """Return the shape of an expert whose matrices hold what their formats can say."""
+    check_matrix(expert.gate_up, f"gate_up of expert {e}")
+    check_matrix(expert.down, f"down of expert {e}")
+    rows, d_model = expert.gate_up.integers.shape
+    if rows % 2:
+        raise InvalidTensor(f"gate_up of expert {e} must have a row of up for each row of gate, "
+                            f"not {rows} rows")
+    if expert.down.integers.shape != (d_model, rows // 2):
+        raise InvalidTensor(f"down of expert {e} must have the shape {(d_model, rows // 2)}, not "
+                            f"{expert.down.integers.shape}")
+    if activation is not None:
+        expert = replace(expert, activation=activation)
+    return expert.shape(device.config.row_multipliers, device.config.channels)
 
 
 def load_linear(device: Device, weight: Tensor, *, weight_format: str, activation_bits: int,
                 grid_exponent: int | None, x_rms: float) -> Linear:
     """Quantise the matrix of a linear layer and put it into a device's memory."""
     d_out, d_in = shape_of("weight", weight, "N", "K")
-    fmt = _check_format(device, weight_format)
-    planes = _check_options("silu", activation_bits, grid_exponent, x_rms)
-    check_limits(device, 1, d_in=d_in, d_out=d_out)
+    planes = _check_options(activation_bits, grid_exponent, x_rms)
     config = device.config
-    shape = LinearShape(fmt, d_out, d_in, config.row_multipliers, config.channels)
+    shape = LinearShape(
+        find_format(weight_format), d_out, d_in, config.row_multipliers, config.channels)
+    check_layer(config, [shape])
     values = float32("weight", weight)
-    matrix = quantise(values, fmt)
+    matrix = quantise(values, shape.format)
     found = squares(matrix, values)
     if grid_exponent is None:
         grid_exponent = choose_grid([linear_output(found, x_rms=x_rms)])
-    errors = WeightErrors(fmt.name)
+    errors = WeightErrors(shape.format.name)
     errors.add(0, {"weight": found}, groups=matrix.shift.size, coarsened=matrix.coarsened)
-    images = device.memory.allocate(shape.stride, alignment=PAGE, keeps=True)
+    images, addresses = _allocate(device, [shape])
     with _freed_on_error(images):
-        _enter(device, images, shape.stride, 1)
         parts = [build_linear_image(matrix, config.row_multipliers, channel=channel,
                                     channels=config.channels)
                  for channel in range(config.channels)]
         _upload(device, images.address, parts, "the linear layer")
-        descriptor = _describe(device, {
-            "kind": LayerKind.LINEAR, "format": fmt.code, "planes": planes, "num_experts": 1,
-            "d_in": shape.section.k, "d_expert": shape.section.k, "d_out": shape.section.rows,
-            "grid_exponent": grid_exponent, "stride": shape.stride,
-            "image_address": images.address + shape.header_bytes})
+        descriptor = _describe(device, planes, grid_exponent, [shape], addresses)
     return Linear(device, shape, images, descriptor, planes, grid_exponent, _report(errors))
 
 
-def _load_experts(device: Device, experts: Iterable[_Measured], count: int, d_model: int,
-                  d_expert: int, *, format_name: str, activation: str, activation_bits: int,
-                  grid_exponent: int | None, x_rms: float, progress: Progress | None) -> Experts:
-    fmt = _check_format(device, format_name)
-    planes = _check_options(activation, activation_bits, grid_exponent, x_rms)
-    check_limits(device, count, d_model=d_model, d_expert=d_expert)
+def _load_experts(device: Device, experts: Iterable[_Measured], shapes: Sequence[ExpertShape], *,
+                  activation_bits: int, grid_exponent: int | None, x_rms: float,
+                  progress: Progress | None) -> Experts:
+    planes = _check_options(activation_bits, grid_exponent, x_rms)
     config = device.config
-    shape = ExpertShape(fmt, d_model, d_expert, config.row_multipliers, config.channels)
-    images = device.memory.allocate(count * shape.stride, alignment=PAGE, keeps=True)
+    check_layer(config, shapes)
+    images, addresses = _allocate(device, shapes)
     with _freed_on_error(images):
-        _enter(device, images, shape.stride, count)
-        errors = WeightErrors(fmt.name)
+        errors = WeightErrors(", ".join(dict.fromkeys(
+            section.format.name for shape in shapes for section in shape.sections)))
         outputs: list[float] = []
         previous: Expert | None = None
         parts: list[Bytes] = []
@@ -203,23 +209,18 @@ def _load_experts(device: Device, experts: Iterable[_Measured], count: int, d_mo
                                      channel=channel, channels=config.channels)
                          for channel in range(config.channels)]
                 previous = expert
-            _upload(device, images.address + e * shape.stride, parts, f"expert {e}")
-            outputs.append(gated_output(found["gate_up"], found["down"], x_rms=x_rms))
+            _upload(device, addresses[e], parts, f"expert {e}")
+            outputs.append(gated_output(found["gate_up"], found["down"], x_rms=x_rms,
+                                        activation=shapes[e].activation))
             errors.add(e, found, groups=expert.gate_up.shift.size + expert.down.shift.size,
                        coarsened=expert.gate_up.coarsened + expert.down.coarsened)
             if progress is not None:
-                progress(e + 1, count)
+                progress(e + 1, len(shapes))
         # The grid is that of all experts: only now are they all seen.
         if grid_exponent is None:
             grid_exponent = choose_grid(outputs)
-        descriptor = _describe(device, {
-            "kind": LayerKind.EXPERTS, "format": fmt.code, "planes": planes,
-            "activation": Activation[activation.upper()], "num_experts": count,
-            "d_in": shape.gate_up.k, "d_expert": shape.down.k, "d_out": shape.down.rows,
-            "grid_exponent": grid_exponent, "stride": shape.stride,
-            "image_address": images.address + shape.header_bytes})
-    return Experts(device, shape, count, images, descriptor, planes, grid_exponent,
-                   _report(errors))
+        descriptor = _describe(device, planes, grid_exponent, shapes, addresses)
+    return Experts(device, shapes, images, descriptor, planes, grid_exponent, _report(errors))
 
 
 def _report(errors: WeightErrors) -> WeightReport:
@@ -229,25 +230,18 @@ def _report(errors: WeightErrors) -> WeightReport:
     return report
 
 
-def _check_format(device: Device, name: str) -> WeightFormat:
-    """Return the format of that name, which the device must have."""
-    fmt = find_format(name)
-    config = device.config
-    if fmt not in config.weight_formats:
-        having = [c.name for c in PRESETS.values() if fmt in c.weight_formats]
-        raise FormatError(
-            f"weight_format must be one that config {config.name!r} has, "
-            f"{', '.join(config.formats)}, not {name!r}; presets with it: "
-            f"{', '.join(having) or 'none'}")
-    return fmt
+def _formats(weight_format: Formats, experts: int) -> list[WeightFormat]:
+    """Return the format of each expert."""
+    if isinstance(weight_format, str | WeightFormat) or not isinstance(weight_format, Sequence):
+        return [find_format(weight_format)] * experts
+    if len(weight_format) != experts:
+        raise InvalidOption(f"weight_format must be one name, or one for each of {experts} "
+                            f"experts, not {len(weight_format)}")
+    return [find_format(name) for name in weight_format]
 
 
-def _check_options(activation: str, activation_bits: int, grid_exponent: int | None,
-                   x_rms: float) -> int:
+def _check_options(activation_bits: int, grid_exponent: int | None, x_rms: float) -> int:
     """Return the number of planes."""
-    names = [a.name.lower() for a in Activation]
-    if activation not in names:
-        raise InvalidOption(f"activation must be one of {', '.join(names)}, not {activation!r}")
     if activation_bits not in (8, 16):
         raise InvalidOption(f"activation_bits must be 8 or 16, not {activation_bits!r}")
     if grid_exponent is not None and grid_exponent not in GRID_EXPONENTS:
@@ -259,30 +253,15 @@ def _check_options(activation: str, activation_bits: int, grid_exponent: int | N
     return activation_bits // 8
 
 
-def check_limits(device: Device, experts: int, **dims: int) -> None:
-    """Raise :class:`LimitExceeded` if a layer is too large for the device's configuration."""
-    check_dims(**dims)
-    config = device.config
-    fitting = [c.name for c in sorted(PRESETS.values(), key=lambda c: c.max_dim)
-               if c.max_dim >= max(dims.values()) and c.max_experts >= experts]
-    advice = (f"config {fitting[0]!r} fits this layer" if fitting
-              else "no preset fits this layer, make a configuration that does")
-    if experts < 1:
-        raise InvalidTensor("number of experts must be at least 1, not 0")
-    if experts > config.max_experts:
-        raise LimitExceeded(
-            f"number of experts must be at most max_experts = {config.max_experts} of config "
-            f"{config.name!r}, not {experts}; {advice}")
-    for name, value in dims.items():
-        if value > config.max_dim:
-            raise LimitExceeded(f"{name} must be at most max_dim = {config.max_dim} of config "
-                                f"{config.name!r}, not {value}; {advice}")
-
-
-def _enter(device: Device, images: Allocation, stride: int, count: int) -> None:
-    with device._lock:
+def _allocate(device: Device, shapes: Sequence[ExpertShape | LinearShape]
+              ) -> tuple[Allocation, list[int]]:
+    """Return memory for images one behind the other, listed as such, and the address of each."""
+    sizes = [shape.memory_bytes for shape in shapes]
+    images = device.memory.allocate(sum(sizes), alignment=PAGE, keeps=True)
+    with _freed_on_error(images), device._lock:
         device._check_open()
-        device._residents.enter(images.address, stride, count)
+        device._residents.enter(images.address, sizes)
+    return images, list(itertools.accumulate(sizes[:-1], initial=images.address))
 
 
 def _upload(device: Device, address: int, parts: Sequence[Bytes], what: str) -> None:
@@ -312,9 +291,17 @@ def _upload_part(device: Device, address: int, image: Bytes, what: str) -> None:
             f"CRC, but reads {found[:28].tobytes().hex()}; check the device's memory")
 
 
-def _describe(device: Device, values: Mapping[str, int]) -> Allocation:
-    descriptor = device.memory.allocate(COMMAND_ALIGNMENT)
+def _describe(device: Device, planes: int, grid_exponent: int,
+              shapes: Sequence[ExpertShape | LinearShape], addresses: Sequence[int]) -> Allocation:
+    """Write the descriptor of a layer and, behind it, the table of its experts."""
+    sections = shapes[0].sections
+    descriptor = device.memory.allocate(ENTRY_BYTES * (1 + len(shapes)))
+    layer = encode(LAYER, {
+        "planes": planes, "num_experts": len(shapes), "d_in": sections[0].k,
+        "d_out": sections[-1].rows, "grid_exponent": grid_exponent,
+        "table_address": descriptor.address + ENTRY_BYTES})
+    table = expert_table(shapes, [address + shape.header_bytes for shape, address
+                                  in zip(shapes, addresses, strict=True)])
     with device._lock:
-        device.transport.memory_write(descriptor.address, encode(LAYER, values))
+        device.transport.memory_write(descriptor.address, layer + table)
     return descriptor
-

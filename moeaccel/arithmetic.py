@@ -1,14 +1,11 @@
-"""The device's arithmetic as integer functions on NumPy arrays: what the hardware computes, bit for
-bit.
+"""The device's arithmetic as integer functions on arrays: what hardware computes, bit for bit.
 
 Two representations carry every value between exact integer dot products (docs/arithmetic.md):
 
 * **block floats**: 32 mantissas of 8 bits (``a8``) or two planes of 8 bits (``a16``), a 4-bit shift
-for each block and
-  a base exponent for each token;
+  for each block and a base exponent for each token;
 * the **internal float**: an 18-bit signed mantissa with ``2**16 <= |m| < 2**17`` (or zero) and an
-exponent;
-  the value is ``m * 2**e``. Zero is ``m == 0`` with ``e == 0``.
+  exponent; the value is ``m * 2**e``. Zero is ``m == 0`` with ``e == 0``.
 
 Every rounding is half to even on the magnitude.
 """
@@ -84,8 +81,10 @@ class BlockFloat:
         return np.ldexp(self.mantissa.astype(np.float64), exponent.astype(np.int32))
 
     def plane_mantissas(self) -> list[Ints]:
-        """Return the 8-bit planes, most significant first; ``a16``: ``[hi, lo]`` with ``m = 256 *
-        hi + lo``."""
+        """Return the 8-bit planes, most significant first.
+
+        ``a16``: ``[hi, lo]`` with ``m = 256 * hi + lo``.
+        """
         if self.planes == 1:
             return [self.mantissa]
         low = ((self.mantissa + 128) & 255) - 128
@@ -101,8 +100,10 @@ def bit_length(value: Ints) -> Ints:
 
 
 def round_shift(value: Ints, shift: Ints | int) -> Ints:
-    """Return ``value / 2**shift`` rounded half to even on the magnitude, for any shift >= 0
-    (|value| < 2**62)."""
+    """Return ``value / 2**shift`` rounded half to even on the magnitude, |value| < 2**62.
+
+    Any shift of 0 or more.
+    """
     magnitude = np.abs(value)
     shift = np.asarray(np.broadcast_to(shift, magnitude.shape), dtype=np.int64)
     s = np.minimum(shift, 63)
@@ -139,10 +140,10 @@ def multiply_to_element(a: InternalFloat, b: InternalFloat) -> tuple[Ints, Ints]
 
 
 def split_float32(values: NDArray[np.float32]) -> tuple[Ints, Ints, NDArray[np.bool_]]:
-    """Split float32 into (signed 24-bit significand, exponent, is not finite); subnormals and
-    non-finites are zero.
+    """Split float32 into (signed 24-bit significand, exponent, is not finite).
 
-    A nonzero value is ``significand * 2**exponent`` with ``2**23 <= |significand| < 2**24``.
+    Subnormals and what is not finite are zero. All else is ``significand * 2**exponent`` with
+    ``2**23 <= |significand| < 2**24``.
     """
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32).astype(np.int64)
     field = (bits >> 23) & 255
@@ -169,8 +170,7 @@ def float32_to_internal(values: NDArray[np.float32]) -> InternalFloat:
 
 
 def quantise_elements(significand: Ints, exponent: Ints, planes: int) -> BlockFloat:
-    """Quantise elements to block floats; docs/arithmetic.md, after OCP Microscaling
-    v1.0.
+    """Quantise elements to block floats; docs/arithmetic.md, after OCP Microscaling v1.0.
 
     Parameters
     ----------
@@ -191,9 +191,7 @@ def quantise_elements(significand: Ints, exponent: Ints, planes: int) -> BlockFl
     floor = (token_top - EXPONENT_RANGE)[:, None]
     mantissa_top = 6 if planes == 1 else 14
     shift = np.maximum(block_top - floor, 0)
-    if (
-        planes == 2
-    ):  # raise the exponent of a block whose largest mantissa would round beyond balanced digits
+    if planes == 2:  # raise blocks whose largest mantissa would round beyond balanced digits
         largest = np.where(top == block_top[:, :, None], np.abs(significand), 0).max(axis=2)
         shift = shift + ((block_top >= floor) & (largest >= RAISE_THRESHOLD))
     right = (shift + floor)[:, :, None] - top + (ELEMENT_BITS - 1 - mantissa_top)
@@ -207,8 +205,7 @@ def quantise_elements(significand: Ints, exponent: Ints, planes: int) -> BlockFl
 def quantise_float32(
     values: NDArray[np.float32], planes: int
 ) -> tuple[BlockFloat, NDArray[np.bool_]]:
-    """Quantise float32 activations, (n, K); also return which tokens hold a NaN or an infinity,
-    (n,)."""
+    """Quantise float32 activations, (n, K); also return which tokens are not finite, (n,)."""
     significand, exponent, nonfinite = split_float32(values)
     return quantise_elements(significand, exponent, planes), np.asarray(nonfinite.any(axis=1))
 

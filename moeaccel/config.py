@@ -7,6 +7,7 @@ import json
 import zlib
 from dataclasses import dataclass, field
 
+from moeaccel.activations import ACTIVATIONS, Activation
 from moeaccel.errors import ConfigurationError
 from moeaccel.formats import BLOCK, FORMATS, WeightFormat
 
@@ -25,6 +26,10 @@ DIM_MAX = 32768
 
 EXPERTS_MAX = 1024
 """Most experts of a layer in any configuration."""
+
+MEMORY_LATENCY_CYCLES = 100
+"""Latency of a modelled memory where nobody names another: of the golden model's cycles, of
+simulations, and of every published figure."""
 
 
 def _is_power_of_two(value: int) -> bool:
@@ -69,6 +74,9 @@ class AcceleratorConfig:
     formats : tuple of str
         Weight formats that the hardware reads, all of :data:`moeaccel.formats.FORMATS` when left
         out.
+    activations : tuple of str
+        Activations that the hardware computes, all of :data:`moeaccel.activations.ACTIVATIONS` when
+        left out.
 
     Raises
     ------
@@ -91,10 +99,12 @@ class AcceleratorConfig:
     quantiser_lanes: int = 2
     address_bits: int = 40
     formats: tuple[str, ...] = field(default_factory=lambda: tuple(FORMATS))
+    activations: tuple[str, ...] = field(default_factory=lambda: tuple(ACTIVATIONS))
 
     def __post_init__(self) -> None:
-        if isinstance(self.formats, list):  # as JSON has it
-            object.__setattr__(self, "formats", tuple(self.formats))
+        for name in ("formats", "activations"):
+            if isinstance(getattr(self, name), list):  # as JSON has it
+                object.__setattr__(self, name, tuple(getattr(self, name)))
 
         def require(field: str, ok: bool, what: str) -> None:
             if not ok:
@@ -138,14 +148,16 @@ class AcceleratorConfig:
             and self.device_address_bits <= 64,
             f"from 16 to {64 - self.channels.bit_length() + 1}",
         )
-        require(
-            "formats",
-            isinstance(self.formats, tuple)
-            and bool(self.formats)
-            and len(set(self.formats)) == len(self.formats)
-            and all(name in FORMATS for name in self.formats),
-            f"a tuple of different ones of {', '.join(FORMATS)}",
-        )
+        for name, registry in (("formats", FORMATS), ("activations", ACTIVATIONS)):
+            chosen = getattr(self, name)
+            require(
+                name,
+                isinstance(chosen, tuple)
+                and bool(chosen)
+                and len(set(chosen)) == len(chosen)
+                and all(one in registry for one in chosen),
+                f"a tuple of different ones of {', '.join(registry)}",
+            )
         require("formats", any(f.packed for f in self.weight_formats),
                 "with a 4-bit format among them: an array joins the rows of two")
 
@@ -198,9 +210,35 @@ class AcceleratorConfig:
     @property
     def format_bits(self) -> int:
         """Bits of a format's code in the hardware."""
-        return max(1, *(f.code.bit_length() for f in self.weight_formats))
+        return max(1, *self.format_codes).bit_length()
+
+    @property
+    def format_codes(self) -> tuple[int, ...]:
+        """Codes of the formats that the hardware reads."""
+        return tuple(f.code for f in self.weight_formats)
+
+    # -- activations
+    @property
+    def expert_activations(self) -> tuple[Activation, ...]:
+        """The activations that the hardware computes, in the order of their codes."""
+        return tuple(a for a in ACTIVATIONS.values() if a.name in self.activations)
+
+    @property
+    def activation_codes(self) -> tuple[int, ...]:
+        """Their codes."""
+        return tuple(a.code for a in self.expert_activations)
+
+    @property
+    def activation_bits(self) -> int:
+        """Bits of an activation's code in the hardware."""
+        return max(1, *self.activation_codes).bit_length()
 
     # -- addresses
+    @property
+    def max_address(self) -> int:
+        """Last byte of a channel's memory that an address can name."""
+        return (1 << self.address_bits) - 1
+
     @property
     def device_address_bits(self) -> int:
         """Bits of an address in the whole device: the channel above the address in its memory."""
@@ -228,13 +266,16 @@ class AcceleratorConfig:
     def digest(self) -> int:
         """32-bit digest of all that the hardware depends on: the CONFIG_HASH register.
 
-        Every field but the name, and what the formats mean.
+        Every field but the name, and what the formats and activations mean.
         """
         fields = dataclasses.asdict(self)
         del fields["name"]
         fields["formats"] = [
             {a.name: getattr(f, a.name) for a in dataclasses.fields(WeightFormat)}
             for f in self.weight_formats]
+        fields["activations"] = [
+            {"name": a.name, "code": a.code, "tabulated": a.tabulated}
+            for a in self.expert_activations]
         return zlib.crc32(json.dumps(fields, sort_keys=True).encode())
 
 

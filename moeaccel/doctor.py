@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from moeaccel.errors import CacheError, ToolMissingError
-from moeaccel.toolchain import cache_folder, find_compiler, using_cache
+from moeaccel.toolchain import cache_folder, find_compiler, is_as_new, using_cache
 
 __all__ = ["Finding", "examine", "is_healthy"]
 
@@ -205,10 +205,14 @@ def _native_or_yowasp(
     program: str, distribution: str, option: str, *companions: str
 ) -> Callable[[], _Found | str]:
     def probe() -> _Found | str:
-        if (path := shutil.which(program)) and all(map(shutil.which, companions)):
-            return _Found(_version_in(_first_line(path, option)), path)
         version = _distribution(distribution)
-        return _Found(version, f"{distribution} package (native is faster)") if version else ""
+        old = ""
+        if (path := shutil.which(program)) and all(map(shutil.which, companions)):
+            line = _first_line(path, option)
+            if not version or is_as_new(line, version):
+                return _Found(_version_in(line), path)
+            old = f", newer than {path} {_version_in(line)}".rstrip()
+        return _Found(version, f"{distribution} package (native is faster){old}") if version else ""
     return probe
 
 

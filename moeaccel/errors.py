@@ -1,5 +1,8 @@
 """Typed errors: each names the thing, its value, what was expected and what to do."""
 
+import contextlib
+from collections.abc import Callable, Iterator
+
 
 class MoeAccelError(Exception):
     """Base of every error this package raises on purpose."""
@@ -43,3 +46,14 @@ class UnknownBoardError(MoeAccelError, ValueError):
 
 class ClockRateError(MoeAccelError, ValueError):
     """A clock that a board cannot make, or that a design does not reach on it."""
+
+
+@contextlib.contextmanager
+def instead_of_os_error(error_for: Callable[[OSError], MoeAccelError]) -> Iterator[None]:
+    """Raise a typed error in the place of an :class:`OSError` that is none yet."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, MoeAccelError):
+            raise
+        raise error_for(error) from error

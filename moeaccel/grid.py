@@ -25,10 +25,10 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
+from moeaccel.activations import Activation, activation as find_activation
 from moeaccel.arithmetic import TERM_BITS
 from moeaccel.formats import QuantisedMatrix
 from moeaccel.interface.commands import GRID_EXPONENTS
-from moeaccel.tables import exact_logistic
 
 Floats = NDArray[np.float64]
 
@@ -93,17 +93,18 @@ _DEVIATIONS_LOG2 = np.arange(-10.0, 10.25, 0.25)
 
 
 @cache
-def _gate_table() -> Floats:
-    """Return E[(z f(s z))**2] of a standard Gaussian z for each deviation s: 1/4 where SiLU is a
-    line through the origin, 1/2 where it is a ramp."""
+def _gate_table(activation: Activation) -> Floats:
+    """Return E[(z f(s z))**2] of a standard Gaussian z for each deviation s: of SiLU 1/4 where it
+    is a line through the origin, 1/2 where it is a ramp, as ReLU is everywhere."""
     z = np.linspace(-8, 8, 4001)
     density = np.exp(-z * z / 2)
-    gated = [z * exact_logistic(z * deviation) for deviation in np.exp2(_DEVIATIONS_LOG2)]
+    gated = [z * activation.f(z * deviation) for deviation in np.exp2(_DEVIATIONS_LOG2)]
     return np.array([(g * g * density).sum() for g in gated]) / density.sum()
 
 
-def gated_output(gate_up: Squares, down: Squares, *, x_rms: float = 1.0) -> float:
-    """Return the typical output of one SwiGLU expert, 0 for one that only gives zeros.
+def gated_output(gate_up: Squares, down: Squares, *, x_rms: float = 1.0,
+                 activation: str = "silu") -> float:
+    """Return the typical output of one gated expert, 0 for one that only gives zeros.
 
     Parameters
     ----------
@@ -112,11 +113,14 @@ def gated_output(gate_up: Squares, down: Squares, *, x_rms: float = 1.0) -> floa
     down : :class:`Squares`
     x_rms : :class:`float`
         Root mean square of the elements of x.
+    activation : :class:`str`
+        Of the gate.
     """
+    table = _gate_table(find_activation(activation))
     # What is beyond float64 is infinite, and gets the coarsest grid.
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
         gate, up = (gate_up.rows[first::2] * x_rms**2 for first in (0, 1))
-        share = np.interp(np.log2(gate) / 2, _DEVIATIONS_LOG2, _gate_table())
+        share = np.interp(np.log2(gate) / 2, _DEVIATIONS_LOG2, table)
         hidden = share * gate * up  # mean squares of h; its elements are independent of zero mean
         return float(np.sqrt((down.columns * hidden).sum() / len(down.rows)))
 

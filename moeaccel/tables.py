@@ -1,11 +1,10 @@
 """Activation tables shared by the golden model and the RTL.
 
-Every gated activation here has the form ``act(g) = g * f(g)`` (SiLU: f is the logistic function).
-``f`` is tabulated on [-16, 16) in 2048 segments of 1/64 with linear interpolation; below it is 0,
-above it is 1. A segment's line is the chord, moved halfway to the curve, so that its error is the
-same in both directions. An entry holds the line's left end as a normalised 17-bit mantissa with its
-own exponent, so that the error is *relative* also where ``f`` is tiny, and the difference to the
-right end in the same units.
+An activation is ``act(g) = g * f(g)`` (:mod:`moeaccel.activations`). ``f`` is tabulated on [-16,
+16) in 2048 segments of 1/64 with linear interpolation; below it is 0, above it is 1. A segment's
+line is the chord, moved halfway to the curve, so that its error is the same in both directions. An
+entry holds the line's left end as a normalised 17-bit mantissa with its own exponent, so that the
+error is *relative* also where ``f`` is tiny, and the difference to the right end in the same units.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-from numpy.typing import NDArray
 
+from moeaccel.activations import Activation
 from moeaccel.arithmetic import (
     InternalFloat,
     Ints,
@@ -58,11 +57,11 @@ class ActivationTable:
 
 
 @cache
-def silu_table() -> ActivationTable:
-    """Return the table of the logistic function, the gate of SiLU (Elfwing et al., 2017)."""
+def activation_table(act: Activation) -> ActivationTable:
+    """Return the table of an activation's f."""
     left = (np.arange(SEGMENTS) - SEGMENTS // 2) / 2.0**SEGMENT_BITS
     value, middle, right = (
-        exact_logistic(left + part * 2.0**-SEGMENT_BITS) for part in (0, 0.5, 1))
+        act.f(left + part * 2.0**-SEGMENT_BITS) for part in (0, 0.5, 1))
     sag = (middle - (value + right) / 2) / 2
     value, right = value + sag, right + sag
     exponent = -(np.frexp(value)[1]).astype(np.int64) + 1
@@ -94,14 +93,18 @@ def gate(g: InternalFloat, table: ActivationTable) -> InternalFloat:
     )
 
 
-def swiglu(g: InternalFloat, u: InternalFloat) -> tuple[Ints, Ints]:
-    """Return ``h = silu(g) * u`` (Shazeer, 2020): table, then two products, each rounded once.
+def factor(g: InternalFloat, act: Activation) -> InternalFloat:
+    """Return ``f(g)`` as the device has it."""
+    if act.tabulated:
+        return gate(g, activation_table(act))
+    positive = g.mantissa > 0
+    return InternalFloat(
+        np.where(positive, 1 << (VALUE_BITS - 1), 0), np.where(positive, -(VALUE_BITS - 1), 0))
+
+
+def gated(g: InternalFloat, u: InternalFloat, act: Activation) -> tuple[Ints, Ints]:
+    """Return ``h = act(g) * u`` (Shazeer, 2020): f, then two products, each rounded once.
 
     h is quantised next, so it keeps the quantiser's 24 bits: (significand, exponent).
     """
-    return multiply_to_element(multiply(g, gate(g, silu_table())), u)
-
-
-def exact_logistic(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the logistic function in float64, for error statements."""
-    return 1 / (1 + np.exp(np.minimum(-x, 700)))  # beyond, exp would overflow
+    return multiply_to_element(multiply(g, factor(g, act)), u)

@@ -1,5 +1,5 @@
-"""What the simulator builds its models with, and where it keeps them; ``moeaccel doctor`` looks
-for the same.
+"""What models and designs are built with, and where models are kept; ``moeaccel doctor`` looks for
+the same.
 """
 
 from __future__ import annotations
@@ -7,15 +7,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shlex
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from moeaccel.errors import CacheError, MoeAccelError, ToolMissingError
+from moeaccel.errors import CacheError, ToolMissingError, instead_of_os_error
 
-__all__ = ["CACHE_VARIABLE", "cache_folder", "executing", "find_compiler", "using_cache"]
+__all__ = ["CACHE_VARIABLE", "cache_folder", "executing", "find_compiler", "is_as_new",
+           "using_cache"]
 
 CACHE_VARIABLE = "MOEACCEL_CACHE"
 
@@ -55,12 +57,28 @@ def executing(program: str) -> Iterator[None]:
     ToolMissingError
         In the place of :class:`OSError`.
     """
-    try:
-        yield
-    except OSError as error:
-        raise ToolMissingError(
+    with instead_of_os_error(lambda error: ToolMissingError(
             f"{program} must be a program that can be executed, but the system says "
-            f"{error.strerror or error}; install it again, or name another one") from error
+            f"{error.strerror or error}; install it again, or name another one")):
+        yield
+
+
+def is_as_new(native: str, shipped: str) -> bool:
+    """Return whether a program on PATH is as new as the one of this environment's packages.
+
+    Figures of an old tool are worse, and nobody sees why; so one that does not say its version is
+    not taken, either.
+
+    Parameters
+    ----------
+    native, shipped : str
+        Lines that hold a version: dotted numbers, of which the first two count.
+    """
+    def numbers(line: str) -> list[int]:
+        found = re.search(r"\d+(?:\.\d+)+", line)
+        return [int(part) for part in found[0].split(".")[:2]] if found else []
+
+    return numbers(native) >= numbers(shipped)
 
 
 def cache_folder() -> Path:
@@ -93,11 +111,7 @@ def using_cache(folder: Path) -> Iterator[None]:
     CacheError
         In the place of :class:`OSError`.
     """
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, MoeAccelError):
-            raise
+    def error_for(error: OSError) -> CacheError:
         match error.errno:
             case errno.ENOTDIR | errno.EEXIST:
                 what = f"a file is in its place ({error.filename or folder})"
@@ -107,6 +121,9 @@ def using_cache(folder: Path) -> Iterator[None]:
                 what = f"there is no room ({error.strerror}); free some, there or in $TMPDIR"
             case _:
                 what = f"the system says {error.strerror or error}"
-        raise CacheError(
+        return CacheError(
             f"cache folder of built models must be one that can be written, not {str(folder)!r}: "
-            f"{what}, or set {CACHE_VARIABLE} to another folder") from error
+            f"{what}, or set {CACHE_VARIABLE} to another folder")
+
+    with instead_of_os_error(error_for):
+        yield

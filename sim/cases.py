@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from moeaccel.activations import ACTIVATIONS
 from moeaccel.config import DIM_MAX, EXPERTS_MAX, PRESETS, AcceleratorConfig
 from moeaccel.cycles import Prediction, predict_experts, predict_linear
 from moeaccel.formats import FORMATS, weight_format
@@ -40,6 +41,32 @@ def _check_whole(name: str, value: object, least: int, most: int) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Kind:
+    """What experts of one layer may differ in.
+
+    Parameters
+    ----------
+    weight_format, down_format : str
+        Of gate and up, and of down.
+    d_expert : int
+    activation : str
+    """
+
+    weight_format: str = "int4_g32"
+    down_format: str = "int4_g32"
+    d_expert: int = 32
+    activation: str = "silu"
+
+    def __post_init__(self) -> None:
+        _check_whole("d_expert", self.d_expert, 1, DIM_MAX)
+        for name, registry in (("weight_format", FORMATS), ("down_format", FORMATS),
+                               ("activation", ACTIVATIONS)):
+            if getattr(self, name) not in registry:
+                raise ValueError(f"{name} must be one of {', '.join(registry)}, not "
+                                 f"{getattr(self, name)!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Call:
     """One command, and its layer.
 
@@ -52,6 +79,8 @@ class Call:
     ids : tuple of tuple of int
         Experts of each token; of a matrix an empty tuple for each.
     weight_format : str
+    kinds : tuple of Kind
+        Of the experts, in turn, instead of ``d_other`` and ``weight_format``; empty: all alike.
     activation_bits : int
     grid_exponent : int
     nan : int
@@ -66,6 +95,7 @@ class Call:
     experts: int = 1
     ids: tuple[tuple[int, ...], ...] = ((0,),)
     weight_format: str = "int4_g32"
+    kinds: tuple[Kind, ...] = ()
     activation_bits: int = 8
     grid_exponent: int = -24
     nan: int = -1
@@ -89,15 +119,25 @@ class Call:
         if not self.ids or len({len(row) for row in self.ids}) != 1:
             raise ValueError(f"ids must be rows of equal length, not {self.ids!r}")
 
+    def kind_of(self, expert: int) -> Kind:
+        """Return what an expert is like."""
+        if self.kinds:
+            return self.kinds[expert % len(self.kinds)]
+        return Kind(weight_format=self.weight_format, down_format=self.weight_format,
+                    d_expert=self.d_other)
+
     def predict(self, config: AcceleratorConfig) -> Prediction:
         """Return what the cycle model says."""
-        fmt, array = weight_format(self.weight_format), (config.row_multipliers, config.channels)
+        array = config.row_multipliers, config.channels
         planes = self.activation_bits // 8
         if not self.experts:
-            section = Section(fmt, self.d_other, self.d_in, *array)
+            section = Section(weight_format(self.weight_format), self.d_other, self.d_in, *array)
             return predict_linear(config, section, len(self.ids), planes=planes)
-        shape = ExpertShape(fmt, self.d_in, self.d_other, *array)
-        return predict_experts(config, shape, np.array(self.ids), self.experts, planes=planes)
+        shapes = [ExpertShape(
+            weight_format(kind.weight_format), self.d_in, kind.d_expert, *array,
+            down_format=weight_format(kind.down_format), activation=kind.activation)
+            for kind in map(self.kind_of, range(self.experts))]
+        return predict_experts(config, shapes, np.array(self.ids), self.experts, planes=planes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +175,8 @@ class Case:
         for call in self.calls:
             _check_whole("d_in", call.d_in, 1, limits.max_dim)
             _check_whole("d_other", call.d_other, 1, limits.max_dim)
+            for kind in call.kinds:
+                _check_whole("d_expert", kind.d_expert, 1, limits.max_dim)
             _check_whole("experts", call.experts, 0, limits.max_experts)
 
     @property
@@ -160,8 +202,7 @@ class Case:
         """
         try:
             fields = json.loads(text)
-            calls = [Call(**call | ({"ids": tuple(map(tuple, call["ids"]))} if "ids" in call
-                                    else {})) for call in fields.pop("calls")]
+            calls = [Call(**_call_fields(call)) for call in fields.pop("calls")]
             memories = [replace(PROMPT, **memory | (
                 {"stalls": StallModel(**memory["stalls"])} if "stalls" in memory else {}))
                 for memory in fields.pop("memories")]
@@ -170,6 +211,16 @@ class Case:
             raise SimulationError(
                 f"case must be a line that `moeaccel soak` has printed, not {text[:80]!r}: {error}"
             ) from error
+
+
+def _call_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a call as they were before JSON."""
+    made = dict(fields)
+    if "ids" in fields:
+        made["ids"] = tuple(map(tuple, fields["ids"]))
+    if "kinds" in fields:
+        made["kinds"] = tuple(Kind(**kind) for kind in fields["kinds"])
+    return made
 
 
 def channels_of(config: str, channels: int) -> AcceleratorConfig:
@@ -187,7 +238,9 @@ def _differences(value: Any, default: Any) -> dict[str, Any]:
         one, other = getattr(value, field.name), getattr(default, field.name)
         if one != other:
             found[field.name] = (
-                _differences(one, other) if dataclasses.is_dataclass(one) else one)
+                _differences(one, other) if dataclasses.is_dataclass(one)
+                else [_differences(kind, Kind()) for kind in one] if field.name == "kinds"
+                else one)
     return found
 
 
@@ -229,17 +282,30 @@ def draw_call(draw: random.Random, limits: AcceleratorConfig, *, least: int) -> 
         activation_bits=bits, grid_exponent=draw.choice((-24,) * 9 + (-60,)))
     if experts:
         call = replace(call, ids=_draw_ids(draw, tokens, top_k, experts))
+    if experts and draw.random() < 0.5:
+        call = replace(call, kinds=tuple(_draw_kind(draw) for _ in range(draw.choice((1, 2, 3)))))
     if draw.random() < 0.05:
         call = replace(call, nan=draw.randrange(tokens))
     while call.predict(limits).cycles > max(least, _LEAST_BUDGET):  # large in one way at a time
-        if call.d_in * call.d_other > 1024:
-            call = replace(call, d_in=max(32, call.d_in // 64 * 32),
-                           d_other=max(32, call.d_other // 64 * 32))
+        if call.d_in * max(call.kind_of(e).d_expert for e in range(call.experts or 1)) > 1024:
+            call = replace(call, d_in=_half(call.d_in), d_other=_half(call.d_other), kinds=tuple(
+                replace(kind, d_expert=_half(kind.d_expert)) for kind in call.kinds))
         elif len(call.ids) > 1:
             call = replace(call, ids=call.ids[: len(call.ids) // 2], nan=-1)
         else:
             break
     return call
+
+
+def _half(dim: int) -> int:
+    """Return about half of a dimension, in whole blocks."""
+    return max(32, dim // 64 * 32)
+
+
+def _draw_kind(draw: random.Random) -> Kind:
+    return Kind(
+        weight_format=draw.choice(list(FORMATS)), down_format=draw.choice(list(FORMATS)),
+        d_expert=32 * draw.choice((1, 1, 2, 3, 5)), activation=draw.choice(list(ACTIVATIONS)))
 
 
 def _draw_ids(draw: random.Random, tokens: int, top_k: int, experts: int
@@ -326,12 +392,22 @@ def _simpler_calls(call: Call) -> Iterator[dict[str, Any]]:
     plain = Call()
     for end in ENDS[: ENDS.index(call.end)]:
         yield {"end": end, "after": call.after if end else 0}
-    for name in ("nan", "grid_exponent", "weight_format", "activation_bits", "d_in", "d_other"):
+    for name in ("nan", "grid_exponent", "kinds", "weight_format", "activation_bits", "d_in",
+                 "d_other"):
         if getattr(call, name) != getattr(plain, name):
             yield {name: getattr(plain, name)}
     for name in ("d_in", "d_other"):
         if getattr(call, name) > 64:
             yield {name: getattr(call, name) // 64 * 32}
+    for at, kind in enumerate(call.kinds):
+        before, behind = call.kinds[:at], call.kinds[at + 1 :]
+        if before or behind:
+            yield {"kinds": before + behind}
+        for name, value in dataclasses.asdict(Kind()).items():
+            if getattr(kind, name) != value:
+                yield {"kinds": (*before, replace(kind, **{name: value}), *behind)}
+        if kind.d_expert > 64:
+            yield {"kinds": (*before, replace(kind, d_expert=_half(kind.d_expert)), *behind)}
     ids = call.ids
     span = len(ids) // 2
     while span:

@@ -31,6 +31,7 @@ import cocotb_tools.config
 from cocotb_tools.runner import SUPPORTED_RUNNERS, Verilator, get_runner
 
 from moeaccel.sim.cosim import verilator as builder
+from moeaccel.sim.cosim.sources import Design, digest as digest_of, locked
 from moeaccel.sim.errors import BuildError, SimulationError
 from moeaccel.toolchain import cache_folder, executing, find_compiler, using_cache
 
@@ -46,7 +47,7 @@ _FLAGS = ("-O3", "--x-assign", "fast", "--x-initial", "fast", "--no-timing", "--
           *(f"-Wno-{name}" for name in builder.WAIVERS))
 _TIMESCALE = ("1ns", "1ps")
 _RUNTIME_OPTIMISE = "OPT_GLOBAL=-O2"
-_OPTIMISE = ("OPT_FAST=-O3 -march=native", "OPT_SLOW=-O1", _RUNTIME_OPTIMISE)
+_OPTIMISE = {True: "OPT_FAST=-O3 -march=native", False: "OPT_FAST=-O1"}
 _LOG_LINES = 40
 
 
@@ -116,6 +117,8 @@ class PortsOnlyVerilator(Verilator):
     ----------
     prebuilt : tuple of str
         Object files in the build folder that make leaves as they are.
+    optimise : bool
+        Let the compiler take its time.
     """
 
     def __init__(self) -> None:
@@ -123,6 +126,7 @@ class PortsOnlyVerilator(Verilator):
         self.log.setLevel(logging.WARNING)
         self._root = Path()
         self.prebuilt: tuple[str, ...] = ()
+        self.optimise = True
 
     def _simulator_in_path_build_only(self) -> None:
         executable, self._root = builder._verilator()
@@ -147,7 +151,8 @@ class PortsOnlyVerilator(Verilator):
             [flag for flag in translate if flag != "--public-flat-rw"],
             [*make, f"CXX={find_compiler()}", f"LINK={find_compiler()}",
              f"USER_LDLIBS={' '.join(builder.link_flags(find_compiler()))}",
-             f"PYTHON3={sys.executable}", *_OPTIMISE, *(f"-o{name}" for name in self.prebuilt),
+             f"PYTHON3={sys.executable}", _OPTIMISE[self.optimise], "OPT_SLOW=-O1",
+             _RUNTIME_OPTIMISE, *(f"-o{name}" for name in self.prebuilt),
              *(["CFG_CXXFLAGS_PCH_I=-include"] if unset else [])],
         ]
 
@@ -155,17 +160,17 @@ class PortsOnlyVerilator(Verilator):
 SUPPORTED_RUNNERS[RUNNER] = PortsOnlyVerilator
 
 
-def run_cocotb(verilog: str, top: str, test_module: str | Sequence[str], *,
+def run_cocotb(verilog: str | Design, top: str, test_module: str | Sequence[str], *,
                parameters: Mapping[str, object] | None = None,
                env: Mapping[str, str] | None = None, seed: int | None = None,
-               waves: bool = False, test_filter: str | None = None,
+               waves: bool = False, optimise: bool = True, test_filter: str | None = None,
                folder: Path | None = None, cache: Path | None = None) -> BenchRun:
     """Build a simulator, or take it from the cache, and run a bench's tests in it.
 
     Parameters
     ----------
-    verilog : str
-        Verilog text.
+    verilog : str or Design
+        Verilog, or what it can be made from.
     top : str
         Name of the top module; the bench's ``dut``.
     test_module : str or sequence of str
@@ -179,6 +184,9 @@ def run_cocotb(verilog: str, top: str, test_module: str | Sequence[str], *,
     waves : bool
         Write ``dump.vcd`` into `folder`. The environment variable WAVES, where it is set, decides
         instead.
+    optimise : bool
+        False for a simulator that is built in about half the time and is slower by itself: right
+        for short benches, most of whose time is Python's.
     test_filter : str, optional
         Regular expression: run only the tests whose full name has a match.
     folder : pathlib.Path, optional
@@ -199,7 +207,8 @@ def run_cocotb(verilog: str, top: str, test_module: str | Sequence[str], *,
     if seed is None:
         named = os.environ.get(SEED_VARIABLE)
         seed = int(named) if named else random.SystemRandom().randrange(1 << 31)
-    home = build_simulator(verilog, top, parameters=parameters, waves=waves, cache=cache)
+    home = build_simulator(verilog, top, parameters=parameters, waves=waves, optimise=optimise,
+                           cache=cache)
     keep = folder is not None or waves
     folder = folder or Path(tempfile.mkdtemp(prefix="moeaccel-cocotb."))
     folder.mkdir(parents=True, exist_ok=True)
@@ -242,8 +251,9 @@ def run_cocotb(verilog: str, top: str, test_module: str | Sequence[str], *,
     return BenchRun(tests=tests, seed=seed, seconds=seconds, folder=folder)
 
 
-def build_simulator(verilog: str, top: str, *, parameters: Mapping[str, object] | None = None,
-                    waves: bool = False, cache: Path | None = None) -> Path:
+def build_simulator(verilog: str | Design, top: str, *,
+                    parameters: Mapping[str, object] | None = None, waves: bool = False,
+                    optimise: bool = True, cache: Path | None = None) -> Path:
     """Build the simulator that :func:`run_cocotb` runs, and return its folder in the cache.
 
     Raises
@@ -252,29 +262,33 @@ def build_simulator(verilog: str, top: str, *, parameters: Mapping[str, object] 
         If Verilator or the C++ compiler refuses the design.
     """
     waves = _wanted_waves(waves)
+    design = Design.of(verilog)
     compiler = find_compiler()
     _, root = builder._verilator()
     tools = (f"waves={waves}", builder._compiler_identity(compiler),
              builder._verilator_identity(root))
-    digest = builder._digest(
-        verilog, top, *_FLAGS, *_TIMESCALE, *_OPTIMISE, *tools,
+    folder = cache or cache_folder()
+    with using_cache(folder):
+        name = design.name(folder / "verilog")
+    digest = digest_of(
+        name, top, *_FLAGS, *_TIMESCALE, _OPTIMISE[optimise], _RUNTIME_OPTIMISE, *tools,
         json.dumps(dict(parameters or {}), sort_keys=True, default=str),
         importlib.metadata.version("cocotb"), str(cocotb_tools.config.libs_dir))
-    runtime_digest = builder._digest(*_FLAGS, _RUNTIME_OPTIMISE, *tools)
-    parent = (cache or cache_folder()) / "cocotb"
+    runtime_digest = digest_of(*_FLAGS, _RUNTIME_OPTIMISE, *tools)
+    parent = folder / "cocotb"
     home = parent / digest
     runtime = parent / "runtime" / runtime_digest
     if (home / top).is_file():
         return home
     with using_cache(parent.parent):
         parent.mkdir(parents=True, exist_ok=True)
-        with builder._locked(parent / f"{digest}.lock"):
+        with locked(parent / f"{digest}.lock"):
             if (home / top).is_file():  # another process built it meanwhile
                 return home
             work = Path(tempfile.mkdtemp(prefix=f"{digest}.", suffix=".part", dir=parent))
             try:
-                _build(verilog, top, dict(parameters or {}), waves=waves, work=work,
-                       runtime=runtime)
+                _build(design.verilog(), top, dict(parameters or {}), waves=waves,
+                       optimise=optimise, work=work, runtime=runtime)
             except BuildError as error:
                 failed = parent / f"{digest}.failed"
                 shutil.rmtree(failed, ignore_errors=True)
@@ -290,7 +304,7 @@ def build_simulator(verilog: str, top: str, *, parameters: Mapping[str, object] 
 
 
 def _build(verilog: str, top: str, parameters: Mapping[str, object], *, waves: bool,
-           work: Path, runtime: Path) -> None:
+           optimise: bool, work: Path, runtime: Path) -> None:
     objects = work / "obj"
     objects.mkdir()
     source, ports, log = work / "top.v", work / "ports.vlt", work / "build.log"
@@ -303,6 +317,7 @@ def _build(verilog: str, top: str, parameters: Mapping[str, object], *, waves: b
     begin = time.monotonic()
     runner = PortsOnlyVerilator()
     runner.prebuilt = tuple(one.name for one in kept)
+    runner.optimise = optimise
     try:
         runner.build(
             sources=[ports, source], hdl_toplevel=top, parameters=parameters, build_args=_FLAGS,

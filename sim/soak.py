@@ -21,6 +21,7 @@ from moeaccel.host import open_device
 from moeaccel.host.device import Device
 from moeaccel.host.errors import CommandAborted, CommandFailed
 from moeaccel.host.transports.rtl import RtlTransport
+from moeaccel.image import Expert
 from moeaccel.interface.commands import Status
 from moeaccel.interface.registers import COUNTERS
 from moeaccel.sim.cases import HARD_RESETS, MEMORY_BYTES, Call, Case, draw_case, shrink
@@ -126,14 +127,19 @@ def _run(device: Device, case: Case, simulation: CoSimulation | None) -> list[Ou
 def _load(device: Device, seed: int, at: int, call: Call) -> Any:
     rng = np.random.default_rng((seed, at, 0))
     options: dict[str, Any] = {
-        "weight_format": call.weight_format, "activation_bits": call.activation_bits,
-        "grid_exponent": call.grid_exponent}
-    shape = call.d_other, call.d_in
+        "activation_bits": call.activation_bits, "grid_exponent": call.grid_exponent}
     if not call.experts:
-        return device.load_linear(rng.standard_normal(shape).astype(np.float32), **options)
-    gate_up = rng.standard_normal((call.experts, 2 * shape[0], shape[1])) / np.sqrt(shape[1])
-    down = rng.standard_normal((call.experts, shape[1], shape[0])) / np.sqrt(shape[0])
-    return device.load_experts(gate_up.astype(np.float32), down.astype(np.float32), **options)
+        matrix = rng.standard_normal((call.d_other, call.d_in)).astype(np.float32)
+        return device.load_linear(matrix, weight_format=call.weight_format, **options)
+    layer = []
+    for expert in range(call.experts):
+        kind = call.kind_of(expert)
+        gate_up = rng.standard_normal((2 * kind.d_expert, call.d_in)) / np.sqrt(call.d_in)
+        down = rng.standard_normal((call.d_in, kind.d_expert)) / np.sqrt(kind.d_expert)
+        layer.append(Expert.quantise(
+            gate_up, down, kind.weight_format, down_format=kind.down_format,
+            activation=kind.activation))
+    return device.load_quantised(layer, **options)
 
 
 def _operands(seed: int, at: int, call: Call) -> tuple[NDArray[Any], ...]:

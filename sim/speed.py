@@ -15,7 +15,6 @@ import numpy.typing as npt
 
 from moeaccel import golden
 from moeaccel.config import AcceleratorConfig
-from moeaccel.hdl.top import generate_verilog
 from moeaccel.interface.commands import (
     COMPLETION,
     ENTRY_BYTES,
@@ -26,10 +25,11 @@ from moeaccel.interface.commands import (
     encode,
 )
 from moeaccel.sim.cocotb_runner import build_simulator, run_cocotb
-from moeaccel.sim.cosim.accelerator import accelerator_verilog
+from moeaccel.sim.cosim.accelerator import build_accelerator_model, shipped_design
 from moeaccel.sim.cosim.memory import MemoryModel, StallModel
 from moeaccel.sim.cosim.simulation import CoSimulation
-from moeaccel.sim.cosim.verilator import Model, build_model
+from moeaccel.sim.cosim.sources import Design
+from moeaccel.sim.cosim.verilator import Model
 from moeaccel.sim.errors import SimulationError
 from moeaccel.sim.workload import Layout, random_experts, register_writes, start_writes
 
@@ -134,13 +134,13 @@ def compare(config: AcceleratorConfig, *, experts: int = 8, tokens: int = 4, d_m
     d_model, d_expert = min(d_model, config.max_dim), min(d_expert, config.max_dim)
     experts = min(experts, config.max_experts)
     job = _prepare(config, experts, tokens, d_model, d_expert, weight_format, planes, seed)
-    model, verilog = build_model(accelerator_verilog(config)), generate_verilog(config)
-    build_simulator(verilog, "top", waves=False)
+    model, design = build_accelerator_model(config), shipped_design(config)
+    build_simulator(design, "top", waves=False)
     in_process: list[Run] = []
     under_cocotb: list[Run] = []
     for _ in range(ROUNDS):
         in_process += _run_cosim(model, job, stalls, seed)
-        under_cocotb += _run_cocotb(verilog, job, stalls, seed)
+        under_cocotb += _run_cocotb(design, job, stalls, seed)
     fast, slow = _speed("in-process co-simulation", in_process), _speed("cocotb", under_cocotb)
     return SpeedComparison(
         config=config.name,
@@ -212,7 +212,7 @@ def _run_cosim(model: Model, job: _Job, stalls: StallModel, seed: int) -> list[R
     return runs
 
 
-def _run_cocotb(verilog: str, job: _Job, stalls: StallModel, seed: int) -> list[Run]:
+def _run_cocotb(design: Design, job: _Job, stalls: StallModel, seed: int) -> list[Run]:
     with tempfile.TemporaryDirectory(prefix="moeaccel-speed.") as name:
         folder = Path(name)
         pieces = {str(address): np.frombuffer(data, np.uint8) for address, data in job.pieces}
@@ -222,7 +222,7 @@ def _run_cocotb(verilog: str, job: _Job, stalls: StallModel, seed: int) -> list[
             "submissions": job.submissions, "submission": job.submission.hex(),
             "completion": job.completion, "y": (job.y_address, job.y.nbytes),
         }), encoding="utf-8")
-        run_cocotb(verilog, "top", "moeaccel.sim.speed_bench", seed=1, folder=folder)
+        run_cocotb(design, "top", "moeaccel.sim.speed_bench", seed=1, folder=folder)
         result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     for completion, y in result["read"]:
         job.check(bytes.fromhex(completion), bytes.fromhex(y))

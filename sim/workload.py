@@ -7,7 +7,8 @@ that shares no code with :mod:`moeaccel.host` finds what both would get wrong to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +23,10 @@ from moeaccel.image import (
     LinearShape,
     build_image,
     build_linear_image,
-    check_image,
+    expert_table,
 )
-from moeaccel.interface.commands import LAYER, Activation, LayerKind, encode
+from moeaccel.image.sections import Bytes
+from moeaccel.interface.commands import LAYER, encode
 from moeaccel.interface.registers import REGISTERS
 
 LINE = 64
@@ -70,40 +72,40 @@ class Layout:
 
     def place_experts(self, experts: Sequence[Expert], *, planes: int,
                       grid_exponent: int = DEFAULT_GRID_EXPONENT) -> dict[str, int]:
-        """Place the images of a layer and return the fields of its descriptor."""
-        config = self.config
-        places = [{"channel": c, "channels": config.channels} for c in range(config.channels)]
-        parts = [[build_image(e.gate_up, e.down, config.row_multipliers, **place)
-                  for place in places] for e in experts]
-        shape: ExpertShape = check_image(parts[0][0])
-        address = self.reserve(shape.stride * len(parts), alignment=ALIGNMENT)
-        self._pieces += [(config.device_address(c, address + shape.stride * i), part.tobytes())
-                         for i, image in enumerate(parts) for c, part in enumerate(image)]
-        return {
-            "kind": LayerKind.EXPERTS, "format": shape.format.code, "planes": planes,
-            "activation": Activation.SILU, "num_experts": len(experts), "d_in": shape.d_model,
-            "d_expert": shape.d_expert, "d_out": shape.d_model, "grid_exponent": grid_exponent,
-            "stride": shape.stride, "image_address": address + shape.header_bytes,
-        }
+        """Place the images and the table of a layer and return the fields of its descriptor."""
+        array = self.config.row_multipliers, self.config.channels
+        return self._place_layer(
+            [expert.shape(*array) for expert in experts],
+            [partial(build_image, expert.gate_up, expert.down) for expert in experts],
+            planes=planes, grid_exponent=grid_exponent)
 
     def place_linear(self, matrix: QuantisedMatrix, *, planes: int,
                      grid_exponent: int = DEFAULT_GRID_EXPONENT) -> dict[str, int]:
-        """Place the image of a linear layer and return the fields of its descriptor."""
+        """Place the image and the table of a linear layer and return the fields of its descriptor.
+        """
         config = self.config
         d_out, d_in = matrix.integers.shape
         shape = LinearShape(
             matrix.format, d_out, d_in, config.row_multipliers, config.channels)
-        address = self.reserve(shape.stride, alignment=ALIGNMENT)
-        self._pieces += [
-            (config.device_address(c, address), build_linear_image(
-                matrix, config.row_multipliers, channel=c, channels=config.channels).tobytes())
-            for c in range(config.channels)]
+        return self._place_layer([shape], [partial(build_linear_image, matrix)], planes=planes,
+                                 grid_exponent=grid_exponent)
+
+    def _place_layer(self, shapes: Sequence[ExpertShape | LinearShape],
+                     images: Sequence[Callable[..., Bytes]], *, planes: int,
+                     grid_exponent: int) -> dict[str, int]:
+        config, words = self.config, []
+        for shape, image in zip(shapes, images, strict=True):
+            address = self.reserve(shape.memory_bytes, alignment=ALIGNMENT)
+            self._pieces += [
+                (config.device_address(channel, address),
+                 image(config.row_multipliers, channel=channel, channels=config.channels).tobytes())
+                for channel in range(config.channels)]
+            words.append(address + shape.header_bytes)
+        sections = shapes[0].sections
         return {
-            "kind": LayerKind.LINEAR, "format": matrix.format.code, "planes": planes,
-            "num_experts": 1, "d_in": d_in, "d_expert": d_in, "d_out": d_out,
-            "grid_exponent": grid_exponent, "stride": shape.stride,
-            "image_address": address + shape.header_bytes,
-        }
+            "planes": planes, "num_experts": len(shapes), "d_in": sections[0].k,
+            "d_out": sections[-1].rows, "grid_exponent": grid_exponent,
+            "table_address": self.place(expert_table(shapes, words))}
 
     def place_command(self, layer: dict[str, int], x: npt.NDArray[np.float32],
                       ids: npt.NDArray[np.integer] | None = None,

@@ -16,6 +16,10 @@ FILES = [
     for folder in PACKAGES.values() for path in sorted((ROOT / folder).rglob("*.py"))
 ]
 
+MOST_LINES = 600
+LONG_FILES: dict[str, str] = {}
+"""Files over `MOST_LINES`, and what will shorten them; this list only gets shorter."""
+
 
 def tree_of(path: str) -> ast.Module:
     return ast.parse((ROOT / path).read_text(encoding="utf-8"), path)
@@ -149,3 +153,22 @@ def test_every_folder_with_modules_is_a_package():
 def test_tests_are_no_packages():
     """They mirror the tree, so tests/moeaccel as a package could hide the real one."""
     assert [str(p.relative_to(ROOT)) for p in (ROOT / "tests").rglob("__init__.py")] == []
+
+
+def long_files() -> set[str]:
+    """Return the Python, C++ and header files over `MOST_LINES`."""
+    folders = [*PACKAGES.values(), "tests", *(["examples"] if (ROOT / "examples").exists() else [])]
+    return {
+        str(path.relative_to(ROOT))
+        for folder in folders for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".py", ".h", ".cpp")
+        and len(path.read_text(encoding="utf-8").splitlines()) > MOST_LINES
+    }
+
+
+def test_no_file_is_long():
+    assert long_files() - set(LONG_FILES) == set(), "split them by topic"
+
+
+def test_exceptions_are_needed():
+    assert set(LONG_FILES) - long_files() == set(), "take them off the list"

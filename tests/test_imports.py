@@ -1,9 +1,10 @@
 """Who may import whom, and what an import may need."""
 
 import ast
+import graphlib
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,28 @@ FORBIDDEN = {
     "sim": ("moeaccel.fpga",),
     "fpga": ("moeaccel.host", "moeaccel.sim"),
 }
+
+# The picture in hdl/README.md: blocks do not know what is built of them.
+_BLOCKS = tuple(f"moeaccel.hdl.{name}" for name in (
+    "activations", "array", "combine", "control", "dispatch", "memory", "weights"))
+_SHARED = tuple(f"moeaccel.hdl.{name}" for name in ("layouts", "pipeline", "sequential_multiplier"))
+_VERILOG = "moeaccel.hdl.verilog"
+
+# Folder or file -> all that it may import of a package.
+ONLY = {
+    "moeaccel/interface/": ("moeaccel", (
+        "moeaccel.interface", "moeaccel.config", "moeaccel.formats", "moeaccel.activations",
+        "moeaccel.errors")),
+    **{f"hdl/{name.rpartition('.')[2]}/": ("moeaccel.hdl", (*_BLOCKS, *_SHARED))
+       for name in _BLOCKS},
+    "hdl/core.py": ("moeaccel.hdl", (*_BLOCKS, *_SHARED)),
+    "hdl/engine.py": ("moeaccel.hdl", (*_BLOCKS, *_SHARED, "moeaccel.hdl.core", _VERILOG)),
+    "hdl/verilog/": ("moeaccel.hdl", (_VERILOG, "moeaccel.hdl.top")),
+    "hdl/layouts.py": ("moeaccel.hdl", ()),
+    "hdl/pipeline.py": ("moeaccel.hdl", ()),
+    "hdl/sequential_multiplier.py": ("moeaccel.hdl", ()),
+}
+ANYTHING = ("hdl/__init__.py", "hdl/boards/", "hdl/top.py")  # of hdl
 
 # Exceptions: (file or folder, import) -> why. They hold inside functions only: importing the module
 # itself must not import the other part.
@@ -117,6 +140,10 @@ def violations(path: str, source: str) -> Iterator[str]:
                 yield f"{place} imports {name}"
             elif not inside:
                 yield f"{place} imports {name} at the top: import it where it is needed"
+        for folder, (package, allowed) in ONLY.items():
+            if path.startswith(folder) and below(name, package) and not any(
+                    below(name, other) for other in allowed):
+                yield f"{place} imports {name}; of {package} it may only {', '.join(allowed)}"
 
 
 def run_without(blocked: tuple[str, ...], *modules: str) -> subprocess.CompletedProcess[str]:
@@ -153,6 +180,22 @@ def test_imports_of(path):
     ("sim/build.py", "import moeaccel.hdl, moeaccel.host, torch", False),
     ("sim/build.py", "import moeaccel.fpga", True),
     ("fpga/synth.py", "from moeaccel.sim import build", True),
+    ("moeaccel/interface/link.py", "from moeaccel.formats import FORMATS", False),
+    ("moeaccel/interface/link.py", "import moeaccel.interface.commands", False),
+    ("moeaccel/interface/link.py", "from moeaccel import image", True),
+    ("moeaccel/interface/link.py", "def f():\n    from moeaccel.image import Expert", True),
+    ("hdl/array/dot_array.py", "from moeaccel.hdl.weights.tile_buffer import scale_layout", False),
+    ("hdl/array/dot_array.py", "from moeaccel.hdl import layouts", False),
+    ("hdl/array/dot_array.py", "from moeaccel.hdl.core import Core", True),
+    ("hdl/array/dot_array.py", "from moeaccel.hdl import top", True),
+    ("hdl/memory/memory_port.py", "from moeaccel.hdl.boards import uart", True),
+    ("hdl/memory/memory_port.py", "from moeaccel.hdl.verilog.emission import emit", True),
+    ("hdl/core.py", "from moeaccel.hdl.engine import Engine", True),
+    ("hdl/engine.py", "from moeaccel.hdl.top import Accelerator", True),
+    ("hdl/boards/serial_board.py", "from moeaccel.hdl.top import Accelerator", False),
+    ("hdl/verilog/emission.py", "from moeaccel.hdl.top import description", False),
+    ("hdl/verilog/emission.py", "from moeaccel.hdl.array.multiplier import FAMILIES", True),
+    ("hdl/layouts.py", "from moeaccel.hdl.pipeline import Pipeline", True),
 ])
 def test_the_rules_themselves(path, source, wrong):
     assert bool(list(violations(path, source))) is wrong
@@ -170,3 +213,59 @@ def test_hdl_needs_no_torch_by_any_detour():
     modules = [module_name(p) for p in sorted((ROOT / "hdl").rglob("*.py")) if p.stem != "__main__"]
     done = run_without(FORBIDDEN["hdl"], *modules)
     assert done.returncode == 0, done.stderr
+
+
+def test_every_part_of_hdl_has_a_rule():
+    parts = {part for part in files() if part.is_relative_to(ROOT / "hdl")}
+    without = [str(part.relative_to(ROOT)) for part in parts
+               if not str(part.relative_to(ROOT)).startswith((*ONLY, *ANYTHING))]
+    assert without == []
+    assert all((ROOT / place).exists() for place in (*ONLY, *ANYTHING))
+
+
+def module_of(name: str, modules: Iterable[str]) -> str:
+    """Return the module that an imported name is, or is of; empty if it is none of these."""
+    while name and name not in modules:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def circle(sources: Mapping[str, str], packages: Iterable[str] = ()) -> list[str]:
+    """Return a circle of modules that import each other at the top, in order; empty: there is none.
+
+    Parameters
+    ----------
+    sources : mapping
+        Text of each module by its name.
+    packages : iterable of str
+        Those of them that are packages.
+    """
+    graph = {}
+    for module, source in sources.items():
+        found = imports(ast.parse(source), module, module in packages)
+        named = {module_of(name, sources) for name, _, inside in found if not inside}
+        graph[module] = named - {module, ""}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_no_import_circle():
+    paths = list(files())
+    sources = {module_name(path): path.read_text(encoding="utf-8") for path in paths}
+    packages = {module_name(path) for path in paths if path.name == "__init__.py"}
+    assert circle(sources, packages) == []
+
+
+@pytest.mark.parametrize(("sources", "found"), [
+    ({"a": "import b", "b": "import c", "c": "from a import x"}, True),
+    ({"a": "import b", "b": "def f():\n    import a"}, False),
+    ({"a": "import b", "b": "if TYPE_CHECKING:\n    import a"}, False),
+    ({"p": "from p.a import x", "p.a": "from p import b", "p.b": ""}, False),
+    ({"p": "from p.a import x", "p.a": "from p import y"}, True),
+    ({"p": "from .a import x", "p.a": "import p"}, True),
+])
+def test_circles_themselves(sources, found):
+    assert bool(circle(sources, {"p"})) is found

@@ -19,7 +19,8 @@ from amaranth.lib.wiring import In, Out
 
 from moeaccel.config import AcceleratorConfig
 from moeaccel.errors import ClockRateError
-from moeaccel.fpga.boards import Board, Design
+from moeaccel.fpga.boards.base import BitstreamBoard, Design
+from moeaccel.fpga.floorplan import floorplan
 from moeaccel.hdl.boards.global_buffer import GlobalBuffer
 from moeaccel.hdl.boards.serial_board import SerialBoard
 from moeaccel.hdl.memory.sdram import SdramTiming
@@ -132,7 +133,7 @@ class Ulx3sTop(wiring.Component):
                 f"baud must be within {BAUD_ERROR:.0%} of the clock, {clock_hz:,} Hz, divided by 4 "
                 f"or more, not {baud!r}")
         self._board = SerialBoard(config, timing=SdramTiming.ulx3s(clock_hz=clock_hz),
-                                  baud_divisor=divisor, io_cycles=IO_CYCLES, family="ecp5")
+                                  baud_divisor=divisor, io_cycles=IO_CYCLES, family=Ulx3s.family)
         self._data = IOPort(16, name="sdram_d")
         super().__init__({
             "clk_25mhz": In(1),
@@ -228,7 +229,7 @@ class Ulx3sTop(wiring.Component):
         with m.Elif(~count[-1]):
             m.d.start += count.eq(count + 1)
         m.d.start += reset.eq(~count[-1])
-        m.submodules.reset = buffer = GlobalBuffer("ecp5")
+        m.submodules.reset = buffer = GlobalBuffer(Ulx3s.family)
         m.d.comb += [buffer.i.eq(reset), sync.rst.eq(buffer.o)]
 
 
@@ -265,22 +266,30 @@ def _constraints() -> str:
     return "\n".join([*lines, ""])
 
 
-class Ulx3s(Board):
+class Ulx3s(BitstreamBoard):
     """Radiona's ULX3S with an LFE5U-85F-6 and 32 MB of SDRAM."""
 
     name = "ulx3s"
+    title = "ULX3S"
     part = "LFE5U-85F-6BG381C"
+    family = "ecp5"
+    memory = "32 MiB of SDRAM, 16 bits"
+    resources = {"LUT4": 83_640, "flip-flops": 83_640, "multipliers": 156, "block RAMs": 208}
     config = "ulx3s"
     clock_hz = 100_000_000
     baud = 3_000_000
+    transport = "serial:PORT"
+    route = ("--85k", "--package", "CABGA381", "--speed", "6")
+    # The flash is read at 62 MHz; compressed, which halves the time of a start.
+    pack = ("--compress", "--freq", "62.0")
 
     def design(self, config: AcceleratorConfig, *, clock_hz: int, baud: int) -> Design:
         return Design(
             verilog=generate(Ulx3sTop(config, clock_hz=clock_hz, baud=baud), "top"),
-            constraints=_constraints(),
-            route=("--85k", "--package", "CABGA381", "--speed", "6"),
-            # The flash is read at 62 MHz; compressed, which halves the time of a start.
-            pack=("--compress", "--freq", "62.0"))
+            constraints=_constraints())
+
+    def sites(self, config: AcceleratorConfig) -> dict[str, str]:
+        return floorplan(config)
 
     def program(self, bitstream: Path) -> tuple[str, ...]:
         return f"openFPGALoader -b ulx3s {bitstream}", f"fujprog {bitstream}"

@@ -1,4 +1,4 @@
-"""The gated activation: silu(gate) * up."""
+"""The gated activation: act(gate) * up."""
 
 from amaranth import *
 from amaranth.lib import data, memory, stream, wiring
@@ -18,7 +18,7 @@ from moeaccel.tables import (
     SEGMENTS,
     SLOPE_BITS,
     VALUE_BITS,
-    silu_table,
+    activation_table,
 )
 
 __all__ = ["ActivationUnit"]
@@ -49,20 +49,20 @@ def _magnitude(m, value, name):
 
 
 class ActivationUnit(wiring.Component):
-    """Compute ``h = (gate * f(gate)) * up`` with the logistic function f from a table.
+    """Compute ``h = (gate * f(gate)) * up``, where f is that of the element's activation.
 
-    Bit for bit :func:`moeaccel.tables.swiglu` (Shazeer, 2020): f by linear interpolation, then two
-    products, each rounded once.
+    Bit for bit :func:`moeaccel.tables.gated` (Shazeer, 2020): f by linear interpolation, then two
+    products, each rounded once. There is a table for each activation that has one.
 
     ::
 
         gate --> position --> [ROM] --> value + slope * fraction --> round --> * gate --> round
              --> * up --> round --> h
 
-    An element that is not ``down`` and of an even row is a gate; the next one, of the odd row above
-    it and the same slot, is its up. Other cycles may lie between them. Latency LATENCY_CYCLES from
-    the up element; one element per cycle in, one every two cycles out, never a stall. Reset forgets
-    what is under way.
+    An element that is not to be combined and of an even row is a gate; the next one, of the odd row
+    above it and the same slot, is its up. Other cycles may lie between them. Latency LATENCY_CYCLES
+    from the up element; one element per cycle in, one every two cycles out, never a stall. Reset
+    forgets what is under way.
 
     Parameters
     ----------
@@ -73,7 +73,7 @@ class ActivationUnit(wiring.Component):
     Members
     -------
     i_element : :py:`In(stream.Signature(layouts.result_element(config), always_ready=True))`
-        ``down`` elements are ignored.
+        ``combine`` elements are ignored.
     o_element : :py:`Out(stream.Signature(layouts.hidden_element(config), always_ready=True))`
         ``last`` is that of the up element.
     """
@@ -110,7 +110,7 @@ class ActivationUnit(wiring.Component):
         element = self.i_element.payload
 
         # -- pairs ---------------------------------------------------------------------------------
-        arrives = self.i_element.valid & ~element.down
+        arrives = self.i_element.valid & ~element.combine
         held = Signal(layouts.internal_float(), reset_less=True)
         with m.If(arrives & ~element.row[0]):
             m.d.sync += held.eq(element.value)
@@ -132,26 +132,37 @@ class ActivationUnit(wiring.Component):
         ]
         s = p.stage(
             value=Cat(Const(0, MAX_LEFT_SHIFT), held.mantissa).as_signed(), by=by,
-            over=distance < 0, gate=_magnitude(m, held, "gate"),
+            over=distance < 0, activation=element.activation, gate=_magnitude(m, held, "gate"),
             up=_magnitude(m, element.value, "up"), meta=meta)
-        s = p.stage(value=s.value >> s.by[:3], by=s.by[3:], over=s.over, gate=s.gate, up=s.up,
-                    meta=s.meta)
-        s = p.stage(value=s.value >> (s.by << 3), over=s.over, gate=s.gate, up=s.up, meta=s.meta)
+        s = p.stage(value=s.value >> s.by[:3], by=s.by[3:], over=s.over, activation=s.activation,
+                    gate=s.gate, up=s.up, meta=s.meta)
+        tables = [a for a in config.expert_activations if a.tabulated]
+        plain = [a.code for a in config.expert_activations if not a.tabulated]
+        s = p.stage(value=s.value >> (s.by << 3), over=s.over, gate=s.gate, up=s.up, meta=s.meta,
+                    stepped=Cat(s.activation == code for code in plain).any(),
+                    table=Cat(s.activation == a.code for a in tables[1:]))
 
         # -- 4: look it up -------------------------------------------------------------------------
         m.submodules.table = table = memory.Memory(
-            shape=unsigned(VALUE_BITS + SLOPE_BITS + TABLE_EXPONENT_BITS), depth=SEGMENTS,
-            init=silu_table().packed())
+            shape=unsigned(VALUE_BITS + SLOPE_BITS + TABLE_EXPONENT_BITS),
+            depth=SEGMENTS * max(1, len(tables)),
+            init=[word for a in tables for word in activation_table(a).packed()])
         rom = table.read_port()
+        which = Signal(range(max(2, len(tables))))  # of the tables
+        for i, chosen in enumerate(s.table, start=1):
+            with m.If(chosen):
+                m.d.comb += which.eq(i)
         beyond = s.value[POSITION_BITS:]  # all equal to the sign within the table
         negative = s.value[-1]
         m.d.comb += [
             rom.en.eq(p.valid),
-            rom.addr.eq(s.value[FRACTION_BITS:POSITION_BITS + 1] ^ (SEGMENTS // 2)),
+            rom.addr.eq(Cat(
+                s.value[FRACTION_BITS:POSITION_BITS + 1] ^ (SEGMENTS // 2), which)),
         ]
         s = p.stage(
-            above=~negative & (s.gate.magnitude != 0) & (s.over | beyond.any()),
-            below=negative & (s.over | ~beyond.all()),
+            above=~negative & (s.gate.magnitude != 0) & (s.over | beyond.any() | s.stepped),
+            below=Mux(s.stepped, negative | (s.gate.magnitude == 0),
+                      negative & (s.over | ~beyond.all())),
             fraction=s.value[:FRACTION_BITS], gate=s.gate, up=s.up, meta=s.meta)
         # Block RAM is slow to answer: a register behind it, ahead of everything else.
         s = p.stage(**vars(s), entry=rom.data)

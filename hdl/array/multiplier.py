@@ -25,7 +25,7 @@ class Multiplier(wiring.Component):
     Yosys never moves registers into an ECP5's MULT18X18D and nextpnr charges 3.9 ns for one without
     them, so ``family="ecp5"`` instantiates the block with its registers; ``"xilinx"`` does so with
     the DSP48E2 of UltraScale+ (AMD UG579). Bits and latency are the same. Simulators need
-    :data:`moeaccel.hdl.array.dsp_models.DSP_MODELS` of the family beside the Verilog.
+    :data:`moeaccel.hdl.verilog.dsp_models.DSP_MODELS` of the family beside the Verilog.
 
     Parameters
     ----------

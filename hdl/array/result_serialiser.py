@@ -45,8 +45,8 @@ class ResultSerialiser(wiring.Component):
     Members
     -------
     i_valid : :py:`In(1)`
-    i_sums : :py:`In(ArrayLayout(signed(config.accumulator_bits), config.rows *
-    config.token_lanes))` i_tag : :py:`In(layouts.result_tag(config))`
+    i_sums : :py:`In(ArrayLayout(signed(config.accumulator_bits), rows * token_lanes))`
+    i_tag : :py:`In(layouts.result_tag(config))`
     o_free : :py:`Out(range(FIFO_DEPTH + 1))`
         Results that may still arrive; counts one that arrives from the next cycle on.
     i_row_exponents : :py:`In(stream.Signature(ArrayLayout(signed(16), config.rows)))`
@@ -55,7 +55,8 @@ class ResultSerialiser(wiring.Component):
     base_data : :py:`In(signed(12))`
         Base exponent of that slot, one cycle later.
     o_element : :py:`Out(stream.Signature(layouts.result_element(config), always_ready=True))`
-        ``down`` elements carry ``slot_bank`` and ``fresh`` of their tag. ``last``: of the section.
+        ``combine`` elements carry ``slot_bank`` and ``fresh`` of their tag. ``last``: of the
+        section.
     """
 
     FIFO_DEPTH = 4
@@ -162,8 +163,8 @@ class ResultSerialiser(wiring.Component):
                 Cat(member[:lane_bits - 1], tag.group),
                 Cat(member[:lane_bits], tag.group))),
             self.base_address.slot.eq(slot),
-            self.base_address.hidden.eq(tag.down & ~tag.linear),
-            self.base_address.bank.eq(tag.x_bank & ~self.base_address.hidden),
+            self.base_address.hidden.eq(tag.hidden),
+            self.base_address.bank.eq(tag.x_bank & ~tag.hidden),
         ]
         with m.If(valid):
             m.d.sync += [row.eq(row + 1), last_row.eq(((row + 1)[:row_bits] ^ tag.missing).all())]
@@ -179,7 +180,8 @@ class ResultSerialiser(wiring.Component):
         m.d.comb += [
             meta.slot.eq(slot),
             meta.row.eq(tag.row + row),
-            meta.down.eq(tag.down),
+            meta.combine.eq(tag.combine),
+            meta.activation.eq(tag.activation),
             meta.last.eq(tag.last & last_row & last_member),
             meta.slot_bank.eq(tag.slot_bank),
             meta.fresh.eq(tag.fresh),

@@ -8,58 +8,17 @@ from amaranth.utils import ceil_log2, exact_log2
 
 from moeaccel.config import AcceleratorConfig
 from moeaccel.hdl import layouts
-from moeaccel.hdl.array.normaliser import shift_out_zeros
 from moeaccel.hdl.combine.row_sums import SUM_BITS, RowSums, stripe, stripe_address
+from moeaccel.hdl.combine.to_float32 import ToFloat32
 from moeaccel.hdl.pipeline import Pipeline
 from moeaccel.hdl.sequential_multiplier import SequentialMultiplier
 
 __all__ = ["Combiner", "drain_request"]
 
+
 def drain_request(config: AcceleratorConfig) -> data.StructLayout:
     """Return a request to empty the y buffer: the slot table of the set's last pass, its slots."""
     return data.StructLayout({"slot_bank": 1, "count": range(config.max_slots + 1)})
-
-
-class _ToFloat32(wiring.Component):
-    """Convert a 48-bit sum on the grid to float32: bit for bit ``arithmetic.grid_to_float32``.
-
-    Latency LATENCY_CYCLES, one per cycle, no flow control.
-    """
-
-    LATENCY_CYCLES = 10
-
-    def __init__(self):
-        super().__init__({"i_valid": In(1), "i_sum": In(signed(SUM_BITS)),
-                          "i_grid_exponent": In(signed(8)), "o_valid": Out(1), "o_float": Out(32)})
-
-    def elaborate(self, platform):
-        m = Module()
-        pipe = Pipeline(m, self.i_valid)
-        # Block RAM is slow to answer: a register behind it, ahead of everything else.
-        s = pipe.stage(sum=self.i_sum)
-        s = pipe.stage(sign=s.sum[-1], magnitude=Mux(s.sum[-1], -s.sum, s.sum)[:SUM_BITS])
-        # Whether to shift far is known a stage before it is done.
-        s = pipe.stage(sign=s.sign, magnitude=s.magnitude, empty=s.magnitude[-32:] == 0)
-        value = Mux(s.empty, s.magnitude << 32, s.magnitude)[:SUM_BITS]
-        s = pipe.stage(sign=s.sign, magnitude=value, lost=s.empty, empty=value[-16:] == 0)
-        value = Mux(s.empty, s.magnitude << 16, s.magnitude)[:SUM_BITS]
-        s = pipe.stage(sign=s.sign, magnitude=value, lost=Cat(s.empty, s.lost))
-        for shifts in ((8, 4), (2, 1)):
-            value, taken = shift_out_zeros(s.magnitude, shifts)
-            s = pipe.stage(sign=s.sign, magnitude=value, lost=Cat(*reversed(taken), s.lost))
-        value = s.magnitude  # bit 47 is set, unless it is zero
-        s = pipe.stage(sign=s.sign, keep=value[24:], half=value[23], sticky=value[:23].any(),
-                       lost=s.lost)
-        s = pipe.stage(
-            sign=s.sign, zero=~s.keep[-1],
-            rounded=(s.keep + (s.half & (s.sticky | s.keep[0])))[:25],
-            exponent=(self.i_grid_exponent + (127 + SUM_BITS - 1) - s.lost)[:9])
-        carry = s.rounded[24]
-        s = pipe.stage(value=Mux(s.zero, 0, Cat(
-            Mux(carry, 0, s.rounded[:23]), (s.exponent + carry)[:8], s.sign)))
-        assert pipe.depth == self.LATENCY_CYCLES
-        m.d.comb += [self.o_valid.eq(pipe.valid), self.o_float.eq(s.value)]
-        return m
 
 
 class Combiner(wiring.Component):
@@ -286,7 +245,7 @@ class Combiner(wiring.Component):
             ]
 
         # The way out: a word of sums becomes float32 or int64, then beats
-        depth, under_way = 32, RowSums.READ_LATENCY_CYCLES + _ToFloat32.LATENCY_CYCLES + 4
+        depth, under_way = 32, RowSums.READ_LATENCY_CYCLES + ToFloat32.LATENCY_CYCLES + 4
         m.submodules.out_beats = out_beats = fifo.SyncFIFOBuffered(
             width=8 * config.port_bytes, depth=depth)
         pause = Signal()  # a word of two beats leaves in two cycles
@@ -303,7 +262,7 @@ class Combiner(wiring.Component):
         out = Pipeline(m, emit, name="out")
         o = out.delay(RowSums.READ_LATENCY_CYCLES, word=emitted[:max(1, words_log2)])
         sums = [Mux(zeroing, 0, value)[:SUM_BITS] for value in word_at(o.word)]
-        converters = [_ToFloat32() for _ in range(lanes)]
+        converters = [ToFloat32() for _ in range(lanes)]
         for i, (convert, value) in enumerate(zip(converters, sums, strict=True)):
             m.submodules[f"to_float32_{i}"] = convert
             m.d.comb += [convert.i_valid.eq(out.valid & last), convert.i_sum.eq(value),

@@ -35,7 +35,7 @@ class _State(enum.IntEnum):
     CHECK = 4  # every field, into one bit each
     JOIN = 5  # the bits
     DECIDE = 6
-    MEASURE = 7  # words of the image's sections, ends of everything in memory
+    MEASURE = 7  # ends of everything in memory
     START = 8  # hand over the job
     RUN = 9
     FINISH = 10
@@ -78,7 +78,7 @@ class CommandProcessor(wiring.Component):
     FENCE other than the opcode are ignored.
 
     Statuses, the first that holds: ABORTED or WATCHDOG; WINDOW, BUS_ERROR (``fault_*``, cleared
-    when a command starts); BAD_OPCODE, BAD_FIELD, BAD_LAYER; NONFINITE; OVERFLOW; OK.
+    when a command starts); BAD_OPCODE, BAD_FIELD, BAD_LAYER; BAD_EXPERT; NONFINITE; OVERFLOW; OK.
 
     Where the completion itself was outside the window, or memory refused it, nothing says that the
     command has completed: ``o_error`` pulses, and when ``error`` is 0 again (the host has mended
@@ -94,8 +94,8 @@ class CommandProcessor(wiring.Component):
 
     Latency, without waiting for memory or engine: a submission is requested 2 cycles after its
     doorbell shows. From the last beat of a submission it is 5 cycles to the request of the layer;
-    from the last beat of the layer 9 cycles, plus the bits of the largest of steps_in,
-    steps_hidden, steps_out, top_k and num_experts - 1, to ``o_job``; from ``i_done`` 2 cycles to
+    from the last beat of the layer 5 cycles, plus the bits of the largest of steps_in, steps_out
+    and top_k, to ``o_job``; from ``i_done`` 2 cycles to
     the request of the completion's write; from its ``done`` 1 cycle to ``o_irq``. Reset: idle,
     indices 0, phase 1.
 
@@ -233,12 +233,9 @@ class CommandProcessor(wiring.Component):
         m.d.comb += [
             checks.i_entry.eq(entry),
             checks.i_is_layer.eq(is_layer),
-            checks.i_linear.eq(held_job.linear),
             sizes.i_start.eq(state[_State.CHECK] & is_layer),
             sizes.i_job.eq(held_job),
             self.o_job.payload.eq(held_job),
-            self.o_job.payload.gate_up_words.eq(sizes.o_gate_up_words),
-            self.o_job.payload.down_words.eq(sizes.o_down_words),
         ]
 
         # -- the completion ------------------------------------------------------------------------
@@ -340,7 +337,7 @@ class CommandProcessor(wiring.Component):
                     work.eq((submission["opcode"] == Opcode.EXPERTS)
                             | (submission["opcode"] == Opcode.GEMM)),
                     fetch_address.eq(submission["layer_address"] >> _ALIGNMENT_BITS),
-                    held_job.linear.eq(submission["opcode"] == Opcode.GEMM),
+                    held_job.routed.eq(submission["opcode"] == Opcode.EXPERTS),
                 ]
                 m.d.sync += [
                     held_job[name].eq(submission[name])
@@ -350,13 +347,11 @@ class CommandProcessor(wiring.Component):
             with m.Else():
                 m.d.sync += [
                     held_job[name].eq(layer[name])
-                    for name in ("format", "num_experts", "grid_exponent", "stride",
-                                 "image_address")
+                    for name in ("num_experts", "grid_exponent", "table_address")
                 ]
                 m.d.sync += [
                     held_job.two_planes.eq(layer["planes"] == 2),
                     held_job.steps_in.eq(layer["d_in"] // BLOCK),
-                    held_job.steps_hidden.eq(layer["d_expert"] // BLOCK),
                     held_job.steps_out.eq(layer["d_out"] // BLOCK),
                 ]
 
@@ -411,6 +406,8 @@ class CommandProcessor(wiring.Component):
                 m.d.sync += status.eq(Status.WINDOW)
             with m.Elif(self.fault_bus):
                 m.d.sync += status.eq(Status.BUS_ERROR)
+            with m.Elif(result.bad_expert):
+                m.d.sync += status.eq(Status.BAD_EXPERT)
             with m.Elif(result.nonfinite):
                 m.d.sync += status.eq(Status.NONFINITE)
             with m.Elif(result.overflows != 0):
@@ -426,7 +423,8 @@ class CommandProcessor(wiring.Component):
             with m.If(~again):
                 m.d.sync += [
                     detail.eq(0), about.eq(0),
-                    underflows.eq(Mux(ran & ~self.fault_window & ~self.fault_bus,
+                    underflows.eq(Mux(ran & ~self.fault_window & ~self.fault_bus
+                                      & ~result.bad_expert,
                                       layouts.limited_count(result.underflows), 0)),
                 ]
                 with m.Switch(status):
@@ -436,6 +434,8 @@ class CommandProcessor(wiring.Component):
                         m.d.sync += detail.eq(opcode)
                     with m.Case(Status.BAD_FIELD, Status.BAD_LAYER):
                         m.d.sync += detail.eq(Mux(measured, sizes.o_word, checks.o_word))
+                    with m.Case(Status.BAD_EXPERT):
+                        m.d.sync += [detail.eq(result.expert), about.eq(result.word)]
                     with m.Case(Status.NONFINITE):
                         m.d.sync += [detail.eq(result.token), about.eq(result.what)]
                     with m.Case(Status.OVERFLOW):

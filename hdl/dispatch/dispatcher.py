@@ -10,7 +10,9 @@ from amaranth.utils import ceil_log2, exact_log2
 from moeaccel.arithmetic import SUBNORMAL_EXPONENT
 from moeaccel.config import AcceleratorConfig
 from moeaccel.hdl import layouts
+from moeaccel.hdl.dispatch.expert_table import ExpertTable
 from moeaccel.hdl.pipeline import Pipeline
+from moeaccel.interface.commands import ENTRY_BYTES, SECTIONS_MAX
 
 FILL_CYCLES = 4
 """From a pair to its entry in the slot table: its weight becomes an internal float."""
@@ -22,12 +24,15 @@ class Dispatcher(wiring.Component):
     ::
 
         i_job --> fetch ids, weights --> count --> prefix --> scatter --> for each busy expert:
-                                                                weights, sections, slot table, x,
-                                                                pass
+                                           |                    weights, sections, slot table, x,
+                                           v                    pass
+                                     [ExpertTable] -----------------^
 
     A stable counting sort by expert id over at most ``max_assignments`` token-expert pairs. Ids
     that are negative or not below ``num_experts`` are skipped; a token without any pair is
-    announced on ``o_zero`` before the first pass. A pass takes at most as many pairs as there are
+    announced on ``o_zero`` before the first pass. What is to be computed for an expert comes from
+    the :class:`~moeaccel.hdl.dispatch.expert_table.ExpertTable`; at a bad entry the command ends
+    when the passes handed out before have retired. A pass takes at most as many pairs as there are
     slots (``max_slots``, half of it in ``a16``); consecutive passes over the very same tokens keep
     x and y on the chip (``same``). At most one pass is prepared while another runs: a pass is begun
     when fewer than two are handed out and not retired, so that nobody reads the bank of the slot
@@ -37,8 +42,8 @@ class Dispatcher(wiring.Component):
     command is done when both have. All else that goes out is a stream.
 
     Cycles: 3 for each pair to count and 3 to scatter, 2 for each expert, then about 6 for each slot
-    of a pass, and FILL_CYCLES. GEMM (``linear``) needs no ids: every token goes to image 0 with
-    weight 1.
+    of a pass, and FILL_CYCLES. A job that is not ``routed`` needs no ids: every token goes to
+    expert 0 with weight 1.
 
     Parameters
     ----------
@@ -49,7 +54,7 @@ class Dispatcher(wiring.Component):
     i_job : :py:`In(stream.Signature(layouts.job(config)))`
         Accepted when idle; the job's fields are held on ``o_job`` until the next one.
     reader : :py:`Out(layouts.ReadClientSignature(config))`
-        Fetches ids and weights.
+        Fetches ids, then weights, then entries of the expert table.
     o_weights : :py:`Out(stream.Signature(weight_request(config)))`
         Image of each pass, for the weight streamer.
     o_section : :py:`Out(stream.Signature(layouts.section(config)))`
@@ -68,6 +73,9 @@ class Dispatcher(wiring.Component):
         Pulse for each pair put into a pass.
     o_done : :py:`Out(1)`
         High when every pass of the command has been handed out.
+    o_bad, o_bad_expert, o_bad_word : :py:`Out(1)`, :py:`Out`, :py:`Out`
+        The entry of that expert is bad, for its 32-bit word: no pass comes any more. Until the next
+        job is accepted.
     o_nonfinite, o_nonfinite_token : :py:`Out(1)`, :py:`Out(layouts.token_bits(config))`
         The weight of a pair is NaN or infinite, and counts as zero; the lowest such token. Complete
         with ``o_done``, forgotten when the next job is accepted.
@@ -91,6 +99,9 @@ class Dispatcher(wiring.Component):
                 "slot_w_data": Out(layouts.slot(config)),
                 "o_assignments": Out(1),
                 "o_done": Out(1),
+                "o_bad": Out(1),
+                "o_bad_expert": Out(layouts.expert_bits(config)),
+                "o_bad_word": Out(range(ENTRY_BYTES // 4)),
                 "o_nonfinite": Out(1),
                 "o_nonfinite_token": Out(layouts.token_bits(config)),
             }
@@ -101,7 +112,7 @@ class Dispatcher(wiring.Component):
         config = self._config
         pairs_bits = config.max_assignments.bit_length()
         index_bits = ceil_log2(config.max_assignments)
-        expert_bits = max(1, ceil_log2(config.max_experts))
+        expert_bits = layouts.expert_bits(config)
         per_beat = config.port_bytes // 4
         lane_bits = exact_log2(per_beat)
         beats = config.max_assignments // per_beat
@@ -121,6 +132,7 @@ class Dispatcher(wiring.Component):
         ids_w, ids_r = memory("ids", 8 * config.port_bytes, beats)
         weights_w, weights_r = memory("weights", 8 * config.port_bytes, beats)
         count_w, count_r = memory("counts", pairs_bits, config.max_experts)
+        table_count_w, table_count_r = memory("table_counts", pairs_bits, config.max_experts)
         cursor_w, cursor_r = memory("cursors", pairs_bits, config.max_experts)
         pair = data.StructLayout({"token": layouts.token_bits(config), "index": index_bits})
         sorted_w, sorted_r = memory("sorted", pair, config.max_assignments)
@@ -150,8 +162,8 @@ class Dispatcher(wiring.Component):
         m.d.comb += ids_r.addr.eq(ahead_index >> lane_bits)
         m.d.sync += [
             id_word.eq(ids_r.data),
-            id_valid.eq(job.linear | (raw_id < job.num_experts)),
-            expert_id.eq(Mux(job.linear, 0, raw_id)),
+            id_valid.eq(~job.routed | (raw_id < job.num_experts)),
+            expert_id.eq(Mux(job.routed, raw_id, 0)),
             last_of_token.eq(k + 1 == job.top_k),
             last_pair.eq(index + 1 == pairs),
             third.eq(0),
@@ -179,31 +191,50 @@ class Dispatcher(wiring.Component):
             m.d.sync += [
                 index.eq(0), ahead_index.eq(0), k.eq(0), token.eq(0), valid_of_token.eq(0)]
 
-        # -- fetch
+        # -- the expert table; it is reset between jobs
+        begins, clear = Signal(), Signal()
+        table = ExpertTable(config)
+        m.submodules.table = ResetInserter(clear)(table)
+        m.d.comb += [
+            table.i_job.eq(job),
+            table.i_start.eq(begins),
+            table_count_r.addr.eq(table.count_address),
+            table.count_data.eq(table_count_r.data),
+        ]
+
+        # -- fetch: ids, then weights, then entries
         fetch_beat = Signal(ceil_log2(beats) if beats > 1 else 1)
         request_beats = Signal(self.reader.request.p.beats.shape())
         m.d.sync += request_beats.eq((pairs + (per_beat - 1)) >> lane_bits)
-        fetching_weights = Signal()
+        fetching, fetching_weights = Signal(), Signal()
+        ids_arrived, weights_arrived = Signal(), Signal()
+        brings = Signal()  # ids or weights
         m.d.comb += [
-            self.reader.request.p.address.eq(
-                Mux(fetching_weights, job.weights_address, job.ids_address)
-            ),
-            self.reader.request.p.beats.eq(request_beats),
+            brings.eq(self.reader.valid & ~weights_arrived),
+            self.reader.request.valid.eq(fetching | table.reader.request.valid),
+            table.reader.request.ready.eq(self.reader.request.ready & ~fetching),
+            self.reader.request.p.address.eq(Mux(
+                fetching, Mux(fetching_weights, job.weights_address, job.ids_address),
+                table.reader.request.p.address)),
+            self.reader.request.p.beats.eq(
+                Mux(fetching, request_beats, table.reader.request.p.beats)),
+            table.reader.valid.eq(self.reader.valid & weights_arrived),
+            table.reader.data.eq(self.reader.data),
+            table.reader.last.eq(self.reader.last),
             ids_w.addr.eq(fetch_beat),
             ids_w.data.eq(self.reader.data),
             weights_w.addr.eq(fetch_beat),
             weights_w.data.eq(self.reader.data),
-            ids_w.en.eq(self.reader.valid & ~fetching_weights),
-            weights_w.en.eq(self.reader.valid & fetching_weights),
+            ids_w.en.eq(brings & ~fetching_weights),
+            weights_w.en.eq(brings & fetching_weights),
         ]
-        ids_arrived, weights_arrived = Signal(), Signal()
         with m.If(self.i_job.valid & self.i_job.ready):
             m.d.sync += [
                 job.eq(self.i_job.payload), running.eq(1),
-                ids_arrived.eq(0), weights_arrived.eq(self.i_job.p.linear),
-                self.o_nonfinite.eq(0),
+                ids_arrived.eq(0), weights_arrived.eq(~self.i_job.p.routed),
+                self.o_nonfinite.eq(0), self.o_bad.eq(0),
             ]
-        with m.If(self.reader.valid):
+        with m.If(brings):
             with m.If(self.reader.last & fetching_weights):
                 m.d.sync += weights_arrived.eq(1)
             with m.If(self.reader.last & ~fetching_weights):
@@ -220,9 +251,7 @@ class Dispatcher(wiring.Component):
         ]
         walk = Signal(expert_bits + 1, reset_less=True)
         walk_ends = Signal()  # it was the last expert, a cycle ago
-        image = Signal(config.address_bits, reset_less=True)
-        next_image = Signal(config.address_bits, reset_less=True)  # of the expert at ``walk``
-        looked = Signal()  # at an expert, in the cycle before
+        expert = Signal(layouts.expert(config), reset_less=True)
         left = Signal(pairs_bits)  # pairs of this expert not yet in a pass
         position = Signal(pairs_bits, reset_less=True)
         remaining = Signal(pairs_bits)  # pairs of the command not yet in a pass
@@ -231,23 +260,14 @@ class Dispatcher(wiring.Component):
         capacity = Mux(two, config.max_slots // 2, config.max_slots)
         resident_count = Signal(range(config.max_slots + 1))
         same = Signal()
-        words = Signal(32)
         last_pass, expert_ends, last_slot = Signal(), Signal(), Signal()
         slot_bank = Signal()
         x_bank = Signal()
         prefix = Signal(pairs_bits, reset_less=True)
 
-        def tiles(rows):
-            return Mux(
-                layouts.is_packed(config, job.format),
-                layouts.tiles(rows, config.rows * config.channels),
-                layouts.tiles(rows, config.row_multipliers * config.channels),
-            )
-
         m.d.comb += [
-            self.o_weights.p.address.eq(image),
-            self.o_weights.p.words.eq(words),
-            self.o_section.p.format.eq(job.format),
+            self.o_weights.p.address.eq(expert.image_address),
+            self.o_weights.p.words.eq(expert.words),
             self.o_load.p.bank.eq(x_bank),
             self.o_load.p.slot_bank.eq(slot_bank),
             self.o_load.p.count.eq(slots),
@@ -256,13 +276,14 @@ class Dispatcher(wiring.Component):
             self.o_pass.p.count.eq(slots),
             self.o_pass.p.same.eq(same),
             self.o_pass.p.last.eq(last_pass),
+            self.o_pass.p.work.eq(expert.work),
+            self.o_bad_expert.eq(expert.expert),
+            self.o_bad_word.eq(expert.word),
         ]
         # Known long before they are used.
         m.d.sync += [
-            words.eq(job.gate_up_words + job.down_words),
             last_slot.eq(slot + 1 == slots),
             walk_ends.eq(walk + 1 == job.num_experts),
-            looked.eq(0),
             last_pass.eq(remaining == slots),
             expert_ends.eq(left == slots),
         ]
@@ -278,11 +299,8 @@ class Dispatcher(wiring.Component):
             ]
         with m.If(counted):
             m.d.sync += remaining.eq(remaining + id_valid)
-        with m.If(looked):
-            m.d.sync += next_image.eq(image + job.stride)
         with m.If(rewind):
-            m.d.sync += [
-                walk.eq(0), prefix.eq(0), position.eq(0), next_image.eq(job.image_address)]
+            m.d.sync += [walk.eq(0), prefix.eq(0), position.eq(0)]
 
         # Weight of a pair: float32 to internal float (arithmetic.float32_to_internal).
         entry = Signal(pair)
@@ -323,10 +341,10 @@ class Dispatcher(wiring.Component):
         s = p.stage(
             magnitude=rounded[:17], power=rounded[17] | subnormal, sign=s.sign, field=s.field,
             carry=rounded[17], subnormal=subnormal, zero=s.nonfinite | (s.tiny & ~s.fraction),
-            nonfinite=s.nonfinite & ~job.linear,
+            nonfinite=s.nonfinite & job.routed,
             address=s.address, token=s.token, first=s.first, last=s.last)
         weight = Signal(layouts.internal_float())
-        with m.If(job.linear):
+        with m.If(~job.routed):
             m.d.comb += [weight.mantissa.eq(1 << 16), weight.exponent.eq(-16)]
         with m.Elif(~s.zero):
             carried = Mux(s.power, 1 << 16, s.magnitude)
@@ -361,6 +379,9 @@ class Dispatcher(wiring.Component):
             count_w.addr.eq(Mux(clearing, walk, expert_id)),
             count_w.data.eq(Mux(clearing, 0, count_r.data + 1)),
             count_w.en.eq(clearing | (counted & id_valid)),
+            table_count_w.addr.eq(count_w.addr),
+            table_count_w.data.eq(count_w.data),
+            table_count_w.en.eq(count_w.en),
             cursor_w.addr.eq(Mux(prefixing, walk, expert_id)),
             cursor_w.data.eq(Mux(prefixing, prefix, cursor_r.data + 1)),
             cursor_w.en.eq(prefixing | (scattered & id_valid)),
@@ -387,13 +408,14 @@ class Dispatcher(wiring.Component):
                     counting.eq(1),
                     walk_ends.eq(0),
                 ]
+                m.d.comb += clear.eq(1)
                 m.next = "CLEAR"
-                with m.If(~job.linear):
+                with m.If(job.routed):
                     m.next = "PREPARE_REQUEST"
             with m.State("PREPARE_REQUEST"):
                 m.next = "REQUEST_IDS"
             with m.State("REQUEST_IDS"):
-                m.d.comb += self.reader.request.valid.eq(1)
+                m.d.comb += fetching.eq(1)
                 with m.If(self.reader.request.ready):
                     m.next = "CLEAR"
             with m.State("CLEAR"):  # while the ids are on their way
@@ -401,14 +423,14 @@ class Dispatcher(wiring.Component):
                 with m.If(walk_ends):
                     m.d.sync += clearing.eq(0)
                     m.next = "START"
-                    with m.If(~job.linear):
+                    with m.If(job.routed):
                         m.next = "WAIT_IDS"
             with m.State("WAIT_IDS"):
                 with m.If(ids_arrived):
                     m.d.sync += fetching_weights.eq(1)
                     m.next = "REQUEST_WEIGHTS"
             with m.State("REQUEST_WEIGHTS"):
-                m.d.comb += self.reader.request.valid.eq(1)
+                m.d.comb += fetching.eq(1)
                 with m.If(self.reader.request.ready):
                     m.next = "START"
             with m.State("START"):  # the walk that counts, and the one that scatters
@@ -427,14 +449,16 @@ class Dispatcher(wiring.Component):
                 with m.If(no_expert):
                     m.next = "ZERO"
                 with m.Elif(last_pair):
-                    m.next = "EXPERT_READ"
+                    m.next = "EXPERT"
                     with m.If(counting):
+                        m.d.comb += begins.eq(1)
                         m.next = "PREFIX_READ"
             with m.State("ZERO"):  # a token without any expert
                 m.d.comb += self.o_zero.valid.eq(1)
                 with m.If(self.o_zero.ready):
                     m.next = "ID"
                     with m.If(prefixing):
+                        m.d.comb += begins.eq(1)
                         m.next = "PREFIX_READ"
             with m.State("PREFIX_READ"):
                 m.next = "PREFIX_WRITE"
@@ -444,47 +468,38 @@ class Dispatcher(wiring.Component):
                 with m.If(walk_ends):
                     m.d.sync += prefixing.eq(0)
                     m.next = "START"
-            with m.State("EXPERT_READ"):
-                m.next = "EXPERT"
+            with m.State("EXPERT"):
                 with m.If(remaining == 0):
-                    m.next = "EXPERT_READ"
                     with m.If(weights_arrived):  # also if no pair needs them: not in the next job
                         m.d.sync += running.eq(0)
                         m.next = "IDLE"
-            with m.State("EXPERT"):
-                m.d.sync += [
-                    left.eq(count_r.data),
-                    walk.eq(walk + 1),
-                    image.eq(next_image),
-                    looked.eq(1),
-                ]
-                m.next = "PASS"
-                with m.If(count_r.data == 0):
-                    m.next = "EXPERT_READ"
+                with m.Elif(table.o_expert.valid):
+                    m.d.comb += table.o_expert.ready.eq(1)
+                    m.d.sync += [expert.eq(table.o_expert.payload),
+                                 left.eq(table.o_expert.p.pairs)]
+                    m.next = "PASS"
+                    with m.If(table.o_expert.p.bad):
+                        m.next = "BAD"
+            with m.State("BAD"):
+                m.d.sync += self.o_bad.eq(1)
+                with m.If((ahead == 0) & table.o_quiet):
+                    m.d.sync += running.eq(0)
+                    m.next = "IDLE"
             with m.State("PASS"):  # one pass runs, one is prepared; weights are asked for at once
                 m.d.comb += self.o_weights.valid.eq(ahead < 2)
                 m.d.sync += [slots.eq(Mux(left > capacity, capacity, left)), slot.eq(0)]
                 with m.If(self.o_weights.valid & self.o_weights.ready):
-                    m.next = "SECTION_DOWN"
-                    with m.If(~job.linear):
-                        m.next = "SECTION_GATE_UP"
-            with m.State("SECTION_GATE_UP"):
-                m.d.comb += [
-                    self.o_section.valid.eq(1),
-                    self.o_section.p.steps.eq(job.steps_in),
-                    self.o_section.p.tiles.eq(tiles(job.steps_hidden << 6)),
-                ]
-                with m.If(self.o_section.ready):
-                    m.next = "SECTION_DOWN"
-            with m.State("SECTION_DOWN"):
-                m.d.comb += [
-                    self.o_section.valid.eq(1),
-                    self.o_section.p.steps.eq(job.steps_hidden),
-                    self.o_section.p.tiles.eq(tiles(job.steps_out << 5)),
-                ]
-                m.d.sync += same.eq(slots == resident_count)
-                with m.If(self.o_section.ready):
-                    m.next = "COMPARE_READ"
+                    m.next = "SECTION_0"
+            for i, section in enumerate(expert.work.sections):
+                with m.State(f"SECTION_{i}"):
+                    m.d.comb += [
+                        self.o_section.valid.eq(1), self.o_section.payload.eq(section.dims)]
+                    m.d.sync += same.eq(slots == resident_count)
+                    with m.If(self.o_section.ready):
+                        m.next = "COMPARE_READ"
+                        if i < SECTIONS_MAX - 1:
+                            with m.If(~expert.work.single):
+                                m.next = f"SECTION_{i + 1}"
             with m.State("COMPARE_READ"):
                 with m.If(slot != 0):
                     m.d.sync += same.eq(same & equal)
@@ -540,7 +555,7 @@ class Dispatcher(wiring.Component):
             with m.State("PASSED"):
                 m.next = "PASS"
                 with m.If(expert_ends):
-                    m.next = "EXPERT_READ"
+                    m.next = "EXPERT"
 
         return m
 
@@ -562,6 +577,7 @@ def pass_descriptor(config: AcceleratorConfig) -> data.StructLayout:
     """
     return data.StructLayout(
         {
+            "work": layouts.expert_work(config),
             "slot_bank": 1,
             "x_bank": 1,
             "count": range(config.max_slots + 1),

@@ -18,6 +18,7 @@ def step(config: AcceleratorConfig) -> data.StructLayout:
         {
             "first": 1,
             "last": 1,
+            "format": config.format_bits,
             "hidden": 1,
             "x_bank": 1,
             "lane_address": layouts.lane_address_bits(config),
@@ -35,7 +36,12 @@ class Sequencer(wiring.Component):
 
     ::
 
-        i_pass --> [gate/up] --> [quantise h] --> [down] --> results in --> drain --> o_retired
+        i_pass --> [section 0] --> [quantise h] --> [section 1] --> results in --> drain
+                       |                                ^                            |
+                       +--------- where it is single ---+                            +--> o_retired
+
+    A section has an operand (x or h) and a sink (the activation, or y): what it waits for follows
+    from these, and from its shape what it starts.
 
     Nothing relies on how fast others are. ``i_loaded`` and ``i_result`` are counted: loads not yet
     taken, results under way. ``i_down_done`` and ``i_drained`` answer what is waited for, one at a
@@ -70,6 +76,7 @@ class Sequencer(wiring.Component):
     i_down_done : pulse, the last output of a pass is in the y buffer
     o_drain, i_drained
         Y buffer.
+    i_ended : level, no pass comes any more, be it that none was the last one
     o_retired : pulse, the pass has left the machine; its slot table is free
     o_active, o_starved_weights, o_starved_activations, o_stalled_output
         For the counters; with ``o_take`` they are exclusive.
@@ -99,6 +106,7 @@ class Sequencer(wiring.Component):
                 "i_down_done": In(1),
                 "o_drain": Out(stream.Signature(drain_request(config))),
                 "i_drained": In(1),
+                "i_ended": In(1),
                 "o_retired": Out(1),
                 "o_active": Out(1),
                 "o_starved_weights": Out(1),
@@ -112,14 +120,6 @@ class Sequencer(wiring.Component):
         config = self._config
         job = self.i_job
         lanes = config.token_lanes
-        packed = layouts.is_packed(config, job.format)
-        rows = {"gate_up": job.steps_hidden << 6, "down": job.steps_out << 5}
-        tiles = {
-            name: Mux(packed, layouts.tiles(value, config.rows * config.channels),
-                      layouts.tiles(value, config.row_multipliers * config.channels))
-            for name, value in rows.items()
-        }
-        tile_rows_log2 = Mux(packed, exact_log2(config.rows), exact_log2(config.row_multipliers))
         count_shape = range(config.max_slots + 1)
 
         current = Signal(pass_descriptor(config))
@@ -138,28 +138,23 @@ class Sequencer(wiring.Component):
             for name in ("through", "then"))
         row = Signal(range(2 * config.max_dim + 1))
         per_group = Signal(range(lanes + 1))
-        down = Signal()
+        section = Signal(layouts.section_work(config))  # under way
+        packed = Signal()  # in its format two rows share a multiplier
+        final = Signal()  # it is the pass's last
         in_section = Signal()
 
         one_step, one_group = Signal(), Signal()  # of the section, of the pass
         first_step, last_step = Signal(), Signal()
         last_group, last_tile = Signal(), Signal()
         m.d.comb += per_group.eq(Mux(job.two_planes, lanes // 2, lanes))
-        # Constant long before the first pass begins.
-        tile_count = {name: Signal.like(tiles_left, name=f"tiles_{name}") for name in tiles}
-        one_tile = {name: Signal(name=f"one_tile_{name}") for name in tiles}
-        for name, value in tiles.items():
-            m.d.sync += [
-                tile_count[name].eq(value), one_tile[name].eq(tile_count[name] == 1)]
-
         # Rows that the array has and the tile has not: half of them in an 8-bit format, and those
         # by which the section's last tile is short.
         rows_log2 = exact_log2(config.rows)
-        short = -(Mux(down, rows["down"], rows["gate_up"]) >> exact_log2(config.channels))
         missing = Signal(rows_log2)
         m.d.comb += missing.eq(Cat(
-            Mux(last_tile, short[: rows_log2 - 1], 0),
-            Mux(packed, last_tile & short[rows_log2 - 1], 1)))
+            Mux(last_tile, section.short[: rows_log2 - 1], 0),
+            Mux(packed, last_tile & section.short[rows_log2 - 1], 1)))
+        tile_rows_log2 = Mux(packed, rows_log2, exact_log2(config.row_multipliers))
 
         # -- may the step start? Whether x or h is there and the result has a place is known from
         # registers, which are set for the step that comes next. A place that becomes free and a
@@ -190,8 +185,9 @@ class Sequencer(wiring.Component):
             y_free.eq(retired | self.o_retired),
             operand_next.eq(Mux(
                 group_end,
-                ~down | job.linear | reached_then,
-                Mux(in_section & down, y_free & (job.linear | reached_now), operand))),
+                ~section.hidden | reached_then,
+                Mux(in_section & (section.combine | section.hidden),
+                    (~section.combine | y_free) & (~section.hidden | reached_now), operand))),
             room_next.eq(Mux(
                 self.o_take & first_step, ~group_end | (in_flight + 1 < self.i_free),
                 (~first_step & ~group_end) | (in_flight < self.i_free))),
@@ -203,15 +199,17 @@ class Sequencer(wiring.Component):
             started.eq(self.o_take & first_step),
             self.o_step.first.eq(first_step),
             self.o_step.last.eq(last_step),
-            self.o_step.hidden.eq(down & ~job.linear),
+            self.o_step.format.eq(section.dims.format),
+            self.o_step.hidden.eq(section.hidden),
             self.o_step.x_bank.eq(current.x_bank),
             self.o_step.lane_address.eq(Cat(position[: ceil_log2(config.max_steps)], group)),
             self.o_tag.group.eq(group),
             self.o_tag.row.eq(row),
             self.o_tag.last_group.eq(last_group),
             self.o_tag.slots.eq(Mux(slots_left > per_group, per_group, slots_left)),
-            self.o_tag.down.eq(down),
-            self.o_tag.linear.eq(job.linear),
+            self.o_tag.hidden.eq(section.hidden),
+            self.o_tag.combine.eq(section.combine),
+            self.o_tag.activation.eq(current.work.activation),
             self.o_tag.two_planes.eq(job.two_planes),
             self.o_tag.missing.eq(missing),
             self.o_tag.x_bank.eq(current.x_bank),
@@ -259,26 +257,29 @@ class Sequencer(wiring.Component):
         ]
 
         # -- sections
-        begin, begin_down = Signal(), Signal()  # a section; it is a down section
+        begin = Signal()
+        coming = Signal(layouts.section_work(config))  # the section that ``begin`` starts
+        m.d.comb += coming.eq(current.work.sections[0])
         with m.If(begin):
-            steps = Mux(begin_down, job.steps_hidden, job.steps_in)
+            one = coming.dims.steps == 1
             m.d.comb += [
                 in_section_next.eq(1),
-                operand_next.eq(~begin_down | (y_free & job.linear)),
+                operand_next.eq(~coming.hidden & (~coming.combine | y_free)),
                 room_next.eq(in_flight < self.i_free),
             ]
             m.d.sync += [
                 *first_group,
-                down.eq(begin_down),
+                section.eq(coming),
+                packed.eq(layouts.is_packed(config, coming.dims.format)),
                 position.eq(0),
                 row.eq(0),
-                steps_last.eq(steps - 1),
-                steps_left.eq(steps - 1),
-                one_step.eq(steps == 1),
+                steps_last.eq(coming.dims.steps - 1),
+                steps_left.eq(coming.dims.steps - 1),
+                one_step.eq(one),
                 first_step.eq(1),
-                last_step.eq(steps == 1),
-                tiles_left.eq(Mux(begin_down, tile_count["down"], tile_count["gate_up"])),
-                last_tile.eq(Mux(begin_down, one_tile["down"], one_tile["gate_up"])),
+                last_step.eq(one),
+                tiles_left.eq(coming.dims.tiles),
+                last_tile.eq(coming.dims.tiles == 1),
             ]
 
         taken_load = Signal()
@@ -302,29 +303,25 @@ class Sequencer(wiring.Component):
                 m.d.comb += waiting_x.eq(1)
                 with m.If(x_there):
                     m.d.comb += [
-                        taken_load.eq(~current.same), self.o_pass_start.eq(1),
-                        begin.eq(1), begin_down.eq(job.linear),
-                    ]
-                    m.d.sync += fresh.eq(~current.same)
-                    m.next = "GATE_UP"
-                    with m.If(job.linear):
-                        m.next = "DOWN"
-            with m.State("GATE_UP"):
+                        taken_load.eq(~current.same), self.o_pass_start.eq(1), begin.eq(1)]
+                    m.d.sync += [fresh.eq(~current.same), final.eq(current.work.single)]
+                    m.next = "SECTION"
+            with m.State("SECTION"):
                 with m.If(section_end):
                     m.d.comb += in_section_next.eq(0)
                     m.next = "HIDDEN"
+                    with m.If(final):
+                        m.d.comb += finished.eq(1)
+                        m.d.sync += retired.eq(0)
+                        m.next = "PASS"
             with m.State("HIDDEN"):
                 m.d.comb += [self.o_hidden_start.eq(1), waiting_x.eq(1)]
                 m.next = "HIDDEN_STARTED"
             with m.State("HIDDEN_STARTED"):  # i_slots_ready is of this pass from the next cycle on
-                m.d.comb += waiting_x.eq(1)
-                m.d.comb += [begin.eq(1), begin_down.eq(1)]
-                m.next = "DOWN"
-            with m.State("DOWN"):
-                with m.If(section_end):
-                    m.d.comb += [finished.eq(1), in_section_next.eq(0)]
-                    m.d.sync += retired.eq(0)
-                    m.next = "PASS"
+                m.d.comb += [
+                    waiting_x.eq(1), begin.eq(1), coming.eq(current.work.sections[1])]
+                m.d.sync += final.eq(1)
+                m.next = "SECTION"
 
         # -- retiring
         leaving = Signal(pass_descriptor(config))
@@ -351,7 +348,7 @@ class Sequencer(wiring.Component):
                 with m.If(self.i_down_done):
                     m.next = "DECIDE"
             with m.State("DECIDE"):
-                with m.If(leaving.last):
+                with m.If(leaving.last | self.i_ended):
                     m.next = "DRAIN"
                 with m.Elif(has_next):
                     m.next = "DRAIN"

@@ -6,8 +6,8 @@ import json
 import re
 
 from moeaccel.config import AcceleratorConfig
-from moeaccel.hdl.array.dsp_models import DSP_MODELS
 from moeaccel.hdl.top import description, generate_verilog
+from moeaccel.hdl.verilog.dsp_models import DSP_MODELS
 from moeaccel.interface.c_header import c_header
 
 __all__ = ["emit"]

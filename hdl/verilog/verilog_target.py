@@ -1,5 +1,7 @@
 """How a design becomes Verilog: memories and equal parts are modules that are there once."""
 
+import contextlib
+import gc
 import subprocess
 import sys
 
@@ -128,10 +130,26 @@ def generate(component, name, *, target=None, simulation=False):
     """
     target = target or VerilogTarget()
     convert = _convert_for_simulation if simulation else verilog.convert
-    text = convert(component, name=name, platform=target, emit_src=False)
-    for module, part in target.parts.items():
-        text += convert(part, name=module, platform=target, emit_src=False)
+    with _rare_collections():
+        text = convert(component, name=name, platform=target, emit_src=False)
+        for module, part in target.parts.items():
+            text += convert(part, name=module, platform=target, emit_src=False)
     return text + RAM_VERILOG
+
+
+@contextlib.contextmanager
+def _rare_collections():
+    """Let Python look for garbage less often.
+
+    A netlist is millions of small objects that all stay alive: looking through them again and again
+    takes two fifths of the time that Verilog takes.
+    """
+    before = gc.get_threshold()
+    gc.set_threshold(100_000, 50, 100)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 _SIMULATION = ("proc -norom", "opt_clean", "opt_dff", "opt_clean", "memory_collect",

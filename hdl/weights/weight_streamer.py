@@ -16,10 +16,11 @@ __all__ = ["WeightStreamer"]
 class WeightStreamer(wiring.Component):
     """Turn requests for array words into bursts, far ahead of their use, and bursts into words.
 
+    ::
+
         i_request --> [pending] --> [split into bursts] --(credits)--> reader.request
                                                                             |
-        o_word <-- [gearbox: beats_per_word] <-- [beat FIFO, read_ahead_beats] <-- reader.valid,
-        data
+        o_word <-- [gearbox: beats_per_word] <-- [beat FIFO, read_ahead_beats] <-- reader.data
 
     A burst is requested as soon as the FIFO has room for all of it, what is already on its way
     included: the memory's answers are never refused. Bursts are as long as

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 
 from moeaccel.config import AcceleratorConfig, preset
+from moeaccel.host.benchmark import memory_share
 from moeaccel.host.demo import CHECKPOINT
 from moeaccel.host.demo.evaluate import MAX_ANSWER_TOKENS
 from moeaccel.host.demo.tasks import TASKS, check_prompt, held_out_examples
@@ -40,8 +41,8 @@ class DemoResult:
         EXPERTS commands; tokens through a layer; passes over an expert's weights.
     bytes_read, bytes_written : int
     memory_share : float
-        Stored bytes of the weights of all passes / (port bytes per cycle x cycles). Tiny experts
-        are far below what the machine reaches on real ones: see ``moeaccel bench decode``.
+        Stored bytes of the weights of all passes / (channels x port bytes per cycle x cycles). Tiny
+        experts are far below what the machine reaches on real ones: see ``moeaccel bench decode``.
     seconds : float
         Wall time of generating on the device.
     device, config, weight_format : str
@@ -139,11 +140,13 @@ def run(prompts: Sequence[str], *, right_answers: Sequence[str] | None = None, d
     outcome: dict[str, tuple[list[str], torch.Tensor]] = {}
     counters: dict[str, int] = {}
     seconds, cycles = 0.0, 0
-    for spec in ("golden", device):
+    # The golden device states cycles when asked: where they are what is shown.
+    timed: dict[str, Any] = {"timing": True} if device == "golden" else {}
+    for spec, options in (("golden", {}), (device, timed)):
         what = "the golden model" if spec == "golden" else f"{spec} (config {config.name})"
         progress(f"opening {what}; a first build of the RTL takes a minute or two"
                  if spec == "rtl" else f"opening {what}")
-        with open_device(spec, config=config) as opened:
+        with open_device(spec, config=config, **options) as opened:
             use_device(opened, weight_format=weight_format, activation_bits=activation_bits)
             progress(f"generating on {what}")
             before = opened.counters()
@@ -160,7 +163,7 @@ def run(prompts: Sequence[str], *, right_answers: Sequence[str] | None = None, d
 
     settings = cast(Any, model.config)
     shape = ExpertShape(_format(weight_format), settings.hidden_size,
-                        settings.moe_intermediate_size, config.row_multipliers)
+                        settings.moe_intermediate_size, config.row_multipliers, config.channels)
     return DemoResult(
         prompts=list(prompts), float_answers=float_answers, device_answers=device_out[0],
         right_answers=list(right_answers) if right_answers is not None else None,
@@ -169,8 +172,7 @@ def run(prompts: Sequence[str], *, right_answers: Sequence[str] | None = None, d
         expert_passes=counters["expert_passes"],
         bytes_read=counters["bytes_read_weights"] + counters["bytes_read_other"],
         bytes_written=counters["bytes_written"],
-        memory_share=(counters["expert_passes"] * shape.stored_bytes
-                      / (config.port_bytes * cycles) if cycles else 0.0),
+        memory_share=memory_share(config, counters["expert_passes"] * shape.stored_bytes, cycles),
         seconds=seconds, device=device, config=config.name, weight_format=weight_format,
         activation_bits=activation_bits)
 

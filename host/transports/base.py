@@ -1,15 +1,20 @@
-"""What a driver needs of a device: five verbs."""
+"""What a driver needs of a device, five verbs; and how devices of a kind are named and opened."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moeaccel.config import AcceleratorConfig
 from moeaccel.host.process import Bound
+
+__all__ = ["Bytes", "DeviceSpec", "Scheme", "Transport"]
 
 Bytes = NDArray[np.uint8]
 
@@ -78,3 +83,59 @@ class Transport(Bound, ABC):
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
                  traceback: TracebackType | None) -> None:
         self.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceSpec:
+    """What was asked of :func:`moeaccel.host.open_device`, checked as far as it can be.
+
+    Parameters
+    ----------
+    argument : :class:`str`
+        What stands behind the colon.
+    config : :class:`AcceleratorConfig`
+        What the device was built from; None where the scheme has no preset and nobody said.
+    memory_bytes : :class:`int`, optional
+    timeout_s : :class:`float`
+    options : mapping
+        All else, by name.
+    """
+
+    argument: str
+    config: Any
+    memory_bytes: int | None
+    timeout_s: float
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """How devices of a kind are named, ``scheme:ARGUMENT``, and opened.
+
+    The scheme is the name of the file that has it as its ``SCHEME``.
+
+    Parameters
+    ----------
+    help : :class:`str`
+        What is behind it.
+    time : :class:`str`
+        What cycles and timeouts of such a device are.
+    open : callable
+        Opens one; returns it and what it was built from.
+    argument : :class:`str`
+        Name of what stands behind the colon; empty: there is no colon.
+    config : :class:`str`, optional
+        Preset of a device of which nobody says what it was built from; None: the device says it.
+    sized : :class:`bool`
+        The device says how much memory it has: ``memory_bytes`` must be left out.
+    options : tuple of callables, optional
+        The options are their keyword-only arguments; None: ``open`` checks them.
+    """
+
+    help: str
+    time: str
+    open: Callable[[DeviceSpec], tuple[Transport, AcceleratorConfig]]
+    argument: str = ""
+    config: str | None = "small"
+    sized: bool = False
+    options: tuple[Callable[..., Any], ...] | None = None

@@ -12,13 +12,13 @@ from moeaccel.config import AcceleratorConfig
 from moeaccel.errors import MoeAccelError
 from moeaccel.host.errors import DeviceClosed, InvalidOption
 from moeaccel.host.options import check_names, whole
-from moeaccel.host.transports.base import Bytes, Transport
+from moeaccel.host.transports.base import Bytes, DeviceSpec, Scheme, Transport
 
 if TYPE_CHECKING:
     from moeaccel.sim.cosim.memory import MemoryModel
     from moeaccel.sim.cosim.simulation import CoSimulation
 
-__all__ = ["RtlTransport"]
+__all__ = ["SCHEME", "RtlTransport"]
 
 _FOREVER_CYCLES = 1 << 62
 
@@ -112,3 +112,13 @@ class RtlTransport(Transport):
         if self._simulation is not None:
             self._simulation.close()  # may be called twice
             self._simulation = None
+
+
+def _open(spec: DeviceSpec) -> tuple[Transport, AcceleratorConfig]:
+    transport = RtlTransport(spec.config, memory_bytes=spec.memory_bytes, **spec.options)
+    return transport, spec.config
+
+
+SCHEME = Scheme(
+    help="the Verilated RTL in this process",
+    time="exact cycles; timeouts count simulated cycles", open=_open)

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from moeaccel.config import AcceleratorConfig
 from moeaccel.errors import ToolMissingError
 from moeaccel.host.errors import (
     AccessFailed,
@@ -28,7 +29,7 @@ from moeaccel.host.errors import (
     PortUnavailable,
     UploadError,
 )
-from moeaccel.host.transports.base import Bytes, Transport
+from moeaccel.host.transports.base import Bytes, DeviceSpec, Scheme, Transport
 from moeaccel.interface.link import (
     ATTEMPTS,
     HELLO_BYTES,
@@ -47,7 +48,7 @@ from moeaccel.interface.link import (
     frame,
 )
 
-__all__ = ["BAUD", "SerialTransport"]
+__all__ = ["BAUD", "SCHEME", "SerialTransport"]
 
 logger = logging.getLogger(__name__)
 
@@ -448,3 +449,12 @@ class SerialTransport(Transport):
             f"the line to {self._name} must stay connected, but {why}; check cable and power, "
             f"then {_NEXT_STEP}")
         return self._lost
+
+
+def _open(spec: DeviceSpec) -> tuple[Transport, AcceleratorConfig]:
+    return SerialTransport(spec.argument, **spec.options), spec.config
+
+
+SCHEME = Scheme(
+    argument="PORT", help=f"a board at a serial port, `baud={BAUD:_}`, config `ulx3s`",
+    time="the board's", config="ulx3s", sized=True, options=(SerialTransport,), open=_open)

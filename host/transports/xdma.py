@@ -29,15 +29,16 @@ from moeaccel.host.errors import (
     InvalidOption,
     LinkLost,
     PortUnavailable,
+    UnsupportedTransport,
     UploadError,
 )
 from moeaccel.host.identity import check_config, check_version, detect_config
 from moeaccel.host.options import seconds
 from moeaccel.host.registers import RegisterAccess
-from moeaccel.host.transports.base import Bytes, Transport
+from moeaccel.host.transports.base import Bytes, DeviceSpec, Scheme, Transport
 from moeaccel.interface.registers import ADDRESS_BITS, REGISTERS
 
-__all__ = ["DeviceFiles", "SystemFiles", "Words", "XdmaTransport"]
+__all__ = ["SCHEME", "DeviceFiles", "SystemFiles", "Words", "XdmaTransport"]
 
 logger = logging.getLogger(__name__)
 
@@ -490,3 +491,19 @@ def _unavailable(path: Path, error: OSError) -> PortUnavailable:
         case _:
             step = f"it gave {error.strerror or error}; see dmesg"
     return PortUnavailable(f"device file must be one that can be opened, not {str(path)!r}: {step}")
+
+
+def _open(spec: DeviceSpec) -> tuple[Transport, AcceleratorConfig]:
+    if not spec.argument.isdecimal():
+        raise UnsupportedTransport("device must be 'xdma:N' with the N of /dev/xdmaN_user, not "
+                                   f"'xdma:{spec.argument}'")
+    transport = XdmaTransport(
+        int(spec.argument), spec.config, memory_bytes=spec.memory_bytes,
+        timeout_s=spec.timeout_s, **spec.options)
+    return transport, transport.config
+
+
+SCHEME = Scheme(
+    argument="N",
+    help="a PCIe card behind AMD's XDMA driver, `/dev/xdmaN_*`, config that of the card",
+    time="the card's", config=None, options=(XdmaTransport,), open=_open)

@@ -1,5 +1,8 @@
 """``moeaccel bench``: cycles, bytes and bits of layers of real size."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -7,10 +10,12 @@ import typer
 
 from moeaccel.cli import policies
 from moeaccel.cli.output import Status, print_json
+from moeaccel.config import MEMORY_LATENCY_CYCLES
 from moeaccel.formats import FORMATS
 
 if TYPE_CHECKING:
     from moeaccel.config import AcceleratorConfig
+    from moeaccel.host.benchmark import Bench
 
 app = typer.Typer(no_args_is_help=True, help="Measure layers of real size on the RTL or its model.")
 
@@ -53,8 +58,6 @@ Config = Annotated[str, typer.Option(help="Preset of the accelerator.")]
 Channels = Annotated[
     int, typer.Option(min=0, help="Memory channels; 0: as many as the preset has.")]
 Bits = Annotated[ActivationBits, typer.Option(help="Activation bits.")]
-# 100 cycles are what the published figures are of; memory models that nobody asks to be measured
-# have 40, which is quicker to simulate.
 Latency = Annotated[int, typer.Option(
     min=1, max=100_000, help="Read and write latency of the memory, cycles.")]
 Memory = Annotated[MemoryKind, typer.Option(
@@ -77,27 +80,17 @@ def decode(
     config: Config = "wide512",
     channels: Channels = 0,
     activation_bits: Bits = ActivationBits.A16,
-    latency: Latency = 100,
+    latency: Latency = MEMORY_LATENCY_CYCLES,
     memory: Memory = MemoryKind.IDEAL,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Run MoE layers for a few tokens: memory is the limit."""
-    _experts(
-        "decode",
-        model,
-        layers,
-        tokens,
-        "uniform",
-        weight_format,
-        device,
-        _config(config, channels),
-        activation_bits,
-        latency,
-        memory,
-        seed,
-        as_json,
-    )
+    setting = _Setting(
+        weight_format=weight_format, device=device, config=_config(config, channels),
+        activation_bits=int(activation_bits), latency=latency, memory=memory, seed=seed)
+    _experts("decode", model, setting, layers=layers, tokens=tokens, routing="uniform",
+             as_json=as_json)
 
 
 @app.command()
@@ -113,27 +106,17 @@ def prefill(
     config: Config = "wide512",
     channels: Channels = 0,
     activation_bits: Bits = ActivationBits.A16,
-    latency: Latency = 100,
+    latency: Latency = MEMORY_LATENCY_CYCLES,
     memory: Memory = MemoryKind.IDEAL,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Run MoE layers for many tokens: the array is the limit."""
-    _experts(
-        "prefill",
-        model,
-        layers,
-        tokens,
-        routing,
-        weight_format,
-        device,
-        _config(config, channels),
-        activation_bits,
-        latency,
-        memory,
-        seed,
-        as_json,
-    )
+    setting = _Setting(
+        weight_format=weight_format, device=device, config=_config(config, channels),
+        activation_bits=int(activation_bits), latency=latency, memory=memory, seed=seed)
+    _experts("prefill", model, setting, layers=layers, tokens=tokens, routing=routing,
+             as_json=as_json)
 
 
 @app.command()
@@ -146,7 +129,7 @@ def gemm(
     config: Config = "peer256",
     channels: Channels = 0,
     activation_bits: Bits = ActivationBits.A8,
-    latency: Latency = 100,
+    latency: Latency = MEMORY_LATENCY_CYCLES,
     memory: Memory = MemoryKind.IDEAL,
     seed: Seed = 0,
     as_json: Json = False,
@@ -154,22 +137,11 @@ def gemm(
     """Run one matrix product, for comparison with other accelerators."""
     from moeaccel.host.benchmark import bench_gemm
 
-    chosen = _config(config, channels)
-    with _open(device, chosen, latency, memory) as opened, Status(as_json) as status:
-        result = bench_gemm(
-            opened,
-            chosen,
-            m=m,
-            k=k,
-            n=n,
-            weight_format_name=weight_format,
-            activation_bits=int(activation_bits),
-            seed=seed,
-            latency=latency,
-            memory=_memory_name(memory, latency),
-            device_name=device,
-            progress=status,
-        )
+    setting = _Setting(
+        weight_format=weight_format, device=device, config=_config(config, channels),
+        activation_bits=int(activation_bits), latency=latency, memory=memory, seed=seed)
+    with Status(as_json) as status, setting.opened(status) as bench:
+        result = bench_gemm(bench, m=m, k=k, n=n)
     _print([result.as_dict()], as_json)
 
 
@@ -269,47 +241,61 @@ def board(
         highlight=False)
 
 
-def _experts(
-    what: str,
-    model: str,
-    layers: int,
-    tokens: int,
-    routing: str,
-    weight_format: str,
-    device: DeviceKind,
-    config: "AcceleratorConfig",
-    activation_bits: ActivationBits,
-    latency: int,
-    memory: MemoryKind,
-    seed: int,
-    as_json: bool,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class _Setting:
+    """What all measurements on layers have in common."""
+
+    weight_format: str
+    device: DeviceKind
+    config: "AcceleratorConfig"
+    activation_bits: int
+    latency: int
+    memory: MemoryKind
+    seed: int
+
+    @contextmanager
+    def opened(self, progress: Callable[[str], None]) -> "Iterator[Bench]":
+        """Open the device."""
+        from moeaccel.host.benchmark import Bench
+
+        with self._device() as opened:
+            yield Bench(device=opened, device_name=self.device,
+                        memory=f"{self.memory}, latency {self.latency}", latency=self.latency,
+                        weight_format=self.weight_format, activation_bits=self.activation_bits,
+                        seed=self.seed, progress=progress)
+
+    def _device(self) -> Any:
+        from moeaccel.host import open_device
+        from moeaccel.host.benchmark import BenchmarkError
+
+        size = min(1 << 32, 1 << self.config.address_bits)
+        if self.device is DeviceKind.GOLDEN:
+            if self.memory is not MemoryKind.IDEAL:
+                raise BenchmarkError(
+                    f"memory must be 'ideal' on 'golden', not {self.memory.value!r}: its cycles "
+                    "are the cycle model's, which knows no other; measure it with --device rtl")
+            return open_device("golden", config=self.config, memory_bytes=size,
+                               timing=True, latency=self.latency)
+        from moeaccel.sim.cosim.memory import MemoryModel
+
+        kind = MemoryModel.ideal if self.memory is MemoryKind.IDEAL else MemoryModel.dram
+        return open_device("rtl", config=self.config, memory=kind(latency=self.latency, size=size))
+
+
+def _experts(what: str, model: str, setting: _Setting, *, layers: int, tokens: int, routing: str,
+             as_json: bool) -> None:
     from moeaccel.host.benchmark import bench_experts
     from moeaccel.zoo import model as find_model
 
     found = find_model(model)
     results = []
-    with _open(device, config, latency, memory) as opened, Status(as_json) as status:
+    with Status(as_json) as status, setting.opened(status) as bench:
         for layer in range(layers):
-            results.append(
-                bench_experts(
-                    opened,
-                    config,
-                    found,
-                    tokens=tokens,
-                    weight_format_name=weight_format,
-                    activation_bits=int(activation_bits),
-                    kind=routing,
-                    what=what,
-                    seed=seed + layer,
-                    latency=latency,
-                    memory=_memory_name(memory, latency),
-                    device_name=device,
-                    progress=lambda text, layer=layer: status(
-                        f"layer {layer + 1} of {layers}: {text}"
-                    ),
-                ).as_dict()
-            )
+            of_layer = replace(
+                bench, seed=setting.seed + layer,
+                progress=lambda text, layer=layer: status(f"layer {layer + 1} of {layers}: {text}"))
+            results.append(bench_experts(
+                of_layer, found, tokens=tokens, kind=routing, what=what).as_dict())
     _print(results, as_json)
 
 
@@ -320,29 +306,6 @@ def _config(name: str, channels: int) -> "AcceleratorConfig":
     if channels:
         config = config.replace(name=f"{name}, {channels} channels", channels=channels)
     return config
-
-
-def _memory_name(memory: MemoryKind, latency: int) -> str:
-    return f"{memory}, latency {latency}"
-
-
-def _open(device: DeviceKind, config: "AcceleratorConfig", latency: int,
-          memory: MemoryKind) -> Any:
-    from moeaccel.host import open_device
-    from moeaccel.host.benchmark import BenchmarkError
-
-    size = min(1 << 32, 1 << config.address_bits)
-    if device is DeviceKind.GOLDEN:
-        if memory is not MemoryKind.IDEAL:
-            raise BenchmarkError(
-                f"memory must be 'ideal' on 'golden', not {memory.value!r}: its cycles are the "
-                "cycle model's, which knows no other; measure it with --device rtl")
-        return open_device("golden", config=config, memory_bytes=size, latency=latency)
-    from moeaccel.sim.cosim.memory import MemoryModel
-
-    model = (MemoryModel.ideal(latency, size=size) if memory is MemoryKind.IDEAL
-             else MemoryModel.dram(latency=latency, size=size))
-    return open_device("rtl", config=config, memory=model)
 
 
 def _print(results: list[dict[str, Any]], as_json: bool) -> None:

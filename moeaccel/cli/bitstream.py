@@ -10,7 +10,9 @@ from moeaccel.errors import ClockRateError
 
 
 def command(
-    board: Annotated[str, typer.Option(help="Name of the board.")] = "ulx3s",
+    board: Annotated[
+        str, typer.Option(help="Name of the board; a wrong one lists them.")
+    ] = "ulx3s",
     config: Annotated[
         str | None, typer.Option(help="Preset of the accelerator; the board's when left out.")
     ] = None,
@@ -72,3 +74,5 @@ def _show(built: Any) -> None:
     if built.path:
         console.print(f"bitstream: {built.path}", highlight=False, soft_wrap=True)
         console.print(f"load it:   {'  or  '.join(built.program)}", highlight=False, soft_wrap=True)
+        console.print(f'drive it:  open_device("{built.transport}", config="{built.config}")',
+                      highlight=False, soft_wrap=True)

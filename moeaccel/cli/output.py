@@ -13,7 +13,7 @@ from typing import Any
 
 import typer
 
-from moeaccel.errors import MoeAccelError, OutputError
+from moeaccel.errors import MoeAccelError, OutputError, instead_of_os_error
 
 __all__ = ["Status", "any_encoding", "print_json", "shutting_output", "writing"]
 
@@ -67,13 +67,10 @@ def writing(path: Path) -> Iterator[None]:
     OutputError
         In the place of :class:`OSError`.
     """
-    try:
+    with instead_of_os_error(lambda error: OutputError(
+            f"output must go to a place that can be written, not {str(path)!r}: "
+            f"{error.strerror or error}")):
         yield
-    except OSError as error:
-        if isinstance(error, MoeAccelError):
-            raise
-        raise OutputError(f"output must go to a place that can be written, not {str(path)!r}: "
-                          f"{error.strerror or error}") from error
 
 
 class Status:

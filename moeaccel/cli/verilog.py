@@ -17,7 +17,7 @@ def command(
         help="Multipliers: generic, ecp5 or xilinx; when left out generic, or the board's.")
     ] = None,
     board: Annotated[str | None, typer.Option(
-        help="Also write a Vivado project for a card: u55c. It has never been run.")] = None,
+        help="Also write a Vivado project for this card; a wrong name lists them.")] = None,
     core_mhz: Annotated[float | None, typer.Option(
         help="Clock of the accelerator on the card, in MHz.")] = None,
 ) -> None:
@@ -32,19 +32,23 @@ def command(
     from moeaccel.hdl.verilog.emission import emit
 
     chosen = preset(config)
-    family = family or ("xilinx" if board else "generic")
-    if family not in FAMILIES or (board and family != "xilinx"):
-        known = "xilinx" if board else ", ".join(FAMILIES)
+    card = None
+    if board is not None:
+        from moeaccel.fpga.boards import ProjectBoard, board as find_board
+
+        card = find_board(board, ProjectBoard)
+    family = family or (card.family if card else "generic")
+    if family not in FAMILIES or (card and family != card.family):
+        known = card.family if card else ", ".join(FAMILIES)
         raise ConfigurationError(f"family must be one of {known}, not {family!r}")
-    if core_mhz is not None and not board:
+    if core_mhz is not None and not card:
         raise ConfigurationError(f"core_mhz must come with a board, not alone ({core_mhz:g})")
     if output.suffix != ".v":
         output = output / "moeaccel.v"
     files: dict[str, str] = {}
-    if board:
-        from moeaccel.fpga.vivado import CORE_MHZ, vivado_files
-
-        files = vivado_files(chosen, board=board, name=output.stem, core_mhz=core_mhz or CORE_MHZ)
+    if card:
+        files = card.project(chosen, name=output.stem,
+                             core_mhz=card.clock_hz / 1e6 if core_mhz is None else core_mhz)
     with writing(output):  # first: the rest takes a while
         output.parent.mkdir(parents=True, exist_ok=True)
     files = emit(chosen, family=family, name=output.stem) | files

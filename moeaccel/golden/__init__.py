@@ -1,6 +1,9 @@
-"""The golden models: the device's exact bits, and how good they are."""
+"""The golden models: the device's exact bits, and how good they are.
 
-from moeaccel.golden.experts import DeviceResult, experts, gemm
+One file a block of the hardware; ``experts`` joins them.
+"""
+
+from moeaccel.golden.experts import DeviceResult, combined, experts, gemm
 from moeaccel.golden.reference import experts_float64
 
-__all__ = ["DeviceResult", "experts", "experts_float64", "gemm"]
+__all__ = ["DeviceResult", "combined", "experts", "experts_float64", "gemm"]

@@ -1,35 +1,27 @@
-"""The integer golden model: the device's exact bits for EXPERTS and GEMM, order-free.
-
-A dot product is a float64 matrix product of integers that never round (docs/arithmetic.md): the
-block sums of 32, weighted by the activation's and the weight's scales, stay below 2**53.
-"""
+"""The integer golden model: the device's exact bits for EXPERTS and GEMM, order-free."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from moeaccel.arithmetic import (
-    BlockFloat,
-    InternalFloat,
-    float32_to_internal,
-    grid_to_float32,
-    normalise,
-    quantise_elements,
-    quantise_float32,
-    weighted_output,
-)
-from moeaccel.config import BLOCK
+from moeaccel.arithmetic import BlockFloat, InternalFloat
 from moeaccel.formats import QuantisedMatrix
+from moeaccel.golden.activation_unit import hidden
+from moeaccel.golden.block_quantiser import quantise_hidden, quantise_x, rows_of
+from moeaccel.golden.combiner import Combiner
+from moeaccel.golden.dot_array import matvec
 from moeaccel.image import Expert
 from moeaccel.interface.commands import COUNT_MAX, NonFinite, Status
-from moeaccel.tables import swiglu
 
 DEFAULT_GRID_EXPONENT = -28
+
+Weights: TypeAlias = Expert | QuantisedMatrix
+"""What an image holds: a gated expert, or one matrix, y = x W^T."""
 
 
 @dataclass(frozen=True)
@@ -66,75 +58,50 @@ class DeviceResult:
         return Status.OK, 0, 0
 
 
-def matvec(x: BlockFloat, weights: QuantisedMatrix) -> InternalFloat:
-    """Return ``x W^T`` as internal floats, (n, rows): exact until its one rounding."""
-    fmt = weights.format
-    scale = np.repeat(
-        weights.significand.astype(np.float64) * 2.0**weights.shift, fmt.steps_per_group, axis=1
-    )
-    scale = scale[:, : x.shift.shape[1]]
-    w = torch.from_numpy(
-        (weights.integers.reshape((*scale.shape, BLOCK)) * scale[:, :, None]).reshape(
-            weights.integers.shape
-        )
-    )
-    shift = np.repeat(2.0**x.shift, BLOCK, axis=1)
-    total = np.zeros((x.mantissa.shape[0], w.shape[0]), np.int64)
-    for plane in x.plane_mantissas():
-        product = (torch.from_numpy(plane * shift) @ w.T).numpy()
-        total = (total << 8) + product.astype(np.int64)
-    return normalise(total, x.base[:, None] + weights.row_exponent[None, :].astype(np.int64))
+def expert(x: BlockFloat, weights: Weights) -> InternalFloat:
+    """Return one expert's output, (n, d_out)."""
+    if isinstance(weights, QuantisedMatrix):
+        return matvec(x, weights)
+    h = hidden(matvec(x, weights.gate_up), weights.activation)
+    return matvec(quantise_hidden(h, x.planes), weights.down)
 
 
-def expert(x: BlockFloat, weights: Expert) -> InternalFloat:
-    """Return one gated expert's output, (n, d_model)."""
-    gate_up = matvec(x, weights.gate_up)
-    hidden = swiglu(gate_up[:, 0::2], gate_up[:, 1::2])
-    return matvec(quantise_elements(*hidden, x.planes), weights.down)
-
-
-def _take(x: BlockFloat, tokens: NDArray[np.integer]) -> BlockFloat:
-    return BlockFloat(x.mantissa[tokens], x.shift[tokens], x.base[tokens], x.planes)
-
-
-def _combine(
+def combined(
     x: NDArray[np.float32],
     ids: NDArray[np.integer],
     weights: NDArray[np.float32],
+    weights_of: Callable[[int], Weights],
+    *,
     num_experts: int,
     d_out: int,
-    output: Callable[[int, BlockFloat], InternalFloat],
     planes: int,
     grid_exponent: int,
 ) -> DeviceResult:
-    quantised, nonfinite = quantise_float32(x, planes)
-    total = np.zeros((x.shape[0], d_out), np.int64)
-    overflows = underflows = 0
-    used, unweighted = np.zeros(x.shape[0], bool), np.zeros(x.shape[0], bool)
-    for e in np.unique(ids[(ids >= 0) & (ids < num_experts)]):
+    """Return what a command computes; :func:`experts`, for experts that are only there when they
+    are used.
+
+    Parameters
+    ----------
+    weights_of : callable
+        Asked once for each expert with tokens, in ascending order.
+    num_experts, d_out : :class:`int`
+    """
+    quantised, nonfinite = quantise_x(x, planes)
+    sums = Combiner(len(x), d_out, grid_exponent)
+    used = np.zeros(len(x), bool)
+    for e in np.unique(ids[(ids >= 0) & (ids < num_experts)]).tolist():
         tokens, slots = np.nonzero(ids == e)
         used[tokens] = True
-        chosen = weights[tokens, slots]
-        unweighted[tokens[~np.isfinite(chosen)]] = True
-        weight = float32_to_internal(chosen)
-        term, overflow, underflow = weighted_output(
-            output(int(e), _take(quantised, tokens)),
-            InternalFloat(weight.mantissa[:, None], weight.exponent[:, None]),
-            grid_exponent,
-        )
-        np.add.at(total, tokens, term)
-        overflows += int(overflow.sum())
-        underflows += int(underflow.sum())
-    return DeviceResult(
-        grid_to_float32(total, grid_exponent), np.nonzero(nonfinite & used)[0].tolist(),
-        np.nonzero(unweighted)[0].tolist(), overflows, underflows)
+        sums.add(tokens, weights[tokens, slots], expert(rows_of(quantised, tokens), weights_of(e)))
+    return DeviceResult(sums.y, np.nonzero(nonfinite & used)[0].tolist(), sums.nonfinite_weights,
+                        sums.overflows, sums.underflows)
 
 
 def experts(
     x: NDArray[np.float32],
     ids: NDArray[np.integer],
     weights: NDArray[np.float32],
-    layer: Sequence[Expert],
+    layer: Sequence[Weights],
     *,
     planes: int = 2,
     grid_exponent: int = DEFAULT_GRID_EXPONENT,
@@ -143,26 +110,21 @@ def experts(
 
     Parameters
     ----------
-    x : float32 array, (T, d_model)
+    x : float32 array, (T, d_in)
     ids : integer array, (T, K)
         Negative or ``>= len(layer)``: skipped.
     weights : float32 array, (T, K)
-    layer : sequence of :class:`Expert`
+    layer : sequence of :class:`Expert` or :class:`QuantisedMatrix`
+        They may differ in all but d_in and d_out.
     planes : :class:`int`
         1 (``a8``) or 2 (``a16``).
     grid_exponent : :class:`int`
         LSB of the output grid.
     """
-    return _combine(
-        x,
-        ids,
-        weights,
-        len(layer),
-        layer[0].down.integers.shape[0],
-        lambda e, rows: expert(rows, layer[e]),
-        planes,
-        grid_exponent,
-    )
+    any_matrix = layer[0] if isinstance(layer[0], QuantisedMatrix) else layer[0].down
+    return combined(
+        x, ids, weights, layer.__getitem__, num_experts=len(layer),
+        d_out=any_matrix.integers.shape[0], planes=planes, grid_exponent=grid_exponent)
 
 
 def gemm(
@@ -172,15 +134,7 @@ def gemm(
     planes: int = 2,
     grid_exponent: int = DEFAULT_GRID_EXPONENT,
 ) -> DeviceResult:
-    """Return what a GEMM command computes: ``x W^T``, (T, rows)."""
-    tokens = x.shape[0]
-    return _combine(
-        x,
-        np.zeros((tokens, 1), np.int64),
-        np.ones((tokens, 1), np.float32),
-        1,
-        weights.integers.shape[0],
-        lambda _, rows: matvec(rows, weights),
-        planes,
-        grid_exponent,
-    )
+    """Return what a GEMM command computes with one matrix: ``x W^T``, (T, rows)."""
+    every = len(x), 1
+    return experts(x, np.zeros(every, np.int64), np.ones(every, np.float32), [weights],
+                   planes=planes, grid_exponent=grid_exponent)

@@ -8,16 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from moeaccel.activations import activation as find_activation
 from moeaccel.arithmetic import quantise_elements, quantise_float32, split_float32
 from moeaccel.image import Expert
-from moeaccel.tables import exact_logistic
 
 Floats = NDArray[np.float64]
-
-
-def swiglu_float64(gate: Floats, up: Floats) -> Floats:
-    """Return ``silu(gate) * up``."""
-    return gate * exact_logistic(gate) * up
 
 
 def experts_float64(
@@ -26,17 +21,32 @@ def experts_float64(
     weights: NDArray[np.floating],
     gate_up: Sequence[NDArray[np.floating]],
     down: Sequence[NDArray[np.floating]],
+    activation: str | Sequence[str] = "silu",
 ) -> Floats:
-    """Return the MoE layer in float64: ``gate_up[e]`` (2 I, H) as ``[gate; up]``, ``down[e]`` (H,
-    I)."""
+    """Return the MoE layer in float64.
+
+    Parameters
+    ----------
+    x : float array, (T, H)
+    ids : integer array, (T, K)
+        Negative or ``>= len(down)``: skipped.
+    weights : float array, (T, K)
+    gate_up, down : sequence of float array
+        (2 I, H) as ``[gate; up]``, and (H, I); I may differ.
+    activation : :class:`str` or sequence of str
+        Of all, or of each.
+    """
     x = np.asarray(x, np.float64)
     y = np.zeros((x.shape[0], down[0].shape[0]))
+    names: Sequence[str] = (
+        [activation] * len(down) if isinstance(activation, str) else activation)
     for e in np.unique(ids[(ids >= 0) & (ids < len(down))]):
         tokens, slots = np.nonzero(ids == e)
         projected = x[tokens] @ np.asarray(gate_up[e], np.float64).T
         half = projected.shape[1] // 2
+        act = find_activation(names[e])
         out = (
-            swiglu_float64(projected[:, :half], projected[:, half:])
+            act(projected[:, :half]) * projected[:, half:]
             @ np.asarray(down[e], np.float64).T
         )
         np.add.at(y, tokens, out * np.asarray(weights, np.float64)[tokens, slots][:, None])
@@ -58,7 +68,7 @@ def quantised_float_experts(
     for e in np.unique(ids[(ids >= 0) & (ids < len(layer))]):
         tokens, slots = np.nonzero(ids == e)
         projected = x_hat[tokens] @ layer[e].gate_up.dequantise().T
-        hidden = swiglu_float64(projected[:, 0::2], projected[:, 1::2])
+        hidden = find_activation(layer[e].activation)(projected[:, 0::2]) * projected[:, 1::2]
         significand, exponent, _ = split_float32(hidden.astype(np.float32))
         h_hat = quantise_elements(significand, exponent, planes).to_float64()
         out = h_hat @ layer[e].down.dequantise().T

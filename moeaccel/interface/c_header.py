@@ -1,4 +1,4 @@
-"""The interface as a C header: registers, commands, layer descriptors, completions, configuration.
+"""The interface as a C header: registers, structures in device memory, codes, configuration.
 
 For drivers in other languages; everything comes from :mod:`moeaccel.interface.registers` and
 :mod:`moeaccel.interface.commands`.
@@ -9,26 +9,25 @@ from __future__ import annotations
 import dataclasses
 import enum
 
+from moeaccel.activations import ACTIVATIONS
 from moeaccel.config import AcceleratorConfig
 from moeaccel.formats import FORMATS
 from moeaccel.interface.commands import (
-    COMPLETION,
     ENTRY_BYTES,
-    LAYER,
-    SUBMISSION,
-    Activation,
+    STRUCTURES,
     Field,
-    LayerKind,
     NonFinite,
     Opcode,
+    Operand,
+    Sink,
     Status,
 )
 from moeaccel.interface.registers import REGISTERS, VERSION_VALUE
 
 __all__ = ["c_header"]
 
-_STRUCTURES = {"submission": SUBMISSION, "layer": LAYER, "completion": COMPLETION}
-_ENUMS: tuple[type[enum.IntEnum], ...] = (Opcode, Status, NonFinite, LayerKind, Activation)
+_ENUMS: tuple[type[enum.IntEnum], ...] = (Opcode, Status, NonFinite, Operand, Sink)
+_CODES = {"format": FORMATS, "activation": ACTIVATIONS}
 
 
 def _define(name: str, value: int | str, text: str = "") -> str:
@@ -63,9 +62,12 @@ def _enums() -> list[str]:
         lines.append(f"enum moeaccel_{name} {{")
         lines += [f"    MOEACCEL_{name.upper()}_{member.name} = {member.value}," for member in kind]
         lines += ["};", ""]
-    lines.append("enum moeaccel_format {")
-    lines += [f"    MOEACCEL_FORMAT_{f.name.upper()} = {f.code}," for f in FORMATS.values()]
-    return [*lines, "};"]
+    for name, registry in _CODES.items():
+        lines.append(f"enum moeaccel_{name} {{")
+        lines += [f"    MOEACCEL_{name.upper()}_{one.name.upper()} = {one.code},"
+                  for one in registry.values()]
+        lines += ["};", ""]
+    return lines[:-1]
 
 
 def _structure(name: str, fields: tuple[Field, ...]) -> list[str]:
@@ -103,12 +105,14 @@ def c_header(config: AcceleratorConfig) -> str:
          '#define MOEACCEL_CHECK(what) _Static_assert(what, "layout of moeaccel.h")', "#endif"],
         [_define("INTERFACE_VERSION", f"0x{VERSION_VALUE:08x}u", "of the VERSION register"),
          _define("CONFIG_DIGEST", f"0x{config.digest:08x}u", "of the CONFIG_HASH register"),
-         *(_define(f"CONFIG_{field.upper()}", value) for field, value in fields.items())],
+         *(_define(f"CONFIG_{field.upper()}",
+                   value if isinstance(value, int) else f'"{",".join(value)}"')
+           for field, value in fields.items())],
         _registers(),
         _enums(),
         ["/* Structures in device memory, little-endian, aligned to their size. */",
          _define("ENTRY_BYTES", ENTRY_BYTES)],
-        *(_structure(name, fields) for name, fields in _STRUCTURES.items()),
+        *(_structure(name.replace(" ", "_"), fields) for name, fields in STRUCTURES.items()),
         ["#endif"],
     ]
     return "\n\n".join("\n".join(section) for section in sections) + "\n"

@@ -1,26 +1,30 @@
-"""Commands, layer descriptors and completions: 64-byte little-endian structures in device memory,
-described once.
+"""Commands, layer descriptors, expert tables and completions: 64-byte little-endian structures in
+device memory, described once.
 
-The tables below generate the hardware's field checks, the driver's encoders and the documentation.
+Each field carries its limits. From the tables below come the hardware's field checks, the golden
+device's, the driver's encoders and messages, the C header and the documentation.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from moeaccel.config import BLOCK, TOP_K_MAX, AcceleratorConfig
 from moeaccel.errors import CommandError
 
 ENTRY_BYTES = 64
-"""Bytes of a submission, a completion and a layer descriptor."""
+"""Bytes of a submission, a completion, a layer descriptor and an entry of an expert table."""
 
 RING_LOG2_MAX = 8
 """log2 of the entries that a ring may have at most."""
 
-
 GRID_EXPONENTS = range(-100, 61)
 """Exponents that an output grid may have."""
+
+SECTIONS_MAX = 2
+"""Most sections of an expert."""
 
 
 class Opcode(enum.IntEnum):
@@ -29,9 +33,9 @@ class Opcode(enum.IntEnum):
     NOP = 0
     """Complete at once."""
     EXPERTS = 1
-    """y = sum over k of weights[t, k] * expert[ids[t, k]](x[t]), routed by the host."""
+    """y[t] = sum over k of weights[t, k] * expert[ids[t, k]](x[t]), routed by the host."""
     GEMM = 2
-    """y = x W^T with the rows of one linear layer."""
+    """y[t] = expert[0](x[t]): every token, weight 1, no ids. With one section, y = x W^T."""
     FENCE = 3
     """Complete when every earlier command has completed."""
 
@@ -47,12 +51,13 @@ class Status(enum.IntEnum):
     workspace, used or not) that runs beyond the address space; detail is the index of its 32-bit
     word."""
     BAD_LAYER = 3
-    """A layer descriptor field out of range, or images that run beyond the address space; detail is
-    the index of its 32-bit word."""
+    """A layer descriptor field out of range, or an expert table that runs beyond the address space;
+    detail is the index of its 32-bit word."""
     WINDOW = 4
     """A burst outside the memory window was suppressed; address is its first byte. Of one stream of
-    a command (ids; weights; images; x; rows of zeros; partial sums read; rows and partial sums
-    written) the first such burst is named, of several that of the one that came first."""
+    a command (ids; weights; expert table; images; x; rows of zeros; partial sums read; rows and
+    partial sums written) the first such burst is named, of several that of the one that came
+    first."""
     BUS_ERROR = 5
     """Memory answered with an error; address is the first byte of the burst (writes: 0), chosen as
     for WINDOW; of both, what came first."""
@@ -65,6 +70,11 @@ class Status(enum.IntEnum):
     """Ended by ABORT or soft reset."""
     WATCHDOG = 9
     """No progress for WATCHDOG cycles."""
+    BAD_EXPERT = 10
+    """An entry of the expert table, of an expert with tokens, has a field out of range, words that
+    are not those of its sections, or an image that runs beyond the address space; detail is the
+    expert, address the index of the entry's 32-bit word. Of several such experts the first; y is
+    undefined."""
 
 
 class NonFinite(enum.IntEnum):
@@ -76,29 +86,97 @@ class NonFinite(enum.IntEnum):
     """A weight of one of its pairs; weights of skipped ids are not looked at."""
 
 
-class LayerKind(enum.IntEnum):
-    """What a layer's images hold."""
+class Operand(enum.IntEnum):
+    """What the rows of a section are multiplied with."""
 
-    EXPERTS = 0
-    """Gated experts: gate/up section, then down section."""
-    LINEAR = 1
-    """One matrix: only a down section, applied to x (GEMM)."""
+    X = 0
+    """The token's x, d_in elements."""
+    HIDDEN = 1
+    """The token's h, d_expert elements, which sections before have made."""
 
 
-class Activation(enum.IntEnum):
-    """Activation of a gated expert."""
+class Sink(enum.IntEnum):
+    """Where the results of a section go, and so how many rows it has."""
 
-    SILU = 0
+    ACTIVATION = 0
+    """Pairs of rows, 2 * d_expert: h = activation(gate) * up."""
+    COMBINE = 1
+    """d_out rows: weighted, and added to the token's y."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limit:
+    """What a field may hold.
+
+    Parameters
+    ----------
+    values : tuple of int or :class:`str`, optional
+        One of these; a property of :class:`AcceleratorConfig`, by its name.
+    low, high : :class:`int` or :class:`str`
+        From ``low`` to ``high``, when there are no ``values``.
+    multiple : :class:`int`
+        And a multiple of that, a power of two.
+    when : tuple of str and int, optional
+        Only where another field of the structure has that value.
+    """
+
+    values: tuple[int, ...] | str | None = None
+    low: int = 0
+    high: int | str = (1 << 64) - 1
+    multiple: int = 1
+    when: tuple[str, int] | None = None
+
+    def codes(self, config: AcceleratorConfig) -> tuple[int, ...] | None:
+        """Return the values that a device of this configuration knows, if they are listed."""
+        return getattr(config, self.values) if isinstance(self.values, str) else self.values
+
+    def highest(self, config: AcceleratorConfig) -> int:
+        """Return the largest value for a device of this configuration."""
+        return getattr(config, self.high) if isinstance(self.high, str) else self.high
+
+    def allows(self, value: int, config: AcceleratorConfig) -> bool:
+        """Return whether a device of this configuration takes the value."""
+        codes = self.codes(config)
+        if codes is not None:
+            return value in codes
+        return self.low <= value <= self.highest(config) and value % self.multiple == 0
+
+    def applies(self, structure: Mapping[str, int]) -> bool:
+        """Return whether it is a limit of this structure."""
+        return self.when is None or structure[self.when[0]] == self.when[1]
+
+    def text(self, config: AcceleratorConfig | None = None) -> str:
+        """Return it in words: with names, or with the numbers of a configuration."""
+        if isinstance(self.values, str):
+            codes = self.codes(config) if config else None
+            what = f"one of {self.values}" if codes is None else _listed(codes)
+        elif self.values is not None:
+            what = _listed(self.values)
+        else:
+            high = self.highest(config) if config else self.high
+            what = ("" if high == (1 << 64) - 1 else f"from {self.low} to {high}")
+            if self.multiple > 1:
+                what = " ".join(filter(None, (f"a multiple of {self.multiple}", what)))
+        return what + (f" where {self.when[0]} is {self.when[1]}" if self.when else "")
+
+
+def _listed(values: Iterable[int]) -> str:
+    *most, last = map(str, values)
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 @dataclass(frozen=True)
 class Field:
-    """One field: ``bits`` from bit ``offset`` of the structure; ``signed`` two's complement."""
+    """One field: ``bits`` from bit ``offset`` of the structure; ``signed`` two's complement.
+
+    ``limits``: all that apply must hold; a field without any may hold anything.
+    """
 
     name: str
     offset: int
     bits: int
     text: str
+    limits: tuple[Limit, ...] = ()
     signed: bool = False
 
     @property
@@ -107,91 +185,118 @@ class Field:
         return self.offset // 32
 
 
-def _fields(
-    *rows: tuple[str, int, int, int, str] | tuple[str, int, int, int, str, bool],
-) -> tuple[Field, ...]:
-    return tuple(
-        Field(name, 32 * word + bit, bits, text, *rest)
-        for name, word, bit, bits, text, *rest in rows
+def _field(name: str, word: int, bit: int, bits: int, text: str, *limits: Limit,
+           signed: bool = False) -> Field:
+    return Field(name, 32 * word + bit, bits, text, limits, signed)
+
+
+def _address(name: str, word: int, text: str) -> Field:
+    return _field(name, word, 0, 64, text, Limit(high="max_address", multiple=ENTRY_BYTES))
+
+
+_DIMENSION = Limit(low=BLOCK, high="max_dim", multiple=BLOCK)
+
+SUBMISSION = (
+    _field("opcode", 0, 0, 8, "What to do (Opcode)."),
+    _field("tag", 0, 16, 16, "Returned in the completion."),
+    _field("tokens", 1, 0, 32, "Tokens.", Limit(low=1, high="max_tokens")),
+    _field("top_k", 2, 0, 32, "Experts of a token; tokens * top_k at most max_assignments.",
+           Limit(low=1, high=TOP_K_MAX), Limit(values=(1,), when=("opcode", Opcode.GEMM))),
+    _address("layer_address", 4, "Layer descriptor."),
+    _address("x_address", 6, "float32 (tokens, d_in), rows contiguous."),
+    _address("ids_address", 8,
+             "int32 (tokens, top_k); negative or >= num_experts: skipped. GEMM: not read."),
+    _address("weights_address", 10, "float32 (tokens, top_k). GEMM: not read."),
+    _address("y_address", 12, "float32 (tokens, d_out), written."),
+    _address("workspace_address", 14, "8 * tokens * d_out bytes for partial sums."),
+)
+
+LAYER = (
+    _field("planes", 0, 0, 8, "Activation planes: 1 (a8) or 2 (a16).", Limit(values=(1, 2))),
+    _field("num_experts", 1, 0, 32, "Experts.", Limit(low=1, high="max_experts")),
+    _field("d_in", 2, 0, 32, "Elements of x.", _DIMENSION),
+    _field("d_out", 3, 0, 32, "Elements of y.", _DIMENSION),
+    _field("grid_exponent", 4, 0, 32, "LSB of the output grid is 2**grid_exponent.",
+           Limit(low=GRID_EXPONENTS[0], high=GRID_EXPONENTS[-1]), signed=True),
+    _address("table_address", 6, "Expert table: an entry of 64 bytes for each expert."),
+)
+
+
+def _section(index: int) -> tuple[Field, ...]:
+    """Return the fields of a section in an entry: x to h to y, or x to y alone."""
+    word = 4 + 3 * index
+    last = SECTIONS_MAX - 1
+    if index < last:
+        here: tuple[str, int] | None = None
+        follows = (
+            Limit(values=(Sink.COMBINE,), when=("sections", 1)),
+            Limit(values=(Sink.ACTIVATION,), when=("sections", 2)))
+    else:
+        here = ("sections", 2)
+        follows = (Limit(values=(Sink.COMBINE,), when=("sections", 2)),)
+    operand = Operand.HIDDEN if index else Operand.X
+    return (
+        _field(f"format{index}", word, 0, 8, "Weight format code.",
+               Limit(values="format_codes", when=here)),
+        _field(f"operand{index}", word, 8, 8, "Operand.", Limit(values=(operand,), when=here)),
+        _field(f"sink{index}", word, 16, 8, "Sink.", *follows),
+        _field(f"words{index}", word + 1, 0, 32, "Array words of the section (docs/images.md)."),
     )
 
 
-SUBMISSION = _fields(
-    ("opcode", 0, 0, 8, "What to do (Opcode)."),
-    ("tag", 0, 16, 16, "Returned in the completion."),
-    ("tokens", 1, 0, 32, "Tokens, 1 to max_tokens."),
-    (
-        "top_k",
-        2,
-        0,
-        32,
-        "Experts of a token, 1 to 16; tokens * top_k at most max_assignments. GEMM: 1.",
-    ),
-    ("layer_address", 4, 0, 64, "Layer descriptor; 64-byte aligned."),
-    ("x_address", 6, 0, 64, "float32 (tokens, d_in), rows contiguous; 64-byte aligned."),
-    (
-        "ids_address",
-        8,
-        0,
-        64,
-        "int32 (tokens, top_k); negative or >= num_experts: skipped. 64-byte aligned.",
-    ),
-    ("weights_address", 10, 0, 64, "float32 (tokens, top_k); 64-byte aligned."),
-    ("y_address", 12, 0, 64, "float32 (tokens, d_out), written; 64-byte aligned."),
-    ("workspace_address", 14, 0, 64, "8 * tokens * d_out bytes for partial sums; 64-byte aligned."),
+EXPERT = (
+    _field("sections", 0, 0, 8, "Sections of the image, in the order in which they are computed.",
+           Limit(values=tuple(range(1, SECTIONS_MAX + 1)))),
+    _field("activation", 0, 8, 8, "Activation code, if a sink is ACTIVATION.",
+           Limit(values="activation_codes", when=("sections", 2))),
+    _field("flags", 0, 16, 16, "None is defined.", Limit(values=(0,))),
+    _field("d_expert", 1, 0, 32, "Elements of h; experts of a layer may differ in it.",
+           Limit(low=BLOCK, high="max_dim", multiple=BLOCK, when=("sections", 2))),
+    _address("image_address", 2, "First word of the image, behind its header."),
+    *(field for index in range(SECTIONS_MAX) for field in _section(index)),
 )
 
-LAYER = _fields(
-    ("kind", 0, 0, 8, "LayerKind."),
-    ("format", 0, 8, 8, "Weight format code."),
-    ("planes", 0, 16, 8, "Activation planes: 1 (a8) or 2 (a16)."),
-    ("activation", 0, 24, 8, "Activation."),
-    ("num_experts", 1, 0, 32, "Experts, 1 to max_experts. LINEAR: 1."),
-    ("d_in", 2, 0, 32, "Elements of x; a multiple of 32, at most max_dim."),
-    (
-        "d_expert",
-        3,
-        0,
-        32,
-        "Elements of h; a multiple of 32, at most max_dim. LINEAR: equal to d_in.",
-    ),
-    ("d_out", 4, 0, 32, "Elements of y; a multiple of 32, at most max_dim."),
-    (
-        "grid_exponent",
-        5,
-        0,
-        32,
-        f"LSB of the output grid is 2**grid_exponent; {GRID_EXPONENTS[0]} to {GRID_EXPONENTS[-1]}.",
-        True,
-    ),
-    ("stride", 6, 0, 32, "Bytes from one image to the next; a multiple of 64."),
-    ("image_address", 8, 0, 64, "First word of expert 0, behind its header; 64-byte aligned."),
+COMPLETION = (
+    _field("tag", 0, 0, 16, "Of the submission."),
+    _field("status", 0, 16, 8, "Status."),
+    _field("phase", 0, 24, 1,
+           "Inverts on each pass around the ring, first 1; the rest may come later: see CQ_TAIL."),
+    _field("detail", 1, 0, 32, "What the status says."),
+    _field("address", 2, 0, 64, "What the status says."),
+    _field("cycles", 4, 0, 64, "Clock cycles from fetching the submission to writing this."),
+    _field("underflows", 6, 0, 32,
+           "Weighted outputs that were not zero and are zero on the grid; OK, NONFINITE, "
+           "OVERFLOW."),
 )
 
-COMPLETION = _fields(
-    ("tag", 0, 0, 16, "Of the submission."),
-    ("status", 0, 16, 8, "Status."),
-    (
-        "phase",
-        0,
-        24,
-        1,
-        "Inverts on each pass around the ring, first 1; the rest may come later: see CQ_TAIL.",
-    ),
-    ("detail", 1, 0, 32, "What the status says."),
-    ("address", 2, 0, 64, "What the status says."),
-    ("cycles", 4, 0, 64, "Clock cycles from fetching the submission to writing this."),
-    (
-        "underflows",
-        6,
-        0,
-        32,
-        "Weighted outputs that were not zero and are zero on the grid; OK, NONFINITE, OVERFLOW.",
-    ),
-)
+STRUCTURES = {"submission": SUBMISSION, "layer descriptor": LAYER, "expert table entry": EXPERT,
+              "completion": COMPLETION}
+"""All of them, by the names that people read."""
 
 COUNT_MAX = (1 << 32) - 1
 """Where counts in a completion end: that many, or more."""
+
+
+def field_of(structure: tuple[Field, ...], name: str) -> Field:
+    """Return a structure's field by its name."""
+    return next(field for field in structure if field.name == name)
+
+
+def bad_field(
+    structure: tuple[Field, ...], values: Mapping[str, int], config: AcceleratorConfig
+) -> tuple[Field, Limit] | None:
+    """Return the field that a device of this configuration refuses, in the lowest word, and why.
+
+    What fields of several structures say together (arrays that end within the address space, words
+    that are those of a section) is not looked at, but tokens * top_k is.
+    """
+    for field in sorted(structure, key=lambda f: f.word):
+        for limit in field.limits:
+            if limit.applies(values) and not limit.allows(values[field.name], config):
+                return field, limit
+        if field.name == "top_k" and values["tokens"] * values["top_k"] > config.max_assignments:
+            return field, Limit(low=1, high=max(1, config.max_assignments // values["tokens"]))
+    return None
 
 
 def encode(fields: tuple[Field, ...], values: Mapping[str, int]) -> bytes:

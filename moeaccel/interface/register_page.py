@@ -14,17 +14,16 @@ from typing import Annotated
 
 import typer
 
+from moeaccel.activations import ACTIVATIONS
 from moeaccel.errors import MoeAccelError
 from moeaccel.formats import FORMATS
 from moeaccel.interface.commands import (
-    COMPLETION,
-    LAYER,
-    SUBMISSION,
-    Activation,
+    STRUCTURES,
     Field,
-    LayerKind,
     NonFinite,
     Opcode,
+    Operand,
+    Sink,
     Status,
 )
 from moeaccel.interface.registers import REGISTERS, Access
@@ -57,9 +56,16 @@ def _enumeration(kind: type[enum.IntEnum]) -> list[str]:
     return [f"### {kind.__name__}", "", *_table(("value", "name", "meaning"), rows)]
 
 
+def _meaning(field: Field) -> str:
+    limits = "; ".join(filter(None, (limit.text() for limit in field.limits)))
+    return " ".join(filter(None, (
+        field.text, f"Allowed: {limits}." if limits else "",
+        "Signed." if field.signed else "")))
+
+
 def _structure(name: str, fields: tuple[Field, ...]) -> list[str]:
     rows = [(str(field.word), _bits(field.offset % 32, field.bits), f"`{field.name}`",
-             field.text + (" Signed." if field.signed else "")) for field in fields]
+             _meaning(field)) for field in fields]
     return [f"### {name}", "", *_table(("word", "bits", "field", "meaning"), rows)]
 
 
@@ -77,13 +83,15 @@ def generated() -> str:
             lines += [f"### {register.name}", "", *_table(("bits", "field", "meaning"), [
                 (_bits(f.offset, f.bits), f"`{f.name}`", f.text) for f in register.fields])]
     lines += ["## Structures in device memory", "",
-              "64 bytes, little-endian, words of 32 bits; what no field names is 0.", ""]
-    for name, fields in (("Submission", SUBMISSION), ("Layer descriptor", LAYER),
-                         ("Completion", COMPLETION)):
-        lines += _structure(name, fields)
+              "64 bytes, little-endian, words of 32 bits; what no field names is 0.",
+              "Limits with a name are the configuration's.", ""]
+    for name, fields in STRUCTURES.items():
+        lines += _structure(name.capitalize(), fields)
     lines += ["## Codes", ""]
-    for kind in (Opcode, Status, NonFinite, LayerKind, Activation):
+    for kind in (Opcode, Status, NonFinite, Operand, Sink):
         lines += _enumeration(kind)
+    lines += ["### Activations", "", *_table(("code", "name", "meaning"), [
+        (str(a.code), f"`{a.name}`", a.text) for a in ACTIVATIONS.values()])]
     lines += ["### Weight formats", "", *_table(("code", "name", "bits a weight"), [
         (str(f.code), f"`{f.name}`", f"{f.bits_per_weight():g}") for f in FORMATS.values()])]
     return "\n".join([*lines, _END])

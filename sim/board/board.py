@@ -21,6 +21,7 @@ import sys
 import threading
 import tty
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -28,6 +29,8 @@ import numpy as np
 import numpy.typing as npt
 
 from moeaccel.config import AcceleratorConfig, preset
+from moeaccel.sim.cosim.accelerator import busy, parameters
+from moeaccel.sim.cosim.sources import Design, design_from
 from moeaccel.sim.cosim.verilator import Library, build_library
 from moeaccel.sim.errors import ModelStopped, SimulationError
 
@@ -40,7 +43,7 @@ CLOCK_HZ = 100_000_000
 CYCLES_PER_BIT = 4
 """Of the serial line: the least, because every byte costs ten times as many simulated cycles."""
 
-_HARNESS = ("../board/board.cpp", "../board/board.h", "support.h", "harness.h")
+_FOLDER = Path(__file__).resolve().parent
 _SLICE_MS = 100  # Python looks for Ctrl-C only between calls
 _MESSAGE_BYTES = 4096
 
@@ -113,17 +116,25 @@ class BoardState:
     violation: str
 
 
-@functools.cache
 def _verilog(config: AcceleratorConfig, cycles_per_bit: int) -> str:
     from moeaccel.sim.board.model import board_verilog
 
     return board_verilog(config, clock_hz=CLOCK_HZ, cycles_per_bit=cycles_per_bit)
 
 
+def board_design(config: AcceleratorConfig, cycles_per_bit: int = CYCLES_PER_BIT) -> Design:
+    """Return a board's Verilog, to be made when a model of it has to be built."""
+    return design_from(
+        _FOLDER / "model.py", _FOLDER / "sdram_chip.py",
+        parameters=f"{parameters(config)} {CLOCK_HZ} {cycles_per_bit}",
+        verilog=functools.partial(_verilog, config, cycles_per_bit), busy=busy)
+
+
 def build_board(config: str | AcceleratorConfig = "ulx3s", *,
-                cycles_per_bit: int = CYCLES_PER_BIT) -> Library:
+                cycles_per_bit: int = CYCLES_PER_BIT, speedup: bool | None = None) -> Library:
     """Build the Verilated board, or take it from the cache."""
-    return build_library(_verilog(preset(config), cycles_per_bit), harness=_HARNESS)
+    return build_library(board_design(preset(config), cycles_per_bit),
+                         harness=_FOLDER / "board.cpp", speedup=speedup)
 
 
 class Board:

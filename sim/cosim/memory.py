@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from moeaccel.config import MEMORY_LATENCY_CYCLES
+
 MEMORY_ALIGNMENT_BYTES = 4096
 CHANNELS = ("ar", "r", "aw", "w", "b")
 
@@ -109,8 +111,8 @@ class MemoryModel:
     """
 
     size: int = 1 << 32
-    read_latency: int = 40
-    write_latency: int = 40
+    read_latency: int = MEMORY_LATENCY_CYCLES
+    write_latency: int = MEMORY_LATENCY_CYCLES
     read_latency_most: int = 0
     write_latency_most: int = 0
     last_beat_delay: int = 0
@@ -168,7 +170,7 @@ class MemoryModel:
                              "AR, AW and W")
 
     @classmethod
-    def ideal(cls, latency: int = 40, *, size: int = 1 << 32) -> MemoryModel:
+    def ideal(cls, latency: int = MEMORY_LATENCY_CYCLES, *, size: int = 1 << 32) -> MemoryModel:
         """Return one port shared by reads and writes, never refusing, with a fixed latency."""
         return cls(size=size, read_latency=latency, write_latency=latency, shared=True,
                    never_refuse=True)
@@ -231,7 +233,7 @@ class MemoryModel:
 
     @classmethod
     def dram(cls, *, bytes_per_cycle: Fraction | int | None = None, clock_mhz: int = 200,
-             size: int = 1 << 32, latency: int = 40) -> MemoryModel:
+             size: int = 1 << 32, latency: int = MEMORY_LATENCY_CYCLES) -> MemoryModel:
         """Return something like a DDR4 channel behind its controller.
 
         Refresh for 350 ns every 7.8 us, rows of 8 KiB in 16 banks with 28 ns to open another one,

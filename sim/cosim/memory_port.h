@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <memory>
 
+#include "bandwidth.h"
 #include "port_checker.h"
 #include "support.h"
 
@@ -32,7 +33,7 @@ public:
 
     MemoryPort(Pins pins, const moeaccel_memory_config& config, Violations& violations)
         : pins_(pins), config_(config), checker_(pins.name(), config, violations),
-          random_(config.seed) {
+          random_(config.seed), bandwidth_(config, kBytes) {
         for (int i = 0; i < MOEACCEL_CHANNELS; ++i) {
             stall_[i] = Stall(config.stall[i], config.stall_length);
             random_mode_ |= stall_[i].enabled();
@@ -40,12 +41,6 @@ public:
         random_mode_ |= config.reorder || config.interleave ||
                         config.read_latency_most > config.read_latency ||
                         config.write_latency_most > config.write_latency;
-        // Bandwidth is kept as integers: `cost_` for a beat, `gain_` in every cycle.
-        gain_ = int64_t(config.bandwidth_numerator);
-        cost_ = int64_t(kBytes) * int64_t(config.bandwidth_denominator);
-        if (gain_ == 0) gain_ = cost_ = kBytes;
-        // What is saved while idle buys at most one beat ahead of time, and never at the full rate.
-        saved_ = gain_ >= cost_ ? gain_ : cost_ % gain_ == 0 ? cost_ : cost_ + gain_ - 1;
         rows_.assign(config.row_bytes ? config.banks : 0, Bank{});
         clear_stats();
         reset();
@@ -61,10 +56,8 @@ public:
         aw_ = Address{};
         ar_ = Address{};
         checker_.reset();
-        read_tokens_ = write_tokens_ = saved_;
+        bandwidth_.reset();
         refresh_phase_ = 0;
-        buffered_ = 0;
-        draining_ = false;
         for (Bank& bank : rows_) bank = Bank{};
         pins_.arready() = 0;
         pins_.awready() = 0;
@@ -91,24 +84,20 @@ public:
     void drive(uint64_t cycle) {
         bool refreshing = false;
         if (config_.refresh_interval != 0) refreshing = refresh();
-        if (!refreshing) {
-            read_tokens_ = std::min(read_tokens_ + gain_, saved_);
-            if (!config_.shared_bandwidth) write_tokens_ = std::min(write_tokens_ + gain_, saved_);
-        }
+        if (!refreshing) bandwidth_.gain();
 
         // Data without RVALID means nothing: show it, where the run is meant to find mistakes.
         if (random_mode_ && !rvalid_) std::memset(static_cast<void*>(&pins_.rdata()), 0xA5, kBytes);
         const bool r_stalled = stalled(MOEACCEL_R) | refreshing;
-        if (buffered_ != 0 && !refreshing) drain_writes();
-        if (!rvalid_ && !r_stalled && !draining_ && !reads_.empty() && read_tokens_ >= cost_) {
+        if (!refreshing) bandwidth_.drain(!reads_.empty());
+        if (!rvalid_ && !r_stalled && !reads_.empty() && bandwidth_.can_read()) {
             const size_t next = next_read(cycle);
             if (next != kNone) offer_r(next, cycle);
         }
-        if (buffered_ != 0 && !refreshing && config_.turnaround_cycles == 0) spend_on_writes();
+        if (!refreshing) bandwidth_.drain_rest();
         const bool w_stalled = stalled(MOEACCEL_W) | refreshing;
         wready_ = config_.never_refuse ||
-                  (!w_stalled && writes_.size() <= config_.max_writes &&
-                   (config_.shared_bandwidth ? buffered_ < kWriteBuffer : write_tokens_ >= cost_));
+                  (!w_stalled && writes_.size() <= config_.max_writes && bandwidth_.can_write());
         pins_.wready() = wready_;
         if (addressed_ > filled_)
             checker_.check_patience(cycle, w_progress_, "W", "the data of an accepted address");
@@ -138,8 +127,6 @@ public:
 
 private:
     static constexpr size_t kNone = ~size_t{0};
-    // Beats in the buffer of posted writes, and how many make a batch while reads wait.
-    static constexpr uint32_t kWriteBuffer = 64, kDrainBeats = 32;
     // Pending bursts whose rows a controller opens ahead of their turn.
     static constexpr size_t kRowsAhead = 16;
 
@@ -190,29 +177,6 @@ private:
         }
         if (++refresh_phase_ == config_.refresh_interval) refresh_phase_ = 0;
         return refreshing;
-    }
-
-    // Shared bandwidth: writes are posted to a buffer and drained in batches, as DRAM controllers do,
-    // since every change of direction costs.
-    void drain_writes() {
-        const bool enough = buffered_ >= kDrainBeats || reads_.empty();
-        if (!draining_ && enough) {
-            draining_ = true;
-            read_tokens_ -= config_.turnaround_cycles * gain_;
-        }
-        if (!draining_) return;
-        spend_on_writes();
-        if (buffered_ == 0) {
-            draining_ = false;
-            read_tokens_ -= config_.turnaround_cycles * gain_;
-        }
-    }
-
-    void spend_on_writes() {
-        while (buffered_ != 0 && read_tokens_ >= cost_) {
-            read_tokens_ -= cost_;
-            --buffered_;
-        }
     }
 
     // -- address channels ------------------------------------------------------------------------
@@ -318,13 +282,7 @@ private:
         stats_.write_wait_cycles += valid && !wready_;
         if (!valid || !wready_) return;
 
-        if (config_.never_refuse) {
-            (config_.shared_bandwidth ? read_tokens_ : write_tokens_) -= cost_;
-        } else if (config_.shared_bandwidth) {
-            ++buffered_;
-        } else {
-            write_tokens_ -= cost_;
-        }
+        bandwidth_.write();
         w_progress_ = cycle;
         if (stats_.write_beats++ == 0) stats_.first_write_cycle = cycle;
         stats_.last_write_cycle = cycle;
@@ -503,7 +461,7 @@ private:
         if (read.left == 1) read.ready = std::max(read.ready, cycle + config_.last_beat_delay);
         rvalid_ = true;
         r_since_ = cycle;
-        read_tokens_ -= cost_;
+        bandwidth_.read();
     }
 
     void sample_r(uint64_t cycle) {
@@ -582,11 +540,8 @@ private:
     std::vector<Error> errors_;
     moeaccel_stats stats_{};
 
-    int64_t gain_, cost_, saved_;
-    int64_t read_tokens_ = 0, write_tokens_ = 0;  // shared bandwidth is kept in the first
+    Bandwidth bandwidth_;
     uint32_t refresh_phase_ = 0;
-    uint32_t buffered_ = 0;  // beats of posted writes that still cost bandwidth
-    bool draining_ = false;
     std::vector<Bank> rows_;
 
     Queue<Read> reads_;

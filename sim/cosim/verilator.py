@@ -2,16 +2,16 @@
 
 Verilator translates, and the C++ compiler is called directly, file by file: the makefiles that
 Verilator writes need ``make``, default to ``-Os``, and fail on split models when they come from the
-PyPI wheel. Libraries are kept in a cache under a digest of everything that went into them.
+PyPI wheel. Between the two, moeaccel.sim.speedup rewrites the C++; ``MOEACCEL_SPEEDUP=0`` in the
+environment, or an argument, leaves that out. Libraries are kept in a cache under a digest of
+everything that goes into them (:mod:`moeaccel.sim.cosim.sources`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import functools
-import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -25,12 +25,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from moeaccel.errors import ToolMissingError
+from moeaccel.sim.cosim.sources import Design, contents, digest, locked, tree
 from moeaccel.sim.errors import BuildError, SimulationError
 from moeaccel.sim.speedup.gating import gate
 from moeaccel.sim.speedup.vectorise import vectorise
@@ -39,15 +40,18 @@ from moeaccel.toolchain import cache_folder, executing, find_compiler, using_cac
 logger = logging.getLogger(__name__)
 
 LIBRARY_NAME = "model.so"
+VERILOG_NAME = "top.v"
+
+SPEEDUP_VARIABLE = "MOEACCEL_SPEEDUP"
+"""0 builds models from Verilator's C++ as it is, 1 rewrites that first, as without the variable."""
 
 #: Verilator's own warnings stay fatal, except for those that Amaranth's Verilog cannot avoid.
 WAIVERS = ("WIDTHEXPAND", "WIDTHTRUNC", "CASEINCOMPLETE")
 
 _SOURCES = Path(__file__).resolve().parent
-_HARNESS_FILES = ("harness.cpp", "harness.h", "support.h", "memory_port.h", "port_checker.h",
-                  "register_port.h", "lz4/lz4.h")
+_HARNESS = _SOURCES / "harness.cpp"
 _HOOKS = "runtime_hooks.h"
-_REWRITERS = ("../speedup/vectorise.py", "../speedup/gating.py", "../speedup/statements.py")
+_REWRITERS = _SOURCES.parent / "speedup"
 _COMMON_FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-DVL_TIME_CONTEXT")
 _FAST_FLAGS = ("-O3", "-march=native")  # for the loops of vectorise()
 _SLOW_FLAGS = ("-O1",)
@@ -66,11 +70,16 @@ class Library:
         Names everything that it was built from.
     build_seconds : float
         How long the build took, when it was made.
+    looped, skippable : int
+        What the speed-up found: statements that are in loops now, and groups of statements that
+        are skipped where they are idle. 0 without it.
     """
 
     path: Path
     digest: str
     build_seconds: float
+    looped: int
+    skippable: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +100,8 @@ class Model:
         Threads that evaluate the model.
     waves : bool
         Whether it can write waves.
-    build_seconds : float
-        How long the build took, when it was made.
+    build_seconds, looped, skippable
+        See :class:`Library`.
     """
 
     library: Path
@@ -102,6 +111,8 @@ class Model:
     threads: int
     waves: bool
     build_seconds: float
+    looped: int
+    skippable: int
 
 
 def find_memory_ports(verilog: str, *, top: str = "top") -> tuple[str, ...]:
@@ -165,15 +176,15 @@ def check_verilog(verilog: str, *, top: str = "top") -> None:
         build.translate(translator, ("--lint-only", *flags[1:]), verilog)
 
 
-def build_model(verilog: str, *, top: str = "top", threads: int = 1, waves: bool = False,
-                assertions: bool = True, cache: Path | None = None,
+def build_model(verilog: str | Design, *, top: str = "top", threads: int = 1, waves: bool = False,
+                assertions: bool = True, speedup: bool | None = None, cache: Path | None = None,
                 flags: Sequence[str] = ()) -> Model:
     """Build a model, or take it from the cache, which needs no C++ compiler.
 
     Parameters
     ----------
-    verilog : str
-        Verilog text with the module `top`, ports as the accelerator has them.
+    verilog : str or Design
+        Verilog with the module `top`, ports as the accelerator has them.
     top : str
         Name of the module.
     threads : int
@@ -182,6 +193,9 @@ def build_model(verilog: str, *, top: str = "top", threads: int = 1, waves: bool
         Build the variant that can write waves; it is slower even when it does not.
     assertions : bool
         Check the RTL's assertions.
+    speedup : bool, optional
+        Rewrite Verilator's C++, so that it runs faster and does the same; as
+        :data:`SPEEDUP_VARIABLE` says when left out, and else True.
     cache : pathlib.Path, optional
         Folder of built models instead of :func:`moeaccel.toolchain.cache_folder`.
     flags : sequence of str
@@ -200,34 +214,41 @@ def build_model(verilog: str, *, top: str = "top", threads: int = 1, waves: bool
     """
     if not isinstance(threads, int) or threads < 1:
         raise ValueError(f"Thread count must be a positive integer, not {threads!r}")
-    ports = find_memory_ports(verilog, top=top)
-    names = " ".join(f"X({name.replace('__', '___05F')})" for name in ports)
-    settings = ("#pragma once\n"
-                f"#define MOEACCEL_MEMORY_PORTS(X) {names}\n"
-                f"#define MOEACCEL_THREADS {threads}\n"
-                f"#define MOEACCEL_WAVES {int(waves)}\n")
-    built = build_library(verilog, harness=_HARNESS_FILES, settings={"ports.h": settings}, top=top,
-                          threads=threads, waves=waves, assertions=assertions, cache=cache,
+
+    def headers(text: str) -> dict[str, str]:
+        names = " ".join(f"X({name.replace('__', '___05F')})"
+                         for name in find_memory_ports(text, top=top))
+        return {"ports.h": "#pragma once\n"
+                           f"#define MOEACCEL_MEMORY_PORTS(X) {names}\n"
+                           f"#define MOEACCEL_THREADS {threads}\n"
+                           f"#define MOEACCEL_WAVES {int(waves)}\n"}
+
+    built = build_library(verilog, harness=_HARNESS, headers=headers, top=top, threads=threads,
+                          waves=waves, assertions=assertions, speedup=speedup, cache=cache,
                           flags=flags)
-    return Model(library=built.path, digest=built.digest, top=top, memory_ports=ports,
-                 threads=threads, waves=waves, build_seconds=built.build_seconds)
+    text = built.path.with_name(VERILOG_NAME).read_text(encoding="utf-8")
+    return Model(library=built.path, digest=built.digest, top=top,
+                 memory_ports=find_memory_ports(text, top=top), threads=threads, waves=waves,
+                 build_seconds=built.build_seconds, looped=built.looped,
+                 skippable=built.skippable)
 
 
-def build_library(verilog: str, *, harness: Sequence[str],
-                  settings: Mapping[str, str] | None = None, top: str = "top", threads: int = 1,
-                  waves: bool = False, assertions: bool = True, cache: Path | None = None,
+def build_library(verilog: str | Design, *, harness: Path,
+                  headers: Callable[[str], Mapping[str, str]] | None = None, top: str = "top",
+                  threads: int = 1, waves: bool = False, assertions: bool = True,
+                  speedup: bool | None = None, cache: Path | None = None,
                   flags: Sequence[str] = ()) -> Library:
     """Build a shared library of Verilog and a harness, or take it from the cache.
 
     Parameters
     ----------
-    verilog : str
-        Verilog text with the module `top`.
-    harness : sequence of str
-        Files of this package: the source that drives the model, then those that it includes.
-    settings : mapping of str to str, optional
-        Headers to be written, by their names.
-    top, threads, waves, assertions, cache, flags
+    verilog : str or Design
+        Verilog with the module `top`.
+    harness : pathlib.Path
+        The C++ source that drives the model; it includes headers of its own folder and of this one.
+    headers : callable, optional
+        Returns further headers for a Verilog text, by their names; a function of this package.
+    top, threads, waves, assertions, speedup, cache, flags
         See :func:`build_model`.
 
     Raises
@@ -235,18 +256,16 @@ def build_library(verilog: str, *, harness: Sequence[str],
     ToolMissingError, BuildError, CacheError
         As :func:`build_model`.
     """
-    settings = settings or {}
+    design = Design.of(verilog)
+    speedup = _wanted_speedup(speedup)
     translator, root = _verilator()
     translate = _translate_flags(top=top, threads=threads, waves=waves, assertions=assertions)
-    sources = (
-        verilog, *translate, *_COMMON_FLAGS, *_FAST_FLAGS, *_SLOW_FLAGS, *flags,
-        *(_SOURCES.joinpath(name).read_text(encoding="utf-8")
-          for name in (*harness, _HOOKS, *_REWRITERS)),
-        *settings.values())
     folder = (cache or cache_folder()) / "models"
-    # Says what was built from these sources for this processor, by whatever compiler.
-    note = folder / f"{_digest(*sources, _processor(), _verilator_identity(root))}.built"
     with using_cache(folder.parent):
+        key = (design.name(folder.parent / "verilog"), *translate, *flags, f"speedup={speedup}",
+               harness.name, *contents(_build_files(harness, speedup=speedup)))
+        # Says what was built from these sources for this processor, by whatever compiler.
+        note = folder / f"{digest(*key, _processor(), _verilator_identity(root))}.built"
         try:
             compiler = find_compiler()
             identity = _compiler_identity(compiler)
@@ -255,43 +274,72 @@ def build_library(verilog: str, *, harness: Sequence[str],
                 return library
             raise
 
-        def build(work: Path) -> None:
+        def build(work: Path) -> tuple[int, int]:
             steps = _Build(work=work, runtime=folder.parent / "runtime", root=root,
                            compiler=compiler, flags=tuple(flags), waves=waves)
-            steps.translate(translator, translate, verilog)
-            steps.rewrite()
-            steps.write_settings(settings)
-            steps.compile(_SOURCES / harness[0])
+            text = design.verilog()
+            made = headers(text) if headers else {}
+            steps.translate(translator, translate, text)
+            found = steps.rewrite(design.busy()) if speedup else (0, 0)
+            steps.write_headers(made)
+            steps.compile(harness)
             steps.clean()
+            return found
 
-        digest = _digest(*sources, identity, _verilator_identity(root))
-        library = _load(folder / digest) or _make(folder, digest, build)
-        if not note.is_file() or note.read_text(encoding="utf-8") != digest:
+        name = digest(*key, identity, _verilator_identity(root))
+        library = _load(folder / name) or _make(folder, name, build)
+        if not note.is_file() or note.read_text(encoding="utf-8") != name:
             with contextlib.suppress(OSError):  # the cache may be one that others have filled
-                note.write_text(digest, encoding="utf-8")
+                note.write_text(name, encoding="utf-8")
         return library
 
 
-def _make(folder: Path, digest: str, build: Callable[[Path], None]) -> Library:
-    """Let a function build in a folder of its own, and keep what it has made."""
-    home = folder / digest
+def _wanted_speedup(speedup: bool | None) -> bool:
+    """Return what an argument says, or else the environment."""
+    if isinstance(speedup, bool):
+        return speedup
+    if speedup is not None:
+        raise ValueError(f"speedup must be True, False or None, not {speedup!r}")
+    named = os.environ.get(SPEEDUP_VARIABLE) or "1"
+    if named not in ("0", "1"):
+        raise ValueError(f"{SPEEDUP_VARIABLE} must be 0 or 1, not {named!r}")
+    return named == "1"
+
+
+def _build_files(harness: Path, *, speedup: bool) -> dict[str, Path]:
+    """Return the files of this package that a library is built with."""
+    files = {name: _SOURCES / name for name in ("verilator.py", "sources.py")}
+    for folder in {harness.parent, _SOURCES}:
+        files |= tree(folder.name, folder, ("*.cpp", "*.h"))
+    if speedup:
+        files |= tree(_REWRITERS.name, _REWRITERS, ("*.py",))
+    return dict(sorted(files.items()))
+
+
+def _make(folder: Path, name: str, build: Callable[[Path], tuple[int, int]]) -> Library:
+    """Let a function build in a folder of its own, and keep what it has made.
+
+    The function returns what the speed-up found.
+    """
+    home = folder / name
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / f"{digest}.lock"):
+    with locked(folder / f"{name}.lock"):
         library = _load(home)
         if library is not None:  # another process built it meanwhile
             return library
-        for left in folder.glob(f"{digest}.*.part"):  # by a build that was killed
+        for left in folder.glob(f"{name}.*.part"):  # by a build that was killed
             shutil.rmtree(left, ignore_errors=True)
-        work = Path(tempfile.mkdtemp(prefix=f"{digest}.", suffix=".part", dir=folder))
+        work = Path(tempfile.mkdtemp(prefix=f"{name}.", suffix=".part", dir=folder))
         begin = time.monotonic()
         try:
-            build(work)
-            library = Library(path=home / LIBRARY_NAME, digest=digest,
-                              build_seconds=round(time.monotonic() - begin, 3))
+            looped, skippable = build(work)
+            library = Library(path=home / LIBRARY_NAME, digest=name,
+                              build_seconds=round(time.monotonic() - begin, 3), looped=looped,
+                              skippable=skippable)
             _store(library, work=work, home=home)
         except BuildError as error:
             # Kept for a look, until the next failure of the same model.
-            failed = folder / f"{digest}.failed"
+            failed = folder / f"{name}.failed"
             shutil.rmtree(failed, ignore_errors=True)
             work.rename(failed)
             raise BuildError(f"{error}\nThe whole log: {failed / error.log.name}",
@@ -316,21 +364,8 @@ def _load(home: Path) -> Library | None:
         library = Library(**description | {"path": home / description["path"]})
     except (FileNotFoundError, ValueError, TypeError, KeyError):  # not there, or damaged
         return None
-    return library if library.path.is_file() else None
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
-def _digest(*parts: str) -> str:
-    total = hashlib.sha256()
-    for part in parts:
-        total.update(hashlib.sha256(part.encode()).digest())
-    return total.hexdigest()[:24]
+    files = library.path, library.path.with_name(VERILOG_NAME)
+    return library if all(path.is_file() for path in files) else None
 
 
 def _translate_flags(*, top: str, threads: int, waves: bool, assertions: bool) -> tuple[str, ...]:
@@ -423,18 +458,26 @@ class _Build:
         self._log = work / "build.log"
 
     def translate(self, verilator: Path, flags: Iterable[str], verilog: str) -> None:
-        (self._work / "top.v").write_text(verilog, encoding="utf-8")
-        self._run([str(verilator), *flags, "top.v"], what="Verilator refuses the Verilog",
+        (self._work / VERILOG_NAME).write_text(verilog, encoding="utf-8")
+        self._run([str(verilator), *flags, VERILOG_NAME], what="Verilator refuses the Verilog",
                   env={**os.environ, "VERILATOR_ROOT": str(self._root)})
 
-    def rewrite(self) -> None:
-        folded = vectorise(self._objects)
-        groups = gate(self._objects)
-        logger.info("%d statements of the model are in loops, %d groups may be skipped", folded,
-                    groups)
+    def rewrite(self, busy: str) -> tuple[int, int]:
+        """Make what Verilator has written faster; return what was found, as in Library."""
+        looped = vectorise(self._objects)
+        skippable = gate(self._objects, busy=busy)
+        logger.info("%d statements of the model are in loops, %d groups may be skipped", looped,
+                    skippable)
+        for count, what in ((looped, "statements for loops"), (skippable, "groups to be skipped")):
+            if not count:
+                logger.warning(
+                    "the speed-up found no %s: the model is right, but slower than it might be, "
+                    "unless it is very small; Verilator may write another text than "
+                    "moeaccel.sim.speedup knows", what)
+        return looped, skippable
 
-    def write_settings(self, settings: Mapping[str, str]) -> None:
-        for name, text in settings.items():
+    def write_headers(self, headers: Mapping[str, str]) -> None:
+        for name, text in headers.items():
             (self._objects / name).write_text(text, encoding="utf-8")
 
     def compile(self, harness: Path) -> None:
@@ -490,9 +533,9 @@ class _Build:
         """Compile a file of Verilator's run time; it is the same for every model, and kept."""
         hooks = _SOURCES / _HOOKS
         command = [*command, *_SLOW_FLAGS, "-include", str(hooks)]
-        digest = _digest(*command[1:], _compiler_identity(shlex.join(self._compiler)),
-                         _verilator_identity(self._root), hooks.read_text(encoding="utf-8"))
-        kept = self._runtime / f"{digest}-{source.stem}.o"
+        name = digest(*command[1:], _compiler_identity(shlex.join(self._compiler)),
+                      _verilator_identity(self._root), hooks.read_text(encoding="utf-8"))
+        kept = self._runtime / f"{name}-{source.stem}.o"
         if not kept.is_file():
             made = self._compile_one(command, source)
             self._runtime.mkdir(parents=True, exist_ok=True)

@@ -20,8 +20,9 @@ Skipping by groups is the method of Beamer and Donofrio, "Efficiently Exploiting
 Factors to Accelerate RTL Simulation" (DAC 2020). Groups grow here one after the other, in an order
 in which their statements may run.
 
-A test and copies of old values are wasted on what changes in most cycles: what is :data:`BUSY`
-always runs.
+A test and copies of old values are wasted on what changes in most cycles. Which variables are those
+is known to the design, whose blocks name them: they are handed in, and what writes them always
+runs. Wrong names would cost speed and no more.
 
 Whatever is not recognised stays as it is, so another version of Verilator costs speed and no more.
 """
@@ -65,27 +66,38 @@ _MARK = 3.0  # work of finding out whether a variable has changed
 
 _BITS = 64
 
-#: Variables of what works in nearly every cycle: all between weights and sums. Wrong names would
-#: cost speed and no more.
-BUSY = re.compile(r"__DOT__core\d+__DOT__(array|tiles|streamer|serialiser|x_lanes|i_)")
+
+def below(module: str, names: Iterable[str]) -> str:
+    """Return the `busy` of :func:`gate` for parts of all submodules of a name and a number.
+
+    Parameters
+    ----------
+    module : str
+        What the submodules' names have before their numbers.
+    names : iterable of str
+        What the names of those parts, submodules or ports, begin with.
+    """
+    return rf"__DOT__{module}\d+__DOT__({'|'.join(names)})"
 
 
-def gate(folder: Path, *, busy: re.Pattern[str] = BUSY) -> int:
+def gate(folder: Path, *, busy: str = "") -> int:
     """Rewrite the classes that Verilator has written into a folder.
 
     Parameters
     ----------
     folder : pathlib.Path
         Verilator's ``--Mdir``, with prefix ``Vtop``.
-    busy : re.Pattern
-        Statements of which most write variables in whose names this is found always run.
+    busy : str
+        A regular expression, "" for none: statements of which most write variables in whose names
+        it is found always run.
 
     Returns
     -------
     int
         Groups that may be skipped now.
     """
-    return sum(_gate_class(header, busy) for header in class_headers(folder))
+    pattern = re.compile(busy or "(?!)")
+    return sum(_gate_class(header, pattern) for header in class_headers(folder))
 
 
 def _gate_class(header: Path, busy: re.Pattern[str]) -> int:

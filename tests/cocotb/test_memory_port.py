@@ -14,7 +14,7 @@ def run(config, *, readers, writers, seed, folder):
     port = MemoryPort(preset(config), readers=readers, writers=writers)
     run_cocotb(
         verilog.convert(port, name="memory_port", emit_src=False), "memory_port",
-        "tests.cocotb.memory_port_bench", seed=seed, folder=folder,
+        "tests.cocotb.memory_port_bench", seed=seed, folder=folder, optimise=False,
         env={"BENCH_CONFIG": config, "BENCH_READERS": str(readers), "BENCH_WRITERS": str(writers)})
 
 

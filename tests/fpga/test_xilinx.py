@@ -6,6 +6,9 @@ from typer.testing import CliRunner
 from moeaccel.config import PRESETS
 from moeaccel.errors import ToolMissingError
 from moeaccel.fpga import flow, xilinx
+from moeaccel.fpga.boards import board
+
+U55C = board("u55c")
 
 
 def test_equal_parts_count_as_often_as_they_are_there():
@@ -29,12 +32,12 @@ def test_a_cell_that_it_does_not_know():
 
 def test_the_page_says_whether_it_fits():
     def page(**resources):
-        usage = xilinx.Usage(block="top", times=1, resources=dict.fromkeys(xilinx.U55C, 0.0)
+        usage = xilinx.Usage(block="top", times=1, resources=dict.fromkeys(xilinx.RESOURCES, 0.0)
                              | resources)
-        return xilinx._page(PRESETS["tiny"], [usage], "yosys 0")
+        return xilinx._page(U55C, PRESETS["tiny"], [usage], "yosys 0")
 
-    assert "it fits the U55C" in page(dsp=9024.0)
-    assert "it does not fit the U55C" in page(dsp=9025.0)
+    assert "it fits the Alveo U55C" in page(dsp=9024.0)
+    assert "it does not fit the Alveo U55C" in page(dsp=9025.0)
     assert "| share taken |  | 50.0 % |" in page(lut=651840.0)
 
 
@@ -55,14 +58,14 @@ def test_the_smallest_accelerator(tmp_path):
     array = next(u for name, u in by_name.items() if name.endswith(".array"))
     assert array.resources["dsp"] == tiny.multipliers + tiny.rows * tiny.token_lanes
     assert by_name["top"].resources["block_ram"] > 0
-    assert by_name["top"].resources["lut"] < xilinx.U55C["lut"]
+    assert by_name["top"].resources["lut"] < U55C.resources["lut"]
     (home,) = tmp_path.iterdir()
     (home / "top.v").unlink()
     assert xilinx.map_blocks(tiny, folder=tmp_path)[0] == usages
 
 
 def test_command_line(monkeypatch):
-    usage = xilinx.Usage(block="top", times=1, resources=dict.fromkeys(xilinx.U55C, 1.0))
+    usage = xilinx.Usage(block="top", times=1, resources=dict.fromkeys(xilinx.RESOURCES, 1.0))
     monkeypatch.setattr(xilinx, "map_blocks", lambda *_, **__: ([usage], "yosys 0"))
     result = CliRunner().invoke(xilinx.app, ["--config", "tiny"])
     assert result.exit_code == 0

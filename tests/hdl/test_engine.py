@@ -38,7 +38,7 @@ def test_a_command_is_taken_when_the_one_before_is_acknowledged():
 
     async def scenario(ctx):
         ctx.set(dut.i_job.p, {
-            "num_experts": 1, "steps_in": 1, "steps_hidden": 1, "steps_out": 1, "tokens": 1,
+            "routed": 1, "num_experts": 1, "steps_in": 1, "steps_out": 1, "tokens": 1,
             "top_k": 1})
         ctx.set(dut.i_job.valid, 1)
         for _ in range(2):

@@ -132,7 +132,7 @@ def test_weights_live_in_device_memory(device, experts):
     """What the device computes follows the bytes of the image, not what the driver remembers."""
     x, ids, weights = draw_call(np.random.default_rng(3), 5)
     before = experts(x, ids, weights)
-    transport, stride = device.transport, experts.shape.stride
+    transport, stride = device.transport, experts.shape.memory_bytes
     images = [transport.memory_read(experts._images.address + e * stride, stride) for e in range(4)]
     for e in range(4):
         transport.memory_write(experts._images.address + e * stride, images[3 - e])

@@ -11,7 +11,7 @@ from moeaccel.errors import FormatError, MoeAccelError
 from moeaccel.host import errors, open_device
 from moeaccel.host.device import Command
 from moeaccel.image import Expert
-from moeaccel.interface.commands import Opcode, Status
+from moeaccel.interface.commands import EXPERT, LAYER, Opcode, Status, decode, encode
 from moeaccel.interface.registers import REGISTERS
 from tests.support.device import draw_call, draw_weights, expected_of, layer_of
 
@@ -53,16 +53,25 @@ def zeros(*shape):
     (zeros(2, 64, 0), zeros(2, 0, 32), {}, FormatError, "d_model must be at least 1, not 0"),
     (zeros(0, 64, 64), zeros(0, 64, 32), {}, errors.InvalidTensor, "at least 1"),
     ([zeros(64, 64), zeros(128, 64)], [zeros(64, 32)] * 2, {}, errors.InvalidTensor, "expert 1"),
-    (zeros(17, 64, 64), zeros(17, 64, 32), {}, errors.LimitExceeded, r"max_experts = 16.*'small'"),
+    (zeros(17, 64, 64), zeros(17, 64, 32), {}, errors.LimitExceeded,
+     "^number of experts must be from 1 to 16 in config 'tiny', not 17; presets that can: small"),
     (zeros(2, 64, 512), zeros(2, 512, 32), {}, errors.LimitExceeded,
-     r"d_model must be at most max_dim = 256 of config 'tiny', not 512; config 'small' fits"),
-    (zeros(2, 4096, 64), zeros(2, 64, 2048), {}, errors.LimitExceeded, "config 'ulx3s' fits"),
-    (zeros(1, 64, 65536), zeros(1, 65536, 32), {}, errors.LimitExceeded, "no preset fits"),
+     "^d_model must be a multiple of 32 from 32 to 256 in config 'tiny', not 512; presets that"),
+    (zeros(2, 64, 500), zeros(2, 500, 32), {}, errors.LimitExceeded,
+     r"^d_model must .* not 500 \(512 in whole blocks\); presets"),
+    (zeros(2, 4096, 64), zeros(2, 64, 2048), {}, errors.LimitExceeded,
+     "^d_expert must .* 256 in config 'tiny', not 2048; presets that can: ulx3s, peer256, wide512"),
+    (zeros(1, 64, 65536), zeros(1, 65536, 32), {}, errors.LimitExceeded, "no preset can, make"),
     (zeros(2, 64, 64).astype(int), zeros(2, 64, 32), {}, errors.InvalidTensor, "floating point"),
     (zeros(2, 64, 64) * np.nan, zeros(2, 64, 32), {}, FormatError, "finite"),
     (zeros(2, 64, 64), zeros(2, 64, 32), {"weight_format": "int3"}, FormatError, "not 'int3'"),
-    (zeros(2, 64, 64), zeros(2, 64, 32), {"activation": "gelu"}, errors.InvalidOption,
-     "activation must be one of silu, not 'gelu'"),
+    (zeros(2, 64, 64), zeros(2, 64, 32), {"weight_format": None}, FormatError, "not None"),
+    (zeros(2, 64, 64), zeros(2, 64, 32), {"weight_format": ["mxint8"]}, errors.InvalidOption,
+     "^weight_format must be one name, or one for each of 2 experts, not 1"),
+    (zeros(2, 64, 64), zeros(2, 64, 32), {"weight_format": ["mxint8", "int3"]}, FormatError,
+     "not 'int3'"),
+    (zeros(2, 64, 64), zeros(2, 64, 32), {"activation": "gelu"}, FormatError,
+     "activation must be one of silu, relu, not 'gelu'"),
     (zeros(2, 64, 64), zeros(2, 64, 32), {"activation_bits": 4}, errors.InvalidOption, "8 or 16"),
     (zeros(2, 64, 64), zeros(2, 64, 32), {"grid_exponent": 61}, errors.InvalidOption, "-100 to 60"),
 ])
@@ -75,13 +84,14 @@ def test_weights_are_checked(device, gate_up, down, options, error, message):
 
 def test_quantised_weights_are_checked(device):
     one = layer_of(*draw_weights(np.random.default_rng(0), 1))
-    other = layer_of(*draw_weights(np.random.default_rng(0), 1), "mxfp4")
-    with pytest.raises(errors.InvalidTensor, match="one format and shape"):
+    other = layer_of(*draw_weights(np.random.default_rng(0), 1, 96, 64))
+    with pytest.raises(errors.InvalidTensor, match=r"of one d_model, not \[64, 96\]"):
         device.load_quantised(one + other)
     with pytest.raises(errors.InvalidTensor, match="at least one"):
         device.load_quantised([])
-    with pytest.raises(errors.InvalidTensor, match="down must be int4_g32"):
-        device.load_quantised([Expert(one[0].gate_up, other[0].down)])
+    with pytest.raises(errors.InvalidTensor,
+                       match=r"down of expert 1 must have the shape \(64, 96\), not \(96, 64\)"):
+        device.load_quantised([*one, Expert(one[0].gate_up, other[0].down)])
 
 
 def test_linear_weights_are_checked(device):
@@ -197,7 +207,7 @@ RAW = {"opcode": Opcode.EXPERTS, "tokens": 1, "top_k": 1}
 
 @pytest.mark.parametrize(("change", "error", "message"), [
     ({"opcode": 77}, errors.CommandRejected, "opcode .*not 77"),
-    ({"tokens": 0}, errors.CommandRejected, "submission field tokens must be"),
+    ({"tokens": 0}, errors.CommandRejected, "submission field tokens must be from 1 to max_"),
     ({"tokens": 65}, errors.CommandRejected, "submission field tokens must be"),
     ({"top_k": 17}, errors.CommandRejected, "submission field top_k must be"),
     ({"tokens": 64, "top_k": 5}, errors.CommandRejected, "submission field top_k must be"),
@@ -207,7 +217,8 @@ RAW = {"opcode": Opcode.EXPERTS, "tokens": 1, "top_k": 1}
     ({"layer_address": 1 << 30}, errors.WindowViolation, "burst at 0x40000000"),
     ({"ids_address": 64}, errors.WindowViolation, "burst at 0x40 "),
     ({"y_address": 1 << 24}, errors.WindowViolation, "burst at 0x1000000"),
-    ({"opcode": Opcode.GEMM}, errors.CommandRejected, "layer descriptor field kind or format"),
+    ({"opcode": Opcode.GEMM, "top_k": 2}, errors.CommandRejected,
+     "submission field top_k must be from 1 to 16; 1 where opcode is 2; nothing"),
 ])
 def test_bad_commands_are_rejected_and_the_next_one_runs(device, experts, change, error, message):
     buffer = device.memory.allocate(1 << 16)
@@ -221,6 +232,48 @@ def test_bad_commands_are_rejected_and_the_next_one_runs(device, experts, change
     call = draw_call(np.random.default_rng(0), 3)
     layer = layer_of(*draw_weights(np.random.default_rng(7)))
     assert np.array_equal(experts(*call), expected_of(experts, call, layer))
+
+
+@pytest.mark.parametrize(("change", "fields", "message"), [
+    ({"d_expert": 0}, ("d_expert",), "field d_expert must be a multiple of 32 from 32 to max_dim"),
+    ({"words1": 7}, ("words1",), "field words1 must be what the other fields give"),
+    ({"format0": 77}, ("format0", "operand0", "sink0"), "format0 must be one of format_codes, op"),
+    ({"flags": 1}, ("sections", "activation", "flags"), "flags must be 0; y is undefined"),
+    ({"image_address": (1 << 40) - 64}, ("image_address",), "max_address, where all that is there"),
+])
+def test_a_bad_table_entry_is_named_and_the_next_command_runs(device, change, fields, message):
+    weights = draw_weights(np.random.default_rng(7))
+    experts = device.load_experts(*weights)
+    x, _, scores = draw_call(np.random.default_rng(0), 3)
+    ids = np.array([[0, 1], [1, 3], [2, 0]])
+    good = experts(x, ids, scores)
+    where = experts._descriptor.address + 64 * (1 + 2)
+    entry = device.transport.memory_read(where, 64).tobytes()
+    device.transport.memory_write(where, encode(EXPERT, decode(EXPERT, entry) | change))
+    with pytest.raises(errors.ExpertRejected, match="entry of expert 2: .*" + message) as caught:
+        experts(x, ids, scores)
+    assert (caught.value.expert, caught.value.fields) == (2, fields)
+    assert caught.value.status is Status.BAD_EXPERT
+    experts(x, np.minimum(ids, 1), scores)  # it has no tokens
+    device.transport.memory_write(where, entry)
+    assert np.array_equal(experts(x, ids, scores), good)
+
+
+def test_a_table_is_written_behind_its_descriptor_at_once(device, monkeypatch):
+    writes = []
+    write = device.transport.memory_write
+    monkeypatch.setattr(device.transport, "memory_write", lambda address, data: (
+        writes.append((address, bytes(data))), write(address, data)))
+    experts = device.load_experts(*draw_weights(np.random.default_rng(7)))
+    address, raw = writes[-1]
+    assert address == experts._descriptor.address
+    assert len(raw) == 64 * (1 + 4)
+    layer = decode(LAYER, raw)
+    assert layer["table_address"] == address + 64
+    assert (layer["num_experts"], layer["d_in"], layer["d_out"]) == (4, 64, 64)
+    shape, images = experts.shape, experts._images.address
+    assert [decode(EXPERT, raw[64 * (1 + e):])["image_address"] for e in range(4)] == [
+        images + e * shape.memory_bytes + shape.header_bytes for e in range(4)]
 
 
 @pytest.mark.parametrize("status", list(Status))

@@ -236,10 +236,10 @@ def test_memory_never_lists_what_is_used_for_something_else():
         lines = None
         for at in range(100):
             residents = Residents(transport)
-            residents.enter(1 << 14, 4096, 2)
+            residents.enter(1 << 14, [4096, 4096])
             assert len(listed(transport)) == 1
             lines = lines or lines_of(lambda: Residents(transport).forget(1 << 14, 64))
-            residents.enter(1 << 14, 4096, 2)
+            residents.enter(1 << 14, [4096, 4096])
             with Interrupter(at):
                 residents.forget(1 << 14, 64)
             residents.forget(1 << 14, 64)

@@ -171,7 +171,7 @@ def test_a_device_needs_a_timeout(timeout_s):
 # -- wrong types -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("spec", [None, 3, b"golden", ["golden"], object(), "", "golden ", "rtl:1"])
 def test_a_specification_of_another_type(spec):
-    with pytest.raises(errors.UnsupportedTransport, match="device must be 'golden', 'rtl'"):
+    with pytest.raises(errors.UnsupportedTransport, match="device must be 'golden', 'replay"):
         open_device(spec)
 
 

@@ -10,15 +10,14 @@ import pytest
 from moeaccel.config import PRESETS
 from moeaccel.formats import FORMATS
 from moeaccel.host import errors, open_device
-from moeaccel.host.transports import golden
-from moeaccel.host.transports.golden import GoldenTransport
+from moeaccel.host.transports.golden import GoldenTransport, memory_port
 
 BLOCK = 64
 CONFIGS = {"one channel": PRESETS["tiny"],
            "four channels": PRESETS["tiny"].replace(name="four channels", channels=4)}
 
 
-class StrictMemory(golden._Memory):
+class StrictMemory(memory_port.Memory):
     """Memory that knows which blocks were written."""
 
     def __init__(self, size):
@@ -53,7 +52,7 @@ class Card(GoldenTransport):
 
 @pytest.fixture(params=CONFIGS)
 def card(request, monkeypatch):
-    monkeypatch.setattr(golden, "_Memory", StrictMemory)
+    monkeypatch.setattr(memory_port, "Memory", StrictMemory)
     config = CONFIGS[request.param]
     return config, Card(config, memory_bytes=1 << 20)
 

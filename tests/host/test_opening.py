@@ -1,10 +1,13 @@
 """Opening and closing a device."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from moeaccel.errors import MoeAccelError
-from moeaccel.host import errors, open_device
+from moeaccel.host import errors, open_device, transports
 from moeaccel.host.transports.golden import GoldenTransport
 from moeaccel.interface.registers import REGISTERS
 from tests.support.device import TINY, draw_call, draw_weights
@@ -42,25 +45,83 @@ def test_another_configuration_is_refused():
 
 @pytest.mark.parametrize(("register", "value", "message"), [
     ("ID", 0xFFFFFFFF, "ID must read 0x41454f4d, not 0xffffffff"),
-    ("VERSION", 0x0002_0001, r"VERSION must be 1\.2, or a later 1\.x, not 2\.1"),
-    ("VERSION", 0x0001_0000, r"not 1\.0; .* load the bitstream of this driver"),
+    ("VERSION", 0x0003_0001, r"VERSION must be 2\.0, or a later 2\.x, not 3\.1"),
+    ("VERSION", 0x0001_0002, r"not 1\.2; .* load the bitstream of this driver"),
 ])
-def test_something_else_is_refused(register, value, message):
+def test_something_else_is_refused(register, value, message, monkeypatch):
     transport = GoldenTransport(TINY, memory_bytes=1 << 20)
-    transport._registers[REGISTERS[register].address] = value
+    read = transport.register_read
+    monkeypatch.setattr(transport, "register_read", lambda address: (
+        value if address == REGISTERS[register].address else read(address)))
     with pytest.raises(errors.DeviceNotFound, match=message):
         open_device(transport, config="tiny")
 
 
-@pytest.mark.parametrize(("spec", "message"), [
-    ("serial:", "'serial:PORT', 'xdma:N' or 'replay:FILE', not 'serial:'"),
-    ("xdma:", "'xdma:N' with the N of /dev/xdmaN_user, not 'xdma:'"),
-    ("replay:", "not 'replay:'"),
-    ("gold", "must be 'golden', 'rtl', 'serial:PORT', 'xdma:N' or 'replay:FILE', not 'gold'"),
-])
-def test_other_devices_are_not_supported_yet(spec, message):
-    with pytest.raises(errors.UnsupportedTransport, match=message):
+@pytest.mark.parametrize("spec", [
+    "serial:", "serial", "xdma:", "replay:", "gold", "golden:", "rtl:1", "base", "record:x", "",
+    "../golden", 7])
+def test_other_devices_are_refused(spec):
+    """The message names them all: what a file says of itself, and no other modules."""
+    with pytest.raises(errors.UnsupportedTransport, match=re.escape(
+            "device must be 'golden', 'replay:FILE', 'rtl', 'serial:PORT' or 'xdma:N', "
+            f"not {spec!r}")):
         open_device(spec)
+
+
+def test_cards_have_numbers():
+    with pytest.raises(errors.UnsupportedTransport, match=r"the N of /dev/xdmaN_user, not 'xdma:x"):
+        open_device("xdma:x")
+
+
+def test_a_transport_is_one_file(monkeypatch, tmp_path):
+    """It is found by its name, and says what stands behind it, its options and its config."""
+    (tmp_path / "elsewhere.py").write_text("""
+from moeaccel.host.transports.base import Scheme
+from moeaccel.host.transports.golden import GoldenTransport
+
+class Elsewhere(GoldenTransport):
+    def __init__(self, config, *, place="here"):
+        super().__init__(config, memory_bytes=1 << 20)
+        self.place = place
+
+def _open(spec):
+    assert spec.argument == "1:2"
+    return Elsewhere(spec.config, **spec.options), spec.config
+
+SCHEME = Scheme(argument="PLACE", help="elsewhere", time="none", config="tiny", sized=True,
+                options=(Elsewhere,), open=_open)
+""")
+    monkeypatch.setattr(transports, "__path__", [*transports.__path__, str(tmp_path)])
+    with open_device("elsewhere:1:2", place="there") as device:
+        assert device.config == TINY
+        assert device.transport.place == "there"
+    with pytest.raises(errors.InvalidOption, match="option of elsewhere:PLACE must be one of"):
+        open_device("elsewhere:1:2", baud=1)
+    with pytest.raises(errors.InvalidOption, match=r"left out for elsewhere:\.\.\., which says"):
+        open_device("elsewhere:1:2", memory_bytes=1 << 20)
+    with pytest.raises(errors.UnsupportedTransport, match=r"'elsewhere:PLACE', 'golden'"):
+        open_device("elsewhere")
+
+
+def test_what_one_transport_needs_hides_no_other(monkeypatch):
+    """Without torch there is no golden model, but a wrong name is named all the same."""
+    find = transports.importlib.import_module
+
+    def without_torch(name):
+        if name.endswith(".golden"):
+            raise ModuleNotFoundError("No module named 'torch'", name="torch")
+        return find(name)
+
+    monkeypatch.setattr(transports.importlib, "import_module", without_torch)
+    with pytest.raises(errors.UnsupportedTransport, match="'golden', 'replay:FILE'"):
+        open_device("gold")
+
+
+def test_the_page_lists_every_transport():
+    page = (Path(transports.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    for name, usage in transports.names().items():
+        _, found, _ = transports.scheme(usage)
+        assert f"| `{usage}` | {found.help} | {found.time} |" in page, name
 
 
 @pytest.mark.parametrize(("options", "message"), [

@@ -11,12 +11,14 @@ from moeaccel.host.memory import PAGE
 from moeaccel.host.residents import Residents
 from moeaccel.host.transports.base import Transport
 from moeaccel.host.transports.golden import GoldenTransport
-from moeaccel.image import HEADER_BYTES, ExpertShape
+from moeaccel.image import HEADER_BYTES, Expert, ExpertShape
 from moeaccel.interface.registers import REGISTERS
 
 TINY = PRESETS["tiny"]
 STATE = REGISTERS["MEMORY_STATE"].address
 EXPERTS, D_MODEL, D_EXPERT = 4, 64, 96
+TABLE = 64 * (1 + EXPERTS) + 1
+"""More than the layer descriptor and the table of its experts."""
 
 
 class Board(Transport):
@@ -98,14 +100,14 @@ def stacks():
 
 def test_resident_images_are_not_sent_again(board, stacks):
     assert load(board, stacks) >= EXPERTS * board.image
-    assert load(board, stacks) < 100  # the layer descriptor
+    assert load(board, stacks) < TABLE
 
 
 def test_one_expert_that_changed(board, stacks):
     load(board, stacks)
     other = stacks[0].copy(), stacks[1]
     other[0][2] *= -1
-    assert board.image <= load(board, other) < board.image + 200
+    assert board.image <= load(board, other) < board.image + TABLE + 100
 
 
 def test_within_a_session(board, stacks):
@@ -116,7 +118,7 @@ def test_within_a_session(board, stacks):
         linear.close()
         before = board.written
         again = device.load_linear(stacks[1][0])
-        assert board.written - before < 100
+        assert board.written - before < TABLE
         assert np.array_equal(again(CALL[0][:, :64].repeat(2, 1)[:, :D_EXPERT]), y)
 
 
@@ -130,7 +132,7 @@ def test_an_upload_that_was_cut_is_taken_up(board, stacks, whole):
             device.load_experts(*stacks)
         board.left = None
     written = load(board, stacks)
-    assert (EXPERTS - whole) * image <= written < (EXPERTS - whole) * image + 200
+    assert (EXPERTS - whole) * image <= written < (EXPERTS - whole) * image + TABLE + 100
 
 
 def test_an_expert_that_is_refused_leaves_those_before_it(board, stacks):
@@ -145,8 +147,8 @@ def test_an_expert_that_is_refused_leaves_those_before_it(board, stacks):
         before = board.written
         device.load_experts(*stacks).close()
         image = ExpertShape(weight_format("int4_g32"), D_MODEL, D_EXPERT, 2).image_bytes
-        assert 0 < board.written - before - (EXPERTS - 2) * image < 100
-    assert load(board, stacks) < 100
+        assert 0 < board.written - before - (EXPERTS - 2) * image < TABLE
+    assert load(board, stacks) < TABLE
 
 
 def test_every_cut_of_an_image(stacks):
@@ -216,11 +218,48 @@ def test_the_list_forgets_the_oldest(board):
     """A page has room for 255 ranges."""
     residents = Residents(board)
     for k in range(300):
-        residents.enter(PAGE + 64 * k, 64, 1)
+        residents.enter(PAGE + 64 * k, [64])
     board.written = 0
     again = Residents(board)
     for k in range(45, 300):
-        again.enter(PAGE + 64 * k, 64, 1)
+        again.enter(PAGE + 64 * k, [64])
     assert board.written == 0
-    again.enter(PAGE + 64 * 44, 64, 1)
+    again.enter(PAGE + 64 * 44, [64])
     assert board.written > 0
+
+
+def test_images_of_other_sizes_are_another_range(board):
+    """As large together, but with headers elsewhere: what lies there may be anything."""
+    residents = Residents(board)
+    residents.enter(PAGE, [PAGE, 2 * PAGE])
+    board.memory_write(PAGE, np.full(3 * PAGE, 7, np.uint8))  # images, as an upload leaves them
+    board.written = 0
+    Residents(board).enter(PAGE, [PAGE, 2 * PAGE])
+    assert board.written == 0
+    again = Residents(board)
+    again.enter(PAGE, [2 * PAGE, PAGE])
+    for header, cleared in ((PAGE, True), (2 * PAGE, False), (3 * PAGE, True)):
+        assert board.memory_read(header, HEADER_BYTES).any() != cleared
+    before = board.written
+    Residents(board).enter(PAGE, [PAGE, 2 * PAGE])
+    assert board.written > before
+
+
+def test_experts_of_different_sizes_are_not_sent_again(board, stacks):
+    layer = [Expert.quantise(g[: 2 * d], w[:, :d], name) for g, w, d, name in zip(
+        *stacks, (96, 32, 64, 96), ("mxint8", "int4_g32", "mxfp4", "int4_g128"), strict=True)]
+    with open_device("golden", config=TINY, memory_bytes=1 << 20) as device:
+        expected = device.load_quantised(layer)(*CALL)
+    for most in (None, TABLE, TABLE):
+        with open_device(board, config=TINY) as device:
+            before = board.written
+            loaded = device.load_quantised(layer)
+            assert most is None or board.written - before < most
+            assert np.array_equal(loaded(*CALL), expected)
+    other = [layer[0], layer[2], layer[1], layer[3]]  # as large together
+    with open_device(board, config=TINY) as device:
+        before = board.written
+        loaded = device.load_quantised(other)
+        assert board.written - before > sum(shape.image_bytes for shape in loaded.shapes)
+        x, ids, scores = CALL
+        assert np.array_equal(loaded(x, np.array([0, 2, 1, 3])[ids], scores), expected)

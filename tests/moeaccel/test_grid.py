@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from moeaccel.activations import ACTIVATIONS
 from moeaccel.formats import FORMATS, quantise
 from moeaccel.golden import experts_float64
 from moeaccel.grid import gated_output, grid_exponent, linear_output, squares
@@ -14,21 +15,24 @@ def draw_expert(rng, d_model, d_expert, scale=1.0):
     return gate_up, rng.standard_normal((d_model, d_expert), np.float32) * (scale / d_expert**0.5)
 
 
-def typical(gate_up, down, x_rms=1.0, name="mxint8"):
+def typical(gate_up, down, x_rms=1.0, name="mxint8", activation="silu"):
     expert = Expert.quantise(gate_up, down, name)
     return gated_output(squares(expert.gate_up, interleave_gate_up(gate_up)),
-                        squares(expert.down, down), x_rms=x_rms)
+                        squares(expert.down, down), x_rms=x_rms, activation=activation)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("scale", [1e-4, 1e-2, 0.3, 1.0, 3.0, 1e2, 1e4])
 @pytest.mark.parametrize(("d_model", "d_expert"), [(32, 32), (48, 100), (256, 96), (2048, 64)])
-def test_the_typical_output_is_that_of_gaussian_x(scale, d_model, d_expert):
+def test_the_typical_output_is_that_of_gaussian_x(scale, d_model, d_expert, activation):
     rng = np.random.default_rng(d_model)
     gate_up, down = draw_expert(rng, d_model, d_expert, scale)
     for x_rms in (1.0, 0.01, 30.0):
         x = rng.standard_normal((400, d_model)) * x_rms
-        y = experts_float64(x, np.zeros((400, 1), int), np.ones((400, 1)), [gate_up], [down])
-        assert typical(gate_up, down, x_rms) == pytest.approx(np.sqrt((y**2).mean()), rel=0.15)
+        y = experts_float64(x, np.zeros((400, 1), int), np.ones((400, 1)), [gate_up], [down],
+                            activation)
+        assert typical(gate_up, down, x_rms, activation=activation) == pytest.approx(
+            np.sqrt((y**2).mean()), rel=0.15)
 
 
 def test_a_linear_layer_too():

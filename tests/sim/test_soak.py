@@ -1,5 +1,7 @@
 """Cases are data: drawn, printed, read back, made smaller; a soak goes on, reports and ends."""
 
+import functools
+import itertools
 import json
 import random
 from dataclasses import replace
@@ -12,12 +14,13 @@ from moeaccel.cli import app
 from moeaccel.config import PRESETS
 from moeaccel.cycles import Prediction
 from moeaccel.sim import MemoryModel, StallModel, cases, soak
-from moeaccel.sim.cases import PROMPT, Call, Case, afford, draw_case, shrink
+from moeaccel.sim.cases import PROMPT, Call, Case, Kind, afford, draw_case, shrink
 from moeaccel.sim.errors import SimulationError
 
 TARGETS = [("tiny", 1), ("small", 1), ("tiny", 4), ("small", 4)]
 
 
+@functools.cache
 def drawn(count):
     return [draw_case(seed, *TARGETS[seed % 4], budget=60_000) for seed in range(count)]
 
@@ -29,7 +32,7 @@ def smallest(case, fails):
 
 def test_cases_are_reproducible_and_differ():
     found = drawn(60)
-    assert found == drawn(60)
+    assert found == drawn.__wrapped__(60)
     assert len({case.to_json() for case in found}) == 60
 
 
@@ -44,6 +47,9 @@ def test_cases_are_read_back():
     "", "[]", "{}", '{"calls":[],"memories":[{}]}', '{"calls":[{}],"memories":[]}',
     '{"calls":[{"x":1}],"memories":[{}]}', '{"config":"huge","calls":[{}],"memories":[{}]}',
     '{"calls":[{"ids":[[0],[]]}],"memories":[{}]}', '{"calls":[{"end":"bang"}],"memories":[{}]}',
+    '{"calls":[{"kinds":[{"d_expert":0}]}],"memories":[{}]}',
+    '{"calls":[{"kinds":[{"activation":"gelu"}]}],"memories":[{}]}',
+    '{"calls":[{"kinds":[{"d_expert":288}]}],"memories":[{}]}', '{"calls":[{"kinds":[1]}]}',
     '{"calls":[{}],"memories":[{"read_latency":0}]}'])
 def test_what_is_no_case_is_refused(text):
     with pytest.raises(SimulationError, match="case must be a line that"):
@@ -57,6 +63,11 @@ def test_cases_have_everything():
     assert {call.weight_format for call in calls} == set(cases.FORMATS)
     assert {call.activation_bits for call in calls} == {8, 16}
     assert {call.end for call in calls} == set(cases.ENDS)
+    kinds = [kind for call in calls for kind in call.kinds]
+    assert {kind.activation for kind in kinds} == set(cases.ACTIVATIONS)
+    assert {(k.weight_format, k.down_format) for k in kinds} == set(
+        itertools.product(cases.FORMATS, cases.FORMATS))
+    assert any(len({call.kind_of(e).d_expert for e in range(call.experts)}) > 2 for call in calls)
     assert any(call.nan >= 0 for call in calls) and any(not call.experts for call in calls)
     without = [call for call in calls if call.experts and call.ids
                and {all(not 0 <= i < call.experts for i in row) for row in call.ids}
@@ -112,6 +123,28 @@ def test_shrinking_of_a_token():
     found = smallest(case, lambda other: any(call.nan >= 0 and call.ids[call.nan] == (-1,)
                                              for call in other.calls))
     assert found == Case(calls=(Call(ids=((-1,),), nan=0),))
+
+
+def test_shrinking_of_a_kind():
+    """What differs in one way keeps it; of several kinds the one that matters is left."""
+    kinds = (Kind(d_expert=160), Kind(down_format="mxfp4", activation="relu"), Kind())
+    case = Case(calls=(Call(experts=5, kinds=kinds, ids=((4, 3), (1, 0))),))
+    found = smallest(case, lambda other: any(
+        call.kind_of(e).activation == "relu"
+        for call in other.calls for row in call.ids for e in row if call.experts))
+    assert found == Case(calls=(Call(kinds=(Kind(activation="relu"),)),))
+
+
+def test_a_mixed_layer_costs_about_its_parts():
+    """What the cycle model says goes into how large cases are drawn."""
+    tiny = PRESETS["tiny"]
+    kinds = Kind(weight_format="mxint8", down_format="mxint8"), Kind(d_expert=160)
+    each = [Call(experts=2, ids=((0, 1),), kinds=(kind,)) for kind in kinds]
+    mixed = Call(experts=2, ids=((0, 1),), kinds=kinds)
+    parts = [call.predict(tiny) for call in each]
+    assert 2 * mixed.predict(tiny).bytes_read_weights == sum(p.bytes_read_weights for p in parts)
+    plain = Call(experts=2, ids=((0, 1),), weight_format="mxint8")
+    assert each[0].predict(tiny) == plain.predict(tiny)
 
 
 @pytest.mark.parametrize("end", cases.ENDS)

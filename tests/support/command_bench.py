@@ -5,15 +5,12 @@ import random
 from amaranth.sim import Simulator
 
 from moeaccel.config import PRESETS
-from moeaccel.formats import FORMATS
 from moeaccel.hdl.control.command_processor import CommandProcessor
-from moeaccel.image import Section
 from moeaccel.interface.commands import (
     COMPLETION,
     ENTRY_BYTES,
     LAYER,
     SUBMISSION,
-    LayerKind,
     Opcode,
     decode,
     encode,
@@ -29,12 +26,10 @@ GOOD_SUBMISSION = {
     "workspace_address": 0x8000,
 }
 GOOD_LAYER = {
-    "kind": LayerKind.EXPERTS, "format": FORMATS["int4_g32"].code, "planes": 2, "activation": 0,
-    "num_experts": 4, "d_in": 64, "d_expert": 96, "d_out": 128, "grid_exponent": -28,
-    "stride": 4096, "image_address": 0x9040,
+    "planes": 2, "num_experts": 4, "d_in": 64, "d_out": 128, "grid_exponent": -28,
+    "table_address": 0x9040,
 }
 GEMM = {"opcode": Opcode.GEMM, "top_k": 1}
-LINEAR = {"kind": LayerKind.LINEAR, "num_experts": 1, "d_expert": 64}
 
 
 class Bench:
@@ -235,30 +230,17 @@ async def pulse(ctx, signal):
     ctx.set(signal, 0)
 
 
-def words(layer, config):
-    """Return what gate_up_words and down_words must be."""
-    fmt = next(f for f in FORMATS.values() if f.code == layer["format"])
-    linear = layer["kind"] == LayerKind.LINEAR
-    rm = config.row_multipliers
-    gate_up = Section(fmt, 2 * layer["d_expert"], layer["d_in"], rm, config.channels)
-    down = Section(fmt, layer["d_out"], layer["d_expert"], rm, config.channels)
-    return {"gate_up_words": 0 if linear else gate_up.words, "down_words": down.words}
-
-
-def job_of(submission, layer, config):
+def job_of(submission, layer):
     """Return the job that a good submission must give."""
     return {
-        "linear": submission["opcode"] == Opcode.GEMM,
+        "routed": submission["opcode"] == Opcode.EXPERTS,
         "two_planes": layer["planes"] == 2,
         "steps_in": layer["d_in"] // 32,
-        "steps_hidden": layer["d_expert"] // 32,
         "steps_out": layer["d_out"] // 32,
-        **{name: layer[name] for name in (
-            "format", "num_experts", "grid_exponent", "stride", "image_address")},
+        **{name: layer[name] for name in ("num_experts", "grid_exponent", "table_address")},
         **{name: submission[name] for name in (
             "tokens", "top_k", "x_address", "ids_address", "weights_address", "y_address",
             "workspace_address")},
-        **words(layer, config),
     }
 
 

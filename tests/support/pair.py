@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import importlib.metadata
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -17,17 +13,16 @@ from moeaccel.config import AcceleratorConfig
 from moeaccel.host import open_device
 from moeaccel.host.device import Command, Device
 from moeaccel.host.errors import CommandFailed
+from moeaccel.host.layers import Experts, Linear
 from moeaccel.host.memory import Allocation
 from moeaccel.host.rings import Completion
 from moeaccel.host.transports.golden import GoldenTransport
 from moeaccel.host.transports.rtl import RtlTransport
-from moeaccel.interface.commands import LAYER, Opcode, encode
+from moeaccel.interface.commands import ENTRY_BYTES, EXPERT, LAYER, Opcode, decode, encode
 from moeaccel.interface.registers import REGISTERS
 from moeaccel.sim import CoSimulation, MemoryModel, StallModel
-from moeaccel.sim.cosim.accelerator import accelerator_verilog
-from moeaccel.sim.cosim.verilator import Model, build_model
+from moeaccel.sim.cosim.verilator import Model
 
-ROOT = Path(__file__).parents[2]
 MEMORY_BYTES = 1 << 27  # 128 experts, each as large as a drawn case reads them
 
 TIME = ("busy", "starved_weights", "starved_activations", "stalled_output", "idle")
@@ -36,32 +31,6 @@ TIME = ("busy", "starved_weights", "starved_activations", "stalled_output", "idl
 WORK = ("bytes_read_weights", "bytes_read_other", "bytes_written", "tokens", "expert_passes",
         "assignments", "overflows", "commands", "underflows")
 """Counters of work, equal on both."""
-
-
-@functools.cache
-def sources_digest() -> str:
-    """Return a digest of everything that an accelerator's Verilog is made from."""
-    return digest_of(ROOT / "hdl", ROOT / "moeaccel", ROOT / "sim" / "cosim" / "accelerator.py")
-
-
-def digest_of(*places: Path) -> str:
-    """Return a digest of Python files, and of those in folders and below, and of Amaranth."""
-    total = hashlib.sha256(importlib.metadata.version("amaranth").encode())
-    for place in places:
-        for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
-            total.update(f"{path.relative_to(place.parent)}\0{path.stat().st_size}\0".encode())
-            total.update(path.read_bytes())
-    return total.hexdigest()[:16]
-
-
-def cached_model(config: AcceleratorConfig, folder: Path, family: str = "generic") -> Model:
-    """Return the Verilated accelerator; its Verilog, which takes a while, is kept in a folder."""
-    path = folder / f"{sources_digest()}-{config.digest:08x}-{family}.v"
-    if not path.is_file():
-        made = path.with_suffix(f".{id(path)}.part")
-        made.write_text(accelerator_verilog(config, family), encoding="utf-8")
-        made.replace(path)
-    return build_model(path.read_text(encoding="utf-8"))
 
 
 class Pair:
@@ -243,10 +212,24 @@ def execute(device: Device, fields: Mapping[str, int]) -> Command:
     return command
 
 
-def place_layer(device: Device, **fields: int) -> Allocation:
-    """Write a layer descriptor of one's own."""
-    memory = device.memory.allocate(64)
-    device.transport.memory_write(memory.address, np.frombuffer(encode(LAYER, fields), np.uint8))
+def read_layer(device: Device, layer: Experts | Linear) -> tuple[dict[str, int],
+                                                                 list[dict[str, int]]]:
+    """Return the descriptor of a layer and the entries of its table, as they are in memory."""
+    raw = device.transport.memory_read(layer._descriptor.address, ENTRY_BYTES).tobytes()
+    descriptor = decode(LAYER, raw)
+    table = device.transport.memory_read(
+        descriptor["table_address"], ENTRY_BYTES * descriptor["num_experts"]).tobytes()
+    return descriptor, [decode(EXPERT, table[at : at + ENTRY_BYTES])
+                        for at in range(0, len(table), ENTRY_BYTES)]
+
+
+def place_layer(device: Device, descriptor: Mapping[str, int],
+                table: Sequence[Mapping[str, int]], **changes: int) -> Allocation:
+    """Write a layer descriptor of one's own and its table; ``changes`` replace its fields."""
+    memory = device.memory.allocate(ENTRY_BYTES * (1 + len(table)))
+    own = {**descriptor, "table_address": memory.address + ENTRY_BYTES, **changes}
+    raw = encode(LAYER, own) + b"".join(encode(EXPERT, entry) for entry in table)
+    device.transport.memory_write(memory.address, np.frombuffer(raw, np.uint8))
     return memory
 
 

@@ -1,12 +1,14 @@
-"""The accelerator of each configuration, built once; later runs find it in their caches."""
+"""The accelerator of each configuration, built once; later runs find it in the cache."""
 
+import functools
 import os
 
 import pytest
 import torch
 
 from moeaccel.config import preset
-from tests.support.pair import Pair, cached_model
+from moeaccel.sim import build_accelerator_model
+from tests.support.pair import Pair
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -19,16 +21,11 @@ def one_thread():
 
 
 @pytest.fixture(scope="session")
-def model_of(request):
+def model_of():
     """Return a function from a configuration to its Verilated model."""
-    folder = request.config.cache.mkdir("accelerators")
-    models = {}
-
+    @functools.cache
     def get(config, family="generic"):
-        key = config.digest, family
-        if key not in models:
-            models[key] = cached_model(config, folder, family)
-        return models[key]
+        return build_accelerator_model(config, family=family)
 
     return get
 

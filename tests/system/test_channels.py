@@ -13,7 +13,7 @@ from hypothesis import given
 from moeaccel.config import PRESETS
 from moeaccel.formats import FORMATS
 from moeaccel.host import errors
-from moeaccel.interface.commands import LAYER, Status, decode
+from moeaccel.interface.commands import Status
 from moeaccel.sim import MemoryModel, StallModel
 from tests.support.pair import (
     Buffers,
@@ -21,6 +21,7 @@ from tests.support.pair import (
     draw_experts,
     execute,
     place_layer,
+    read_layer,
     write_register,
 )
 from tests.system.test_bits import cases, property_of, random_memory, seeds, stalls
@@ -118,8 +119,9 @@ def test_the_window_holds_on_every_channel(pair):
     def script(device):
         buffers = Buffers(
             device, CALL[0][:1], CALL[1][:1, :1], CALL[2][:1, :1], d_out=D_MODEL)
-        raw = device.transport.memory_read(pair.layers[device]._descriptor.address, 64).tobytes()
-        own = place_layer(device, **(decode(LAYER, raw) | {"image_address": limit - inside}))
+        descriptor, table = read_layer(device, pair.layers[device])
+        table[int(CALL[1][0, 0])]["image_address"] = limit - inside
+        own = place_layer(device, descriptor, table)
         write_register(device, "WINDOW_LIMIT", limit)
         command = execute(device, buffers.fields(own.address))
         write_register(device, "WINDOW_LIMIT", SIZE)
@@ -136,7 +138,7 @@ def test_a_bus_error_names_the_channel(pair):
     channel = 1
     device, simulation = pair.rtl, pair.simulation
     layer = pair.layers[device]
-    where = layer._images.address + layer.shape.stride + layer.shape.header_bytes
+    where = layer._images.address + layer.shape.memory_bytes + layer.shape.header_bytes
     simulation.inject_error(where, 64, writes=False, port=channel)
     with pytest.raises(errors.BusError) as caught:
         layer(*CALL)

@@ -16,8 +16,8 @@ from moeaccel.hdl.activations.activation_unit import ActivationUnit
 from moeaccel.hdl.activations.block_quantiser import BlockQuantiser
 from moeaccel.hdl.array.dot_array import DotArray
 from moeaccel.hdl.array.result_serialiser import ResultSerialiser
-from moeaccel.hdl.combine.combiner import _ToFloat32
 from moeaccel.hdl.combine.row_sums import RowSums
+from moeaccel.hdl.combine.to_float32 import ToFloat32
 from moeaccel.hdl.weights.tile_buffer import TileBuffer
 from moeaccel.hdl.weights.weight_streamer import WeightStreamer
 from moeaccel.host.device import Device
@@ -219,6 +219,6 @@ def test_constants_are_the_blocks_own(config):
     assert cycles.QUANTISER_CYCLES == BlockQuantiser.LATENCY_CYCLES
     assert cycles.COMBINER_CYCLES == RowSums.LATENCY_CYCLES
     assert cycles.SUMS_READ_CYCLES == RowSums.READ_LATENCY_CYCLES
-    assert cycles.FLOAT_CYCLES == _ToFloat32.LATENCY_CYCLES
+    assert cycles.FLOAT_CYCLES == ToFloat32.LATENCY_CYCLES
     assert cycles.ROW_EXPONENTS == TileBuffer(config).row_exponent_depth - TileBuffer.ROWS_MARGIN
     assert cycles.GRANT_CYCLES == WeightStreamer.BURST_CYCLES

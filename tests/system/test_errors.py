@@ -9,11 +9,20 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from moeaccel.activations import ACTIVATIONS
 from moeaccel.formats import FORMATS
 from moeaccel.host import errors
 from moeaccel.host.device import Command
 from moeaccel.host.registers import mask
-from moeaccel.interface.commands import LAYER, SUBMISSION, NonFinite, Opcode, Status, decode
+from moeaccel.interface.commands import (
+    EXPERT,
+    LAYER,
+    SUBMISSION,
+    NonFinite,
+    Opcode,
+    Status,
+    field_of,
+)
 from tests.support.layers import (
     CALL,
     D_MODEL,
@@ -31,6 +40,7 @@ from tests.support.pair import (
     assert_same_bits,
     execute,
     place_layer,
+    read_layer,
     read_register,
     write_register,
 )
@@ -75,17 +85,23 @@ SUBMISSIONS = {
     **{f.name: BAD_ADDRESSES for f in SUBMISSION if f.name.endswith("_address")},
 }
 LAYERS = {
-    "kind": [1, 2, 255],
-    "format": [1 + max(f.code for f in FORMATS.values()), 255],
     "planes": [0, 3, 255],
-    "activation": [1, 255],
     "num_experts": [0, 17, (1 << 16) + 1, 1 << 31],
     "d_in": [0, 31, 33, 288, (1 << 16) + 64],
-    "d_expert": [0, 48, 288, (1 << 31) + 32],
     "d_out": [0, 1, 257, 288, 1 << 20],
     "grid_exponent": [-101, 61, -(1 << 31), -60, 10],
-    "stride": [1, 63, 4095, (1 << 32) - 1],
+    "table_address": BAD_ADDRESSES,
+}
+TABLES = {
+    "sections": [0, 1, 3, 255],
+    "activation": [1 + max(a.code for a in ACTIVATIONS.values()), 255],
+    "flags": [1, 1 << 15],
+    "d_expert": [0, 48, 64, 288, (1 << 31) + 32],
     "image_address": BAD_ADDRESSES,
+    **{f"format{i}": [FORMATS["mxint8"].code, 1 + max(f.code for f in FORMATS.values()), 255]
+       for i in range(2)},
+    "operand0": [1, 255], "operand1": [0, 2], "sink0": [1, 2], "sink1": [0, 255],
+    **{f"words{i}": [0, 1, 1 << 16, (1 << 32) - 1] for i in range(2)},
 }
 
 
@@ -97,23 +113,28 @@ def changes(fields):
 
 def test_bad_fields(pair):
     """Both devices find the same field, whatever else is wrong; good values run."""
-    @settings(max_examples=150, deadline=None, derandomize=True)
-    @given(changes(SUBMISSIONS), changes(LAYERS), st.sampled_from([0, 1, 2]))
-    def holds(submission, layer, which):
+    @settings(max_examples=200, deadline=None, derandomize=True)
+    @given(changes(SUBMISSIONS), changes(LAYERS), changes(TABLES),
+           st.integers(0, EXPERTS - 1), st.sampled_from(["both", "submission", "layer", "table"]))
+    def holds(submission, layer, entry, expert, which):
         def script(device):
-            descriptor = pair.layers[device]._descriptor.address
-            raw = device.transport.memory_read(descriptor, 64).tobytes()
             buffers = buffers_of(device)
-            own = place_layer(device, **(decode(LAYER, raw) | (layer if which != 0 else {})))
-            fields = buffers.fields(own.address, **(submission if which != 1 else {}))
+            descriptor, table = read_layer(device, pair.layers[device])
+            if which == "table":
+                table[expert] |= entry
+            own = place_layer(device, descriptor, table,
+                              **(layer if which in ("both", "layer") else {}))
+            fields = buffers.fields(
+                own.address, **(submission if which in ("both", "submission") else {}))
             try:
                 command = execute(device, fields)
                 if device is pair.rtl:
                     found.append((buffers.addresses["y"], buffers.sizes["y"]))
                     found.append((buffers.addresses["workspace"], buffers.sizes["workspace"]))
                 seen.add(command.completion.status)
-                outside = command.completion.status == Status.WINDOW  # then y is anything
-                return (*result_of(command), None if outside else buffers.y().tobytes())
+                # Then y is anything.
+                undefined = command.completion.status in (Status.WINDOW, Status.BAD_EXPERT)
+                return (*result_of(command), None if undefined else buffers.y().tobytes())
             finally:
                 buffers.memory.free()
                 own.free()
@@ -123,33 +144,56 @@ def test_bad_fields(pair):
 
     seen, found = set(), []
     holds()
-    assert seen >= {Status.OK, Status.BAD_OPCODE, Status.BAD_FIELD, Status.BAD_LAYER}
+    assert seen >= {Status.OK, Status.BAD_OPCODE, Status.BAD_FIELD, Status.BAD_LAYER,
+                    Status.BAD_EXPERT}
 
 
 @pytest.mark.parametrize(("fields", "layer"), [
     ({"opcode": 77}, {}), ({"tokens": 0}, {}), ({"top_k": 37}, {}), ({"workspace_address": 32}, {}),
-    ({}, {"planes": 7}), ({}, {"image_address": 1})])
+    ({}, {"planes": 7}), ({}, {"table_address": 1})])
 def test_a_rejected_command_writes_its_completion_and_nothing_else(pair, fields, layer):
     device = pair.rtl
     buffers = buffers_of(device)
-    raw = device.transport.memory_read(pair.layers[device]._descriptor.address, 64).tobytes()
-    own = place_layer(device, **(decode(LAYER, raw) | layer))
+    own = place_layer(device, *read_layer(device, pair.layers[device]), **layer)
     with untouched(pair):
         command = execute(device, buffers.fields(own.address, **fields))
     assert isinstance(command.error(), errors.CommandRejected)
 
 
-def test_a_layer_of_the_other_kind(pair):
-    """GEMM of experts and EXPERTS of a matrix are refused by the layer's kind."""
+def test_an_entry_of_an_expert_without_tokens_may_hold_anything(pair):
     def script(device):
-        x = CALL[0]
+        descriptor, table = read_layer(device, pair.layers[device])
+        table[EXPERTS - 1] = dict.fromkeys(("sections", "format0", "sink1"), 255)
+        own = place_layer(device, descriptor, table)
+        x, ids, weights = CALL
+        buffers = buffers_of(device, (x, np.where(ids == EXPERTS - 1, -1, ids), weights))
+        command = execute(device, buffers.fields(own.address))
+        y = buffers.y()
+        own.free()
+        buffers.memory.free()
+        assert command.error() is None
+        return y
+
+    pair.same(script)
+
+
+def test_every_layer_runs_under_either_opcode(pair):
+    """GEMM is the layer's expert 0 for every token; EXPERTS of a matrix routes to it."""
+    def script(device):
+        x, ids, _ = CALL
+        buffers = buffers_of(device)
+        found = []
         with device.load_linear(WEIGHTS[0][0]) as linear:
-            buffers = buffers_of(device)
-            experts = pair.layers[device]._descriptor.address
-            wrong = [execute(device, buffers.fields(experts, opcode=int(Opcode.GEMM), top_k=1)),
-                     execute(device, buffers.fields(linear._descriptor.address))]
-            assert all(c.completion.status == Status.BAD_LAYER for c in wrong)
-            return linear(x)
+            for layer, opcode in ((pair.layers[device], Opcode.GEMM), (linear, Opcode.EXPERTS)):
+                changes = {"top_k": 1} if opcode is Opcode.GEMM else {}
+                command = execute(device, buffers.fields(
+                    layer._descriptor.address, opcode=int(opcode), **changes))
+                assert command.error() is None
+                found.append(buffers.y())
+        buffers.memory.free()
+        one = np.ones((len(x), 1), np.float32)
+        assert_same_bits(found[0], pair.layers[device](x, 0 * ids[:, :1], one))
+        return np.concatenate(found)
 
     pair.same(script)
 
@@ -167,22 +211,24 @@ PLACES = {
 
 @pytest.mark.parametrize("limit", [MIDDLE, MIDDLE + 0x140, MIDDLE + 0x1C8])
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("what", ["x", "ids", "weights", "y", "workspace", "layer", "image"])
+@pytest.mark.parametrize(
+    "what", ["x", "ids", "weights", "y", "workspace", "layer", "table", "image"])
 def test_outside_the_window(pair, what, place, limit):
     """The first burst outside is named, and not issued; the rest of memory stays as it is."""
     address = PLACES[place](limit)
-    if (what, place) == ("layer", "across the limit"):
-        address += 64  # a descriptor is not larger than 64 bytes
+    if what in ("layer", "table") and place == "across the limit":
+        address += 64  # a descriptor, and an entry, is not larger than 64 bytes
 
     def script(device):
-        layer = pair.layers[device]._descriptor.address
         buffers = buffers_of(device)
         assert buffers.memory.address + buffers.memory.size < MIDDLE
-        image = decode(LAYER, device.transport.memory_read(layer, 64).tobytes())
-        own = place_layer(device, **(image | ({"image_address": address} if what == "image"
-                                              else {})))
+        descriptor, table = read_layer(device, pair.layers[device])
+        if what == "image":
+            table[0]["image_address"] = address
+        own = place_layer(device, descriptor, table,
+                          **({"table_address": address} if what == "table" else {}))
         fields = buffers.fields(own.address)
-        if what != "image":
+        if what not in ("image", "table"):
             fields[f"{what}_address"] = address
         write_register(device, "WINDOW_LIMIT", limit)
         allowed = [(buffers.addresses[name], buffers.sizes[name]) for name in ("y", "workspace")]
@@ -217,10 +263,10 @@ def test_several_faults(pair, seed):
     begin = min(limit, SIZE) - 64 * int(rng.integers(0, 100))
 
     def script(device):
-        layer = pair.layers[device]._descriptor.address
         buffers = buffers_of(device, (x, ids, weights))
-        image = decode(LAYER, device.transport.memory_read(layer, 64).tobytes())
-        sizes = buffers.sizes | {"image": EXPERTS * image["stride"]}
+        descriptor, table = read_layer(device, pair.layers[device])
+        image = pair.layers[device].shape.memory_bytes
+        sizes = buffers.sizes | {"image": EXPERTS * image}
         where, address = {}, begin
         for name in wrong:  # one behind the other
             where[name] = address
@@ -228,8 +274,10 @@ def test_several_faults(pair, seed):
         for name in ("ids", "weights"):
             if where.get(name, SIZE) + buffers.sizes[name] <= SIZE:
                 buffers.write(name, where[name])
-        own = place_layer(device, **(image | {
-            "image_address": where.get("image", image["image_address"])}))
+        if "image" in where:
+            for expert, entry in enumerate(table):
+                entry["image_address"] = where["image"] + expert * image
+        own = place_layer(device, descriptor, table)
         fields = buffers.fields(own.address) | {
             f"{name}_address": address for name, address in where.items() if name != "image"}
         write_register(device, "WINDOW_LIMIT", limit)
@@ -331,23 +379,24 @@ def test_registers_that_describe_no_rings(pair, register, values, error):
             assert_same_bits(pair.layers[device].sync(handle), pair.layers.call(pair.golden))
 
 
-@pytest.mark.parametrize("what", ["x", "ids", "weights", "y", "workspace", "image", "stride"])
+@pytest.mark.parametrize("what", ["x", "ids", "weights", "y", "workspace", "table", "image"])
 def test_nothing_wraps_at_the_top_of_the_address_space(pair, what):
     """What begins below the top and ends beyond it is refused before anything is touched."""
     def script(device):
-        layer = pair.layers[device]._descriptor.address
         buffers = buffers_of(device)
+        descriptor, table = read_layer(device, pair.layers[device])
         changes, fields = {}, {}
         if what == "image":
-            changes = {"image_address": (1 << 40) - PAGE}
-        elif what == "stride":  # that of the last expert only
-            changes = {"stride": (1 << 32) - 64, "image_address": (1 << 40) - (2 << 32)}
+            table[1]["image_address"] = (1 << 40) - 64
+        elif what == "table":  # that of the last experts only
+            changes = {"table_address": (1 << 40) - 64}
         else:
             fields = {f"{what}_address": (1 << 40) - 64}
-        raw = device.transport.memory_read(layer, 64).tobytes()
-        own = place_layer(device, **(decode(LAYER, raw) | changes))
+        own = place_layer(device, descriptor, table, **changes)
         write_register(device, "WINDOW_LIMIT", 1 << 40)
-        guard = untouched(pair) if device is pair.rtl else contextlib.nullcontext()
+        allowed = [(buffers.addresses[name], buffers.sizes[name]) for name in ("y", "workspace")
+                   if what == "image"]  # what other experts may have come to
+        guard = untouched(pair, *allowed) if device is pair.rtl else contextlib.nullcontext()
         with guard:
             command = execute(device, buffers.fields(own.address, **fields))
         write_register(device, "WINDOW_LIMIT", SIZE)
@@ -355,11 +404,10 @@ def test_nothing_wraps_at_the_top_of_the_address_space(pair, what):
         buffers.memory.free()
         return result_of(command)
 
-    structure, name, status = (
-        (LAYER, "image_address", Status.BAD_LAYER) if what in ("image", "stride")
-        else (SUBMISSION, f"{what}_address", Status.BAD_FIELD))
-    word = next(field.word for field in structure if field.name == name)
-    assert pair.same(script) == (status, word, 0)
+    structure, status = {"image": (EXPERT, Status.BAD_EXPERT), "table": (LAYER, Status.BAD_LAYER)
+                         }.get(what, (SUBMISSION, Status.BAD_FIELD))
+    word = field_of(structure, f"{what}_address").word
+    assert pair.same(script) == (status, *((1, word) if what == "image" else (word, 0)))
 
 
 # -- numbers ---------------------------------------------------------------------------------------
@@ -418,7 +466,8 @@ def test_grid_overflow(pair, grid_exponent):
 # -- the bus ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("response", ["SLVERR", "DECERR"])
 @pytest.mark.parametrize("what", ["x", "ids", "weights", "y", "workspace read",
-                                  "workspace write", "layer", "image", "image end"])
+                                  "workspace write", "layer", "table", "image",
+                                  "image end"])
 def test_bus_errors(pair, what, response):
     """The command names the burst (0 for a write), whatever it was for."""
     device, simulation = pair.rtl, pair.simulation
@@ -428,10 +477,11 @@ def test_bus_errors(pair, what, response):
     writes = what in ("y", "workspace write")
     if name == "layer":
         address, count = layer._descriptor.address, 64
+    elif name == "table":
+        address, count = layer._descriptor.address + 64 * 2, 64  # of expert 1
     elif name == "image":
-        stride = layer.shape.stride
         payload = layer.shape.image_bytes - layer.shape.header_bytes
-        address = layer._images.address + layer.shape.header_bytes + stride
+        address = layer._images.address + layer.shape.header_bytes + layer.shape.memory_bytes
         address, count = (address + payload - 8, 8) if "end" in what else (address, 64)
     else:
         address, count = buffers.addresses[name], buffers.sizes[name]

@@ -7,7 +7,7 @@ from moeaccel.config import PRESETS
 from moeaccel.formats import FORMATS
 from moeaccel.host import open_device
 from moeaccel.sim import MemoryModel
-from tests.support.pair import MEMORY_BYTES, assert_same_bits, batches, draw_experts
+from tests.support.pair import MEMORY_BYTES, assert_same_bits, batches, draw_experts, read_layer
 
 EXPERTS, TOKENS, TOP_K, D_MODEL = 6, 40, 3, 96
 
@@ -76,8 +76,8 @@ def test_order_of_the_layers_experts(experts, call, whole, weights):
     order = np.random.default_rng(2).permutation(EXPERTS)
     number = np.append(np.argsort(order), -1)
     device = experts.device
-    bits = 8 * experts.device.transport.memory_read(experts._descriptor.address, 4)[2]
-    with device.load_experts(*(w[order] for w in weights), activation_bits=int(bits)) as other:
+    bits = 8 * read_layer(device, experts)[0]["planes"]
+    with device.load_experts(*(w[order] for w in weights), activation_bits=bits) as other:
         assert_same_bits(other(x, number[ids], scores), whole)
 
 

@@ -10,6 +10,7 @@ from moeaccel.config import DIM_MAX, EXPERTS_MAX, PRESETS, AcceleratorConfig
 from moeaccel.formats import BLOCK, weight_format, whole_blocks
 from moeaccel.host.errors import InvalidOption, LimitExceeded
 from moeaccel.image import ExpertShape
+from moeaccel.interface.commands import ENTRY_BYTES
 
 __all__ = ["SMALLEST_MEMORY", "Choice", "LayerDims", "buffer_bytes", "choose", "memory_size"]
 
@@ -47,11 +48,14 @@ class LayerDims(NamedTuple):
         return (self.experts <= config.max_experts
                 and max(self.d_model, self.d_expert) <= config.max_dim)
 
+    def shape(self, config: AcceleratorConfig, format_name: str) -> ExpertShape:
+        """Return the shape of each expert."""
+        return ExpertShape(weight_format(format_name), self.d_model, self.d_expert,
+                           config.row_multipliers, config.channels)
+
     def image_bytes(self, config: AcceleratorConfig, format_name: str) -> int:
-        """Return how many bytes of each channel's memory the layer's images take."""
-        shape = ExpertShape(weight_format(format_name), self.d_model, self.d_expert,
-                            config.row_multipliers, config.channels)
-        return self.experts * shape.stride
+        """Return how many bytes of each channel's memory the layer's images and table take."""
+        return self.experts * (self.shape(config, format_name).memory_bytes + ENTRY_BYTES)
 
 
 class Choice(NamedTuple):

@@ -12,9 +12,10 @@ from typing import Any, Literal, get_args
 
 from moeaccel.config import PRESETS, AcceleratorConfig, preset
 from moeaccel.formats import FORMATS
-from moeaccel.host import weights
-from moeaccel.host.device import Device, open_device
+from moeaccel.host.device import Device
 from moeaccel.host.errors import InvalidOption, OutOfDeviceMemory
+from moeaccel.host.limits import check_layer
+from moeaccel.host.opening import open_device
 from moeaccel.host.plugins.transformers.choice import (
     Choice,
     LayerDims,
@@ -262,9 +263,10 @@ def option(name: str) -> Any:
 
 
 def check_limits(session: Session, layer: LayerDims) -> None:
-    """Raise :class:`LimitExceeded` if a layer is too large for the device's configuration."""
-    weights.check_limits(
-        session.device, layer.experts, d_model=layer.d_model, d_expert=layer.d_expert)
+    """Raise :class:`LimitExceeded` or :class:`FormatError` if the device's configuration does not
+    take a layer."""
+    config = session.device.config
+    check_layer(config, [layer.shape(config, session.weight_format)] * layer.experts)
 
 
 def check_memory(session: Session, layers: Sequence[LayerDims]) -> None:

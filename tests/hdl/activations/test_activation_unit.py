@@ -5,7 +5,7 @@ from amaranth.sim import Simulator
 from moeaccel.arithmetic import InternalFloat, normalise
 from moeaccel.config import preset
 from moeaccel.hdl.activations.activation_unit import ActivationUnit
-from moeaccel.tables import swiglu
+from moeaccel.tables import gated
 
 
 def extreme(rng, n):
@@ -24,8 +24,11 @@ def extreme(rng, n):
 def run(gates, ups, rng, stall):
     config = preset("tiny")
     dut = ActivationUnit(config)
-    expected = swiglu(gates, ups)
     n = len(gates.mantissa)
+    activations = config.expert_activations
+    chosen = rng.integers(len(activations), size=n)  # those of consecutive elements differ
+    of_each = np.array([gated(gates, ups, a) for a in activations])
+    expected = of_each[chosen, :, np.arange(n)].T
     meta = [(int(rng.integers(config.max_slots)), int(rng.integers(config.max_dim)),
              int(rng.integers(2))) for _ in range(n)]
     got, cycles = [], []
@@ -34,14 +37,15 @@ def run(gates, ups, rng, stall):
         port = dut.i_element
         for i, (slot, index, last) in enumerate(meta):
             for odd, value in enumerate((gates, ups)):
-                while rng.random() < stall:  # nothing, or a down element
+                while rng.random() < stall:  # nothing, or an element to be combined
                     ctx.set(port.valid, int(rng.integers(2)))
-                    ctx.set(port.payload, {"down": 1, "row": int(rng.integers(2)), "value": {
+                    ctx.set(port.payload, {"combine": 1, "row": int(rng.integers(2)), "value": {
                         "mantissa": 99999, "exponent": 5}})
                     await ctx.tick()
                 ctx.set(port.valid, 1)
                 ctx.set(port.payload, {
-                    "slot": slot, "row": 2 * index + odd, "last": last & odd, "value": {
+                    "slot": slot, "row": 2 * index + odd, "last": last & odd,
+                    "activation": activations[chosen[i]].code, "value": {
                         "mantissa": int(value.mantissa[i]), "exponent": int(value.exponent[i])}})
                 await ctx.tick()
         ctx.set(port.valid, 0)

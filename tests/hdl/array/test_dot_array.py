@@ -10,7 +10,7 @@ from amaranth.sim import Simulator
 from moeaccel.arithmetic import normalise, quantise_float32
 from moeaccel.config import ACTIVATION_SHIFT_MAX, BLOCK, PRESETS
 from moeaccel.formats import FORMATS, SHARED_FIELD_BITS, quantise
-from moeaccel.golden.experts import matvec
+from moeaccel.golden.dot_array import matvec
 from moeaccel.hdl.array.dot_array import DotArray
 
 TINY = PRESETS["tiny"]

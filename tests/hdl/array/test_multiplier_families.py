@@ -8,8 +8,8 @@ from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
 from moeaccel.formats import SHARED_FIELD_BITS
-from moeaccel.hdl.array.dsp_models import DSP_MODELS
 from moeaccel.hdl.array.multiplier import FAMILIES, Multiplier
+from moeaccel.hdl.verilog.dsp_models import DSP_MODELS
 from moeaccel.sim.errors import BuildError
 from tests.support.verilated import Verilated, translate
 

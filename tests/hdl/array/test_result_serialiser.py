@@ -106,7 +106,8 @@ class Bench:
         for section in sections:
             self.section(**section)
 
-    def section(self, *, tiles, count, down=0, linear=0, two=0, packed=1, bank=0, fresh=0, short=0):
+    def section(self, *, tiles, count, hidden=0, combine=0, two=0, packed=1, bank=0, fresh=0,
+                short=0, activation=0):
         config = self.config
         per_group = config.token_lanes // (1 + two)
         groups = -(-count // per_group)
@@ -121,7 +122,8 @@ class Bench:
                 tag = {
                     "group": group, "row": tile * tile_rows, "missing": config.rows - rows,
                     "slots": slots, "last_group": last_group,
-                    "last": last_group and tile + 1 == tiles, "down": down, "linear": linear,
+                    "last": last_group and tile + 1 == tiles, "hidden": hidden, "combine": combine,
+                    "activation": activation,
                     "two_planes": two, "x_bank": bank, "slot_bank": bank ^ 1, "fresh": fresh,
                 }
                 sums = sums_of(self.rng, config)
@@ -132,14 +134,13 @@ class Bench:
                         value = sums[at + j]
                         if two:
                             value = 256 * sums[at + 2 * j] + sums[at + 2 * j + 1]
-                        hidden = int(down and not linear)
                         slot = group * per_group + j
                         base = self.bases[hidden, 0 if hidden else bank, slot]
                         e = normalise(np.array([value]), base + exponents[r])
                         last = tag["last"] and j + 1 == slots and r + 1 == rows
                         self.expected.append((
                             slot, tile * tile_rows + r, int(e.mantissa[0]), int(e.exponent[0]),
-                            down, int(last), bank ^ 1, fresh))
+                            combine, activation, int(last), bank ^ 1, fresh))
 
     async def drive(self, ctx):
         dut = self.dut
@@ -177,8 +178,8 @@ class Bench:
             assert cycle < 100000
             if valid:
                 cycles.append(cycle)
-                self.got.append((e.slot, e.row, e.value.mantissa, e.value.exponent, e.down,
-                                 e.last, e.slot_bank, e.fresh))
+                self.got.append((e.slot, e.row, e.value.mantissa, e.value.exponent, e.combine,
+                                 e.activation, e.last, e.slot_bank, e.fresh))
         assert self.got == self.expected
         await ctx.tick().repeat(30)
         assert not ctx.get(port.valid)
@@ -199,13 +200,15 @@ def sections(config):
     return [
         {"tiles": 3, "count": slots, "two": 0},
         {"tiles": 3, "count": slots // 2, "two": 1, "bank": 1},
-        {"tiles": 2, "count": slots // 2 - 1, "two": 1, "down": 1, "bank": 1, "fresh": 1},
-        {"tiles": 4, "count": 1, "two": 0, "packed": 0, "down": 1},
-        {"tiles": 4, "count": slots - 1, "packed": 0, "down": 1, "linear": 1, "bank": 1},
-        {"tiles": 3, "count": 1, "two": 1, "packed": 0},
-        {"tiles": 2, "count": slots // 2, "two": 1, "short": 1, "down": 1},
+        {"tiles": 2, "count": slots // 2 - 1, "two": 1, "hidden": 1, "combine": 1,
+         "bank": 1, "fresh": 1},
+        {"tiles": 4, "count": 1, "two": 0, "packed": 0, "hidden": 1, "combine": 1},
+        {"tiles": 4, "count": slots - 1, "packed": 0, "combine": 1, "bank": 1},
+        {"tiles": 3, "count": 1, "two": 1, "packed": 0, "activation": 1},
+        {"tiles": 2, "count": slots // 2, "two": 1, "short": 1, "hidden": 1, "combine": 1},
         {"tiles": 1, "count": slots, "short": config.rows - 2},
-        {"tiles": 3, "count": slots - 1, "packed": 0, "short": config.rows // 2 - 1, "down": 1},
+        {"tiles": 3, "count": slots - 1, "packed": 0, "short": config.rows // 2 - 1,
+         "hidden": 1, "combine": 1},
     ]
 
 

@@ -5,50 +5,18 @@ import random
 import pytest
 
 from moeaccel.config import PRESETS
-from moeaccel.formats import FORMATS
 from moeaccel.interface.commands import LAYER, SUBMISSION, Opcode, Status
 from tests.support.command_bench import (
     CQ,
     GEMM,
     GOOD_LAYER,
     GOOD_SUBMISSION,
-    LINEAR,
     SIZE,
     SQ,
     TINY,
     Bench,
     word_of,
-    words,
 )
-
-
-@pytest.mark.parametrize(("config", "count"), [
-    (TINY, 40),
-    (PRESETS["wide512"], 20),
-    (PRESETS["wide512"].replace(row_multipliers=16, max_dim=32768), 20),
-])
-def test_words_are_those_of_the_image(config, count):
-    bench = Bench(config, seed=2)
-    rng = random.Random(3)
-    layers = []
-
-    async def testbench(ctx):
-        for i in range(count):
-            dims = [32 * rng.choice([rng.randint(1, config.max_steps), 1, config.max_steps])
-                    for _ in range(3)]
-            layer = dict(zip(("d_in", "d_expert", "d_out"), dims, strict=True))
-            layer["format"] = rng.randrange(len(FORMATS))
-            if linear := i % 4 == 3:
-                layer |= LINEAR | {"d_expert": layer["d_in"]}
-            layers.append(GOOD_LAYER | layer)
-            bench.put_layer(**layer)
-            entry = await bench.run_one(ctx, **(GEMM if linear else {}))
-            assert entry["status"] == Status.OK
-
-    bench.run(testbench)
-    for job, layer in zip(bench.jobs, layers, strict=True):
-        assert {name: job[name] for name in ("gate_up_words", "down_words")} == words(layer, config)
-
 
 ADDRESSES = [f.name for f in SUBMISSION if f.name.endswith("_address")]
 BAD_SUBMISSIONS = [
@@ -62,22 +30,16 @@ BAD_SUBMISSIONS = [
       for value in (1, 0x20, 0x4020, 1 << TINY.address_bits, 1 << 63)),
     ({"y_address": 1, "x_address": 8, "workspace_address": 4}, "x_address"),  # the first one
 ]
-NO_FORMAT = max(f.code for f in FORMATS.values()) + 1
 BAD_LAYERS = [
-    ({"kind": 1}, "kind"), ({"kind": 2}, "kind"), ({"format": NO_FORMAT}, "format"),
-    ({"format": 0x81}, "format"), ({"planes": 0}, "planes"), ({"planes": 3}, "planes"),
-    ({"activation": 1}, "activation"), ({"num_experts": 0}, "num_experts"),
-    ({"num_experts": TINY.max_experts + 1}, "num_experts"),
+    ({"planes": 0}, "planes"), ({"planes": 3}, "planes"),
+    ({"num_experts": 0}, "num_experts"), ({"num_experts": TINY.max_experts + 1}, "num_experts"),
     ({"num_experts": 0x8000_0001}, "num_experts"),
-    *(({name: value}, name) for name in ("d_in", "d_expert", "d_out")
+    *(({name: value}, name) for name in ("d_in", "d_out")
       for value in (0, 48, TINY.max_dim + 32, 0x8000_0020)),
     ({"grid_exponent": -101}, "grid_exponent"), ({"grid_exponent": 61}, "grid_exponent"),
-    ({"stride": 4096 + 32}, "stride"), ({"image_address": 0x9020}, "image_address"),
-    ({"image_address": 1 << TINY.address_bits}, "image_address"),
-    ({"d_out": 1, "stride": 1}, "d_out"),
-]
-BAD_LINEAR_LAYERS = [
-    ({"kind": 0}, "kind"), ({"num_experts": 2}, "num_experts"), ({"d_expert": 96}, "d_expert"),
+    ({"table_address": 0x9020}, "table_address"),
+    ({"table_address": 1 << TINY.address_bits}, "table_address"),
+    ({"d_out": 1, "table_address": 1}, "d_out"),
 ]
 
 
@@ -103,10 +65,9 @@ def test_bad_fields_of_layers():
     bench = Bench()
 
     async def testbench(ctx):
-        for rows, submission, layer in (
-                (BAD_LAYERS, {}, {}), (BAD_LINEAR_LAYERS, GEMM, LINEAR)):
-            for changes, name in rows:
-                bench.put_layer(**layer | changes)
+        for submission in ({}, GEMM):
+            for changes, name in BAD_LAYERS:
+                bench.put_layer(**changes)
                 entry = await bench.run_one(ctx, **submission)
                 assert (entry["status"], entry["detail"]) == (
                     Status.BAD_LAYER, word_of(LAYER, name)), changes
@@ -114,20 +75,6 @@ def test_bad_fields_of_layers():
 
     bench.run(testbench)
     assert {name for _, name in BAD_LAYERS} == {f.name for f in LAYER}
-
-
-def test_a_format_that_the_configuration_lacks():
-    bench = Bench(TINY.replace(formats=("int4_g32", "mxfp4")))
-
-    async def testbench(ctx):
-        for fmt in FORMATS.values():
-            bench.put_layer(format=fmt.code)
-            entry = await bench.run_one(ctx)
-            assert (entry["status"], entry["detail"]) == (
-                (Status.OK, 0) if fmt.name in bench.config.formats
-                else (Status.BAD_LAYER, word_of(LAYER, "format"))), fmt.name
-
-    bench.run(testbench)
 
 
 def test_limits_are_allowed():
@@ -142,9 +89,9 @@ def test_limits_are_allowed():
         ]:
             assert (await bench.run_one(ctx, **changes))["status"] == Status.OK, changes
         for changes in [
-            {"num_experts": TINY.max_experts, "d_in": TINY.max_dim, "d_expert": 32},
-            {"grid_exponent": -100, "stride": 0},
-            {"grid_exponent": 60, "planes": 1, "stride": 0xFFFF_FFC0},
+            {"num_experts": TINY.max_experts, "d_in": TINY.max_dim, "d_out": 32},
+            {"grid_exponent": -100, "table_address": 0},
+            {"grid_exponent": 60, "planes": 1},
         ]:
             bench.put_layer(**changes)
             assert (await bench.run_one(ctx))["status"] == Status.OK, changes
@@ -152,14 +99,13 @@ def test_limits_are_allowed():
     bench.run(testbench)
 
 
-def ends(submission, layer, config):
+def ends(submission, layer):
     """Return how many bytes lie behind each address that a command may touch."""
     tokens, d_in, d_out = submission["tokens"], layer["d_in"], layer["d_out"]
     pairs = 4 * tokens * submission["top_k"]
-    payload = sum(words(layer, config).values()) * config.word_bytes
     return {"x_address": 4 * tokens * d_in, "ids_address": pairs, "weights_address": pairs,
             "y_address": 4 * tokens * d_out, "workspace_address": 8 * tokens * d_out,
-            "image_address": (layer["num_experts"] - 1) * layer["stride"] + payload}
+            "table_address": 64 * layer["num_experts"]}
 
 
 @pytest.mark.parametrize("config", [
@@ -175,19 +121,16 @@ def test_everything_ends_within_the_address_space(config):
     async def testbench(ctx):
         for i in range(8):
             layer = {name: 32 * rng.randint(1, min(config.max_steps, 40))
-                     for name in ("d_in", "d_expert", "d_out")}
-            layer["format"] = rng.randrange(len(FORMATS))
+                     for name in ("d_in", "d_out")}
             layer["num_experts"] = rng.choice([1, 2, rng.randint(1, config.max_experts)])
-            layer["stride"] = 64 * rng.choice([0, rng.randint(1, 3000)])
             command = {"top_k": rng.choice([1, 16, rng.randint(1, 16)])}
-            if linear := i % 4 == 3:
-                layer |= LINEAR | {"d_expert": layer["d_in"]}
+            if gemm := i % 4 == 3:
                 command = dict(GEMM)
             command["tokens"] = rng.randint(
                 1, min(config.max_tokens, config.max_assignments // command["top_k"]))
-            sizes = ends(GOOD_SUBMISSION | command, GOOD_LAYER | layer, config)
+            sizes = ends(GOOD_SUBMISSION | command, GOOD_LAYER | layer)
             highest = {name: (top - size) // 64 * 64 for name, size in sizes.items()}
-            layer["image_address"] = highest.pop("image_address")
+            layer["table_address"] = highest.pop("table_address")
             bench.put_layer(**layer)
             assert (await bench.run_one(ctx, **command | highest))["status"] == Status.OK
             names = rng.sample(list(highest), 3) if i else list(highest)
@@ -201,15 +144,15 @@ def test_everything_ends_within_the_address_space(config):
                     first = min(word_of(SUBMISSION, n) for n in beyond)
                 entry = await bench.run_one(ctx, **command | wrong)
                 assert (entry["status"], entry["detail"]) == (Status.BAD_FIELD, first)
-            if layer["image_address"] + 64 < top:
-                bench.put_layer(**layer | {"image_address": layer["image_address"] + 64})
+            if layer["table_address"] + 64 < top:
+                bench.put_layer(**layer | {"table_address": layer["table_address"] + 64})
                 entry = await bench.run_one(ctx, **command | highest)
                 assert (entry["status"], entry["detail"]) == (
-                    Status.BAD_LAYER, word_of(LAYER, "image_address"))
+                    Status.BAD_LAYER, word_of(LAYER, "table_address"))
                 name = rng.choice([n for n in highest if highest[n] + 64 < top] or ["y_address"])
                 entry = await bench.run_one(ctx, **command | {name: highest[name] + 64})
                 assert entry["status"] == Status.BAD_FIELD
-            assert linear == (len(bench.jobs) % 4 == 0)
+            assert gemm == (len(bench.jobs) % 4 == 0)
 
     bench.run(testbench)
     assert len(bench.jobs) == 8

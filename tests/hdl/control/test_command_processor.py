@@ -31,7 +31,6 @@ from tests.support.command_bench import (
     GOOD_LAYER,
     GOOD_SUBMISSION,
     LAYER_AT,
-    LINEAR,
     SIZE,
     SQ,
     TINY,
@@ -49,7 +48,6 @@ def test_jobs_and_completions(preset, stall):
         assert await bench.run_one(ctx) | {"cycles": 0} == {
             "tag": 0x1234, "status": Status.OK, "detail": 0, "address": 0, "cycles": 0,
             "underflows": 0}
-        bench.put_layer(**LINEAR)
         assert (await bench.run_one(ctx, **GEMM, tag=9))["tag"] == 9
         bench.put_layer()
         for opcode in (Opcode.NOP, Opcode.FENCE):
@@ -62,9 +60,9 @@ def test_jobs_and_completions(preset, stall):
 
     bench.run(testbench)
     assert bench.jobs == [
-        job_of(GOOD_SUBMISSION, GOOD_LAYER, bench.config),
-        job_of(GOOD_SUBMISSION | GEMM, GOOD_LAYER | LINEAR, bench.config),
-        job_of(GOOD_SUBMISSION | {"tokens": 5}, GOOD_LAYER, bench.config)]
+        job_of(GOOD_SUBMISSION, GOOD_LAYER),
+        job_of(GOOD_SUBMISSION | GEMM, GOOD_LAYER),
+        job_of(GOOD_SUBMISSION | {"tokens": 5}, GOOD_LAYER)]
     assert bench.log == ["done", "irq"] * 5  # acknowledged, then the interrupt
     assert bench.counts == [
         (1, 3, 0, 0), (1, 3, 0, 0), (1, 0, 0, 0), (1, 0, 0, 0), (1, 5, 0, 0)]
@@ -243,7 +241,7 @@ def test_latencies():
     steps = [(b[0], b[1] - a[1]) for a, b in itertools.pairwise(seen)]
     # The others are the models' own.
     assert [s for s in steps if s[0] not in ("last", "done", "acknowledged")][:5] == [
-        ("request", 2), ("request", 5), ("job", 9 + 3), ("write", 2), ("irq", 1)]
+        ("request", 2), ("request", 5), ("job", 5 + 3), ("write", 2), ("irq", 1)]
 
 
 class Small(wiring.Component):

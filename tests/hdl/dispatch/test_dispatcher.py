@@ -1,5 +1,4 @@
-"""The dispatcher against a plain sort: every pair in exactly one pass, in order, with the right
-flags."""
+"""The dispatcher against the plan: every pair in one pass, in order, with the right flags."""
 
 import random
 
@@ -7,31 +6,45 @@ import numpy as np
 import pytest
 from amaranth.sim import Simulator
 
+from moeaccel.activations import ACTIVATIONS
 from moeaccel.arithmetic import float32_to_internal
 from moeaccel.config import PRESETS
+from moeaccel.formats import FORMATS
 from moeaccel.hdl.dispatch.dispatcher import Dispatcher
+from moeaccel.image import ExpertShape, table_entry
+from moeaccel.interface.commands import EXPERT, encode, field_of
+from moeaccel.plan import plan
 
 CONFIG = PRESETS["tiny"]
+TABLE = 0x40000
+FIRST = {"d_model": 64, "row_multipliers": CONFIG.row_multipliers}
+EXPERTS = [  # of a mixed layer
+    ExpertShape(FORMATS["int4_g32"], d_expert=32, **FIRST),
+    ExpertShape(FORMATS["mxint8"], d_expert=64, down_format=FORMATS["mxfp4"], **FIRST),
+    ExpertShape(FORMATS["int4_g128"], d_expert=96, activation="relu", **FIRST)]
 
 
-def expected_passes(ids, num_experts, capacity):
-    passes, resident = [], None
-    for e in range(num_experts):
-        pairs = [(t, k) for t in range(ids.shape[0]) for k in range(ids.shape[1]) if ids[t, k] == e]
-        for i in range(0, len(pairs), capacity):
-            chunk = pairs[i : i + capacity]
-            tokens = [t for t, _ in chunk]
-            passes.append((e, chunk, tokens == resident))
-            resident = tokens
-    return passes
+def shape_of(expert):
+    return EXPERTS[expert % len(EXPERTS)]
 
 
-def run(ids, weights, *, num_experts, two_planes, seed, linear=False, delay=0, more=(),
-        nonfinite=None):
-    """Return (passes, zero tokens); a pass is (image, count, same, last, slots, x bank).
+def image_of(expert):
+    return 0x100040 + 8192 * expert
 
-    ``more``: weights with which the job is run again; None: as a linear layer. ``nonfinite``: list
-    that takes, for each run, the token whose weight is not finite, or None.
+
+def table_of(num_experts, bad=None):
+    """Return an expert table; ``bad``: the expert whose entry no device takes."""
+    return {TABLE + 64 * e: encode(EXPERT, table_entry(shape_of(e), image_of(e)) | (
+        {"flags": 3} if e == bad else {})) for e in range(num_experts)}
+
+
+def run(ids, weights, *, num_experts, two_planes, seed, routed=True, delay=0, more=(),
+        nonfinite=None, bad=()):
+    """Return (passes, zero tokens, ...); a pass is (count, same, last, slots, x bank, work).
+
+    ``more``: weights with which the job is run again; None: not routed. ``bad``: for each run the
+    expert whose entry is bad, or None; it is checked that the dispatcher says so. ``nonfinite``:
+    list that takes, for each run, the token whose weight is not finite, or None.
     """
     rng = random.Random(seed)
     tokens, top_k = ids.shape
@@ -39,7 +52,7 @@ def run(ids, weights, *, num_experts, two_planes, seed, linear=False, delay=0, m
     passes, zeros, requests, sections, loads = [], [], [], [], []
     table = {}
     unanswered = set()  # addresses asked for whose data is not complete
-    beats = {0x10000: ids.astype("<i4").tobytes()}
+    beats = {0x10000: ids.astype("<i4").tobytes()} | table_of(num_experts)
 
     async def memory(ctx):
         while True:
@@ -102,7 +115,7 @@ def run(ids, weights, *, num_experts, two_planes, seed, linear=False, delay=0, m
             if valid:
                 base = p.slot_bank * CONFIG.max_slots
                 slots = [table[base + i] for i in range(p.count)]
-                passes.append((p.count, p.same, p.last, slots, p.x_bank))
+                passes.append((p.count, p.same, p.last, slots, p.x_bank, p.work))
                 waiting.append(rng.randrange(60))
 
     async def retire(ctx):
@@ -119,26 +132,24 @@ def run(ids, weights, *, num_experts, two_planes, seed, linear=False, delay=0, m
     async def job(ctx):
         p = dut.i_job.p
         for name, value in {
-            "linear": linear,
-            "format": 1,
+            "routed": routed,
             "two_planes": two_planes,
             "steps_in": 2,
             "num_experts": num_experts,
-            "steps_hidden": 1,
             "steps_out": 2,
-            "stride": 4096,
-            "image_address": 0x100040,
-            "gate_up_words": 40,
-            "down_words": 30,
+            "table_address": TABLE,
             "tokens": tokens,
             "top_k": top_k,
             "ids_address": 0x10000,
             "weights_address": 0x20000,
         }.items():
             ctx.set(p[name], value)
-        for now in (weights, *more):
+        for turn, now in enumerate((weights, *more)):
+            wrong = bad[turn] if turn < len(bad) else None
+            beats.update(table_of(num_experts, wrong))
+            wrong = wrong if wrong in ids else None  # without tokens nobody looks at it
             if now is None:
-                ctx.set(p.linear, 1)
+                ctx.set(p.routed, 0)
             else:
                 beats[0x20000] = now.astype("<f4").tobytes()
             ctx.set(dut.i_job.valid, 1)
@@ -148,6 +159,10 @@ def run(ids, weights, *, num_experts, two_planes, seed, linear=False, delay=0, m
             await ctx.tick().until(dut.o_done)
             # What comes later would be taken for the next command's.
             assert not unanswered
+            assert ctx.get(dut.o_bad) == (wrong is not None)
+            if wrong is not None:
+                assert ctx.get(dut.o_bad_expert) == wrong
+                assert ctx.get(dut.o_bad_word) == field_of(EXPERT, "flags").word
             if nonfinite is not None:
                 found = ctx.get(dut.o_nonfinite)
                 nonfinite.append(ctx.get(dut.o_nonfinite_token) if found else None)
@@ -194,32 +209,23 @@ def test_passes_hold_every_pair_once_in_order(seed, two_planes):
     passes, zeros, requests, sections, loads = run(
         ids, weights, num_experts=num_experts, two_planes=two_planes, seed=seed
     )
-    expected = expected_passes(ids, num_experts, capacity)
-    valid = (ids >= 0) & (ids < num_experts)
-    assert zeros == np.nonzero(~valid.any(axis=1))[0].tolist()
-    assert requests == [(0x100040 + 4096 * e, 70) for e, _, _ in expected]
-    assert sections == [(1, 2, 16), (1, 1, 16)] * len(expected)
-    assert len(passes) == len(expected)
-    assert len(loads) == sum(not same for _, _, same in expected)
-    left = valid.sum(axis=1)
-    seen = np.zeros(tokens, int)
-    firsts = []
-    for i, ((count, same, last, slots, _), (_, pairs, expect_same)) in enumerate(
-        zip(passes, expected, strict=True)
-    ):
-        assert (count, same, last) == (len(pairs), expect_same, i + 1 == len(expected))
-        if not same:
-            firsts = []
-        for s, ((t, k), (token, mantissa, exponent, first, final)) in enumerate(
-            zip(pairs, slots, strict=True)
-        ):
-            w = float32_to_internal(weights[t : t + 1, k])
-            assert (token, mantissa, exponent) == (t, w.mantissa[0], w.exponent[0])
-            if not same:
-                firsts.append(seen[t] == 0)
-            seen[t] += 1
-            left[t] -= 1
-            assert first == firsts[s] and final == (left[t] == 0)
+    expected = plan(ids, num_experts, capacity)
+    assert zeros == list(expected.zeros)
+    shapes = [shape_of(now.expert) for now in expected.passes]
+    assert requests == [
+        (image_of(now.expert), shape.gate_up.words + shape.down.words)
+        for now, shape in zip(expected.passes, shapes, strict=True)]
+    assert sections == [
+        (section.format.code, section.steps, section.tiles)
+        for shape in shapes for section in shape.sections]
+    assert [p[5].activation for p in passes] == [
+        ACTIVATIONS[shape.activation].code for shape in shapes]
+    assert sum(load[2] for load in loads) == len(expected.loads)
+    for (count, same, last, slots, *_), now in zip(passes, expected.passes, strict=True):
+        assert (count, same, last) == (len(now.pairs), now.same, now is expected.passes[-1])
+        chosen = float32_to_internal(weights.reshape(-1)[list(now.pairs)])
+        assert slots == list(zip(now.tokens, chosen.mantissa, chosen.exponent, now.first, now.last,
+                                 strict=True))
 
 
 def test_the_lowest_token_whose_weight_is_not_finite_is_named():
@@ -239,7 +245,7 @@ def test_the_lowest_token_whose_weight_is_not_finite_is_named():
     assert found == [None, 2, None, 3, 0, None]
 
 
-def test_a_linear_layer_has_no_weights_that_are_not_finite():
+def test_what_is_not_routed_has_no_weights_that_are_not_finite():
     """What the memory of weights holds is another command's."""
     found = []
     run(np.zeros((3, 1), int), np.full((3, 1), np.nan, np.float32), num_experts=1, two_planes=0,
@@ -247,13 +253,28 @@ def test_a_linear_layer_has_no_weights_that_are_not_finite():
     assert found == [0, None]
 
 
-def test_linear_layers_need_no_ids():
+def test_what_is_not_routed_needs_no_ids():
     passes, zeros, requests, sections, _ = run(
-        np.zeros((6, 1), int), np.zeros((6, 1)), num_experts=1, two_planes=1, seed=1, linear=True
+        np.zeros((6, 1), int), np.zeros((6, 1)), num_experts=1, two_planes=1, seed=1, routed=False
     )
     assert [p[0] for p in passes] == [2, 2, 2] and not zeros
     assert all(slot[1:3] == (1 << 16, -16) for p in passes for slot in p[3])
-    assert sections == [(1, 1, 16)] * 3 and len(requests) == 3
+    assert len(sections) == 6 and requests == [requests[0]] * 3
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_command_ends_at_a_bad_entry(seed):
+    """Passes of the experts before it go out and retire; the next command is as any other."""
+    ids = np.array([[3, 0], [2, 1], [3, 1], [0, 1], [2, 3]])
+    weights = np.ones(ids.shape, np.float32)
+    passes, _, requests, _, _ = run(
+        ids, weights, num_experts=5, two_planes=1, seed=seed, more=[weights] * 5,
+        bad=[2, None, 0, 4, 3, None])
+    capacity = CONFIG.max_slots // 2
+    of_experts = [now.expert for now in plan(ids, 5, capacity).passes]
+    assert [(address - image_of(0)) // 8192 for address, _ in requests] == [
+        e for bad in (2, 9, 0, 9, 3, 9) for e in of_experts if e < bad]
+    assert len(passes) == len(requests)
 
 
 def test_the_longest_list_of_ids_is_asked_for_in_whole():
@@ -262,7 +283,8 @@ def test_the_longest_list_of_ids_is_asked_for_in_whole():
     asked = []
 
     async def scenario(ctx):
-        ctx.set(dut.i_job.p, {"num_experts": 2, "tokens": config.max_tokens, "top_k": 2})
+        ctx.set(dut.i_job.p, {
+            "routed": 1, "num_experts": 2, "tokens": config.max_tokens, "top_k": 2})
         ctx.set(dut.i_job.valid, 1)
         await ctx.tick().until(dut.i_job.ready)
         (beats,) = await ctx.tick().sample(dut.reader.request.p.beats).until(

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from moeaccel.hdl.array.dsp_models import DSP_MODELS
 from moeaccel.hdl.array.multiplier import FAMILIES
+from moeaccel.hdl.verilog.dsp_models import DSP_MODELS
 from tests.support.emitted import emitted
 from tests.support.verilated import lint
 

@@ -324,7 +324,7 @@ def test_a_level_without_an_edge_is_seen(files):
     """A completion while the one before is cleared leaves the interrupt high: no event comes."""
     with opened(files) as device:
         transport = device.transport
-        files.card._set("IRQ_STATUS", 1)
+        files.card._registers.set(IRQ_STATUS=1)
         files._level, files._events = True, 0
         assert transport.wait_interrupt(0)
 

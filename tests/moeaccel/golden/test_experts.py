@@ -4,7 +4,7 @@ import pytest
 from moeaccel import golden
 from moeaccel.arithmetic import quantise_float32
 from moeaccel.formats import FORMATS
-from moeaccel.golden.experts import matvec
+from moeaccel.golden.dot_array import matvec
 from moeaccel.golden.reference import experts_float64, quantised_float_experts
 from moeaccel.image import Expert
 from moeaccel.interface.commands import NonFinite, Status
@@ -135,3 +135,63 @@ def test_gemm():
     x = rng.standard_normal((5, 64)).astype(np.float32)
     q = quantise(w, "mxint8")
     assert relative(golden.gemm(x, q).y, x.astype(np.float64) @ q.dequantise().T) <= 2e-4
+
+
+MIXED = (("int4_g32", None, 32, "silu"), ("mxint8", "mxfp4", 128, "relu"),
+         ("mxfp4", "int4_g64", 96, "silu"), ("int4_g128", "mxint8", 64, "relu"))
+
+
+def mixed_layer(rng, d_model=64):
+    """Return float weights of experts that differ in formats, widths and activations, and those."""
+    floats, layer = [], []
+    for name, down_format, d_expert, activation in MIXED:
+        gate_up = (rng.standard_normal((2 * d_expert, d_model)) / 8).astype(np.float32)
+        down = (rng.standard_normal((d_model, d_expert)) / 8).astype(np.float32)
+        layer.append(Expert.quantise(gate_up, down, name, down_format=down_format,
+                                     activation=activation))
+        floats.append((gate_up, down))
+    return floats, layer
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+def test_a_mixed_layer_is_each_of_its_experts(planes):
+    rng = np.random.default_rng(6)
+    _, layer = mixed_layer(rng)
+    x = rng.standard_normal((5, 64)).astype(np.float32)
+    one = np.ones((5, 1), np.float32)
+    for e, weights in enumerate(layer):
+        every = np.full((5, 1), e)
+        alone = golden.experts(x, np.zeros((5, 1), int), one, [weights], planes=planes).y
+        assert (golden.experts(x, every, one, layer, planes=planes).y == alone).all()
+        assert np.abs(alone).max() > 0.01
+
+
+def test_a_mixed_layer_is_its_float_semantics():
+    rng = np.random.default_rng(7)
+    floats, layer = mixed_layer(rng)
+    x = rng.standard_normal((40, 64)).astype(np.float32)
+    ids = np.stack([rng.permutation(4)[:2] for _ in x])
+    weights = rng.random(ids.shape).astype(np.float32)
+    names = [activation for *_, activation in MIXED]
+    y = golden.experts(x, ids, weights, layer).y
+    exact = experts_float64(x, ids, weights, *zip(*floats, strict=True), names)
+    same_quantisers = quantised_float_experts(x, ids, weights, layer, planes=2)
+    assert relative(y, exact) < 0.2  # 4-bit weights
+    assert relative(y, same_quantisers) < 0.0001
+    for other in (["silu"] * 4, names[::-1]):
+        assert relative(experts_float64(x, ids, weights, *zip(*floats, strict=True), other),
+                        exact) > 0.1
+
+
+def test_matrices_are_experts_of_one_section():
+    rng = np.random.default_rng(8)
+    from moeaccel.formats import quantise
+
+    _, (gated, *_) = mixed_layer(rng)
+    matrix = quantise(rng.standard_normal((64, 64)).astype(np.float32), "mxint8")
+    x = rng.standard_normal((6, 64)).astype(np.float32)
+    ids, weights = np.array([[0, 1]] * 6), np.full((6, 2), 0.5, np.float32)
+    one, every = np.ones((6, 1), np.float32), np.zeros((6, 1), int)
+    both = golden.experts(x, ids, weights, [matrix, gated]).y
+    parts = golden.gemm(x, matrix).y + golden.experts(x, every, one, [gated]).y
+    assert relative(both, parts / 2) < 1e-6

@@ -9,18 +9,9 @@ import pytest
 from moeaccel.config import PRESETS
 from moeaccel.formats import FORMATS
 from moeaccel.interface.c_header import c_header
-from moeaccel.interface.commands import (
-    COMPLETION,
-    ENTRY_BYTES,
-    LAYER,
-    SUBMISSION,
-    Opcode,
-    Status,
-    encode,
-)
+from moeaccel.interface.commands import ENTRY_BYTES, STRUCTURES, Opcode, Sink, Status, encode
 from moeaccel.interface.registers import REGISTERS
 
-STRUCTURES = {"submission": SUBMISSION, "layer": LAYER, "completion": COMPLETION}
 COMPILER = shutil.which("gcc") or shutil.which("cc")
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C compiler")
 
@@ -61,7 +52,7 @@ def kind(field):
 def test_structures_have_the_drivers_bytes(tmp_path):
     source = random.Random(1)
     lines, expected = [], b""
-    for name, fields in STRUCTURES.items():
+    for name, fields in ((name.replace(" ", "_"), fields) for name, fields in STRUCTURES.items()):
         for i in range(10):
             values = draw(source, fields)
             variable = f"{name}{i}"
@@ -78,6 +69,8 @@ def test_constants(tmp_path):
     expected = {"MOEACCEL_CONFIG_DIGEST": tiny.digest, "MOEACCEL_CONFIG_MAX_DIM": tiny.max_dim,
                 "MOEACCEL_OPCODE_EXPERTS": Opcode.EXPERTS,
                 "MOEACCEL_STATUS_WATCHDOG": Status.WATCHDOG,
+                "MOEACCEL_SINK_COMBINE": Sink.COMBINE, "MOEACCEL_ACTIVATION_RELU": 1,
+                "sizeof(MOEACCEL_CONFIG_FORMATS)": len(",".join(tiny.formats)) + 1,
                 "MOEACCEL_FORMAT_MXFP4": FORMATS["mxfp4"].code}
     for register in REGISTERS.values():
         expected[f"MOEACCEL_REG_{register.name}"] = register.address

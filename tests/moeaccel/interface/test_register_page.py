@@ -23,6 +23,16 @@ def test_everything_is_there():
         assert f"| `0x{register.address:03x}` | `{register.name}` |" in text
     assert "| 9 | `WATCHDOG` | No progress for WATCHDOG cycles. |" in text
     assert "| 0 | 24 | `phase` | Inverts on each pass" in text
+    assert "### Expert table entry" in text
+    assert "| 1 | `relu` | max(g, 0) |" in text
+
+
+def test_limits_stand_beside_the_meaning():
+    text = generated()
+    assert "| `tokens` | Tokens. Allowed: from 1 to max_tokens. |" in text
+    assert "| `sink0` | Sink. Allowed: 1 where sections is 1; 0 where sections is 2. |" in text
+    assert "Allowed: from -100 to 60. Signed. |" in text
+    assert "| `tag` | Returned in the completion. |" in text
 
 
 def test_a_page_without_markers():

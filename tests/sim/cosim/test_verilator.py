@@ -5,7 +5,6 @@ import errno
 import multiprocessing
 import os
 import random
-import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,11 +15,8 @@ import moeaccel.sim.cosim.verilator as build
 from moeaccel.config import PRESETS
 from moeaccel.errors import CacheError, ToolMissingError
 from moeaccel.hdl.top import generate_verilog
-from moeaccel.sim.cosim.accelerator import accelerator_verilog
 from moeaccel.sim.cosim.simulation import CoSimulation
 from moeaccel.sim.errors import BuildError, SimulationError
-from moeaccel.sim.speedup.gating import BUSY, gate
-from moeaccel.sim.speedup.vectorise import vectorise
 from moeaccel.toolchain import cache_folder, find_compiler
 
 #: The least module that the harness can drive.
@@ -78,12 +74,41 @@ def test_the_second_build_comes_from_the_cache(cache, monkeypatch):
     assert build.build_model(smallest(), cache=cache, flags=QUICK) == first
     assert first.library.stat().st_mtime_ns == written
     # Anything that matters makes another model.
-    for options in ({"waves": True}, {"threads": 2}, {"assertions": False}, {"flags": ["-DX"]}):
+    for options in ({"waves": True}, {"threads": 2}, {"assertions": False}, {"flags": ["-DX"]},
+                    {"speedup": False}):
         with pytest.raises(AssertionError, match="built again"):
             build.build_model(smallest(), cache=cache, **{"flags": QUICK, **options})
     with pytest.raises(AssertionError, match="built again"):
         build.build_model(smallest("assign irq = 1'b1;"), cache=cache, flags=QUICK)
     assert [path.name for path in (cache / "models").iterdir() if path.is_dir()] == [first.digest]
+
+
+def test_the_speedup_can_be_switched_off(cache, monkeypatch):
+    """By an argument, or by the environment where there is none."""
+    rewritten = []
+    monkeypatch.setattr(build._Build, "compile", lambda self, harness: (
+        (self._work / build.LIBRARY_NAME).write_text("")))
+    monkeypatch.setattr(build, "vectorise", lambda folder: rewritten.append(folder) or 7)
+    monkeypatch.setattr(build, "gate", lambda folder, busy: 3)
+
+    def found(**options):
+        model = build.build_model(smallest(), cache=cache, flags=QUICK, **options)
+        return model.looped, model.skippable
+
+    monkeypatch.delenv(build.SPEEDUP_VARIABLE, raising=False)
+    assert found(speedup=False) == (0, 0)
+    assert found() == found(speedup=True) == (7, 3)
+    monkeypatch.setenv(build.SPEEDUP_VARIABLE, "0")
+    assert found() == (0, 0)
+    assert found(speedup=True) == (7, 3)
+    assert len(rewritten) == 1
+    monkeypatch.setenv(build.SPEEDUP_VARIABLE, "1")
+    assert found() == (7, 3)
+    monkeypatch.setenv(build.SPEEDUP_VARIABLE, "off")
+    with pytest.raises(ValueError, match="MOEACCEL_SPEEDUP must be 0 or 1, not 'off'"):
+        found()
+    with pytest.raises(ValueError, match="speedup must be True, False or None, not 'no'"):
+        found(speedup="no")
 
 
 def _build_in_process(verilog, cache):
@@ -159,9 +184,10 @@ def test_a_model_that_is_built_needs_no_compiler(cache, monkeypatch):
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"path": 3}', '"path"',
                                   '{"path": "model.so", "more": 1}'])
 def test_a_damaged_entry_is_none(tmp_path, text):
-    (tmp_path / "model.so").write_text("")
+    for name in ("model.so", "top.v"):
+        (tmp_path / name).write_text("")
     (tmp_path / "model.json").write_text(
-        '{"path": "model.so", "digest": "0", "build_seconds": 1}')
+        '{"path": "model.so", "digest": "0", "build_seconds": 1, "looped": 0, "skippable": 0}')
     assert build._load(tmp_path).path == tmp_path / "model.so"
     (tmp_path / "model.json").write_text(text)
     assert build._load(tmp_path) is None
@@ -318,21 +344,3 @@ def test_every_preset_passes_verilators_checks(config):
     verilog = generate_verilog(PRESETS[config])
     assert len(verilog) < 5 << 20  # a core's text is there once
     build.check_verilog(verilog)
-
-
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("config", [
-    config if config == "wide512" else pytest.param(config, marks=pytest.mark.slow)
-    for config in PRESETS])
-def test_models_of_presets_are_made_faster(config, tmp_path):
-    translator, root = build._verilator()
-    flags = build._translate_flags(top="top", threads=1, waves=False, assertions=True)
-    build._Build(work=tmp_path, runtime=tmp_path, root=root, compiler="", flags=(),
-                 waves=False).translate(translator, flags, accelerator_verilog(PRESETS[config]))
-    assert vectorise(tmp_path / "obj") > 1000
-    names = set(re.findall(r"\b\w+__DOT__\w+", "".join(
-        path.read_text(encoding="utf-8") for path in (tmp_path / "obj").glob("*root.h"))))
-    # BUSY knows no name that is not there.
-    assert {match[1] for match in map(BUSY.search, names) if match} == {
-        "array", "tiles", "streamer", "serialiser", "x_lanes", "i_"}
-    assert gate(tmp_path / "obj") > 300

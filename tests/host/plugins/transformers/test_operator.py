@@ -273,7 +273,7 @@ def test_unsupported_layers_run_eagerly_when_asked(device, caplog, compiled):
 @torch.no_grad()
 def test_layers_beyond_the_device_run_eagerly_when_asked(device, ids, caplog):
     model = make(config_of("Mixtral", **(FOUR | {"intermediate_size": 2048})), "moeaccel")
-    with pytest.raises(errors.LimitExceeded, match=r"d_expert .*not 2048; config 'ulx3s' fits"):
+    with pytest.raises(errors.LimitExceeded, match=r"d_expert .*not 2048; presets that can: ulx3s"):
         model(ids)
     plugin.use_device(device, unsupported="eager")
     found = model(ids).logits

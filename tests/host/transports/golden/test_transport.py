@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 from moeaccel.config import PRESETS
-from moeaccel.host import open_device
-from moeaccel.host.device import Command
+from moeaccel.formats import quantise
 from moeaccel.host.errors import DeviceClosed, InvalidOption, UploadError
 from moeaccel.host.registers import mask
 from moeaccel.host.transports.golden import GoldenTransport
 from moeaccel.interface.commands import COMPLETION, SUBMISSION, Opcode, Status, decode, encode
 from moeaccel.interface.registers import COUNTERS, REGISTERS, Access
+from tests.support.golden_bench import GoldenBench
 
 SQ, CQ = 0x1000, 0x2000
 
@@ -131,24 +131,16 @@ def test_rings_outside_the_window(golden):
 
 def test_x_of_a_token_without_an_expert_is_not_asked_for():
     """It may lie behind the end of memory; the command runs, and so does the next."""
-    rng, end = np.random.default_rng(0), 1 << 20
-    with open_device("golden", config="tiny", memory_bytes=end) as device:
-        layer = device.load_experts(rng.standard_normal((1, 64, 32), np.float32),
-                                    rng.standard_normal((1, 32, 32), np.float32))
-        x, weights = rng.standard_normal((1, 32), np.float32), np.ones((2, 1), np.float32)
-        expected = layer(x, np.array([[0]]), weights[:1])
-        buffers = device.memory.allocate(4096, top=False)
-        parts = {"x": end - 128, "ids": buffers.address, "weights": buffers.address + 64,
-                 "y": buffers.address + 128, "workspace": buffers.address + 1024}
-        for name, array in (("x", x), ("weights", weights), ("ids", np.array([0, -1], np.int32))):
-            device.transport.memory_write(parts[name], array.reshape(-1).view(np.uint8))
-        command = device.submit(
-            {"opcode": Opcode.EXPERTS, "tokens": 2, "top_k": 1,
-             "layer_address": layer._descriptor.address}
-            | {f"{name}_address": address for name, address in parts.items()}, Command("EXPERTS"))
-        assert device.wait(command, timeout_s=1).status == Status.OK
-        y = device.transport.memory_read(parts["y"], 256).view("<f4").reshape(2, 32)
-        assert np.array_equal(y, np.concatenate([expected, np.zeros_like(expected)]))
+    rng, end = np.random.default_rng(0), 1 << 22
+    bench = GoldenBench(memory_bytes=end)
+    layer = bench.layer([quantise(rng.standard_normal((32, 32)).astype(np.float32), "mxint8")])
+    x, weights = rng.standard_normal((1, 32)).astype(np.float32), np.ones((2, 1), np.float32)
+    expected = bench.run(layer, x, np.array([[0]]), weights[:1])[2]
+    bench.device.memory_write(end - 128, x.view(np.uint8))
+    completion, _, y = bench.run(
+        layer, np.zeros((2, 32), np.float32), np.array([[0], [-1]]), weights, x_address=end - 128)
+    assert completion["status"] == Status.OK
+    assert np.array_equal(y, np.concatenate([expected, np.zeros_like(expected)]))
 
 
 def test_memory_outside_is_refused(golden):
@@ -173,7 +165,7 @@ def test_a_closed_transport_says_so(golden):
 
 
 def test_counters_are_48_bits(golden):
-    golden._counters["tokens"] = (1 << 48) + (5 << 32) + 7
+    golden._registers.counters["tokens"] = (1 << 48) + (5 << 32) + 7
     assert read(golden, "TOKENS_HI") == 5
     assert read(golden, "TOKENS_LO") == 7
     assert {f"{name.upper()}_LO" for name, _ in COUNTERS} <= set(REGISTERS)

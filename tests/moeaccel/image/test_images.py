@@ -1,33 +1,22 @@
+"""Images hold experts: what is built passes its check and comes back, and damage is named."""
+
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
 from moeaccel import image
-from moeaccel.errors import ImageError
+from moeaccel.errors import FormatError, ImageError
 from moeaccel.formats import FORMATS, quantise
-from moeaccel.image import Expert, ExpertShape, Section
+from moeaccel.image import Expert, ExpertShape
+
+names = st.sampled_from(list(FORMATS))
 
 
-def expert(name="int4_g32", d_model=64, d_expert=96, seed=0):
+def expert(name="int4_g32", d_model=64, d_expert=96, seed=0, **options):
     rng = np.random.default_rng(seed)
     return Expert.quantise(
-        rng.standard_normal((2 * d_expert, d_model)), rng.standard_normal((d_model, d_expert)), name
-    )
-
-
-@given(
-    st.sampled_from(list(FORMATS)),
-    st.integers(1, 20),
-    st.integers(1, 95),
-    st.sampled_from([2, 4, 8, 16]),
-)
-def test_section_counts_agree_with_its_word_sequence(name, row_blocks, steps, row_multipliers):
-    section = Section(FORMATS[name], 32 * row_blocks, 32 * steps, row_multipliers)
-    kinds = section.kinds()
-    assert len(kinds) == section.words
-    assert (kinds == 0).sum() == section.row_words and (kinds == 1).sum() == section.scale_words
-    assert kinds[:3].tolist() == [0, 1, 2]
-    assert section.stored_bytes <= section.words * section.word_bytes
+        rng.standard_normal((2 * d_expert, d_model)), rng.standard_normal((d_model, d_expert)),
+        name, **options)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -45,29 +34,67 @@ def test_first_weight_word_holds_the_first_rows():
     assert ((word >> 4) == (e.gate_up.integers[1::2][:2, :32].view(np.uint8) & 15)).all()
 
 
+@pytest.mark.parametrize("down", FORMATS)
 @pytest.mark.parametrize("name", FORMATS)
-def test_built_images_pass_their_check(name):
-    e = expert(name)
+def test_built_images_pass_their_check(name, down):
+    e = expert(name, down_format=down)
     built = image.build_image(e.gate_up, e.down, 2)
     shape = image.check_image(built)
-    assert (shape.d_model, shape.d_expert, shape.format.name) == (64, 96, name)
-    assert len(built) == shape.image_bytes <= shape.stride
+    assert shape == e.shape(2) == ExpertShape(FORMATS[name], 64, 96, 2, down_format=FORMATS[down])
+    assert [section.format.name for section in shape.sections] == [name, down]
+    assert len(built) == shape.image_bytes <= shape.memory_bytes
+    assert shape.memory_bytes % image.ALIGNMENT == 0
+
+
+def test_a_shape_is_that_of_its_formats():
+    one, other = FORMATS["int4_g32"], FORMATS["mxint8"]
+    plain, mixed = ExpertShape(one, 64, 96, 2), ExpertShape(one, 64, 96, 2, down_format=other)
+    assert plain == ExpertShape(one, 64, 96, 2, down_format=one) != mixed
+    down = mixed.image_bytes - plain.image_bytes, mixed.stored_bytes - plain.stored_bytes
+    assert down == (64 * (mixed.down.words - plain.down.words), 64 * 3 * (32 + 1 - 16 - 2))
+    with pytest.raises(FormatError, match="activation must be one of silu, relu, not 'gelu'"):
+        ExpertShape(one, 64, 96, 2, activation="gelu")
 
 
 @pytest.mark.parametrize(
     ("where", "message"),
     [
         (0, "this is no expert image"),
-        (4, "version must be 1"),
-        (6, "format code must be"),
+        (4, "version must be 2"),
+        (6, "must have the 2 sections of an expert, not"),
+        (7, "it is truncated"),
+        (8, "part of channel 0, not of 85 of 1 channels"),
+        (10, "format code of gate and up must be"),
+        (11, "format code of down must be"),
+        (12, "dimensions must be positive multiples of 32, not 213 and 96"),
+        (17, "must be 4808640 bytes for its header, not 21440"),
+        (22, "it is truncated"),
+        (28, "it was damaged, load it again"),
         (200, "it was damaged, load it again"),
     ],
 )
 def test_damage_is_named(where, message):
-    e = expert()
+    e = expert(d_model=100)
     built = image.build_image(e.gate_up, e.down, 2).copy()
     built[where] ^= 0x55
     with pytest.raises(ImageError, match=message):
+        image.check_image(built)
+
+
+def test_a_format_of_the_same_size_is_seen():
+    """Both codes are known, and all words are as many: the CRC-32 tells."""
+    e = expert("int4_g32", 32, 32)
+    built = image.build_image(e.gate_up, e.down, 2).copy()
+    built[10] = FORMATS["int4_g64"].code
+    with pytest.raises(ImageError, match="CRC-32 must be"):
+        image.check_image(built)
+
+
+def test_an_array_without_multipliers_is_none():
+    e = expert()
+    built = image.build_image(e.gate_up, e.down, 2).copy()
+    built[7] = 0
+    with pytest.raises(ImageError, match="1 row multiplier or more, not 0"):
         image.check_image(built)
 
 
@@ -80,6 +107,12 @@ def test_truncation_is_named():
         image.check_image(built[:10])
 
 
+def test_a_linear_image_is_no_expert():
+    matrix = quantise(np.ones((64, 96)), "mxint8")
+    with pytest.raises(ImageError, match="2 sections of an expert, not 1; a linear layer has 1"):
+        image.check_image(image.build_linear_image(matrix, 2))
+
+
 def test_gate_and_up_rows_alternate():
     rows = np.arange(8.0).reshape(8, 1)
     assert image.interleave_gate_up(rows)[:, 0].tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
@@ -88,7 +121,7 @@ def test_gate_and_up_rows_alternate():
 
 @settings(deadline=None)
 @given(
-    st.sampled_from(list(FORMATS)),
+    names, names,
     st.integers(1, 6),
     st.integers(1, 6),
     st.sampled_from([2, 4, 8, 16]),
@@ -96,28 +129,29 @@ def test_gate_and_up_rows_alternate():
     st.integers(0, 1 << 30),
 )
 def test_unpacking_gives_back_what_was_packed(
-    name, steps, hidden, row_multipliers, channels, seed
+    name, down_name, steps, hidden, row_multipliers, channels, seed
 ):
     rng = np.random.default_rng(seed)
     spread = np.exp(4 * rng.standard_normal((64 * hidden, 1)))
     before = Expert.quantise(
         rng.standard_normal((64 * hidden, 32 * steps)) * spread,
         rng.standard_normal((32 * steps, 32 * hidden)) * (rng.random((32 * steps, 1)) > 0.3),
-        name,
-    )
+        name, down_format=down_name)
     places = [{"channel": c, "channels": channels} for c in range(channels)]
     after = image.unpack_image(*(
         image.build_image(before.gate_up, before.down, row_multipliers, **place)
         for place in places))
     for a, b in ((before.gate_up, after.gate_up), (before.down, after.down)):
+        assert a.format == b.format
         for field in ("integers", "significand", "shift", "row_exponent"):
             old, new = getattr(a, field), getattr(b, field)
             assert old.dtype == new.dtype
             assert np.array_equal(old, new)
     linear = [image.build_linear_image(before.down, row_multipliers, **place) for place in places]
-    shape = image.LinearShape(FORMATS[name], 32 * steps, 32 * hidden, row_multipliers, channels)
+    shape = image.LinearShape(FORMATS[down_name], 32 * steps, 32 * hidden, row_multipliers,
+                              channels)
     assert {len(part) for part in linear} == {shape.image_bytes}
-    assert shape.image_bytes <= shape.stride
+    assert shape.image_bytes <= shape.memory_bytes
     down = image.unpack_section(
         [part[shape.header_bytes :] for part in linear], shape.section, paired=False)
     assert np.array_equal(down.dequantise(), before.down.dequantise())
@@ -125,16 +159,12 @@ def test_unpacking_gives_back_what_was_packed(
 
 def test_damaged_images_are_not_unpacked():
     e = expert()
-    built = image.build_image(e.gate_up, e.down, 2)
     with pytest.raises(ImageError, match="truncated"):
-        image.unpack_image(built[:-1])
-    shape = image.check_image(built)
-    with pytest.raises(ImageError, match="section must be"):
-        image.unpack_section([built[:64]], shape.down, paired=False)
+        image.unpack_image(image.build_image(e.gate_up, e.down, 2)[:-1])
 
 
 def test_rows_are_dealt_one_by_one():
-    e = expert()
+    e = expert(down_format="mxfp4")
     parts = [image.build_image(e.gate_up, e.down, 2, channel=c, channels=4) for c in range(4)]
     shape = image.check_image(parts[2], channel=2)
     split = shape.header_bytes + shape.gate_up.words * shape.gate_up.word_bytes
@@ -142,7 +172,7 @@ def test_rows_are_dealt_one_by_one():
     own = image.Section(shape.format, len(rows), shape.d_model, 2)
     part = image.unpack_section([parts[2][shape.header_bytes : split]], own, paired=True)
     assert np.array_equal(part.integers, e.gate_up.integers[rows])
-    own = image.Section(shape.format, shape.d_model // 4, shape.d_expert, 2)
+    own = image.Section(shape.down.format, shape.d_model // 4, shape.d_expert, 2)
     part = image.unpack_section([parts[2][split:]], own, paired=False)
     assert np.array_equal(part.integers, e.down.integers[2::4])
 

@@ -5,7 +5,6 @@ import time
 import numpy as np
 import pytest
 
-from moeaccel import cycles
 from moeaccel.config import PRESETS
 from moeaccel.cycles import (
     Prediction,
@@ -14,8 +13,11 @@ from moeaccel.cycles import (
     predict_experts,
     predict_linear,
 )
+from moeaccel.cycles.tile_buffer import TileBuffer
+from moeaccel.errors import FormatError
 from moeaccel.formats import FORMATS, weight_format
-from moeaccel.image import ExpertShape, Section
+from moeaccel.image import ExpertShape, LinearShape, Section
+from moeaccel.plan import plan
 
 TINY, SMALL, WIDE = (PRESETS[name] for name in ("tiny", "small", "wide512"))
 
@@ -27,12 +29,6 @@ def routing(rng, tokens, experts, top_k):
 def shape_of(config, d_model, d_expert, name="int4_g32"):
     return ExpertShape(weight_format(name), d_model, d_expert, config.row_multipliers,
                        config.channels)
-
-
-def passes(config, ids, experts, planes):
-    counts = np.bincount(ids[(ids >= 0) & (ids < experts)], minlength=experts)
-    slots = config.max_slots // planes
-    return [min(slots, int(c) - begin) for c in counts for begin in range(0, int(c), slots)]
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -47,7 +43,7 @@ def test_counters_follow_from_the_work(config, planes, name):
     found = predict_experts(config, shape, ids, 6, planes=planes)
     per_group = config.token_lanes // planes
     steps = [s.tiles * s.steps for s in (shape.gate_up, shape.down)]
-    work = passes(config, ids, 6, planes)
+    work = [len(now.tokens) for now in plan(ids, 6, config.max_slots // planes).passes]
     words = shape.gate_up.words + shape.down.words
     assert found.busy == sum(-(-count // per_group) for count in work) * sum(steps)
     assert found.bytes_read_weights == len(work) * words * config.word_bytes * config.channels
@@ -62,9 +58,73 @@ def test_counters_follow_from_the_work(config, planes, name):
 def test_gemm_reads_and_writes_its_operands_once():
     section = Section(weight_format("mxint8"), 64, 128, SMALL.row_multipliers)
     found = predict_linear(SMALL, section, 5, planes=1)
-    assert found.bytes_read_other == 5 * 128 * 4 + 2 * 64  # x, submission, layer
+    assert found.bytes_read_other == 5 * 128 * 4 + 3 * 64  # x, submission, layer, table
     assert found.bytes_written == 5 * 64 * 4 + 64  # y, completion
     assert linear_cycles(SMALL, section, 5, planes=1) == found.cycles
+
+
+def mixed_shapes(config, d=96):
+    array = config.row_multipliers, config.channels
+    formats = {name: weight_format(name) for name in FORMATS}
+    return [
+        ExpertShape(formats["int4_g32"], d, 64, *array),
+        ExpertShape(formats["mxint8"], d, 256, *array, down_format=formats["mxfp4"],
+                    activation="relu"),
+        LinearShape(formats["int4_g128"], d, d, *array),
+        ExpertShape(formats["mxfp4"], d, 32, *array, down_format=formats["mxint8"])]
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+@pytest.mark.parametrize("config", [TINY, SMALL], ids=lambda c: c.name)
+def test_a_mixed_layer_is_the_work_of_its_experts(config, planes):
+    rng = np.random.default_rng(7)
+    shapes, ids = mixed_shapes(config), routing(rng, 9, 4, 2)
+    found = predict_experts(config, shapes, ids, 4, planes=planes)
+    planned = plan(ids, 4, config.max_slots // planes)
+    per_group = config.token_lanes // planes
+    sections = [shapes[now.expert].sections for now in planned.passes]
+    assert found.busy == sum(
+        -(-len(now.tokens) // per_group) * sum(s.tiles * s.steps for s in parts)
+        for now, parts in zip(planned.passes, sections, strict=True))
+    assert found.bytes_read_weights == config.word_bytes * sum(
+        s.words for parts in sections for s in parts)
+    assert found.cycles == (found.busy + found.starved_weights + found.starved_activations
+                            + found.stalled_output + found.idle)
+
+
+def test_a_mixed_layer_costs_no_more_than_its_experts():
+    """Each command alone has to begin and to end, too."""
+    rng = np.random.default_rng(8)
+    shapes, ids = mixed_shapes(SMALL, 512), routing(rng, 8, 4, 2)
+    alone = [expert_cycles(SMALL, shapes, np.where(ids == e, e, -1), 4, planes=2)
+             for e in range(4)]
+    assert expert_cycles(SMALL, shapes, ids, 4, planes=2) <= sum(alone)
+
+
+def test_one_shape_stands_for_all():
+    shape = shape_of(TINY, 64, 96)
+    ids = routing(np.random.default_rng(9), 7, 3, 2)
+    assert predict_experts(TINY, shape, ids, 3, planes=1) == predict_experts(
+        TINY, [shape] * 3, ids, 3, planes=1)
+
+
+@pytest.mark.parametrize(("shapes", "what"), [
+    ([shape_of(TINY, 64, 32)] * 3, "not 3 with"),
+    ([shape_of(TINY, 64, 32), shape_of(TINY, 96, 32)], r"\[\(64, 64\), \(96, 96\)\]")])
+def test_shapes_that_are_no_layer(shapes, what):
+    with pytest.raises(FormatError, match="shapes must be those of 2 experts.*" + what):
+        predict_experts(TINY, shapes, np.zeros((1, 1), int), 2, planes=1)
+
+
+def test_entries_are_those_of_experts_with_tokens():
+    shape = shape_of(TINY, 64, 32)
+    ids = np.array([[0, 5], [5, 11]])
+    found = predict_experts(TINY, shape, ids, 12, planes=2)
+    passes = plan(ids, 12, TINY.max_slots // 2)
+    pairs = -(-4 * ids.size // TINY.port_bytes) * TINY.port_bytes
+    assert found.bytes_read_other == (
+        2 * 64 + 2 * pairs + 3 * 64 + 4 * 64 * len(passes.loads)
+        + 8 * 64 * sum(not row.first for row in passes.rows))
 
 
 def test_a_token_without_experts_gets_zeros():
@@ -107,7 +167,7 @@ def test_passing_over_tiles_changes_nothing(monkeypatch, tokens, name):
     shape = shape_of(SMALL, 1024, 512, name)
     ids = routing(np.random.default_rng(4), tokens, 8, 2)
     quick = predict_experts(SMALL, shape, ids, 8, planes=2)
-    monkeypatch.setattr(cycles._Stream, "skip", lambda self, limit: None)
+    monkeypatch.setattr(TileBuffer, "skip", lambda self, limit: None)
     exact = predict_experts(SMALL, shape, ids, 8, planes=2)
     assert abs(quick.cycles - exact.cycles) <= max(16, exact.cycles // 1000)
     assert (quick.busy, quick.bytes_read_weights) == (exact.busy, exact.bytes_read_weights)

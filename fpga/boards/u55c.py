@@ -25,14 +25,11 @@ from amaranth.lib.wiring import Out
 
 from moeaccel.config import AcceleratorConfig
 from moeaccel.errors import ConfigurationError
+from moeaccel.fpga.boards.base import ProjectBoard
 from moeaccel.hdl.memory.axi import AXI4Signature
 from moeaccel.hdl.top import MODULE, members
 
-__all__ = ["BOARDS", "CORE_MHZ", "vivado_files"]
-
-BOARDS = ("u55c",)
-CORE_MHZ = 200
-"""Clock of the accelerator unless another is asked for; nobody has closed timing with it yet."""
+__all__ = ["BOARD", "WRAPPER", "U55c"]
 
 HBM_MHZ = 450
 """Clock of the HBM ports: 32 bytes a cycle are the 14.4 GB/s of a pseudo-channel."""
@@ -45,7 +42,6 @@ WRAPPER = "moeaccel_u55c"
 
 _NOT_RUN = ("Written after AMD's documentation and never run: there was no Vivado where it was "
             "written. Expect to correct it.")
-_PART = "xcu55c-fsvh2892-2L-e"
 
 _IDLE = {"lock": (1, 0), "cache": (4, 0b0011), "prot": (3, 0), "qos": (4, 0)}
 """Signals of AXI that our masters lack: name, (bits, value); cache: normal, bufferable."""
@@ -429,7 +425,8 @@ def _tcl(config: AcceleratorConfig, name: str, core_mhz: float) -> str:
     else:
         cattrip = "connect_bd_net [get_bd_pins hbm/DRAM_0_STAT_CATTRIP] [get_bd_ports hbm_cattrip]"
     values = {
-        "CONFIG": config.name, "NOT_RUN": _NOT_RUN, "NAME": name, "WRAPPER": WRAPPER, "PART": _PART,
+        "CONFIG": config.name, "NOT_RUN": _NOT_RUN, "NAME": name, "WRAPPER": WRAPPER,
+        "PART": U55c.part,
         "CORE_MHZ": f"{core_mhz:g}", "HBM_MHZ": f"{HBM_MHZ}", "STACKS": str(stacks),
         "DENSITY": f"{8 * stacks}GB", "SWITCHES": "\n".join(f"  {s} \\" for s in switches),
         "PORTS": " ".join(ports), "ALL_PORTS": str(all_ports), "CATTRIP": cattrip,
@@ -443,31 +440,32 @@ def _tcl(config: AcceleratorConfig, name: str, core_mhz: float) -> str:
     return text
 
 
-def vivado_files(config: AcceleratorConfig, *, board: str = "u55c", name: str = "moeaccel",
-                 core_mhz: float = CORE_MHZ) -> dict[str, str]:
-    """Return a board's files by name: wrapper, constraints, and the script that builds all of it.
+class U55c(ProjectBoard):
+    """AMD's Alveo U55C: 16 GiB of HBM behind 32 pseudo-channels, PCIe.
 
-    Parameters
-    ----------
-    config : AcceleratorConfig
-    board : str
-        One of BOARDS.
-    name : str
-        Of the accelerator's Verilog, ``<name>.v``, with multipliers for ``xilinx``.
-    core_mhz : float
-        Clock of the accelerator.
-
-    Raises
-    ------
-    ConfigurationError
-        If the board has not the memory channels that the configuration asks for.
+    Nobody has closed timing with its clock yet.
     """
-    if board not in BOARDS:
-        raise ConfigurationError(f"board must be one of {', '.join(BOARDS)}, not {board!r}")
-    if not 10 <= core_mhz <= 500:
-        raise ConfigurationError(f"core_mhz must be from 10 to 500, not {core_mhz!r}")
-    return {
-        f"{WRAPPER}.v": _wrapper(config),
-        "u55c.xdc": _XDC,
-        "build_u55c.tcl": _tcl(config, name, core_mhz),
-    }
+
+    name = "u55c"
+    title = "Alveo U55C"
+    part = "xcu55c-fsvh2892-2L-e"
+    family = "xilinx"
+    memory = "16 GiB of HBM"
+    # AMD DS978; block RAMs of 36 kbit.
+    resources = {"lut": 1_303_680, "flip_flop": 2_607_360, "dsp": 9_024, "block_ram": 2_016,
+                 "ultra_ram": 960}
+    config = "hbm32"
+    clock_hz = 200_000_000
+    transport = "xdma:N"
+
+    def project(self, config: AcceleratorConfig, *, name: str, core_mhz: float) -> dict[str, str]:
+        if not 10 <= core_mhz <= 500:
+            raise ConfigurationError(f"core_mhz must be from 10 to 500, not {core_mhz!r}")
+        return {
+            f"{WRAPPER}.v": _wrapper(config),
+            "u55c.xdc": _XDC,
+            "build_u55c.tcl": _tcl(config, name, core_mhz),
+        }
+
+
+BOARD = U55c()

@@ -11,12 +11,17 @@ import pytest
 
 from moeaccel.config import PRESETS
 from moeaccel.errors import ConfigurationError
-from moeaccel.fpga import vivado
-from moeaccel.hdl.array.dsp_models import DSP_MODELS
+from moeaccel.fpga.boards import u55c
+from moeaccel.hdl.verilog.dsp_models import DSP_MODELS
 from tests.support.emitted import emitted
 from tests.support.verilated import lint
 
 TINY = PRESETS["tiny"]
+
+
+def project(config):
+    return u55c.BOARD.project(config, name="moeaccel", core_mhz=200)
+
 
 KNOWN = """add_files assign_bd_address connect_bd_intf_net connect_bd_net create_bd_cell
     create_bd_design create_bd_intf_port create_bd_port create_project exclude_bd_addr_seg
@@ -62,7 +67,7 @@ def run_script(text):
 @pytest.mark.parametrize(("count", "address_bits"), [(1, 40), (2, 33), (32, 29)])
 def test_the_script(count, address_bits):
     config = TINY.replace(channels=count, address_bits=address_bits)
-    calls = run_script(vivado.vivado_files(config)["build_u55c.tcl"])
+    calls = run_script(project(config)["build_u55c.tcl"])
     cells = {call[-1]: call[call.index("-vlnv") + 1].split(":")[2] for call in calls
              if call[0] == "create_bd_cell" and "-vlnv" in call} | {"accelerator": "module"}
     assert Counter(cells.values())["smartconnect"] == 1 + count
@@ -115,7 +120,7 @@ def test_the_script(count, address_bits):
 
 def test_resets_and_class():
     """Only power-on resets what lies between accelerator and HBM; no other driver claims it."""
-    calls = run_script(vivado.vivado_files(TINY)["build_u55c.tcl"])
+    calls = run_script(project(TINY)["build_u55c.tcl"])
     driver = {call[2]: call[1] for call in calls if call[0] == "connect_bd_net"}
     resets = {pin: source.split("/")[0] for pin, source in driver.items() if "reset" in pin.lower()}
     power_on = {cell for cell in ("memory_reset", "hbm_reset", "apb_reset")
@@ -135,12 +140,12 @@ def test_resets_and_class():
 
 def test_the_wrapper_and_the_accelerator_lint(tmp_path):
     files = emitted("xilinx")
-    text = vivado.vivado_files(TINY)[f"{vivado.WRAPPER}.v"]
-    lint(text + files["core.v"] + DSP_MODELS["xilinx"], tmp_path, top=vivado.WRAPPER)
+    text = project(TINY)[f"{u55c.WRAPPER}.v"]
+    lint(text + files["core.v"] + DSP_MODELS["xilinx"], tmp_path, top=u55c.WRAPPER)
 
 
 def test_a_channel_has_its_number_above_its_addresses():
-    text = vivado.vivado_files(PRESETS["hbm32"])[f"{vivado.WRAPPER}.v"]
+    text = project(PRESETS["hbm32"])[f"{u55c.WRAPPER}.v"]
     for channel in range(32):
         name = f"axi_mem{channel or ''}"
         assert f"assign m_{name}_araddr = {{5'd{channel}, {name}_araddr}};" in text
@@ -150,7 +155,7 @@ def test_a_channel_has_its_number_above_its_addresses():
 
 
 def test_every_port_of_the_script_has_a_pin():
-    xdc = vivado.vivado_files(TINY)["u55c.xdc"]
+    xdc = project(TINY)["u55c.xdc"]
     pins = dict(re.findall(r"PACKAGE_PIN (\w+).*?\[get_ports (\w+)\]", xdc))
     assert set(pins.values()) == {"pcie_refclk_clk_p", "pcie_refclk_clk_n", "pcie_perst_n",
                                   "sysclk_clk_p", "sysclk_clk_n", "hbm_cattrip"}
@@ -158,14 +163,14 @@ def test_every_port_of_the_script_has_a_pin():
 
 
 def test_every_file_says_that_it_was_not_run():
-    for name, text in vivado.vivado_files(TINY).items():
+    for name, text in project(TINY).items():
         assert "never run" in "\n".join(text.splitlines()[:3]), name
 
 
 def test_two_calls_are_equal():
-    assert vivado.vivado_files(TINY) == vivado.vivado_files(TINY)
+    assert project(TINY) == project(TINY)
 
 
 def test_channels_must_divide_the_memory():
     with pytest.raises(ConfigurationError, match="address_bits must be 29 for 32 channels"):
-        vivado.vivado_files(TINY.replace(channels=32))
+        project(TINY.replace(channels=32))

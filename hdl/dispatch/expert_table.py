@@ -1,0 +1,271 @@
+"""The experts that have tokens, with what the expert table says of them."""
+
+from amaranth import *
+from amaranth.hdl import Assert
+from amaranth.lib import data, memory, stream, wiring
+from amaranth.lib.wiring import In, Out
+from amaranth.utils import exact_log2
+
+from moeaccel.config import BLOCK, AcceleratorConfig
+from moeaccel.hdl import layouts
+from moeaccel.hdl.control.field_checks import bad_words, lowest
+from moeaccel.hdl.dispatch.section_words import SectionWords
+from moeaccel.hdl.pipeline import Pipeline
+from moeaccel.interface.commands import ENTRY_BYTES, EXPERT, SECTIONS_MAX, field_of
+
+__all__ = ["ExpertTable"]
+
+_UNIT = exact_log2(ENTRY_BYTES)
+
+
+class ExpertTable(wiring.Component):
+    """Hand out the experts with tokens, in the order of their numbers, with their entries.
+
+    ::
+
+        counts --> walk --> reader.request
+                     |
+                     +--> [number, pairs] --------------------+
+        reader --> [entry] --> field checks --> [ENTRIES] ----+--> words of sections --> o_expert
+
+    An entry is asked for as soon as the walk comes to its expert, ENTRIES ahead at most of the one
+    that is handed out, what is under way included. Its fields are checked as it comes; that the
+    words of its sections are those which follow from their shapes, and that its image ends within
+    the address space, when it is the next one. So whoever computes with an expert relies on it.
+    Of a bad entry the lowest word with a field out of range is reported; else that of
+    ``image_address``, if the image runs beyond the address space, or of the first wrong words.
+
+    Cycles: 2 for each expert to walk over, and 1 for each that is asked for. From the last beat of
+    an entry to ``o_expert``: 14 + B with one section, 19 + B + B' with two, where B and B' are the
+    bits of the steps of each (x: d_in / 32, h: d_expert / 32); 3 less from the cycle in which one
+    is taken to the next one whose entry is there. The stream is empty when no expert is left; it
+    does not say so. Reset drops all, and must wait until ``o_quiet``.
+
+    Parameters
+    ----------
+    config : :class:`AcceleratorConfig`
+
+    Members
+    -------
+    i_start : :py:`In(1)`
+        Begin at expert 0. Once after each reset.
+    i_job : :py:`In(layouts.job(config))`
+        Constant from ``i_start`` on.
+    count_address, count_data : :py:`Out(layouts.expert_bits(config))`, :py:`In`
+        Pairs of an expert, one cycle later; complete at ``i_start``.
+    reader : :py:`Out(layouts.ReadClientSignature(config))`
+    o_expert : :py:`Out(stream.Signature(layouts.expert(config)))`
+    o_quiet : :py:`Out(1)`
+        No entry is under way, and none will be while no expert is taken.
+    """
+
+    ENTRIES = 16
+
+    def __init__(self, config):
+        if not isinstance(config, AcceleratorConfig):
+            raise TypeError(f"config must be an AcceleratorConfig, not {config!r}")
+        self._config = config
+        super().__init__({
+            "i_start": In(1),
+            "i_job": In(layouts.job(config)),
+            "count_address": Out(layouts.expert_bits(config)),
+            "count_data": In(config.max_assignments.bit_length()),
+            "reader": Out(layouts.ReadClientSignature(config)),
+            "o_expert": Out(stream.Signature(layouts.expert(config))),
+            "o_quiet": Out(1),
+        })
+
+    def _stored(self):
+        """Return what of an entry is kept."""
+        config = self._config
+        return data.StructLayout({
+            "single": 1,
+            "activation": config.activation_bits,
+            "steps_hidden": layouts.steps_bits(config),
+            "image_unit": config.address_bits - _UNIT,
+            **{f"format{i}": config.format_bits for i in range(SECTIONS_MAX)},
+            **{f"words{i}": 32 for i in range(SECTIONS_MAX)},
+            "bad": 1,
+            "word": range(ENTRY_BYTES // 4),
+        })
+
+    def elaborate(self, platform):
+        m = Module()
+        config, job = self._config, self.i_job
+        pointer = exact_log2(self.ENTRIES)
+
+        def queue(name, shape, write_en, write_at, value, read_at):
+            m.submodules[name] = storage = memory.Memory(
+                shape=shape, depth=self.ENTRIES, init=[])
+            write, read = storage.write_port(), storage.read_port(domain="comb")
+            m.d.comb += [write.en.eq(write_en), write.addr.eq(write_at), write.data.eq(value),
+                         read.addr.eq(read_at)]
+            return read.data
+
+        # -- walk: which experts have tokens; ask for their entries --------------------------------
+        walk = Signal(config.max_experts.bit_length())
+        ends = Signal()
+        asked, arrived, taken = Signal(), Signal(), Signal()
+        asked_at, arrived_at, taken_at = (Signal(pointer, name=f"{name}_at")
+                                          for name in ("asked", "arrived", "taken"))
+        room = Signal(range(self.ENTRIES + 1), init=self.ENTRIES)
+        outstanding, ready = (Signal(range(self.ENTRIES + 1), name=name)
+                              for name in ("outstanding", "ready"))
+        pairs = Signal.like(self.count_data)
+        beats = ENTRY_BYTES // config.port_bytes
+        request = self.reader.request
+        m.d.comb += [
+            self.count_address.eq(walk),
+            request.p.address.eq(job.table_address + (walk << _UNIT)),
+            request.p.beats.eq(beats),
+            asked.eq(request.valid & request.ready),
+        ]
+        m.d.sync += ends.eq(walk == job.num_experts)
+        with m.FSM(name="walk") as walking:
+            with m.State("IDLE"):
+                with m.If(self.i_start):
+                    m.next = "READ"
+            with m.State("READ"):
+                m.next = "LOOK"
+            with m.State("LOOK"):
+                m.d.sync += pairs.eq(self.count_data)
+                m.next = "ASK"
+                with m.If(ends):
+                    m.next = "IDLE"
+                with m.Elif(self.count_data == 0):
+                    m.d.sync += walk.eq(walk + 1)
+                    m.next = "READ"
+            with m.State("ASK"):
+                m.d.comb += request.valid.eq(room != 0)
+                with m.If(asked):
+                    m.d.sync += walk.eq(walk + 1)
+                    m.next = "READ"
+        number = data.StructLayout({
+            "expert": layouts.expert_bits(config), "pairs": len(self.count_data)})
+        new = Signal(number)
+        m.d.comb += [new.expert.eq(walk), new.pairs.eq(pairs)]
+        m.d.sync += [
+            asked_at.eq(asked_at + asked), arrived_at.eq(arrived_at + arrived),
+            taken_at.eq(taken_at + taken),
+            room.eq(room - asked + taken),
+            outstanding.eq(outstanding + asked - arrived),
+            ready.eq(ready + arrived - taken),
+            self.o_quiet.eq((outstanding == 0) & (walking.ongoing("IDLE") | (room == 0))),
+        ]
+
+        # -- entries: collect the beats, check the fields ------------------------------------------
+        entry = Signal(8 * ENTRY_BYTES, reset_less=True)
+        beat = Signal(range(max(2, beats)))
+        with m.If(self.reader.valid):
+            m.d.sync += [
+                beat.eq(Mux(self.reader.last, 0, beat + 1)),
+                Assert(outstanding != 0, "memory brought an entry that nobody asked for"),
+            ]
+            with m.Switch(beat):
+                for i in range(beats):
+                    with m.Case(i):
+                        m.d.sync += entry[8 * config.port_bytes * i:][:8 * config.port_bytes].eq(
+                            self.reader.data)
+        fields = layouts.entry_fields(EXPERT, entry)
+        p = Pipeline(m, self.reader.valid & self.reader.last, "entry")
+        p.stage()
+        bad = bad_words(m, EXPERT, entry, config)
+        kept = Signal(self._stored())
+        m.d.comb += [
+            kept.single.eq(fields["sections"] == 1),
+            kept.activation.eq(fields["activation"]),
+            kept.steps_hidden.eq(fields["d_expert"] >> exact_log2(BLOCK)),
+            kept.image_unit.eq(fields["image_address"] >> _UNIT),
+            *(kept[f"{name}{i}"].eq(fields[f"{name}{i}"])
+              for i in range(SECTIONS_MAX) for name in ("format", "words")),
+        ]
+        s = p.stage(kept=kept)
+        checked = Signal(self._stored())
+        m.d.comb += [checked.eq(s.kept), checked.bad.eq(bad.any()), checked.word.eq(lowest(bad))]
+        s = p.stage(checked=checked)
+        m.d.comb += arrived.eq(p.valid)
+        numbers = queue("numbers", number, asked, asked_at, new, taken_at)
+        entries = queue("entries", self._stored(), arrived, arrived_at, s.checked, taken_at)
+
+        # -- the next expert: words of its sections, end of its image ------------------------------
+        expert = self.o_expert
+        m.submodules.sizes = sizes = SectionWords(config)
+        held = Signal(self._stored(), reset_less=True)
+        second, started = Signal(), Signal()
+        wrong = Signal(SECTIONS_MAX)
+        beyond = Signal()
+        words_log2 = exact_log2(config.word_bytes) - _UNIT
+        total = Signal(32)
+        last_unit = Signal(32 + words_log2)
+        row_blocks = Mux(
+            second | held.single, job.steps_out, held.steps_hidden << 1)
+        m.d.comb += [
+            sizes.i_format.eq(Mux(second, held.format1, held.format0)),
+            sizes.i_steps.eq(Mux(second, held.steps_hidden, job.steps_in)),
+            sizes.i_row_blocks.eq(row_blocks),
+            sizes.i_start.eq(started),
+        ]
+        m.d.sync += [
+            started.eq(0),
+            last_unit.eq((total << words_log2) - 1),
+            beyond.eq(last_unit > (~held.image_unit)),
+        ]
+        work = expert.p.work
+        with m.FSM(name="check"):
+            with m.State("NEXT"):
+                with m.If((ready != 0) & ~expert.valid):
+                    m.d.comb += taken.eq(1)
+                    m.d.sync += [
+                        held.eq(entries), second.eq(0), wrong.eq(0), total.eq(0), started.eq(1),
+                        expert.p.expert.eq(numbers.expert), expert.p.pairs.eq(numbers.pairs),
+                        expert.p.image_address.eq(entries.image_unit << _UNIT),
+                        work.single.eq(entries.single), work.activation.eq(entries.activation),
+                        expert.p.bad.eq(entries.bad), expert.p.word.eq(entries.word),
+                    ]
+                    m.next = "START"
+            with m.State("START"):
+                m.next = "SECTION"
+                with m.If(held.bad):
+                    m.next = "OFFER"
+            with m.State("SECTION"):
+                with m.If(sizes.o_done):
+                    m.next = "COMPARE"
+            with m.State("COMPARE"):
+                m.d.sync += total.eq(total + sizes.o_words)
+                for i in range(SECTIONS_MAX):
+                    with m.If(second == i):
+                        section = work.sections[i]
+                        m.d.sync += [
+                            wrong[i].eq(sizes.o_words != held[f"words{i}"]),
+                            section.dims.format.eq(sizes.i_format),
+                            section.dims.steps.eq(sizes.i_steps),
+                            section.dims.tiles.eq(sizes.o_tiles),
+                            section.short.eq(sizes.o_short),
+                            section.hidden.eq(i),
+                            section.combine.eq(second | held.single),
+                        ]
+                m.next = "TOTAL"
+                with m.If(~second & ~held.single):
+                    m.d.sync += [second.eq(1), started.eq(1)]
+                    m.next = "START"
+            with m.State("TOTAL"):
+                m.d.sync += expert.p.words.eq(total)
+                m.next = "BEYOND"
+            with m.State("BEYOND"):
+                m.next = "DECIDE"
+            with m.State("DECIDE"):
+                for i in reversed(range(SECTIONS_MAX)):
+                    with m.If(wrong[i]):
+                        m.d.sync += [
+                            expert.p.bad.eq(1),
+                            expert.p.word.eq(field_of(EXPERT, f"words{i}").word)]
+                with m.If(beyond):
+                    m.d.sync += [expert.p.bad.eq(1),
+                                 expert.p.word.eq(field_of(EXPERT, "image_address").word)]
+                m.next = "OFFER"
+            with m.State("OFFER"):
+                m.d.sync += expert.valid.eq(1)
+                m.next = "NEXT"
+        with m.If(expert.valid & expert.ready):
+            m.d.sync += expert.valid.eq(0)
+        return m

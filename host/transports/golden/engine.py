@@ -1,0 +1,128 @@
+"""EXPERTS and GEMM: what they read, compute and write, and what is counted of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeaccel.config import AcceleratorConfig
+from moeaccel.golden import DeviceResult, combined
+from moeaccel.host.transports.golden.expert_table import Entry, ExpertTable
+from moeaccel.host.transports.golden.images import Images
+from moeaccel.host.transports.golden.memory_port import Fault, MemoryPort
+from moeaccel.host.transports.golden.register_file import RegisterFile
+from moeaccel.host.transports.golden.timing import Timing
+from moeaccel.interface.commands import Opcode
+from moeaccel.plan import Plan, plan
+
+
+class Engine:
+    """Runs a checked command.
+
+    Where an entry of the expert table is bad, passes of the experts before it run, sums of the last
+    one leave as those of any pass, and what they moved and computed is counted.
+
+    Parameters
+    ----------
+    config : :class:`AcceleratorConfig`
+    registers : :class:`RegisterFile`
+    port : :class:`MemoryPort`
+    images : :class:`Images`
+    timing : :class:`Timing`, optional
+        Says how long it takes.
+    """
+
+    def __init__(self, config: AcceleratorConfig, registers: RegisterFile, port: MemoryPort,
+                 images: Images, timing: Timing | None) -> None:
+        self._config = config
+        self._registers = registers
+        self._port = port
+        self._table = ExpertTable(config, registers, port)
+        self._images = images
+        self._timing = timing
+
+    def run(self, submission: Mapping[str, int], layer: Mapping[str, int]
+            ) -> tuple[DeviceResult, int]:
+        """Run a command; return its result and its cycles.
+
+        Raises
+        ------
+        Fault
+            If it ends early. Of several faults the first in the order: ids; weights, table entries,
+            images, x, rows of zeros, partial sums read, rows and partial sums written; a bad entry.
+        """
+        tokens, top_k = submission["tokens"], submission["top_k"]
+        gemm = submission["opcode"] == Opcode.GEMM
+        if gemm:
+            ids = np.zeros((tokens, 1), np.int64)
+            weights = np.ones((tokens, 1), np.float32)
+        else:
+            raw = self._port.load(submission["ids_address"], 4 * tokens * top_k)
+            ids = raw.view("<i4").reshape(tokens, top_k).astype(np.int64)
+            weights = self._port.floats(submission["weights_address"], (tokens, top_k))
+        num_experts = layer["num_experts"]
+        slots = self._config.max_slots // layer["planes"]
+        planned = plan(ids, num_experts, slots)
+        entries, bad, unread = self._table.read(layer, planned)
+        if bad is not None:
+            planned = planned.before(bad.detail)
+            ids = np.where(ids < bad.detail, ids, -1)
+        self._check_streams(submission, layer, planned, entries, unread, gemm=gemm)
+        self._count(layer, planned, entries, pairs=0 if gemm else 4 * tokens * top_k)
+        result = self._compute(submission, layer, planned, entries, ids, weights)
+        self._registers.count(overflows=result.overflows, underflows=result.underflows)
+        if bad is not None:
+            self._port.raise_first([bad])
+        self._port.ram.write(submission["y_address"], np.ascontiguousarray(result.y).view(np.uint8)
+                             .reshape(-1))
+        if self._timing is None:
+            return result, 0
+        return result, self._timing.count(layer, entries, ids, gemm=gemm)
+
+    def _compute(self, submission: Mapping[str, int], layer: Mapping[str, int], planned: Plan,
+                 entries: Mapping[int, Entry], ids: NDArray[np.int64],
+                 weights: NDArray[np.float32]) -> DeviceResult:
+        tokens, d_out = submission["tokens"], layer["d_out"]
+        if not planned.passes:
+            return DeviceResult(np.zeros((tokens, d_out), np.float32), [], [], 0, 0)
+        x = self._port.floats(submission["x_address"], (tokens, layer["d_in"]))
+        return combined(
+            x, ids, weights, lambda expert: self._images.weights(entries[expert]),
+            num_experts=layer["num_experts"], d_out=d_out, planes=layer["planes"],
+            grid_exponent=layer["grid_exponent"])
+
+    def _check_streams(self, submission: Mapping[str, int], layer: Mapping[str, int],
+                       planned: Plan, entries: Mapping[int, Entry], unread: list[Fault], *,
+                       gemm: bool) -> None:
+        """End the command if something that it touches is outside window or memory."""
+        x, y, workspace = (submission[f"{name}_address"] for name in ("x", "y", "workspace"))
+        x_row, y_row = 4 * layer["d_in"], 4 * layer["d_out"]
+        pairs = [] if gemm else [
+            (submission["weights_address"], 4 * submission["tokens"] * submission["top_k"])]
+        faults = self._port.first_faults
+        self._port.raise_first(
+            faults(pairs),
+            unread,
+            faults((entries[e].image_address, entries[e].payload_bytes) for e in planned.experts),
+            faults((x + x_row * token, x_row) for token in planned.loads),
+            faults(((y + y_row * token, y_row) for token in planned.zeros), write=True),
+            faults((workspace + 2 * y_row * row.token, 2 * y_row)
+                   for row in planned.rows if not row.first),
+            faults(((y + y_row * row.token, y_row) if row.last
+                    else (workspace + 2 * y_row * row.token, 2 * y_row)
+                    for row in planned.rows), write=True))
+
+    def _count(self, layer: Mapping[str, int], planned: Plan, entries: Mapping[int, Entry], *,
+               pairs: int) -> None:
+        """Count what a command moves and computes; ``pairs``: bytes of its weights."""
+        rows, y_row = planned.rows, 4 * layer["d_out"]
+        beats = self._port.beats
+        self._registers.count(
+            bytes_read_weights=self._config.channels * sum(
+                beats(entries[now.expert].payload_bytes) for now in planned.passes),
+            bytes_read_other=beats(pairs) + 4 * layer["d_in"] * len(planned.loads)
+                             + 2 * y_row * sum(not row.first for row in rows),
+            bytes_written=y_row * (len(planned.zeros) + sum(1 if row.last else 2 for row in rows)),
+            tokens=planned.tokens, expert_passes=len(planned.passes), assignments=planned.pairs)

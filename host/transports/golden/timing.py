@@ -1,0 +1,45 @@
+"""How long commands take: the cycle model's figures, for those who ask."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeaccel.config import AcceleratorConfig
+from moeaccel.host.transports.golden.expert_table import Entry
+from moeaccel.host.transports.golden.register_file import RegisterFile
+
+_COUNTED = ("busy", "starved_weights", "starved_activations", "stalled_output", "idle")
+
+
+class Timing:
+    """Predicts commands, and counts their cycles.
+
+    Parameters
+    ----------
+    config : :class:`AcceleratorConfig`
+    registers : :class:`RegisterFile`
+    latency : :class:`int`
+        Of the ideal memory.
+    """
+
+    def __init__(self, config: AcceleratorConfig, registers: RegisterFile, latency: int) -> None:
+        self._config = config
+        self._registers = registers
+        self._latency = latency
+
+    def count(self, layer: Mapping[str, int], entries: Mapping[int, Entry],
+              ids: NDArray[np.int64], *, gemm: bool) -> int:
+        """Return a command's cycles; the counters of time get theirs."""
+        from moeaccel.cycles import predict_command
+
+        found = predict_command(
+            self._config, {expert: entry.sections for expert, entry in entries.items()}, ids,
+            layer["num_experts"], d_in=layer["d_in"], d_out=layer["d_out"],
+            planes=layer["planes"], latency=self._latency, gemm=gemm)
+        values = asdict(found)
+        self._registers.count(**{name: values[name] for name in _COUNTED})
+        return found.cycles

@@ -1,0 +1,102 @@
+"""A command, its passes, and the moments that its blocks tell each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeaccel.config import BLOCK, AcceleratorConfig
+from moeaccel.cycles.schedule import Event
+from moeaccel.image import Section
+from moeaccel.plan import Pass, Plan, plan
+
+Pairs = NDArray[np.integer]
+
+
+@dataclass
+class PassEvents:
+    """What becomes of a pass.
+
+    Attributes
+    ----------
+    offered, handed : :class:`Event`
+        The dispatcher has prepared it; the sequencer has taken it.
+    x_loaded : :class:`Event`
+        If it has tokens of its own.
+    issued, in_y : :class:`Event`
+        Its last step has started; its last output is in the y buffer.
+    retired : :class:`Event`
+    """
+
+    offered: Event = field(default_factory=Event)
+    handed: Event = field(default_factory=Event)
+    x_loaded: Event = field(default_factory=Event)
+    issued: Event = field(default_factory=Event)
+    in_y: Event = field(default_factory=Event)
+    retired: Event = field(default_factory=Event)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command.
+
+    Parameters
+    ----------
+    config : :class:`AcceleratorConfig`
+    experts : mapping of int to tuple of :class:`Section`
+        What the images hold of the experts with tokens.
+    ids : integer array, (T, K)
+    num_experts, d_in, d_out, planes : :class:`int`
+        Of the layer.
+    latency : :class:`int`
+        Of the memory.
+    gemm : :class:`bool`
+    """
+
+    config: AcceleratorConfig
+    experts: Mapping[int, tuple[Section, ...]]
+    ids: Pairs
+    num_experts: int
+    d_in: int
+    d_out: int
+    planes: int
+    latency: int
+    gemm: bool
+
+    @cached_property
+    def plan(self) -> Plan:
+        """Its passes."""
+        return plan(self.ids, self.num_experts, self.config.max_slots // self.planes)
+
+    @property
+    def passes(self) -> tuple[Pass, ...]:
+        """Its passes."""
+        return self.plan.passes
+
+    @cached_property
+    def events(self) -> tuple[PassEvents, ...]:
+        """Of each pass."""
+        return tuple(PassEvents() for _ in self.passes)
+
+    @property
+    def per_group(self) -> int:
+        """Tokens of a group."""
+        return self.config.token_lanes // self.planes
+
+    @property
+    def steps_in(self) -> int:
+        """Blocks of x."""
+        return self.d_in // BLOCK
+
+    @property
+    def steps_out(self) -> int:
+        """Blocks of y."""
+        return self.d_out // BLOCK
+
+    def beats(self, elements: int, size: int = 4) -> int:
+        """Beats of so many elements of ``size`` bytes."""
+        return -(-elements * size // self.config.port_bytes)

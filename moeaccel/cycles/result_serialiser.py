@@ -1,0 +1,33 @@
+"""Results behind the array, element by element."""
+
+from __future__ import annotations
+
+from moeaccel.config import AcceleratorConfig
+
+RESULTS = 4
+"""ResultSerialiser: results that may be under way or waiting behind the array."""
+SERIALISER_CYCLES = 6
+"""ResultSerialiser: from a result to its first element, but for the normaliser."""
+
+
+def element_cycles(config: AcceleratorConfig) -> int:
+    """Return the cycles from a result of the array to its first element.
+
+    It is normalised in a stage for each shift, two for one beyond 16, one for the last two, and two
+    to round.
+    """
+    shifts = (config.joined_bits - 2).bit_length()
+    return SERIALISER_CYCLES + shifts + (shifts > 5) - 1 + 2
+
+
+class Results:
+    """What the serialiser still has to do between sections: last step, and its last results."""
+
+    def __init__(self) -> None:
+        self.end = 0
+        self.history = [-1] * RESULTS
+
+    @property
+    def taken(self) -> int:
+        """Cycle in which the last element of the last result was chosen."""
+        return self.history[-1]

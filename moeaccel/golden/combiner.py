@@ -1,0 +1,60 @@
+"""Weighted outputs, summed as integers on the layer's grid: in any order the same bits."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeaccel.arithmetic import (
+    InternalFloat,
+    float32_to_internal,
+    grid_to_float32,
+    weighted_output,
+)
+
+
+class Combiner:
+    """The sums of a command.
+
+    Parameters
+    ----------
+    tokens, d_out : :class:`int`
+    grid_exponent : :class:`int`
+        LSB of the output grid.
+
+    Attributes
+    ----------
+    overflows, underflows : :class:`int`
+        Weighted outputs beyond the grid, and those that were not zero and are zero on it.
+    """
+
+    def __init__(self, tokens: int, d_out: int, grid_exponent: int) -> None:
+        self._grid_exponent = grid_exponent
+        self._sums = np.zeros((tokens, d_out), np.int64)
+        self._nonfinite = np.zeros(tokens, bool)
+        self.overflows = self.underflows = 0
+
+    def add(self, tokens: NDArray[np.integer], weights: NDArray[np.float32],
+            output: InternalFloat) -> None:
+        """Add an expert's output, (n, d_out), for n tokens, each times its weight.
+
+        A token may be there more than once.
+        """
+        self._nonfinite[tokens[~np.isfinite(weights)]] = True
+        weight = float32_to_internal(weights)
+        term, overflow, underflow = weighted_output(
+            output, InternalFloat(weight.mantissa[:, None], weight.exponent[:, None]),
+            self._grid_exponent)
+        np.add.at(self._sums, tokens, term)
+        self.overflows += int(overflow.sum())
+        self.underflows += int(underflow.sum())
+
+    @property
+    def nonfinite_weights(self) -> list[int]:
+        """Tokens with a weight that is NaN or infinite (it counts as zero)."""
+        return np.nonzero(self._nonfinite)[0].tolist()
+
+    @property
+    def y(self) -> NDArray[np.float32]:
+        """The sums, (tokens, d_out)."""
+        return grid_to_float32(self._sums, self._grid_exponent)

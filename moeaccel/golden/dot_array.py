@@ -1,0 +1,34 @@
+"""Dot products: exact, and rounded once.
+
+A dot product is a float64 matrix product of integers that never round (docs/arithmetic.md): the
+block sums of 32, weighted by the activation's and the weight's scales, stay below 2**53.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from moeaccel.arithmetic import BlockFloat, InternalFloat, normalise
+from moeaccel.config import BLOCK
+from moeaccel.formats import QuantisedMatrix
+
+
+def matvec(x: BlockFloat, weights: QuantisedMatrix) -> InternalFloat:
+    """Return ``x W^T`` as internal floats, (n, rows)."""
+    fmt = weights.format
+    scale = np.repeat(
+        weights.significand.astype(np.float64) * 2.0**weights.shift, fmt.steps_per_group, axis=1
+    )
+    scale = scale[:, : x.shift.shape[1]]
+    w = torch.from_numpy(
+        (weights.integers.reshape((*scale.shape, BLOCK)) * scale[:, :, None]).reshape(
+            weights.integers.shape
+        )
+    )
+    shift = np.repeat(2.0**x.shift, BLOCK, axis=1)
+    total = np.zeros((x.mantissa.shape[0], w.shape[0]), np.int64)
+    for plane in x.plane_mantissas():
+        product = (torch.from_numpy(plane * shift) @ w.T).numpy()
+        total = (total << 8) + product.astype(np.int64)
+    return normalise(total, x.base[:, None] + weights.row_exponent[None, :].astype(np.int64))

@@ -1,0 +1,45 @@
+"""Expert images: an expert's weights in the order in which the device consumes them.
+
+An image is a header, then a section for each matrix: the gate/up rows, then the down rows, each in
+a format of its own; that of a linear layer has one section. Everything after the header is a
+sequence of *array words* of ``32 * row_multipliers`` bytes. A tile is ``R`` consecutive rows (R =
+2 * row_multipliers in 4-bit formats, else row_multipliers); gate and up rows alternate (g0, u0, g1,
+u1, ...), so that a pair is always in one tile. For each section::
+
+    for tile in tiles:
+        if tile % tiles_per_row_word == 0:
+            row word: R int16 row exponents for each of the next tiles
+        for step in range(K / 32):
+            if step % steps_per_group == 0:
+                if entry % entries_per_scale_word == 0:
+                    scale word: R scales for each of the next groups
+                entry += 1
+            weight word: R x 32 weights
+
+Where the device has several channels, an image has a part for each, a whole image with a header of
+its own, and all parts of an expert lie at the same address, each in its channel's memory. Rows are
+dealt one by one: row r of down is row ``r // channels`` of the part of channel ``r % channels``,
+and so it is with pairs of gate and up. A part's last tile is filled up with rows of zeros, for
+which the device has no output.
+
+Inside a weight word, byte ``rm * 32 + k`` holds column k of row rm (8-bit), or of rows 2 rm (low
+nibble) and 2 rm + 1 (high nibble). Entries of row and scale words are packed from the least
+significant bit, row 0 first; numbers are little-endian. Padding at the end of a section is zero.
+"""
+
+from moeaccel.image.expert import (
+    ALIGNMENT,
+    HEADER_BYTES,
+    Expert,
+    ExpertShape,
+    LinearShape,
+    interleave_gate_up,
+)
+from moeaccel.image.images import build_image, build_linear_image, check_image, unpack_image
+from moeaccel.image.sections import Section, pack_section, unpack_section
+from moeaccel.image.table import expert_table, table_entry
+
+__all__ = [
+    "ALIGNMENT", "HEADER_BYTES", "Expert", "ExpertShape", "LinearShape", "Section", "build_image",
+    "build_linear_image", "check_image", "expert_table", "interleave_gate_up", "pack_section",
+    "table_entry", "unpack_image", "unpack_section"]

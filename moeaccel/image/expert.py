@@ -1,0 +1,194 @@
+"""Experts and linear layers: what an image holds before packing, and the sizes of images."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import KW_ONLY, dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeaccel.activations import activation
+from moeaccel.formats import (
+    QuantisedMatrix,
+    WeightFormat,
+    check_dims,
+    quantise,
+    weight_format,
+    whole_blocks,
+)
+from moeaccel.image.sections import Section, stored_bytes
+
+__all__ = ["ALIGNMENT", "HEADER_BYTES", "Expert", "ExpertShape", "ImageShape", "LinearShape",
+           "interleave_gate_up"]
+
+HEADER_BYTES = 64
+ALIGNMENT = 4096
+"""Images start on a page, so that their bursts are whole."""
+
+
+class ImageShape(ABC):
+    """What an image holds, as sizes; bytes and words are those of a part."""
+
+    @property
+    @abstractmethod
+    def sections(self) -> tuple[Section, ...]:
+        """The sections, in the order in which they lie and are computed."""
+
+    @property
+    def header_bytes(self) -> int:
+        """Bytes before the first word."""
+        return max(HEADER_BYTES, self.sections[0].word_bytes)
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of the image, or of each part."""
+        return self.header_bytes + sum(s.words * s.word_bytes for s in self.sections)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of memory that the image occupies on each channel: whole pages."""
+        return -(-self.image_bytes // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(frozen=True)
+class ExpertShape(ImageShape):
+    """Shape of an expert: the two sections of its image.
+
+    Any dimensions: the sections are of whole blocks, filled up with zeros.
+
+    Parameters
+    ----------
+    format : :class:`WeightFormat`
+        Of gate and up; of down, too, without a ``down_format``.
+    d_model, d_expert : :class:`int`
+    row_multipliers, channels : :class:`int`
+        Of the device that will read it.
+    down_format : :class:`WeightFormat`, optional
+        Of down where it differs; one that does not becomes None, so that equal shapes are equal.
+    activation : :class:`str`
+        One of :data:`moeaccel.activations.ACTIVATIONS`.
+
+    Raises
+    ------
+    FormatError
+        For a dimension below 1, and an activation that there is not.
+    """
+
+    format: WeightFormat
+    d_model: int
+    d_expert: int
+    row_multipliers: int
+    channels: int = 1
+    _: KW_ONLY
+    down_format: WeightFormat | None = None
+    activation: str = "silu"
+
+    def __post_init__(self) -> None:
+        check_dims(d_model=self.d_model, d_expert=self.d_expert)
+        activation(self.activation)
+        if self.down_format == self.format:
+            object.__setattr__(self, "down_format", None)
+
+    @property
+    def gate_up(self) -> Section:
+        """Rows g0, u0, g1, u1, ... of d_model inputs."""
+        return Section(
+            self.format, 2 * whole_blocks(self.d_expert), whole_blocks(self.d_model),
+            self.row_multipliers, self.channels)
+
+    @property
+    def down(self) -> Section:
+        """d_model rows of d_expert inputs."""
+        return Section(
+            self.down_format or self.format, whole_blocks(self.d_model),
+            whole_blocks(self.d_expert), self.row_multipliers, self.channels)
+
+    @property
+    def sections(self) -> tuple[Section, ...]:
+        """Gate and up, then down."""
+        return self.gate_up, self.down
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of weights, scales and row exponents without padding, in all parts."""
+        return (stored_bytes(self.format, 2 * self.d_expert, self.d_model)
+                + stored_bytes(self.down.format, self.d_model, self.d_expert))
+
+
+@dataclass(frozen=True)
+class LinearShape(ImageShape):
+    """Shape of a linear layer's image: one section, ``d_out`` rows of ``d_in`` inputs each, both
+    filled up with zeros to whole blocks."""
+
+    format: WeightFormat
+    d_out: int
+    d_in: int
+    row_multipliers: int
+    channels: int = 1
+
+    def __post_init__(self) -> None:
+        check_dims(d_out=self.d_out, d_in=self.d_in)
+
+    @property
+    def section(self) -> Section:
+        """The only section."""
+        return Section(self.format, whole_blocks(self.d_out), whole_blocks(self.d_in),
+                       self.row_multipliers, self.channels)
+
+    @property
+    def sections(self) -> tuple[Section, ...]:
+        """The only one."""
+        return (self.section,)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of weights, scales and row exponents without padding, in all parts."""
+        return stored_bytes(self.format, self.d_out, self.d_in)
+
+
+def interleave_gate_up(gate_up: NDArray[np.floating]) -> NDArray[np.floating]:
+    """Reorder ``[gate; up]`` rows, (2 I, H), to g0, u0, g1, u1, ..."""
+    half = gate_up.shape[0] // 2
+    return np.stack([gate_up[:half], gate_up[half:]], axis=1).reshape(gate_up.shape)
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One quantised expert: what an image holds, before packing, and its activation.
+
+    Parameters
+    ----------
+    gate_up : :class:`QuantisedMatrix`
+        (2 d_expert, d_model), rows g0, u0, g1, u1, ...
+    down : :class:`QuantisedMatrix`
+        (d_model, d_expert); its format may be another one.
+    activation : :class:`str`
+    """
+
+    gate_up: QuantisedMatrix
+    down: QuantisedMatrix
+    activation: str = "silu"
+
+    @classmethod
+    def quantise(
+        cls, gate_up: NDArray[np.floating], down: NDArray[np.floating], name: str | WeightFormat,
+        *, down_format: str | WeightFormat | None = None, activation: str = "silu"
+    ) -> Expert:
+        """Quantise float weights: ``gate_up`` (2 I, H) as ``[gate; up]``, ``down`` (H, I)."""
+        fmt = weight_format(name)
+        return cls(quantise(interleave_gate_up(gate_up), fmt),
+                   quantise(down, fmt if down_format is None else down_format), activation)
+
+    def shape(self, row_multipliers: int, channels: int = 1) -> ExpertShape:
+        """Return its shape for a device with such arrays."""
+        d_model, d_expert = self.down.integers.shape
+        return ExpertShape(
+            self.gate_up.format, d_model, d_expert, row_multipliers, channels,
+            down_format=self.down.format, activation=self.activation)
+
+    def filled(self) -> Expert:
+        """Return what device memory holds: zeros behind rows and columns, up to whole blocks."""
+        d_model, d_expert = (whole_blocks(dim) for dim in self.down.integers.shape)
+        return replace(self, gate_up=self.gate_up.filled(2 * d_expert, d_model),
+                       down=self.down.filled(d_model, d_expert))

@@ -1,0 +1,56 @@
+"""Figures of a benchmark, and what it refuses."""
+
+import numpy as np
+import pytest
+
+from moeaccel.config import PRESETS
+from moeaccel.host import open_device
+from moeaccel.host.benchmark import Bench, BenchmarkError, bench_gemm, memory_share, routing
+from moeaccel.host.demo.run import run
+
+TINY = PRESETS["tiny"]
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_the_memory_share_is_of_all_channels(channels):
+    config = TINY.replace(channels=channels)
+    assert memory_share(config, 8 * 1000, 1000) == 1 / channels
+    assert memory_share(config, 100, 0) == 0.0
+
+
+def test_a_measurement_is_of_the_whole_machine():
+    """On two channels a product takes half of the weights on each, and nothing is over 1."""
+    config = TINY.replace(name="two", channels=2)
+    with open_device("golden", config=config, memory_bytes=1 << 22, timing=True,
+                     latency=9) as device:
+        said = []
+        bench = Bench(device=device, device_name="golden", memory="ideal", latency=9,
+                      weight_format="mxint8", activation_bits=8, seed=3, progress=said.append)
+        result = bench_gemm(bench, m=2, k=64, n=128)
+        assert device.last_cycles == result.cycles == result.cycle_model_cycles
+    assert result.matches_golden
+    assert result.config == "two" and result.model == "2x64x128" and result.tokens == 2
+    assert result.memory_share == round(result.stored_bytes / (2 * 8 * result.cycles), 5)
+    assert 0 < result.memory_share < 1
+    assert said == ["quantising and loading", "running"]
+
+
+def test_the_demo_counts_channels():
+    """The same passes in about as many cycles: more channels, a smaller share of them."""
+    config = PRESETS["small"].replace(name="four", channels=4)
+    result = run(["27+85="], device="golden", config=config)
+    assert result.logits_equal
+    peak = config.channels * config.port_bytes * result.cycles
+    assert 0 < result.memory_share < result.bytes_read / peak
+
+
+@pytest.mark.parametrize("kind", ["zipf", "zipf:", "zipf:-1", "zipf:nan", "zipf:101", ""])
+def test_routings_are_named(kind):
+    with pytest.raises(BenchmarkError, match="routing must be uniform or zipf:S"):
+        routing(3, 8, 2, kind=kind, seed=0)
+
+
+def test_ids_of_a_token_are_distinct():
+    ids = routing(50, 8, 8, kind="zipf:2", seed=0)
+    assert all(len(set(row)) == 8 for row in ids.tolist())
+    assert np.array_equal(ids, routing(50, 8, 8, kind="zipf:2", seed=0))

@@ -1,0 +1,102 @@
+"""What a plan must be: every pair once, in order; and what comes of carrying it out."""
+
+import numpy as np
+import pytest
+
+from moeaccel.plan import plan
+
+
+def draw(seed):
+    rng = np.random.default_rng(seed)
+    tokens, top_k, experts, slots = (
+        int(rng.integers(1, most + 1)) for most in (20, 4, 6, 5))
+    ids = rng.integers(-1, experts + 1, (tokens, top_k))
+    kind = seed % 4
+    if kind == 1:
+        ids[:] = ids[0]  # all tokens have the same experts: passes may keep their tokens
+    elif kind == 2:
+        ids[:, -1] = ids[:, 0]  # an expert may be named twice
+    elif kind == 3:
+        ids = np.sort(rng.permuted(np.tile(np.arange(experts), (tokens, 1)), axis=1)[:, :top_k])
+    return ids, experts, slots
+
+
+def carry_out(found, ids):
+    """Return y when every pair is worth 1, from what stays on the chip and what leaves it."""
+    y, workspace = dict.fromkeys(found.zeros, 0), {}
+    sums = []
+    rows = iter(found.rows)
+    for index, now in enumerate(found.passes):
+        if not now.same:
+            sums = [0] * len(now.tokens)
+        sums = [total + 1 for total in sums]
+        if found.drains(index):
+            for token, first, last, total in zip(
+                    now.tokens, now.first, now.last, sums, strict=True):
+                assert next(rows) == (token, first, last)
+                total += 0 if first else workspace.pop(token)
+                where = y if last else workspace
+                assert token not in where
+                where[token] = total
+    assert not workspace and next(rows, None) is None
+    return [y[token] for token in range(len(ids))]
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_plan_carried_out_gives_every_token_its_experts(seed):
+    ids, experts, slots = draw(seed)
+    found = plan(ids, experts, slots)
+    valid = (ids >= 0) & (ids < experts)
+    assert carry_out(found, ids) == valid.sum(axis=1).tolist()
+    assert found.zeros == tuple(np.flatnonzero(~valid.any(axis=1)).tolist())
+    assert (found.tokens, found.pairs) == (len(ids), valid.sum())
+    assert found.experts == tuple(np.unique(ids[valid]).tolist())
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_passes_hold_every_pair_once_in_order(seed):
+    ids, experts, slots = draw(seed)
+    found = plan(ids, experts, slots)
+    flat = ids.reshape(-1).tolist()
+    pairs = [pair for now in found.passes for pair in now.pairs]
+    assert pairs == sorted((i for i, e in enumerate(flat) if 0 <= e < experts),
+                           key=lambda i: (flat[i], i))
+    resident = None
+    for now in found.passes:
+        assert {flat[pair] for pair in now.pairs} == {now.expert}
+        assert [pair // ids.shape[1] for pair in now.pairs] == list(now.tokens)
+        assert now.same == (now.tokens == resident)
+        resident = now.tokens
+    # Only the last pass of an expert is not full.
+    for now, behind in zip(found.passes, found.passes[1:], strict=False):
+        assert len(now.pairs) == slots or (
+            behind.expert != now.expert and len(now.pairs) < slots)
+    assert list(found.loads) == [t for now in found.passes if not now.same for t in now.tokens]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_what_is_done_before_an_expert(seed):
+    ids, experts, slots = draw(seed)
+    found = plan(ids, experts, slots)
+    for stop in range(experts + 1):
+        part = found.before(stop)
+        count = len(part.passes)
+        assert part.passes == found.passes[:count]
+        assert all(now.expert < stop for now in part.passes)
+        assert all(now.expert >= stop for now in found.passes[count:])
+        assert part.experts == tuple(e for e in found.experts if e < stop)
+        assert (part.zeros, part.tokens) == (found.zeros, found.tokens)
+        assert not count or part.drains(count - 1)
+
+
+def test_an_example():
+    # Expert 0: tokens 0, 1, 2; expert 1: tokens 0, 1; two slots.
+    found = plan(np.array([[0, 1], [1, 0], [0, -1], [-1, 2]]), 2, 2)
+    assert [(now.expert, now.tokens, now.pairs, now.same) for now in found.passes] == [
+        (0, (0, 1), (0, 3), False), (0, (2,), (4,), False), (1, (0, 1), (1, 2), False)]
+    assert [tuple(row) for row in found.rows] == [
+        (0, True, False), (1, True, False), (2, True, True), (0, False, True), (1, False, True)]
+    assert found.zeros == (3,)
+    same = plan(np.array([[0, 1], [1, 0]]), 2, 2)
+    assert [now.same for now in same.passes] == [False, True]
+    assert [tuple(row) for row in same.rows] == [(0, True, True), (1, True, True)]

@@ -1,0 +1,69 @@
+"""Layers whose experts differ in format, width and activation: the golden model's bits, and the
+cost of their parts."""
+
+import numpy as np
+import pytest
+
+from moeaccel import golden
+from moeaccel.formats import FORMATS
+from moeaccel.image import Expert
+from tests.support.pair import assert_same_bits, draw_experts
+
+D_MODEL = 96
+WIDTHS = (32, 160, 64, 96, 256)
+NAMES = list(FORMATS)
+
+
+def draw_expert(rng, name, down, d_expert, activation):
+    gate_up, matrix = draw_experts(rng, 1, D_MODEL, d_expert, spread=6)
+    return Expert.quantise(gate_up[0], matrix[0], name, down_format=down, activation=activation)
+
+
+def draw_layer(seed):
+    """Return one expert of each format, no two alike in anything."""
+    rng = np.random.default_rng(seed)
+    downs, widths = rng.permutation(NAMES), rng.permutation(WIDTHS)
+    return [draw_expert(rng, name, str(down), int(width), ("silu", "relu")[(seed + e) % 2])
+            for e, (name, down, width) in enumerate(zip(NAMES, downs, widths, strict=True))]
+
+
+@pytest.mark.parametrize("config", ["tiny", "small"])
+@pytest.mark.parametrize(("tokens", "bits"), [(1, 16), (3, 8), (40, 16), (40, 8)])
+def test_mixed_layers(request, config, tokens, bits):
+    pair = request.getfixturevalue(config)
+    for seed in range(3):
+        layer = draw_layer(seed)
+        rng = np.random.default_rng(seed)
+        x = rng.standard_normal((tokens, D_MODEL), np.float32)
+        ids = rng.integers(-1, len(layer) + 1, (tokens, 3))
+        scores = rng.standard_normal(ids.shape).astype(np.float32)
+        pair.reset()
+
+        def script(device, layer=layer, call=(x, ids, scores)):
+            with device.load_quantised(layer, activation_bits=bits, grid_exponent=-24) as loaded:
+                return loaded(*call)
+
+        expected = golden.experts(x, ids, scores, layer, planes=bits // 8, grid_exponent=-24)
+        assert_same_bits(pair.same(script), expected.y)
+        pair.check()
+
+
+@pytest.mark.parametrize("tokens", [1, 16])
+@pytest.mark.parametrize(("one", "other"), [
+    (("mxint8", "mxint8", 160), ("int4_g32", "int4_g32", 160)),
+    (("int4_g32", "mxint8", 96), ("mxfp4", "int4_g128", 256)),
+    (("mxfp4", "mxfp4", 32), ("mxfp4", "mxfp4", 256))])
+def test_a_mixed_layer_costs_what_its_parts_cost(tiny, one, other, tokens):
+    """Half of a layer of each kind: experts in turn of one kind and the other."""
+    rng = np.random.default_rng(0)
+    parts = [draw_expert(rng, *kind, "silu") for kind in (one, other)]
+    x, scores = np.ones((tokens, D_MODEL), np.float32), np.ones((tokens, 4), np.float32)
+    ids = np.tile(np.arange(4), (tokens, 1))
+
+    def cycles(layer):
+        with tiny.rtl.load_quantised(layer, grid_exponent=-10) as loaded:
+            loaded(x, ids, scores)
+            return loaded.last.cycles
+
+    alone = sum(cycles([part] * 4) for part in parts)
+    assert 2 * cycles(parts * 2) <= 1.002 * alone + 64
