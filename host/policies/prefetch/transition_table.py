@@ -48,8 +48,8 @@ class TransitionTable(Prefetch):
         if self._passes >= self._next:
             self._next = int(self._next * 1.5)
             share = self._counts / np.maximum(self._counts.sum(1, keepdims=True), 1) + 1e-9
+            # How often i came at all divides all P(j | i) alike, and changes no order.
             table = self._together + _PRIOR * share[:, None]
-            table /= (self._counts[np.arange(len(share)) - 1] + _PRIOR)[:, :, None]
             np.log(table, out=table)
             self._prior = np.log(share)
             self._table = table - self._prior[:, None]

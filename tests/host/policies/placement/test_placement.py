@@ -114,6 +114,14 @@ def test_scan_is_the_best_of_all_splits(what, c):
     assert time(c, what, Plan(slice(r), slice(k))) == pytest.approx(best, rel=1e-9)
 
 
+def test_scan_counts_the_rows_that_are_sent():
+    """Of a long call of which this layer has few rows, those, and not all."""
+    c = costs()
+    what = work([3] * 16, tokens=2048)
+    assert 2048 * c.row > 16 * c.move > 48 * c.row
+    assert best_split(c, what)[1] <= 4  # with all rows sent, moving all 16 would pay
+
+
 @settings(deadline=None, max_examples=40)
 @given(works(), st.sampled_from(MACHINES))
 def test_optimum_is_the_best_of_all_plans_and_no_one_beats_it(what, c):

@@ -76,6 +76,20 @@ def test_transition_table_learns_who_follows_whom():
     assert guesses[3] == []
 
 
+def test_transition_table_guesses_the_likeliest_and_not_the_most_telling():
+    policy = TransitionTable(**SIZE)
+    for turn in range(100):  # 8 follows everyone; 9 nobody but 0, and seldom
+        first = turn % 2
+        uses, ahead = routes((first,), (9 if turn % 20 == 0 else 8,), (3,), (3,))
+        policy.begin_pass(new_request=False)
+        for layer in range(4):
+            policy.guess(layer, uses[layer], ahead)
+    uses, ahead = routes((0,), (8,), (3,), (3,))
+    policy.begin_pass(new_request=False)
+    guess, = policy.guess(0, uses[0], ahead)
+    assert guess.experts.tolist() == [8]
+
+
 def test_transition_table_has_the_recall_of_the_statistics():
     """Half of the true experts of DeepSeek-V2-Lite's next layer are among the best six."""
     trace = generate("deepseek-v2-lite", requests=6, tokens=128, seed=3)

@@ -289,6 +289,14 @@ def test_least_stale_keeps_what_the_sweep_comes_to_next():
     assert sum(hits[8:]) >= 8  # of 16; two of the four layers in every sweep
 
 
+def test_least_stale_evicts_what_the_pass_has_left_behind():
+    policy = LeastStale(n_layers=2, n_experts=4, slots=[1, 1])
+    policy.use(0, uses(0, size=4))
+    policy.use(1, uses(1, size=4))
+    policy.use(0, uses(2, size=4))  # 0 was not used in this pass; 1 may be, in the next layer
+    assert policy.resident.tolist() == [[False, False, True, False], [False, True, False, False]]
+
+
 @settings(deadline=None, max_examples=40)
 @given(st.lists(st.lists(st.sets(st.integers(0, 5), max_size=3), min_size=3, max_size=3),
                 min_size=1, max_size=12), st.integers(0, 7))

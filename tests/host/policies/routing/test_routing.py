@@ -61,6 +61,8 @@ def test_cache_prior_pulls_towards_residents():
     pulled = CachePrior(strength=0.5, keep=1).route(call((4, 2), ids, weights, logits))
     assert pulled.ids.tolist() == [[3, 4]]  # 3 is kept, 4 was raised by 2 over 1
     assert pulled.weights[0, 0] / pulled.weights[0, 1] == pytest.approx(np.exp(4 - 2.2), rel=1e-4)
+    held = CachePrior(strength=2, keep=1).route(call((4, 2), ids, weights, logits))
+    assert held.ids.tolist() == [[3, 4]]
     free = CachePrior(strength=2, keep=0).route(call((4, 2), ids, weights, logits))
     assert free.ids.tolist() == [[4, 2]]
 
@@ -104,6 +106,11 @@ def test_a_batch_shares_its_experts():
     found = BatchUnion(keep=0.5).route(call((), ids, weights, logits))
     assert len(np.unique(found.ids)) < len(np.unique(ids)) == 6
     assert found.ids[:, 0].tolist() == ids[:, 0].tolist()
+    # Three firsts are more than four tenths of the union, and stay.
+    own = np.array([[0], [1], [2]])
+    firsts = BatchUnion(keep=0.4).route(call((), own, np.ones((3, 1), np.float32), logits_of(
+        [5, 0, 0, 0, 0, 0, 0, 0], [4, 5, 0, 0, 0, 0, 0, 0], [4, 0, 5, 0, 0, 0, 0, 0])))
+    assert firsts.ids.tolist() == own.tolist()
     alone = BatchUnion(keep=0.5).route(call((), ids[:1], weights[:1], logits[:1]))
     assert alone.ids.tolist() == ids[:1].tolist()
 
