@@ -63,6 +63,7 @@ def test_a_decode_waits_for_weights_only(pair, weights, name):
     cycles, counters, _ = decode(pair, weights, weight_format=name)
     share = counters["bytes_read_weights"] / (cycles * pair.config.port_bytes)
     assert counters["stalled_output"] == 0
-    assert counters["starved_activations"] < 166 * EXPERTS + 20  # from gate_up to the first h
+    # From gate_up to the first h; and the first x, which comes behind the first bursts of weights.
+    assert counters["starved_activations"] < 170 * EXPERTS + 120
     latency = pair.simulation.memory_models[0].read_latency
     assert share > (0.96 if latency == 40 else 0.88)

@@ -162,7 +162,7 @@ def _points(limit: float | None, ups: _Floats) -> tuple[_Floats, _Floats]:
     around = np.array([] if limit is None else [
         sign * limit * factor for sign in (1, -1) for factor in (0.995, 1, 1.005)])
     gate, up = np.meshgrid(np.concatenate([_GATES, around]), np.concatenate([ups, around]))
-    return gate.reshape(-1), up.reshape(-1)
+    return np.asarray(gate.reshape(-1), np.float64), np.asarray(up.reshape(-1), np.float64)
 
 
 def _flavour(module: Any) -> str:
