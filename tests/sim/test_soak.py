@@ -48,7 +48,7 @@ def test_cases_are_read_back():
     '{"calls":[{"x":1}],"memories":[{}]}', '{"config":"huge","calls":[{}],"memories":[{}]}',
     '{"calls":[{"ids":[[0],[]]}],"memories":[{}]}', '{"calls":[{"end":"bang"}],"memories":[{}]}',
     '{"calls":[{"kinds":[{"d_expert":0}]}],"memories":[{}]}',
-    '{"calls":[{"kinds":[{"activation":"gelu"}]}],"memories":[{}]}',
+    '{"calls":[{"kinds":[{"activation":"mish"}]}],"memories":[{}]}',
     '{"calls":[{"kinds":[{"d_expert":288}]}],"memories":[{}]}', '{"calls":[{"kinds":[1]}]}',
     '{"calls":[{}],"memories":[{"read_latency":0}]}'])
 def test_what_is_no_case_is_refused(text):
