@@ -85,9 +85,9 @@ def run(gates, ups, rng, stall, *, activation="silu", paired=True, limit=None):
     ("gelu_tanh", 0.0, None), ("relu2", 0.0, None), ("relu2", 0.3, 1.9921875)])
 def test_bits(activation, stall, limit, paired):
     rng = np.random.default_rng(4)
-    gates = extreme(rng, 400)
-    ups = extreme(rng, 400)
-    order = rng.permutation(400)
+    gates = extreme(rng, 150)
+    ups = extreme(rng, 150)
+    order = rng.permutation(150)
     run(gates, ups[order], rng, stall, activation=activation, limit=limit, paired=paired)
 
 

@@ -99,8 +99,7 @@ class Bench:
         sim.run()
 
 
-@pytest.mark.parametrize("apart", [1, 2])
-@pytest.mark.parametrize("stall", [0.0, 0.3])
+@pytest.mark.parametrize(("stall", "apart"), [(0.0, 2), (0.3, 2), (0.0, 1)])
 @pytest.mark.parametrize("planes", [1, 2])
 @pytest.mark.parametrize("config", [preset("tiny"), WIDE, NARROW, *SEVERAL])
 def test_bits(config, planes, stall, apart):
