@@ -55,7 +55,7 @@ class Core(wiring.Component):
         Read side of the tile buffer.
     i_step, i_tag : :py:`In(step(config))`, :py:`In(layouts.result_tag(config))`
         The step that ``i_take`` starts.
-    i_hidden : :py:`In(layouts.hidden_form(config))`
+    i_form : :py:`In(layouts.hidden_form(config))`
         Of the pass whose rows of h are computed.
     i_grid_exponent
         Of the command.
@@ -92,7 +92,7 @@ class Core(wiring.Component):
             "i_free": In(1),
             "i_step": In(step(config)),
             "i_tag": In(layouts.result_tag(config)),
-            "i_hidden": In(layouts.hidden_form(config)),
+            "i_form": In(layouts.hidden_form(config)),
             "i_grid_exponent": In(signed(8)),
             "x_en": In(config.token_lanes),
             "x_address": In(layouts.lane_address_bits(config) + 1),
@@ -188,9 +188,9 @@ class Core(wiring.Component):
             self.o_result.eq(array.o_valid),
             self.base_address.eq(serialiser.base_address),
             serialiser.base_data.eq(self.base_data),
-            activation.i_element.valid.eq(element.valid & ~element.p.combine),
+            activation.i_element.valid.eq(element.valid),
             activation.i_element.payload.eq(element.payload),
-            activation.i_form.eq(self.i_hidden),
+            activation.i_form.eq(self.i_form),
             self.o_hidden_valid.eq(activation.o_element.valid),
             self.o_hidden.eq(activation.o_element.payload),
             self.slot_address.eq(Cat(element.p.slot, element.p.slot_bank)),

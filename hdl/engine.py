@@ -221,7 +221,7 @@ class Engine(wiring.Component):
                 core.i_free.eq(sequencer.o_free),
                 core.i_step.eq(sequencer.o_step),
                 core.i_tag.eq(sequencer.o_tag),
-                core.i_hidden.eq(sequencer.o_pass.work.hidden),
+                core.i_form.eq(sequencer.o_pass.work.form),
                 core.i_grid_exponent.eq(job.grid_exponent),
             ]
 

@@ -233,7 +233,7 @@ def expert_work(config: AcceleratorConfig) -> data.StructLayout:
     return data.StructLayout({
         "sections": data.ArrayLayout(section_work(config), SECTIONS_MAX),
         "single": 1,
-        "hidden": hidden_form(config),
+        "form": hidden_form(config),
     })
 
 

@@ -32,7 +32,8 @@ FORBIDDEN = {
 # The picture in hdl/README.md: blocks do not know what is built of them.
 _BLOCKS = tuple(f"moeaccel.hdl.{name}" for name in (
     "activations", "array", "combine", "control", "dispatch", "memory", "weights"))
-_SHARED = tuple(f"moeaccel.hdl.{name}" for name in ("layouts", "pipeline", "sequential_multiplier"))
+_SHARED = tuple(f"moeaccel.hdl.{name}" for name in (
+    "layouts", "pipeline", "sequential_multiplier", "unchecked_memory"))
 _VERILOG = "moeaccel.hdl.verilog"
 
 # Folder or file -> all that it may import of a package.
@@ -48,6 +49,7 @@ ONLY = {
     "hdl/layouts.py": ("moeaccel.hdl", ()),
     "hdl/pipeline.py": ("moeaccel.hdl", ()),
     "hdl/sequential_multiplier.py": ("moeaccel.hdl", ()),
+    "hdl/unchecked_memory.py": ("moeaccel.hdl", ()),
 }
 ANYTHING = ("hdl/__init__.py", "hdl/boards/", "hdl/top.py")  # of hdl
 

@@ -80,7 +80,7 @@ class ExpertTable(wiring.Component):
         config = self._config
         return data.StructLayout({
             "single": 1,
-            "hidden": layouts.hidden_form(config),
+            "form": layouts.hidden_form(config),
             "steps_hidden": layouts.steps_bits(config),
             "image_unit": config.address_bits - _UNIT,
             **{f"format{i}": config.format_bits for i in range(SECTIONS_MAX)},
@@ -173,9 +173,9 @@ class ExpertTable(wiring.Component):
         kept = Signal(self._stored())
         m.d.comb += [
             kept.single.eq(fields["sections"] == 1),
-            kept.hidden.activation.eq(fields["activation"]),
-            kept.hidden.paired.eq(fields["sink0"] == Sink.ACTIVATION),
-            kept.hidden.limit.eq(fields["limit"]),
+            kept.form.activation.eq(fields["activation"]),
+            kept.form.paired.eq(fields["sink0"] == Sink.ACTIVATION),
+            kept.form.limit.eq(fields["limit"]),
             kept.steps_hidden.eq(fields["d_expert"] >> exact_log2(BLOCK)),
             kept.image_unit.eq(fields["image_address"] >> _UNIT),
             *(kept[f"{name}{i}"].eq(fields[f"{name}{i}"])
@@ -200,7 +200,7 @@ class ExpertTable(wiring.Component):
         total = Signal(32)
         last_unit = Signal(32 + words_log2)
         row_blocks = Mux(
-            second | held.single, job.steps_out, held.steps_hidden << held.hidden.paired)
+            second | held.single, job.steps_out, held.steps_hidden << held.form.paired)
         m.d.comb += [
             sizes.i_format.eq(Mux(second, held.format1, held.format0)),
             sizes.i_steps.eq(Mux(second, held.steps_hidden, job.steps_in)),
@@ -221,7 +221,7 @@ class ExpertTable(wiring.Component):
                         held.eq(entries), second.eq(0), wrong.eq(0), total.eq(0), started.eq(1),
                         expert.p.expert.eq(numbers.expert), expert.p.pairs.eq(numbers.pairs),
                         expert.p.image_address.eq(entries.image_unit << _UNIT),
-                        work.single.eq(entries.single), work.hidden.eq(entries.hidden),
+                        work.single.eq(entries.single), work.form.eq(entries.form),
                         expert.p.bad.eq(entries.bad), expert.p.word.eq(entries.word),
                     ]
                     m.next = "START"

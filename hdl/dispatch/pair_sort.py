@@ -1,12 +1,13 @@
 """Token-expert pairs in the order of their experts: a counting sort."""
 
 from amaranth import *
-from amaranth.lib import memory, stream, wiring
+from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import ceil_log2, exact_log2
 
 from moeaccel.config import AcceleratorConfig
 from moeaccel.hdl import layouts
+from moeaccel.hdl.unchecked_memory import unchecked_memory
 
 __all__ = ["PairSort"]
 
@@ -131,12 +132,6 @@ class PairSort(wiring.Component):
         self._sequence(m, wires)
         return m
 
-    def _memory(self, m, name, shape, depth):
-        """Add a memory of which nothing is used that is read while it is written."""
-        m.submodules[name] = storage = memory.Memory(
-            shape=shape, depth=depth, init=[], attrs={"no_rw_check": 1})
-        return storage.write_port(), storage.read_port()
-
     def _pairs(self, m, w):
         """Walk over the pairs in the order of their tokens.
 
@@ -146,7 +141,7 @@ class PairSort(wiring.Component):
         """
         config, job = self._config, self.i_job
         lane_bits = exact_log2(config.port_bytes // 4)
-        ids_w, ids_r = self._memory(
+        ids_w, ids_r = unchecked_memory(
             m, "ids", 8 * config.port_bytes, 4 * config.max_assignments // config.port_bytes)
         id_word = Signal(8 * config.port_bytes, reset_less=True)
         raw_id = Signal(32, reset_less=True)
@@ -201,7 +196,7 @@ class PairSort(wiring.Component):
             ("counts", Mux(w.counting, w.expert, w.walk), w.count),
             ("table_counts", self.count_address, self.count_data),
         ):
-            write, read = self._memory(m, name, len(self.o_pairs), self._config.max_experts)
+            write, read = unchecked_memory(m, name, len(self.o_pairs), self._config.max_experts)
             # Until the counts are cleared and the prefixes complete, an entry may be written twice.
             m.d.comb += [
                 read.addr.eq(address),
@@ -214,8 +209,9 @@ class PairSort(wiring.Component):
     def _places(self, m, w):
         """Put each pair where its expert's cursor is, at first the sum of the counts before it."""
         config = self._config
-        cursor_w, cursor_r = self._memory(m, "cursors", len(self.o_pairs), config.max_experts)
-        sorted_w, sorted_r = self._memory(m, "sorted", layouts.pair(config), config.max_assignments)
+        cursor_w, cursor_r = unchecked_memory(m, "cursors", len(self.o_pairs), config.max_experts)
+        sorted_w, sorted_r = unchecked_memory(
+            m, "sorted", layouts.pair(config), config.max_assignments)
         m.d.comb += [
             cursor_r.addr.eq(w.expert),
             cursor_w.addr.eq(Mux(w.prefixing, w.walk, w.expert)),

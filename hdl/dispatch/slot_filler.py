@@ -1,7 +1,7 @@
 """Slot tables: which token a pass has in each slot, with what weight, and what becomes of it."""
 
 from amaranth import *
-from amaranth.lib import data, memory, wiring
+from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import ceil_log2, exact_log2
 
@@ -9,6 +9,7 @@ from moeaccel.arithmetic import SUBNORMAL_EXPONENT
 from moeaccel.config import AcceleratorConfig
 from moeaccel.hdl import layouts
 from moeaccel.hdl.pipeline import Pipeline
+from moeaccel.hdl.unchecked_memory import unchecked_memory
 
 __all__ = ["FILL_CYCLES", "SlotFiller"]
 
@@ -122,22 +123,16 @@ class SlotFiller(wiring.Component):
         self._sequence(m, wires)
         return m
 
-    def _memory(self, m, name, shape, depth):
-        """Add a memory of which nothing is used that is read while it is written."""
-        m.submodules[name] = storage = memory.Memory(
-            shape=shape, depth=depth, init=[], attrs={"no_rw_check": 1})
-        return storage.write_port(), storage.read_port()
-
     def _entries(self, m, w):
         """Look a pair up and write its entry: a pipeline of FILL_CYCLES."""
         config = self._config
         lane_bits = exact_log2(config.port_bytes // 4)
-        weights_w, weights_r = self._memory(
+        weights_w, weights_r = unchecked_memory(
             m, "weights", 8 * config.port_bytes, 4 * config.max_assignments // config.port_bytes)
-        total_w, total_r = self._memory(m, "totals", 5, config.max_tokens)
-        done_w, done_r = self._memory(m, "done", 5, config.max_tokens)
+        total_w, total_r = unchecked_memory(m, "totals", 5, config.max_tokens)
+        done_w, done_r = unchecked_memory(m, "done", 5, config.max_tokens)
         resident = data.StructLayout({"token": layouts.token_bits(config), "first": 1})
-        resident_w, resident_r = self._memory(m, "resident", resident, config.max_slots)
+        resident_w, resident_r = unchecked_memory(m, "resident", resident, config.max_slots)
 
         p = Pipeline(m, w.filled, "fill")
         s = p.stage(

@@ -223,7 +223,7 @@ def test_passes_hold_every_pair_once_in_order(seed, two_planes):
     assert sections == [
         (section.format.code, section.steps, section.tiles)
         for shape in shapes for section in shape.sections]
-    assert [p[5].hidden.activation for p in passes] == [
+    assert [p[5].form.activation for p in passes] == [
         ACTIVATIONS[shape.activation].code for shape in shapes]
     assert sum(load[2] for load in loads) == len(expected.loads)
     for (count, same, last, slots, *_), now in zip(passes, expected.passes, strict=True):

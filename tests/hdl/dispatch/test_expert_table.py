@@ -107,7 +107,7 @@ def test_experts_with_tokens_come_in_order_with_their_shapes(seed, port_bytes):
             assert (work.hidden, work.combine) == (i == 1, i + 1 == len(sections))
             assert work.short == -section.channel_rows % config.rows
         if isinstance(shape, ExpertShape):
-            form = p.work.hidden
+            form = p.work.form
             assert (form.activation, form.paired, form.limit) == (
                 ACTIVATIONS[shape.activation].code, shape.gated, limit_bits(shape.limit))
 
