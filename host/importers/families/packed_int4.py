@@ -56,6 +56,18 @@ class _Transposed(Family):
                                     f"points for {scales}")
         return words, scales
 
+    def _parts(self, contents: Contents, stem: str
+               ) -> tuple[StoredTensor, StoredTensor, StoredTensor, int]:
+        """Return words, zero points, scales, and the columns of a group."""
+        words, scales = self._sizes(contents, stem)
+        _check_bits(contents, words)
+        n, k = self.shape(contents, stem)
+        groups = scales.shape[0]
+        group = _group(k, scales, groups)
+        zeros = contents.need(f"{stem}.qzeros")
+        check_shape(zeros, (groups, n // 8), f"for {words}")
+        return words, zeros, scales, group
+
 
 class Gptq(_Transposed):
     """AutoGPTQ and GPTQModel: words hold eight weights of a column."""
@@ -71,12 +83,8 @@ class Gptq(_Transposed):
         return words.shape[1], 8 * words.shape[0]
 
     def read(self, contents: Contents, stem: str, expert: int | None) -> Coded:
-        words, stored = self._sizes(contents, stem)
-        _check_bits(contents, words)
+        words, zeros, stored, group = self._parts(contents, stem)
         (n, k), groups = self.shape(contents, stem), stored.shape[0]
-        group = _group(k, stored, groups)
-        zeros = contents.need(f"{stem}.qzeros")
-        check_shape(zeros, (groups, n // 8), f"for {words}")
         # The first version of the format stores zero points less 1.
         less = 0 if contents.quantisation.get("checkpoint_format") == "gptq_v2" else 1
         zero = nibbles(zeros.array()).reshape(groups, n).T + np.int8(less)
@@ -106,12 +114,8 @@ class Awq(_Transposed):
         return 8 * words.shape[1], words.shape[0]
 
     def read(self, contents: Contents, stem: str, expert: int | None) -> Coded:
-        words, stored = self._sizes(contents, stem)
-        _check_bits(contents, words)
-        (n, k), groups = self.shape(contents, stem), stored.shape[0]
-        group = _group(k, stored, groups)
-        zeros = contents.need(f"{stem}.qzeros")
-        check_shape(zeros, (groups, n // 8), f"for {words}")
+        words, zeros, stored, group = self._parts(contents, stem)
+        n, _ = self.shape(contents, stem)
         columns = np.argsort(_AWQ_COLUMNS)
 
         def rows(tensor: StoredTensor) -> NDArray[np.int8]:
