@@ -31,11 +31,14 @@ def command(as_json: Annotated[bool, typer.Option("--json", help="Print a JSON l
                                   ("prefetch", s.prefetch), ("routing", s.routing))},
             "note": s.note} for s in SYSTEMS.values()])
         return
+    from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Column, Table
 
-    table = Table(Column("policy", no_wrap=True), "placement", "residency", "prefetch", "routing",
-                  "routes")
+    parts = ("placement", "residency", "prefetch", "routing")
+    table = Table(Column("policy", no_wrap=True),
+                  *(Column(part, overflow="fold") for part in parts),
+                  Column("routes", no_wrap=True), box=SIMPLE, padding=(0, 1, 0, 0))
     for s in SYSTEMS.values():
         table.add_row(s.name, *("-" if part is None else str(part) for part in (
             s.placement, s.residency, s.prefetch, s.routing)),
@@ -141,22 +144,26 @@ def compare(
 
 
 def _print(rows: "list[Comparison]", title: str) -> None:
+    from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Column, Table
 
-    table = Table(Column("policy", no_wrap=True), "routes", "hits", "to Belady", "MB/token",
-                  "ms/token", "ms in experts", "to optimum", title=title)
+    numbers = ("weight", "hits", "to Belady", "MB", "ms", "experts", "to optimum")
+    table = Table(Column("policy", no_wrap=True),
+                  *(Column(name, justify="right", overflow="fold") for name in numbers),
+                  title=title, box=SIMPLE, padding=(0, 1, 0, 0))
     for row in rows:
         found = row.outcome
         table.add_row(
             found.system.name,
-            "lossless" if found.system.lossless else f"lossy, {found.mass:.0%}",
+            "all" if found.system.lossless else f"{found.mass:.0%}",
             f"{found.hit_rate:.3f}", f"{row.to_belady:.3f}",
             f"{found.link_bytes_per_token / 1e6:,.2f}", f"{found.seconds_per_token * 1e3:,.3f}",
             f"{found.moe_seconds_per_token * 1e3:,.3f}", f"{found.to_optimum:+.1%}")
     console = Console()
     console.print(table)
-    console.print("predicted; lossy: with the share of the routers' weight that is computed; to "
+    console.print("predicted for a token: MB over the link, ms, ms in experts; weight: the share of "
+                  "the routers' weight that is computed, all where the policy is lossless; to "
                   "optimum: over the best split of the same residents", highlight=False)
 
 
