@@ -162,8 +162,8 @@ def _print(rows: "list[Comparison]", title: str) -> None:
             f"{found.moe_seconds_per_token * 1e3:,.3f}", f"{found.to_optimum:+.1%}")
     console = Console()
     console.print(table)
-    console.print("predicted for a token: MB over the link, ms, ms in experts; weight: the share of "
-                  "the routers' weight that is computed, all where the policy is lossless; to "
+    console.print("predicted for a token: MB over the link, ms, ms in experts; weight: the share "
+                  "of the routers' weight that is computed, all where the policy is lossless; to "
                   "optimum: over the best split of the same residents", highlight=False)
 
 
