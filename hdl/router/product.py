@@ -13,7 +13,7 @@ __all__ = ["Product"]
 class Product(wiring.Component):
     """Multiply two unsigned numbers of 24 bits, by four multipliers of half as many.
 
-    Golden model: the products in :mod:`moeaccel.router.tables`. Latency LATENCY_CYCLES, one a
+    Golden model: products of :mod:`moeaccel.router.tables`. Latency LATENCY_CYCLES, one a
     cycle, no flow control, no valid bit.
 
     Members

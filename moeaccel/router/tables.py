@@ -27,6 +27,7 @@ __all__ = [
     "SCORE_BITS",
     "SQRT",
     "VALUE_BITS",
+    "WORD_BITS",
     "Exponential",
     "Lines",
     "exponential",
