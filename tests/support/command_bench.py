@@ -66,7 +66,7 @@ class Bench:
         # Reserved bits are ignored: set them.
         entry = bytearray(encode(SUBMISSION, GOOD_SUBMISSION | changes))
         entry[1] = 0xFF
-        entry[12:16] = b"\xff" * 4
+        entry[14:16] = b"\xff" * 2
         self.memory[at:at + ENTRY_BYTES] = entry
         self.tail = (self.tail + 1) % self.entries
         ctx.set(self.dut.sq_tail, self.tail)
