@@ -11,6 +11,7 @@ from moeaccel.interface.commands import (
     ENTRY_BYTES,
     LAYER,
     SUBMISSION,
+    ElementType,
     Opcode,
     decode,
     encode,
@@ -235,6 +236,8 @@ def job_of(submission, layer):
     return {
         "routed": submission["opcode"] == Opcode.EXPERTS,
         "two_planes": layer["planes"] == 2,
+        "x_narrow": submission.get("x_type", ElementType.FLOAT32) == ElementType.BFLOAT16,
+        "y_narrow": submission.get("y_type", ElementType.FLOAT32) == ElementType.BFLOAT16,
         "steps_in": layer["d_in"] // 32,
         "steps_out": layer["d_out"] // 32,
         **{name: layer[name] for name in ("num_experts", "grid_exponent", "table_address")},
