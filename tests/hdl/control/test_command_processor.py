@@ -64,7 +64,7 @@ def test_jobs_and_completions(preset, stall):
     assert bench.jobs == [
         job_of(GOOD_SUBMISSION, GOOD_LAYER),
         job_of(GOOD_SUBMISSION | GEMM, GOOD_LAYER),
-        job_of(GOOD_SUBMISSION | {"tokens": 5}, GOOD_LAYER)]
+        job_of(GOOD_SUBMISSION | other, GOOD_LAYER)]
     assert bench.log == ["done", "irq"] * 5  # acknowledged, then the interrupt
     assert bench.counts == [
         (1, 3, 0, 0), (1, 3, 0, 0), (1, 0, 0, 0), (1, 0, 0, 0), (1, 5, 0, 0)]
