@@ -152,9 +152,11 @@ def job(config: AcceleratorConfig) -> data.StructLayout:
     """Return a checked command with its layer, as the engine takes it.
 
     ``routed``: ids and weights are in memory; else every token goes to expert 0 with weight 1.
-    ``x_narrow``, ``y_narrow``: bfloat16 in memory, else float32.
+    ``x_narrow``, ``y_narrow``: bfloat16 in memory, else float32. With a router, ``route``: x are
+    logits, ids and weights are written, by ``form``; ``tables``: its table is read.
     """
     address = config.address_bits
+    router = {"route": 1, "tables": 1, "form": router_form(config)} if config.router else {}
     return data.StructLayout({
         "routed": 1,
         "two_planes": 1,
@@ -172,6 +174,7 @@ def job(config: AcceleratorConfig) -> data.StructLayout:
         "weights_address": address,
         "y_address": address,
         "workspace_address": address,
+        **router,
     })
 
 

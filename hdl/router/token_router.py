@@ -16,8 +16,7 @@ from moeaccel.hdl.router.score_unit import SCORE_WIDTH, ScoreMode, ScoreUnit
 from moeaccel.hdl.router.top_selector import TopSelector
 from moeaccel.hdl.router.weight_unit import WeightUnit
 from moeaccel.hdl.unchecked_memory import unchecked_memory
-from moeaccel.router.choices import Renormalize, Score
-from moeaccel.router.settings import GROUPS_MAX
+from moeaccel.router.choices import GROUPS_MAX, Renormalize, Score
 from moeaccel.router.tables import KEY_BITS, RECIPROCAL, SCORE_BITS, VALUE_BITS, WORD_BITS
 
 __all__ = ["DIVIDE_CYCLES", "SETTLE_CYCLES", "TokenRouter"]
