@@ -192,6 +192,11 @@ class RouterSettings:
         return self._kind(CapacityOrder, self.capacity_order)
 
     @property
+    def biases_scores(self) -> bool:
+        """Whether a selection bias is one of scores, not of logits."""
+        return not self.bias_logits and self.score_kind is not Score.IDENTITY
+
+    @property
     def grouped(self) -> bool:
         """Whether groups leave experts out."""
         return self.keep_groups < self.groups
