@@ -153,10 +153,10 @@ def job(config: AcceleratorConfig) -> data.StructLayout:
 
     ``routed``: ids and weights are in memory; else every token goes to expert 0 with weight 1.
     ``x_narrow``, ``y_narrow``: bfloat16 in memory, else float32. With a router, ``route``: x are
-    logits, ids and weights are written, by ``form``; ``tables``: its table is read.
+    logits, ids and weights are written, by ``form``.
     """
     address = config.address_bits
-    router = {"route": 1, "tables": 1, "form": router_form(config)} if config.router else {}
+    router = {"route": 1, "form": router_form(config)} if config.router else {}
     return data.StructLayout({
         "routed": 1,
         "two_planes": 1,
@@ -366,7 +366,8 @@ def router_form(config: AcceleratorConfig) -> data.StructLayout:
     """Return how a router makes ids and weights of logits (moeaccel.router.settings).
 
     ``by_logits``: keys are logits, else scores. ``top2``: a group's score is the sum of its top
-    two. ``scale``, ``scale_exponent``: 24 bits of it and the power of two behind them.
+    two. ``scale``, ``scale_exponent``: 24 bits of it and the power of two behind them. ``tables``:
+    there is a table, else nothing is added.
     """
     experts = config.max_experts.bit_length()
     return data.StructLayout({
@@ -382,6 +383,7 @@ def router_form(config: AcceleratorConfig) -> data.StructLayout:
         "epsilon": SCORE_BITS + 1,
         "scale": VALUE_BITS,
         "scale_exponent": signed(8),
+        "tables": 1,
     })
 
 

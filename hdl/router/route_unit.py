@@ -80,7 +80,7 @@ class RouteUnit(wiring.Component):
 
         # Words are those of the table, in turn a bias and a selection bias, or logits.
         index = Signal(range(2 * config.max_experts + _WORDS + 1))
-        in_table, filling, reading = Signal(), Signal(), Signal()
+        in_table, reading = Signal(), Signal()
         expert = index >> 1
         mine = Signal()
         m.d.comb += [
@@ -93,13 +93,12 @@ class RouteUnit(wiring.Component):
             words.i_count.eq(Mux(in_table, (job.num_experts + 7) >> 3, units.o_product << 1)),
             mine.eq(Mux(in_table, expert < job.num_experts, index < job.num_experts)),
         ]
-        write = in_table & (filling | (words.o_word.valid & words.o_word.ready)) & mine
-        value = Mux(filling, 0, words.o_word.payload).as_signed()
+        write = in_table & words.o_word.valid & words.o_word.ready & mine
         for port, odd in (("bias", 0), ("extra", 1)):
             m.d.comb += [
-                getattr(router, f"{port}_w_en").eq(write & (filling | (index[0] == odd))),
-                getattr(router, f"{port}_w_address").eq(Mux(filling, index, expert)),
-                getattr(router, f"{port}_w_data").eq(value),
+                getattr(router, f"{port}_w_en").eq(write & (index[0] == odd)),
+                getattr(router, f"{port}_w_address").eq(expert),
+                getattr(router, f"{port}_w_data").eq(words.o_word.payload),
             ]
 
         # Logits that are on their way have a place.
@@ -132,18 +131,14 @@ class RouteUnit(wiring.Component):
                 m.d.comb += self.o_idle.eq(~self.i_start)
                 m.d.sync += index.eq(0)
                 with m.If(self.i_start):
-                    m.d.sync += [self.o_nonfinite.eq(0), token.eq(0), in_table.eq(1),
-                                 filling.eq(~job.tables)]
+                    m.d.sync += [self.o_nonfinite.eq(0), token.eq(0), in_table.eq(1)]
                     m.next = "TABLE"
             with m.State("TABLE"):
-                m.d.comb += words.i_start.eq(~filling)
-                with m.If(filling):
-                    m.d.sync += index.eq(index + 1)
-                with m.If(~filling | (index + 1 == job.num_experts)):
-                    m.next = "TABLE_WORDS"
+                m.d.comb += words.i_start.eq(job.form.tables)
+                m.next = "TABLE_WORDS"
             with m.State("TABLE_WORDS"):
                 with m.If(units.o_done & words.o_idle & ~reading):
-                    m.d.sync += [in_table.eq(0), index.eq(0), filling.eq(0)]
+                    m.d.sync += [in_table.eq(0), index.eq(0)]
                     m.next = "LOGITS"
             with m.State("LOGITS"):
                 m.d.comb += words.i_start.eq(1)
