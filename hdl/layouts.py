@@ -44,6 +44,21 @@ def slot_bits(config: AcceleratorConfig) -> int:
     return ceil_log2(config.max_slots)
 
 
+def slot_bank_bits(config: AcceleratorConfig) -> int:
+    """Return the bits of a slot table's bank."""
+    return exact_log2(config.slot_banks)
+
+
+def slot_address_bits(config: AcceleratorConfig) -> int:
+    """Return the bits of {bank, slot}, where an entry of the slot tables is."""
+    return slot_bank_bits(config) + slot_bits(config)
+
+
+def y_bank_bits(config: AcceleratorConfig) -> int:
+    """Return the bits of a bank of the y buffer: 0 where there is one."""
+    return exact_log2(config.y_banks)
+
+
 def token_bits(config: AcceleratorConfig) -> int:
     """Return the bits of a token index."""
     return max(1, ceil_log2(config.max_tokens))
@@ -131,9 +146,10 @@ class ReadClientSignature(wiring.Signature):
 class WriteClientSignature(wiring.Signature):
     """One writer of the memory port, seen from the writer.
 
-    ``request`` announces a linear write of ``beats`` full beats; ``data`` brings them. ``done``
-    pulses when memory has acknowledged all of it, any number of cycles later; the next request may
-    be raised only after that.
+    ``request`` announces a linear write of ``beats`` full beats; ``data`` brings them, those of one
+    request after another. ``done`` pulses when memory has acknowledged all that was asked for, any
+    number of cycles later; with a request that is accepted in that very cycle it has nothing to do.
+    Further requests may be raised before it.
     """
 
     def __init__(self, config: AcceleratorConfig):
@@ -304,7 +320,7 @@ def result_tag(config: AcceleratorConfig) -> data.StructLayout:
 
     ``row``: the tile's first. ``missing``: how many of the array's R rows the tile has not.
     ``slots``: tokens in the group. ``last``: the section's last result. ``hidden``, ``combine``:
-    of the section. ``fresh``: the pass stores y, it does not add.
+    of the section. ``fresh``: the pass stores y, it does not add. ``y_bank``: of the y buffer.
     """
     return data.StructLayout({
         "group": max(1, ceil_log2(config.token_groups)),
@@ -317,8 +333,9 @@ def result_tag(config: AcceleratorConfig) -> data.StructLayout:
         "combine": 1,
         "two_planes": 1,
         "x_bank": 1,
-        "slot_bank": 1,
+        "slot_bank": slot_bank_bits(config),
         "fresh": 1,
+        "y_bank": y_bank_bits(config),
     })
 
 
@@ -329,8 +346,9 @@ def result_element(config: AcceleratorConfig) -> data.StructLayout:
         **dict(element(config).members),
         "combine": 1,
         "last": 1,
-        "slot_bank": 1,
+        "slot_bank": slot_bank_bits(config),
         "fresh": 1,
+        "y_bank": y_bank_bits(config),
     })
 
 

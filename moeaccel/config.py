@@ -68,7 +68,7 @@ class AcceleratorConfig:
         Depth of a row-tile buffer in array words; a power of two, at least ``max_dim / 32``.
     quantiser_lanes : :class:`int`
         Elements quantised, and outputs drained, in one cycle; a power of two, at most ``port_bytes
-        / 4``.
+        / 2``.
     address_bits : :class:`int`
         Width of an address in a channel's memory; with the channel's number above it, 16 to 64.
     formats : tuple of str
@@ -77,6 +77,12 @@ class AcceleratorConfig:
     activations : tuple of str
         Activations that the hardware computes, all of :data:`moeaccel.activations.ACTIVATIONS` when
         left out.
+    y_banks : :class:`int`
+        Banks of the y buffer, 1 or 2: with two, sums of one set of tokens leave while those of the
+        next are computed.
+    results_per_cycle : :class:`int`
+        Outputs of an array that are rounded in a cycle, 1 or 2: with few blocks along K an array
+        makes more than one.
 
     Raises
     ------
@@ -100,6 +106,8 @@ class AcceleratorConfig:
     address_bits: int = 40
     formats: tuple[str, ...] = field(default_factory=lambda: tuple(FORMATS))
     activations: tuple[str, ...] = field(default_factory=lambda: tuple(ACTIVATIONS))
+    y_banks: int = 1
+    results_per_cycle: int = 1
 
     def __post_init__(self) -> None:
         for name in ("formats", "activations"):
@@ -126,7 +134,9 @@ class AcceleratorConfig:
         power("max_experts", 2, EXPERTS_MAX)
         power("max_tokens", 1, 1 << 16)
         power("max_assignments", TOP_K_MAX, 1 << 17)
-        power("quantiser_lanes", 1, self.port_bytes // 4)
+        power("quantiser_lanes", 1, self.port_bytes // 2)
+        power("y_banks", 1, 2)
+        power("results_per_cycle", 1, 2)
         power("read_ahead_beats", 2 * self.max_burst_beats, 1 << 16)
         require(
             "max_dim",
@@ -190,6 +200,11 @@ class AcceleratorConfig:
     def max_slots(self) -> int:
         """Tokens resident in one pass in ``a8`` (half of it in ``a16``)."""
         return self.token_groups * self.token_lanes
+
+    @property
+    def slot_banks(self) -> int:
+        """Slot tables: passes that are prepared, computed or leave at the same time."""
+        return 2 * self.y_banks
 
     @property
     def max_burst_beats(self) -> int:
@@ -353,14 +368,15 @@ PRESETS: dict[str, AcceleratorConfig] = {
             name="peer256",
             port_bytes=16,
             token_lanes=4,
-            token_groups=4,
+            token_groups=8,
             max_dim=4096,
             max_experts=64,
             max_tokens=1024,
             max_assignments=4096,
             read_ahead_beats=512,
             tile_words=256,
-            quantiser_lanes=4,
+            quantiser_lanes=8,
+            y_banks=2,
         ),
     )
 }
