@@ -104,8 +104,7 @@ class Sequencer:
         """
         steps, tiles, rows = words.steps, words.tiles, words.section.tile_rows
         short = tiles * rows - words.section.channel_rows  # rows that the last tile has not
-        at_once = self._job.config.results_per_cycle
-        count, most = len(slots), -(-rows // at_once) * max(slots)
+        count, most = len(slots), rows * max(slots)
         # Results leave as fast as they come and there is always room for them; at first, results
         # of the section before may be in the way.
         free_running = steps >= most and (RESULTS - 1) * steps > ARRAY_CYCLES + 1 + most
@@ -118,8 +117,7 @@ class Sequencer:
             while len(arrived) <= tile:
                 yield
             for group, slot_count in enumerate(slots):
-                size = slot_count * -(
-                    -(rows - short if tile + 1 == tiles else rows) // at_once)
+                size = slot_count * (rows - short if tile + 1 == tiles else rows)
                 start = end + 1
                 if tile == 0 and ready[group] > start:
                     self.starved_activations += ready[group] - start
@@ -146,7 +144,7 @@ class Sequencer:
             end = max(max(ended[-1], began[tile]) + steps, arrived[tile] + 1) + later_groups
             ended.append(end)
             left = rows - short if tile + 1 == tiles else rows
-            words.taken.append(end + 1 + ARRAY_CYCLES + slots[-1] * -(-left // at_once))
+            words.taken.append(end + 1 + ARRAY_CYCLES + slots[-1] * left)
         end = ended[-1]
         self.busy += words.busy * tiles
         if tiles > words.settled:
