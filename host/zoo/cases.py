@@ -78,8 +78,8 @@ def reduced(model: Model, config: AcceleratorConfig) -> Size:
         experts = half
     if outputs(experts) > config.max_experts:
         raise LimitExceeded(
-            f"config {config.name!r} must have at least {outputs(experts)} experts for {model.name} "
-            f"at its smallest (groups and top-{k} are its own), not {config.max_experts}")
+            f"config {config.name!r} must have at least {outputs(experts)} experts for "
+            f"{model.name} at its smallest (groups and top-{k} are its own), not {config.max_experts}")
     d_expert = model.d_expert or _WIDTH
     return Size(_TOKENS, _WIDTH, _WIDTH if d_expert % 64 == 0 else 96, experts, k,
                 outputs(experts) - experts - kind.sinks, kind.sinks)

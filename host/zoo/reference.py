@@ -1,8 +1,8 @@
 """Routers and experts of published models in float, as their authors define them.
 
 One function a flavour, by its own formula: nothing here knows how the device computes it, so that
-comparing the two says something. Ties go to the lowest index, as on the device; ids of dropped pairs
-are -1.
+comparing the two says something. Ties go to the lowest index, as on the device; ids of dropped
+pairs are -1.
 """
 
 from __future__ import annotations

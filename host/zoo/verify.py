@@ -10,12 +10,14 @@ from numpy.typing import NDArray
 
 from moeaccel.errors import MoeAccelError
 from moeaccel.host.device import Device
-from moeaccel.host.errors import CommandFailed
 from moeaccel.host.zoo.cases import Case, case
 from moeaccel.host.zoo.support import expert_options, known
 from moeaccel.zoo.schema import Model
 
-__all__ = ["RELATIVE_ERROR", "Verdict", "verify"]
+__all__ = ["MEMORY_BYTES", "RELATIVE_ERROR", "Verdict", "verify"]
+
+MEMORY_BYTES = 1 << 28
+"""Of a device for reduced sizes."""
 
 RELATIVE_ERROR = 5e-4
 """Most that y of 16-bit activations may be off the float reference, relative to all of y: above

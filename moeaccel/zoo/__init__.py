@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 from moeaccel.errors import MoeAccelError
 from moeaccel.zoo.schema import ExpertKind, Model, RouterKind, Shared, key_of, parse
 
-__all__ = ["ExpertKind", "Model", "RouterKind", "Shared", "UnknownModel", "model", "models"]
+__all__ = ["ExpertKind", "Model", "RouterKind", "Shared", "UnknownModel", "model", "models",
+           "of_survey"]
 
 
 class UnknownModel(MoeAccelError, ValueError):
@@ -44,4 +46,20 @@ def model(name: str) -> Model:
         near = difflib.get_close_matches(key_of(name), models(), 3, 0.3)
         raise UnknownModel(f"model must be one of `moeaccel models`, not {name!r}" + (
             f"; did you mean {', '.join(near)}?" if near else ""))
+    return found
+
+
+def of_survey(chosen: Sequence[Model]) -> list[Model]:
+    """Return those of the survey.
+
+    Raises
+    ------
+    UnknownModel
+        If none is.
+    """
+    found = [m for m in chosen if m.survey]
+    if not found:
+        rows = ", ".join(m.key for m in models().values() if m.survey)
+        raise UnknownModel(f"model must be one of the survey's, {rows}, not "
+                           f"{', '.join(m.key for m in chosen)}")
     return found

@@ -243,7 +243,7 @@ class ExpertKind:
 
     @property
     def text(self) -> str:
-        """Activation, form, and what else it has, short: ``gpt_oss glu, bias``."""
+        """Activation, form, and what else it has, short: ``gpt_oss <=7, bias``."""
         of_form = "" if self.form == "glu" else f" {self.form}"
         limit = "" if self.limit is None else f" <={self.limit:g}"
         return (f"{self.activation}{of_form}{limit}" + (", bias" if self.bias else "")
@@ -332,7 +332,7 @@ class Model:
         _among("confidence", self.confidence, ORIGINS)
         for name in ("layers", "moe_layers", "d_model", "n_experts", "top_k", "dense"):
             value = getattr(self, name)
-            if not (value is None or isinstance(value, int) and value > 0):
+            if not (value is None or (isinstance(value, int) and value > 0)):
                 raise ZooError(f"{name} must be a whole number from 1, or null, not {value!r}")
         if self.n_experts and self.n_experts % self.router.groups:
             raise ZooError(f"router.groups must divide {self.n_experts} experts, not "
