@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from moeaccel.config import AcceleratorConfig
 from moeaccel.host.errors import LimitExceeded
 from moeaccel.host.zoo.reference import ExpertWeights, RouterWeights, Routes, layer, logits, route
+from moeaccel.router.settings import RouterSettings
+from moeaccel.zoo.routers import settings_of
 from moeaccel.zoo.schema import Model
 
 __all__ = ["Case", "Size", "case", "reduced"]
@@ -79,7 +81,8 @@ def reduced(model: Model, config: AcceleratorConfig) -> Size:
     if outputs(experts) > config.max_experts:
         raise LimitExceeded(
             f"config {config.name!r} must have at least {outputs(experts)} experts for "
-            f"{model.name} at its smallest (groups and top-{k} are its own), not {config.max_experts}")
+            f"{model.name} at its smallest (groups and top-{k} are its own), not "
+            f"{config.max_experts}")
     d_expert = model.d_expert or _WIDTH
     return Size(_TOKENS, _WIDTH, _WIDTH if d_expert % 64 == 0 else 96, experts, k,
                 outputs(experts) - experts - kind.sinks, kind.sinks)
@@ -100,7 +103,6 @@ class Case:
     gate_up, down : float32 array, (E, rows, H), (E, H, I)
         Sinks are the last experts.
     gate_up_bias, down_bias : float32 array, (E, rows), (E, H), optional
-    y : float64 array, (T, H)
     """
 
     model: Model
@@ -115,25 +117,29 @@ class Case:
     down_bias: _Floats | None
 
     @property
-    def ids(self) -> NDArray[np.int64]:
-        """Experts of each token, (T, K)."""
-        return self.routes.ids.numpy()
+    def settings(self) -> RouterSettings:
+        """Its router in the device's words.
+
+        Raises
+        ------
+        RouterError
+            See :func:`moeaccel.zoo.routers.settings_of`.
+        """
+        size = self.size
+        return settings_of(self.model, experts=size.experts + size.identities, top_k=size.top_k,
+                           tokens=size.tokens)
 
     @property
-    def weights(self) -> _Floats:
-        """Their weights, (T, K)."""
-        return self.routes.weights.numpy()
-
-    def y(self, routes: Routes | None = None) -> NDArray[np.float64]:
-        """Return what is right for these routes, (T, H); its own when left out."""
+    def y(self) -> NDArray[np.float64]:
+        """What is right, (T, H)."""
         def part(values: _Floats | None, e: int) -> torch.Tensor | None:
             return None if values is None else torch.from_numpy(values[e]).double()
 
         experts = [ExpertWeights(
             torch.from_numpy(self.gate_up[e]).double(), torch.from_numpy(self.down[e]).double(),
             part(self.gate_up_bias, e), part(self.down_bias, e)) for e in range(len(self.down))]
-        return layer(self.model.expert, torch.from_numpy(self.x).double(), routes or self.routes,
-                     experts, weight_on=self.model.router.weight_on).numpy()
+        return layer(self.model.expert, torch.from_numpy(self.x).double(), self.routes, experts,
+                     weight_on=self.model.router.weight_on).numpy()
 
 
 def case(model: Model, config: AcceleratorConfig, *, seed: int = 0) -> Case:
@@ -167,7 +173,8 @@ def case(model: Model, config: AcceleratorConfig, *, seed: int = 0) -> Case:
         bfloat16(*((3, *rows) if kind.logits == "attention" else rows), deviation=sharpness),
         bfloat16(size.outputs, deviation=0.5) if kind.bias else None,
         bfloat16(size.outputs, deviation=0.05) if kind.selection_bias else None,
-        1 + bfloat16(size.outputs, deviation=0.25).abs() if kind.expert_scale else None)
+        torch.from_numpy(np.ldexp(np.float32(1), rng.integers(-2, 3, size.outputs)))
+        if kind.expert_scale else None)
     if kind.logits == "mlp":  # they come from a network that is the host's, whatever it computes
         found = bfloat16(size.tokens, size.outputs, deviation=1.5)
     else:

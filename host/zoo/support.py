@@ -16,9 +16,11 @@ from moeaccel.formats import BLOCK
 from moeaccel.host.device import Device
 from moeaccel.host.errors import UnsupportedExperts
 from moeaccel.host.opening import open_device
+from moeaccel.router.settings import RouterError
+from moeaccel.zoo.routers import settings_of
 from moeaccel.zoo.schema import ExpertKind, Model
 
-__all__ = ["Support", "Supports", "expert_options", "largest"]
+__all__ = ["Support", "Supports", "expert_options", "known", "largest", "routing_refusal"]
 
 _MEMORY_BYTES = 1 << 24
 
@@ -103,7 +105,7 @@ class Supports:
         text = model.expert.text
         if text not in self._experts:
             self._experts[text] = _refusal(self._device, model.expert)
-        return Support(router="router: the device does not route",
+        return Support(router=routing_refusal(self._device, model),
                        experts=self._experts[text] or _too_large(self._config, model))
 
 
@@ -141,6 +143,18 @@ def known(device: Device, options: dict[str, Any]) -> None:
         raise UnsupportedExperts(
             f"experts must be what load_experts has arguments for, but it has none for "
             f"{', '.join(lacking)}")
+
+
+def routing_refusal(device: Device, model: Model) -> str:
+    """Return why a device does not route as a model does; empty if it does."""
+    try:
+        settings_of(model, experts=(model.n_experts or 16) + model.router.identity_experts,
+                    top_k=model.top_k or 2)
+    except RouterError as error:
+        return f"router: {error}"
+    if not hasattr(device, "load_moe"):
+        return "router: the device does not route, the host does"
+    return ""
 
 
 def _too_large(config: AcceleratorConfig, model: Model) -> str:

@@ -20,7 +20,7 @@ from moeaccel.host.device import Device
 from moeaccel.host.errors import UnsupportedExperts
 from moeaccel.host.opening import open_device
 from moeaccel.host.zoo.support import expert_options, known, largest
-from moeaccel.host.zoo.verify import RELATIVE_ERROR, Verdict
+from moeaccel.host.zoo.verify import Verdict, wrong
 from moeaccel.image import Expert
 from moeaccel.zoo.schema import ExpertKind, Model
 
@@ -75,12 +75,7 @@ class TrueSizes:
                 problems.append(f"{where}: {failure}")
                 continue
             errors.append(error)
-            if differ:
-                problems.append(f"{where}: {differ} elements of y differ between golden model and "
-                                "RTL")
-            if not error <= RELATIVE_ERROR:
-                problems.append(f"{where}: relative error must be at most {RELATIVE_ERROR:g}, not "
-                                f"{error:.3g}")
+            problems += wrong(where, differ, error)
         reason = "; ".join(filter(None, (verdict.reason, *problems)))
         return replace(verdict, ok=not reason, relative_error=max(errors), reason=reason)
 

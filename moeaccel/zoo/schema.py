@@ -12,32 +12,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moeaccel.errors import MoeAccelError
+from moeaccel.router import choices, flavours as families
 
 __all__ = ["FLAVOURS", "FORMS", "ORIGINS", "Capacity", "ExpertKind", "Model", "RouterKind",
            "Shared", "ZooError", "key_of", "parse"]
 
-FLAVOURS: dict[str, str] = {
-    "R1": "softmax over all; top-k; over their sum",
-    "R1b": "softmax over all; bias for the choice; over their sum, clamped",
-    "R1g": "softmax over all; groups by their top two; over their sum",
-    "R2": "softmax over all; top-k; as they are",
-    "R3": "top-k of the logits; softmax over the chosen",
-    "R4": "softmax over all; groups by their maximum; as they are, scaled",
-    "R5": "sigmoid; bias for the choice; groups by their top two; over their sum, scaled",
-    "R5s": "sigmoid; bias for the choice; over their sum, scaled",
-    "R6": "sigmoid; top-k; over their sum",
-    "R6L4": "top-1 of the logits; its sigmoid scales the expert's input",
-    "R7": "square root of softplus; bias for the choice; over their sum, scaled",
-    "R8": "softmax over experts and identities; bias for the choice; as they are, scaled",
-    "R9": "sparsemixer: two maxima, each with a softmax over those near it",
-    "R10": "attention between experts gives the logits; then as R1",
-    "R11s": "softmax; top-1; tokens beyond an expert's capacity are dropped",
-    "R11n": "softmax; top-2; over their sum, clamped",
-    "R11o": "softmax; top-2; capacity, first choices before second; as they are",
-    "R12i": "sigmoid; bias for the choice; over the sum of chosen and always-on experts, scaled",
-    "R12k": "top-k of biased logits; sigmoid of the logits without bias",
-    "R12z": "a network with state across layers gives the logits; softmax; top-1",
-    "R12d": "product keys over experts of one neuron",
+FLAVOURS: dict[str, str] = {key: flavour.text for key, flavour in families.FLAVOURS.items()} | {
+    "R12i": "sigmoid, chosen with a bias, divided by the sum of chosen and always-on experts, "
+            "times a scale (Inkling)",
+    "R12k": "top-k of logits with a bias, sigmoid of those without (Kolibri-1)",
+    "R12z": "softmax, top-1, of logits from a network with state across layers (ZAYA1)",
+    "R12d": "product keys over experts of one neuron (Doge)",
 }
 """Routers by flavour: where scores come from, how experts are chosen, what their weights are."""
 
@@ -59,8 +44,6 @@ ORIGINS: dict[str, str] = {
 }
 """Where a row's sizes are from."""
 
-_SCORES = ("softmax", "sigmoid", "sqrt_softplus", "identity")
-_RENORMALISATIONS = ("none", "sum", "sum_eps", "clamp", "softmax_top_k")
 _LOGITS = ("linear", "over_deviation", "attention", "mlp", "product_keys")
 
 
@@ -109,24 +92,15 @@ class RouterKind:
     ----------
     flavour : :class:`str`
         One of :data:`FLAVOURS`.
-    score : :class:`str`
-        ``softmax`` over all experts, ``sigmoid``, ``sqrt_softplus`` or ``identity``, of the logits.
-    renormalize : :class:`str`
-        Of the chosen scores: ``none``; ``sum``, divided by their sum; ``sum_eps``, that plus
-        ``epsilon``; ``clamp``, by at least ``epsilon``; ``softmax_top_k``.
-    epsilon : :class:`float`, optional
+    score, renormalize, group_score, weight_on : :class:`str`
+        As in :class:`moeaccel.router.settings.RouterSettings`, as are ``epsilon``, ``groups``,
+        ``keep_groups`` and ``mixer``.
     scale : :class:`float`, optional
         Factor of the weights; null: not published.
-    groups, keep_groups : :class:`int`
-        Experts are in so many groups, of which the best are kept.
-    group_score : :class:`str`
-        ``max`` of a group, or ``top2_sum``.
     bias : :class:`bool`
         Logits have a bias.
     selection_bias : :class:`str`, optional
         What a bias for the choice alone is added to: ``scores`` or ``logits``.
-    weight_on : :class:`str`
-        ``output``; ``input``: x is multiplied, and outputs are summed as they are.
     identity_experts : :class:`int`
         Experts behind the others that return x.
     capacity : :class:`Capacity`, optional
@@ -163,15 +137,15 @@ class RouterKind:
     expert_scale: bool = False
     sinks: int = 0
     own_input: bool = False
+    mixer: float | None = None
     dtype: str | None = None
 
     def __post_init__(self) -> None:
         _among("router.flavour", self.flavour, FLAVOURS)
-        _among("router.score", self.score, _SCORES)
-        _among("router.renormalize", self.renormalize, _RENORMALISATIONS)
-        _among("router.group_score", self.group_score, ("max", "top2_sum"))
+        for name, kind in (("score", choices.Score), ("renormalize", choices.Renormalize),
+                           ("group_score", choices.GroupScore), ("weight_on", choices.WeightOn)):
+            _among(f"router.{name}", getattr(self, name), [choice.key for choice in kind])
         _among("router.selection_bias", self.selection_bias, (None, "scores", "logits"))
-        _among("router.weight_on", self.weight_on, ("output", "input"))
         _among("router.logits", self.logits, _LOGITS)
         if (self.renormalize in ("sum_eps", "clamp")) != (self.epsilon is not None):
             raise ZooError(f"router.epsilon must be there for sum_eps and clamp only, not "
