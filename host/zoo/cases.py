@@ -7,7 +7,7 @@ What is left between float and device is then its own rounding, and anything els
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -145,8 +145,9 @@ class Case:
 def case(model: Model, config: AcceleratorConfig, *, seed: int = 0) -> Case:
     """Draw a case.
 
-    Weights are whole numbers below 128 times a power of two, which ``mxint8`` holds exactly; biases
-    and router weights are bfloat16 numbers. Rows reach beyond limits where there are some.
+    A capacity that is a number of tokens becomes a small one, and every capacity is felt. Weights
+    are whole numbers below 128 times a power of two, which ``mxint8`` holds exactly; biases and
+    router weights are bfloat16 numbers. Rows reach beyond limits where there are some.
 
     Raises
     ------
@@ -155,7 +156,11 @@ def case(model: Model, config: AcceleratorConfig, *, seed: int = 0) -> Case:
     UnsupportedExperts
         If there is no float reference for it (:mod:`~moeaccel.host.zoo.reference`).
     """
-    size, kind = reduced(model, config), model.router
+    size = reduced(model, config)
+    if model.router.capacity is not None and model.router.capacity.tokens is not None:
+        few = replace(model.router.capacity, tokens=size.tokens // 4)
+        model = replace(model, router=replace(model.router, capacity=few))
+    kind = model.router
     rng = np.random.default_rng([seed, zlib.crc32(model.key.encode())])
 
     def whole(shape: tuple[int, ...], deviation: float) -> _Floats:
@@ -175,6 +180,8 @@ def case(model: Model, config: AcceleratorConfig, *, seed: int = 0) -> Case:
         bfloat16(size.outputs, deviation=0.05) if kind.selection_bias else None,
         torch.from_numpy(np.ldexp(np.float32(1), rng.integers(-2, 3, size.outputs)))
         if kind.expert_scale else None)
+    if kind.capacity is not None:  # an expert that many want
+        x[:, 0] = router.weight[0, 0] = 2.0
     if kind.logits == "mlp":  # they come from a network that is the host's, whatever it computes
         found = bfloat16(size.tokens, size.outputs, deviation=1.5)
     else:

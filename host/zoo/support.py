@@ -20,7 +20,8 @@ from moeaccel.router.settings import RouterError
 from moeaccel.zoo.routers import settings_of
 from moeaccel.zoo.schema import ExpertKind, Model
 
-__all__ = ["Support", "Supports", "expert_options", "known", "largest", "routing_refusal"]
+__all__ = ["Support", "Supports", "expert_options", "expert_refusal", "known", "largest",
+           "routing_refusal"]
 
 _MEMORY_BYTES = 1 << 24
 
@@ -104,12 +105,12 @@ class Supports:
         """Return what it can do of a model."""
         text = model.expert.text
         if text not in self._experts:
-            self._experts[text] = _refusal(self._device, model.expert)
+            self._experts[text] = expert_refusal(self._device, model.expert)
         return Support(router=routing_refusal(self._device, model),
                        experts=self._experts[text] or _too_large(self._config, model))
 
 
-def _refusal(device: Device, kind: ExpertKind) -> str:
+def expert_refusal(device: Device, kind: ExpertKind) -> str:
     """Return why the driver does not take experts of that kind; empty if it does."""
     options = expert_options(kind)
     rows = kind.matrices - 1

@@ -12,7 +12,12 @@ from moeaccel.errors import MoeAccelError
 from moeaccel.golden.router import route
 from moeaccel.host.device import Device
 from moeaccel.host.zoo.cases import Case, case
-from moeaccel.host.zoo.support import expert_options, known, routing_refusal
+from moeaccel.host.zoo.support import (
+    expert_options,
+    expert_refusal,
+    known,
+    routing_refusal,
+)
 from moeaccel.router.settings import RouterError
 from moeaccel.zoo.schema import Model
 
@@ -78,11 +83,12 @@ def verify(model: Model, golden: Device, rtl: Device, *, seed: int = 0) -> Verdi
         Of weights and x.
     """
     verdict = Verdict(model.key, False, model.router.text, model.expert.text, None, None, "")
+    problems = [refusal] if (refusal := routing_refusal(golden, model)) else []
     try:
         drawn = case(model, golden.config, seed=seed)
     except MoeAccelError as failure:
-        return replace(verdict, reason=f"reference: {failure}")
-    problems = [refusal] if (refusal := routing_refusal(golden, model)) else []
+        problems += filter(None, (expert_refusal(golden, model.expert), f"reference: {failure}"))
+        return replace(verdict, reason="; ".join(problems))
     routed = _Routed(drawn.routes.ids.numpy(), drawn.routes.weights.numpy(),
                      np.ones(drawn.size.tokens, bool))
     try:
@@ -92,8 +98,8 @@ def verify(model: Model, golden: Device, rtl: Device, *, seed: int = 0) -> Verdi
         if others and not _ties(drawn, routed):
             problems.append(f"router: {others} of {drawn.size.tokens} tokens are routed otherwise "
                             "than by the float router, and not for a tie")
-    except RouterError as failure:
-        problems.append(f"router: {failure}")
+    except RouterError:
+        assert problems  # said already
     try:
         expected, found = (_run(device, drawn, routed) for device in (golden, rtl))
         error = _relative(found[routed.same], drawn.y[routed.same])
