@@ -79,7 +79,7 @@ def test_deviation_divides_logits():
 
 
 def test_a_network_has_no_reference():
-    with pytest.raises(UnsupportedExperts, match="not from mlp .router R12z.; give logits"):
+    with pytest.raises(UnsupportedExperts, match=r"not from mlp \(router R12z\); give logits"):
         reference.logits(kind("R12z", logits="mlp"), torch.zeros(1, 1),
                          RouterWeights(torch.zeros(1, 1)))
 

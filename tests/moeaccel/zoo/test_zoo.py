@@ -85,7 +85,7 @@ def test_what_a_row_may_not_say(change, what):
 def test_names():
     with pytest.raises(UnknownModel, match="did you mean olmoe-1b-7b"):
         model("olmo-1b")
-    with pytest.raises(UnknownModel, match="one of the survey's, .*, not gpt-oss-20b"):
+    with pytest.raises(UnknownModel, match=r"one of the survey's, .*, not gpt-oss-20b"):
         of_survey([model("gpt-oss-20b")])
 
 
