@@ -18,8 +18,8 @@ from moeaccel.docs.blocks import blocks
 from moeaccel.docs.boards import boards
 from moeaccel.docs.formats import activations, configurations, formats, section_words
 from moeaccel.docs.interface import codes, completion, expert_table, registers, submission
-from moeaccel.docs.routers import flavours, router_choices
 from moeaccel.docs.models import forms, routers, zoo
+from moeaccel.docs.routers import flavours, router_choices
 from moeaccel.errors import MoeAccelError
 
 __all__ = ["PARTS", "generated", "updated"]
