@@ -191,7 +191,7 @@ class Device(Bound, Inherited):
             Gate rows are at most that before the activation, and up rows at most that far from 0;
             a number with at most 8 significant bits.
         weight_format : :class:`str`, or a sequence of str
-            One of :data:`moeaccel.formats.FORMATS`, or one for each expert. Where gate and up have
+            One of :data:`moeaccel.formats.ALL_FORMATS`, or one for each expert. Where gate and up have
             another format than down, or experts other widths I, see :meth:`load_quantised`.
         activation_bits : :class:`int`
             8 or 16.

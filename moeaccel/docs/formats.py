@@ -5,7 +5,7 @@ from __future__ import annotations
 from moeaccel.activations import ACTIVATIONS, Factor
 from moeaccel.config import PRESETS
 from moeaccel.docs.markdown import table
-from moeaccel.formats import FORMATS, WeightFormat
+from moeaccel.formats import ALL_FORMATS, WeightFormat
 from moeaccel.image import Section
 
 __all__ = ["activations", "configurations", "formats", "section_words"]
@@ -29,7 +29,7 @@ def formats() -> list[str]:
          "largest shift"), [
             (str(f.code), f"`{f.name}`", f"{f.bits_per_weight():g}", _integers(f), str(f.group),
              "11 bits and a shift" if f.real_scale else "power of two", str(f.max_shift))
-            for f in FORMATS.values()])
+            for f in ALL_FORMATS.values()])
 
 
 def activations() -> list[str]:
@@ -63,4 +63,4 @@ def section_words() -> list[str]:
                f"one channel; words of {32 * _ROW_MULTIPLIERS} bytes:")
     return [example, "", *table(
         ("format", "R", "tiles", "row words", "scale words", "weight words", "words"),
-        [row(fmt) for fmt in FORMATS.values()])]
+        [row(fmt) for fmt in ALL_FORMATS.values()])]

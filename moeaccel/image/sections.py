@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeaccel.errors import ImageError
-from moeaccel.formats import BLOCK, QuantisedMatrix, WeightFormat
+from moeaccel.formats import BLOCK, SHIFT_BITS, QuantisedMatrix, WeightFormat
 
 __all__ = ["Bytes", "Section", "deal", "pack_section", "stored_bytes", "unpack_section"]
 
@@ -119,8 +119,8 @@ def stored_bytes(fmt: WeightFormat, rows: int, k: int) -> int:
 
 
 def _pack_entries(values: NDArray[np.integer], bits: int, per_word: int, word_bytes: int) -> Bytes:
-    """Pack rows of 8- or 16-bit values into words of ``per_word`` rows each, zero padded."""
-    entries = values.astype(np.uint8 if bits == 8 else "<u2").reshape(values.shape[0], -1)
+    """Pack rows of 8-, 16- or 32-bit values into words of ``per_word`` rows each, zero padded."""
+    entries = values.astype(f"<u{bits // 8}").reshape(values.shape[0], -1)
     words = -(-len(entries) // per_word)
     out = np.zeros((words * per_word, entries.shape[1]), entries.dtype)
     out[: len(entries)] = entries
@@ -161,18 +161,12 @@ def pack_section(matrix: QuantisedMatrix, row_multipliers: int) -> Bytes:
     n, k = matrix.integers.shape
     section = Section(fmt, n, k, row_multipliers)
     tiles, steps, tile_rows = section.tiles, section.steps, section.tile_rows
-    codes = (
-        fmt.encode(matrix.integers)
-        .reshape(tiles, tile_rows, steps, BLOCK)
-        .transpose(0, 2, 1, 3)
-    )
+    codes, scales = fmt.stored(matrix)
+    codes = codes.reshape(tiles, tile_rows, steps, BLOCK).transpose(0, 2, 1, 3)
     if fmt.packed:
         codes = codes[:, :, 0::2] | codes[:, :, 1::2] << 4
     weights = np.ascontiguousarray(codes).reshape(tiles * steps, section.word_bytes)
 
-    scales = matrix.shift.astype(np.int32)
-    if fmt.real_scale:
-        scales = scales << 11 | matrix.significand
     scales = (
         scales.reshape(tiles, tile_rows, section.groups).transpose(0, 2, 1).reshape(-1, tile_rows)
     )
@@ -221,7 +215,7 @@ def _unpack_part(words: Bytes, section: Section) -> QuantisedMatrix:
     kinds = section.kinds()
 
     exponents = np.ascontiguousarray(words[kinds == 0]).view("<i2").reshape(-1, tile_rows)
-    scales = np.ascontiguousarray(words[kinds == 1]).view("<u2" if fmt.scale_bits == 16 else "u1")
+    scales = np.ascontiguousarray(words[kinds == 1]).view(f"<u{fmt.scale_bits // 8}")
     scales = scales.reshape(-1, tile_rows)[: tiles * section.groups]
     scales = scales.reshape(tiles, section.groups, tile_rows).transpose(0, 2, 1)
     scales = scales.reshape(tiles * tile_rows, section.groups)
@@ -230,12 +224,8 @@ def _unpack_part(words: Bytes, section: Section) -> QuantisedMatrix:
     if fmt.packed:
         codes = np.stack([codes & 15, codes >> 4], axis=3).astype(np.uint8)
     codes = codes.reshape(tiles, section.steps, tile_rows, BLOCK).transpose(0, 2, 1, 3)
-    integers = fmt.decode(np.ascontiguousarray(codes).reshape(-1, section.k))
-    return QuantisedMatrix(
-        fmt,
-        integers,
-        (scales & 2047 if fmt.real_scale else np.ones_like(scales)).astype(np.int16),
-        (scales >> 11 if fmt.real_scale else scales).astype(np.int8),
-        exponents[:tiles].reshape(-1).astype(np.int16),
-        0,
-    )
+    matrix = fmt.restored(np.ascontiguousarray(codes).reshape(-1, section.k), scales,
+                          exponents[:tiles].reshape(-1).astype(np.int16))
+    # As the device reads what was damaged: a shift has so many bits, and at most that value.
+    shift = matrix.shift & ((1 << SHIFT_BITS) - 1)
+    return replace(matrix, shift=np.minimum(shift, fmt.max_shift).astype(np.int8))

@@ -11,7 +11,7 @@ import enum
 
 from moeaccel.activations import ACTIVATIONS
 from moeaccel.config import AcceleratorConfig
-from moeaccel.formats import FORMATS
+from moeaccel.formats import ALL_FORMATS
 from moeaccel.interface.commands import (
     ENTRY_BYTES,
     STRUCTURES,
@@ -27,7 +27,7 @@ from moeaccel.interface.registers import REGISTERS, VERSION_VALUE
 __all__ = ["c_header"]
 
 _ENUMS: tuple[type[enum.IntEnum], ...] = (Opcode, Status, NonFinite, Operand, Sink)
-_CODES = {"format": FORMATS, "activation": ACTIVATIONS}
+_CODES = {"format": ALL_FORMATS, "activation": ACTIVATIONS}
 
 
 def _define(name: str, value: int | str, text: str = "") -> str:
