@@ -459,7 +459,7 @@ class _Trees:
             (a, carry), (b, left) = terms[k], terms[k | 1 << bit]
             if whole is not None:
                 keep(k | 1 << bit, b, left)
-                b = (b & whole.replicate(len(b))).as_signed()
+                b = (b.as_unsigned() & whole.replicate(len(b))).as_signed()
                 left = None if left is None else left & whole
             total = a + b if carry is None else (
                 Cat(1, a).as_signed() + Cat(carry, b).as_signed())[1:].as_signed()

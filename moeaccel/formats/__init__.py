@@ -27,11 +27,14 @@ from moeaccel.formats.base import (
     WeightFormat,
     in_groups,
 )
+from moeaccel.formats.patterns import PRUNINGS, check_pattern, prune
 from moeaccel.formats.quantisers import QUANTISERS, quantise_matrix
 
 __all__ = ["ALL_FORMATS", "BLOCK", "FORMATS", "QUAD", "QUANTISERS", "SHARED_FIELD_BITS",
-           "SHIFT_BITS", "SIGNIFICAND_BITS", "ZERO_POINT_BITS", "QuantisedMatrix", "WeightFormat", "check_dims",
-           "check_matrix", "in_groups", "quantise", "weight_format", "whole_blocks"]
+           "SHIFT_BITS", "SIGNIFICAND_BITS", "ZERO_POINT_BITS", "PRUNINGS", "QuantisedMatrix", "WeightFormat",
+           "check_dims",
+           "check_matrix", "check_pattern", "in_groups", "prune", "quantise",
+           "weight_format", "whole_blocks"]
 
 
 def _registry(*tuples: str) -> dict[str, WeightFormat]:
@@ -124,6 +127,7 @@ def check_matrix(matrix: QuantisedMatrix, what: str = "matrix") -> None:
                               f"{expected}, not {found}")
     _check_values(what, matrix.integers, "integers", fmt.name, fmt.known)
     whole = fmt.whole_groups(in_groups(matrix.integers, fmt.group))
+    check_pattern(matrix.integers, fmt)
     if not whole.all():
         row, group = (int(i) for i in np.argwhere(~whole)[0])
         raise FormatError(f"{what}: integers of {fmt.name} must lie within 15 of each other and of "
@@ -176,8 +180,8 @@ def quantise(weights: NDArray[np.floating], name: str | WeightFormat, *,
     Raises
     ------
     FormatError
-        Unknown format or quantiser, no rows or columns, moments that are none, or a weight that is
-        not finite.
+        Unknown format or quantiser, no rows or columns, moments that are none, a weight that is
+        not finite, or weights without the pattern of an N:M format (:func:`prune`).
     """
     fmt = weight_format(name)
     weights = np.asarray(weights, dtype=np.float32)
@@ -187,5 +191,11 @@ def quantise(weights: NDArray[np.floating], name: str | WeightFormat, *,
         )
     n, k = weights.shape
     check_dims(rows=n, K=k)
-    own = fmt.quantised(weights, quantiser, moments)
-    return quantise_matrix(weights, fmt, quantiser, moments) if own is None else own
+    if fmt.parts > 1 and quantiser == "gptq":
+        raise FormatError(f"quantiser of {fmt.name} must be 'search' or 'amax', not 'gptq', which "
+                          "would put weights where there are none")
+    matrix = fmt.quantised(weights, quantiser, moments)
+    if matrix is None:
+        matrix = quantise_matrix(weights, fmt, quantiser, moments)
+    check_pattern(matrix.integers, fmt)
+    return matrix

@@ -158,8 +158,18 @@ class WeightFormat(ABC):
         return row_multipliers * (2 if self.packed else 1) * self.parts
 
     def bits_per_weight(self) -> float:
-        """Stored bits of a weight, scales included, for K a multiple of the group."""
-        return self.weight_bits + self.scale_bits / self.group
+        """Stored bits of a weight, those that are left out counted, too, scales and places of
+        patterns included, for K a multiple of the group."""
+        return (self.weight_bits * self.nonzeros / QUAD + self.pattern_bits / QUAD
+                + self.scale_bits / self.group)
+
+    @property
+    def pattern_bits(self) -> float:
+        """Stored bits of a row for the places of each four weights: two for each that is stored,
+        half of it where two rows share them."""
+        if self.parts == 1:
+            return 0
+        return 2 * self.nonzeros / (2 if self.packed else 1)
 
     # -- codes -------------------------------------------------------------------------------------
     @cached_property

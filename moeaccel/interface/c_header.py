@@ -39,6 +39,11 @@ def _snake(name: str) -> str:
     return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")
 
 
+def _identifier(name: str) -> str:
+    """Return a name as part of a C identifier: ``INT4_G32_2_4`` for ``int4_g32+2:4``."""
+    return "".join(c if c.isalnum() else "_" for c in name).upper()
+
+
 def _registers() -> list[str]:
     lines = ["/* Registers: byte offsets, reset values, fields. 32 bits each, little-endian. */"]
     for register in REGISTERS.values():
@@ -64,7 +69,7 @@ def _enums() -> list[str]:
         lines += ["};", ""]
     for name, registry in _CODES.items():
         lines.append(f"enum moeaccel_{name} {{")
-        lines += [f"    MOEACCEL_{name.upper()}_{one.name.upper()} = {one.code},"
+        lines += [f"    MOEACCEL_{name.upper()}_{_identifier(one.name)} = {one.code},"
                   for one in registry.values()]
         lines += ["};", ""]
     return lines[:-1]

@@ -9,9 +9,11 @@ from amaranth.sim import Simulator
 
 from moeaccel.arithmetic import normalise, quantise_float32
 from moeaccel.config import ACTIVATION_SHIFT_MAX, BLOCK, PRESETS
-from moeaccel.formats import ALL_FORMATS, FORMATS, SHARED_FIELD_BITS, in_groups, quantise
+from moeaccel.formats import ALL_FORMATS, FORMATS, SHARED_FIELD_BITS, in_groups, prune, quantise
+from moeaccel.formats.patterns import compressed, places
 from moeaccel.golden.dot_array import matvec
 from moeaccel.hdl.array.dot_array import DotArray
+from moeaccel.image.sections import Section, _in_lanes
 from tests.support.formats import EVERY, bits, scale_entries, sum_entry
 
 TINY = PRESETS["tiny"]
@@ -41,6 +43,10 @@ class Step:
         low, high = fmt.low, fmt.high
         weights = rng.choice(fmt.known, (rows, BLOCK))
         zeros = None
+        if fmt.parts > 1:  # all as different as they can be
+            together = 2 if fmt.packed else 1
+            order = rng.permuted(np.tile(np.arange(4), (rows // together, 8, 1)), axis=2)
+            weights = weights * np.repeat(order < fmt.nonzeros, together, axis=0).reshape(rows, -1)
         if fmt.zero_point:
             zeros = rng.integers(0, 16, rows)
             weights = rng.integers(0, 16, (rows, BLOCK)) - zeros[:, None]
@@ -52,6 +58,7 @@ class Step:
             weight, mantissa = extreme
             weights = np.full_like(weights, {-1: low, 1: high}[weight])
             zeros = np.full(rows, 15 if weight < 0 else 0) if fmt.zero_point else None
+            weights *= np.arange(BLOCK) % 4 < fmt.nonzeros
             mantissas = np.full_like(mantissas, mantissa)
             significand = np.full(rows, 2047) if fmt.real_scale else significand
             row_shift = np.full(rows, fmt.max_shift)
@@ -67,9 +74,17 @@ class Step:
                  for t in range(dot.shape[1])] for r in range(dot.shape[0])]
 
     def inputs(self, config):
-        """Return the step as port values: codes, scales, lanes, zero points."""
+        """Return the step as port values: codes, scales, lanes, zero points, pattern."""
         codes = self.fmt.encode((self.weights + self.zeros[:, None]).astype(np.int8))
-        if self.fmt.packed:
+        selects = 0
+        if self.fmt.parts > 1:
+            at = places(self.weights, self.fmt)
+            codes = compressed(codes, at)
+            section = Section(self.fmt, len(codes), BLOCK, config.row_multipliers)
+            codes = _in_lanes(codes, section, 2 if self.fmt.packed else 1)[0]
+            selects = bits(_in_lanes(at, section, 1).reshape(-1), 2)
+            codes = codes[:, 0] | codes[:, 1] << 4 if self.fmt.packed else codes[:, 0]
+        elif self.fmt.packed:
             codes = codes[0::2] | codes[1::2] << 4
         lanes = 0
         width = 8 * BLOCK + 4
@@ -80,7 +95,7 @@ class Step:
             [int(s) | int(h) << 11]
             for s, h in zip(self.significand, self.row_shift, strict=True)])
         return (int.from_bytes(codes.astype(np.uint8).tobytes(), "little"), bits(scales, 16), lanes,
-                bits(self.zeros, 4))
+                bits(self.zeros, 4), selects)
 
 
 def run(config, steps, *, gap=0.0, seed=0, gated=True):
@@ -98,7 +113,9 @@ def run(config, steps, *, gap=0.0, seed=0, gated=True):
         while drain:
             if queue and rng.random() >= gap:
                 i, step = queue.pop(0)
-                codes, scales, lanes, zeros = step.inputs(config)
+                codes, scales, lanes, zeros, selects = step.inputs(config)
+                if config.parts > 1:
+                    ctx.set(dut.i_selects, selects)
                 if config.zero_points:
                     ctx.set(dut.i_zeros.as_value(), zeros)
                 ctx.set(dut.i_valid, 1)
@@ -220,7 +237,8 @@ def test_golden_matvec(name, planes):
     fmt, config = ALL_FORMATS[name], EVERY
     rows, k = 2 * fmt.rows(config.row_multipliers), 160
     tokens = config.token_lanes // planes
-    weights = quantise(rng.normal(size=(rows, k)) * np.exp(rng.normal(size=(rows, 1))), fmt)
+    floats = rng.normal(size=(rows, k)) * np.exp(rng.normal(size=(rows, 1)))
+    weights = quantise(prune(floats, fmt, "magnitude", together=2), fmt)
     x, _ = quantise_float32((rng.normal(size=(tokens, k)) * np.exp(3 * rng.normal(size=(tokens, k)))
                              ).astype(np.float32), planes)
     lanes = np.stack(x.plane_mantissas(), axis=1).reshape(config.token_lanes, k)

@@ -21,6 +21,11 @@ def random_matrix(rng, fmt, rows, k):
     """Return a matrix with any integers and scales that the format can store."""
     groups = -(-k // fmt.group)
     integers = rng.choice(fmt.integers, (rows, k))
+    if fmt.parts > 1:
+        together = 2 if fmt.packed else 1
+        order = rng.permuted(np.tile(np.arange(4), (rows // together, k // 4, 1)), axis=2)
+        there = np.repeat(order < fmt.nonzeros, together, axis=0).reshape(rows, k)
+        integers = np.where(there & (integers == 0), fmt.high, integers) * there
     if fmt.zero_point:
         zero = rng.integers(0, 16, (rows, groups))
         integers = integers - np.repeat(zero, fmt.group, axis=1)[:, :k]
@@ -64,9 +69,27 @@ class Case:
         selects = 0
         if fmt.packed:
             codes = codes[0::2] | codes[1::2] << 4
+        if fmt.parts > 1:
+            codes, selects = self.lanes(codes, matrix.integers[rows, 32 * step:32 * step + 32])
         return (int.from_bytes(np.ascontiguousarray(codes).tobytes(), "little"),
                 bits(scale_entries(config, fmt, scales), 16),
                 bits(zeros[:, 0], 4) if fmt.zero_point else 0, selects)
+
+    def lanes(self, codes, integers):
+        """Return codes and pattern of an N:M format multiplier by multiplier."""
+        fmt, rows = self.fmt, len(codes)
+        lanes, selects = np.zeros((self.config.row_multipliers, 32), np.uint8), 0
+        fields = len(integers) // rows
+        for row in range(rows):
+            rm, part = divmod(row, fmt.parts)
+            for quad in range(8):
+                columns = slice(4 * quad, 4 * quad + 4)
+                there = integers[fields * row:fields * (row + 1), columns].any(axis=0)
+                for j, column in enumerate(np.nonzero(there)[0]):
+                    k = 4 * quad + fmt.nonzeros * part + j
+                    lanes[rm, k] = codes[row, 4 * quad + column]
+                    selects |= int(column) << 2 * (32 * rm + k)
+        return lanes, selects
 
     def row_exponents(self, tile):
         return self.matrix.row_exponent[tile * self.rows:(tile + 1) * self.rows].tolist()
