@@ -101,7 +101,8 @@ def sum_of_row(config: AcceleratorConfig, order: tuple[bool, int], row: Value) -
     place = row[1:] if packed else row
     missing = exact_log2(config.parts // parts)
     part = Cat(Const(0, missing), place[:exact_log2(parts)])
-    return Cat(field, part, place[exact_log2(parts):])[:exact_log2(config.rows)]
+    whole = Value.cast(Cat(field, part, place[exact_log2(parts):]))
+    return Value.cast(whole[:exact_log2(config.rows)])
 
 
 def steps_bits(config: AcceleratorConfig) -> int:
@@ -331,7 +332,8 @@ def result_tag(config: AcceleratorConfig) -> data.StructLayout:
 
     ``row``: the tile's first. ``missing``: how many of the array's R rows the tile has not.
     ``slots``: tokens in the group. ``last``: the section's last result. ``hidden``, ``combine``:
-    of the section. ``fresh``: the pass stores y, it does not add. ``row_order``: number in :func:`row_orders`.
+    of the section. ``fresh``: the pass stores y, it does not add. ``row_order``: its number in
+    :func:`row_orders`.
     """
     return data.StructLayout({
         "group": max(1, ceil_log2(config.token_groups)),

@@ -114,8 +114,8 @@ class Call:
             _check_whole(name, getattr(self, name), least, most)
         if self.weight_format not in ALL_FORMATS or self.activation_bits not in (8, 16):
             raise ValueError(
-                f"weight_format must be one of {', '.join(ALL_FORMATS)} and activation_bits 8 or 16, "
-                f"not {self.weight_format!r} and {self.activation_bits!r}")
+                f"weight_format must be one of {', '.join(ALL_FORMATS)} and activation_bits 8 or "
+                f"16, not {self.weight_format!r} and {self.activation_bits!r}")
         for expert in (expert for row in self.ids for expert in row):
             _check_whole("expert", expert, -(1 << 31), (1 << 31) - 1)
         if self.end not in ENDS:

@@ -17,9 +17,14 @@ _FACTORS = {Factor.TABLE: "table of linear segments", Factor.STEP: "1 where g is
             Factor.RAMP: "g where it is positive, else 0"}
 
 def _integers(fmt: WeightFormat) -> str:
-    if fmt.table is None:
+    if fmt.table is None or fmt.zero_point:
         return f"{fmt.low} to {fmt.high}"
     return ", ".join(str(i) for i in sorted({abs(i) for i in fmt.table})) + ", either sign"
+
+
+def _scale(fmt: WeightFormat) -> str:
+    return ("11 bits and a shift, zero point" if fmt.zero_point
+            else "11 bits and a shift" if fmt.real_scale else "power of two")
 
 
 def formats() -> list[str]:
@@ -28,7 +33,7 @@ def formats() -> list[str]:
         ("code", "format", "bits a weight, with scales", "integers", "group", "scale",
          "largest shift"), [
             (str(f.code), f"`{f.name}`", f"{f.bits_per_weight():g}", _integers(f), str(f.group),
-             "11 bits and a shift" if f.real_scale else "power of two", str(f.max_shift))
+             _scale(f), str(f.max_shift))
             for f in ALL_FORMATS.values()])
 
 

@@ -30,10 +30,9 @@ from moeaccel.formats.base import (
 from moeaccel.formats.patterns import PRUNINGS, check_pattern, prune
 from moeaccel.formats.quantisers import QUANTISERS, quantise_matrix
 
-__all__ = ["ALL_FORMATS", "BLOCK", "FORMATS", "QUAD", "QUANTISERS", "SHARED_FIELD_BITS",
-           "SHIFT_BITS", "SIGNIFICAND_BITS", "ZERO_POINT_BITS", "PRUNINGS", "QuantisedMatrix", "WeightFormat",
-           "check_dims",
-           "check_matrix", "check_pattern", "in_groups", "prune", "quantise",
+__all__ = ["ALL_FORMATS", "BLOCK", "FORMATS", "PRUNINGS", "QUAD", "QUANTISERS", "SHARED_FIELD_BITS",
+           "SHIFT_BITS", "SIGNIFICAND_BITS", "ZERO_POINT_BITS", "QuantisedMatrix", "WeightFormat",
+           "check_dims", "check_matrix", "check_pattern", "in_groups", "prune", "quantise",
            "weight_format", "whole_blocks"]
 
 

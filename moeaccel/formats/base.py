@@ -223,10 +223,10 @@ class WeightFormat(ABC):
         if self.real_scale:
             entries = entries << SIGNIFICAND_BITS | matrix.significand.astype(np.uint32)
         if not self.zero_point:
-            return self.encode(matrix.integers), entries
+            return self.encode(matrix.integers), entries.astype(np.uint32)
         zero = self.zero_points(in_groups(matrix.integers, self.group))
         codes = matrix.integers + np.repeat(zero, self.group, axis=1)[:, :matrix.integers.shape[1]]
-        return codes.view(np.uint8), entries | zero.astype(np.uint32) << 16
+        return codes.view(np.uint8), (entries | zero.astype(np.uint32) << 16).astype(np.uint32)
 
     def restored(self, codes: NDArray[np.uint8], entries: NDArray[np.integer],
                  row_exponent: NDArray[np.int16]) -> QuantisedMatrix:

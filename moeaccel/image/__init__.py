@@ -14,7 +14,7 @@ u1, ...), so that a pair is always in one tile. For each section::
                 if entry % entries_per_scale_word == 0:
                     scale word: R scales for each of the next groups
                 entry += 1
-            if N:M and step % 4 == 0, steps counted through all tiles:
+            if N:M, before the first and each fourth step of the section:
                 pattern word: the places of the weights of the next 4 steps
             weight word: R x 32 weights, of N:M formats those that are stored
 
@@ -27,8 +27,9 @@ which the device has no output.
 Inside a weight word, byte ``rm * 32 + k`` holds column k of row rm (8-bit), or of rows 2 rm (low
 nibble) and 2 rm + 1 (high nibble). In N:M formats byte ``rm * 32 + 4 g + N p + j`` holds the j-th
 stored one of columns 4 g to 4 g + 3 of row, or pair of rows, ``4 / N * rm + p``; two bits at the
-same place of a step's quarter of a pattern word say which column. Entries of row and scale words are packed from the least
-significant bit, row 0 first; numbers are little-endian. Padding at the end of a section is zero.
+same place of a step's quarter of a pattern word say which column. Entries of row and scale words
+are packed from the least significant bit, row 0 first; numbers are little-endian. Padding at the
+end of a section is zero.
 """
 
 from moeaccel.image.expert import (

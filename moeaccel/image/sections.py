@@ -199,7 +199,7 @@ def _from_lanes(values: NDArray[np.uint8], section: Section) -> NDArray[np.uint8
 def _two_bits(values: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Return numbers of two bits, four in a byte, the first in the lowest bits."""
     four = values.reshape(len(values), -1, 4)
-    return four[..., 0] | four[..., 1] << 2 | four[..., 2] << 4 | four[..., 3] << 6
+    return np.bitwise_or.reduce(four << np.array([0, 2, 4, 6], np.uint8), axis=2, dtype=np.uint8)
 
 
 def _in_steps(scales: NDArray[np.uint32], section: Section) -> NDArray[np.uint32]:
@@ -282,13 +282,13 @@ def _unpack_part(words: Bytes, section: Section) -> QuantisedMatrix:
 
     codes: Bytes = words[kinds == 2][..., None]
     if fmt.packed:
-        codes = np.concatenate([codes & 15, codes >> 4], axis=2)
+        codes = np.concatenate([codes & 15, codes >> 4], axis=2).astype(np.uint8)
     codes = _from_lanes(codes, section)
     matrix = fmt.restored(codes.reshape(len(codes), -1), scales,
                           exponents[:tiles].reshape(-1).astype(np.int16))
     if fmt.parts > 1:
         four = words[kinds == 3].reshape(-1)[: tiles * section.steps * section.word_bytes // 4]
-        at = np.stack([four >> shift & 3 for shift in (0, 2, 4, 6)], axis=1)
+        at = np.stack([four >> shift & 3 for shift in (0, 2, 4, 6)], axis=1).astype(np.uint8)
         matrix = replace(matrix, integers=expanded(
             matrix.integers.reshape(codes.shape),
             _from_lanes(at.reshape(tiles * section.steps, -1, 1), section)))

@@ -30,7 +30,7 @@ def test_all_codes_with_all_zero_points_are_stored_and_restored():
 def test_integers_of_a_group_must_share_a_zero_point():
     integers = np.zeros((2, 64), np.int8)
     integers[1, 40:42] = -8, 8
-    with pytest.raises(FormatError, match="must lie within 15 .* those of row 1, group 1 do not"):
+    with pytest.raises(FormatError, match=r"must lie within 15 .* those of row 1, group 1 do not"):
         check_matrix(matrix(integers))
     integers[1, 41] = 7
     check_matrix(matrix(integers))

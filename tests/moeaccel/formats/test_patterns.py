@@ -83,7 +83,7 @@ def test_what_has_no_pattern_is_refused():
     weights[3, 43] = 1
     assert quantise(weights, "mxint8+2:4") is not None
     matrix = quantise(weights, "int4_g32+2:4")  # each row by itself
-    with pytest.raises(FormatError, match="rows 2 and 3 together, .* more from column 40 on"):
+    with pytest.raises(FormatError, match=r"rows 2 and 3 together, .* more from column 40 on"):
         pack_section(matrix, 2)
     with pytest.raises(FormatError, match="prune must be 'magnitude', not 'random'"):
         prune(weights, matrix.format, "random")
