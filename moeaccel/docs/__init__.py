@@ -25,6 +25,7 @@ from moeaccel.docs.interface import (
     router_descriptor,
     submission,
 )
+from moeaccel.docs.models import forms, routers, zoo
 from moeaccel.docs.routers import flavours, router_choices
 from moeaccel.errors import MoeAccelError
 
@@ -45,6 +46,9 @@ PARTS: dict[str, Callable[[], list[str]]] = {
     "router-choices": router_choices,
     "section-words": section_words,
     "submission": submission,
+    "zoo": zoo,
+    "zoo-forms": forms,
+    "zoo-routers": routers,
 }
 """Every part by name."""
 
