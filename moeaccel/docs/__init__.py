@@ -26,7 +26,7 @@ from moeaccel.docs.interface import (
     submission,
 )
 from moeaccel.docs.models import forms, routers, zoo
-from moeaccel.docs.routers import flavours, router_choices
+from moeaccel.docs.routing import flavours, router_choices
 from moeaccel.errors import MoeAccelError
 
 __all__ = ["PARTS", "generated", "updated"]
