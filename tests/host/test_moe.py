@@ -72,18 +72,38 @@ def test_it_is_the_float_layer(device, layer, settings, shared):
     assert np.linalg.norm(y - exact) / np.linalg.norm(exact) < 0.02
 
 
-def test_selection_is_that_of_float32(device):
-    """64 experts, 8 of them: logits are within 2**-17 of themselves."""
-    rng = np.random.default_rng(2)
-    weight = torch.from_numpy(rng.standard_normal((64, 256)) / 16).bfloat16().float()
-    x = torch.from_numpy(rng.standard_normal((2000, 256))).bfloat16().float()
-    router = Router(weight, top_k=8)
+def check_selection(device, experts, top_k, tokens, narrow):
+    """Count tokens that a float32 router sends elsewhere: logits are within 2**-17 of theirs."""
+    rng = np.random.default_rng(experts)
+    weight = torch.from_numpy(rng.standard_normal((experts, 256)) / 16).float()
+    weight = weight.bfloat16().float() if narrow else weight
+    router = Router(weight, top_k=top_k)
     zeros = torch.zeros(1, 1)
-    with device.load_moe(router, zeros.expand(64, 64, 256), zeros.expand(64, 256, 32)) as moe:
-        ids, _ = moe.route(x)
-    want, _ = route_float(x @ weight.T, router.settings)
-    different = (ids.sort(1).values != want.sort(1).values).any(1)
-    assert different.float().mean() <= 0.002
+    different = 0
+    with device.load_moe(router, zeros.expand(experts, 64, 256), zeros.expand(experts, 256, 32)
+                         ) as moe:
+        for first in range(0, tokens, 2000):
+            x = torch.from_numpy(rng.standard_normal((min(2000, tokens - first), 256))).float()
+            x = x.bfloat16().float() if narrow else x
+            ids, _ = moe.route(x)
+            want, _ = route_float(x @ weight.T, router.settings)
+            different += int((ids.sort(1).values != want.sort(1).values).any(1).sum())
+    assert different <= (0.001 if narrow else 0.002) * tokens
+
+
+def test_selection_is_that_of_float32(device):
+    check_selection(device, 64, 8, 2000, True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("experts", "top_k"), [(8, 2), (64, 8), (256, 8), (512, 10)])
+@pytest.mark.parametrize("narrow", [True, False], ids=["bf16", "float32"])
+def test_selection_of_many_tokens_is_that_of_float32(experts, top_k, narrow):
+    config = CONFIG.replace(max_experts=512, max_dim=512, max_tokens=2048,
+                            max_assignments=32768, router_top_k=16)
+    with open_device("golden", config=config, memory_bytes=1 << 30) as device:
+        check_selection(device, experts, top_k, 100_000, narrow)
 
 
 def test_torch_and_bfloat16(device, layer):
