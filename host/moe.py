@@ -64,9 +64,9 @@ def load_moe(device: Device, router: Router, gate_up: Any, down: Any, *,
     if router.weight is None:
         raise InvalidOption("router must have a weight, (E, H), to route x; give it one, or route "
                             "by logits with device.route")
-    if settings.weight_on_kind is WeightOn.INPUT:
-        raise LimitExceeded("weight_on must be output, not input: the device does not weight x; "
-                            "route with moe.route, and give the experts x times the weight")
+    if settings.weight_on_kind is WeightOn.INPUT and settings.top_k > 1:
+        raise LimitExceeded("top_k must be 1 with weights on the input, which the host multiplies "
+                            f"x by, not {settings.top_k}")
     stacks: list[tuple[list[Any], list[Any]]] = [(list(gate_up), list(down))]
     if shared is not None:
         stacks.append(_stacks(shared))
@@ -176,6 +176,8 @@ class Moe:
         OutOfDeviceMemory
             If not even the buffers of one token fit.
         """
+        if self.router.settings.weight_on_kind is WeightOn.INPUT:
+            return self._weighted(x)
         return self._call(x, compute=True)[2]
 
     def route(self, x: Tensor) -> tuple[Any, Any]:
@@ -190,6 +192,21 @@ class Moe:
 
             return torch.from_numpy(places).to(x.device), torch.from_numpy(weights).to(x.device)
         return places, weights
+
+    def _weighted(self, x: Tensor) -> Any:
+        """Return y where weights multiply x (Llama 4): the host does it, between two calls.
+
+        Shared experts take x as it is, and are added in float32.
+        """
+        ids, weights, _ = self._call(x, compute=False)
+        rows = float32("x", x)
+        one = np.ones((len(rows), 1), np.float32)
+        y = self.experts(rows * weights, ids.astype(np.int64), one)
+        if self._shared:
+            behind = self.router.settings.experts + np.arange(self._shared)
+            places = np.tile(behind, (len(rows), 1))
+            y = y + self.experts(rows, places, np.ones(places.shape, np.float32))
+        return Like.of(x)(y)
 
     def close(self) -> None:
         """Free the device memory; a second call does nothing."""

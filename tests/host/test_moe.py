@@ -122,6 +122,31 @@ def test_torch_and_bfloat16(device, layer):
         assert (moe(x[:3]) == y[:3]).all()
 
 
+def test_weights_on_the_input(device, layer):
+    """Llama 4: the expert sees x times the weight, the shared one x."""
+    router = Router(layer["weight"], top_k=1, score="sigmoid", weight_on="input")
+    x = layer["x"]
+    with device.load_moe(router, layer["gate_up"], layer["down"], weight_format="mxint8",
+                         shared=layer["shared"]) as moe:
+        y, (ids, weights) = moe(x), moe.route(x)
+        narrow = moe(torch.from_numpy(x).bfloat16())
+    one = np.ones((len(x), 1))
+    exact = experts_float64(x * weights, ids, one, list(layer["gate_up"]), list(layer["down"]))
+    exact += experts_float64(x, 0 * ids, one, [layer["shared"][0]], [layer["shared"][1]])
+    assert np.linalg.norm(y - exact) / np.linalg.norm(exact) < 0.02
+    assert narrow.dtype == torch.bfloat16
+
+
+def test_the_golden_device_says_how_long_it_takes(layer):
+    with open_device("golden", config=CONFIG, memory_bytes=1 << 26, timing=True) as device:
+        with device.load_moe(Router(layer["weight"], top_k=2), layer["gate_up"], layer["down"]
+                             ) as moe:
+            moe.route(layer["x"])
+            routing = device.last_cycles
+            moe(layer["x"])
+            assert device.last_cycles > routing > 5000
+
+
 def test_memory_is_given_back(device, layer):
     free = device.memory.free_bytes
     with device.load_moe(Router(layer["weight"], top_k=2, bias=np.ones(E_)), layer["gate_up"],
@@ -147,8 +172,8 @@ def test_bad_input_is_named(device, layer):
         device.load_moe(Router(layer["weight"][:, 1:], top_k=2), *experts)
     with pytest.raises(InvalidOption, match=r"shared must be \(gate_up, down\) of experts"):
         device.load_moe(router, *experts, shared=(*layer["shared"], layer["x"][:1]))
-    with pytest.raises(LimitExceeded, match="weight_on must be output, not input"):
-        device.load_moe(Router(layer["weight"], top_k=1, weight_on="input"), *experts)
+    with pytest.raises(LimitExceeded, match="top_k must be 1 with weights on the input"):
+        device.load_moe(Router(layer["weight"], top_k=2, weight_on="input"), *experts)
     with pytest.raises(LimitExceeded, match="threshold must be None, a mode of the host's routers"):
         device.load_moe(Router(layer["weight"], top_k=2, threshold=0.5), *experts)
     with pytest.raises(RouterError, match="experts must be 16, the rows of weight, not 8"):
