@@ -86,7 +86,9 @@ def test_cycles(pair):
         router = drawn(rng, experts)
         settings = router.settings
         biased = router.selection_bias is not None
-        pair.rtl.route(router, rng.standard_normal((tokens, experts)).astype(np.float32))
+        logits = rng.standard_normal((tokens, experts)).astype(np.float32)
+        for device in pair.devices:
+            device.route(router, logits)
         want = route_cycles(
             CONFIG, settings, tokens, biased=biased and settings.biases_scores,
             tables=biased or router.bias is not None)
