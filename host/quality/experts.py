@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 from transformers.integrations import moe
 
 from moeaccel.activations import hidden
+from moeaccel.host.compress.layer import FloatExpert
 from moeaccel.host.errors import InvalidOption, UnsupportedExperts
 from moeaccel.host.plugins.transformers.modules import Weights, look
 from moeaccel.host.quality.activations import block_floats
 from moeaccel.image import Expert
 
-__all__ = ["NAME", "FastExperts", "FloatExpert", "Observed", "experts_modules", "float_experts",
-           "observe", "use_layers"]
+__all__ = ["NAME", "FastExperts", "Observed", "experts_modules", "float_experts", "observe",
+           "use_layers"]
 
 NAME = "moeaccel-study"
 """The ``experts_implementation`` whose experts are those of :func:`use_layers`."""
@@ -79,24 +80,6 @@ def use_layers(model: Any, layers: Sequence[Call]) -> Iterator[None]:
         model.set_experts_implementation(before)
         for module in modules:
             del _layers[module]
-
-
-@dataclass(frozen=True)
-class FloatExpert:
-    """An expert's weights in float.
-
-    Parameters
-    ----------
-    gate_up : float32 array, (2 I, H), gate rows, then up rows; or (I, H), not gated
-    down : float32 array, (H, I)
-    activation : :class:`str`
-    limit : :class:`float`, optional
-    """
-
-    gate_up: NDArray[np.float32]
-    down: NDArray[np.float32]
-    activation: str = "silu"
-    limit: float | None = None
 
 
 def float_experts(weights: Weights) -> list[FloatExpert]:

@@ -14,12 +14,12 @@ _ROWS = 128  # of 50,000 logits each, looked at at a time
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model expects behind each token of a text but the last.
+    """What a model expects behind each token of some windows of text but the last of each.
 
     Parameters
     ----------
-    log_probabilities : float32 tensor, (T - 1, V)
-    loss : float64 tensor, (T - 1,)
+    log_probabilities : float32 tensor, (W (T - 1), V)
+    loss : float64 tensor, (W (T - 1),)
         Of the tokens that follow, nats.
     """
 
@@ -55,9 +55,9 @@ class Quality:
 
 
 def predictions(logits: torch.Tensor, tokens: torch.Tensor) -> Predictions:
-    """Return what logits, (T, V), say of a text, (T,)."""
-    log_probabilities = torch.log_softmax(logits[:-1].float(), dim=-1)
-    loss = -log_probabilities.gather(1, tokens[1:, None])[:, 0].double()
+    """Return what logits, (W, T, V), say of windows of text, (W, T)."""
+    log_probabilities = torch.log_softmax(logits[:, :-1].flatten(0, 1).float(), dim=-1)
+    loss = -log_probabilities.gather(1, tokens[:, 1:].reshape(-1, 1))[:, 0].double()
     return Predictions(log_probabilities, loss)
 
 

@@ -16,12 +16,12 @@ from moeaccel.config import AcceleratorConfig, preset
 from moeaccel.cycles import expert_cycles
 from moeaccel.formats import weight_format
 from moeaccel.host.calibration import Calibration
+from moeaccel.host.compress.layer import FloatExpert
 from moeaccel.host.compress.mc_moe import allocate, importance
 from moeaccel.host.compress.moe_pruner import input_norms, kept
 from moeaccel.host.errors import InvalidOption
 from moeaccel.host.quality.experts import (
     FastExperts,
-    FloatExpert,
     Observed,
     experts_modules,
     float_experts,
@@ -57,7 +57,7 @@ class QualityResult:
     stored_bytes : :class:`int`
         Of all experts: weights, scales, row exponents; of the reference, of bfloat16.
     decode_cycles : :class:`int`, optional
-        Of the experts of all layers for one token, by the cycle model.
+        Of the experts of all layers for one token, by the cycle model; where a device does that.
     weight_error : :class:`float`
         Relative Frobenius error of all experts' weights.
     perplexity, perplexity_error, loss_difference, loss_difference_error, kl, kl_error, top1
@@ -101,9 +101,9 @@ class Study:
     ----------
     model : transformers model
         With experts behind transformers' experts interface, on the host.
-    tokens : int64 tensor, (1, T)
-        What is read.
-    calibration : int64 tensor, (1, C)
+    tokens : int64 tensor, (W, T)
+        What is read, each window by itself.
+    calibration : int64 tensor, (V, C)
         What activations for quantisers, pruning and mixed bits are taken from.
     config : :class:`AcceleratorConfig`
         Of the device whose cycles are stated, and of the golden model.
@@ -145,7 +145,7 @@ class Study:
         if self._reference is None:
             self._progress("reading the text in float")
             self._reference, seen = self._watch(self.tokens)
-            step = max(1, self.tokens.shape[1] // CYCLE_TOKENS)
+            step = max(1, self.tokens.numel() // CYCLE_TOKENS)
             self._routes = [layer.ids[::step][:CYCLE_TOKENS] for layer in seen]
         return self._reference
 
@@ -158,8 +158,7 @@ class Study:
         """Return the model's predictions with other experts."""
         tokens = self.tokens if tokens is None else tokens
         with torch.inference_mode(), use_layers(self.model, layers):
-            logits = self.model(tokens, use_cache=False).logits[0]
-            return predictions(logits, tokens[0])
+            return predictions(self.model(tokens, use_cache=False).logits, tokens)
 
     # -- what experts become -----------------------------------------------------------------------
     def quantised(self, variant: Variant) -> list[list[Expert]]:
@@ -207,7 +206,7 @@ class Study:
                            for row, expert in zip(choices, experts, strict=True)])
         assert seen is not None
         costs = importance(seen.ids, seen.weights, len(experts))[:, None] * errors
-        count = sum(expert.gate_up.size + expert.down.size for expert in experts)
+        count = sum(expert.size for expert in experts)
         found = allocate(costs, sizes, int(bits * count / 8))
         return [row[choice] for row, choice in zip(choices, found, strict=True)]
 
@@ -223,10 +222,10 @@ class Study:
         ----------
         variants : iterable of :class:`Variant`
         golden_tokens : :class:`int`
-            The golden model reads the first so many tokens, too.
+            The golden model reads the first so many tokens of the first window, too.
         """
         reference = self.reference
-        count = sum(e.gate_up.size + e.down.size for layer in self.floats for e in layer)
+        count = sum(e.size for layer in self.floats for e in layer)
         yield QualityResult(
             "float", "float", 32, None, None, False, 16.0, 2 * count, None, 0.0,
             **asdict(compare(reference, reference)))
@@ -234,10 +233,11 @@ class Study:
         for variant in variants:
             if last is None or last[0] != variant.weights:
                 last = variant.weights, self.quantised(variant)
-            layers, planes = last[1], variant.activation_bits // 8
+            layers, planes = last[1], variant.planes
             self._progress(f"{variant.label}: reading the text")
             found = self.read([FastExperts(experts, planes) for experts in layers])
-            golden = self._golden(layers, variant, golden_tokens, found) if golden_tokens else {}
+            golden = (self._golden(layers, variant, golden_tokens, found)
+                      if golden_tokens and planes else {})
             size = sum(self._bytes(expert) for experts in layers for expert in experts)
             sums = np.sum([_error(expert, exact) for experts, floats
                            in zip(layers, self.floats, strict=True)
@@ -245,7 +245,7 @@ class Study:
             yield QualityResult(
                 variant.label, variant.weight_format, variant.activation_bits, variant.quantiser,
                 variant.criterion, variant.calibrated, 8 * size / count, size,
-                self._decode_cycles(layers, planes), float(np.sqrt(sums[0] / sums[1])),
+                self._decode_cycles(layers, planes) if planes else None, float(np.sqrt(sums[0] / sums[1])),
                 **asdict(compare(found, reference)), **golden)
 
     def _decode_cycles(self, layers: list[list[Expert]], planes: int) -> int:
@@ -278,7 +278,7 @@ class Study:
         with open_device("golden", config=self.config, memory_bytes=memory) as device:
             loaded = [device.load_quantised(experts, activation_bits=variant.activation_bits)
                       for experts in layers]
-            found = self.read(loaded, self.tokens[:, :count])
+            found = self.read(loaded, self.tokens[:1, :count])
         # The model is causal: what is behind the first tokens changes nothing of these.
         return {"golden_tokens": count,
                 "golden_perplexity": float(found.loss.mean().exp()),
@@ -311,7 +311,8 @@ def _error(expert: Expert, exact: FloatExpert) -> tuple[float, float]:
 
 
 def open_study(model: str | os.PathLike[str] = "smollm2", *, tokens: int = 1024,
-               calibration_tokens: int = 1024, config: str | AcceleratorConfig = "small",
+               window: int = 512, calibration_tokens: int = 1024,
+               config: str | AcceleratorConfig = "small",
                progress: Progress = lambda _: None) -> Study:
     """Return a study of a model on Python's reference manual.
 
@@ -321,6 +322,8 @@ def open_study(model: str | os.PathLike[str] = "smollm2", *, tokens: int = 1024,
         ``smollm2``, or the folder of a checkpoint, with its tokenizer, that transformers loads.
     tokens, calibration_tokens : :class:`int`
         How many are read, from the beginning, and how many behind these are for calibration.
+    window : :class:`int`
+        Tokens that are read at a time, without what was before them.
     config : :class:`str` or :class:`AcceleratorConfig`
     progress : callable
 
@@ -350,8 +353,8 @@ def open_study(model: str | os.PathLike[str] = "smollm2", *, tokens: int = 1024,
     for name, count in (("tokens", tokens), ("calibration_tokens", calibration_tokens)):
         if count < 2:
             raise InvalidOption(f"{name} must be at least 2, not {count}")
-    return Study(loaded, reference_tokens(tokenizer, 0, tokens),
-                 reference_tokens(tokenizer, tokens, calibration_tokens),
+    return Study(loaded, reference_tokens(tokenizer, 0, tokens, window),
+                 reference_tokens(tokenizer, tokens, calibration_tokens, window),
                  config=preset(config), progress=progress)
 
 

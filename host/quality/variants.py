@@ -16,6 +16,7 @@ MIXED = ("int4_g128", "int4_g32", "mxint8")
 """Formats among which experts of mixed bits choose."""
 
 _ACTIVATION_BITS = (16, 8)
+FLOAT_BITS = 32
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Variant:
         ``int4_g32``; ``int4_g32+2:4`` for 2 of 4 weights; ``mixed:5.5`` for so many stored bits a
         weight on average, each expert in one of :data:`MIXED`.
     activation_bits : :class:`int`
-        8 or 16.
+        8 or 16; or 32, which no device has: x and h stay float, to see what weights alone cost.
     quantiser : :class:`str`
         See :func:`moeaccel.formats.quantise`.
     calibrated : :class:`bool`
@@ -51,8 +52,9 @@ class Variant:
     def __post_init__(self) -> None:
         if self.bits is None:
             weight_format(self.base)
-        if self.activation_bits not in _ACTIVATION_BITS:
-            raise InvalidOption(f"activation_bits must be 8 or 16, not {self.activation_bits!r}")
+        if self.activation_bits not in (*_ACTIVATION_BITS, FLOAT_BITS):
+            raise InvalidOption("activation_bits must be 8 or 16, or 32 for float, not "
+                                f"{self.activation_bits!r}")
         if self.quantiser not in QUANTISERS:
             raise InvalidOption(f"quantiser must be one of {', '.join(QUANTISERS)}, not "
                                 f"{self.quantiser!r}")
@@ -93,6 +95,11 @@ class Variant:
             raise InvalidOption("weight_format must be mixed:BITS, as mixed:5.5, not "
                                 f"{self.weight_format!r}")
         return bits
+
+    @property
+    def planes(self) -> int:
+        """Planes of x and h; 0: they stay float."""
+        return 0 if self.activation_bits == FLOAT_BITS else self.activation_bits // 8
 
     @property
     def weights(self) -> Variant:

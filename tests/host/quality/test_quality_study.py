@@ -76,6 +76,15 @@ def test_what_formats_cost_and_give(study):
     assert pareto(rows, "bytes") == [int4.variant, int8.variant]
 
 
+def test_what_activations_cost(study):
+    floats, a16, a8 = (row for row in study.measure(
+        [Variant("mxint8", bits) for bits in (32, 16, 8)]) if row.variant != "float")
+    assert floats.decode_cycles is None and a16.decode_cycles and a8.decode_cycles
+    assert abs(a16.perplexity / floats.perplexity - 1) < 1e-3
+    assert abs(a8.perplexity / floats.perplexity - 1) > 1e-3
+    assert floats.kl < a8.kl
+
+
 def test_decode_cycles_are_those_of_the_device(study):
     """A token's cycles: counted by the golden device with the cycle model."""
     from moeaccel.host import open_device
@@ -104,16 +113,16 @@ def test_calibration_and_mixed_bits(study):
 
 def test_the_float_layers_are_the_model(study):
     with torch.inference_mode():
-        exact = study.model(study.tokens).logits[0]
-    found = predictions(exact, study.tokens[0])
+        exact = study.model(study.tokens).logits
+    found = predictions(exact, study.tokens)
     assert torch.allclose(found.loss, study.reference.loss, atol=1e-5)
     assert study.model.config._experts_implementation != "moeaccel-study"
 
 
 def test_comparison_of_predictions():
-    tokens = torch.tensor([0, 1, 0])
-    exact = predictions(torch.log(torch.tensor([[0.5, 0.5], [0.75, 0.25], [1.0, 1.0]])), tokens)
-    other = predictions(torch.log(torch.tensor([[0.25, 0.75], [0.75, 0.25], [9.0, 1.0]])), tokens)
+    tokens = torch.tensor([[0, 1, 0]])
+    exact, other = (predictions(torch.log(torch.tensor([values])), tokens) for values in (
+        [[0.5, 0.5], [0.75, 0.25], [1.0, 1.0]], [[0.25, 0.75], [0.75, 0.25], [9.0, 1.0]]))
     found = compare(other, exact)
     kl = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
     assert found.kl == pytest.approx(kl / 2, rel=1e-5)
