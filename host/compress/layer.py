@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeaccel.activations import hidden
-from moeaccel.host.errors import InvalidTensor
+from moeaccel.host.errors import InvalidOption, InvalidTensor
 from moeaccel.image import Expert
+from moeaccel.router.settings import RouterSettings
 
 __all__ = ["FloatExpert", "MoELayer", "Routing", "combine"]
 
@@ -102,9 +103,8 @@ class MoELayer:
         Expert that each row of the router leads to. Several may lead to one: their weights add up.
         -1: none, the row is masked, as a bias of minus infinity does it before the choice.
     threshold : :class:`float`
-        Behind the first, experts are skipped whose weight is below ``threshold`` times that of the
-        first; ``absolute``: below ``threshold`` itself. The rest is renormalised, if weights are.
-    absolute : :class:`bool`
+        Experts are skipped whose weight is below ``threshold`` times that of the first. The rest is
+        renormalised, if weights are.
     """
 
     experts: tuple[FloatExpert, ...]
@@ -114,7 +114,6 @@ class MoELayer:
     weight_formats: tuple[str, ...]
     expert_of: NDArray[np.int64]
     threshold: float = 0.0
-    absolute: bool = False
 
     def __post_init__(self) -> None:
         count = len(self.experts)
@@ -165,11 +164,7 @@ class MoELayer:
         probabilities /= probabilities.sum(axis=1, keepdims=True)
         rows = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]
         weights = np.take_along_axis(probabilities, rows, axis=1)
-        relative = weights if self.absolute else weights / weights[:, :1]
-        if self.absolute and self.renormalise:
-            relative = weights / weights.sum(axis=1, keepdims=True)
-        skipped = relative < self.threshold
-        skipped[:, 0] = False
+        skipped = weights < self.threshold * weights[:, :1]
         rows, weights = np.where(skipped, -1, rows), np.where(skipped, 0, weights)
         if self.renormalise:
             weights = weights / weights.sum(axis=1, keepdims=True)
@@ -180,6 +175,24 @@ class MoELayer:
                 weights[:, before] += np.where(same, weights[:, slot], 0)
                 weights[same, slot], ids[same, slot] = 0, -1
         return Routing(rows, ids, weights, probabilities)
+
+    def router_of_device(self) -> tuple[NDArray[np.float32], RouterSettings]:
+        """Return rows, (E, H), and settings of a router that does what this one does.
+
+        Raises
+        ------
+        InvalidOption
+            If several rows lead to one expert, which is merged: the host has to route then.
+        """
+        rows = np.flatnonzero(self.expert_of >= 0)
+        rows = rows[np.argsort(self.expert_of[rows], kind="stable")]
+        if not np.array_equal(self.expert_of[rows], np.arange(len(self.experts))):
+            raise InvalidOption("experts must have a row of the router each for the device to "
+                                "route, but some are merged; route() on the host")
+        return self.router[rows], RouterSettings(
+            experts=len(rows), top_k=min(self.top_k, len(rows)), score="softmax",
+            renormalize="sum" if self.renormalise else "none",
+            threshold=self.threshold or None)
 
     def outputs(self, x: NDArray[np.floating]) -> Floats:
         """Return what each expert makes of each token, (E, T, H)."""

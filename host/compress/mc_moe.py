@@ -15,13 +15,22 @@ optimal to one unit for each expert.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moeaccel.host.compress.layer import MoELayer
+from moeaccel.host.compress.method import Method, Tokens
 from moeaccel.host.errors import InvalidOption
+from moeaccel.image import Expert
 
-__all__ = ["FREQUENCY_POWER", "WEIGHT_POWER", "allocate", "importance"]
+__all__ = ["FORMATS", "FREQUENCY_POWER", "METHODS", "WEIGHT_POWER", "allocate", "importance",
+           "mix"]
+
+FORMATS = ("int4_g128", "int4_g32", "mxint8")
+"""Formats to choose from when none are named."""
 
 FREQUENCY_POWER, WEIGHT_POWER = 1.0, 1.5
 
@@ -88,3 +97,38 @@ def allocate(costs: NDArray[np.floating], sizes: NDArray[np.integer],
         found[e] = chosen[e, state]
         state -= int(steps[e, found[e]])
     return found
+
+
+def mix(layer: MoELayer, x: Tokens, bits: float, formats: Sequence[str] = FORMATS) -> MoELayer:
+    """Return the layer with a format for each expert, of so many stored bits a weight on average.
+
+    Raises
+    ------
+    InvalidOption
+        If the smallest formats are larger than that.
+    """
+    routing = layer.route(x)
+    errors = np.zeros((len(layer.experts), len(formats)))
+    sizes = np.zeros(errors.shape, np.int64)
+    for e, expert in enumerate(layer.experts):
+        for f, name in enumerate(formats):
+            stored = Expert.quantise(expert.gate_up, expert.down, name,
+                                     activation=expert.activation, limit=expert.limit)
+            rows = stored.gate_up.dequantise()
+            if expert.gated:
+                rows = np.concatenate([rows[0::2], rows[1::2]])
+            errors[e, f] = math.hypot(np.linalg.norm(rows - expert.gate_up),
+                                      np.linalg.norm(stored.down.dequantise() - expert.down))
+            sizes[e, f] = stored.shape(1).stored_bytes
+    costs = importance(routing.ids, routing.weights, len(layer.experts))[:, None] * errors
+    budget = int(bits / 8 * sum(expert.size for expert in layer.experts))
+    return replace(layer, weight_formats=tuple(
+        formats[choice] for choice in allocate(costs, sizes, budget)))
+
+
+METHODS = (
+    Method("mc-moe", "arXiv 2410.06270", "choose a format for each expert under a budget of bytes",
+           lambda layers, x, bits: [mix(layer, tokens, bits)
+                                    for layer, tokens in zip(layers, x, strict=True)],
+           {"bits": 5.5}),
+)

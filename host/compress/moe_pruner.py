@@ -13,13 +13,21 @@ the sum of their squares.
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from moeaccel.activations import hidden
+from moeaccel.formats import WeightFormat, weight_format
+from moeaccel.host.compress.layer import FloatExpert, MoELayer
+from moeaccel.host.compress.method import Method, Tokens
 from moeaccel.host.errors import InvalidOption
+from moeaccel.image import interleave_gate_up
 
-__all__ = ["CRITERIA", "input_norms", "kept"]
+__all__ = ["CRITERIA", "METHODS", "input_norms", "kept", "prune", "pruned"]
 
 CRITERIA = ("magnitude", "activation")
 """Pruning criteria."""
@@ -94,3 +102,55 @@ def input_norms(x: NDArray[np.floating], ids: NDArray[np.integer], weights: NDAr
         h = hidden(tokens @ gate_up.T.astype(np.float64), d_expert, activation, limit)
     weight = weight[used, None]
     return np.linalg.norm(tokens * weight, axis=0), np.linalg.norm(h * weight, axis=0)
+
+
+def pruned(expert: FloatExpert, fmt: WeightFormat, pattern: tuple[int, int],
+           norms: tuple[Any, Any] = (None, None)) -> FloatExpert:
+    """Return an expert with zeros where a pattern has no weights.
+
+    Rows that share a multiplier share a pattern: a gate row and its up row, and two rows of down.
+    """
+    rows = 2 if fmt.packed else 1
+    gate_up, down = expert.gate_up, expert.down
+    if rows == 2 and expert.gated:
+        pairs = kept(interleave_gate_up(gate_up), pattern, norms=norms[0], rows=rows)
+        stays = np.concatenate([pairs[0::2], pairs[1::2]])
+    else:
+        stays = kept(gate_up, pattern, norms=norms[0], rows=rows)
+    return replace(expert, gate_up=gate_up * stays,
+                   down=down * kept(down, pattern, norms=norms[1], rows=rows))
+
+
+def prune(layer: MoELayer, x: Tokens, pattern: str, criterion: str) -> MoELayer:
+    """Return the layer with N of M weights.
+
+    Raises
+    ------
+    InvalidOption
+        If there is no such pattern or criterion.
+    """
+    found = re.fullmatch(r"(\d{1,2}):(\d{1,2})", pattern)
+    if found is None:
+        raise InvalidOption(f"pattern must be N:M, as 2:4, not {pattern!r}")
+    if criterion not in CRITERIA:
+        raise InvalidOption(f"criterion must be one of {', '.join(CRITERIA)}, not {criterion!r}")
+    routing = layer.route(x)
+    experts = []
+    for e, (expert, name) in enumerate(zip(layer.experts, layer.weight_formats, strict=True)):
+        norms = (None, None) if criterion == CRITERIA[0] else input_norms(
+            x, routing.ids, routing.weights, e, expert.gate_up, expert.down.shape[1],
+            expert.activation, expert.limit)
+        experts.append(pruned(expert, weight_format(name), (int(found[1]), int(found[2])), norms))
+    return replace(layer, experts=tuple(experts))
+
+
+METHODS = tuple(
+    Method(name, source, text,
+           lambda layers, x, pattern, criterion=criterion: [
+               prune(layer, tokens, pattern, criterion)
+               for layer, tokens in zip(layers, x, strict=True)],
+           {"pattern": "2:4"})
+    for name, source, text, criterion in (
+        ("magnitude", "", "keep the largest N of M weights", CRITERIA[0]),
+        ("moe-pruner", "arXiv 2410.12013", "keep N of M weights by |W| times the norm of x g",
+         CRITERIA[1])))

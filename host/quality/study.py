@@ -17,8 +17,8 @@ from moeaccel.cycles import expert_cycles
 from moeaccel.formats import weight_format
 from moeaccel.host.calibration import Calibration
 from moeaccel.host.compress.layer import FloatExpert
-from moeaccel.host.compress.mc_moe import allocate, importance
-from moeaccel.host.compress.moe_pruner import input_norms, kept
+from moeaccel.host.compress.mc_moe import FORMATS, allocate, importance
+from moeaccel.host.compress.moe_pruner import input_norms, pruned
 from moeaccel.host.errors import InvalidOption
 from moeaccel.host.quality.experts import (
     FastExperts,
@@ -30,7 +30,7 @@ from moeaccel.host.quality.experts import (
 )
 from moeaccel.host.quality.measure import Predictions, compare, predictions
 from moeaccel.host.quality.text import reference_text, reference_tokens, text_digest
-from moeaccel.host.quality.variants import MIXED, Variant
+from moeaccel.host.quality.variants import Variant
 from moeaccel.image import Expert, interleave_gate_up
 
 __all__ = ["QualityResult", "Study", "open_study"]
@@ -191,7 +191,8 @@ class Study:
             if variant.criterion == "activation" and seen is not None:
                 norms = input_norms(seen.x, seen.ids, seen.weights, e, gate_up, d_expert,
                                     expert.activation, expert.limit)
-            gate_up, down = pruned(expert, variant, norms)
+            thin = pruned(expert, weight_format(variant.base), variant.pattern, norms)
+            gate_up, down = thin.gate_up, thin.down
         return Expert.quantise(
             gate_up, down, variant.base, activation=expert.activation, limit=expert.limit,
             quantiser=variant.quantiser, moments=moments)
@@ -200,7 +201,7 @@ class Study:
                seen: Observed | None) -> list[Expert]:
         """Return the experts of a layer, each in the format that MC-MoE's programme gives it."""
         choices = [[self._quantised(e, expert, Variant(name, 16, variant.quantiser, True), seen)
-                    for name in MIXED] for e, expert in enumerate(experts)]
+                    for name in FORMATS] for e, expert in enumerate(experts)]
         sizes = np.array([[self._bytes(choice) for choice in row] for row in choices])
         errors = np.array([[np.sqrt(_error(choice, expert)[0]) for choice in row]
                            for row, expert in zip(choices, experts, strict=True)])
@@ -245,7 +246,8 @@ class Study:
             yield QualityResult(
                 variant.label, variant.weight_format, variant.activation_bits, variant.quantiser,
                 variant.criterion, variant.calibrated, 8 * size / count, size,
-                self._decode_cycles(layers, planes) if planes else None, float(np.sqrt(sums[0] / sums[1])),
+                self._decode_cycles(layers, planes) if planes else None,
+                float(np.sqrt(sums[0] / sums[1])),
                 **asdict(compare(found, reference)), **golden)
 
     def _decode_cycles(self, layers: list[list[Expert]], planes: int) -> int:
@@ -283,23 +285,6 @@ class Study:
         return {"golden_tokens": count,
                 "golden_perplexity": float(found.loss.mean().exp()),
                 "fast_perplexity": float(fast.loss[: count - 1].mean().exp())}
-
-
-def pruned(expert: FloatExpert, variant: Variant, norms: tuple[Any, Any]
-           ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return gate and up, and down, with zeros where a pattern has no weights.
-
-    Rows that share a multiplier share a pattern: a gate row and its up row, and two rows of down.
-    """
-    assert variant.pattern is not None
-    rows = 2 if weight_format(variant.base).packed else 1
-    gate_up, down = expert.gate_up, expert.down
-    if rows == 2 and len(gate_up) == 2 * down.shape[1]:
-        pairs = kept(interleave_gate_up(gate_up), variant.pattern, norms=norms[0], rows=rows)
-        stays = np.concatenate([pairs[0::2], pairs[1::2]])
-    else:
-        stays = kept(gate_up, variant.pattern, norms=norms[0], rows=rows)
-    return gate_up * stays, down * kept(down, variant.pattern, norms=norms[1], rows=rows)
 
 
 def _error(expert: Expert, exact: FloatExpert) -> tuple[float, float]:

@@ -10,10 +10,7 @@ from moeaccel.formats import FORMATS, QUANTISERS, weight_format
 from moeaccel.host.compress.moe_pruner import CRITERIA
 from moeaccel.host.errors import InvalidOption
 
-__all__ = ["MIXED", "Variant", "every_variant", "variants_of"]
-
-MIXED = ("int4_g128", "int4_g32", "mxint8")
-"""Formats among which experts of mixed bits choose."""
+__all__ = ["Variant", "every_variant", "variants_of"]
 
 _ACTIVATION_BITS = (16, 8)
 FLOAT_BITS = 32
@@ -27,7 +24,8 @@ class Variant:
     ----------
     weight_format : :class:`str`
         ``int4_g32``; ``int4_g32+2:4`` for 2 of 4 weights; ``mixed:5.5`` for so many stored bits a
-        weight on average, each expert in one of :data:`MIXED`.
+        weight on average, each expert in one of
+        :data:`moeaccel.host.compress.mc_moe.FORMATS`.
     activation_bits : :class:`int`
         8 or 16; or 32, which no device has: x and h stay float, to see what weights alone cost.
     quantiser : :class:`str`
