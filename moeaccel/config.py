@@ -77,6 +77,9 @@ class AcceleratorConfig:
     activations : tuple of str
         Activations that the hardware computes, all of :data:`moeaccel.activations.ACTIVATIONS` when
         left out.
+    bias : :class:`bool`
+        Rows may have biases: an adder behind each channel's normaliser. Rows without them take no
+        cycle more, with it or without.
 
     Raises
     ------
@@ -100,6 +103,7 @@ class AcceleratorConfig:
     address_bits: int = 40
     formats: tuple[str, ...] = field(default_factory=lambda: tuple(FORMATS))
     activations: tuple[str, ...] = field(default_factory=lambda: tuple(ACTIVATIONS))
+    bias: bool = True
 
     def __post_init__(self) -> None:
         for name in ("formats", "activations"):
@@ -118,6 +122,7 @@ class AcceleratorConfig:
                 f"a power of two from {low} to {high}",
             )
 
+        require("bias", isinstance(self.bias, bool), "true or false")
         power("port_bytes", 8, 64)
         power("channels", 1, BLOCK)
         power("row_multipliers", 2, 16)
@@ -232,6 +237,12 @@ class AcceleratorConfig:
     def activation_bits(self) -> int:
         """Bits of an activation's code in the hardware."""
         return max(1, *self.activation_codes).bit_length()
+
+    # -- biases
+    @property
+    def bias_codes(self) -> tuple[int, ...]:
+        """What an entry of the expert table may say of a section's biases: 1, that there are."""
+        return (0, 1) if self.bias else (0,)
 
     # -- addresses
     @property

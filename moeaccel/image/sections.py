@@ -29,6 +29,8 @@ class Section:
         Of an array that will read it.
     channels : :class:`int`
         To which the rows are dealt; tiles and words are those of one channel.
+    biased : :class:`bool`
+        Each row has a bias beside its exponent.
     """
 
     format: WeightFormat
@@ -36,6 +38,7 @@ class Section:
     k: int
     row_multipliers: int
     channels: int = 1
+    biased: bool = False
 
     @property
     def word_bytes(self) -> int:
@@ -64,8 +67,8 @@ class Section:
 
     @property
     def tiles_per_row_word(self) -> int:
-        """Tiles whose row exponents share a word."""
-        return 8 * self.word_bytes // (16 * self.tile_rows)
+        """Tiles whose row exponents, and biases, share a word."""
+        return 8 * self.word_bytes // ((32 if self.biased else 16) * self.tile_rows)
 
     @property
     def entries_per_scale_word(self) -> int:
@@ -94,9 +97,8 @@ class Section:
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of weights, scales and row exponents without padding, on all
-        channels."""
-        return stored_bytes(self.format, self.rows, self.k)
+        """Bytes of weights, scales, row exponents and biases without padding, on all channels."""
+        return stored_bytes(self.format, self.rows, self.k, biased=self.biased)
 
     def kinds(self) -> NDArray[np.uint8]:
         """Return the kind of each word in order: 0 row, 1 scale, 2 weight."""
@@ -111,10 +113,10 @@ class Section:
         return flat[flat != 255]
 
 
-def stored_bytes(fmt: WeightFormat, rows: int, k: int) -> int:
-    """Return the bytes of weights, scales and row exponents, whole for each row."""
+def stored_bytes(fmt: WeightFormat, rows: int, k: int, *, biased: bool = False) -> int:
+    """Return the bytes of weights, scales, row exponents and biases, whole for each row."""
     weights = -(-k * fmt.weight_bits // 8)
-    return rows * (weights + -(-k // fmt.group) * fmt.scale_bits // 8 + 2)
+    return rows * (weights + -(-k // fmt.group) * fmt.scale_bits // 8 + (4 if biased else 2))
 
 
 
@@ -140,7 +142,8 @@ def deal(
 
     return replace(
         matrix, integers=part(matrix.integers), significand=part(matrix.significand),
-        shift=part(matrix.shift), row_exponent=part(matrix.row_exponent))
+        shift=part(matrix.shift), row_exponent=part(matrix.row_exponent),
+        bias=None if matrix.bias is None else part(matrix.bias))
 
 
 def _gather(parts: Sequence[QuantisedMatrix], section: Section, together: int) -> QuantisedMatrix:
@@ -151,15 +154,15 @@ def _gather(parts: Sequence[QuantisedMatrix], section: Section, together: int) -
         pieces = dealt.reshape(len(parts), -1, together, *dealt.shape[2:])
         return pieces.swapaxes(0, 1).reshape(section.rows, *dealt.shape[2:])
 
-    return replace(parts[0], **{
-        name: whole(name) for name in ("integers", "significand", "shift", "row_exponent")})
+    names = ["integers", "significand", "shift", "row_exponent", *["bias"] * section.biased]
+    return replace(parts[0], **{name: whole(name) for name in names})
 
 
 def pack_section(matrix: QuantisedMatrix, row_multipliers: int) -> Bytes:
     """Return the words of one section as bytes, for a matrix whose rows are in image order."""
     fmt = matrix.format
     n, k = matrix.integers.shape
-    section = Section(fmt, n, k, row_multipliers)
+    section = Section(fmt, n, k, row_multipliers, biased=matrix.bias is not None)
     tiles, steps, tile_rows = section.tiles, section.steps, section.tile_rows
     codes = (
         fmt.encode(matrix.integers)
@@ -177,6 +180,8 @@ def pack_section(matrix: QuantisedMatrix, row_multipliers: int) -> Bytes:
         scales.reshape(tiles, tile_rows, section.groups).transpose(0, 2, 1).reshape(-1, tile_rows)
     )
     rows = matrix.row_exponent.reshape(tiles, tile_rows).view(np.uint16)
+    if matrix.bias is not None:
+        rows = np.concatenate([rows, matrix.bias.reshape(tiles, tile_rows)], axis=1)
 
     kinds = section.kinds()
     out = np.zeros((section.words, section.word_bytes), np.uint8)
@@ -220,7 +225,8 @@ def _unpack_part(words: Bytes, section: Section) -> QuantisedMatrix:
     words = words.reshape(section.words, section.word_bytes)
     kinds = section.kinds()
 
-    exponents = np.ascontiguousarray(words[kinds == 0]).view("<i2").reshape(-1, tile_rows)
+    rows = np.ascontiguousarray(words[kinds == 0]).view("<i2").reshape(-1, tile_rows)
+    exponents, biases = (rows[0::2], rows[1::2]) if section.biased else (rows, None)
     scales = np.ascontiguousarray(words[kinds == 1]).view("<u2" if fmt.scale_bits == 16 else "u1")
     scales = scales.reshape(-1, tile_rows)[: tiles * section.groups]
     scales = scales.reshape(tiles, section.groups, tile_rows).transpose(0, 2, 1)
@@ -238,4 +244,5 @@ def _unpack_part(words: Bytes, section: Section) -> QuantisedMatrix:
         (scales >> 11 if fmt.real_scale else scales).astype(np.int8),
         exponents[:tiles].reshape(-1).astype(np.int16),
         0,
+        None if biases is None else biases[:tiles].reshape(-1).astype(np.int16).view(np.uint16),
     )
