@@ -215,7 +215,13 @@ def section(config: AcceleratorConfig) -> data.StructLayout:
         "format": config.format_bits,
         "steps": steps_bits(config),
         "tiles": (2 * config.max_dim).bit_length(),
+        **has_bias(config),
     })
+
+
+def has_bias(config: AcceleratorConfig) -> dict[str, int]:
+    """Return the member that says whether rows have biases, where the hardware has an adder."""
+    return {"biased": 1} if config.bias else {}
 
 
 def section_work(config: AcceleratorConfig) -> data.StructLayout:
@@ -301,7 +307,7 @@ def result_tag(config: AcceleratorConfig) -> data.StructLayout:
 
     ``row``: the tile's first. ``missing``: how many of the array's R rows the tile has not.
     ``slots``: tokens in the group. ``last``: the section's last result. ``hidden``, ``combine``:
-    of the section. ``fresh``: the pass stores y, it does not add.
+    of the section, as is ``biased``. ``fresh``: the pass stores y, it does not add.
     """
     return data.StructLayout({
         "group": max(1, ceil_log2(config.token_groups)),
@@ -316,6 +322,7 @@ def result_tag(config: AcceleratorConfig) -> data.StructLayout:
         "x_bank": 1,
         "slot_bank": 1,
         "fresh": 1,
+        **has_bias(config),
     })
 
 

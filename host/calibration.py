@@ -60,7 +60,8 @@ class Calibration:
         return self._x[own]
 
     def moments(self, expert: int, gate_up: NDArray[np.float32], d_expert: int,
-                activation: str, limit: float | None, *, second: bool
+                activation: str, limit: float | None, *, second: bool,
+                bias: NDArray[np.float32] | None = None
                 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return the moments of the inputs of an expert's two matrices.
 
@@ -73,6 +74,8 @@ class Calibration:
             I, and how rows become h (:func:`moeaccel.activations.hidden`).
         second : :class:`bool`
             Second moments, else mean squares.
+        bias : float32 array, (2 I,) or (I,), optional
+            Of its rows.
 
         Returns
         -------
@@ -81,7 +84,8 @@ class Calibration:
         """
         x = self.tokens(expert).astype(np.float64)
         with np.errstate(over="ignore", invalid="ignore"):  # of weights that quantising refuses
-            hidden = hidden_of(x @ gate_up.T.astype(np.float64), d_expert, activation, limit)
+            rows = x @ gate_up.T.astype(np.float64) + (0 if bias is None else bias)
+            hidden = hidden_of(rows, d_expert, activation, limit)
         return _moments(x, second), _moments(hidden, second)
 
 

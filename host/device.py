@@ -172,7 +172,8 @@ class Device(Bound, Inherited):
                      weight_format: Formats = "int4_g32", activation_bits: int = 16,
                      grid_exponent: int | None = None, x_rms: float = 1.0,
                      progress: Progress | None = None, quantiser: str = "search",
-                     calibration: tuple[Tensor, Tensor] | None = None) -> Experts:
+                     calibration: tuple[Tensor, Tensor] | None = None,
+                     gate_up_bias: Stack | None = None, down_bias: Stack | None = None) -> Experts:
         """Quantise the experts of one layer and put them into the device's memory.
 
         Parameters
@@ -212,6 +213,11 @@ class Device(Bound, Inherited):
         calibration : pair of tensors, optional
             x, (T, H), and ids, (T, K), of tokens that went through this layer: what quantising
             makes worse is then counted by the inputs that the weights meet.
+        gate_up_bias : float tensor, (E, 2 I), optional
+            Added to gate and up rows before anything else is done with them; (E, I) if not
+            ``gated``. Or a sequence of E vectors. They become bfloat16.
+        down_bias : float tensor, (E, H), optional
+            Added to an expert's output, before its routing weight.
 
         Raises
         ------
@@ -233,7 +239,8 @@ class Device(Bound, Inherited):
             self, gate_up, down, activation=activation, gated=gated, limit=limit,
             weight_format=weight_format,
             activation_bits=activation_bits, grid_exponent=grid_exponent, x_rms=x_rms,
-            progress=progress, quantiser=quantiser, calibration=calibration)
+            progress=progress, quantiser=quantiser, calibration=calibration,
+            gate_up_bias=gate_up_bias, down_bias=down_bias)
 
     def load_quantised(self, experts: Sequence[Expert], *, activation: str | None = None,
                        activation_bits: int = 16, grid_exponent: int | None = None,
@@ -263,14 +270,16 @@ class Device(Bound, Inherited):
 
     def load_linear(self, weight: Tensor, *, weight_format: str = "int4_g32",
                     activation_bits: int = 16, grid_exponent: int | None = None,
-                    x_rms: float = 1.0, quantiser: str = "search") -> Linear:
-        """Quantise the matrix of a linear layer, (N, K) float, and put it into memory.
+                    x_rms: float = 1.0, quantiser: str = "search",
+                    bias: Tensor | None = None) -> Linear:
+        """Quantise the matrix of a linear layer, (N, K) float, and put it into memory, with a bias,
+        (N,), if there is one.
 
         See :meth:`load_experts`.
         """
         return weights.load_linear(
             self, weight, weight_format=weight_format, activation_bits=activation_bits,
-            grid_exponent=grid_exponent, x_rms=x_rms, quantiser=quantiser)
+            grid_exponent=grid_exponent, x_rms=x_rms, quantiser=quantiser, bias=bias)
 
     def _forget(self, address: int, size: int) -> None:
         with self._lock:

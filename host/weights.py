@@ -17,6 +17,7 @@ from numbers import Real
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moeaccel.formats import (
     WeightFormat,
@@ -92,7 +93,8 @@ def _freed_on_error(allocation: Allocation) -> Iterator[None]:
 def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str, gated: bool,
                  limit: float | None, weight_format: Formats, activation_bits: int,
                  grid_exponent: int | None, x_rms: float, progress: Progress | None,
-                 quantiser: str, calibration: tuple[Tensor, Tensor] | None) -> Experts:
+                 quantiser: str, calibration: tuple[Tensor, Tensor] | None,
+                 gate_up_bias: Stack | None = None, down_bias: Stack | None = None) -> Experts:
     """Quantise the experts of one layer and put them into a device's memory."""
     experts, rows, d_model = _stack_shape("gate_up", gate_up, "2 I", "H")
     shape = _stack_shape("down", down, "H", "I")
@@ -105,8 +107,11 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
             f"are {'gated unless gated=False' if gated else 'not gated'}")
     formats = _formats(weight_format, experts)
     array = device.config.row_multipliers, device.config.channels
+    biases = (_Biases("gate_up_bias", gate_up_bias, experts, rows),
+              _Biases("down_bias", down_bias, experts, d_model))
     shapes = {fmt: ExpertShape(fmt, d_model, d_expert, *array, activation=activation, gated=gated,
-                               limit=limit)
+                               limit=limit, gate_up_biased=gate_up_bias is not None,
+                               down_biased=down_bias is not None)
               for fmt in dict.fromkeys(formats)}
     seen = calibrated(quantiser, calibration, d_model=d_model, num_experts=experts)
 
@@ -118,9 +123,12 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
                     f"expert {e} must have the shapes of expert 0, {(rows, d_model)} and "
                     f"{shape[1:]}, not {matrices[0].shape} and {matrices[1].shape}; experts of "
                     "different widths go by load_quantised()")
+            first_bias, last_bias = (bias.of(e) for bias in biases)
             moments = (None, None) if seen is None else seen.moments(
-                e, matrices[0], d_expert, activation, limit, second=quantiser == "gptq")
-            expert = Expert.quantise(*matrices, fmt, quantiser=quantiser, moments=moments)
+                e, matrices[0], d_expert, activation, limit, second=quantiser == "gptq",
+                bias=first_bias)
+            expert = Expert.quantise(*matrices, fmt, quantiser=quantiser, moments=moments,
+                                     gate_up_bias=first_bias, down_bias=last_bias)
             yield expert, {"gate_up": squares(
                 expert.gate_up, interleave_gate_up(matrices[0]) if gated else matrices[0]),
                            "down": squares(expert.down, matrices[1])}
@@ -128,6 +136,31 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
     return _load_experts(
         device, quantised(), [shapes[fmt] for fmt in formats], activation_bits=activation_bits,
         grid_exponent=grid_exponent, x_rms=x_rms, progress=progress)
+
+
+class _Biases:
+    """The biases of one matrix of all experts, (E, rows) or a sequence of (rows,); or none."""
+
+    def __init__(self, name: str, stack: Stack | None, experts: int, rows: int) -> None:
+        self._name, self._stack, self._rows = name, stack, rows
+        if stack is None:
+            return
+        found = (len(stack), rows) if isinstance(stack, Sequence) else shape_of(
+            name, stack, "E", "rows")
+        if found != (experts, rows):
+            raise InvalidTensor(
+                f"{name} must have the shape {(experts, rows)}, one number for each row of each "
+                f"expert, not {found}")
+
+    def of(self, expert: int) -> NDArray[np.float32] | None:
+        """Return those of an expert, (rows,)."""
+        if self._stack is None:
+            return None
+        values = float32(self._name, self._stack[expert])
+        if values.shape != (self._rows,):
+            raise InvalidTensor(f"{self._name}[{expert}] must have the shape {(self._rows,)}, not "
+                                f"{values.shape}")
+        return values
 
 
 def load_quantised(device: Device, experts: Sequence[Expert], *, activation: str | None,
@@ -176,16 +209,19 @@ def _checked_shape(device: Device, e: int, expert: Expert, activation: str | Non
 
 
 def load_linear(device: Device, weight: Tensor, *, weight_format: str, activation_bits: int,
-                grid_exponent: int | None, x_rms: float, quantiser: str) -> Linear:
+                grid_exponent: int | None, x_rms: float, quantiser: str,
+                bias: Tensor | None = None) -> Linear:
     """Quantise the matrix of a linear layer and put it into a device's memory."""
     d_out, d_in = shape_of("weight", weight, "N", "K")
     planes = _check_options(activation_bits, grid_exponent, x_rms)
     config = device.config
-    shape = LinearShape(
-        find_format(weight_format), d_out, d_in, config.row_multipliers, config.channels)
+    shape = LinearShape(find_format(weight_format), d_out, d_in, config.row_multipliers,
+                        config.channels, bias is not None)
     check_layer(config, [shape])
     values = float32("weight", weight)
-    matrix = quantise(values, shape.format, quantiser=quantiser)
+    if bias is not None:
+        bias = _Biases("bias", [bias], 1, d_out).of(0)
+    matrix = quantise(values, shape.format, quantiser=quantiser).with_bias(bias)
     found = squares(matrix, values)
     if grid_exponent is None:
         grid_exponent = choose_grid([linear_output(found, x_rms=x_rms)])

@@ -48,8 +48,8 @@ class TileBuffer(wiring.Component):
     Members
     -------
     i_section : :py:`In(stream.Signature(layouts.section(config)))`
-        Shape of the words that follow: format, steps and tiles (both at least 1). One waits while
-        one is parsed.
+        Shape of the words that follow: format, steps and tiles (both at least 1), and whether rows
+        have biases. One waits while one is parsed.
     i_word : :py:`In(stream.Signature(8 * config.word_bytes))`
     o_available : :py:`Out(1)`
         The current step can be taken.
@@ -66,6 +66,8 @@ class TileBuffer(wiring.Component):
     o_scales : :py:`Out(scale_layout(config))`
     o_row_exponents : :py:`Out(stream.Signature(ArrayLayout(signed(16), config.rows)))`
         One element for each tile, in order.
+    o_row_biases : :py:`Out(ArrayLayout(16, config.rows))`
+        Of a configuration with biases: those of the same tile, where its section has some.
     """
 
     READ_LATENCY_CYCLES = 1
@@ -91,6 +93,7 @@ class TileBuffer(wiring.Component):
             "o_codes": Out(8 * config.word_bytes),
             "o_scales": Out(scale_layout(config)),
             "o_row_exponents": Out(stream.Signature(data.ArrayLayout(signed(16), config.rows))),
+            **({"o_row_biases": Out(data.ArrayLayout(16, config.rows))} if config.bias else {}),
         })
 
     @property
@@ -157,7 +160,7 @@ class TileBuffer(wiring.Component):
         one_step, tile_end, tiles_end = Signal(), Signal(), Signal()
         group_step = Signal.like(group_last)
         row_position, scale_position = Signal(4), Signal(5)
-        row_stride, scale_stride = Signal(2), Signal(3)
+        row_stride, scale_stride = Signal(3), Signal(3)
         row_next, scale_next, weight_next = Signal(), Signal(), Signal()  # one of them
         step_first = Signal()
         group_end = Signal()
@@ -175,6 +178,11 @@ class TileBuffer(wiring.Component):
             section_end.eq(weight_accepted & tile_end & tiles_end),
         ]
         row_word, scale_word = (Signal(word_bits, reset_less=True) for _ in range(2))
+        row_word_after = Mux(row_stride[1], row_word >> 32 * multiplier_rows,
+                             row_word >> 16 * multiplier_rows)
+        if config.bias:
+            row_word_after = Mux(
+                row_stride[2], row_word >> 64 * multiplier_rows, row_word_after)
         with m.If(accepted):
             with m.If(row_next):
                 m.d.sync += [row_word.eq(word), row_next.eq(0), weight_next.eq(~scale_next)]
@@ -198,9 +206,7 @@ class TileBuffer(wiring.Component):
                                  tiles_end.eq(tiles_left == 2),
                                  row_position.eq(row_after),
                                  row_wraps.eq(row_after + row_stride == 1 << 4),
-                                 row_word.eq(
-                                     Mux(packed, row_word >> 32 * multiplier_rows,
-                                         row_word >> 16 * multiplier_rows))]
+                                 row_word.eq(row_word_after)]
         with m.If(load):
             m.d.sync += [
                 active.eq(1), waiting_valid.eq(0),
@@ -220,6 +226,9 @@ class TileBuffer(wiring.Component):
                             group_last.eq(fmt.steps_per_group - 1),
                             row_stride.eq(2 if fmt.packed else 1), scale_stride.eq(entry_bytes),
                         ]
+                        if config.bias:
+                            with m.If(waiting.biased):
+                                m.d.sync += row_stride.eq(4 if fmt.packed else 2)
 
         # -- the step's scales, and the tile's row exponents --------------------------------------
         # In 8-bit formats what is beyond row_multipliers is not used.
@@ -235,16 +244,25 @@ class TileBuffer(wiring.Component):
                 for row in range(multiplier_rows, rows):
                     m.d.comb += scales[row].eq(0)
 
+        # A tile's biases lie behind its row exponents, and each has as many as the tile has rows.
+        row_data = [row_word[:16 * rows]]
+        if config.bias:
+            behind = 16 * multiplier_rows
+            row_data.append(Mux(
+                packed, row_word[16 * rows:][:16 * rows], row_word[behind:][:16 * rows]))
+        row_width = sum(len(part) for part in row_data)
         m.submodules.row_exponents = row_fifo = fifo.SyncFIFOBuffered(
-            width=16 * rows, depth=self._row_exponent_depth)
+            width=row_width, depth=self._row_exponent_depth)
         m.d.sync += Assert(~row_fifo.w_en | row_fifo.w_rdy, "row exponents must have a place")
         m.d.comb += [
             row_fifo.w_en.eq(weight_accepted & step_first),
-            row_fifo.w_data.eq(row_word[:16 * rows]),
+            row_fifo.w_data.eq(Cat(*row_data)),
             self.o_row_exponents.valid.eq(row_fifo.r_rdy),
-            self.o_row_exponents.payload.eq(row_fifo.r_data),
+            self.o_row_exponents.payload.eq(row_fifo.r_data[:16 * rows]),
             row_fifo.r_en.eq(self.o_row_exponents.ready),
         ]
+        if config.bias:
+            m.d.comb += self.o_row_biases.eq(row_fifo.r_data[16 * rows:])
 
         # -- ring ---------------------------------------------------------------------------------
         m.submodules.ring = ring = memory.Memory(
