@@ -12,8 +12,9 @@ every other T has), and multiples of 2 are what is chosen: weights that differ a
 two checkpoints of one model do, mostly get the same grid, and with it the same rounding.
 
 T is the root mean square of the outputs of one expert, estimated from norms for Gaussian x of
-independent elements, where a bias counts as one more such element, and of all experts their median: neither experts of zeros, which do not
-count, nor a few huge ones move it far. Routing weights count as 1.
+independent elements, where a bias counts as one more such element, and of all experts their median:
+neither experts of zeros, which do not count, nor a few huge ones move it far. Routing weights count
+as 1.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ from moeaccel.cycles.tile_buffer import ROW_EXPONENTS
 from moeaccel.cycles.weight_streamer import CREDIT_CYCLES, GRANT_CYCLES
 
 __all__ = [
-    "ACTIVATION_CYCLES", "ADDER_CYCLES", "ARRAY_CYCLES", "COMBINER_CYCLES", "CREDIT_CYCLES", "FLOAT_CYCLES",
-    "GRANT_CYCLES", "QUANTISER_CYCLES", "READ_CYCLES", "RESULTS", "ROW_EXPONENTS",
+    "ACTIVATION_CYCLES", "ADDER_CYCLES", "ARRAY_CYCLES", "COMBINER_CYCLES", "CREDIT_CYCLES",
+    "FLOAT_CYCLES", "GRANT_CYCLES", "QUANTISER_CYCLES", "READ_CYCLES", "RESULTS", "ROW_EXPONENTS",
     "SERIALISER_CYCLES", "SUMS_READ_CYCLES", "WRITE_CYCLES", "Prediction", "element_cycles",
     "expert_cycles", "linear_cycles", "predict_command", "predict_experts", "predict_linear"]

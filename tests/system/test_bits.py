@@ -278,12 +278,13 @@ CORNERS = {
     "large weights, which overflow": replace(TINY, tokens=5, top_k=2, scale=100, x="huge",
                                              grid_exponent=60),
     "small weights": replace(TINY, tokens=5, top_k=2, scale=-100, x="subnormal"),
-    "biases": replace(TINY, tokens=9, top_k=3, biases=3),
+    "biases": replace(TINY, seed=12, tokens=9, top_k=3, biases=3),
     "biases of every size, 8-bit weights": replace(
-        TINY, seed=12, tokens=9, top_k=2, name="mxint8", biases=3, grid_exponent=-20),
-    "biases of x that is zero": replace(TINY, tokens=5, top_k=2, x="zero", biases=1),
+        TINY, seed=13, tokens=9, top_k=2, name="mxint8", biases=3, grid_exponent=-16),
+    "biases that overflow": replace(TINY, tokens=9, top_k=2, biases=3),
+    "biases of x that is zero": replace(TINY, seed=12, tokens=5, top_k=2, x="zero", biases=1),
     "biases of down alone, which others follow": replace(
-        TINY, tokens=5, top_k=3, d_model=96, d_expert=32, bits=8, biases=2),
+        TINY, seed=12, tokens=5, top_k=3, d_model=96, d_expert=32, bits=8, biases=2),
 }
 
 

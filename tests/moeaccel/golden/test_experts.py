@@ -127,6 +127,28 @@ def test_skipped_ids_nonfinite_overflow_and_underflow():
         assert result.outcome == (Status.OK, 0, 0)
 
 
+@pytest.mark.parametrize("planes", [1, 2])
+@pytest.mark.parametrize("gated", [True, False])
+def test_biases(gated, planes):
+    rng = np.random.default_rng(10)
+    gate_up = rng.standard_normal(((2 if gated else 1) * 64, 64)).astype(np.float32) / 8
+    down = rng.standard_normal((64, 64)).astype(np.float32) / 8
+    biases = {"gate_up_bias": rng.standard_normal(len(gate_up)),
+              "down_bias": rng.standard_normal(64)}
+    x = rng.standard_normal((9, 64)).astype(np.float32)
+    ids, weights = np.zeros((9, 1), np.int64), rng.random((9, 1)).astype(np.float32)
+    for some in ({}, *({name: biases[name]} for name in biases), biases):
+        expert = Expert.quantise(gate_up, down, "mxint8", **some)
+        y = golden.experts(x, ids, weights, [expert], planes=planes).y
+        exact = experts_float64(x, ids, weights, [gate_up], [down],
+                                **{name: [bias] for name, bias in some.items()})
+        assert relative(y, exact) < 0.03  # 8-bit weights
+        same = quantised_float_experts(x, ids, weights, [expert], planes=planes)
+        assert relative(y, same) < (0.002 if planes == 1 else 2e-4)
+        if some:
+            assert relative(experts_float64(x, ids, weights, [gate_up], [down]), exact) > 0.1
+
+
 def test_gemm():
     rng = np.random.default_rng(5)
     from moeaccel.formats import quantise
