@@ -285,7 +285,7 @@ class AcceleratorConfig:
             {a.name: getattr(f, a.name) for a in dataclasses.fields(WeightFormat)}
             for f in self.weight_formats]
         fields["activations"] = [
-            {"name": a.name, "code": a.code, "factor": a.factor.value}
+            {"name": a.name, "code": a.code, "factor": a.factor.value, "up_offset": a.up_offset}
             for a in self.expert_activations]
         return zlib.crc32(json.dumps(fields, sort_keys=True).encode())
 

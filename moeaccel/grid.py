@@ -129,7 +129,7 @@ def gated_output(gate_up: Squares, down: Squares, *, x_rms: float = 1.0,
             rows = np.minimum(rows, limit**2)
         gate, up = rows, np.ones_like(rows)
         if len(rows) != len(down.columns):
-            gate, up = rows[0::2], rows[1::2]
+            gate, up = rows[0::2], rows[1::2] + act.up_offset
         if act.factor is Factor.RAMP:
             share = 1.5 * gate  # E[z**4] / 2 of a Gaussian, and no table goes far enough
         else:

@@ -24,9 +24,9 @@ class ResultSerialiser(wiring.Component):
 
     ::
 
-        i_sums --> [FIFO, 4] --> choose --> 256 hi + lo --> magnitude --> [Normaliser] -+--> o_element
-        i_row_exponents -----------------------> + <-- base exponent of the slot        |      ^
-        i_row_biases -----------------------------------------------------------> [FloatAdder]-+
+        i_sums -> [FIFO, 4] -> choose -> 256 hi + lo -> magnitude -> [Normaliser] -+--> o_element
+        i_row_exponents --------------------> + <- base exponent of the slot       |      ^
+        i_row_biases ------------------------------------------------------> [FloatAdder]-+
 
     ``value = sum * 2**(base[slot] + row_exponent[row])``, rounded as by
     :func:`moeaccel.arithmetic.normalise`; of a biased section plus ``bias[row]``, rounded once

@@ -107,7 +107,7 @@ def experts_of(weights: Weights, *, everything: bool = False) -> Experts:
         watches = [Watch(tensor) for tensor in weights.tensors]
         experts = session.device.load_experts(
             *weights.stacks, activation=weights.activation, gated=weights.gated,
-            limit=weights.limit, weight_format=session.weight_format,
+            limit=weights.limit, **weights.biases, weight_format=session.weight_format,
             activation_bits=session.activation_bits, grid_exponent=session.grid_exponent)
         place[key] = _Upload(experts, session, watches)
         return experts

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from moeaccel import golden
+from moeaccel.activations import ACTIVATIONS
 from moeaccel.arithmetic import quantise_float32
 from moeaccel.formats import FORMATS
 from moeaccel.golden.dot_array import matvec
@@ -220,7 +221,7 @@ def test_matrices_are_experts_of_one_section():
 
 
 @pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("activation", ["silu", "relu", "gelu", "gelu_tanh", "relu2"])
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
 def test_every_activation_with_and_without_up_rows_and_limits(activation, gated):
     rng = np.random.default_rng(9)
     gate_up = rng.standard_normal(((2 if gated else 1) * 64, 64)).astype(np.float32)
