@@ -26,7 +26,7 @@ _DEFAULT_GATE = vars(moe).get("_default_apply_gate")
 _Floats = NDArray[np.float64]
 
 # Values whose products float32 holds, also of squares: some gates compute in it.
-_FAR, _HALF, _NEAR = 2.0**40, 0.5, 2.0**-20
+_FAR, _NEAR = 2.0**40, 2.0**-20
 _POWERS = 2.0 ** np.arange(-12, 41)
 _GATES = np.concatenate([np.linspace(-30, 30, 241), _POWERS, -_POWERS])
 _UPS = np.array([0, _NEAR, 0.5, 1, -1, -3, _FAR, -_FAR])
@@ -89,7 +89,8 @@ def _look(module: Any) -> Gate:
     gated = getattr(module, "has_gate", True)
     if gated and getattr(type(module), "_apply_gate", None) is not _DEFAULT_GATE:
         return _look_at_gate(module)
-    name = _name_of(lambda gate, up: _run(module.act_fn, gate, gate.shape), None, None)
+    name = _name_of(lambda gate, up: _run(module.act_fn, gate, gate.shape), None,
+                    np.ones(1) if gated else None)
     if name is not None:
         return Gate(name)
     act_fn = getattr(module.act_fn, "__name__", type(module.act_fn).__name__)
@@ -134,10 +135,13 @@ _Compute = Callable[[_Floats, _Floats], _Floats]
 def _limit_of(compute: _Compute) -> float | None:
     """Return where a gate clamps up rows, if it does; a bfloat16 number if it is next to one."""
     (base,) = compute(np.ones(1), np.zeros(1))  # what an offset of up rows gives
-    step = _HALF if base else _NEAR  # what is next to 1 has few bits in float32
-    far, near = compute(np.ones(2), np.array([_FAR, step]))
-    with np.errstate(all="ignore"):
-        limit = float(np.float64(far - base) / (near - base) * step)
+    limit = math.nan
+    for step in (0.5, _NEAR) if base else (_NEAR,):  # next to 1 float32 has few bits for a step
+        far, near = compute(np.ones(2), np.array([_FAR, step]))
+        with np.errstate(all="ignore"):
+            limit = float(np.float64(far - base) / (near - base) * step)
+        if limit > step:
+            break
     if not 0 < limit < _FAR * (1 - _LIMIT_RELATIVE):
         return None
     mantissa, exponent = math.frexp(limit)
