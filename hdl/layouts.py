@@ -82,8 +82,8 @@ def steps_bits(config: AcceleratorConfig) -> int:
 def most_beats(config: AcceleratorConfig) -> int:
     """Return the beats of the longest request that any client of a memory port makes.
 
-    That is a command's ids or weights, a row of partial sums (8 bytes each; x and y have 4), or a
-    burst of the weight stream.
+    That is a command's ids or weights, a row of partial sums (8 bytes each; x and y have less), or
+    a burst of the weight stream.
     """
     longest = max(4 * config.max_assignments, 8 * config.max_dim)
     return max(longest // config.port_bytes, config.max_burst_beats)
@@ -150,11 +150,14 @@ def job(config: AcceleratorConfig) -> data.StructLayout:
     """Return a checked command with its layer, as the engine takes it.
 
     ``routed``: ids and weights are in memory; else every token goes to expert 0 with weight 1.
+    ``x_narrow``, ``y_narrow``: bfloat16 in memory, else float32.
     """
     address = config.address_bits
     return data.StructLayout({
         "routed": 1,
         "two_planes": 1,
+        "x_narrow": 1,
+        "y_narrow": 1,
         "num_experts": config.max_experts.bit_length(),
         "steps_in": steps_bits(config),
         "steps_out": steps_bits(config),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from moeaccel.arithmetic import from_bfloat16
 from moeaccel.config import TOP_K_MAX
 from moeaccel.formats import whole_blocks
 from moeaccel.host.errors import (
@@ -33,9 +34,17 @@ from moeaccel.host.report import (
     sample_rows,
 )
 from moeaccel.host.rings import Command
-from moeaccel.host.tensors import Like, Tensor, float32, indices, shape_of
+from moeaccel.host.tensors import (
+    Like,
+    Tensor,
+    element_type,
+    elements,
+    float32,
+    indices,
+    shape_of,
+)
 from moeaccel.image import ExpertShape, LinearShape
-from moeaccel.interface.commands import Opcode
+from moeaccel.interface.commands import ElementType, Opcode
 
 if TYPE_CHECKING:
     from moeaccel.host.device import Device
@@ -97,10 +106,10 @@ class Handle(Bound):
     While it is kept they go back when the device's memory runs short: its result then waits here.
     """
 
-    def __init__(self, layer: _Layer, tokens: int, d_out: int, like: Like) -> None:
+    def __init__(self, layer: _Layer, x: NDArray[Any], d_out: int, like: Like) -> None:
         self._layer = layer
         self._parts: list[_Part] = []
-        self._y = np.zeros((tokens, d_out), np.float32)
+        self._y = np.zeros((len(x), d_out), x.dtype)
         self._like = like
         self._sample: tuple[int, NDArray[np.float32], int] | None = None
         self._consumed = False
@@ -126,8 +135,9 @@ class Handle(Bound):
                     rows = self._y[part.first : part.first + part.count]
                     columns = whole_blocks(rows.shape[1])
                     raw = self._layer.device.transport.memory_read(
-                        part.y_address, 4 * part.count * columns)
-                    rows[:] = raw.view("<f4").reshape(-1, columns)[:, : rows.shape[1]]
+                        part.y_address, rows.itemsize * part.count * columns)
+                    stored = raw.view(rows.dtype.newbyteorder("<")).reshape(-1, columns)
+                    rows[:] = stored[:, : rows.shape[1]]
                 part.fetched = True
             if part.fetched:
                 part.command.give_back()
@@ -293,15 +303,17 @@ class _Layer(Bound):
                 f"x must have the shape (T, {self._d_in}) of this layer, not {tuple(x.shape)}")
         return tokens
 
-    def _submit(self, opcode: Opcode, x: NDArray[np.float32], ids: NDArray[np.int32],
+    def _submit(self, opcode: Opcode, x: NDArray[Any], ids: NDArray[np.int32],
                 weights: NDArray[np.float32], like: Like) -> Handle:
         """Cut a call into commands that fit the device, and send them."""
-        handle = Handle(self, len(x), self._d_out, like)
+        handle = Handle(self, x, self._d_out, like)
         top_k = ids.shape[1]
         if not top_k:
             return handle
         if len(x):
             step, rows = sample_rows(x)
+            if element_type(rows) is ElementType.BFLOAT16:
+                rows = from_bfloat16(rows)
             handle._sample = step, rows, self._planes
         x = _whole_rows(x)
         config = self._device.config
@@ -325,7 +337,7 @@ class _Layer(Bound):
             raise
         return handle
 
-    def _send(self, handle: Handle, opcode: Opcode, first: int, x: NDArray[np.float32],
+    def _send(self, handle: Handle, opcode: Opcode, first: int, x: NDArray[Any],
               ids: NDArray[np.int32], weights: NDArray[np.float32]) -> None:
         """Send one command of a call, and note it in the handle."""
         device = self._device
@@ -334,8 +346,8 @@ class _Layer(Bound):
             raise DeviceClosed("layer must not be used after it was closed; load it again")
         tokens, top_k = ids.shape
         inputs = [x, ids, weights] if opcode is Opcode.EXPERTS else [x]
-        y_bytes = 4 * tokens * whole_blocks(self._d_out)
-        sizes = [array.nbytes for array in inputs] + [y_bytes, 2 * y_bytes]
+        y_elements = tokens * whole_blocks(self._d_out)
+        sizes = [array.nbytes for array in inputs] + [x.itemsize * y_elements, 8 * y_elements]
         offsets = list(_offsets(sizes))
         device._take()  # what completed meanwhile gives its buffers back
         buffers = device.memory.allocate(offsets[-1] + sizes[-1], top=True)
@@ -348,7 +360,9 @@ class _Layer(Bound):
                 data[offset : offset + array.nbytes] = array.reshape(-1).view(np.uint8)
             base = buffers.address
             device.transport.memory_write(base, data)
+            io = element_type(x)
             fields = {"opcode": int(opcode), "tokens": tokens, "top_k": top_k,
+                      "x_type": io, "y_type": io,
                       "layer_address": self._descriptor.address, "x_address": base,
                       "y_address": base + offsets[-2], "workspace_address": base + offsets[-1]}
             if opcode is Opcode.EXPERTS:
@@ -370,12 +384,12 @@ def _offsets(sizes: list[int]) -> Iterator[int]:
         offset += -(-size // COMMAND_ALIGNMENT) * COMMAND_ALIGNMENT
 
 
-def _whole_rows(x: NDArray[np.float32]) -> NDArray[np.float32]:
+def _whole_rows(x: NDArray[Any]) -> NDArray[Any]:
     """Return x with its rows filled up with zeros to whole blocks."""
     tokens, d_in = x.shape
     if d_in == whole_blocks(d_in):
         return x
-    filled = np.zeros((tokens, whole_blocks(d_in)), np.float32)
+    filled = np.zeros((tokens, whole_blocks(d_in)), x.dtype)
     filled[:, :d_in] = x
     return filled
 
@@ -432,7 +446,8 @@ class Experts(_Layer):
         Parameters
         ----------
         x : float tensor, (T, H)
-            Any T, also 0.
+            Any T, also 0. A torch tensor in bfloat16 goes to the device as it is, and y comes back
+            so, rounded once; all else goes and comes as float32.
         ids : integer tensor, (T, K)
             Experts of each token, at most 16; those below 0 or from E on are skipped.
         weights : float tensor, (T, K)
@@ -454,7 +469,7 @@ class Experts(_Layer):
         found = shape_of("weights", weights, "T", "K")
         if found != shape:
             raise InvalidTensor(f"weights must have the shape of ids, {shape}, not {found}")
-        return self._submit(Opcode.EXPERTS, float32("x", x),
+        return self._submit(Opcode.EXPERTS, elements("x", x),
                             indices("ids", ids, self.num_experts), float32("weights", weights),
                             Like.of(x))
 
@@ -484,7 +499,7 @@ class Linear(_Layer):
         Parameters
         ----------
         x : float tensor, (T, K)
-            Any T, also 0.
+            Any T, also 0. bfloat16 as in :meth:`Experts.submit`.
 
         Raises
         ------
@@ -495,4 +510,4 @@ class Linear(_Layer):
         """
         tokens = self._check_x(x)
         ids = np.zeros((tokens, 1), np.int32)
-        return self._submit(Opcode.GEMM, float32("x", x), ids, ids.astype(np.float32), Like.of(x))
+        return self._submit(Opcode.GEMM, elements("x", x), ids, ids.astype(np.float32), Like.of(x))

@@ -10,11 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeaccel.host.errors import InvalidTensor
+from moeaccel.interface.commands import ElementType
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Like", "Tensor", "float32", "indices", "is_torch", "shape_of"]
+__all__ = ["Like", "Tensor", "element_type", "elements", "float32", "indices", "is_torch",
+           "shape_of"]
 
 _INTEGERS = ("int64", "int32", "int16", "int8", "uint8", "uint16", "uint32", "uint64")
 
@@ -70,6 +72,30 @@ def float32(name: str, value: Tensor) -> NDArray[np.float32]:
         return np.ascontiguousarray(given, np.float32)
 
 
+def elements(name: str, value: Tensor) -> NDArray[np.float32] | NDArray[np.uint16]:
+    """Return a floating-point tensor as the device takes x, contiguous and in this process.
+
+    A torch tensor of bfloat16 stays what it is, as uint16; all others become float32.
+
+    Raises
+    ------
+    InvalidTensor
+        If its elements are not floating-point numbers.
+    """
+    if is_torch(value):
+        import torch
+
+        if value.dtype == torch.bfloat16:
+            stored = value.detach().to(device="cpu").contiguous()
+            return stored.view(torch.int16).numpy().view(np.uint16)
+    return float32(name, value)
+
+
+def element_type(array: NDArray[Any]) -> ElementType:
+    """Return what the elements of an array are, from :func:`elements`."""
+    return ElementType.BFLOAT16 if array.dtype == np.uint16 else ElementType.FLOAT32
+
+
 def indices(name: str, value: Tensor, limit: int) -> NDArray[np.int32]:
     """Return an integer tensor as contiguous int32 in this process, -1 outside [0, limit).
 
@@ -98,11 +124,14 @@ class Like:
             return cls(value.device, value.dtype)
         return cls(None, value.dtype)
 
-    def __call__(self, result: NDArray[np.float32]) -> Any:
-        """Convert a result."""
+    def __call__(self, result: NDArray[np.float32] | NDArray[np.uint16]) -> Any:
+        """Convert a result: float32, or bfloat16 as :func:`elements` has it."""
         if self.torch_device is None:
             with np.errstate(over="ignore"):  # float16 has infinities
                 return result.astype(self.dtype, copy=False)
         import torch
 
+        if element_type(result) is ElementType.BFLOAT16:
+            return torch.from_numpy(result.view(np.int16)).view(torch.bfloat16).to(
+                device=self.torch_device)
         return torch.from_numpy(result).to(device=self.torch_device, dtype=self.dtype)

@@ -1,7 +1,7 @@
 """Activations of experts: what each is, once for golden model, hardware, driver and documentation.
 
-Every one has the form ``act(g) = g * f(g)``; the device multiplies by f. h is ``act(gate) * up``, or
-``act(gate) * (up + 1)``.
+Every one has the form ``act(g) = g * f(g)``; the device multiplies by f. h is ``act(gate) * up``,
+or ``act(gate) * (up + 1)``.
 """
 
 from __future__ import annotations
