@@ -31,7 +31,7 @@ from moeaccel.host.residents import Residents
 from moeaccel.host.rings import Command, CommandRings, Completion
 from moeaccel.host.tensors import Tensor
 from moeaccel.host.transports.base import Transport
-from moeaccel.host.weights import Formats, Progress, Stack
+from moeaccel.host.weights import Format, Formats, Progress, Shared, Stack
 from moeaccel.image import Expert
 from moeaccel.interface.commands import Opcode
 
@@ -173,7 +173,8 @@ class Device(Bound, Inherited):
                      grid_exponent: int | None = None, x_rms: float = 1.0,
                      progress: Progress | None = None, quantiser: str = "search",
                      calibration: tuple[Tensor, Tensor] | None = None,
-                     gate_up_bias: Stack | None = None, down_bias: Stack | None = None) -> Experts:
+                     gate_up_bias: Stack | None = None, down_bias: Stack | None = None,
+                     shared: Shared | None = None, shared_format: Format | None = None) -> Experts:
         """Quantise the experts of one layer and put them into the device's memory.
 
         Parameters
@@ -218,6 +219,13 @@ class Device(Bound, Inherited):
             ``gated``. Or a sequence of E vectors. They become bfloat16.
         down_bias : float tensor, (E, H), optional
             Added to an expert's output, before its routing weight.
+        shared : pair of float tensors, or a sequence of pairs, optional
+            gate_up, (2 I', H), and down, (H, I'), of a shared expert, or a dense MLP parallel to
+            the experts: every token goes through it, with weight 1, in the same command. I' may
+            differ from I; activation, limit and ``gated`` are those of all. Each takes one of a
+            token's 16 places.
+        shared_format : :class:`str`, optional
+            Its weight format, where it is not that of the experts.
 
         Raises
         ------
@@ -240,11 +248,13 @@ class Device(Bound, Inherited):
             weight_format=weight_format,
             activation_bits=activation_bits, grid_exponent=grid_exponent, x_rms=x_rms,
             progress=progress, quantiser=quantiser, calibration=calibration,
-            gate_up_bias=gate_up_bias, down_bias=down_bias)
+            gate_up_bias=gate_up_bias, down_bias=down_bias, shared=shared,
+            shared_format=shared_format)
 
     def load_quantised(self, experts: Sequence[Expert], *, activation: str | None = None,
                        activation_bits: int = 16, grid_exponent: int | None = None,
-                       x_rms: float = 1.0, progress: Progress | None = None) -> Experts:
+                       x_rms: float = 1.0, progress: Progress | None = None,
+                       shared: Sequence[Expert] = ()) -> Experts:
         """Put experts that are quantised already into memory.
 
         Parameters
@@ -255,6 +265,8 @@ class Device(Bound, Inherited):
             :meth:`load_experts`; :meth:`moeaccel.image.Expert.quantise` makes them so.
         activation : :class:`str`, optional
             Of all experts, instead of their own.
+        shared : sequence of :class:`moeaccel.image.Expert`
+            Every token goes through them, with weight 1.
 
         See :meth:`load_experts` for the rest; the grid is chosen from the quantised weights.
 
@@ -266,7 +278,7 @@ class Device(Bound, Inherited):
         """
         return weights.load_quantised(
             self, experts, activation=activation, activation_bits=activation_bits,
-            grid_exponent=grid_exponent, x_rms=x_rms, progress=progress)
+            grid_exponent=grid_exponent, x_rms=x_rms, progress=progress, shared=shared)
 
     def load_linear(self, weight: Tensor, *, weight_format: str = "int4_g32",
                     activation_bits: int = 16, grid_exponent: int | None = None,
