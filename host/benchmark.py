@@ -262,10 +262,12 @@ def bench_experts(bench: Bench, model: Model, *, tokens: int, kind: str = "unifo
         x,
         np.vectorize(order.get)(ids),
         weights,
-        *([floats[e][part] for e in order] for part in range(2)),
+        [floats[e][0] for e in order],
+        [floats[e][1] for e in order],
         activation,
         limit,
-        *([floats[e][part] for e in order] for part in range(2, 4) if model.expert_bias),
+        **{name: [floats[e][part] for e in order]
+           for part, name in ((2, "gate_up_bias"), (3, "down_bias")) if model.expert_bias},
     )
     return _result(
         bench, run, what=what, model=model.name, tokens=tokens, assignments=ids.size,

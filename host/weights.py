@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from numbers import Real
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,6 +76,9 @@ Formats = Format | Sequence[Format]
 Shared = tuple[Tensor, Tensor] | Sequence[tuple[Tensor, Tensor]]
 """gate_up and down of a shared expert, or of each of several."""
 
+_Matrices = tuple[NDArray[np.float32], NDArray[np.float32]]
+"""gate_up and down of an expert."""
+
 _Measured = tuple[Expert, dict[str, Squares]]
 """An expert, and the sums of squares of its matrices by their kind."""
 
@@ -127,7 +130,7 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
                          *array, activation=activation, gated=gated, limit=limit)
              for _, down in more]
 
-    def made(e: int | None, matrices: Sequence[NDArray[np.float32]], shape: ExpertShape,
+    def made(e: int | None, matrices: _Matrices, shape: ExpertShape,
              biases: Sequence[NDArray[np.float32] | None]) -> _Measured:
         """Return an expert; shared ones have no number."""
         moments = (None, None) if seen is None else seen.moments(
@@ -169,13 +172,14 @@ def _shared_format(given: Format | None, weight_format: Formats) -> WeightFormat
 
 
 def _shared_experts(shared: Shared | None, d_model: int, *, gated: bool
-                    ) -> list[tuple[NDArray[np.float32], NDArray[np.float32]]]:
+                    ) -> list[_Matrices]:
     """Return (gate_up, down) of each shared expert, whose widths are their own."""
     if shared is None:
         return []
     single = len(shared) == 2 and all(len(getattr(part, "shape", ())) == 2 for part in shared)
-    found = []
-    for s, pair in enumerate([shared] if single else shared):
+    found: list[_Matrices] = []
+    pairs: Sequence[Any] = [shared] if single else shared
+    for s, pair in enumerate(pairs):
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise InvalidTensor("shared must be a pair (gate_up, down) of matrices, or a sequence "
                                 f"of pairs, not {type(pair).__name__} in place {s}")

@@ -148,7 +148,8 @@ def add(a: InternalFloat, b: InternalFloat) -> InternalFloat:
     # Farther away the other one is less than 2**-24 of the last bit: nothing is rounded up to it.
     near = distance <= 42
     shift = np.where(near, distance, 0)
-    return normalise((large << shift) + np.where(near, other, 0), exponent - shift)
+    total = np.asarray((large << shift) + np.where(near, other, 0), np.int64)
+    return normalise(total, exponent - shift)
 
 
 def bfloat16_to_internal(bits: NDArray[np.uint16]) -> InternalFloat:

@@ -171,9 +171,9 @@ class ActivationUnit(wiring.Component):
 
         # -- up + 1, where the activation has it: it is there when f is rounded --------------------
         offset = [a for a in config.expert_activations if a.up_offset]
+        clamped_at, add_one = p.depth, FloatAdder()
         if offset:
-            clamped_at = p.depth
-            m.submodules.add_one = add_one = FloatAdder()
+            m.submodules.add_one = add_one
             m.d.comb += [
                 add_one.i_valid.eq(p.valid),
                 add_one.i_a.eq(s.up),

@@ -102,14 +102,12 @@ class Weights(NamedTuple):
 
 
     @property
-    def biases(self) -> dict[str, torch.Tensor]:
-        """Biases as :meth:`moeaccel.host.Device.load_experts` takes them, where there are some."""
-        first, last = self.gate_up_bias, self.down_bias
-        if first is None or last is None:
-            return {}
-        if self.interleaved:
+    def biases(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Biases of gate and up, (E, 2 I) or (E, I), and of down, (E, H), where there are some."""
+        first = self.gate_up_bias
+        if first is not None and self.interleaved:
             first = torch.cat([first[:, 0::2], first[:, 1::2]], dim=1)
-        return {"gate_up_bias": first.detach(), "down_bias": last.detach()}
+        return first, self.down_bias
 
 
 class _Stack(Sequence[torch.Tensor]):
