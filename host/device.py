@@ -173,6 +173,7 @@ class Device(Bound, Inherited):
                      grid_exponent: int | None = None, x_rms: float = 1.0,
                      progress: Progress | None = None, quantiser: str = "search",
                      calibration: tuple[Tensor, Tensor] | None = None,
+                     prune: str | None = None,
                      gate_up_bias: Stack | None = None, down_bias: Stack | None = None,
                      shared: Shared | None = None, shared_format: Format | None = None) -> Experts:
         """Quantise the experts of one layer and put them into the device's memory.
@@ -193,8 +194,8 @@ class Device(Bound, Inherited):
             Gate rows are at most that before the activation, and up rows at most that far from 0;
             a number with at most 8 significant bits.
         weight_format : :class:`str`, or a sequence of str
-            One of :data:`moeaccel.formats.FORMATS`, or one for each expert. Where gate and up have
-            another format than down, or experts other widths I, see :meth:`load_quantised`.
+            One of :data:`moeaccel.formats.ALL_FORMATS`, or one for each expert. Where gate and up
+            have another format than down, or experts other widths I, see :meth:`load_quantised`.
         activation_bits : :class:`int`
             8 or 16.
         grid_exponent : :class:`int`, optional
@@ -214,6 +215,11 @@ class Device(Bound, Inherited):
         calibration : pair of tensors, optional
             x, (T, H), and ids, (T, K), of tokens that went through this layer: what quantising
             makes worse is then counted by the inputs that the weights meet.
+        prune : :class:`str`, optional
+            For N:M formats (``int4_g32+2:4``): ``"magnitude"`` makes their pattern, and the error
+            of ``experts.report`` is with what that costs. When left out weights must have it: in
+            4-bit formats a gate row and its up row have one together, and so have rows r and r +
+            channels of down, where ``r // channels`` is even.
         gate_up_bias : float tensor, (E, 2 I), optional
             Added to gate and up rows before anything else is done with them; (E, I) if not
             ``gated``. Or a sequence of E vectors. They become bfloat16.
@@ -247,7 +253,7 @@ class Device(Bound, Inherited):
             self, gate_up, down, activation=activation, gated=gated, limit=limit,
             weight_format=weight_format,
             activation_bits=activation_bits, grid_exponent=grid_exponent, x_rms=x_rms,
-            progress=progress, quantiser=quantiser, calibration=calibration,
+            progress=progress, quantiser=quantiser, calibration=calibration, prune=prune,
             gate_up_bias=gate_up_bias, down_bias=down_bias, shared=shared,
             shared_format=shared_format)
 
@@ -283,7 +289,7 @@ class Device(Bound, Inherited):
     def load_linear(self, weight: Tensor, *, weight_format: str = "int4_g32",
                     activation_bits: int = 16, grid_exponent: int | None = None,
                     x_rms: float = 1.0, quantiser: str = "search",
-                    bias: Tensor | None = None) -> Linear:
+                    prune: str | None = None, bias: Tensor | None = None) -> Linear:
         """Quantise the matrix of a linear layer, (N, K) float, and put it into memory, with a bias,
         (N,), if there is one.
 
@@ -291,7 +297,7 @@ class Device(Bound, Inherited):
         """
         return weights.load_linear(
             self, weight, weight_format=weight_format, activation_bits=activation_bits,
-            grid_exponent=grid_exponent, x_rms=x_rms, quantiser=quantiser, bias=bias)
+            grid_exponent=grid_exponent, x_rms=x_rms, quantiser=quantiser, prune=prune, bias=bias)
 
     def _forget(self, address: int, size: int) -> None:
         with self._lock:

@@ -20,8 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeaccel.formats import (
+    PRUNINGS,
     WeightFormat,
     check_matrix,
+    prune as pruned,
     quantise,
     weight_format as find_format,
 )
@@ -104,6 +106,7 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
                  limit: float | None, weight_format: Formats, activation_bits: int,
                  grid_exponent: int | None, x_rms: float, progress: Progress | None,
                  quantiser: str, calibration: tuple[Tensor, Tensor] | None,
+                 prune: str | None,
                  gate_up_bias: Stack | None = None, down_bias: Stack | None = None,
                  shared: Shared | None = None, shared_format: Format | None = None) -> Experts:
     """Quantise the experts of one layer and put them into a device's memory."""
@@ -117,6 +120,7 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
             f"{(experts, rows, d_model)} = (E, {'2 ' if gated else ''}I, H), not {shape}; experts "
             f"are {'gated unless gated=False' if gated else 'not gated'}")
     formats = _formats(weight_format, experts)
+    _check_prune(prune)
     array = device.config.row_multipliers, device.config.channels
     biases = (_Biases("gate_up_bias", gate_up_bias, experts, rows),
               _Biases("down_bias", down_bias, experts, d_model))
@@ -138,7 +142,8 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
             bias=biases[0])
         expert = Expert.quantise(
             *matrices, shape.format, activation=activation, limit=limit, quantiser=quantiser,
-            moments=moments, gate_up_bias=biases[0], down_bias=biases[1])
+            moments=moments, gate_up_bias=biases[0], down_bias=biases[1], prune=prune,
+            channels=device.config.channels)
         return expert, {"gate_up": squares(
             expert.gate_up, interleave_gate_up(matrices[0]) if gated else matrices[0]),
                         "down": squares(expert.down, matrices[1])}
@@ -267,18 +272,21 @@ def _checked_shape(device: Device, e: int, expert: Expert, activation: str | Non
 
 def load_linear(device: Device, weight: Tensor, *, weight_format: str, activation_bits: int,
                 grid_exponent: int | None, x_rms: float, quantiser: str,
-                bias: Tensor | None = None) -> Linear:
+                prune: str | None, bias: Tensor | None = None) -> Linear:
     """Quantise the matrix of a linear layer and put it into a device's memory."""
     d_out, d_in = shape_of("weight", weight, "N", "K")
     planes = _check_options(activation_bits, grid_exponent, x_rms)
     config = device.config
+    _check_prune(prune)
     shape = LinearShape(find_format(weight_format), d_out, d_in, config.row_multipliers,
                         config.channels, bias is not None)
     check_layer(config, [shape])
     values = float32("weight", weight)
     if bias is not None:
         bias = _Biases("bias", [bias], 1, d_out).of(0)
-    matrix = quantise(values, shape.format, quantiser=quantiser).with_bias(bias)
+    matrix = quantise(
+        values if prune is None else pruned(values, shape.format, prune, channels=config.channels),
+        shape.format, quantiser=quantiser).with_bias(bias)
     found = squares(matrix, values)
     if grid_exponent is None:
         grid_exponent = choose_grid([linear_output(found, x_rms=x_rms)])
@@ -343,6 +351,13 @@ def _formats(weight_format: Formats, experts: int) -> list[WeightFormat]:
         raise InvalidOption(f"weight_format must be one name, or one for each of {experts} "
                             f"experts, not {len(weight_format)}")
     return [find_format(name) for name in weight_format]
+
+
+def _check_prune(prune: str | None) -> None:
+    """Refuse a way of pruning that there is not."""
+    if prune is not None and prune not in PRUNINGS:
+        raise InvalidOption(f"prune must be {' or '.join(map(repr, PRUNINGS))}, or left out, not "
+                            f"{prune!r}")
 
 
 def _check_options(activation_bits: int, grid_exponent: int | None, x_rms: float) -> int:

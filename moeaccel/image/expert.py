@@ -14,6 +14,7 @@ from moeaccel.formats import (
     QuantisedMatrix,
     WeightFormat,
     check_dims,
+    prune as pruned,
     quantise,
     weight_format,
     whole_blocks,
@@ -223,6 +224,7 @@ class Expert:
         *, down_format: str | WeightFormat | None = None, activation: str = "silu",
         limit: float | None = None, quantiser: str = "search",
         moments: tuple[NDArray[np.floating] | None, NDArray[np.floating] | None] = (None, None),
+        prune: str | None = None, channels: int = 1,
         gate_up_bias: NDArray[np.floating] | None = None,
         down_bias: NDArray[np.floating] | None = None,
     ) -> Expert:
@@ -230,17 +232,22 @@ class Expert:
         (H, I); biases, (2 I,) or (I,), and (H,), become bfloat16.
 
         ``quantiser`` and ``moments``, those of x and of h, as in :func:`moeaccel.formats.quantise`.
+        ``prune`` makes the patterns of N:M formats (:func:`moeaccel.formats.prune`) for a device of
+        so many ``channels``; without it weights must have them.
         """
         fmt = weight_format(name)
-        rows = gate_up
-        if len(gate_up) != down.shape[1]:
-            rows = interleave_gate_up(gate_up)
-            if gate_up_bias is not None and gate_up_bias.shape == rows.shape[:1]:
-                gate_up_bias = interleave_gate_up(gate_up_bias)
+        other = fmt if down_format is None else weight_format(down_format)
+        gated = len(gate_up) != down.shape[1]
+        rows = interleave_gate_up(gate_up) if gated else gate_up
+        if gated and gate_up_bias is not None and gate_up_bias.shape == rows.shape[:1]:
+            gate_up_bias = interleave_gate_up(gate_up_bias)
+        if prune is not None:
+            rows = pruned(rows, fmt, prune, together=1 + gated, channels=channels)
+            down = pruned(down, other, prune, channels=channels)
         return cls(
             quantise(rows, fmt, quantiser=quantiser, moments=moments[0]).with_bias(gate_up_bias),
-            quantise(down, fmt if down_format is None else down_format, quantiser=quantiser,
-                     moments=moments[1]).with_bias(down_bias), activation, limit)
+            quantise(down, other, quantiser=quantiser, moments=moments[1]).with_bias(down_bias),
+            activation, limit)
 
     def shape(self, row_multipliers: int, channels: int = 1) -> ExpertShape:
         """Return its shape for a device with such arrays."""
