@@ -36,7 +36,7 @@ from moeaccel.host.tensors import (
     is_torch,
     shape_of,
 )
-from moeaccel.image import Expert
+from moeaccel.host.weights import Shared, Stack
 from moeaccel.interface.commands import ENTRY_BYTES, ROUTER, Opcode, encode
 from moeaccel.router.choices import WeightOn
 from moeaccel.router.descriptor import descriptor, table_words
@@ -52,11 +52,7 @@ LOGIT_GRID = -30
 _PLANES = 2
 """Matrices that a router's weights are."""
 
-Shared = tuple[Tensor, Tensor]
-"""gate_up and down of a shared expert, (2 I, H) and (H, I); or of several, with E before that."""
-
-
-def load_moe(device: Device, router: Router, gate_up: Any, down: Any, *,
+def load_moe(device: Device, router: Router, gate_up: Stack, down: Stack, *,
              shared: Shared | None = None, **options: Any) -> Moe:
     """Put a layer into a device's memory; :meth:`moeaccel.host.Device.load_moe`."""
     settings = router.settings
@@ -67,26 +63,20 @@ def load_moe(device: Device, router: Router, gate_up: Any, down: Any, *,
     if settings.weight_on_kind is WeightOn.INPUT and settings.top_k > 1:
         raise LimitExceeded("top_k must be 1 with weights on the input, which the host multiplies "
                             f"x by, not {settings.top_k}")
-    stacks: list[tuple[list[Any], list[Any]]] = [(list(gate_up), list(down))]
-    if shared is not None:
-        stacks.append(_stacks(shared))
-    experts, behind = len(stacks[0][1]), len(stacks[-1][1]) if shared is not None else 0
-    if experts != settings.experts:
-        raise InvalidTensor(
-            f"down must have E = {settings.experts} experts, the router's, not {experts}")
-    if settings.top_k + behind > TOP_K_MAX:
-        raise LimitExceeded(f"top_k and shared experts must be at most {TOP_K_MAX} together, not "
-                            f"{settings.top_k} and {behind}")
-    if shared is None:
-        loaded = device.load_experts(gate_up, down, **options)
-    else:
-        loaded = _load_all(device, stacks, **options)
+    loaded = device.load_experts(gate_up, down, shared=shared, **options)
     try:
+        behind = len(loaded.shared_shapes)
+        if loaded.num_experts != settings.experts:
+            raise InvalidTensor(f"down must have E = {settings.experts} experts, the router's, not "
+                                f"{loaded.num_experts}")
+        if settings.top_k + behind > TOP_K_MAX:
+            raise LimitExceeded(f"top_k and shared experts must be at most {TOP_K_MAX} together, "
+                                f"not {settings.top_k} and {behind}")
         plane = loading.load_router_weight(device, router.weight, grid_exponent=LOGIT_GRID)
         try:
             if plane.shape.d_in != loaded.shapes[0].d_model:
                 raise InvalidTensor(
-                    f"weight must have the shape ({experts}, {loaded.shapes[0].d_model}) of a "
+                    f"weight must have the shape ({settings.experts}, {loaded.shapes[0].d_model}) of a "
                     f"router for these experts, not {tuple(router.weight.shape)}")
             return Moe(device, router, plane, loaded, behind)
         except BaseException:
@@ -95,39 +85,6 @@ def load_moe(device: Device, router: Router, gate_up: Any, down: Any, *,
     except BaseException:
         loaded.close()
         raise
-
-
-def _stacks(shared: Shared) -> tuple[list[Any], list[Any]]:
-    if not isinstance(shared, tuple) or len(shared) != 2:
-        raise InvalidOption("shared must be (gate_up, down) of experts that every token goes to "
-                            "with weight 1; compute a gate of theirs on the host")
-    gate_up, down = shared
-    if len(down.shape) == 2:
-        return [gate_up], [down]
-    return list(gate_up), list(down)
-
-
-def _load_all(device: Device, stacks: list[tuple[list[Any], list[Any]]], *,
-              activation: str = "silu", limit: float | None = None,
-              weight_format: Any = "int4_g32", quantiser: str = "search", gated: bool = True,
-              **options: Any) -> Experts:
-    """Load experts of several widths."""
-    pairs = [(g, d) for gate_up, down in stacks for g, d in zip(gate_up, down, strict=True)]
-    formats = [weight_format] * len(pairs) if isinstance(weight_format, str) else [*weight_format]
-    if len(formats) != len(pairs):
-        raise InvalidOption(f"weight_format must be one name, or one for each of {len(pairs)} "
-                            f"experts, shared ones with them, not {len(formats)}")
-    experts = []
-    for e, ((g, d), fmt) in enumerate(zip(pairs, formats, strict=True)):
-        matrices = float32(f"gate_up[{e}]", g), float32(f"down[{e}]", d)
-        rows = matrices[1].shape[1] * (2 if gated else 1)
-        if matrices[0].shape != (rows, matrices[1].shape[0]):
-            raise InvalidTensor(f"gate_up of expert {e} must have the shape "
-                                f"{(rows, matrices[1].shape[0])} for down {matrices[1].shape}, not "
-                                f"{matrices[0].shape}")
-        experts.append(Expert.quantise(*matrices, fmt, activation=activation, limit=limit,
-                                       quantiser=quantiser))
-    return device.load_quantised(experts, **options)
 
 
 class Moe:
@@ -200,13 +157,20 @@ class Moe:
         """
         ids, weights, _ = self._call(x, compute=False)
         rows = float32("x", x)
-        one = np.ones((len(rows), 1), np.float32)
-        y = self.experts(rows * weights, ids.astype(np.int64), one)
-        if self._shared:
-            behind = self.router.settings.experts + np.arange(self._shared)
-            places = np.tile(behind, (len(rows), 1))
-            y = y + self.experts(rows, places, np.ones(places.shape, np.float32))
-        return Like.of(x)(y)
+        tokens, like = len(rows), Like.of(rows)
+        if not self._shared:
+            one = np.ones((tokens, 1), np.float32)
+            y = self.experts._call(self.experts._submit(
+                Opcode.EXPERTS, rows * weights, ids, one, like))
+            return Like.of(x)(y)
+        # x times the weight goes to the one chosen, x itself to the shared ones.
+        pairs = np.full((2 * tokens, self._shared), -1, np.int32)
+        pairs[:tokens, :1] = ids
+        pairs[tokens:] = self.router.settings.experts + np.arange(self._shared)
+        y = self.experts._call(self.experts._submit(
+            Opcode.EXPERTS, np.concatenate([rows * weights, rows]), pairs,
+            np.ones(pairs.shape, np.float32), like))
+        return Like.of(x)(y[:tokens] + y[tokens:])
 
     def close(self) -> None:
         """Free the device memory; a second call does nothing."""

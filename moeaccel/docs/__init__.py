@@ -25,7 +25,7 @@ from moeaccel.docs.interface import (
     router_descriptor,
     submission,
 )
-from moeaccel.docs.models import forms, routers, zoo
+from moeaccel.docs.models import zoo, zoo_forms, zoo_routers
 from moeaccel.docs.routing import flavours, router_choices
 from moeaccel.errors import MoeAccelError
 
@@ -47,8 +47,8 @@ PARTS: dict[str, Callable[[], list[str]]] = {
     "section-words": section_words,
     "submission": submission,
     "zoo": zoo,
-    "zoo-forms": forms,
-    "zoo-routers": routers,
+    "zoo-forms": zoo_forms,
+    "zoo-routers": zoo_routers,
 }
 """Every part by name."""
 
