@@ -52,6 +52,7 @@ LOGIT_GRID = -30
 _PLANES = 2
 """Matrices that a router's weights are."""
 
+
 def load_moe(device: Device, router: Router, gate_up: Stack, down: Stack, *,
              shared: Shared | None = None, **options: Any) -> Moe:
     """Put a layer into a device's memory; :meth:`moeaccel.host.Device.load_moe`."""
@@ -63,21 +64,22 @@ def load_moe(device: Device, router: Router, gate_up: Stack, down: Stack, *,
     if settings.weight_on_kind is WeightOn.INPUT and settings.top_k > 1:
         raise LimitExceeded("top_k must be 1 with weights on the input, which the host multiplies "
                             f"x by, not {settings.top_k}")
+    if len(down) != settings.experts:
+        raise InvalidTensor(f"down must have E = {settings.experts} experts, the router's, not "
+                            f"{len(down)}")
     loaded = device.load_experts(gate_up, down, shared=shared, **options)
     try:
         behind = len(loaded.shared_shapes)
-        if loaded.num_experts != settings.experts:
-            raise InvalidTensor(f"down must have E = {settings.experts} experts, the router's, not "
-                                f"{loaded.num_experts}")
         if settings.top_k + behind > TOP_K_MAX:
             raise LimitExceeded(f"top_k and shared experts must be at most {TOP_K_MAX} together, "
                                 f"not {settings.top_k} and {behind}")
         plane = loading.load_router_weight(device, router.weight, grid_exponent=LOGIT_GRID)
         try:
             if plane.shape.d_in != loaded.shapes[0].d_model:
+                d_model = loaded.shapes[0].d_model
                 raise InvalidTensor(
-                    f"weight must have the shape ({settings.experts}, {loaded.shapes[0].d_model}) of a "
-                    f"router for these experts, not {tuple(router.weight.shape)}")
+                    f"weight must have the shape ({settings.experts}, {d_model}) of a router for "
+                    f"these experts, not {tuple(router.weight.shape)}")
             return Moe(device, router, plane, loaded, behind)
         except BaseException:
             plane.close()

@@ -170,7 +170,7 @@ def test_bad_input_is_named(device, layer):
         device.load_moe(router, experts[0][1:], experts[1][1:])
     with pytest.raises(InvalidTensor, match=r"weight must have the shape \(16, 64\) of a router"):
         device.load_moe(Router(layer["weight"][:, 1:], top_k=2), *experts)
-    with pytest.raises(InvalidOption, match=r"shared must be \(gate_up, down\) of experts"):
+    with pytest.raises(InvalidTensor, match=r"shared must be a pair \(gate_up, down\) of"):
         device.load_moe(router, *experts, shared=(*layer["shared"], layer["x"][:1]))
     with pytest.raises(LimitExceeded, match="top_k must be 1 with weights on the input"):
         device.load_moe(Router(layer["weight"], top_k=2, weight_on="input"), *experts)
