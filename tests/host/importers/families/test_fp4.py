@@ -109,7 +109,7 @@ def test_nvfp4(tmp_path, writer, exact):
                 assert np.array_equal(matrix.integers, np.rint(codes))
                 assert there.mean() > 0.99
                 error = np.linalg.norm(matrix.dequantise() - floats[part, e])
-                assert error <= (0 if exact else 2**-12) * np.linalg.norm(floats[part, e])
+                assert error <= (0 if exact else 2**-11) * np.linalg.norm(floats[part, e])
         if not exact:
             with pytest.raises(InexactWeights, match="must have scales of at most 11 bits"):
                 list(checkpoint.experts(0, "nvfp4", exact=True))
