@@ -8,9 +8,11 @@ from amaranth.lib.wiring import In, Out
 from amaranth.utils import ceil_log2, exact_log2
 
 from moeaccel.arithmetic import ELEMENT_BITS, MANTISSA_BITS
-from moeaccel.config import BLOCK, AcceleratorConfig
+from moeaccel.config import BLOCK, TOP_K_MAX, AcceleratorConfig
 from moeaccel.formats import WeightFormat
 from moeaccel.interface.commands import COUNT_MAX, ENTRY_BYTES, SECTIONS_MAX, Field, NonFinite
+from moeaccel.router.choices import Renormalize, Score
+from moeaccel.router.tables import SCORE_BITS, VALUE_BITS, WORD_BITS
 
 EXPONENT_BITS = 12
 """Signed exponents of internal and block floats: no product of the chain leaves this range."""
@@ -42,6 +44,21 @@ def lane_address_bits(config: AcceleratorConfig) -> int:
 def slot_bits(config: AcceleratorConfig) -> int:
     """Return the bits of a slot, the index of a token within a pass."""
     return ceil_log2(config.max_slots)
+
+
+def slot_bank_bits(config: AcceleratorConfig) -> int:
+    """Return the bits of a slot table's bank."""
+    return exact_log2(config.slot_banks)
+
+
+def slot_address_bits(config: AcceleratorConfig) -> int:
+    """Return the bits of {bank, slot}, where an entry of the slot tables is."""
+    return slot_bank_bits(config) + slot_bits(config)
+
+
+def y_bank_bits(config: AcceleratorConfig) -> int:
+    """Return the bits of a bank of the y buffer: 0 where there is one."""
+    return exact_log2(config.y_banks)
 
 
 def token_bits(config: AcceleratorConfig) -> int:
@@ -162,9 +179,10 @@ class ReadClientSignature(wiring.Signature):
 class WriteClientSignature(wiring.Signature):
     """One writer of the memory port, seen from the writer.
 
-    ``request`` announces a linear write of ``beats`` full beats; ``data`` brings them. ``done``
-    pulses when memory has acknowledged all of it, any number of cycles later; the next request may
-    be raised only after that.
+    ``request`` announces a linear write of ``beats`` full beats; ``data`` brings them, those of one
+    request after another. ``done`` pulses when memory has acknowledged all that was asked for, any
+    number of cycles later; with a request that is accepted in that very cycle it has nothing to do.
+    Further requests may be raised before it.
     """
 
     def __init__(self, config: AcceleratorConfig):
@@ -181,9 +199,11 @@ def job(config: AcceleratorConfig) -> data.StructLayout:
     """Return a checked command with its layer, as the engine takes it.
 
     ``routed``: ids and weights are in memory; else every token goes to expert 0 with weight 1.
-    ``x_narrow``, ``y_narrow``: bfloat16 in memory, else float32.
+    ``x_narrow``, ``y_narrow``: bfloat16 in memory, else float32. With a router, ``route``: x are
+    logits, ids and weights are written, by ``form``.
     """
     address = config.address_bits
+    router = {"route": 1, "form": router_form(config)} if config.router else {}
     return data.StructLayout({
         "routed": 1,
         "two_planes": 1,
@@ -201,6 +221,7 @@ def job(config: AcceleratorConfig) -> data.StructLayout:
         "weights_address": address,
         "y_address": address,
         "workspace_address": address,
+        **router,
     })
 
 
@@ -335,8 +356,8 @@ def result_tag(config: AcceleratorConfig) -> data.StructLayout:
 
     ``row``: the tile's first. ``missing``: how many of the array's R rows the tile has not.
     ``slots``: tokens in the group. ``last``: the section's last result. ``hidden``, ``combine``:
-    of the section. ``fresh``: the pass stores y, it does not add. ``row_order``: its number in
-    :func:`row_orders`.
+    of the section. ``fresh``: the pass stores y, it does not add. ``y_bank``: of the y buffer.
+    ``row_order``: its number in :func:`row_orders`.
     """
     return data.StructLayout({
         "group": max(1, ceil_log2(config.token_groups)),
@@ -349,8 +370,9 @@ def result_tag(config: AcceleratorConfig) -> data.StructLayout:
         "combine": 1,
         "two_planes": 1,
         "x_bank": 1,
-        "slot_bank": 1,
+        "slot_bank": slot_bank_bits(config),
         "fresh": 1,
+        "y_bank": y_bank_bits(config),
         "row_order": range(max(2, len(row_orders(config)))),
     })
 
@@ -362,8 +384,9 @@ def result_element(config: AcceleratorConfig) -> data.StructLayout:
         **dict(element(config).members),
         "combine": 1,
         "last": 1,
-        "slot_bank": 1,
+        "slot_bank": slot_bank_bits(config),
         "fresh": 1,
+        "y_bank": y_bank_bits(config),
     })
 
 
@@ -388,3 +411,40 @@ def hidden_elements(config: AcceleratorConfig) -> data.StructLayout:
 def base_address(config: AcceleratorConfig) -> data.StructLayout:
     """Return the address of a base exponent: a slot of x (``bank``), or of h (``hidden``)."""
     return data.StructLayout({"slot": slot_bits(config), "bank": 1, "hidden": 1})
+
+
+def router_form(config: AcceleratorConfig) -> data.StructLayout:
+    """Return how a router makes ids and weights of logits (moeaccel.router.settings).
+
+    ``by_logits``: keys are logits, else scores. ``top2``: a group's score is the sum of its top
+    two. ``scale``, ``scale_exponent``: 24 bits of it and the power of two behind them. ``tables``:
+    there is a table, else nothing is added.
+    """
+    experts = config.max_experts.bit_length()
+    return data.StructLayout({
+        "experts": experts,
+        "top_k": range(TOP_K_MAX + 1),
+        "score": range(len(Score)),
+        "by_logits": 1,
+        "grouped": 1,
+        "top2": 1,
+        "group_size": experts,
+        "keep_groups": range(TOP_K_MAX + 1),
+        "renormalize": range(len(Renormalize)),
+        "epsilon": SCORE_BITS + 1,
+        "scale": VALUE_BITS,
+        "scale_exponent": signed(8),
+        "tables": 1,
+    })
+
+
+def fixed_logit() -> data.StructLayout:
+    """Return a logit in units of 2**-20; ``beyond``: it is not what it should be, but the nearest
+    there is."""
+    return data.StructLayout({"value": signed(WORD_BITS), "beyond": 1})
+
+
+def routed_pair(config: AcceleratorConfig) -> data.StructLayout:
+    """Return an expert that a token goes to: its id and weight; ``some``: there is one; ``last``:
+    of the token."""
+    return data.StructLayout({"id": expert_bits(config), "some": 1, "weight": 32, "last": 1})

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from moeaccel.activations import ACTIVATIONS, Activation
 from moeaccel.errors import ConfigurationError
 from moeaccel.formats import ALL_FORMATS, BLOCK, FORMATS, WeightFormat
+from moeaccel.router.choices import Score
 
 ACTIVATION_SHIFT_MAX = 11
 """Largest block shift of an activation: 10 below the token's largest, plus one for a raised
@@ -68,7 +69,7 @@ class AcceleratorConfig:
         Depth of a row-tile buffer in array words; a power of two, at least ``max_dim / 32``.
     quantiser_lanes : :class:`int`
         Elements quantised, and outputs drained, in one cycle; a power of two, at most ``port_bytes
-        / 4``.
+        / 2``.
     address_bits : :class:`int`
         Width of an address in a channel's memory; with the channel's number above it, 16 to 64.
     formats : tuple of str
@@ -77,6 +78,14 @@ class AcceleratorConfig:
     activations : tuple of str
         Activations that the hardware computes, all of :data:`moeaccel.activations.ACTIVATIONS` when
         left out.
+    router : tuple of str
+        Scores that the hardware makes of logits, of :class:`moeaccel.router.choices.Score`; without
+        any there is no router.
+    router_top_k : :class:`int`
+        Most experts that the router chooses for a token, 1 to 16.
+    y_banks : :class:`int`
+        Banks of the y buffer, 1 or 2: with two, sums of one set of tokens leave while those of the
+        next are computed.
 
     Raises
     ------
@@ -100,9 +109,12 @@ class AcceleratorConfig:
     address_bits: int = 40
     formats: tuple[str, ...] = field(default_factory=lambda: tuple(FORMATS))
     activations: tuple[str, ...] = field(default_factory=lambda: tuple(ACTIVATIONS))
+    router: tuple[str, ...] = ()
+    router_top_k: int = TOP_K_MAX
+    y_banks: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("formats", "activations"):
+        for name in ("formats", "activations", "router"):
             if isinstance(getattr(self, name), list):  # as JSON has it
                 object.__setattr__(self, name, tuple(getattr(self, name)))
 
@@ -126,7 +138,8 @@ class AcceleratorConfig:
         power("max_experts", 2, EXPERTS_MAX)
         power("max_tokens", 1, 1 << 16)
         power("max_assignments", TOP_K_MAX, 1 << 17)
-        power("quantiser_lanes", 1, self.port_bytes // 4)
+        power("quantiser_lanes", 1, self.port_bytes // 2)
+        power("y_banks", 1, 2)
         power("read_ahead_beats", 2 * self.max_burst_beats, 1 << 16)
         require(
             "max_dim",
@@ -158,6 +171,13 @@ class AcceleratorConfig:
                 and all(one in registry for one in chosen),
                 f"a tuple of different ones of {', '.join(registry)}",
             )
+        scores = [score.key for score in Score]
+        require("router", isinstance(self.router, tuple)
+                and len(set(self.router)) == len(self.router)
+                and all(one in scores for one in self.router),
+                f"a tuple of different ones of {', '.join(scores)}, or empty")
+        require("router_top_k", isinstance(self.router_top_k, int)
+                and 1 <= self.router_top_k <= TOP_K_MAX, f"from 1 to {TOP_K_MAX}")
         require("formats", any(f.packed for f in self.weight_formats),
                 "with a 4-bit format among them: an array joins the rows of two")
 
@@ -208,6 +228,11 @@ class AcceleratorConfig:
         return self.token_groups * self.token_lanes
 
     @property
+    def slot_banks(self) -> int:
+        """Slot tables: passes that are prepared, computed or leave at the same time."""
+        return 2 * self.y_banks
+
+    @property
     def max_burst_beats(self) -> int:
         """Beats of the longest AXI burst: up to one 4 KiB page, at most 64 beats."""
         return min(64, 4096 // self.port_bytes)
@@ -248,6 +273,17 @@ class AcceleratorConfig:
     def activation_bits(self) -> int:
         """Bits of an activation's code in the hardware."""
         return max(1, *self.activation_codes).bit_length()
+
+    # -- router
+    @property
+    def router_scores(self) -> tuple[Score, ...]:
+        """The scores that the hardware makes of logits, in the order of their codes."""
+        return tuple(score for score in Score if score.key in self.router)
+
+    @property
+    def router_codes(self) -> tuple[int, ...]:
+        """Their codes."""
+        return tuple(int(score) for score in self.router_scores)
 
     # -- addresses
     @property
@@ -292,6 +328,8 @@ class AcceleratorConfig:
         fields["activations"] = [
             {"name": a.name, "code": a.code, "factor": a.factor.value}
             for a in self.expert_activations]
+        if not self.router:  # what is not there changes nothing
+            del fields["router"], fields["router_top_k"]
         return zlib.crc32(json.dumps(fields, sort_keys=True).encode())
 
 
@@ -369,14 +407,15 @@ PRESETS: dict[str, AcceleratorConfig] = {
             name="peer256",
             port_bytes=16,
             token_lanes=4,
-            token_groups=4,
+            token_groups=8,
             max_dim=4096,
             max_experts=64,
             max_tokens=1024,
             max_assignments=4096,
             read_ahead_beats=512,
             tile_words=256,
-            quantiser_lanes=4,
+            quantiser_lanes=8,
+            y_banks=2,
         ),
     )
 }

@@ -184,6 +184,7 @@ class ResultSerialiser(wiring.Component):
             meta.last.eq(tag.last & last_row & last_member),
             meta.slot_bank.eq(tag.slot_bank),
             meta.fresh.eq(tag.fresh),
+            meta.y_bank.eq(tag.y_bank),
         ]
 
         pair_of = Signal(range(max(2, lanes // 2)))

@@ -23,10 +23,12 @@ __all__ = [
     "KEY_BITS",
     "LOG1P",
     "LOGIT_BITS",
+    "NEVER",
     "RECIPROCAL",
     "SCORE_BITS",
     "SQRT",
     "VALUE_BITS",
+    "WORD_BITS",
     "Exponential",
     "Lines",
     "exponential",
@@ -43,6 +45,8 @@ LOGIT_BITS = 20
 """Fraction bits of a logit."""
 WORD_BITS = 32
 """Bits of a logit and of a key, sign included."""
+NEVER = -(1 << (WORD_BITS - 1))
+"""What is added to the key of an expert that is never chosen."""
 KEY_BITS = 22
 """Fraction bits of a key that is a score plus a selection bias."""
 SCORE_BITS = 36
@@ -105,6 +109,7 @@ def _lines(places: NDArray[np.float64], f: _Function, second: _Function, unit: f
     """Return nodes and steps of lines on ``places``: nodes are moved by half of what a chord is off
     in its middle, width**2 / 8 of the second derivative."""
     node = np.rint((f(places) - second(places) * width**2 / 16) * unit).astype(np.int64)
+    node = np.minimum(node, (1 << VALUE_BITS) - 1)
     return node[:-1], np.diff(node)
 
 
