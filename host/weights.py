@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from numbers import Real
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -95,7 +95,7 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
                  limit: float | None, weight_format: Formats, activation_bits: int,
                  grid_exponent: int | None, x_rms: float, progress: Progress | None,
                  quantiser: str, calibration: tuple[Tensor, Tensor] | None,
-                 prune: str | None) -> Experts:
+                 prune: str | None, row_blocks: int) -> Experts:
     """Quantise the experts of one layer and put them into a device's memory."""
     experts, rows, d_model = _stack_shape("gate_up", gate_up, "2 I", "H")
     shape = _stack_shape("down", down, "H", "I")
@@ -108,6 +108,16 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
             f"are {'gated unless gated=False' if gated else 'not gated'}")
     formats = _formats(weight_format, experts)
     _check_prune(prune)
+    if row_blocks != 1:
+        if (not isinstance(row_blocks, int) or row_blocks < 1 or d_expert % row_blocks
+                or calibration is not None):
+            raise InvalidOption(f"row_blocks must divide I = {d_expert}, and be 1 with a "
+                                f"calibration, not {row_blocks!r}")
+        gate_up, down = (_RowBlocks(name, stack, row_blocks, gated) for name, stack in
+                         (("gate_up", gate_up), ("down", down)))
+        formats = [fmt for fmt in formats for _ in range(row_blocks)]
+        experts, rows, d_expert = len(formats), rows // row_blocks, d_expert // row_blocks
+        shape = experts, d_model, d_expert
     array = device.config.row_multipliers, device.config.channels
     shapes = {fmt: ExpertShape(fmt, d_model, d_expert, *array, activation=activation, gated=gated,
                                limit=limit)
@@ -132,7 +142,26 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
 
     return _load_experts(
         device, quantised(), [shapes[fmt] for fmt in formats], activation_bits=activation_bits,
-        grid_exponent=grid_exponent, x_rms=x_rms, progress=progress)
+        grid_exponent=grid_exponent, x_rms=x_rms, progress=progress, row_blocks=row_blocks)
+
+
+class _RowBlocks(Sequence[Tensor]):
+    """The matrices of experts, each cut along its hidden rows into ``blocks``, one at a time."""
+
+    def __init__(self, name: str, stack: Stack, blocks: int, gated: bool) -> None:
+        self._name, self._stack, self._blocks = name, stack, blocks
+        self._parts = 2 if gated else 1
+
+    def __len__(self) -> int:
+        return len(self._stack) * self._blocks
+
+    def __getitem__(self, index: Any) -> Any:
+        expert, block = divmod(index, self._blocks)
+        matrix = float32(self._name, self._stack[expert])
+        if self._name == "down":
+            return np.split(matrix, self._blocks, axis=1)[block]
+        each = matrix.reshape(self._parts, self._blocks, -1, matrix.shape[1])
+        return each[:, block].reshape(-1, matrix.shape[1])
 
 
 def load_quantised(device: Device, experts: Sequence[Expert], *, activation: str | None,
@@ -212,7 +241,7 @@ def load_linear(device: Device, weight: Tensor, *, weight_format: str, activatio
 
 def _load_experts(device: Device, experts: Iterable[_Measured], shapes: Sequence[ExpertShape], *,
                   activation_bits: int, grid_exponent: int | None, x_rms: float,
-                  progress: Progress | None) -> Experts:
+                  progress: Progress | None, row_blocks: int = 1) -> Experts:
     planes = _check_options(activation_bits, grid_exponent, x_rms)
     config = device.config
     check_layer(config, shapes)
@@ -240,7 +269,8 @@ def _load_experts(device: Device, experts: Iterable[_Measured], shapes: Sequence
         if grid_exponent is None:
             grid_exponent = choose_grid(outputs)
         descriptor = _describe(device, planes, grid_exponent, shapes, addresses)
-    return Experts(device, shapes, images, descriptor, planes, grid_exponent, _report(errors))
+    return Experts(device, shapes, images, descriptor, planes, grid_exponent, _report(errors),
+                   row_blocks)
 
 
 def _report(errors: WeightErrors) -> WeightReport:
