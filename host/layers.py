@@ -397,16 +397,19 @@ def _whole_rows(x: NDArray[Any]) -> NDArray[Any]:
 class Experts(_Layer):
     """The experts of one layer in device memory; from :meth:`Device.load_experts`.
 
-    ``y[t] = sum over k of weights[t, k] * expert[ids[t, k]](x[t])``
+    ``y[t] = sum over k of weights[t, k] * expert[ids[t, k]](x[t])``, plus that of all shared
+    experts, which have the last entries of the table: every token has a pair with each, of weight
+    1. That is 8 bytes more a token and expert, and the device knows no difference.
     """
 
     def __init__(self, device: Device, shapes: Sequence[ExpertShape], images: Allocation,
                  descriptor: Allocation, planes: int, grid_exponent: int,
-                 report: WeightReport, row_blocks: int = 1) -> None:
+                 report: WeightReport, shared: int = 0, row_blocks: int = 1) -> None:
         d_model = shapes[0].d_model
         super().__init__(device, images, descriptor, d_in=d_model, d_out=d_model, planes=planes,
                          grid_exponent=grid_exponent, report=report)
-        self._shapes = tuple(shapes)
+        routed = len(shapes) - shared
+        self._shapes, self._shared_shapes = tuple(shapes[:routed]), tuple(shapes[routed:])
         self._row_blocks = row_blocks
 
     @property
@@ -419,6 +422,11 @@ class Experts(_Layer):
     def row_blocks(self) -> int:
         """Blocks of each expert's hidden rows, of which a call may take the leading ones."""
         return self._row_blocks
+
+    @property
+    def shared_shapes(self) -> tuple[ExpertShape, ...]:
+        """Those of each shared expert."""
+        return self._shared_shapes
 
     @property
     def shape(self) -> ExpertShape:
@@ -437,7 +445,7 @@ class Experts(_Layer):
 
     @property
     def num_experts(self) -> int:
-        """Number of experts."""
+        """Number of experts, without the shared ones."""
         return len(self._shapes) // self._row_blocks
 
     def __call__(self, x: Tensor, ids: Tensor, weights: Tensor, *,
@@ -458,7 +466,8 @@ class Experts(_Layer):
             Any T, also 0. A torch tensor in bfloat16 goes to the device as it is, and y comes back
             so, rounded once; all else goes and comes as float32.
         ids : integer tensor, (T, K)
-            Experts of each token, at most 16; those below 0 or from E on are skipped.
+            Experts of each token, at most 16 with the shared ones; those below 0 or from E on are
+            skipped.
         weights : float tensor, (T, K)
         leading_blocks : :class:`int`, optional
             So many of each expert's ``row_blocks``, the first ones, all when left out: as if the
@@ -479,22 +488,28 @@ class Experts(_Layer):
         shape = shape_of("ids", ids, "T", "K")
         if shape[0] != tokens:
             raise InvalidTensor(f"ids must have the shape (T, K) with T = {tokens}, not {shape}")
-        if shape[1] * blocks > TOP_K_MAX:
-            times = f" times {blocks} blocks" if blocks > 1 else ""
-            raise LimitExceeded(f"ids must have at most {TOP_K_MAX} experts for each token, "
-                                f"not {shape[1]}{times}")
+        shared = len(self._shared_shapes)
+        if shape[1] * blocks + shared > TOP_K_MAX:
+            why = [f"{shared} of {TOP_K_MAX} are shared"] * bool(shared) + [
+                f"each has {blocks} blocks"] * (blocks > 1)
+            raise LimitExceeded(
+                f"ids must have at most {(TOP_K_MAX - shared) // blocks} experts for each token, "
+                f"not {shape[1]}" + (f": {', '.join(why)}" if why else ""))
         found = shape_of("weights", weights, "T", "K")
         if found != shape:
             raise InvalidTensor(f"weights must have the shape of ids, {shape}, not {found}")
-        chosen = indices("ids", ids, self.num_experts)
-        scores = float32("weights", weights)
-        if self._row_blocks > 1:  # a block is an expert of the device; what is no expert is none
-            outside = (chosen < 0) | (chosen >= self.num_experts)
-            pieces = chosen.astype(np.int64)[:, :, None] * self._row_blocks + np.arange(blocks)
+        pairs, scores = indices("ids", ids, self.num_experts), float32("weights", weights)
+        if self._row_blocks > 1:  # a block is an expert of the device
+            outside = (pairs < 0) | (pairs >= self.num_experts)
+            pieces = pairs.astype(np.int64)[:, :, None] * self._row_blocks + np.arange(blocks)
             pieces = np.where(outside[:, :, None], -1, pieces)
-            chosen = pieces.reshape(tokens, -1).astype(chosen.dtype)
+            pairs = pieces.reshape(tokens, -1).astype(pairs.dtype)
             scores = np.repeat(scores, blocks, axis=1)
-        return self._submit(Opcode.EXPERTS, elements("x", x), chosen, scores, Like.of(x))
+        if shared:
+            always = np.arange(shared, dtype=np.int32) + len(self._shapes)
+            pairs = np.hstack([pairs, np.tile(always, (tokens, 1))])
+            scores = np.hstack([scores, np.ones((tokens, shared), np.float32)])
+        return self._submit(Opcode.EXPERTS, elements("x", x), pairs, scores, Like.of(x))
 
 
 class Linear(_Layer):

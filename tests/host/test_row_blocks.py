@@ -54,7 +54,7 @@ def test_errors(device):
         with pytest.raises(InvalidOption, match=r"row_blocks must divide I = 128, and be 1 with"):
             device.load_experts(gate_up, down, row_blocks=wrong)
     with device.load_experts(gate_up[:2], down[:2], row_blocks=8) as layer:
-        with pytest.raises(LimitExceeded, match=r"at most 16 experts .* not 3 times 8 blocks"):
+        with pytest.raises(LimitExceeded, match=r"at most 2 experts .* not 3: each has 8 blocks"):
             layer(x, ids, scores)
         for wrong in (0, 9):
             with pytest.raises(InvalidOption, match="leading_blocks must be from 1 to the layer's"):
