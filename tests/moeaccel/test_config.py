@@ -12,7 +12,7 @@ from moeaccel.formats import ALL_FORMATS, FORMATS
 @pytest.mark.parametrize("name", PRESETS)
 def test_accumulator_holds_the_largest_sum(name):
     config = PRESETS[name]
-    for fmt in FORMATS.values():
+    for fmt in config.weight_formats:
         scale = (2047 if fmt.real_scale else 1) << fmt.max_shift
         largest = config.max_steps * 32 * 128 * fmt.max_integer * scale << 11
         assert largest < 1 << (config.accumulator_bits - 1)
@@ -50,7 +50,8 @@ def test_bad_field_is_named(field, value, expected):
 
 def test_unknown_preset_lists_the_known_ones():
     with pytest.raises(
-        ConfigurationError, match="tiny, small, ulx3s, wide512, hbm32, peer256, not 'huge'"
+        ConfigurationError,
+        match="tiny, small, ulx3s, wide512, hbm32, peer256, wide512-sparse, not 'huge'",
     ):
         preset("huge")
 
