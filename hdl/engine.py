@@ -237,7 +237,9 @@ class Engine(wiring.Component):
             elements.p.slot.eq(lead.o_hidden.slot),
             elements.p.index.eq(lead.o_hidden.index),
             elements.p.last.eq(lead.o_hidden.last),
-            *(elements.p.value[i].eq(core.o_hidden.value) for i, core in enumerate(cores)),
+            elements.p.full.eq(lead.o_hidden.full),
+            *(elements.p.value[part * len(cores) + i].eq(core.o_hidden.value[part])
+              for i, core in enumerate(cores) for part in range(config.results_per_cycle)),
             hidden.i_start.eq(sequencer.o_hidden_start),
             hidden.i_count.eq(sequencer.o_pass.count),
             hidden.i_two_planes.eq(job.two_planes),

@@ -363,10 +363,15 @@ def hidden_element(config: AcceleratorConfig) -> data.StructLayout:
 
 
 def hidden_elements(config: AcceleratorConfig) -> data.StructLayout:
-    """Return consecutive elements of h, one of each core: from ``channels * index`` on."""
+    """Return consecutive elements of h, one of each core: from ``channels * index`` on.
+
+    With several results per cycle there is room for as many of each core. ``full``: all of them are
+    there, and the index is a multiple of their number; else only the first of each core.
+    """
     return data.StructLayout({
         **dict(hidden_element(config).members),
-        "value": data.ArrayLayout(hidden_float(), config.channels),
+        "value": data.ArrayLayout(hidden_float(), config.channels * config.results_per_cycle),
+        "full": 1,
     })
 
 

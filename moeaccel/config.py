@@ -80,6 +80,9 @@ class AcceleratorConfig:
     y_banks : :class:`int`
         Banks of the y buffer, 1 or 2: with two, sums of one set of tokens leave while those of the
         next are computed.
+    results_per_cycle : :class:`int`
+        Outputs of an array that are rounded in a cycle, 1 or 2: with few blocks along K an array
+        makes more than one.
 
     Raises
     ------
@@ -104,6 +107,7 @@ class AcceleratorConfig:
     formats: tuple[str, ...] = field(default_factory=lambda: tuple(FORMATS))
     activations: tuple[str, ...] = field(default_factory=lambda: tuple(ACTIVATIONS))
     y_banks: int = 1
+    results_per_cycle: int = 1
 
     def __post_init__(self) -> None:
         for name in ("formats", "activations"):
@@ -132,6 +136,7 @@ class AcceleratorConfig:
         power("max_assignments", TOP_K_MAX, 1 << 17)
         power("quantiser_lanes", 1, self.port_bytes // 2)
         power("y_banks", 1, 2)
+        power("results_per_cycle", 1, 2)
         power("read_ahead_beats", 2 * self.max_burst_beats, 1 << 16)
         require(
             "max_dim",
@@ -200,6 +205,11 @@ class AcceleratorConfig:
     def slot_banks(self) -> int:
         """Slot tables: passes that are prepared, computed or leave at the same time."""
         return 2 * self.y_banks
+
+    @property
+    def result_places(self) -> int:
+        """Results of an array that may be under way or waiting behind it."""
+        return 4 * self.results_per_cycle
 
     @property
     def max_burst_beats(self) -> int:

@@ -32,7 +32,8 @@ class HiddenBuffer(wiring.Component):
                     +--> [tree] --> [largest of block, of token] ----^
 
     As many consecutive elements of a slot come at once as there are channels, one from each core.
-    They come in the order of their index, those of different slots in any order. The bits are those
+    With several results per cycle each core brings as many, or one (``full``). They come in the
+    order of their index, those of different slots in any order. The bits are those
     of :func:`moeaccel.arithmetic.quantise_elements`. ``i_start`` says what the pass is; quantising
     begins when the element marked ``last`` has come, too, be it before or after.
 
@@ -102,7 +103,9 @@ class HiddenBuffer(wiring.Component):
         From ``i_start``, if that is later, they are fewer: by those of the tree, one a level, and
         one.
         """
-        return 7 + exact_log2(self._config.channels) + BlockQuantiser.LATENCY_CYCLES
+        config = self._config
+        tree = exact_log2(config.channels * config.results_per_cycle)
+        return 7 + tree + BlockQuantiser.LATENCY_CYCLES
 
     def elaborate(self, platform):
         m = Module()
@@ -112,7 +115,8 @@ class HiddenBuffer(wiring.Component):
             m.d.comb += getattr(self, name).eq(getattr(quantiser, name))
 
         count, cores = config.quantiser_lanes, config.channels
-        width = max(count, cores)  # elements of a word
+        at_once = config.results_per_cycle
+        width = max(count, cores * at_once)  # elements of a word
         core_bits = exact_log2(cores)
         lane_bits = exact_log2(count)
         sub_bits = exact_log2(width) - lane_bits  # of a group within its word
@@ -149,33 +153,43 @@ class HiddenBuffer(wiring.Component):
         elements = self.i_elements.payload
         first_index = Cat(C(0, core_bits), elements.index)
         p = Pipeline(m, self.i_elements.valid, "arrival")
-        s = p.stage(value=[elements.value[i] for i in range(cores)], slot=elements.slot,
-                    index=first_index, last=elements.last)
+        s = p.stage(value=list(elements.value), slot=elements.slot, index=first_index,
+                    last=elements.last, full=elements.full)
         enables = Signal(len(values))
+        several = s.full if at_once > 1 else C(0)
+        stripe = s.index[core_bits:lane_bits + sub_bits]  # of its word: an element of each core
         m.d.sync += enables.eq(Cat(
-            p.valid & (s.index[core_bits:lane_bits + sub_bits] == i >> core_bits)
+            p.valid & ((stripe == i >> core_bits)
+                       | (several & ((stripe | at_once - 1) == (i >> core_bits | at_once - 1))))
             for i in range(len(values))))
         arrived = Pipeline(m, p.valid, "stored").stage(
-            address=Cat(s.index[lane_bits + sub_bits:][:word_bits], s.slot), value=s.value)
+            address=Cat(s.index[lane_bits + sub_bits:][:word_bits], s.slot), value=s.value,
+            several=several)
         for i, (write, _) in enumerate(values):
+            own, only = arrived.value[i % (cores * at_once)], arrived.value[i % cores]
             m.d.comb += [
                 write.en.eq(enables[i]),
                 write.addr.eq(arrived.address),
-                write.data.eq(arrived.value[i % cores]),
+                write.data.eq(Mux(arrived.several, own, only) if at_once > 1 else only),
             ]
+        # Beside the index of the first element that comes: that of the last.
+        index_last = s.index | Mux(several, cores * (at_once - 1), 0)
         found = []
         for i, value in enumerate(s.value):
             top = Signal(block_top(), name=f"new{i}")
             m.d.comb += [
                 top.top.eq(value.exponent),
-                top.zero.eq(value.magnitude == 0),
+                top.zero.eq((value.magnitude == 0) | (~several if i >= cores else 0)),
                 top.raised.eq(value.magnitude >= RAISE_THRESHOLD),
             ]
             found.append(top)
+        ends = Signal()  # a block
+        m.d.comb += ends.eq(index_last[core_bits:block_bits].all())
+        s.ends = ends
         while len(found) > 1:
             pairs = zip(found[::2], found[1::2], strict=True)
             found = [_larger(m, a, b, f"larger{len(found)}_{i}") for i, (a, b) in enumerate(pairs)]
-            s = p.stage(found=found, slot=s.slot, index=s.index, last=s.last)
+            s = p.stage(found=found, slot=s.slot, index=s.index, ends=s.ends, last=s.last)
             found = s.found
         (new,) = found
         block_old, token_old, block_now, token_now = (
@@ -195,7 +209,7 @@ class HiddenBuffer(wiring.Component):
         with m.If(s.index == 0):
             m.d.comb += token_old.zero.eq(1)
         s = p.stage(new=new, block_old=block_old, token_old=token_old, slot=s.slot, index=s.index,
-                    last=s.last)
+                    ends=s.ends, last=s.last)
         m.d.comb += [
             behind.eq(p.valid & (s.slot == before.slot)),
             block_now.eq(_larger(m, s.new, s.block_old, "block_largest")),
@@ -206,7 +220,7 @@ class HiddenBuffer(wiring.Component):
             token_w.en.eq(p.valid),
             token_w.addr.eq(s.slot),
             token_w.data.eq(token_now),
-            tops_w.en.eq(p.valid & s.index[core_bits:block_bits].all()),
+            tops_w.en.eq(p.valid & s.ends),
             tops_w.addr.eq(Cat(s.index[block_bits:][:step_bits], s.slot)),
             tops_w.data.eq(block_now),
         ]

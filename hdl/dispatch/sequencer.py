@@ -102,7 +102,7 @@ class Sequencer(wiring.Component):
                 "o_free": Out(1),
                 "o_step": Out(step(config)),
                 "o_tag": Out(layouts.result_tag(config)),
-                "i_free": In(4),
+                "i_free": In(range(config.result_places + 1)),
                 "i_result": In(1),
                 "i_loaded": In(1),
                 "o_hidden_start": Out(1),

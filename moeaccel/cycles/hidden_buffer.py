@@ -27,7 +27,7 @@ def ready_cycles(config: AcceleratorConfig, taken: int, d_expert: int, through: 
     through : list of int
         Slots of the groups up to each.
     """
-    tree = config.channels.bit_length() - 1
+    tree = (config.channels * config.results_per_cycle).bit_length() - 1
     all_there = taken + element_cycles(config) - 1 + ACTIVATION_CYCLES + 3 + tree
     groups = d_expert // config.quantiser_lanes
     return [all_there + slot * groups + QUANTISER_CYCLES + 5 for slot in through]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from moeaccel.config import AcceleratorConfig
 
-RESULTS = 4
-"""ResultSerialiser: results that may be under way or waiting behind the array."""
 SERIALISER_CYCLES = 6
 """ResultSerialiser: from a result to its first element, but for the normaliser."""
 
@@ -23,9 +21,9 @@ def element_cycles(config: AcceleratorConfig) -> int:
 class Results:
     """What the serialiser still has to do between sections: last step, and its last results."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: AcceleratorConfig) -> None:
         self.end = 0
-        self.history = [-1] * RESULTS
+        self.history = [-1] * config.result_places
 
     @property
     def taken(self) -> int:

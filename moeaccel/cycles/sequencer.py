@@ -10,7 +10,7 @@ import numpy as np
 from moeaccel.cycles.combiner import COMBINER_CYCLES
 from moeaccel.cycles.hidden_buffer import ready_cycles
 from moeaccel.cycles.job import Job
-from moeaccel.cycles.result_serialiser import RESULTS, Results, element_cycles
+from moeaccel.cycles.result_serialiser import Results, element_cycles
 from moeaccel.cycles.schedule import Schedule
 from moeaccel.cycles.tile_buffer import TileBuffer, Words
 
@@ -46,7 +46,7 @@ class Sequencer:
         """Run the sections of each pass; yields where something is not known yet."""
         job, config = self._job, self._job.config
         per_group = job.per_group
-        results = Results()
+        results = Results(config)
         index = 0
         for n, (now, events) in enumerate(zip(job.passes, job.events, strict=True)):
             while not events.handed.known:
@@ -104,20 +104,23 @@ class Sequencer:
         """
         steps, tiles, rows = words.steps, words.tiles, words.section.tile_rows
         short = tiles * rows - words.section.channel_rows  # rows that the last tile has not
-        count, most = len(slots), rows * max(slots)
+        at_once = self._job.config.results_per_cycle
+        places = self._job.config.result_places
+        count, most = len(slots), -(-rows // at_once) * max(slots)
         # Results leave as fast as they come and there is always room for them; at first, results
         # of the section before may be in the way.
-        free_running = steps >= most and (RESULTS - 1) * steps > ARRAY_CYCLES + 1 + most
+        free_running = steps >= most and (places - 1) * steps > ARRAY_CYCLES + 1 + most
         words.busy = steps * count
-        words.settled = min(tiles, -(-RESULTS // count)) if free_running else tiles
+        words.settled = min(tiles, -(-places // count)) if free_running else tiles
         arrived, began, ended = words.arrived, words.began, words.ended
-        taken = deque(results.history, RESULTS)
+        taken = deque(results.history, places)
         end = results.end
         for tile in range(words.settled):
             while len(arrived) <= tile:
                 yield
             for group, slot_count in enumerate(slots):
-                size = slot_count * (rows - short if tile + 1 == tiles else rows)
+                size = slot_count * -(
+                    -(rows - short if tile + 1 == tiles else rows) // at_once)
                 start = end + 1
                 if tile == 0 and ready[group] > start:
                     self.starved_activations += ready[group] - start
@@ -144,11 +147,11 @@ class Sequencer:
             end = max(max(ended[-1], began[tile]) + steps, arrived[tile] + 1) + later_groups
             ended.append(end)
             left = rows - short if tile + 1 == tiles else rows
-            words.taken.append(end + 1 + ARRAY_CYCLES + slots[-1] * left)
+            words.taken.append(end + 1 + ARRAY_CYCLES + slots[-1] * -(-left // at_once))
         end = ended[-1]
         self.busy += words.busy * tiles
         if tiles > words.settled:
             self.starved_weights += end - settled_end - words.busy * (tiles - words.settled)
-            taken.extend(words.taken[-1] - i * steps for i in reversed(range(RESULTS)))
+            taken.extend(words.taken[-1] - i * steps for i in reversed(range(places)))
         results.end = end
         results.history = list(taken)

@@ -182,7 +182,7 @@ class Bench:
         assert self.got == self.expected
         await ctx.tick().repeat(30)
         assert not ctx.get(port.valid)
-        assert ctx.get(self.dut.o_free) == self.dut.FIFO_DEPTH
+        assert ctx.get(self.dut.o_free) == self.dut.config.result_places
         self.cycles = cycles
 
     def run(self):
