@@ -243,6 +243,7 @@ class Core(wiring.Component):
             self.o_hidden.slot.eq(first.p.slot),
             self.o_hidden.index.eq(first.p.index),
             self.o_hidden.last.eq(first.p.last),
+            self.o_hidden.bank.eq(first.p.bank),
             self.o_hidden.full.eq(activations[-1].o_element.valid),
         ]
         if results > 1:

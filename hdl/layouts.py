@@ -59,6 +59,11 @@ def y_bank_bits(config: AcceleratorConfig) -> int:
     return exact_log2(config.y_banks)
 
 
+def hidden_bank_bits(config: AcceleratorConfig) -> int:
+    """Return the bits of a bank of h: 0 where there is one. It is a pass's slot table's, modulo."""
+    return exact_log2(config.hidden_banks)
+
+
 def token_bits(config: AcceleratorConfig) -> int:
     """Return the bits of a token index."""
     return max(1, ceil_log2(config.max_tokens))
@@ -268,7 +273,8 @@ def hidden_form(config: AcceleratorConfig) -> data.StructLayout:
 def expert(config: AcceleratorConfig) -> data.StructLayout:
     """Return an expert that has tokens, with what its entry of the expert table says.
 
-    ``pairs``: of tokens with it. ``words``: of its whole image. ``bad``: the entry cannot be
+    ``pairs``: of tokens with it. ``words``: of its whole image; ``first_words``: of its first
+    section, where sections are asked for one by one. ``bad``: the entry cannot be
     computed with, for what its 32-bit word ``word`` says; then all else but ``expert`` is
     undefined.
     """
@@ -280,6 +286,7 @@ def expert(config: AcceleratorConfig) -> data.StructLayout:
         "work": expert_work(config),
         "bad": 1,
         "word": range(ENTRY_BYTES // 4),
+        "first_words": 32 if config.hidden_banks > 1 else 0,
     })
 
 
@@ -359,6 +366,7 @@ def hidden_element(config: AcceleratorConfig) -> data.StructLayout:
         "index": row_bits(config) - 1,
         "value": hidden_float(),
         "last": 1,
+        "bank": hidden_bank_bits(config),
     })
 
 

@@ -83,6 +83,9 @@ class AcceleratorConfig:
     results_per_cycle : :class:`int`
         Outputs of an array that are rounded in a cycle, 1 or 2: with few blocks along K an array
         makes more than one.
+    hidden_banks : :class:`int`
+        Banks of h, 1 or 2, at most ``y_banks``: with two, the first section of the next pass runs
+        while h of this one is quantised.
 
     Raises
     ------
@@ -108,6 +111,7 @@ class AcceleratorConfig:
     activations: tuple[str, ...] = field(default_factory=lambda: tuple(ACTIVATIONS))
     y_banks: int = 1
     results_per_cycle: int = 1
+    hidden_banks: int = 1
 
     def __post_init__(self) -> None:
         for name in ("formats", "activations"):
@@ -137,6 +141,9 @@ class AcceleratorConfig:
         power("quantiser_lanes", 1, self.port_bytes // 2)
         power("y_banks", 1, 2)
         power("results_per_cycle", 1, 2)
+        power("hidden_banks", 1, 2)
+        require("hidden_banks", self.hidden_banks <= self.y_banks,
+                f"at most y_banks = {self.y_banks!r}")
         power("read_ahead_beats", 2 * self.max_burst_beats, 1 << 16)
         require(
             "max_dim",
@@ -204,12 +211,12 @@ class AcceleratorConfig:
     @property
     def slot_banks(self) -> int:
         """Slot tables: passes that are prepared, computed or leave at the same time."""
-        return 2 * self.y_banks
+        return 2 * max(self.y_banks, self.hidden_banks)
 
     @property
     def result_places(self) -> int:
         """Results of an array that may be under way or waiting behind it."""
-        return 4 * self.results_per_cycle
+        return 4 * max(self.results_per_cycle, self.hidden_banks)
 
     @property
     def max_burst_beats(self) -> int:

@@ -139,11 +139,13 @@ class ActivationUnit(wiring.Component):
             with m.If(arrives & ~element.row[0]):
                 m.d.sync += held.eq(element.value)
         meta = Signal(data.StructLayout({
-            "slot": layouts.slot_bits(config), "index": layouts.row_bits(config) - 1, "last": 1}))
+            "slot": layouts.slot_bits(config), "index": layouts.row_bits(config) - 1, "last": 1,
+            "bank": layouts.hidden_bank_bits(config)}))
         m.d.comb += [
             meta.slot.eq(element.slot),
             meta.index.eq(Mux(form.paired, element.row >> 1, element.row)),
             meta.last.eq(element.last),
+            meta.bank.eq(element.slot_bank),
         ]
         gate, up = (Signal(layouts.internal_float(), name=name) for name in ("gate_in", "up_in"))
         at_once = config.results_per_cycle > 1
@@ -314,6 +316,7 @@ class ActivationUnit(wiring.Component):
             self.o_element.payload.slot.eq(s.meta.slot),
             self.o_element.payload.index.eq(s.meta.index),
             self.o_element.payload.last.eq(s.meta.last),
+            self.o_element.payload.bank.eq(s.meta.bank),
             self.o_element.payload.value.magnitude.eq(s.magnitude),
             self.o_element.payload.value.sign.eq(s.sign),
             self.o_element.payload.value.exponent.eq(s.exponent),

@@ -37,6 +37,10 @@ class HiddenBuffer(wiring.Component):
     of :func:`moeaccel.arithmetic.quantise_elements`. ``i_start`` says what the pass is; quantising
     begins when the element marked ``last`` has come, too, be it before or after.
 
+    With two banks, elements of the next pass come while h of this one is quantised, but not before
+    ``i_start`` of this one. The h lane buffer has one bank all the same: ``i_start`` comes when the
+    last step of the pass before has started.
+
     Throughput: ``channels`` elements per cycle in; ``quantiser_lanes`` elements per cycle
     out, so that slot s is counted by ``o_slots_ready`` about ``(s + 1) * 32 * i_steps /
     quantiser_lanes + latency_cycles`` cycles after the beginning. Nothing can be refused: elements
@@ -60,12 +64,16 @@ class HiddenBuffer(wiring.Component):
     i_two_planes : :py:`In(1)`
     i_steps : :py:`In(layouts.steps_bits(config))`
         Blocks of h, d_expert / 32.
+    i_bank : :py:`In(layouts.hidden_bank_bits(config))`
+        Where its elements are.
     w_en, w_address, w_data
         Write port of the h lane buffer.
     base_en, base_address, base_data
-        Write port of h's base exponents: {slot} and signed(12).
+        Write port of h's base exponents: {bank, slot} and signed(12).
     o_slots_ready : :py:`Out(range(config.max_slots + 1))`
         Slots of this pass which are in the lane buffer; 0 from the cycle after ``i_start``.
+    o_complete : :py:`Out(1)`
+        Pulse: the element marked ``last`` has come.
     """
 
     def __init__(self, config):
@@ -82,13 +90,15 @@ class HiddenBuffer(wiring.Component):
             "i_count": In(range(config.max_slots + 1)),
             "i_two_planes": In(1),
             "i_steps": In(layouts.steps_bits(config)),
+            "i_bank": In(layouts.hidden_bank_bits(config)),
             "w_en": members["w_en"],
             "w_address": Out(layouts.lane_address_bits(config)),
             "w_data": members["w_data"],
             "base_en": members["base_en"],
-            "base_address": Out(layouts.slot_bits(config)),
+            "base_address": Out(layouts.slot_bits(config) + layouts.hidden_bank_bits(config)),
             "base_data": members["base_data"],
             "o_slots_ready": Out(range(config.max_slots + 1)),
+            "o_complete": Out(1),
         })
 
     @property
@@ -125,6 +135,7 @@ class HiddenBuffer(wiring.Component):
         group_bits = step_bits + block_bits - lane_bits
         word_bits = group_bits - sub_bits
         slot_bits = layouts.slot_bits(config)
+        banked_bits = slot_bits + layouts.hidden_bank_bits(config)
         entry = layouts.hidden_float()
         shape = unsigned(block_top().size)
 
@@ -133,16 +144,17 @@ class HiddenBuffer(wiring.Component):
         values = []
         for i in range(width):
             m.submodules[f"values{i}"] = storage = memory.Memory(
-                shape=unsigned(entry.size), depth=1 << (word_bits + slot_bits), init=[],
+                shape=unsigned(entry.size), depth=1 << (word_bits + banked_bits), init=[],
                 attrs=unchecked)
             values.append((storage.write_port(), storage.read_port()))
         m.submodules.tops = tops = memory.Memory(
-            shape=shape, depth=1 << (step_bits + slot_bits), init=[], attrs=unchecked)
+            shape=shape, depth=1 << (step_bits + banked_bits), init=[], attrs=unchecked)
         tops_w, tops_r = tops.write_port(), tops.read_port()
 
-        # Of each slot: the largest so far, of its current block and of all of it.
+        # Of each slot: the largest so far, of its current block and of all of it. No block is under
+        # way when another pass's elements begin to come.
         m.submodules.blocks = blocks = memory.Memory(shape=shape, depth=1 << slot_bits, init=[])
-        m.submodules.tokens = tokens = memory.Memory(shape=shape, depth=1 << slot_bits, init=[])
+        m.submodules.tokens = tokens = memory.Memory(shape=shape, depth=1 << banked_bits, init=[])
         block_w, block_r = blocks.write_port(), blocks.read_port(domain="comb")
         token_w, token_r = tokens.write_port(), tokens.read_port(domain="comb")
         token_q = tokens.read_port(domain="comb")
@@ -153,8 +165,8 @@ class HiddenBuffer(wiring.Component):
         elements = self.i_elements.payload
         first_index = Cat(C(0, core_bits), elements.index)
         p = Pipeline(m, self.i_elements.valid, "arrival")
-        s = p.stage(value=list(elements.value), slot=elements.slot, index=first_index,
-                    last=elements.last, full=elements.full)
+        s = p.stage(value=list(elements.value), slot=Cat(elements.slot, elements.bank),
+                    index=first_index, last=elements.last, full=elements.full)
         enables = Signal(len(values))
         several = s.full if at_once > 1 else C(0)
         stripe = s.index[core_bits:lane_bits + sub_bits]  # of its word: an element of each core
@@ -198,7 +210,7 @@ class HiddenBuffer(wiring.Component):
         # What is being stored, of the element before, is of the same slot: it is not read back.
         behind = Signal()
         m.d.comb += [
-            block_r.addr.eq(s.slot),
+            block_r.addr.eq(s.slot[:slot_bits]),
             token_r.addr.eq(s.slot),
             block_old.eq(Mux(behind, block_now, block_r.data)),
             token_old.eq(Mux(behind, token_now, token_r.data)),
@@ -215,7 +227,7 @@ class HiddenBuffer(wiring.Component):
             block_now.eq(_larger(m, s.new, s.block_old, "block_largest")),
             token_now.eq(_larger(m, s.new, s.token_old, "token_largest")),
             block_w.en.eq(p.valid),
-            block_w.addr.eq(s.slot),
+            block_w.addr.eq(s.slot[:slot_bits]),
             block_w.data.eq(block_now),
             token_w.en.eq(p.valid),
             token_w.addr.eq(s.slot),
@@ -230,12 +242,14 @@ class HiddenBuffer(wiring.Component):
         slots = Signal(self.i_count.shape())
         two_planes = Signal()
         steps = Signal(self.i_steps.shape())
+        bank = Signal(self.i_bank.shape())
         with m.If(p.valid & s.last):
             m.d.sync += complete.eq(1)
         begin = Signal()
-        m.d.comb += begin.eq(started & complete)
-        m.d.sync += Assert(~active | ~(self.i_elements.valid | self.i_start),
-                           "h must not change while it is quantised")
+        m.d.comb += [begin.eq(started & complete), self.o_complete.eq(p.valid & s.last)]
+        m.d.sync += Assert(
+            ~active | ~((self.i_elements.valid & (elements.bank == bank)) | self.i_start),
+            "h must not change while it is quantised")
         with m.If(begin):
             m.d.sync += [started.eq(0), complete.eq(0), active.eq(1)]
         m.d.sync += self.o_slots_ready.eq(self.o_slots_ready + quantiser.base_en)
@@ -245,6 +259,7 @@ class HiddenBuffer(wiring.Component):
                 slots.eq(self.i_count),
                 two_planes.eq(self.i_two_planes),
                 steps.eq(self.i_steps),
+                bank.eq(self.i_bank),
                 self.o_slots_ready.eq(0),
             ]
 
@@ -261,7 +276,7 @@ class HiddenBuffer(wiring.Component):
             step.eq(group >> in_block),
             block_end.eq(group[:in_block].all()),
             slot_end.eq(block_end & last_step),
-            token_q.addr.eq(slot),
+            token_q.addr.eq(Cat(slot, bank)),
         ]
         with m.If(active):
             m.d.sync += group.eq(group + 1)
@@ -283,9 +298,9 @@ class HiddenBuffer(wiring.Component):
         along = {"step": step, "slot": slot, "block_end": block_end, "slot_end": slot_end,
                  "token_top": token.top, "token_zero": token.zero, "sub": group[:max(1, sub_bits)]}
         s = q.stage(**along, word=group[sub_bits:])
-        m.d.comb += [tops_r.en.eq(q.valid), tops_r.addr.eq(Cat(s.step, s.slot))]
+        m.d.comb += [tops_r.en.eq(q.valid), tops_r.addr.eq(Cat(s.step, s.slot, bank))]
         for _, read in values:
-            m.d.comb += [read.en.eq(q.valid), read.addr.eq(Cat(s.word, s.slot))]
+            m.d.comb += [read.en.eq(q.valid), read.addr.eq(Cat(s.word, s.slot, bank))]
         s = q.stage(**{name: getattr(s, name) for name in along})
         s = q.stage(**vars(s), top=tops_r.data, values=[read.data for _, read in values])
         out = quantiser.i_group
@@ -299,6 +314,7 @@ class HiddenBuffer(wiring.Component):
             out.slot_end.eq(s.slot_end),
             out.step.eq(s.step),
             out.slot.eq(s.slot),
+            out.bank.eq(bank),
         ]
         for i in range(count):
             stored = Signal(entry, name=f"stored{i}")

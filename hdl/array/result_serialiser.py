@@ -176,7 +176,8 @@ class ResultSerialiser(wiring.Component):
                 Cat(member[:lane_bits], tag.group))),
             self.base_address.slot.eq(slot),
             self.base_address.hidden.eq(tag.hidden),
-            self.base_address.bank.eq(tag.x_bank & ~tag.hidden),
+            self.base_address.bank.eq(Mux(
+                tag.hidden, tag.slot_bank[:layouts.hidden_bank_bits(config)], tag.x_bank)),
         ]
         with m.If(valid):
             m.d.sync += [row.eq(row + 1), last_row.eq(((row + 1)[:row_bits] ^ missing).all())]
