@@ -8,9 +8,11 @@ from amaranth.lib.wiring import In, Out
 from amaranth.utils import ceil_log2, exact_log2
 
 from moeaccel.arithmetic import ELEMENT_BITS, MANTISSA_BITS
-from moeaccel.config import BLOCK, AcceleratorConfig
+from moeaccel.config import BLOCK, TOP_K_MAX, AcceleratorConfig
 from moeaccel.formats import WeightFormat
 from moeaccel.interface.commands import COUNT_MAX, ENTRY_BYTES, SECTIONS_MAX, Field, NonFinite
+from moeaccel.router.choices import Renormalize, Score
+from moeaccel.router.tables import SCORE_BITS, VALUE_BITS, WORD_BITS
 
 EXPONENT_BITS = 12
 """Signed exponents of internal and block floats: no product of the chain leaves this range."""
@@ -386,3 +388,38 @@ def hidden_elements(config: AcceleratorConfig) -> data.StructLayout:
 def base_address(config: AcceleratorConfig) -> data.StructLayout:
     """Return the address of a base exponent: a slot of x (``bank``), or of h (``hidden``)."""
     return data.StructLayout({"slot": slot_bits(config), "bank": 1, "hidden": 1})
+
+
+def router_form(config: AcceleratorConfig) -> data.StructLayout:
+    """Return how a router makes ids and weights of logits (moeaccel.router.settings).
+
+    ``by_logits``: keys are logits, else scores. ``top2``: a group's score is the sum of its top
+    two. ``scale``, ``scale_exponent``: 24 bits of it and the power of two behind them.
+    """
+    experts = config.max_experts.bit_length()
+    return data.StructLayout({
+        "experts": experts,
+        "top_k": range(TOP_K_MAX + 1),
+        "score": range(len(Score)),
+        "by_logits": 1,
+        "grouped": 1,
+        "top2": 1,
+        "group_size": experts,
+        "keep_groups": range(TOP_K_MAX + 1),
+        "renormalize": range(len(Renormalize)),
+        "epsilon": SCORE_BITS + 1,
+        "scale": VALUE_BITS,
+        "scale_exponent": signed(8),
+    })
+
+
+def fixed_logit() -> data.StructLayout:
+    """Return a logit in units of 2**-20; ``beyond``: it is not what it should be, but the nearest
+    there is."""
+    return data.StructLayout({"value": signed(WORD_BITS), "beyond": 1})
+
+
+def routed_pair(config: AcceleratorConfig) -> data.StructLayout:
+    """Return an expert that a token goes to: its id and weight; ``some``: there is one; ``last``:
+    of the token."""
+    return data.StructLayout({"id": expert_bits(config), "some": 1, "weight": 32, "last": 1})

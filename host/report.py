@@ -14,6 +14,7 @@ Nothing here changes a bit. What the numbers say:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -155,7 +156,7 @@ class ActivationReport:
                 "quantised, next to larger ones of their block or token")
 
 
-def sample_rows(x: NDArray[np.float32]) -> tuple[int, NDArray[np.float32]]:
+def sample_rows(x: NDArray[Any]) -> tuple[int, NDArray[Any]]:
     """Return (step, a copy of every step-th token), at most 16 of them: what a call keeps of x."""
     step = max(1, -(-len(x) // SAMPLED_TOKENS))
     return step, x[::step].copy()

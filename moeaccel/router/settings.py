@@ -140,6 +140,8 @@ class RouterSettings:
         require("epsilon", self.epsilon == 0
                 or self.renormalize_kind in (Renormalize.SUM_EPS, Renormalize.CLAMP),
                 f"0 where renormalize is {self.renormalize}")
+        require("group_score", not (self.bias_logits and self.grouped)
+                or self.group_score_kind is GroupScore.MAX, "max with bias_logits")
         if self.score_kind is Score.IDENTITY:
             require("renormalize", self.renormalize_kind in (
                 Renormalize.NONE, Renormalize.SOFTMAX_TOP_K),

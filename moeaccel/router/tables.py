@@ -27,6 +27,7 @@ __all__ = [
     "SCORE_BITS",
     "SQRT",
     "VALUE_BITS",
+    "WORD_BITS",
     "Exponential",
     "Lines",
     "exponential",
@@ -105,6 +106,7 @@ def _lines(places: NDArray[np.float64], f: _Function, second: _Function, unit: f
     """Return nodes and steps of lines on ``places``: nodes are moved by half of what a chord is off
     in its middle, width**2 / 8 of the second derivative."""
     node = np.rint((f(places) - second(places) * width**2 / 16) * unit).astype(np.int64)
+    node = np.minimum(node, (1 << VALUE_BITS) - 1)
     return node[:-1], np.diff(node)
 
 

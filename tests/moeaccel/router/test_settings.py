@@ -20,6 +20,8 @@ from moeaccel.router.settings import RouterError, RouterSettings
     ({"groups": 64, "keep_groups": 20}, "keep_groups must be at most 16, or all 64, not 20"),
     ({"groups": 64, "keep_groups": 8, "group_score": "top2_sum"},
      "group_score must be max where groups have one expert, not 'top2_sum'"),
+    ({"groups": 8, "keep_groups": 4, "group_score": "top2_sum", "bias_logits": True},
+     "group_score must be max with bias_logits, not 'top2_sum'"),
     ({"scale": 0.0}, "scale must be from 9.53674e-07 to 1.04858e.06, not 0.0"),
     ({"scale": float("nan")}, "scale must be from .*, not nan"),
     ({"epsilon": 1e-6}, "epsilon must be 0 where renormalize is none, not 1e-06"),

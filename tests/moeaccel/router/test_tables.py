@@ -5,7 +5,7 @@ import pytest
 
 from moeaccel.router import tables
 
-VALUES = np.arange(0, 1 << 23, 37)
+VALUES = np.append(np.arange(0, 1 << 23, 37), (1 << 23) - 1)
 
 
 @pytest.mark.parametrize(("table", "f", "bits"), [
