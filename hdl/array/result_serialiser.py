@@ -163,7 +163,7 @@ class ResultSerialiser(wiring.Component):
         valid = Signal()
         last_row, last_member = Signal(), Signal()  # of its member, of the result
         # Of this part; the parts before it may have one less.
-        missing, missing_after = tag.missing >> parts_log2, after.missing >> parts_log2
+        missing, missing_after = tag.missing[parts_log2:], after.missing[parts_log2:]
         slot = Signal(layouts.slot_bits(config))
         exponents = self.i_row_exponents
         m.d.comb += [

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from moeaccel.cycles.combiner import COMBINER_CYCLES
-from moeaccel.cycles.hidden_buffer import ready_cycles
+from moeaccel.cycles.hidden_buffer import elements_cycle, ready_cycles
 from moeaccel.cycles.job import Job
 from moeaccel.cycles.result_serialiser import Results, element_cycles
 from moeaccel.cycles.schedule import Schedule
@@ -45,49 +45,104 @@ class Sequencer:
     def run(self) -> Iterator[None]:
         """Run the sections of each pass; yields where something is not known yet."""
         job, config = self._job, self._job.config
-        per_group = job.per_group
+        per_group, overlaps = job.per_group, config.hidden_banks > 1
         results = Results(config)
-        index = 0
-        for n, (now, events) in enumerate(zip(job.passes, job.events, strict=True)):
-            while not events.handed.known:
-                yield
+        groups = []
+        for now in job.passes:
             count = len(now.tokens)
-            through = [min(count, begin + per_group) for begin in range(0, count, per_group)]
-            slots = np.diff([0, *through]).tolist()
-            cycle = events.handed.cycle + 1
-            if not now.same:
-                while not events.x_loaded.known:
-                    yield
-                cycle = max(cycle, events.x_loaded.cycle + 1)
-            self.starved_activations += cycle - events.handed.cycle
-            results.end = cycle
+            groups.append([
+                min(count, begin + per_group) for begin in range(0, count, per_group)])
+        h_there = [0] * len(job.passes)  # all elements of h have come, and h may be quantised
+        elements_there = 0  # of the latest pass
+        for index, (n, part) in enumerate(job.order):
+            now, events, through = job.passes[n], job.events[n], groups[n]
             sections = job.experts[now.expert]
-            for down, section in enumerate(sections, start=2 - len(sections)):
-                ready = [0] * len(slots)
-                if down:
-                    free = 0
-                    before = self._in_y_bank(n)
-                    if before is not None:
-                        retired = job.events[before].retired
-                        while not retired.known:
-                            self.stands = before, results.end
-                            yield
-                        self.stands = None
-                        free = retired.cycle + 1
-                    ready = [free] * len(slots)
-                    if len(sections) > 1:
-                        hidden = ready_cycles(config, results.taken, section.k, through)
-                        ready = [max(free, cycle) for cycle in hidden]
-                        results.end += 2  # the hidden buffer is started
-                        self.starved_activations += 2
-                words = self._tiles.sections[index]
-                index += 1
-                yield from self._section(words, results, slots, ready)
-            self._schedule.set(events.issued, results.end)
-            self._schedule.set(
-                events.in_y, results.taken + element_cycles(config) - 1 + COMBINER_CYCLES)
+            slots = np.diff([0, *through]).tolist()
+            ready = [0] * len(slots)
+            last = part + 1 == len(sections)
+            if not part:  # the pass begins, unless it has been taken ahead of what was owed
+                while not events.handed.known:
+                    yield
+                cycle = max(events.handed.cycle + 1, results.end + 1)
+                if not now.same:
+                    while not events.x_loaded.known:
+                        yield
+                    cycle = max(cycle, events.x_loaded.cycle + 1)
+                if overlaps:
+                    cycle = max(cycle, elements_there)
+                self.starved_activations += cycle - max(events.handed.cycle, results.end)
+                results.end = cycle
+            else:
+                if (single := self._single_behind(index)) is not None:  # it is taken before
+                    while not job.events[single].handed.known:
+                        yield
+                    results.end = max(results.end, job.events[single].handed.cycle)
+                elif overlaps and index + 1 == len(job.order):
+                    results.end += 1  # no pass comes any more
+                wait = 1 if overlaps else 2  # until it is begun, or the hidden buffer and it
+                results.end += wait
+                self.starved_activations += wait
+            if last:
+                free = 0
+                before = self._in_y_bank(n)
+                if before is not None:
+                    retired = job.events[before].retired
+                    while not retired.known:
+                        self.stands = before, results.end
+                        yield
+                    self.stands = None
+                    free = retired.cycle + 1
+                ready = [free] * len(slots)
+                if part:
+                    hidden = ready_cycles(config, h_there[n], sections[part].k, through)
+                    ready = [max(free, cycle) for cycle in hidden]
+            yield from self._section(self._tiles.sections[index], results, slots, ready)
+            if last:
+                self._schedule.set(events.issued, results.end)
+                self._schedule.set(
+                    events.in_y, results.taken + element_cycles(config) - 1 + COMBINER_CYCLES)
+                if not part or not overlaps:
+                    self._schedule.set(events.x_free, events.in_y.cycle)
+            else:
+                elements_there = h_there[n] = elements_cycle(config, results.taken)
+                self._schedule.set(events.x_free, elements_there - 1)
+            self._await(index, results, h_there)
         while True:
             yield
+
+    def _single_behind(self, index: int) -> int | None:
+        """Return the pass with one section that follows a section which was owed, if one does."""
+        order, job = self._job.order, self._job
+        if job.config.hidden_banks == 1 or not order[index][1] or index + 1 == len(order):
+            return None
+        n = order[index + 1][0]
+        return n if len(job.experts[job.passes[n].expert]) == 1 else None
+
+    def _await(self, index: int, results: Results, h_there: list[int]) -> None:
+        """Tell when the next pass can be taken, if it can be behind this section."""
+        job = self._job
+        n, part = job.order[index]
+        after = job.order[index + 1] if index + 1 < len(job.order) else None
+        single = len(job.experts[job.passes[n].expert]) == 1
+        cycle = results.end + 1
+        if job.config.hidden_banks == 1:
+            if not single and not part:
+                return
+            ready = n + 1
+        else:
+            if after is not None and after[1] and not part and after[0] < n:
+                return  # what is owed comes first
+            # h of the latest pass with two sections is quantised from now on.
+            ready = max(m for m, _ in job.order[: index + 1]) + 1
+            latest = ready - 1
+            owes = len(job.experts[job.passes[latest].expert]) == 2
+            if owes and (latest, 1) not in job.order[: index + 1]:
+                h_there[latest] = max(h_there[latest], cycle + 1)
+                cycle += 1
+            elif self._single_behind(index) is not None:
+                return  # it has been taken
+        if ready < len(job.events) and not job.events[ready].awaited.known:
+            self._schedule.set(job.events[ready].awaited, cycle)
 
     def _in_y_bank(self, n: int) -> int | None:
         """Return the pass that must have retired before sums of pass ``n`` come, if any."""

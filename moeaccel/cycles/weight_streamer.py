@@ -35,6 +35,10 @@ class WeightStreamer:
     ----------
     beats : :class:`int`
         Requested so far.
+    requests : :class:`int`
+        So far.
+    loaded : list of int
+        Cycles in which requests were taken up; until then the next one is not accepted.
     moves_on : callable
         Of the tile buffer, see :meth:`TileBuffer.moves_on`.
     """
@@ -48,6 +52,8 @@ class WeightStreamer:
         self.beats = 0
         self.moves_on: Callable[[int], int] = lambda word: NEVER
         self._requests: deque[tuple[int, int]] = deque()
+        self.requests = 0
+        self.loaded: list[int] = []
         self._left = self._room = 0  # beats of the request, of its burst
         self._request_beat = 0  # its first
         self._grant = -GRANT_CYCLES
@@ -55,6 +61,7 @@ class WeightStreamer:
 
     def request(self, cycle: int, words: int) -> None:
         """Ask for the words of an image; the request is accepted in ``cycle``."""
+        self.requests += 1
         self._requests.append((cycle, words * self._spacing))
 
     def grant(self) -> int:
@@ -65,6 +72,7 @@ class WeightStreamer:
             # Four cycles to take up a request, unless one is under way.
             accepted, self._left = self._requests.popleft()
             self._request_beat = self.beats
+            self.loaded.append(max(self._grant, accepted + 1))
             self._grant = max(self._grant, accepted + 4 - GRANT_CYCLES)
             burst = self._config.max_burst_beats
             header = max(HEADER_BYTES, self._config.word_bytes)

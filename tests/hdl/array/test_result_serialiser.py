@@ -92,9 +92,10 @@ def sums_of(rng, config):
 class Bench:
     """Plays sequencer and array: tiles times groups, one result each, as credits allow."""
 
-    def __init__(self, config, sections, *, seed=0, stall=0.0):
+    def __init__(self, config, sections, *, seed=0, stall=0.0, part=0):
         self.config = config
-        self.dut = ResultSerialiser(config)
+        self.part = part
+        self.dut = ResultSerialiser(config, part)
         self.rng = np.random.default_rng(seed)
         self.stalls = random.Random(seed)
         self.stall = stall
@@ -115,7 +116,8 @@ class Bench:
         for tile in range(tiles):
             rows = tile_rows - (short if tile + 1 == tiles else 0)
             exponents = self.rng.integers(-200, 100, config.rows).tolist()
-            self.row_exponents.append(exponents)
+            parts = config.results_per_cycle
+            self.row_exponents.append(exponents[self.part::parts])
             for group in range(groups):
                 slots = min(per_group, count - group * per_group)
                 last_group = group + 1 == groups
@@ -126,9 +128,10 @@ class Bench:
                     "two_planes": two, "x_bank": bank, "slot_bank": bank ^ 1, "fresh": fresh,
                 }
                 sums = sums_of(self.rng, config)
-                self.results.append((sums, {k: int(v) for k, v in tag.items()}))
+                own = np.reshape(sums, (config.rows, -1))[self.part::parts].ravel().tolist()
+                self.results.append((own, {k: int(v) for k, v in tag.items()}))
                 for j in range(slots):
-                    for r in range(rows):
+                    for r in range(self.part, rows, parts):
                         at = r * config.token_lanes
                         value = sums[at + j]
                         if two:
@@ -136,7 +139,8 @@ class Bench:
                         slot = group * per_group + j
                         base = self.bases[hidden, 0 if hidden else bank, slot]
                         e = normalise(np.array([value]), base + exponents[r])
-                        last = tag["last"] and j + 1 == slots and r + 1 == rows
+                        last = tag["last"] and j + 1 == slots and (
+                            r // parts == (rows - 1) // parts)
                         self.expected.append((
                             slot, tile * tile_rows + r, int(e.mantissa[0]), int(e.exponent[0]),
                             combine, int(last), bank ^ 1, fresh))
