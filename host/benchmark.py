@@ -214,19 +214,62 @@ def bench_experts(bench: Bench, model: Model, *, tokens: int, kind: str = "unifo
     BenchmarkError
         If the model's experts are of a kind that is not measured, or there is no such routing.
     """
-    from moeaccel import golden
-    from moeaccel.golden.reference import experts_float64
-    from moeaccel.image import Expert
-
     if model.ffn != "glu" or model.act != "silu" or model.expert_bias:
         raise BenchmarkError(
             f"model must have SwiGLU experts without bias, not {model.name!r} "
             f"({model.act}, {model.ffn})"
         )
+    layer = _Layer(name=model.name, experts=model.n_experts, top_k=model.top_k,
+                   d_model=model.d_model, d_expert=model.d_expert, gated=True, activation=model.act)
+    return _bench_layer(bench, layer, tokens=tokens, kind=kind, what=what)
+
+
+EDGE_MOE = AcceleratorConfig(
+    name="edge256", port_bytes=32, row_multipliers=4, token_lanes=2, token_groups=32, max_dim=512,
+    max_experts=16, max_tokens=256, max_assignments=1024, read_ahead_beats=512, tile_words=256,
+    quantiser_lanes=16, y_banks=2, results_per_cycle=2, hidden_banks=2)
+"""256 multipliers of 8 bits behind 32 bytes a cycle, for small experts: a pass holds 64 tokens, so
+that each weight is read once, and two results are rounded in a cycle."""
+
+
+def bench_edge_moe(bench: Bench) -> BenchmarkResult:
+    """Run a layer of Edge-MoE's vision transformer without its router, and without biases.
+
+    129 tokens of 192 elements, 16 experts with 384 hidden ones, two for each token, GELU.
+    """
+    layer = _Layer(name="Edge-MoE", experts=16, top_k=2, d_model=192, d_expert=384, gated=False,
+                   activation="gelu")
+    return _bench_layer(bench, layer, tokens=129, kind="uniform", what="edge-moe")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Layer:
+    """A layer's shape."""
+
+    name: str
+    experts: int
+    top_k: int
+    d_model: int
+    d_expert: int
+    gated: bool
+    activation: str
+
+    @property
+    def matrices(self) -> int:
+        """Matrices of an expert."""
+        return 2 + self.gated
+
+
+def _bench_layer(bench: Bench, model: _Layer, *, tokens: int, kind: str, what: str
+                 ) -> BenchmarkResult:
+    from moeaccel import golden
+    from moeaccel.golden.reference import experts_float64
+    from moeaccel.image import Expert
+
     config, planes = bench.device.config, bench.planes
     rng = np.random.default_rng(bench.seed)
     fmt = weight_format(bench.weight_format)
-    experts, d_model, d_expert = model.n_experts, model.d_model, model.d_expert
+    experts, d_model, d_expert = model.experts, model.d_model, model.d_expert
     x = bench.draw_x(rng, tokens, d_model)
     ids = routing(tokens, experts, model.top_k, kind=kind, seed=bench.seed)
     weights = rng.random((tokens, model.top_k)).astype(np.float32)
@@ -237,13 +280,14 @@ def bench_experts(bench: Bench, model: Model, *, tokens: int, kind: str = "unifo
     floats: dict[int, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
     layer: dict[int, Expert] = {}
     for e in used.tolist():
-        gate_up = rng.standard_normal((2 * d_expert, d_model), dtype=np.float32) / np.float32(
-            np.sqrt(d_model)
-        )
+        gate_up = rng.standard_normal(
+            ((model.matrices - 1) * d_expert, d_model), dtype=np.float32
+        ) / np.float32(np.sqrt(d_model))
         down = rng.standard_normal((d_model, d_expert), dtype=np.float32) / np.float32(
             np.sqrt(d_expert)
         )
-        floats[e], layer[e] = (gate_up, down), Expert.quantise(gate_up, down, fmt)
+        floats[e], layer[e] = (gate_up, down), Expert.quantise(
+            gate_up, down, fmt, activation=model.activation)
     filler = layer[int(used[0])]
     all_experts = [layer.get(e, filler) for e in range(experts)]
     bench.progress("loading the device")
@@ -260,11 +304,12 @@ def bench_experts(bench: Bench, model: Model, *, tokens: int, kind: str = "unifo
         weights,
         [floats[e][0] for e in order],
         [floats[e][1] for e in order],
+        model.activation,
     )
     return _result(
         bench, run, what=what, model=model.name, tokens=tokens, assignments=ids.size,
         experts_used=len(used), stored_bytes=len(used) * loaded.shape.stored_bytes,
-        useful=ids.size * 3 * d_model * d_expert * planes,
+        useful=ids.size * model.matrices * d_model * d_expert * planes,
         predicted=expert_cycles(
             config, loaded.shape, ids, experts, planes=planes, latency=bench.latency, io=bench.io),
         expected=expected, exact=exact)
