@@ -174,6 +174,8 @@ class Core(wiring.Component):
             array.i_format.eq(started.format),
             array.i_codes.eq(tiles.o_codes),
             array.i_scales.eq(tiles.o_scales),
+            *(getattr(array, f"i_{name}").eq(getattr(tiles, f"o_{name}"))
+              for name in ("zeros", "selects") if hasattr(tiles, f"o_{name}")),
             array.i_lanes.eq(Mux(of_hidden, h_lanes.r_data, x_lanes.r_data)),
             array.i_tag.eq(tag),
         ]
@@ -203,15 +205,21 @@ class Core(wiring.Component):
             m.d.comb += [
                 serialiser.i_valid.eq(array.o_valid),
                 serialiser.i_tag.eq(array.o_tag),
-                serialiser.i_sums.eq(Cat(
-                    array.o_sums[row * config.token_lanes + lane]
-                    for row in range(part, config.rows, results)
-                    for lane in range(config.token_lanes))),
                 serialiser.i_row_exponents.valid.eq(exponents.valid),
                 serialiser.i_row_exponents.payload.eq(Cat(
                     exponents.payload[row] for row in range(part, config.rows, results))),
                 serialiser.base_data.eq(self.base_data),
             ]
+            if results == 1:
+                m.d.comb += serialiser.i_sums.eq(array.o_sums)
+            else:  # in the order of its rows
+                with m.Switch(data.View(tag_shape, array.o_tag).row_order):
+                    for number, order in enumerate(layouts.row_orders(config)):
+                        with m.Case(number):
+                            m.d.comb += serialiser.i_sums.eq(Cat(
+                                array.o_sums[entry * config.token_lanes + lane]
+                                for entry in layouts.rows_of_part(config, order, part)
+                                for lane in range(config.token_lanes)))
             element, activation, own = serialiser.o_element, activations[part], sums[part]
             m.d.comb += [
                 activation.i_element.valid.eq(element.valid),

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from amaranth.hdl import Cat, Mux, Value, signed, unsigned
+from amaranth.hdl import Cat, Const, Mux, Value, signed, unsigned
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import ceil_log2, exact_log2
@@ -94,6 +94,50 @@ def is_format(code: Value, formats: Iterable[WeightFormat]) -> Value:
 def is_packed(config: AcceleratorConfig, code: Value) -> Value:
     """Return whether two rows share a multiplier in the format of that code."""
     return is_format(code, [f for f in config.weight_formats if f.packed])
+
+
+def row_orders(config: AcceleratorConfig) -> list[tuple[bool, int]]:
+    """Return how rows of a tile lie in the array, once each: whether two share a multiplier, and
+    the parts of a multiplier row that compute rows of their own."""
+    return sorted({(f.packed, f.parts) for f in config.weight_formats})
+
+
+def row_order(config: AcceleratorConfig, code: Value) -> Value:
+    """Return the number of a format's order in :func:`row_orders`."""
+    value: Value | int = 0
+    for number, (packed, parts) in enumerate(row_orders(config)):
+        some = [f for f in config.weight_formats if (f.packed, f.parts) == (packed, parts)]
+        value = Mux(is_format(code, some), number, value)
+    return Value.cast(value)
+
+
+def sum_of_row(config: AcceleratorConfig, order: tuple[bool, int], row: Value) -> Value:
+    """Return which of the array's sums is that of a row of a tile.
+
+    Sums are numbered ``(multiplier row * config.parts + part) * 2 + field``, rows ``(multiplier row
+    * parts + part) * 2 + field`` of the format's parts, without the field where no two rows share a
+    multiplier.
+    """
+    packed, parts = order
+    field = row[0] if packed else Const(0, 1)
+    place = row[1:] if packed else row
+    missing = exact_log2(config.parts // parts)
+    part = Cat(Const(0, missing), place[:exact_log2(parts)])
+    whole = Value.cast(Cat(field, part, place[exact_log2(parts):]))
+    return Value.cast(whole[:exact_log2(config.rows)])
+
+
+def rows_of_part(config: AcceleratorConfig, order: tuple[bool, int], part: int) -> list[int]:
+    """Return the array's sums of every so manieth row, as there are results per cycle, from row
+    ``part`` on: in the order of :func:`sum_of_row`, those that a tile has not as well."""
+    packed, parts = order
+    found = []
+    for row in range(part, config.rows, config.results_per_cycle):
+        field, place = (row & 1, row >> 1) if packed else (0, row)
+        whole, own = divmod(place, parts)
+        found.append(
+            ((whole * config.parts + own * (config.parts // parts)) * 2 + field) % config.rows)
+    return found
 
 
 def steps_bits(config: AcceleratorConfig) -> int:
@@ -330,6 +374,7 @@ def result_tag(config: AcceleratorConfig) -> data.StructLayout:
     ``row``: the tile's first. ``missing``: how many of the array's R rows the tile has not.
     ``slots``: tokens in the group. ``last``: the section's last result. ``hidden``, ``combine``:
     of the section. ``fresh``: the pass stores y, it does not add. ``y_bank``: of the y buffer.
+    ``row_order``: its number in :func:`row_orders`.
     """
     return data.StructLayout({
         "group": max(1, ceil_log2(config.token_groups)),
@@ -345,6 +390,7 @@ def result_tag(config: AcceleratorConfig) -> data.StructLayout:
         "slot_bank": slot_bank_bits(config),
         "fresh": 1,
         "y_bank": y_bank_bits(config),
+        "row_order": range(max(2, len(row_orders(config)))),
     })
 
 

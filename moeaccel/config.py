@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from moeaccel.activations import ACTIVATIONS, Activation
 from moeaccel.errors import ConfigurationError
-from moeaccel.formats import BLOCK, FORMATS, WeightFormat
+from moeaccel.formats import ALL_FORMATS, BLOCK, FORMATS, WeightFormat
 from moeaccel.router.choices import Score
 
 ACTIVATION_SHIFT_MAX = 11
@@ -73,8 +73,8 @@ class AcceleratorConfig:
     address_bits : :class:`int`
         Width of an address in a channel's memory; with the channel's number above it, 16 to 64.
     formats : tuple of str
-        Weight formats that the hardware reads, all of :data:`moeaccel.formats.FORMATS` when left
-        out.
+        Weight formats that the hardware reads, of :data:`moeaccel.formats.ALL_FORMATS`; those of
+        :data:`moeaccel.formats.FORMATS` when left out.
     activations : tuple of str
         Activations that the hardware computes, all of :data:`moeaccel.activations.ACTIVATIONS` when
         left out.
@@ -173,7 +173,7 @@ class AcceleratorConfig:
             and self.device_address_bits <= 64,
             f"from 16 to {64 - self.channels.bit_length() + 1}",
         )
-        for name, registry in (("formats", FORMATS), ("activations", ACTIVATIONS)):
+        for name, registry in (("formats", ALL_FORMATS), ("activations", ACTIVATIONS)):
             chosen = getattr(self, name)
             require(
                 name,
@@ -205,8 +205,24 @@ class AcceleratorConfig:
 
     @property
     def rows(self) -> int:
-        """Rows of an array in a 4-bit format (half of them are used in an 8-bit format)."""
-        return 2 * self.row_multipliers
+        """Most rows of a tile: two for each multiplier row in a 4-bit format, one in an 8-bit
+        format, times the parts of a multiplier row in an N:M format."""
+        return 2 * self.row_multipliers * self.parts
+
+    @property
+    def parts(self) -> int:
+        """Most parts of a multiplier row that compute rows of their own."""
+        return max(f.parts for f in self.weight_formats)
+
+    @property
+    def splits(self) -> int:
+        """Parts of a multiplier row whose sums are scaled by themselves."""
+        return max(self.parts, *(BLOCK // f.group for f in self.weight_formats))
+
+    @property
+    def zero_points(self) -> bool:
+        """Whether a format has zero points."""
+        return any(f.zero_point for f in self.weight_formats)
 
     @property
     def word_bytes(self) -> int:
@@ -247,7 +263,7 @@ class AcceleratorConfig:
     @property
     def weight_formats(self) -> tuple[WeightFormat, ...]:
         """The formats that the hardware reads, in the order of their codes."""
-        return tuple(f for f in FORMATS.values() if f.name in self.formats)
+        return tuple(f for f in ALL_FORMATS.values() if f.name in self.formats)
 
     @property
     def format_bits(self) -> int:

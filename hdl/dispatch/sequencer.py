@@ -170,7 +170,8 @@ class Sequencer(wiring.Component):
         row = Signal(range(2 * config.max_dim + 1))
         per_group = Signal(range(lanes + 1))
         section = Signal(layouts.section_work(config))  # under way
-        packed = Signal()  # in its format two rows share a multiplier
+        order = Signal(range(max(2, len(layouts.row_orders(config)))))  # of its format's rows
+        lacking = Signal(exact_log2(config.rows))  # rows that the array has and its tiles have not
         final = Signal()  # it is the pass's last
         in_section = Signal()
 
@@ -178,14 +179,12 @@ class Sequencer(wiring.Component):
         first_step, last_step = Signal(), Signal()
         last_group, last_tile = Signal(), Signal()
         m.d.comb += per_group.eq(Mux(job.two_planes, lanes // 2, lanes))
-        # Rows that the array has and the tile has not: half of them in an 8-bit format, and those
-        # by which the section's last tile is short.
-        rows_log2 = exact_log2(config.rows)
-        missing = Signal(rows_log2)
-        m.d.comb += missing.eq(Cat(
-            Mux(last_tile, section.short[: rows_log2 - 1], 0),
-            Mux(packed, last_tile & section.short[rows_log2 - 1], 1)))
-        tile_rows_log2 = Mux(packed, rows_log2, exact_log2(config.row_multipliers))
+        # Rows that the array has and the tile has not: those of other formats, all bits from a
+        # place on, and those by which the section's last tile is short.
+        missing = Signal(exact_log2(config.rows))
+        m.d.comb += missing.eq(lacking | Mux(last_tile, section.short, 0))
+        tile_rows = Signal(range(config.rows + 1))  # a power of two
+        m.d.comb += tile_rows.eq(config.rows - lacking)
 
         # -- may the step start? Whether x or h is there and the result has a place is known from
         # registers, which are set for the step that comes next. A place that becomes free and a
@@ -248,6 +247,7 @@ class Sequencer(wiring.Component):
             self.o_tag.fresh.eq(~now.same),
             self.o_tag.y_bank.eq(now_y_bank),
             self.o_tag.last.eq(last_group & last_tile),
+            self.o_tag.row_order.eq(order),
         ]
         section_end = Signal()
 
@@ -279,7 +279,7 @@ class Sequencer(wiring.Component):
                         *first_group(now.count, one_group),
                         tiles_left.eq(tiles_left - 1),
                         last_tile.eq(tiles_left == 2),
-                        row.eq(row + (1 << tile_rows_log2)),
+                        row.eq(row + tile_rows),
                     ]
                     m.d.comb += section_end.eq(last_tile)
 
@@ -292,6 +292,16 @@ class Sequencer(wiring.Component):
         ]
 
         # -- sections
+        def lacking_of(code):
+            """Return the rows that the array has and a tile of a format has not."""
+            value = 0
+            for fewer in {config.rows - f.rows(config.row_multipliers)
+                          for f in config.weight_formats} - {0}:
+                some = [f for f in config.weight_formats
+                        if config.rows - f.rows(config.row_multipliers) == fewer]
+                value = value | layouts.is_format(code, some).replicate(len(lacking)) & fewer
+            return value
+
         begin = Signal()
         coming = Signal(layouts.section_work(config))  # the section that ``begin`` starts
         m.d.comb += coming.eq(current.work.sections[0])
@@ -308,7 +318,8 @@ class Sequencer(wiring.Component):
                 one_group.eq(single),
                 of_owing.eq(begins_owed),
                 section.eq(coming),
-                packed.eq(layouts.is_packed(config, coming.dims.format)),
+                order.eq(layouts.row_order(config, coming.dims.format)),
+                lacking.eq(lacking_of(coming.dims.format)),
                 position.eq(0),
                 row.eq(0),
                 steps_last.eq(coming.dims.steps - 1),
