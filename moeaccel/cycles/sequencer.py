@@ -11,7 +11,7 @@ from moeaccel.cycles.combiner import COMBINER_CYCLES
 from moeaccel.cycles.hidden_buffer import elements_cycle, ready_cycles
 from moeaccel.cycles.job import Job
 from moeaccel.cycles.result_serialiser import Results, element_cycles
-from moeaccel.cycles.schedule import Schedule
+from moeaccel.cycles.schedule import NEVER, Event, Schedule
 from moeaccel.cycles.tile_buffer import TileBuffer, Words
 
 ARRAY_CYCLES = 17
@@ -31,15 +31,16 @@ class Sequencer:
     Attributes
     ----------
     busy, starved_weights, starved_activations, stalled_output : :class:`int`
-    stands : tuple of int, optional
-        It waits for sums of that pass to leave, from that cycle on.
+    waits : list of (int, int)
+        From which cycle to which one x, h or room for sums was waited for; the last wait may be one
+        that has no end yet.
     """
 
     def __init__(self, job: Job, schedule: Schedule, tiles: TileBuffer) -> None:
         self._job = job
         self._schedule = schedule
         self._tiles = tiles
-        self.stands: tuple[int, int] | None = None
+        self.waits: list[tuple[int, int]] = []
         self.busy = self.starved_weights = self.starved_activations = self.stalled_output = 0
 
     def run(self) -> Iterator[None]:
@@ -65,8 +66,7 @@ class Sequencer:
                     yield
                 cycle = max(events.handed.cycle + 1, results.end + 1)
                 if not now.same:
-                    while not events.x_loaded.known:
-                        yield
+                    yield from self._wait_for(events.x_loaded, cycle)
                     cycle = max(cycle, events.x_loaded.cycle + 1)
                 if overlaps:
                     cycle = max(cycle, elements_there)
@@ -87,10 +87,7 @@ class Sequencer:
                 before = self._in_y_bank(n)
                 if before is not None:
                     retired = job.events[before].retired
-                    while not retired.known:
-                        self.stands = before, results.end
-                        yield
-                    self.stands = None
+                    yield from self._wait_for(retired, results.end)
                     free = retired.cycle + 1
                 ready = [free] * len(slots)
                 if part:
@@ -109,6 +106,20 @@ class Sequencer:
             self._await(index, results, h_there)
         while True:
             yield
+
+    def _wait_for(self, event: Event, cycle: int) -> Iterator[None]:
+        """Wait until it is known when something happens that is needed from ``cycle`` on."""
+        if not event.known:
+            self.waits.append((cycle, NEVER))
+            while not event.known:
+                yield
+            self.waits.pop()
+        if event.cycle > cycle:
+            self.waits.append((cycle, event.cycle))
+
+    def waiting(self, cycle: int) -> bool:
+        """Return whether steps wait for x, h or room for sums, as far as it is known."""
+        return any(begin < cycle <= end for begin, end in self.waits[-8:])
 
     def _single_behind(self, index: int) -> int | None:
         """Return the pass with one section that follows a section which was owed, if one does."""
@@ -179,6 +190,7 @@ class Sequencer:
                 start = end + 1
                 if tile == 0 and ready[group] > start:
                     self.starved_activations += ready[group] - start
+                    self.waits.append((start - 1, ready[group]))
                     start = ready[group]
                 if group == 0 and began[tile] >= start:
                     self.starved_weights += began[tile] + 1 - start
