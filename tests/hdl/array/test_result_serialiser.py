@@ -227,6 +227,13 @@ def test_bits_and_order(config, stall):
     Bench(config, sections(config), stall=stall).run()
 
 
+@pytest.mark.parametrize("part", [0, 1])
+@pytest.mark.parametrize("config", [preset("tiny"), WIDE])
+def test_two_results_a_cycle(config, part):
+    config = config.replace(results_per_cycle=2)
+    Bench(config, sections(config), part=part).run()
+
+
 def test_one_element_per_cycle():
     bench = Bench(preset("small"), [{"tiles": 6, "count": 9, "two": t, "name": name}
                                     for t in (0, 1) for name in ("mxint8", "int4_g32")])
