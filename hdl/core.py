@@ -210,6 +210,9 @@ class Core(wiring.Component):
                     exponents.payload[row] for row in range(part, config.rows, results))),
                 serialiser.base_data.eq(self.base_data),
             ]
+            if config.bias:
+                m.d.comb += serialiser.i_row_biases.eq(Cat(
+                    tiles.o_row_biases[row] for row in range(part, config.rows, results)))
             if results == 1:
                 m.d.comb += serialiser.i_sums.eq(array.o_sums)
             else:  # in the order of its rows

@@ -217,9 +217,11 @@ def job(config: AcceleratorConfig) -> data.StructLayout:
     """Return a checked command with its layer, as the engine takes it.
 
     ``routed``: ids and weights are in memory; else every token goes to expert 0 with weight 1.
-    ``x_narrow``, ``y_narrow``: bfloat16 in memory, else float32.
+    ``x_narrow``, ``y_narrow``: bfloat16 in memory, else float32. With a router, ``route``: x are
+    logits, ids and weights are written, by ``form``.
     """
     address = config.address_bits
+    router = {"route": 1, "form": router_form(config)} if config.router else {}
     return data.StructLayout({
         "routed": 1,
         "two_planes": 1,
@@ -237,6 +239,7 @@ def job(config: AcceleratorConfig) -> data.StructLayout:
         "weights_address": address,
         "y_address": address,
         "workspace_address": address,
+        **router,
     })
 
 
@@ -285,7 +288,13 @@ def section(config: AcceleratorConfig) -> data.StructLayout:
         "format": config.format_bits,
         "steps": steps_bits(config),
         "tiles": (2 * config.max_dim).bit_length(),
+        **has_bias(config),
     })
+
+
+def has_bias(config: AcceleratorConfig) -> dict[str, int]:
+    """Return the member that says whether rows have biases, where the hardware has an adder."""
+    return {"biased": 1} if config.bias else {}
 
 
 def section_work(config: AcceleratorConfig) -> data.StructLayout:
@@ -373,8 +382,8 @@ def result_tag(config: AcceleratorConfig) -> data.StructLayout:
 
     ``row``: the tile's first. ``missing``: how many of the array's R rows the tile has not.
     ``slots``: tokens in the group. ``last``: the section's last result. ``hidden``, ``combine``:
-    of the section. ``fresh``: the pass stores y, it does not add. ``y_bank``: of the y buffer.
-    ``row_order``: its number in :func:`row_orders`.
+    of the section, as is ``biased``. ``fresh``: the pass stores y, it does not add. ``y_bank``: of
+    the y buffer. ``row_order``: its number in :func:`row_orders`.
     """
     return data.StructLayout({
         "group": max(1, ceil_log2(config.token_groups)),
@@ -391,6 +400,7 @@ def result_tag(config: AcceleratorConfig) -> data.StructLayout:
         "fresh": 1,
         "y_bank": y_bank_bits(config),
         "row_order": range(max(2, len(row_orders(config)))),
+        **has_bias(config),
     })
 
 
@@ -440,7 +450,8 @@ def router_form(config: AcceleratorConfig) -> data.StructLayout:
     """Return how a router makes ids and weights of logits (moeaccel.router.settings).
 
     ``by_logits``: keys are logits, else scores. ``top2``: a group's score is the sum of its top
-    two. ``scale``, ``scale_exponent``: 24 bits of it and the power of two behind them.
+    two. ``scale``, ``scale_exponent``: 24 bits of it and the power of two behind them. ``tables``:
+    there is a table, else nothing is added.
     """
     experts = config.max_experts.bit_length()
     return data.StructLayout({
@@ -456,6 +467,7 @@ def router_form(config: AcceleratorConfig) -> data.StructLayout:
         "epsilon": SCORE_BITS + 1,
         "scale": VALUE_BITS,
         "scale_exponent": signed(8),
+        "tables": 1,
     })
 
 

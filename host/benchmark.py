@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moeaccel.activations import ACTIVATIONS
 from moeaccel.arithmetic import from_bfloat16, to_bfloat16
 from moeaccel.config import AcceleratorConfig
 from moeaccel.cycles import expert_cycles, linear_cycles
 from moeaccel.errors import MoeAccelError
 from moeaccel.formats import QUAD, weight_format, whole_blocks
 from moeaccel.interface.commands import ElementType
-from moeaccel.zoo import Model
+from moeaccel.zoo import ExpertKind, Model, RouterKind
+from moeaccel.zoo.schema import ORIGINS
 
 if TYPE_CHECKING:
     from moeaccel.host.device import Device
@@ -214,62 +216,16 @@ def bench_experts(bench: Bench, model: Model, *, tokens: int, kind: str = "unifo
     BenchmarkError
         If the model's experts are of a kind that is not measured, or there is no such routing.
     """
-    if model.ffn != "glu" or model.act != "silu" or model.expert_bias:
-        raise BenchmarkError(
-            f"model must have SwiGLU experts without bias, not {model.name!r} "
-            f"({model.act}, {model.ffn})"
-        )
-    layer = _Layer(name=model.name, experts=model.n_experts, top_k=model.top_k,
-                   d_model=model.d_model, d_expert=model.d_expert, gated=True, activation=model.act)
-    return _bench_layer(bench, layer, tokens=tokens, kind=kind, what=what)
-
-
-EDGE_MOE = AcceleratorConfig(
-    name="edge256", port_bytes=32, row_multipliers=4, token_lanes=2, token_groups=32, max_dim=512,
-    max_experts=16, max_tokens=256, max_assignments=1024, read_ahead_beats=512, tile_words=256,
-    quantiser_lanes=16, y_banks=2, results_per_cycle=2, hidden_banks=2)
-"""256 multipliers of 8 bits behind 32 bytes a cycle, for small experts: a pass holds 64 tokens, so
-that each weight is read once, and two results are rounded in a cycle."""
-
-
-def bench_edge_moe(bench: Bench) -> BenchmarkResult:
-    """Run a layer of Edge-MoE's vision transformer without its router, and without biases.
-
-    129 tokens of 192 elements, 16 experts with 384 hidden ones, two for each token, GELU.
-    """
-    layer = _Layer(name="Edge-MoE", experts=16, top_k=2, d_model=192, d_expert=384, gated=False,
-                   activation="gelu")
-    return _bench_layer(bench, layer, tokens=129, kind="uniform", what="edge-moe")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Layer:
-    """A layer's shape."""
-
-    name: str
-    experts: int
-    top_k: int
-    d_model: int
-    d_expert: int
-    gated: bool
-    activation: str
-
-    @property
-    def matrices(self) -> int:
-        """Matrices of an expert."""
-        return 2 + self.gated
-
-
-def _bench_layer(bench: Bench, model: _Layer, *, tokens: int, kind: str, what: str
-                 ) -> BenchmarkResult:
     from moeaccel import golden
     from moeaccel.golden.reference import experts_float64
     from moeaccel.image import Expert
 
+    gated, activation, limit = _kind_of(model)
+    matrices = 3 if gated else 2
     config, planes = bench.device.config, bench.planes
     rng = np.random.default_rng(bench.seed)
     fmt = weight_format(bench.weight_format)
-    experts, d_model, d_expert = model.experts, model.d_model, model.d_expert
+    experts, d_model, d_expert = model.n_experts, model.d_model, model.d_expert
     x = bench.draw_x(rng, tokens, d_model)
     ids = routing(tokens, experts, model.top_k, kind=kind, seed=bench.seed)
     weights = rng.random((tokens, model.top_k)).astype(np.float32)
@@ -277,18 +233,23 @@ def _bench_layer(bench: Bench, model: _Layer, *, tokens: int, kind: str, what: s
     used = np.unique(ids)
 
     bench.progress(f"drawing and quantising {len(used)} of {experts} experts")
-    floats: dict[int, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
+    floats: dict[int, list[NDArray[np.float32]]] = {}
     layer: dict[int, Expert] = {}
     for e in used.tolist():
-        gate_up = rng.standard_normal(
-            ((model.matrices - 1) * d_expert, d_model), dtype=np.float32
-        ) / np.float32(np.sqrt(d_model))
+        rows = (matrices - 1) * d_expert
+        gate_up = rng.standard_normal((rows, d_model), dtype=np.float32) / np.float32(
+            np.sqrt(d_model)
+        )
         down = rng.standard_normal((d_model, d_expert), dtype=np.float32) / np.float32(
             np.sqrt(d_expert)
         )
-        floats[e], layer[e] = (gate_up, down), Expert.quantise(
-            gate_up, down, fmt, activation=model.activation, prune="magnitude",
-            channels=config.channels)
+        floats[e] = [gate_up, down]
+        if model.expert_bias:
+            floats[e] += [rng.standard_normal(count, dtype=np.float32) for count in (rows, d_model)]
+        layer[e] = Expert.quantise(
+            gate_up, down, fmt, activation=activation, limit=limit, prune="magnitude",
+            channels=config.channels,
+            **dict(zip(("gate_up_bias", "down_bias"), floats[e][2:], strict=False)))
     filler = layer[int(used[0])]
     all_experts = [layer.get(e, filler) for e in range(experts)]
     bench.progress("loading the device")
@@ -305,15 +266,59 @@ def _bench_layer(bench: Bench, model: _Layer, *, tokens: int, kind: str, what: s
         weights,
         [floats[e][0] for e in order],
         [floats[e][1] for e in order],
-        model.activation,
+        activation,
+        limit,
+        **{name: [floats[e][part] for e in order]
+           for part, name in ((2, "gate_up_bias"), (3, "down_bias")) if model.expert_bias},
     )
     return _result(
         bench, run, what=what, model=model.name, tokens=tokens, assignments=ids.size,
         experts_used=len(used), stored_bytes=len(used) * loaded.shape.stored_bytes,
-        useful=ids.size * model.matrices * d_model * d_expert * planes,
+        useful=ids.size * matrices * d_model * d_expert * planes,
         predicted=expert_cycles(
             config, loaded.shape, ids, experts, planes=planes, latency=bench.latency, io=bench.io),
         expected=expected, exact=exact)
+
+
+EDGE_MOE = AcceleratorConfig(
+    name="edge256", port_bytes=32, row_multipliers=4, token_lanes=2, token_groups=32, max_dim=512,
+    max_experts=16, max_tokens=256, max_assignments=1024, read_ahead_beats=512, tile_words=256,
+    quantiser_lanes=16, y_banks=2, results_per_cycle=2, hidden_banks=2)
+"""256 multipliers of 8 bits behind 32 bytes a cycle, for small experts: a pass holds 64 tokens, so
+that each weight is read once, and two results are rounded in a cycle."""
+
+
+def bench_edge_moe(bench: Bench) -> BenchmarkResult:
+    """Run a layer of Edge-MoE's vision transformer without its router.
+
+    129 tokens of 192 elements, 16 experts with 384 hidden ones, two for each token, GELU, biases.
+    """
+    model = Model(
+        name="Edge-MoE", hf_id=None, layers=None, moe_layers=None, d_model=192, n_experts=16,
+        top_k=2, native_dtype="float32", confidence=ORIGINS[0],
+        router=RouterKind(flavour="R1", score="softmax"),
+        expert=ExpertKind(d_expert=384, form="mlp", activation="gelu", bias="both"))
+    return bench_experts(bench, model, tokens=129, what="edge-moe")
+
+
+_GATES = {"silu_clamped(10)": ("silu", 10.0), "gpt_oss_swiglu(alpha=1.702)": ("gpt_oss", 7.0)}
+"""Activation and limit of gates that the zoo has another name for."""
+
+
+def _kind_of(model: Model) -> tuple[bool, str, float | None]:
+    """Return whether a model's experts have up rows, their activation and its limit.
+
+    Raises
+    ------
+    BenchmarkError
+        If the device has none such.
+    """
+    activation, limit = _GATES.get(model.act, (model.act, None))
+    if model.ffn not in ("glu", "mlp") or activation not in ACTIVATIONS or not model.d_model:
+        raise BenchmarkError(
+            f"model must have experts of two or three matrices and one of the activations "
+            f"{', '.join(ACTIVATIONS)}, not {model.name!r} ({model.act}, {model.ffn})")
+    return model.ffn == "glu", activation, limit
 
 
 def bench_gemm(bench: Bench, *, m: int, k: int, n: int) -> BenchmarkResult:

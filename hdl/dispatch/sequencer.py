@@ -249,6 +249,8 @@ class Sequencer(wiring.Component):
             self.o_tag.last.eq(last_group & last_tile),
             self.o_tag.row_order.eq(order),
         ]
+        if config.bias:
+            m.d.comb += self.o_tag.biased.eq(section.dims.biased)
         section_end = Signal()
 
         def first_group(count, single):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moeaccel.cli import policies
+from moeaccel.cli import policies, quality
 from moeaccel.cli.output import Status, print_json
 from moeaccel.config import MEMORY_LATENCY_CYCLES
 from moeaccel.formats import ALL_FORMATS
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Measure layers of real size on the RTL or its model.")
 
 app.command("policies")(policies.compare)
+app.command("quality")(quality.quality)
 
 
 class DeviceKind(StrEnum):
@@ -169,8 +170,8 @@ def edge_moe(
 ) -> None:
     """Run a layer of small experts, Edge-MoE's: the rounding of results is the limit.
 
-    129 tokens, d 192, 16 experts with 384 hidden elements, top-2, GELU, without router and biases,
-    in mxint8 and a8 on 256 multipliers behind 32 bytes a cycle.
+    129 tokens, d 192, 16 experts with 384 hidden elements, top-2, GELU, biases, without the
+    router, in mxint8 and a8 on 256 multipliers behind 32 bytes a cycle.
     """
     from moeaccel.host.benchmark import EDGE_MOE, bench_edge_moe
 

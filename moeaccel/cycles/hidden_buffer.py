@@ -12,16 +12,18 @@ QUANTISER_CYCLES = 9
 """BlockQuantiser: from the last elements of a block to the lane buffer."""
 
 
-def elements_cycle(config: AcceleratorConfig, taken: int) -> int:
+def elements_cycle(config: AcceleratorConfig, taken: int, *, biased: bool = False) -> int:
     """Return the cycle in which all of h is known to be there: elements, h, and three registers.
 
     Parameters
     ----------
     taken : :class:`int`
         Cycle in which the last element is chosen.
+    biased : :class:`bool`
+        The rows have biases.
     """
     tree = (config.channels * config.results_per_cycle).bit_length() - 1
-    return taken + element_cycles(config) - 1 + ACTIVATION_CYCLES + 3 + tree
+    return taken + element_cycles(config, biased=biased) - 1 + ACTIVATION_CYCLES + 3 + tree
 
 
 def ready_cycles(config: AcceleratorConfig, begin: int, d_expert: int, through: list[int]

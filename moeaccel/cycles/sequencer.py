@@ -10,7 +10,7 @@ import numpy as np
 from moeaccel.cycles.combiner import COMBINER_CYCLES
 from moeaccel.cycles.hidden_buffer import elements_cycle, ready_cycles
 from moeaccel.cycles.job import Job
-from moeaccel.cycles.result_serialiser import Results, element_cycles
+from moeaccel.cycles.result_serialiser import ADDER_CYCLES, Results, element_cycles
 from moeaccel.cycles.schedule import NEVER, Event, Schedule
 from moeaccel.cycles.tile_buffer import TileBuffer, Words
 
@@ -97,11 +97,13 @@ class Sequencer:
             if last:
                 self._schedule.set(events.issued, results.end)
                 self._schedule.set(
-                    events.in_y, results.taken + element_cycles(config) - 1 + COMBINER_CYCLES)
+                    events.in_y, results.taken + COMBINER_CYCLES - 1
+                    + element_cycles(config, biased=results.biased))
                 if not part or not overlaps:
                     self._schedule.set(events.x_free, events.in_y.cycle)
             else:
-                elements_there = h_there[n] = elements_cycle(config, results.taken)
+                elements_there = h_there[n] = elements_cycle(
+                    config, results.taken, biased=results.biased)
                 self._schedule.set(events.x_free, elements_there - 1)
             self._await(index, results, h_there)
         while True:
@@ -181,6 +183,8 @@ class Sequencer:
         arrived, began, ended = words.arrived, words.began, words.ended
         taken = deque(results.history, places)
         end = results.end
+        # Rows without biases wait until the adder is empty.
+        passes = results.taken + ADDER_CYCLES if results.biased and not words.section.biased else -1
         for tile in range(words.settled):
             while len(arrived) <= tile:
                 yield
@@ -202,7 +206,7 @@ class Sequencer:
                 if group == 0 and arrived[tile] >= end:
                     self.starved_weights += arrived[tile] + 1 - end
                     end = arrived[tile] + 1
-                taken.append(max(end + 1 + ARRAY_CYCLES, taken[-1]) + size)
+                taken.append(max(end + 1 + ARRAY_CYCLES, taken[-1], passes) + size)
             ended.append(end)
             words.taken.append(taken[-1])
         settled_end = end
@@ -222,3 +226,4 @@ class Sequencer:
             taken.extend(words.taken[-1] - i * steps for i in reversed(range(places)))
         results.end = end
         results.history = list(taken)
+        results.biased = words.section.biased
