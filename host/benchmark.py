@@ -295,7 +295,7 @@ def bench_edge_moe(bench: Bench) -> BenchmarkResult:
     """
     model = Model(
         name="Edge-MoE", hf_id=None, layers=None, moe_layers=None, d_model=192, n_experts=16,
-        top_k=2, native_dtype="float32", confidence=ORIGINS[0],
+        top_k=2, native_dtype="float32", confidence=next(iter(ORIGINS)),
         router=RouterKind(flavour="R1", score="softmax"),
         expert=ExpertKind(d_expert=384, form="mlp", activation="gelu", bias="both"))
     return bench_experts(bench, model, tokens=129, what="edge-moe")

@@ -238,6 +238,12 @@ def sections(config):
     ]
 
 
+def mixed(config):
+    """Return these with and without biases."""
+    return [{**section, "biased": biased} for i, section in enumerate(sections(config))
+            for biased in ((1, 0), (0, 1), (1,))[i % 3]]
+
+
 @pytest.mark.parametrize("stall", [0.0, 0.6])
 @pytest.mark.parametrize("config", [preset("tiny"), SINGLE, WIDE.replace(bias=False)])
 def test_bits_and_order(config, stall):
