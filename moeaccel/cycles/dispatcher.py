@@ -174,7 +174,11 @@ class Dispatcher:
                     yield poll
                 if before:
                     cycle = max(cycle, streamer.loaded[before - 1] + 1)
-                streamer.request(cycle, sum(s.words for s in ([section] if apart else sections)))
+                if apart:
+                    first = job.experts[job.passes[items[i][0]].expert][0]
+                    streamer.request(cycle, section.words, first.words * items[i][1])
+                else:
+                    streamer.request(cycle, sum(section.words for section in sections))
             cycle += 1
             yield from self._section(section, cycle)
             cycle = self._tiles.sections[-1].accepted
