@@ -34,6 +34,7 @@ def test_widths_close_at_the_largest_dimension():
         ("max_dim", 100, "a multiple of 32 from 64 to 32768"),
         ("quantiser_lanes", 32, "a power of two from 1 to 4"),
         ("y_banks", 4, "a power of two from 1 to 2"),
+        ("results_per_cycle", 3, "a power of two from 1 to 2"),
         ("tile_words", 4, "a power of two from 16"),
         ("address_bits", 8, "from 16 to 64"),
         ("formats", (), "a tuple of different ones of mxint8"),
@@ -75,6 +76,7 @@ def test_digest_depends_on_every_field_but_the_name():
         "address_bits": 32,
         "formats": ("mxfp4",),
         "y_banks": 2,
+        "results_per_cycle": 2,
     }
     digests = {config.replace(**{field: value}).digest for field, value in changed.items()}
     assert len(digests) == len(changed) and config.digest not in digests
