@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from moeaccel.config import AcceleratorConfig
-from moeaccel.host import routing, weights
+from moeaccel.host import moe, routing, weights
 from moeaccel.host.errors import (
     DeviceClosed,
     DeviceStopped,
@@ -335,6 +335,25 @@ class Device(Bound, Inherited):
             If a logit, with its bias, is 2048 or more in magnitude.
         """
         return routing.route(self, router, logits, resident=resident)
+
+    def load_moe(self, router: Router, gate_up: Stack, down: Stack, *,
+                 shared: Shared | None = None, **options: Any) -> moe.Moe:
+        """Put a layer with its router into memory: ``moe(x)`` routes and computes on the device.
+
+        Parameters
+        ----------
+        router : :class:`moeaccel.host.Router`
+            With a weight, (E, H).
+        gate_up, down, shared, **options
+            As in :meth:`load_experts`.
+
+        Raises
+        ------
+        LimitExceeded
+            If the device's configuration has no such router, or top_k and shared experts are more
+            than 16.
+        """
+        return moe.load_moe(self, router, gate_up, down, shared=shared, **options)
 
     def _forget(self, address: int, size: int) -> None:
         with self._lock:

@@ -35,7 +35,7 @@ from moeaccel.grid import (
     squares,
 )
 from moeaccel.host.calibration import calibrated
-from moeaccel.host.errors import InvalidOption, InvalidTensor, UploadError
+from moeaccel.host.errors import InvalidOption, InvalidTensor, LimitExceeded, UploadError
 from moeaccel.host.layers import Experts, Linear
 from moeaccel.host.limits import check_layer
 from moeaccel.host.memory import PAGE, Allocation
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from moeaccel.host.device import Device
 
 __all__ = ["Format", "Formats", "Progress", "Shared", "Stack", "load_experts", "load_linear",
-           "load_quantised"]
+           "load_quantised", "load_router_weight"]
 
 logger = logging.getLogger(__name__)
 
@@ -329,6 +329,43 @@ def load_linear(device: Device, weight: Tensor, *, weight_format: str, activatio
         _upload(device, images.address, parts, "the linear layer")
         descriptor = _describe(device, planes, grid_exponent, [shape], addresses)
     return Linear(device, shape, images, descriptor, planes, grid_exponent, _report(errors))
+
+
+def load_router_weight(device: Device, weight: Tensor, *, grid_exponent: int) -> Linear:
+    """Put a router's matrix, (E, H), into a device's memory as two of 8 bits.
+
+    They are a layer's experts 0 and 1; what a token's logits are is the sum of both. The second
+    holds what the first leaves, so that together they have 15 bits or more of each block's largest.
+
+    Raises
+    ------
+    LimitExceeded
+        If the device has no 8-bit format, or not room for so many experts or elements of x.
+    """
+    config = device.config
+    experts, d_model = shape_of("weight", weight, "E", "H")
+    fmt = next((f for f in config.weight_formats if f.weight_bits == 8 and f.parts == 1), None)
+    if fmt is None:
+        raise LimitExceeded(f"formats must have one of 8 bits for a router's weights in config "
+                            f"{config.name!r}, not {', '.join(config.formats)}")
+    shape = LinearShape(fmt, experts, d_model, config.row_multipliers, config.channels)
+    check_layer(config, [shape, shape])
+    values = float32("weight", weight)
+    high = quantise(values, fmt)
+    rest = values - high.dequantise().astype(np.float32)
+    low = quantise(rest, fmt)
+    found = replace(squares(high), error=squares(low, rest).error)
+    errors = WeightErrors(fmt.name)
+    errors.add(0, {"weight": found}, groups=high.shift.size, coarsened=high.coarsened)
+    images, addresses = _allocate(device, [shape, shape])
+    with _freed_on_error(images):
+        for plane, matrix in enumerate((high, low)):
+            parts = [build_linear_image(matrix, config.row_multipliers, channel=channel,
+                                        channels=config.channels)
+                     for channel in range(config.channels)]
+            _upload(device, addresses[plane], parts, f"plane {plane} of the router")
+        descriptor = _describe(device, 2, grid_exponent, [shape, shape], addresses)
+    return Linear(device, shape, images, descriptor, 2, grid_exponent, _report(errors))
 
 
 def _load_experts(device: Device, experts: Iterable[_Measured], shapes: Sequence[ExpertShape], *,
