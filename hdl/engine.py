@@ -4,7 +4,7 @@ import functools
 
 from amaranth import *
 from amaranth.hdl import Assert
-from amaranth.lib import stream, wiring
+from amaranth.lib import data, stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
@@ -92,6 +92,7 @@ class Engine(wiring.Component):
             range(config.channels))
         lead = cores[0]
         job = dispatcher.o_job
+        weight = Signal(layouts.internal_float())  # of the slot that the cores look up
 
         # Commands
         running = Signal()
@@ -101,7 +102,7 @@ class Engine(wiring.Component):
             self.i_job.ready.eq(dispatcher.i_job.ready & ~running),
         ]
         finished = Signal()
-        in_machine = Signal(2)  # passes handed out and not retired
+        in_machine = Signal(range(config.slot_banks + 1))  # passes handed out and not retired
         m.d.sync += in_machine.eq(
             in_machine + (sequencer.i_pass.valid & sequencer.i_pass.ready) - sequencer.o_retired)
         begin = self.i_job.valid & self.i_job.ready
@@ -140,22 +141,24 @@ class Engine(wiring.Component):
             wiring.connect(m, outside=wiring.flipped(outside), block=core.reader)
         wiring.connect(m, outside=wiring.flipped(self.combiner_writer), block=combiner.writer)
 
-        # Slot tables: one copy for each reader
-        entry = layouts.slot(config)
-        for name, address, answer, field in (
-            ("loader", loader.slot_address, loader.slot_token, "token"),
-            ("combiner", combiner.slot_address, combiner.slot_data, None),
+        # Slot tables: one copy for each reader, of what it looks at
+        for name, address, answer, fields in (
+            ("loader", loader.slot_address, loader.slot_token, ("token",)),
+            ("cores", lead.slot_address, weight, ("weight",)),
+            ("combiner", combiner.slot_address, combiner.slot_data, ("token", "first", "last")),
         ):
-            shape = layouts.token_bits(config) if field else entry
+            entry = layouts.slot(config)
+            kept = data.StructLayout({field: entry[field].shape for field in fields})
             m.submodules[f"slots_{name}"] = table = Memory(
-                shape=shape, depth=2 * config.max_slots, init=[])
+                shape=kept, depth=config.slot_banks * config.max_slots, init=[])
             write, read = table.write_port(), table.read_port()
-            value = dispatcher.slot_w_data
             m.d.comb += [
                 write.en.eq(dispatcher.slot_w_en), write.addr.eq(dispatcher.slot_w_address),
-                write.data.eq(value[field] if field else value),
-                read.addr.eq(address), answer.eq(read.data),
-            ]
+                read.addr.eq(address)]
+            for field in fields:
+                m.d.comb += [
+                    write.data[field].eq(dispatcher.slot_w_data[field]),
+                    (answer[field] if len(fields) > 1 else answer).eq(read.data[field])]
 
         # Weights: a request is for all channels
         for source, name in ((dispatcher.o_weights, "i_weights"),
@@ -172,6 +175,7 @@ class Engine(wiring.Component):
         m.d.comb += [
             loader.i_two_planes.eq(job.two_planes), loader.i_steps.eq(job.steps_in),
             loader.i_x_address.eq(job.x_address), loader.i_narrow.eq(job.x_narrow),
+            loader.i_can_wait.eq(sequencer.o_x_can_wait),
         ]
         for core in cores:
             m.d.comb += [
@@ -207,6 +211,7 @@ class Engine(wiring.Component):
                 for core in cores[1:]]
         m.d.comb += [
             dispatcher.i_retired.eq(sequencer.o_retired),
+            dispatcher.i_x_free.eq(sequencer.o_x_free),
             sequencer.i_job.eq(job),
             sequencer.i_ended.eq(dispatcher.o_bad),
             sequencer.i_available.eq(Cat(core.o_available for core in cores).all()),
@@ -250,13 +255,13 @@ class Engine(wiring.Component):
             combiner.i_y_address.eq(job.y_address),
             combiner.i_narrow.eq(job.y_narrow),
             combiner.i_workspace_address.eq(job.workspace_address),
-            combiner.i_lookup.eq(lead.slot_address),
+            combiner.i_can_wait.eq(sequencer.o_y_can_wait),
             sequencer.i_down_done.eq(lead.o_down_done),
             sequencer.i_drained.eq(combiner.o_drained),
         ]
         for i, core in enumerate(cores):
             m.d.comb += [
-                core.i_weight.eq(combiner.slot_data.weight),
+                core.i_weight.eq(weight),
                 core.i_draining.eq(combiner.o_draining),
                 core.sums_r_address.eq(combiner.r_address),
                 core.sums_w_address.eq(combiner.w_address),

@@ -18,7 +18,7 @@ from moeaccel.docs.blocks import blocks
 from moeaccel.docs.boards import boards
 from moeaccel.docs.formats import activations, configurations, formats, section_words
 from moeaccel.docs.interface import codes, completion, expert_table, registers, submission
-from moeaccel.docs.models import forms, routers, zoo
+from moeaccel.docs.models import zoo, zoo_forms, zoo_routers
 from moeaccel.docs.routers import flavours, router_choices
 from moeaccel.errors import MoeAccelError
 
@@ -39,8 +39,8 @@ PARTS: dict[str, Callable[[], list[str]]] = {
     "section-words": section_words,
     "submission": submission,
     "zoo": zoo,
-    "zoo-forms": forms,
-    "zoo-routers": routers,
+    "zoo-forms": zoo_forms,
+    "zoo-routers": zoo_routers,
 }
 """Every part by name."""
 

@@ -6,7 +6,7 @@ from moeaccel.docs.markdown import table
 from moeaccel.zoo import Model, models
 from moeaccel.zoo.schema import FLAVOURS, FORMS, ORIGINS
 
-__all__ = ["forms", "routers", "zoo"]
+__all__ = ["zoo_forms", "zoo_routers", "zoo"]
 
 
 def zoo() -> list[str]:
@@ -43,14 +43,14 @@ def _shared(m: Model) -> str:
     return f"{m.shared.count}, {_text(m.shared.width)}{gate}"
 
 
-def routers() -> list[str]:
+def zoo_routers() -> list[str]:
     """Return every flavour of routers, and who has it."""
     return table(("flavour", "what", "models"), [
         (f"`{key}`", text, ", ".join(m.key for m in models().values() if m.router.flavour == key))
         for key, text in FLAVOURS.items()])
 
 
-def forms() -> list[str]:
+def zoo_forms() -> list[str]:
     """Return forms of experts, and where sizes are from."""
     return [*table(("form", "matrices", "expert"), [
         (f"`{form}`", str(matrices), f"`{text}`") for form, (matrices, text) in FORMS.items()]),
