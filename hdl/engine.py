@@ -16,6 +16,7 @@ from moeaccel.hdl.combine.combiner import Combiner
 from moeaccel.hdl.core import Core
 from moeaccel.hdl.dispatch.dispatcher import Dispatcher
 from moeaccel.hdl.dispatch.sequencer import Sequencer
+from moeaccel.hdl.router.route_unit import RouteUnit
 from moeaccel.hdl.verilog.verilog_target import add_replicas
 from moeaccel.interface.commands import NonFinite
 
@@ -63,6 +64,8 @@ class Engine(wiring.Component):
     streamer1, ... : :py:`Out(layouts.ReadClientSignature(config))`
         Of the other channels.
     combiner_writer : :py:`Out(layouts.WriteClientSignature(config))`
+    router, router_writer : :py:`Out(layouts.ReadClientSignature(config))` and its writer
+        With a router.
     count_busy, ... : pulses for the counters EVENTS
     """
 
@@ -76,6 +79,9 @@ class Engine(wiring.Component):
             "o_result": Out(layouts.job_result(config)),
             **{name: Out(layouts.ReadClientSignature(config)) for name in (*READERS, *streamers)},
             **{f"{name}_writer": Out(layouts.WriteClientSignature(config)) for name in WRITERS},
+            **({"router": Out(layouts.ReadClientSignature(config)),
+                "router_writer": Out(layouts.WriteClientSignature(config))}
+               if config.router else {}),
             **{f"count_{name}": Out(1) for name in EVENTS},
         })
 
@@ -109,6 +115,7 @@ class Engine(wiring.Component):
         m.d.comb += [
             finished.eq(running & dispatcher.o_done & (in_machine == 0) & combiner.o_idle),
         ]
+        route = self._route(m, begin, running, dispatcher, finished) if config.router else None
         # All of it holds before ``finished``: dispatcher and loader are done, and a pass retires
         # behind its last output.
         result = Signal(layouts.job_result(config), reset_less=True)
@@ -123,13 +130,20 @@ class Engine(wiring.Component):
             result.token.eq(Mux(
                 loader.o_nonfinite, loader.o_nonfinite_token, dispatcher.o_nonfinite_token)),
         ]
+        if route is not None:
+            with m.If(self.i_job.p.route):  # what the others say is of the job before
+                m.d.sync += [
+                    result.bad_expert.eq(0), result.nonfinite.eq(route.o_nonfinite),
+                    result.what.eq(NonFinite.LOGIT), result.token.eq(route.o_token)]
         with m.If(begin):
             m.d.sync += [running.eq(1), result.overflows.eq(0), result.underflows.eq(0)]
         with m.Else():
             with m.If(finished):
                 m.d.sync += running.eq(0)
             m.d.sync += [
-                result.overflows.eq(result.overflows + sum(core.o_overflow for core in cores)),
+                result.overflows.eq(
+                    result.overflows + sum(core.o_overflow for core in cores)
+                    + (route.o_saturated if route is not None else 0)),
                 result.underflows.eq(result.underflows + sum(core.o_underflow for core in cores)),
             ]
 
@@ -283,3 +297,18 @@ class Engine(wiring.Component):
             self.count_assignments.eq(dispatcher.o_assignments),
         ]
         return m
+
+    def _route(self, m, begin, running, dispatcher, finished):
+        """Give a job that routes to the router, and to nobody else."""
+        m.submodules.route = route = RouteUnit(self._config)
+        routes = self.i_job.p.route
+        m.d.comb += [
+            dispatcher.i_job.valid.eq(self.i_job.valid & ~running & ~routes),
+            self.i_job.ready.eq((dispatcher.i_job.ready | routes) & ~running),
+            route.i_job.eq(self.i_job.payload), route.i_start.eq(begin & routes),
+        ]
+        with m.If(routes):
+            m.d.comb += finished.eq(running & route.o_idle)
+        wiring.connect(m, outside=wiring.flipped(self.router), block=route.reader)
+        wiring.connect(m, outside=wiring.flipped(self.router_writer), block=route.writer)
+        return route

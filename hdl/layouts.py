@@ -199,9 +199,11 @@ def job(config: AcceleratorConfig) -> data.StructLayout:
     """Return a checked command with its layer, as the engine takes it.
 
     ``routed``: ids and weights are in memory; else every token goes to expert 0 with weight 1.
-    ``x_narrow``, ``y_narrow``: bfloat16 in memory, else float32.
+    ``x_narrow``, ``y_narrow``: bfloat16 in memory, else float32. With a router, ``route``: x are
+    logits, ids and weights are written, by ``form``.
     """
     address = config.address_bits
+    router = {"route": 1, "form": router_form(config)} if config.router else {}
     return data.StructLayout({
         "routed": 1,
         "two_planes": 1,
@@ -219,6 +221,7 @@ def job(config: AcceleratorConfig) -> data.StructLayout:
         "weights_address": address,
         "y_address": address,
         "workspace_address": address,
+        **router,
     })
 
 
@@ -414,7 +417,8 @@ def router_form(config: AcceleratorConfig) -> data.StructLayout:
     """Return how a router makes ids and weights of logits (moeaccel.router.settings).
 
     ``by_logits``: keys are logits, else scores. ``top2``: a group's score is the sum of its top
-    two. ``scale``, ``scale_exponent``: 24 bits of it and the power of two behind them.
+    two. ``scale``, ``scale_exponent``: 24 bits of it and the power of two behind them. ``tables``:
+    there is a table, else nothing is added.
     """
     experts = config.max_experts.bit_length()
     return data.StructLayout({
@@ -430,6 +434,7 @@ def router_form(config: AcceleratorConfig) -> data.StructLayout:
         "epsilon": SCORE_BITS + 1,
         "scale": VALUE_BITS,
         "scale_exponent": signed(8),
+        "tables": 1,
     })
 
 

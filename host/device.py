@@ -9,10 +9,10 @@ import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from moeaccel.config import AcceleratorConfig
-from moeaccel.host import weights
+from moeaccel.host import routing, weights
 from moeaccel.host.errors import (
     DeviceClosed,
     DeviceStopped,
@@ -29,6 +29,7 @@ from moeaccel.host.process import Bound, Inherited
 from moeaccel.host.registers import RegisterAccess, fields_of, mask
 from moeaccel.host.residents import Residents
 from moeaccel.host.rings import Command, CommandRings, Completion
+from moeaccel.host.routing import Router
 from moeaccel.host.tensors import Tensor
 from moeaccel.host.transports.base import Transport
 from moeaccel.host.weights import Formats, Progress, Stack
@@ -278,6 +279,37 @@ class Device(Bound, Inherited):
         return weights.load_linear(
             self, weight, weight_format=weight_format, activation_bits=activation_bits,
             grid_exponent=grid_exponent, x_rms=x_rms, quantiser=quantiser, prune=prune)
+
+    def route(self, router: Router, logits: Tensor, *, resident: Tensor | None = None
+              ) -> tuple[Any, Any]:
+        """Choose experts by logits, bit for bit as :mod:`moeaccel.golden.router`.
+
+        Parameters
+        ----------
+        router : :class:`moeaccel.host.Router`
+        logits : float tensor, (T, E)
+            Any T, also 0; of the router's product with x, without bias.
+        resident : bool tensor, (E,), optional
+            Only these are chosen.
+
+        Returns
+        -------
+        (ids, weights)
+            (T, K) int64, in the order in which they were chosen, -1 where there was none to choose;
+            and (T, K), in the type of the logits, 0 there.
+
+        Raises
+        ------
+        LimitExceeded
+            If the device's configuration has no such router.
+        InvalidTensor
+            For shapes and types.
+        NonFiniteInput
+            If a logit is NaN or infinite; it names the token.
+        LogitOverflow
+            If a logit, with its bias, is 2048 or more in magnitude.
+        """
+        return routing.route(self, router, logits, resident=resident)
 
     def _forget(self, address: int, size: int) -> None:
         with self._lock:

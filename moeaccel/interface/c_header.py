@@ -19,14 +19,17 @@ from moeaccel.interface.commands import (
     NonFinite,
     Opcode,
     Operand,
+    Selection,
     Sink,
     Status,
 )
 from moeaccel.interface.registers import REGISTERS, VERSION_VALUE
+from moeaccel.router.choices import GroupScore, Renormalize, Score
 
 __all__ = ["c_header"]
 
-_ENUMS: tuple[type[enum.IntEnum], ...] = (Opcode, Status, NonFinite, Operand, Sink)
+_ENUMS: tuple[type[enum.IntEnum], ...] = (
+    Opcode, Status, NonFinite, Operand, Sink, Selection, Score, Renormalize, GroupScore)
 _CODES = {"format": ALL_FORMATS, "activation": ACTIVATIONS}
 
 
