@@ -28,7 +28,8 @@ def check(verdict, support):
 
 
 def test_some_rows(pair_of):
-    keys = ["grok-1", "llama-4-scout", "nemotron-3-nano-30b-a3b", "deepseek-v2", "deepseek-v4-flash"]
+    keys = ["grok-1", "llama-4-scout", "nemotron-3-nano-30b-a3b", "deepseek-v2",
+            "deepseek-v4-flash"]
     with pair_of(ROUTER) as pair, Supports() as supports:
         for key in keys:
             check(verify(model(key), pair.golden, pair.rtl), supports(model(key)))

@@ -14,6 +14,7 @@ from moeaccel.host.zoo.verify import MEMORY_BYTES, verify
 from moeaccel.zoo import model, models
 from moeaccel.zoo.schema import ExpertKind
 
+
 @pytest.fixture(scope="module")
 def golden():
     with open_device("golden", config=equipped("small"), memory_bytes=MEMORY_BYTES) as device:
