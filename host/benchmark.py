@@ -279,10 +279,6 @@ def bench_experts(bench: Bench, model: Model, *, tokens: int, kind: str = "unifo
         expected=expected, exact=exact)
 
 
-_GATES = {"silu_clamped(10)": ("silu", 10.0), "gpt_oss_swiglu(alpha=1.702)": ("gpt_oss", 7.0)}
-"""Activation and limit of gates that the zoo has another name for."""
-
-
 def _kind_of(model: Model) -> tuple[bool, str, float | None]:
     """Return whether a model's experts have up rows, their activation and its limit.
 
@@ -291,12 +287,13 @@ def _kind_of(model: Model) -> tuple[bool, str, float | None]:
     BenchmarkError
         If the device has none such.
     """
-    activation, limit = _GATES.get(model.act, (model.act, None))
-    if model.ffn not in ("glu", "mlp") or activation not in ACTIVATIONS or not model.d_model:
+    kind = model.expert
+    if (kind.form not in ("glu", "mlp") or kind.activation not in ACTIVATIONS or kind.norm
+            or not model.d_model):
         raise BenchmarkError(
-            f"model must have experts of two or three matrices and one of the activations "
-            f"{', '.join(ACTIVATIONS)}, not {model.name!r} ({model.act}, {model.ffn})")
-    return model.ffn == "glu", activation, limit
+            f"model must have experts of two or three matrices, one of the activations "
+            f"{', '.join(ACTIVATIONS)} and no norm, not {model.name!r} ({kind.text})")
+    return kind.gated, kind.activation, kind.limit
 
 
 def bench_gemm(bench: Bench, *, m: int, k: int, n: int) -> BenchmarkResult:
