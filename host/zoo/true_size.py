@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeaccel.activations import hidden
-from moeaccel.arithmetic import from_bfloat16, to_bfloat16
 from moeaccel.config import AcceleratorConfig
 from moeaccel.errors import MoeAccelError
 from moeaccel.formats import QuantisedMatrix, weight_format
@@ -128,15 +127,10 @@ def _drawn(rng: np.random.Generator, kind: ExpertKind, d_in: int, d_expert: int)
     gate_up = _matrix(rng, rows, d_in, 4.0 if kind.limit else 1.5)
     down = _matrix(rng, d_in, d_expert, 1.0)
     if kind.bias is not None:
-        gate_up = gate_up.with_bias(_bias(rng, rows))
+        gate_up = gate_up.with_bias(rng.standard_normal(rows, np.float32))
     if kind.bias == "both":
-        down = down.with_bias(_bias(rng, d_in))
+        down = down.with_bias(rng.standard_normal(d_in, np.float32))
     return Expert(gate_up, down, activation=kind.activation, limit=kind.limit)
-
-
-def _bias(rng: np.random.Generator, rows: int) -> NDArray[np.float32]:
-    """Return bfloat16 numbers."""
-    return from_bfloat16(to_bfloat16(rng.standard_normal(rows, np.float32)))
 
 
 def _matrix(rng: np.random.Generator, rows: int, columns: int, deviation: float) -> QuantisedMatrix:

@@ -23,7 +23,8 @@ def golden():
 
 @pytest.mark.parametrize("key", [
     "deepseek-v2", "phi-3.5-moe", "longcat-flash", "llama-4-scout", "gemma-4-26b-a4b",
-    "switch-base-128", "nemotron-3-nano-30b-a3b", "glm-5.3-flash", "kolibri-1"])
+    "switch-base-128", "nemotron-3-nano-30b-a3b", "glm-5.3-flash", "kolibri-1", "gpt-oss-20b",
+    "nllb-moe-54b", "minimax-m3"])
 def test_models_of_every_kind(golden, key):
     verdict = verify(model(key), golden, golden)
     assert verdict.selection_differences == 0
@@ -124,11 +125,11 @@ def test_support_is_asked_of_the_driver():
 
 
 def test_true_sizes():
-    m = with_expert(model("mixtral-8x7b"), d_expert=96)
-    m = replace(m, d_model=160)
     with TrueSizes("small", device="golden") as sizes:
-        verdict = sizes.added(verify_of(m), m)
-        assert verdict.ok and 0 < verdict.relative_error < 1e-4
+        for m in (model("mixtral-8x7b"), model("gpt-oss-20b"), model("nllb-moe-54b")):
+            little = replace(with_expert(m, d_expert=96), d_model=160)
+            verdict = sizes.added(verify_of(little), little)
+            assert verdict.ok and 0 < verdict.relative_error < 1e-4
         unknown = sizes.added(verify_of(m), model("aria"))
         assert unknown.reason == "experts: their size is not published" and not unknown.ok
     assert largest("wide512", 18304).max_dim == 32768
