@@ -16,6 +16,8 @@ from moeaccel.router.settings import RouterSettings
 from moeaccel.sim import MemoryModel, StallModel
 from tests.support.pair import MEMORY_BYTES
 
+pytestmark = pytest.mark.timeout(900)  # the first test builds a model
+
 CONFIG = preset("tiny").replace(
     name="tiny-router", router=tuple(score.key for score in Score), router_top_k=8,
     max_experts=64)
