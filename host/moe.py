@@ -204,7 +204,7 @@ class Moe:
         rows[:, :d_model] = values
         top_k = self.router.settings.top_k
         ids, weights = np.zeros((tokens, top_k), np.int32), np.zeros((tokens, top_k), np.float32)
-        y = np.zeros((tokens, d_model), values.dtype)
+        y: Any = np.zeros((tokens, d_model), values.dtype)
         config = self._device.config
         most = min(config.max_tokens, config.max_assignments // max(_PLANES, top_k + self._shared))
         first, cycles = 0, 0
