@@ -176,7 +176,8 @@ class Device(Bound, Inherited):
                      calibration: tuple[Tensor, Tensor] | None = None,
                      prune: str | None = None,
                      gate_up_bias: Stack | None = None, down_bias: Stack | None = None,
-                     shared: Shared | None = None, shared_format: Format | None = None) -> Experts:
+                     shared: Shared | None = None, shared_format: Format | None = None,
+                     identity: int = 0) -> Experts:
         """Quantise the experts of one layer and put them into the device's memory.
 
         Parameters
@@ -233,6 +234,10 @@ class Device(Bound, Inherited):
             token's 16 places.
         shared_format : :class:`str`, optional
             Its weight format, where it is not that of the experts.
+        identity : :class:`int`
+            So many identity experts: ids from E on add their weight times x, as the device has
+            quantised it (``activation_bits``). They are one matrix, of H times H / 2 bytes in
+            ``mxfp4``, which is read for as many tokens as a pass takes.
 
         Raises
         ------
@@ -256,12 +261,12 @@ class Device(Bound, Inherited):
             activation_bits=activation_bits, grid_exponent=grid_exponent, x_rms=x_rms,
             progress=progress, quantiser=quantiser, calibration=calibration, prune=prune,
             gate_up_bias=gate_up_bias, down_bias=down_bias, shared=shared,
-            shared_format=shared_format)
+            shared_format=shared_format, identity=identity)
 
     def load_quantised(self, experts: Sequence[Expert], *, activation: str | None = None,
                        activation_bits: int = 16, grid_exponent: int | None = None,
                        x_rms: float = 1.0, progress: Progress | None = None,
-                       shared: Sequence[Expert] = ()) -> Experts:
+                       shared: Sequence[Expert] = (), identity: int = 0) -> Experts:
         """Put experts that are quantised already into memory.
 
         Parameters
@@ -274,6 +279,8 @@ class Device(Bound, Inherited):
             Of all experts, instead of their own.
         shared : sequence of :class:`moeaccel.image.Expert`
             Every token goes through them, with weight 1.
+        identity : :class:`int`
+            As in :meth:`load_experts`.
 
         See :meth:`load_experts` for the rest; the grid is chosen from the quantised weights.
 
@@ -285,7 +292,8 @@ class Device(Bound, Inherited):
         """
         return weights.load_quantised(
             self, experts, activation=activation, activation_bits=activation_bits,
-            grid_exponent=grid_exponent, x_rms=x_rms, progress=progress, shared=shared)
+            grid_exponent=grid_exponent, x_rms=x_rms, progress=progress, shared=shared,
+            identity=identity)
 
     def load_linear(self, weight: Tensor, *, weight_format: str = "int4_g32",
                     activation_bits: int = 16, grid_exponent: int | None = None,

@@ -399,17 +399,19 @@ class Experts(_Layer):
 
     ``y[t] = sum over k of weights[t, k] * expert[ids[t, k]](x[t])``, plus that of all shared
     experts, which have the last entries of the table: every token has a pair with each, of weight
-    1. That is 8 bytes more a token and expert, and the device knows no difference.
+    1. That is 8 bytes more a token and expert, and the device knows no difference. Identity experts
+    follow those that ids name, and are one entry behind all, a matrix.
     """
 
     def __init__(self, device: Device, shapes: Sequence[ExpertShape], images: Allocation,
                  descriptor: Allocation, planes: int, grid_exponent: int,
-                 report: WeightReport, shared: int = 0) -> None:
+                 report: WeightReport, shared: int = 0, identity: int = 0) -> None:
         d_model = shapes[0].d_model
         super().__init__(device, images, descriptor, d_in=d_model, d_out=d_model, planes=planes,
                          grid_exponent=grid_exponent, report=report)
         routed = len(shapes) - shared
         self._shapes, self._shared_shapes = tuple(shapes[:routed]), tuple(shapes[routed:])
+        self._identity = identity
 
     @property
     def shapes(self) -> tuple[ExpertShape, ...]:
@@ -438,8 +440,13 @@ class Experts(_Layer):
 
     @property
     def num_experts(self) -> int:
-        """Number of experts, without the shared ones."""
+        """Number of experts, without shared and identity ones."""
         return len(self._shapes)
+
+    @property
+    def num_identity(self) -> int:
+        """Number of identity experts: ids from :attr:`num_experts` on."""
+        return self._identity
 
     def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Any:
         """Return y, (T, H); see :meth:`submit` and :meth:`sync`."""
@@ -457,8 +464,8 @@ class Experts(_Layer):
             Any T, also 0. A torch tensor in bfloat16 goes to the device as it is, and y comes back
             so, rounded once; all else goes and comes as float32.
         ids : integer tensor, (T, K)
-            Experts of each token, at most 16 with the shared ones; those below 0 or from E on are
-            skipped.
+            Experts of each token, at most 16 with the shared ones; those below 0, or from E on and
+            beyond the identity experts, are skipped.
         weights : float tensor, (T, K)
 
         Raises
@@ -480,7 +487,10 @@ class Experts(_Layer):
         found = shape_of("weights", weights, "T", "K")
         if found != shape:
             raise InvalidTensor(f"weights must have the shape of ids, {shape}, not {found}")
-        pairs, scores = indices("ids", ids, self.num_experts), float32("weights", weights)
+        pairs = indices("ids", ids, self.num_experts + self._identity)
+        scores = float32("weights", weights)
+        if self._identity:
+            pairs[pairs >= self.num_experts] = self.num_experts + shared
         if shared:
             always = np.arange(shared, dtype=np.int32) + self.num_experts
             pairs = np.hstack([pairs, np.tile(always, (tokens, 1))])
