@@ -17,7 +17,8 @@ from moeaccel.cycles import expert_cycles, linear_cycles
 from moeaccel.errors import MoeAccelError
 from moeaccel.formats import QUAD, weight_format, whole_blocks
 from moeaccel.interface.commands import ElementType
-from moeaccel.zoo import Model
+from moeaccel.zoo import ExpertKind, Model, RouterKind
+from moeaccel.zoo.schema import ORIGINS
 
 if TYPE_CHECKING:
     from moeaccel.host.device import Device
@@ -277,6 +278,27 @@ def bench_experts(bench: Bench, model: Model, *, tokens: int, kind: str = "unifo
         predicted=expert_cycles(
             config, loaded.shape, ids, experts, planes=planes, latency=bench.latency, io=bench.io),
         expected=expected, exact=exact)
+
+
+EDGE_MOE = AcceleratorConfig(
+    name="edge256", port_bytes=32, row_multipliers=4, token_lanes=2, token_groups=32, max_dim=512,
+    max_experts=16, max_tokens=256, max_assignments=1024, read_ahead_beats=512, tile_words=256,
+    quantiser_lanes=16, y_banks=2, results_per_cycle=2, hidden_banks=2)
+"""256 multipliers of 8 bits behind 32 bytes a cycle, for small experts: a pass holds 64 tokens, so
+that each weight is read once, and two results are rounded in a cycle."""
+
+
+def bench_edge_moe(bench: Bench) -> BenchmarkResult:
+    """Run a layer of Edge-MoE's vision transformer without its router.
+
+    129 tokens of 192 elements, 16 experts with 384 hidden ones, two for each token, GELU, biases.
+    """
+    model = Model(
+        name="Edge-MoE", hf_id=None, layers=None, moe_layers=None, d_model=192, n_experts=16,
+        top_k=2, native_dtype="float32", confidence=next(iter(ORIGINS)),
+        router=RouterKind(flavour="R1", score="softmax"),
+        expert=ExpertKind(d_expert=384, form="mlp", activation="gelu", bias="both"))
+    return bench_experts(bench, model, tokens=129, what="edge-moe")
 
 
 def _sizes_of(model: Model) -> tuple[int, int, int, int]:

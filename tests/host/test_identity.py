@@ -69,3 +69,11 @@ def test_some_format_must_hold_it():
     with open_device("golden", config=config, memory_bytes=1 << 22) as device, pytest.raises(
             errors.InvalidOption, match="identity must be 0 in config 'odd', none of whose"):
         device.load_experts(*stacks, identity=1)
+
+
+def test_identity_beside_blocks_of_experts(device):
+    """An expert of several blocks is several entries of the table; the identity stays one."""
+    stacks, x, ids, scores = draw()
+    whole, blocks = (device.load_experts(*stacks, weight_format="mxint8", identity=N,
+                                         row_blocks=count)(x, ids, scores) for count in (1, 2))
+    assert np.linalg.norm(whole - blocks) < 0.01 * np.linalg.norm(whole)
