@@ -159,6 +159,33 @@ def gemm(
     _print([result.as_dict()], as_json)
 
 
+@app.command(name="edge-moe")
+def edge_moe(
+    results_per_cycle: Annotated[int, typer.Option(
+        min=1, max=2, help="Outputs that are rounded in a cycle.")] = 2,
+    device: Device = DeviceKind.RTL,
+    io: Io = IoKind.BFLOAT16,
+    latency: Latency = MEMORY_LATENCY_CYCLES,
+    memory: Memory = MemoryKind.IDEAL,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Run a layer of small experts, Edge-MoE's: the rounding of results is the limit.
+
+    129 tokens, d 192, 16 experts with 384 hidden elements, top-2, GELU, biases, without the
+    router, in mxint8 and a8 on 256 multipliers behind 32 bytes a cycle.
+    """
+    from moeaccel.host.benchmark import EDGE_MOE, bench_edge_moe
+
+    setting = _Setting(
+        weight_format="mxint8", device=device,
+        config=EDGE_MOE.replace(results_per_cycle=results_per_cycle), activation_bits=8, io=io,
+        latency=latency, memory=memory, seed=seed)
+    with Status(as_json) as status, setting.opened(status) as bench:
+        result = bench_edge_moe(bench)
+    _print([result.as_dict()], as_json)
+
+
 @app.command()
 def simulators(
     config: Config = "small",

@@ -267,7 +267,6 @@ def test_the_model_predicts_the_rtl_in_many_cases(pair_of, config, latency, coun
 @pytest.mark.parametrize("config", PRESETS.values(), ids=list(PRESETS))
 def test_constants_are_the_blocks_own(config):
     assert cycles.ARRAY_CYCLES == DotArray.LATENCY_CYCLES
-    assert cycles.RESULTS == ResultSerialiser.FIFO_DEPTH
     assert cycles.element_cycles(config) == ResultSerialiser(config).latency_cycles
     assert cycles.ADDER_CYCLES == FloatAdder.LATENCY_CYCLES
     assert cycles.ACTIVATION_CYCLES == ActivationUnit.LATENCY_CYCLES
