@@ -14,7 +14,7 @@ from moeaccel.arithmetic import from_bfloat16, to_bfloat16
 from moeaccel.config import AcceleratorConfig
 from moeaccel.cycles import expert_cycles, linear_cycles
 from moeaccel.errors import MoeAccelError
-from moeaccel.formats import weight_format, whole_blocks
+from moeaccel.formats import QUAD, weight_format, whole_blocks
 from moeaccel.interface.commands import ElementType
 from moeaccel.zoo import Model
 
@@ -98,7 +98,7 @@ class BenchmarkResult:
     matches_golden : :class:`bool`
         Every bit of y.
     rel_err_float : :class:`float`
-        Relative Frobenius error against float64 with the unquantised weights.
+        Relative Frobenius error against float64 with the weights before quantising, and pruning.
     counters : :class:`dict`
     """
 
@@ -243,7 +243,8 @@ def bench_experts(bench: Bench, model: Model, *, tokens: int, kind: str = "unifo
         down = rng.standard_normal((d_model, d_expert), dtype=np.float32) / np.float32(
             np.sqrt(d_expert)
         )
-        floats[e], layer[e] = (gate_up, down), Expert.quantise(gate_up, down, fmt)
+        floats[e], layer[e] = (gate_up, down), Expert.quantise(
+            gate_up, down, fmt, prune="magnitude", channels=config.channels)
     filler = layer[int(used[0])]
     all_experts = [layer.get(e, filler) for e in range(experts)]
     bench.progress("loading the device")
@@ -273,7 +274,7 @@ def bench_experts(bench: Bench, model: Model, *, tokens: int, kind: str = "unifo
 def bench_gemm(bench: Bench, *, m: int, k: int, n: int) -> BenchmarkResult:
     """Run ``y = x W^T`` with x (m, k) and W (n, k)."""
     from moeaccel import golden
-    from moeaccel.formats import quantise
+    from moeaccel.formats import prune, quantise
 
     config, planes = bench.device.config, bench.planes
     rng = np.random.default_rng(bench.seed)
@@ -281,9 +282,9 @@ def bench_gemm(bench: Bench, *, m: int, k: int, n: int) -> BenchmarkResult:
     x = bench.draw_x(rng, m, k)
     w = rng.standard_normal((n, k), dtype=np.float32) / np.float32(np.sqrt(k))
     bench.progress("quantising and loading")
-    matrix = quantise(w, fmt)
-    loaded = bench.device.load_linear(
-        w, weight_format=fmt.name, activation_bits=bench.activation_bits)
+    matrix = quantise(prune(w, fmt, "magnitude", channels=config.channels), fmt)
+    loaded = bench.device.load_linear(w, weight_format=fmt.name, prune="magnitude",
+                                      activation_bits=bench.activation_bits)
     run = _run(bench, loaded, x)
     section = loaded.shape.section
     expected = golden.gemm(
@@ -314,6 +315,7 @@ def _result(bench: Bench, run: _Run, *, expected: NDArray[np.float32], exact: ND
     fmt = weight_format(bench.weight_format)
     per_cycle = config.multipliers * (2 if fmt.packed else 1)
     of_memory = memory_share(config, stored_bytes, cycles)
+    useful = useful * fmt.nonzeros // QUAD  # the others are not multiplied
     of_multipliers = useful / (per_cycle * cycles) if cycles else 0.0
     return BenchmarkResult(
         **workload,

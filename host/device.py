@@ -9,10 +9,10 @@ import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from moeaccel.config import AcceleratorConfig
-from moeaccel.host import weights
+from moeaccel.host import routing, weights
 from moeaccel.host.errors import (
     DeviceClosed,
     DeviceStopped,
@@ -29,6 +29,7 @@ from moeaccel.host.process import Bound, Inherited
 from moeaccel.host.registers import RegisterAccess, fields_of, mask
 from moeaccel.host.residents import Residents
 from moeaccel.host.rings import Command, CommandRings, Completion
+from moeaccel.host.routing import Router
 from moeaccel.host.tensors import Tensor
 from moeaccel.host.transports.base import Transport
 from moeaccel.host.weights import Formats, Progress, Stack
@@ -172,7 +173,8 @@ class Device(Bound, Inherited):
                      weight_format: Formats = "int4_g32", activation_bits: int = 16,
                      grid_exponent: int | None = None, x_rms: float = 1.0,
                      progress: Progress | None = None, quantiser: str = "search",
-                     calibration: tuple[Tensor, Tensor] | None = None) -> Experts:
+                     calibration: tuple[Tensor, Tensor] | None = None,
+                     prune: str | None = None) -> Experts:
         """Quantise the experts of one layer and put them into the device's memory.
 
         Parameters
@@ -191,8 +193,8 @@ class Device(Bound, Inherited):
             Gate rows are at most that before the activation, and up rows at most that far from 0;
             a number with at most 8 significant bits.
         weight_format : :class:`str`, or a sequence of str
-            One of :data:`moeaccel.formats.FORMATS`, or one for each expert. Where gate and up have
-            another format than down, or experts other widths I, see :meth:`load_quantised`.
+            One of :data:`moeaccel.formats.ALL_FORMATS`, or one for each expert. Where gate and up
+            have another format than down, or experts other widths I, see :meth:`load_quantised`.
         activation_bits : :class:`int`
             8 or 16.
         grid_exponent : :class:`int`, optional
@@ -212,6 +214,11 @@ class Device(Bound, Inherited):
         calibration : pair of tensors, optional
             x, (T, H), and ids, (T, K), of tokens that went through this layer: what quantising
             makes worse is then counted by the inputs that the weights meet.
+        prune : :class:`str`, optional
+            For N:M formats (``int4_g32+2:4``): ``"magnitude"`` makes their pattern, and the error
+            of ``experts.report`` is with what that costs. When left out weights must have it: in
+            4-bit formats a gate row and its up row have one together, and so have rows r and r +
+            channels of down, where ``r // channels`` is even.
 
         Raises
         ------
@@ -233,7 +240,7 @@ class Device(Bound, Inherited):
             self, gate_up, down, activation=activation, gated=gated, limit=limit,
             weight_format=weight_format,
             activation_bits=activation_bits, grid_exponent=grid_exponent, x_rms=x_rms,
-            progress=progress, quantiser=quantiser, calibration=calibration)
+            progress=progress, quantiser=quantiser, calibration=calibration, prune=prune)
 
     def load_quantised(self, experts: Sequence[Expert], *, activation: str | None = None,
                        activation_bits: int = 16, grid_exponent: int | None = None,
@@ -263,14 +270,46 @@ class Device(Bound, Inherited):
 
     def load_linear(self, weight: Tensor, *, weight_format: str = "int4_g32",
                     activation_bits: int = 16, grid_exponent: int | None = None,
-                    x_rms: float = 1.0, quantiser: str = "search") -> Linear:
+                    x_rms: float = 1.0, quantiser: str = "search",
+                    prune: str | None = None) -> Linear:
         """Quantise the matrix of a linear layer, (N, K) float, and put it into memory.
 
         See :meth:`load_experts`.
         """
         return weights.load_linear(
             self, weight, weight_format=weight_format, activation_bits=activation_bits,
-            grid_exponent=grid_exponent, x_rms=x_rms, quantiser=quantiser)
+            grid_exponent=grid_exponent, x_rms=x_rms, quantiser=quantiser, prune=prune)
+
+    def route(self, router: Router, logits: Tensor, *, resident: Tensor | None = None
+              ) -> tuple[Any, Any]:
+        """Choose experts by logits, bit for bit as :mod:`moeaccel.golden.router`.
+
+        Parameters
+        ----------
+        router : :class:`moeaccel.host.Router`
+        logits : float tensor, (T, E)
+            Any T, also 0; of the router's product with x, without bias.
+        resident : bool tensor, (E,), optional
+            Only these are chosen.
+
+        Returns
+        -------
+        (ids, weights)
+            (T, K) int64, in the order in which they were chosen, -1 where there was none to choose;
+            and (T, K), in the type of the logits, 0 there.
+
+        Raises
+        ------
+        LimitExceeded
+            If the device's configuration has no such router.
+        InvalidTensor
+            For shapes and types.
+        NonFiniteInput
+            If a logit is NaN or infinite; it names the token.
+        LogitOverflow
+            If a logit, with its bias, is 2048 or more in magnitude.
+        """
+        return routing.route(self, router, logits, resident=resident)
 
     def _forget(self, address: int, size: int) -> None:
         with self._lock:

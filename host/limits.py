@@ -10,7 +10,7 @@ from typing import NamedTuple
 from moeaccel.activations import ACTIVATIONS
 from moeaccel.config import PRESETS, AcceleratorConfig
 from moeaccel.errors import FormatError
-from moeaccel.formats import FORMATS
+from moeaccel.formats import ALL_FORMATS
 from moeaccel.host.errors import InvalidTensor, LimitExceeded
 from moeaccel.image import ExpertShape, LinearShape, table_entry
 from moeaccel.interface.commands import EXPERT, LAYER, Field, Limit, bad_field
@@ -19,7 +19,7 @@ __all__ = ["check_layer"]
 
 _NAMES = {"format0": "weight_format", "format1": "weight_format of down",
           "num_experts": "number of experts"}
-_REGISTRIES = {"format_codes": FORMATS, "activation_codes": ACTIVATIONS}
+_REGISTRIES = {"format_codes": ALL_FORMATS, "activation_codes": ACTIVATIONS}
 
 
 class _Refusal(NamedTuple):

@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moeaccel.formats import (
+    PRUNINGS,
     WeightFormat,
     check_matrix,
+    prune as pruned,
     quantise,
     weight_format as find_format,
 )
@@ -92,7 +94,8 @@ def _freed_on_error(allocation: Allocation) -> Iterator[None]:
 def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str, gated: bool,
                  limit: float | None, weight_format: Formats, activation_bits: int,
                  grid_exponent: int | None, x_rms: float, progress: Progress | None,
-                 quantiser: str, calibration: tuple[Tensor, Tensor] | None) -> Experts:
+                 quantiser: str, calibration: tuple[Tensor, Tensor] | None,
+                 prune: str | None) -> Experts:
     """Quantise the experts of one layer and put them into a device's memory."""
     experts, rows, d_model = _stack_shape("gate_up", gate_up, "2 I", "H")
     shape = _stack_shape("down", down, "H", "I")
@@ -104,6 +107,7 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
             f"{(experts, rows, d_model)} = (E, {'2 ' if gated else ''}I, H), not {shape}; experts "
             f"are {'gated unless gated=False' if gated else 'not gated'}")
     formats = _formats(weight_format, experts)
+    _check_prune(prune)
     array = device.config.row_multipliers, device.config.channels
     shapes = {fmt: ExpertShape(fmt, d_model, d_expert, *array, activation=activation, gated=gated,
                                limit=limit)
@@ -120,7 +124,8 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
                     "different widths go by load_quantised()")
             moments = (None, None) if seen is None else seen.moments(
                 e, matrices[0], d_expert, activation, limit, second=quantiser == "gptq")
-            expert = Expert.quantise(*matrices, fmt, quantiser=quantiser, moments=moments)
+            expert = Expert.quantise(*matrices, fmt, quantiser=quantiser, moments=moments,
+                                     prune=prune, channels=device.config.channels)
             yield expert, {"gate_up": squares(
                 expert.gate_up, interleave_gate_up(matrices[0]) if gated else matrices[0]),
                            "down": squares(expert.down, matrices[1])}
@@ -176,16 +181,20 @@ def _checked_shape(device: Device, e: int, expert: Expert, activation: str | Non
 
 
 def load_linear(device: Device, weight: Tensor, *, weight_format: str, activation_bits: int,
-                grid_exponent: int | None, x_rms: float, quantiser: str) -> Linear:
+                grid_exponent: int | None, x_rms: float, quantiser: str,
+                prune: str | None) -> Linear:
     """Quantise the matrix of a linear layer and put it into a device's memory."""
     d_out, d_in = shape_of("weight", weight, "N", "K")
     planes = _check_options(activation_bits, grid_exponent, x_rms)
     config = device.config
+    _check_prune(prune)
     shape = LinearShape(
         find_format(weight_format), d_out, d_in, config.row_multipliers, config.channels)
     check_layer(config, [shape])
     values = float32("weight", weight)
-    matrix = quantise(values, shape.format, quantiser=quantiser)
+    matrix = quantise(
+        values if prune is None else pruned(values, shape.format, prune, channels=config.channels),
+        shape.format, quantiser=quantiser)
     found = squares(matrix, values)
     if grid_exponent is None:
         grid_exponent = choose_grid([linear_output(found, x_rms=x_rms)])
@@ -249,6 +258,13 @@ def _formats(weight_format: Formats, experts: int) -> list[WeightFormat]:
         raise InvalidOption(f"weight_format must be one name, or one for each of {experts} "
                             f"experts, not {len(weight_format)}")
     return [find_format(name) for name in weight_format]
+
+
+def _check_prune(prune: str | None) -> None:
+    """Refuse a way of pruning that there is not."""
+    if prune is not None and prune not in PRUNINGS:
+        raise InvalidOption(f"prune must be {' or '.join(map(repr, PRUNINGS))}, or left out, not "
+                            f"{prune!r}")
 
 
 def _check_options(activation_bits: int, grid_exponent: int | None, x_rms: float) -> int:

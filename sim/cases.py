@@ -17,7 +17,7 @@ import numpy as np
 from moeaccel.activations import ACTIVATIONS
 from moeaccel.config import DIM_MAX, EXPERTS_MAX, PRESETS, AcceleratorConfig
 from moeaccel.cycles import Prediction, predict_experts, predict_linear
-from moeaccel.formats import FORMATS, weight_format
+from moeaccel.formats import ALL_FORMATS, FORMATS, weight_format
 from moeaccel.grid import GRID_EXPONENTS
 from moeaccel.image import ExpertShape, Section
 from moeaccel.sim.cosim.memory import CHANNELS, MemoryModel, StallModel
@@ -63,7 +63,7 @@ class Kind:
 
     def __post_init__(self) -> None:
         _check_whole("d_expert", self.d_expert, 1, DIM_MAX)
-        for name, registry in (("weight_format", FORMATS), ("down_format", FORMATS),
+        for name, registry in (("weight_format", ALL_FORMATS), ("down_format", ALL_FORMATS),
                                ("activation", ACTIVATIONS)):
             if getattr(self, name) not in registry:
                 raise ValueError(f"{name} must be one of {', '.join(registry)}, not "
@@ -112,10 +112,10 @@ class Call:
                                   ("grid_exponent", GRID_EXPONENTS[0], GRID_EXPONENTS[-1]),
                                   ("after", 0, 1 << 31)):
             _check_whole(name, getattr(self, name), least, most)
-        if self.weight_format not in FORMATS or self.activation_bits not in (8, 16):
+        if self.weight_format not in ALL_FORMATS or self.activation_bits not in (8, 16):
             raise ValueError(
-                f"weight_format must be one of {', '.join(FORMATS)} and activation_bits 8 or 16, "
-                f"not {self.weight_format!r} and {self.activation_bits!r}")
+                f"weight_format must be one of {', '.join(ALL_FORMATS)} and activation_bits 8 or "
+                f"16, not {self.weight_format!r} and {self.activation_bits!r}")
         for expert in (expert for row in self.ids for expert in row):
             _check_whole("expert", expert, -(1 << 31), (1 << 31) - 1)
         if self.end not in ENDS:

@@ -29,7 +29,7 @@ class ResultSerialiser(wiring.Component):
     :func:`moeaccel.arithmetic.normalise`. Order: slot 0 row 0, slot 0 row 1, ..., slot 1 row 0,
     ...; rows are the R of the array but for those that the tile has not (``tag.missing``: a row is
     the last one when ``row ^ missing`` is all ones); slots those of the tag. The sum of row r is
-    entry ``r * T + lane``.
+    entry ``sum_of_row * T + lane`` (:func:`moeaccel.hdl.layouts.sum_of_row`).
 
     A result cannot be refused; ``o_free`` says how many more there is room for, and the Sequencer
     counts those that are still in the array against it. Element outputs cannot be refused either:
@@ -184,6 +184,7 @@ class ResultSerialiser(wiring.Component):
             meta.last.eq(tag.last & last_row & last_member),
             meta.slot_bank.eq(tag.slot_bank),
             meta.fresh.eq(tag.fresh),
+            meta.y_bank.eq(tag.y_bank),
         ]
 
         pair_of = Signal(range(max(2, lanes // 2)))
@@ -194,9 +195,15 @@ class ResultSerialiser(wiring.Component):
                 with m.Case(i):
                     m.d.comb += row_exponent.eq(exponents.payload[i])
 
+        sum_row = Signal(row_bits)
+        with m.Switch(tag.row_order):
+            for number, order in enumerate(layouts.row_orders(config)):
+                with m.Case(number):
+                    m.d.comb += sum_row.eq(layouts.sum_of_row(config, order, row))
+
         # -- 1: choose; 2, 3: join planes; 4: magnitude --------------------------------------------
         p = Pipeline(m, valid)
-        s = p.stage(at=read_at, pair=Cat(pair_of[:lane_bits - 1], row), two=tag.two_planes,
+        s = p.stage(at=read_at, pair=Cat(pair_of[:lane_bits - 1], sum_row), two=tag.two_planes,
                     second=member[0], row_exponent=row_exponent, meta=meta)
         # A pair of lanes is a token of a16, or two of a8. What comes next to the place of a result
         # that has just left is written at the end of this cycle at the earliest.

@@ -7,7 +7,7 @@ from amaranth.utils import exact_log2
 
 from moeaccel.config import BLOCK, AcceleratorConfig
 from moeaccel.hdl import layouts
-from moeaccel.image import Section
+from moeaccel.image import STEPS_PER_PATTERN_WORD, Section
 
 __all__ = ["SectionWords"]
 
@@ -62,7 +62,7 @@ class SectionWords(wiring.Component):
             for f in config.weight_formats}
         rows = self.i_row_blocks << exact_log2(BLOCK)
         tiles, groups = Signal.like(self.o_tiles), Signal.like(self.i_steps)
-        row_words, scale_words = Signal(32), Signal(32)
+        row_words, scale_words, pattern_words = Signal(32), Signal(32), Signal(32)
         weights, entries = Signal(32), Signal(32)
 
         def up(value, divisor):
@@ -79,6 +79,10 @@ class SectionWords(wiring.Component):
                         row_words.eq(up(self.o_tiles, section.tiles_per_row_word)),
                         scale_words.eq(up(entries, section.entries_per_scale_word)),
                     ]
+                    if config.parts > 1:
+                        m.d.sync += pattern_words.eq(
+                            0 if section.format.parts == 1
+                            else up(weights, STEPS_PER_PATTERN_WORD))
         stepping, multiplied, rounded = Signal(), Signal(), Signal()
         multiplicand = Signal(32)
         left_steps, left_groups = Signal.like(self.i_steps), Signal.like(self.i_steps)
@@ -86,7 +90,7 @@ class SectionWords(wiring.Component):
             self.o_tiles.eq(tiles),
             self.o_short.eq(-(rows >> exact_log2(config.channels))),
             multiplied.eq(0), rounded.eq(multiplied),
-            self.o_words.eq(weights + row_words + scale_words),
+            self.o_words.eq(weights + row_words + scale_words + pattern_words),
         ]
         with m.If(rounded):
             m.d.sync += self.o_done.eq(1)

@@ -11,7 +11,7 @@ import typer
 from moeaccel.cli import policies, quality
 from moeaccel.cli.output import Status, print_json
 from moeaccel.config import MEMORY_LATENCY_CYCLES
-from moeaccel.formats import FORMATS
+from moeaccel.formats import ALL_FORMATS
 
 if TYPE_CHECKING:
     from moeaccel.config import AcceleratorConfig
@@ -59,7 +59,7 @@ def _known_format(name: str) -> str:
 
 
 Format = Annotated[str, typer.Option(
-    callback=_known_format, help=f"Weight format: {', '.join(FORMATS)}.")]
+    callback=_known_format, help=f"Weight format: {', '.join(ALL_FORMATS)}.")]
 Device = Annotated[DeviceKind, typer.Option(
     help="The RTL (Verilated, exact cycles), or the golden model (cycles of the cycle model).")]
 Config = Annotated[str, typer.Option(help="Preset of the accelerator.")]

@@ -31,12 +31,15 @@ class Sequencer:
     Attributes
     ----------
     busy, starved_weights, starved_activations, stalled_output : :class:`int`
+    stands : tuple of int, optional
+        It waits for sums of that pass to leave, from that cycle on.
     """
 
     def __init__(self, job: Job, schedule: Schedule, tiles: TileBuffer) -> None:
         self._job = job
         self._schedule = schedule
         self._tiles = tiles
+        self.stands: tuple[int, int] | None = None
         self.busy = self.starved_weights = self.starved_activations = self.stalled_output = 0
 
     def run(self) -> Iterator[None]:
@@ -45,8 +48,7 @@ class Sequencer:
         per_group = job.per_group
         results = Results()
         index = 0
-        retired = None
-        for now, events in zip(job.passes, job.events, strict=True):
+        for n, (now, events) in enumerate(zip(job.passes, job.events, strict=True)):
             while not events.handed.known:
                 yield
             count = len(now.tokens)
@@ -64,9 +66,13 @@ class Sequencer:
                 ready = [0] * len(slots)
                 if down:
                     free = 0
-                    if retired is not None:
+                    before = self._in_y_bank(n)
+                    if before is not None:
+                        retired = job.events[before].retired
                         while not retired.known:
+                            self.stands = before, results.end
                             yield
+                        self.stands = None
                         free = retired.cycle + 1
                     ready = [free] * len(slots)
                     if len(sections) > 1:
@@ -80,9 +86,14 @@ class Sequencer:
             self._schedule.set(events.issued, results.end)
             self._schedule.set(
                 events.in_y, results.taken + element_cycles(config) - 1 + COMBINER_CYCLES)
-            retired = events.retired
         while True:
             yield
+
+    def _in_y_bank(self, n: int) -> int | None:
+        """Return the pass that must have retired before sums of pass ``n`` come, if any."""
+        if self._job.config.y_banks > 1 and not self._job.passes[n].same:
+            return self._job.x_user(n)
+        return n - 1 if n else None
 
     def _section(self, words: Words, results: Results, slots: list[int], ready: list[int]
                  ) -> Iterator[None]:

@@ -17,12 +17,13 @@ from moeaccel.formats import QuantisedMatrix
 def matvec(x: BlockFloat, weights: QuantisedMatrix) -> InternalFloat:
     """Return ``x W^T`` as internal floats, (n, rows)."""
     fmt = weights.format
+    unit = min(fmt.group, BLOCK)  # of K: one scale, and one of them for several units
     scale = np.repeat(
-        weights.significand.astype(np.float64) * 2.0**weights.shift, fmt.steps_per_group, axis=1
+        weights.significand.astype(np.float64) * 2.0**weights.shift, fmt.group // unit, axis=1
     )
-    scale = scale[:, : x.shift.shape[1]]
+    scale = scale[:, : weights.integers.shape[1] // unit]
     w = torch.from_numpy(
-        (weights.integers.reshape((*scale.shape, BLOCK)) * scale[:, :, None]).reshape(
+        (weights.integers.reshape((*scale.shape, unit)) * scale[:, :, None]).reshape(
             weights.integers.shape
         )
     )

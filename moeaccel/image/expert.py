@@ -14,6 +14,7 @@ from moeaccel.formats import (
     QuantisedMatrix,
     WeightFormat,
     check_dims,
+    prune as pruned,
     quantise,
     weight_format,
     whole_blocks,
@@ -216,18 +217,25 @@ class Expert:
         *, down_format: str | WeightFormat | None = None, activation: str = "silu",
         limit: float | None = None, quantiser: str = "search",
         moments: tuple[NDArray[np.floating] | None, NDArray[np.floating] | None] = (None, None),
+        prune: str | None = None, channels: int = 1,
     ) -> Expert:
         """Quantise float weights: ``gate_up`` (2 I, H) as ``[gate; up]``, or (I, H), ``down``
         (H, I).
 
         ``quantiser`` and ``moments``, those of x and of h, as in :func:`moeaccel.formats.quantise`.
+        ``prune`` makes the patterns of N:M formats (:func:`moeaccel.formats.prune`) for a device of
+        so many ``channels``; without it weights must have them.
         """
         fmt = weight_format(name)
-        rows = gate_up if len(gate_up) == down.shape[1] else interleave_gate_up(gate_up)
-        return cls(
-            quantise(rows, fmt, quantiser=quantiser, moments=moments[0]),
-            quantise(down, fmt if down_format is None else down_format, quantiser=quantiser,
-                     moments=moments[1]), activation, limit)
+        other = fmt if down_format is None else weight_format(down_format)
+        gated = len(gate_up) != down.shape[1]
+        rows = interleave_gate_up(gate_up) if gated else gate_up
+        if prune is not None:
+            rows = pruned(rows, fmt, prune, together=1 + gated, channels=channels)
+            down = pruned(down, other, prune, channels=channels)
+        return cls(quantise(rows, fmt, quantiser=quantiser, moments=moments[0]),
+                   quantise(down, other, quantiser=quantiser, moments=moments[1]), activation,
+                   limit)
 
     def shape(self, row_multipliers: int, channels: int = 1) -> ExpertShape:
         """Return its shape for a device with such arrays."""

@@ -15,7 +15,7 @@ import zlib
 import numpy as np
 
 from moeaccel.errors import ImageError
-from moeaccel.formats import BLOCK, FORMATS, QuantisedMatrix, WeightFormat, whole_blocks
+from moeaccel.formats import ALL_FORMATS, BLOCK, QuantisedMatrix, WeightFormat, whole_blocks
 from moeaccel.image.expert import HEADER_BYTES, Expert, ExpertShape, LinearShape
 from moeaccel.image.sections import Bytes, deal, pack_section, unpack_section
 from moeaccel.image.table import sinks
@@ -155,11 +155,11 @@ def check_image(image: Bytes, *, channel: int = 0) -> ExpertShape:
 
 def _format(code: int, what: str) -> WeightFormat:
     """Return the format with that code."""
-    for fmt in FORMATS.values():
+    for fmt in ALL_FORMATS.values():
         if fmt.code == code:
             return fmt
     raise ImageError(f"image format code of {what} must be one of "
-                     f"{[f.code for f in FORMATS.values()]}, not {code}")
+                     f"{[f.code for f in ALL_FORMATS.values()]}, not {code}")
 
 
 def unpack_image(*parts: Bytes) -> Expert:

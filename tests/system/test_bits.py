@@ -374,6 +374,8 @@ VARIANTS = {
     "eight lanes, one group": {"token_lanes": 8, "token_groups": 1},
     "one quantiser lane": {"quantiser_lanes": 1},
     "32-byte port, eight rows": {"port_bytes": 32, "row_multipliers": 8, "quantiser_lanes": 4},
+    "two banks of y": {"y_banks": 2},
+    "wide quantiser, two banks of y": {"port_bytes": 16, "quantiser_lanes": 8, "y_banks": 2},
 }
 
 

@@ -12,7 +12,7 @@ import torch
 from moeaccel import cycles
 from moeaccel.config import PRESETS, AcceleratorConfig, preset
 from moeaccel.cycles import Prediction, predict_experts, predict_linear
-from moeaccel.formats import FORMATS, weight_format
+from moeaccel.formats import weight_format
 from moeaccel.hdl.activations.activation_unit import ActivationUnit
 from moeaccel.hdl.activations.block_quantiser import BlockQuantiser
 from moeaccel.hdl.array.dot_array import DotArray
@@ -56,7 +56,7 @@ class Case:
             d_in, d_other = (32 * np.exp2(rng.uniform(0, np.log2(blocks), 2)).round().astype(int))
             tokens = int(np.exp2(rng.uniform(0, 6)).round())
             planes = int(rng.integers(1, 3))
-            name = str(rng.choice(list(FORMATS)))
+            name = str(rng.choice(config.formats))
             if rng.random() < 0.25:
                 case = cls(int(d_in), int(d_other), name, planes, tokens)
             else:
@@ -79,7 +79,7 @@ class Case:
         """Draw what is over before a pipeline is full: there a cycle at the wrong place shows."""
         d_in, d_other = (32 * int(n) for n in np.exp2(rng.uniform(0, 3, 2)))
         tokens, planes = int(rng.integers(1, 6)), int(rng.integers(1, 3))
-        name = str(rng.choice(list(FORMATS)))
+        name = str(rng.choice(config.formats))
         if rng.random() < 0.2:
             return cls(d_in, d_other, name, planes, tokens)
         experts = int(rng.integers(1, 5))
@@ -97,7 +97,7 @@ class Case:
 
     def shapes(self, config: AcceleratorConfig) -> list[ExpertShape]:
         """Return the shape of each expert."""
-        names = list(FORMATS)
+        names = list(config.formats)
         begin, blocks = names.index(self.weight_format), config.max_dim // 32
         return [
             ExpertShape(
@@ -132,7 +132,7 @@ class Case:
                 made[shape] = made.get(shape) or Expert.quantise(
                     np.ones((2 * shape.d_expert, shape.d_model), np.float32),
                     np.ones((shape.d_model, shape.d_expert), np.float32), shape.format,
-                    down_format=shape.down.format, activation=shape.activation)
+                    prune="magnitude", down_format=shape.down.format, activation=shape.activation)
             with device.load_quantised([made[shape] for shape in shapes], activation_bits=bits,
                                        grid_exponent=0) as layer:
                 handle = layer.submit(x, ids, np.ones(ids.shape, np.float32))
@@ -140,7 +140,7 @@ class Case:
         else:
             with device.load_linear(
                     np.ones((self.d_other, self.d_in), np.float32), activation_bits=bits,
-                    weight_format=self.weight_format) as layer:
+                    weight_format=self.weight_format, prune="magnitude") as layer:
                 handle = layer.submit(x)
                 layer.sync(handle)
         after = device.counters()

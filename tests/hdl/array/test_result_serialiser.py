@@ -7,8 +7,11 @@ from amaranth.sim import Simulator
 
 from moeaccel.arithmetic import normalise
 from moeaccel.config import AcceleratorConfig, preset
+from moeaccel.formats import ALL_FORMATS
+from moeaccel.hdl import layouts
 from moeaccel.hdl.array.normaliser import Normaliser
 from moeaccel.hdl.array.result_serialiser import ResultSerialiser
+from tests.support.formats import sum_entry
 
 WIDE = AcceleratorConfig(
     name="wide", port_bytes=64, token_lanes=8, token_groups=2, row_multipliers=4, max_dim=256,
@@ -106,12 +109,12 @@ class Bench:
         for section in sections:
             self.section(**section)
 
-    def section(self, *, tiles, count, hidden=0, combine=0, two=0, packed=1, bank=0, fresh=0,
-                short=0):
-        config = self.config
+    def section(self, *, tiles, count, hidden=0, combine=0, two=0, name="int4_g32", bank=0,
+                fresh=0, short=0):
+        config, fmt = self.config, ALL_FORMATS[name]
         per_group = config.token_lanes // (1 + two)
         groups = -(-count // per_group)
-        tile_rows = config.rows if packed else config.rows // 2
+        tile_rows = fmt.rows(config.row_multipliers)
         for tile in range(tiles):
             rows = tile_rows - (short if tile + 1 == tiles else 0)
             exponents = self.rng.integers(-200, 100, config.rows).tolist()
@@ -124,12 +127,13 @@ class Bench:
                     "slots": slots, "last_group": last_group,
                     "last": last_group and tile + 1 == tiles, "hidden": hidden, "combine": combine,
                     "two_planes": two, "x_bank": bank, "slot_bank": bank ^ 1, "fresh": fresh,
+                    "row_order": layouts.row_orders(config).index((fmt.packed, fmt.parts)),
                 }
                 sums = sums_of(self.rng, config)
                 self.results.append((sums, {k: int(v) for k, v in tag.items()}))
                 for j in range(slots):
                     for r in range(rows):
-                        at = r * config.token_lanes
+                        at = sum_entry(config, fmt, r) * config.token_lanes
                         value = sums[at + j]
                         if two:
                             value = 256 * sums[at + 2 * j] + sums[at + 2 * j + 1]
@@ -201,12 +205,12 @@ def sections(config):
         {"tiles": 3, "count": slots // 2, "two": 1, "bank": 1},
         {"tiles": 2, "count": slots // 2 - 1, "two": 1, "hidden": 1, "combine": 1,
          "bank": 1, "fresh": 1},
-        {"tiles": 4, "count": 1, "two": 0, "packed": 0, "hidden": 1, "combine": 1},
-        {"tiles": 4, "count": slots - 1, "packed": 0, "combine": 1, "bank": 1},
-        {"tiles": 3, "count": 1, "two": 1, "packed": 0},
+        {"tiles": 4, "count": 1, "two": 0, "name": "mxint8", "hidden": 1, "combine": 1},
+        {"tiles": 4, "count": slots - 1, "name": "mxint8", "combine": 1, "bank": 1},
+        {"tiles": 3, "count": 1, "two": 1, "name": "mxint8"},
         {"tiles": 2, "count": slots // 2, "two": 1, "short": 1, "hidden": 1, "combine": 1},
-        {"tiles": 1, "count": slots, "short": config.rows - 2},
-        {"tiles": 3, "count": slots - 1, "packed": 0, "short": config.rows // 2 - 1,
+        {"tiles": 1, "count": slots, "short": 2 * config.row_multipliers - 2},
+        {"tiles": 3, "count": slots - 1, "name": "mxint8", "short": config.row_multipliers - 1,
          "hidden": 1, "combine": 1},
     ]
 
@@ -218,8 +222,8 @@ def test_bits_and_order(config, stall):
 
 
 def test_one_element_per_cycle():
-    bench = Bench(preset("small"), [{"tiles": 6, "count": 9, "two": t, "packed": p}
-                                    for t in (0, 1) for p in (0, 1)])
+    bench = Bench(preset("small"), [{"tiles": 6, "count": 9, "two": t, "name": name}
+                                    for t in (0, 1) for name in ("mxint8", "int4_g32")])
     bench.run()
     # `drive` offers a result in each cycle, `exponents` pauses for one cycle after each tile
     assert bench.cycles[0] == 1 + bench.dut.latency_cycles

@@ -6,12 +6,14 @@ from amaranth.hdl import Module, Signal
 from amaranth.sim import Simulator
 
 from moeaccel.config import PRESETS
-from moeaccel.formats import FORMATS, QuantisedMatrix
+from moeaccel.formats import ALL_FORMATS, FORMATS, QuantisedMatrix
 from moeaccel.hdl.weights.tile_buffer import TileBuffer
 from moeaccel.image import Section, pack_section
+from tests.support.formats import EVERY, bits, scale_entries
 
 TINY = PRESETS["tiny"].replace(max_dim=512)
 ROWS4 = TINY.replace(row_multipliers=4)
+EVERY512 = EVERY.replace(max_dim=512)
 LONG = PRESETS["tiny"].replace(max_dim=2880, tile_words=128)
 
 
@@ -19,6 +21,14 @@ def random_matrix(rng, fmt, rows, k):
     """Return a matrix with any integers and scales that the format can store."""
     groups = -(-k // fmt.group)
     integers = rng.choice(fmt.integers, (rows, k))
+    if fmt.parts > 1:
+        together = 2 if fmt.packed else 1
+        order = rng.permuted(np.tile(np.arange(4), (rows // together, k // 4, 1)), axis=2)
+        there = np.repeat(order < fmt.nonzeros, together, axis=0).reshape(rows, k)
+        integers = np.where(there & (integers == 0), fmt.high, integers) * there
+    if fmt.zero_point:
+        zero = rng.integers(0, 16, (rows, groups))
+        integers = integers - np.repeat(zero, fmt.group, axis=1)[:, :k]
     significand = (rng.integers(0, 2048, (rows, groups)) if fmt.real_scale
                    else np.ones((rows, groups)))
     return QuantisedMatrix(
@@ -31,7 +41,8 @@ class Case:
     """One section; its tiles are used 1 to ``groups`` times, or always ``-groups`` times."""
 
     def __init__(self, rng, config, name, tiles, k, groups):
-        self.fmt = FORMATS[name]
+        self.config = config
+        self.fmt = ALL_FORMATS[name]
         self.rows = self.fmt.rows(config.row_multipliers)
         self.matrix = random_matrix(rng, self.fmt, tiles * self.rows, k)
         self.section = Section(self.fmt, tiles * self.rows, k, config.row_multipliers)
@@ -40,17 +51,45 @@ class Case:
         self.groups = groups
 
     def step(self, tile, step):
-        """Return the (codes, scales) that the array must see."""
-        matrix, fmt = self.matrix, self.fmt
+        """Return the (codes, scales, zero points, pattern) that the array must see."""
+        matrix, fmt, config = self.matrix, self.fmt, self.config
         rows = slice(tile * self.rows, (tile + 1) * self.rows)
-        codes = fmt.encode(matrix.integers[rows, 32 * step:32 * step + 32])
+        group = step // fmt.steps_per_group * fmt.scales_per_step
+        groups = slice(group, group + fmt.scales_per_step)
+        scales = (matrix.significand[rows, groups].astype(int)
+                  | matrix.shift[rows, groups].astype(int) << 11)
+        zeros = np.zeros((self.rows, 1), int)
+        codes = matrix.integers[rows, 32 * step:32 * step + 32]
+        if fmt.zero_point:
+            first = group * fmt.group
+            zeros = np.maximum(-matrix.integers[rows, first:first + fmt.group].min(
+                axis=1, keepdims=True), 0)
+            codes = codes + zeros
+        codes = fmt.encode(codes.astype(np.int8))
+        selects = 0
         if fmt.packed:
             codes = codes[0::2] | codes[1::2] << 4
-        group = step // fmt.steps_per_group
-        scales = (matrix.significand[rows, group].astype(int)
-                  | matrix.shift[rows, group].astype(int) << 11)
+        if fmt.parts > 1:
+            codes, selects = self.lanes(codes, matrix.integers[rows, 32 * step:32 * step + 32])
         return (int.from_bytes(np.ascontiguousarray(codes).tobytes(), "little"),
-                sum(int(s) << 16 * r for r, s in enumerate(scales)))
+                bits(scale_entries(config, fmt, scales), 16),
+                bits(zeros[:, 0], 4) if fmt.zero_point else 0, selects)
+
+    def lanes(self, codes, integers):
+        """Return codes and pattern of an N:M format multiplier by multiplier."""
+        fmt, rows = self.fmt, len(codes)
+        lanes, selects = np.zeros((self.config.row_multipliers, 32), np.uint8), 0
+        fields = len(integers) // rows
+        for row in range(rows):
+            rm, part = divmod(row, fmt.parts)
+            for quad in range(8):
+                columns = slice(4 * quad, 4 * quad + 4)
+                there = integers[fields * row:fields * (row + 1), columns].any(axis=0)
+                for j, column in enumerate(np.nonzero(there)[0]):
+                    k = 4 * quad + fmt.nonzeros * part + j
+                    lanes[rm, k] = codes[row, 4 * quad + column]
+                    selects |= int(column) << 2 * (32 * rm + k)
+        return lanes, selects
 
     def row_exponents(self, tile):
         return self.matrix.row_exponent[tile * self.rows:(tile + 1) * self.rows].tolist()
@@ -133,9 +172,13 @@ def run(config, cases, *, stall=0.0, take_stall=0.0, seed=0, free=False, depth=1
     async def self_check(ctx, pending):
         await ctx.tick()
         if pending:
-            codes, scales = pending[-1]
+            codes, scales, zeros, selects = pending[-1]
             assert ctx.get(dut.o_codes) == codes
             assert ctx.get(dut.o_scales.as_value()) == scales
+            if config.zero_points:
+                assert ctx.get(dut.o_zeros.as_value()) == zeros
+            if selects:
+                assert ctx.get(dut.o_selects) == selects
 
     assert TileBuffer.READ_LATENCY_CYCLES == 1
     sim = Simulator(m)
@@ -152,13 +195,14 @@ SHAPES = [  # tiles, k
 ]
 
 
-@pytest.mark.parametrize("config", [TINY, ROWS4], ids=["rows2", "rows4"])
+@pytest.mark.parametrize("config", [TINY, ROWS4, EVERY512], ids=["rows2", "rows4", "every"])
 @pytest.mark.parametrize("stall", [0.0, 0.5])
 @pytest.mark.parametrize("take_stall", [0.0, 0.5])
 def test_images(config, stall, take_stall):
     """Sections of all formats and shapes follow each other; each tile is replayed 1 to 4 times."""
     rng = np.random.default_rng(1)
-    cases = [Case(rng, config, name, tiles, k, groups=4) for tiles, k in SHAPES for name in FORMATS]
+    cases = [Case(rng, config, name, tiles, k, groups=4)
+             for tiles, k in SHAPES for name in config.formats]
     order = rng.permutation(len(cases))[:14]
     run(config, [cases[i] for i in order], stall=stall, take_stall=take_stall, free=bool(stall),
         depth=4)
