@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 
 from moeaccel.config import PRESETS
+from moeaccel.formats import QUAD, prune, weight_format
 from moeaccel.host import open_device
 from moeaccel.host.compress import adapmoe, eep, merging, moe_i2, moe_pruner, naee, saliency, stun
 from moeaccel.host.compress.clusters import assignment, clusters
 from moeaccel.host.compress.layer import FloatExpert, MoELayer, combine
 from moeaccel.host.compress.mc_moe import allocate, importance
-from moeaccel.host.compress.method import method, methods, report
+from moeaccel.host.compress.method import method, methods, report, with_formats
 from moeaccel.host.compress.models import DeviceLayer
 from moeaccel.host.errors import InvalidOption, InvalidTensor
+from moeaccel.image import Expert, build_image, interleave_gate_up
 from moeaccel.router.settings import RouterSettings
 
 H, I, E, T = 64, 32, 6, 96
@@ -45,7 +47,8 @@ def test_every_pass_gives_a_layer_that_the_device_runs(name, layer, x):
     layers = [layer, layer_of(1)]
     after = method(name)(layers, [x, x])
     assert len(after) == 2
-    with open_device("golden", config="small") as device:
+    config = with_formats(PRESETS["small"], after[0].weight_formats)
+    with open_device("golden", config=config) as device:
         y = DeviceLayer(device, after[0])(x[:8])
         exact = after[0](x[:8])
         # int4 weights: what the device has is the compressed layer, not the one before.
@@ -58,6 +61,10 @@ def test_every_pass_gives_a_layer_that_the_device_runs(name, layer, x):
         assert found.stored_bytes < found.stored_bytes_before
     if name in ("naee-skip", "adapmoe"):
         assert found.experts_per_token < 2 and found.stored_bytes == found.stored_bytes_before
+        assert found.decode_cycles < found.decode_cycles_before
+    if method(name).options.get("pattern"):
+        assert set(after[0].weight_formats) == {"int4_g32+2:4"}
+        assert found.stored_bytes < 0.8 * found.stored_bytes_before
         assert found.decode_cycles < found.decode_cycles_before
     if name == "mc-moe":
         assert len(set(after[0].weight_formats)) > 1 and found.output_error == 0
@@ -146,6 +153,22 @@ def test_patterns():
     assert moe_pruner.kept(np.ones((3, 6)), (2, 4), rows=2).sum(axis=1).tolist() == [4, 4, 4]
     with pytest.raises(InvalidOption, match="1 <= N < M"):
         moe_pruner.kept(weights, (4, 4))
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("name", ["int4_g32+2:4", "mxint8+1:4"])
+def test_patterns_are_those_that_the_formats_have(name, channels, x):
+    expert = layer_of().experts[0]
+    fmt = weight_format(name)
+    thin = moe_pruner.pruned(expert, weight_format(name.partition("+")[0]), (fmt.nonzeros, QUAD),
+                             channels=channels)
+    # By magnitude, the format's own home prunes the same weights; an image takes them.
+    own = prune(interleave_gate_up(expert.gate_up), fmt, "magnitude", together=2, channels=channels)
+    assert np.array_equal(interleave_gate_up(thin.gate_up), own)
+    assert np.array_equal(thin.down, prune(expert.down, fmt, "magnitude", channels=channels))
+    stored = Expert.quantise(thin.gate_up, thin.down, name)
+    for channel in range(channels):
+        build_image(stored.gate_up, stored.down, 4, channel=channel, channels=channels)
 
 
 def test_pruning_by_activations_hurts_less(x):
