@@ -181,6 +181,8 @@ class Core(wiring.Component):
 
         # Results
         wiring.connect(m, tiles.o_row_exponents, serialiser.i_row_exponents)
+        if config.bias:
+            m.d.comb += serialiser.i_row_biases.eq(tiles.o_row_biases)
         element = serialiser.o_element
         m.d.comb += [
             serialiser.i_valid.eq(array.o_valid),

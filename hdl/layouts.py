@@ -270,7 +270,13 @@ def section(config: AcceleratorConfig) -> data.StructLayout:
         "format": config.format_bits,
         "steps": steps_bits(config),
         "tiles": (2 * config.max_dim).bit_length(),
+        **has_bias(config),
     })
+
+
+def has_bias(config: AcceleratorConfig) -> dict[str, int]:
+    """Return the member that says whether rows have biases, where the hardware has an adder."""
+    return {"biased": 1} if config.bias else {}
 
 
 def section_work(config: AcceleratorConfig) -> data.StructLayout:
@@ -356,8 +362,8 @@ def result_tag(config: AcceleratorConfig) -> data.StructLayout:
 
     ``row``: the tile's first. ``missing``: how many of the array's R rows the tile has not.
     ``slots``: tokens in the group. ``last``: the section's last result. ``hidden``, ``combine``:
-    of the section. ``fresh``: the pass stores y, it does not add. ``y_bank``: of the y buffer.
-    ``row_order``: its number in :func:`row_orders`.
+    of the section, as is ``biased``. ``fresh``: the pass stores y, it does not add. ``y_bank``: of
+    the y buffer. ``row_order``: its number in :func:`row_orders`.
     """
     return data.StructLayout({
         "group": max(1, ceil_log2(config.token_groups)),
@@ -374,6 +380,7 @@ def result_tag(config: AcceleratorConfig) -> data.StructLayout:
         "fresh": 1,
         "y_bank": y_bank_bits(config),
         "row_order": range(max(2, len(row_orders(config)))),
+        **has_bias(config),
     })
 
 

@@ -86,6 +86,9 @@ class AcceleratorConfig:
     y_banks : :class:`int`
         Banks of the y buffer, 1 or 2: with two, sums of one set of tokens leave while those of the
         next are computed.
+    bias : :class:`bool`
+        Rows may have biases: an adder behind each channel's normaliser. Rows without them take no
+        cycle more, with it or without.
 
     Raises
     ------
@@ -112,6 +115,7 @@ class AcceleratorConfig:
     router: tuple[str, ...] = ()
     router_top_k: int = TOP_K_MAX
     y_banks: int = 1
+    bias: bool = True
 
     def __post_init__(self) -> None:
         for name in ("formats", "activations", "router"):
@@ -130,6 +134,7 @@ class AcceleratorConfig:
                 f"a power of two from {low} to {high}",
             )
 
+        require("bias", isinstance(self.bias, bool), "true or false")
         power("port_bytes", 8, 64)
         power("channels", 1, BLOCK)
         power("row_multipliers", 2, 16)
@@ -285,6 +290,12 @@ class AcceleratorConfig:
         """Their codes."""
         return tuple(int(score) for score in self.router_scores)
 
+    # -- biases
+    @property
+    def bias_codes(self) -> tuple[int, ...]:
+        """What an entry of the expert table may say of a section's biases: 1, that there are."""
+        return (0, 1) if self.bias else (0,)
+
     # -- addresses
     @property
     def max_address(self) -> int:
@@ -326,7 +337,7 @@ class AcceleratorConfig:
             {a.name: getattr(f, a.name) for a in dataclasses.fields(WeightFormat)}
             for f in self.weight_formats]
         fields["activations"] = [
-            {"name": a.name, "code": a.code, "factor": a.factor.value}
+            {"name": a.name, "code": a.code, "factor": a.factor.value, "up_offset": a.up_offset}
             for a in self.expert_activations]
         if not self.router:  # what is not there changes nothing
             del fields["router"], fields["router_top_k"]

@@ -1,5 +1,7 @@
 """How many array words a section has."""
 
+from dataclasses import replace
+
 from amaranth import *
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
@@ -28,7 +30,9 @@ class SectionWords(wiring.Component):
     -------
     i_start : :py:`In(1)`
     i_format, i_steps : :py:`In(config.format_bits)`, :py:`In(layouts.steps_bits(config))`
-        Of the section; constant from ``i_start`` to ``o_done``, as is the next one.
+        Of the section; constant from ``i_start`` to ``o_done``, as are the next ones.
+    i_biased : :py:`In(1)`
+        Rows have biases.
     i_row_blocks : :py:`In((2 * config.max_steps).bit_length())`
         Rows of the section on all channels, divided by 32; 1 or more.
     o_done : :py:`Out(1)`
@@ -47,6 +51,7 @@ class SectionWords(wiring.Component):
             "i_start": In(1),
             "i_format": In(config.format_bits),
             "i_steps": In(layouts.steps_bits(config)),
+            "i_biased": In(1),
             "i_row_blocks": In((2 * config.max_steps).bit_length()),
             "o_done": Out(1),
             "o_words": Out(32),
@@ -79,6 +84,10 @@ class SectionWords(wiring.Component):
                         row_words.eq(up(self.o_tiles, section.tiles_per_row_word)),
                         scale_words.eq(up(entries, section.entries_per_scale_word)),
                     ]
+                    if config.bias:
+                        with m.If(self.i_biased):
+                            m.d.sync += row_words.eq(
+                                up(self.o_tiles, replace(section, biased=True).tiles_per_row_word))
                     if config.parts > 1:
                         m.d.sync += pattern_words.eq(
                             0 if section.format.parts == 1

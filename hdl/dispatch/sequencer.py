@@ -226,6 +226,8 @@ class Sequencer(wiring.Component):
             self.o_tag.last.eq(last_group & last_tile),
             self.o_tag.row_order.eq(order),
         ]
+        if config.bias:
+            m.d.comb += self.o_tag.biased.eq(section.dims.biased)
         section_end = Signal()
         first_group = [
             group.eq(0), slots_left.eq(current.count), slots_through.eq(per_group),

@@ -119,8 +119,8 @@ class TileBuffer(wiring.Component):
     Members
     -------
     i_section : :py:`In(stream.Signature(layouts.section(config)))`
-        Shape of the words that follow: format, steps and tiles (both at least 1). One waits while
-        one is parsed.
+        Shape of the words that follow: format, steps and tiles (both at least 1), and whether rows
+        have biases. One waits while one is parsed.
     i_word : :py:`In(stream.Signature(8 * config.word_bytes))`
     o_available : :py:`Out(1)`
         The current step can be taken.
@@ -139,6 +139,8 @@ class TileBuffer(wiring.Component):
         Where the configuration has formats with zero points, with N:M patterns.
     o_row_exponents : :py:`Out(stream.Signature(ArrayLayout(signed(16), config.rows)))`
         One element for each tile, in order.
+    o_row_biases : :py:`Out(ArrayLayout(16, config.rows))`
+        Of a configuration with biases: those of the same tile, where its section has some.
     """
 
     READ_LATENCY_CYCLES = 1
@@ -166,6 +168,7 @@ class TileBuffer(wiring.Component):
             **({"o_zeros": Out(zero_layout(config))} if config.zero_points else {}),
             **({"o_selects": Out(select_bits(config))} if config.parts > 1 else {}),
             "o_row_exponents": Out(stream.Signature(data.ArrayLayout(signed(16), config.rows))),
+            **({"o_row_biases": Out(data.ArrayLayout(16, config.rows))} if config.bias else {}),
         })
 
     @property
@@ -228,8 +231,10 @@ class TileBuffer(wiring.Component):
         kind = Signal(range(max(2, len(kinds))))
         sparse = Signal()
         row_strides = sorted({f.rows(1) for f in formats})
+        bias_strides = sorted({2 * one for one in row_strides if config.bias})
+        row_strides = sorted({*row_strides, *bias_strides})
         scale_strides = sorted({_entry_bytes(f) for f in formats})
-        assert row_strides[-1] < 1 << 4 and scale_strides[-1] < 1 << 5
+        assert row_strides[-1] <= 1 << 4 and scale_strides[-1] < 1 << 5
         group_last = Signal(range(max(f.steps_per_group for f in formats)))  # steps_per_group - 1
         # Down to 0 and to 1; that they are there is known from registers.
         steps_last, steps_left = (Signal(layouts.steps_bits(config)) for _ in range(2))
@@ -237,7 +242,7 @@ class TileBuffer(wiring.Component):
         one_step, tile_end, tiles_end = Signal(), Signal(), Signal()
         group_step = Signal.like(group_last)
         row_position, scale_position = Signal(4), Signal(5)
-        row_stride, scale_stride = Signal(4), Signal(5)  # powers of two
+        row_stride, scale_stride = Signal(5), Signal(5)  # powers of two
         pattern_position = Signal(2)
         # What is still to come before the next weight; then that.
         row_next, scale_next, pattern_next, weight_next = Signal(), Signal(), Signal(), Signal()
@@ -317,6 +322,10 @@ class TileBuffer(wiring.Component):
                             group_last.eq(fmt.steps_per_group - 1),
                             row_stride.eq(fmt.rows(1)), scale_stride.eq(_entry_bytes(fmt)),
                         ]
+                        if config.bias:
+                            stride = 2 * fmt.rows(1)
+                            with m.If(waiting.biased):
+                                m.d.sync += [row_stride.eq(stride), row_wraps.eq(stride == 1 << 4)]
 
         # -- the step's scales, and the tile's row exponents --------------------------------------
         scales = Signal(scale_layout(config))
@@ -335,16 +344,23 @@ class TileBuffer(wiring.Component):
         if config.parts > 1:
             step.append(pattern_word[:select_bits(config)])
 
+        # A tile's biases lie behind its row exponents, and each has as many as the tile has rows.
+        row_data = [row_word[:16 * rows]]
+        if config.bias:
+            row_data.append(moved(row_word, row_stride, bias_strides, 8)[:16 * rows])
+        row_width = sum(len(part) for part in row_data)
         m.submodules.row_exponents = row_fifo = fifo.SyncFIFOBuffered(
-            width=16 * rows, depth=self._row_exponent_depth)
+            width=row_width, depth=self._row_exponent_depth)
         m.d.sync += Assert(~row_fifo.w_en | row_fifo.w_rdy, "row exponents must have a place")
         m.d.comb += [
             row_fifo.w_en.eq(weight_accepted & step_first),
-            row_fifo.w_data.eq(row_word[:16 * rows]),
+            row_fifo.w_data.eq(Cat(*row_data)),
             self.o_row_exponents.valid.eq(row_fifo.r_rdy),
-            self.o_row_exponents.payload.eq(row_fifo.r_data),
+            self.o_row_exponents.payload.eq(row_fifo.r_data[:16 * rows]),
             row_fifo.r_en.eq(self.o_row_exponents.ready),
         ]
+        if config.bias:
+            m.d.comb += self.o_row_biases.eq(row_fifo.r_data[16 * rows:])
 
         # -- ring ---------------------------------------------------------------------------------
         m.submodules.ring = ring = memory.Memory(

@@ -10,7 +10,7 @@ import numpy as np
 from moeaccel.cycles.combiner import COMBINER_CYCLES
 from moeaccel.cycles.hidden_buffer import ready_cycles
 from moeaccel.cycles.job import Job
-from moeaccel.cycles.result_serialiser import RESULTS, Results, element_cycles
+from moeaccel.cycles.result_serialiser import ADDER_CYCLES, RESULTS, Results, element_cycles
 from moeaccel.cycles.schedule import Schedule
 from moeaccel.cycles.tile_buffer import TileBuffer, Words
 
@@ -76,7 +76,8 @@ class Sequencer:
                         free = retired.cycle + 1
                     ready = [free] * len(slots)
                     if len(sections) > 1:
-                        hidden = ready_cycles(config, results.taken, section.k, through)
+                        hidden = ready_cycles(config, results.taken, section.k, through,
+                                              biased=results.biased)
                         ready = [max(free, cycle) for cycle in hidden]
                         results.end += 2  # the hidden buffer is started
                         self.starved_activations += 2
@@ -85,7 +86,8 @@ class Sequencer:
                 yield from self._section(words, results, slots, ready)
             self._schedule.set(events.issued, results.end)
             self._schedule.set(
-                events.in_y, results.taken + element_cycles(config) - 1 + COMBINER_CYCLES)
+                events.in_y, results.taken + COMBINER_CYCLES - 1
+                + element_cycles(config, biased=results.biased))
         while True:
             yield
 
@@ -113,6 +115,8 @@ class Sequencer:
         arrived, began, ended = words.arrived, words.began, words.ended
         taken = deque(results.history, RESULTS)
         end = results.end
+        # Rows without biases wait until the adder is empty.
+        passes = results.taken + ADDER_CYCLES if results.biased and not words.section.biased else -1
         for tile in range(words.settled):
             while len(arrived) <= tile:
                 yield
@@ -132,7 +136,7 @@ class Sequencer:
                 if group == 0 and arrived[tile] >= end:
                     self.starved_weights += arrived[tile] + 1 - end
                     end = arrived[tile] + 1
-                taken.append(max(end + 1 + ARRAY_CYCLES, taken[-1]) + size)
+                taken.append(max(end + 1 + ARRAY_CYCLES, taken[-1], passes) + size)
             ended.append(end)
             words.taken.append(taken[-1])
         settled_end = end
@@ -152,3 +156,4 @@ class Sequencer:
             taken.extend(words.taken[-1] - i * steps for i in reversed(range(RESULTS)))
         results.end = end
         results.history = list(taken)
+        results.biased = words.section.biased

@@ -124,6 +124,17 @@ def check_matrix(matrix: QuantisedMatrix, what: str = "matrix") -> None:
                      if isinstance(values, np.ndarray) else type(values).__name__)
             raise FormatError(f"{what}: {name} must be an array, {np.dtype(dtype)} of the shape "
                               f"{expected}, not {found}")
+    bias = matrix.bias
+    if bias is not None:
+        if (not isinstance(bias, np.ndarray) or bias.dtype != np.uint16
+                or bias.shape != shape[:1]):
+            raise FormatError(f"{what}: bias must be None, or an array, uint16 of the shape "
+                              f"{shape[:1]}; QuantisedMatrix.with_bias() makes one")
+        wrong = (bias & 0x7F80) == 0x7F80
+        if wrong.any():
+            row = int(np.flatnonzero(wrong)[0])
+            raise FormatError(f"{what}: bias must be finite, but row {row} holds "
+                              f"{matrix.bias_values[row]}")
     _check_values(what, matrix.integers, "integers", fmt.name, fmt.known)
     whole = fmt.whole_groups(in_groups(matrix.integers, fmt.group))
     check_pattern(matrix.integers, fmt)

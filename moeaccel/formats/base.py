@@ -281,6 +281,24 @@ def in_groups(values: NDArray[np.int8], group: int) -> NDArray[np.int8]:
     return np.ascontiguousarray(values).reshape(len(values), -1, group)
 
 
+def bfloat16_bits(values: NDArray[np.float32], what: str) -> NDArray[np.uint16]:
+    """Round numbers to bfloat16, half to even, and return their bits; subnormal ones are zero.
+
+    Raises
+    ------
+    FormatError
+        If one is not finite, or not after rounding; ``what`` it is.
+    """
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32).astype(np.int64)
+    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    wrong = (rounded & 0x7F80) == 0x7F80
+    if wrong.any():
+        row = int(np.flatnonzero(wrong.reshape(-1))[0])
+        raise FormatError(f"{what} must be of numbers that bfloat16 has, up to 3.38e38, but number "
+                          f"{row} is {values.reshape(-1)[row]}")
+    return np.where(rounded & 0x7F80, rounded, 0).astype(np.uint16)
+
+
 @dataclass(frozen=True)
 class QuantisedMatrix:
     """A quantised matrix of ``n`` rows and K columns.
@@ -297,6 +315,8 @@ class QuantisedMatrix:
     row_exponent : int16 array, (n,)
     coarsened : :class:`int`
         Groups whose scale the row's range clamped.
+    bias : uint16 array, (n,), optional
+        Added to each row's dot product: the bits of bfloat16 numbers.
     """
 
     format: WeightFormat
@@ -305,12 +325,37 @@ class QuantisedMatrix:
     shift: NDArray[np.int8]
     row_exponent: NDArray[np.int16]
     coarsened: int
+    bias: NDArray[np.uint16] | None = None
+
+    def with_bias(self, bias: NDArray[np.floating] | None) -> QuantisedMatrix:
+        """Return the matrix with a bias for each row, (n,), rounded to bfloat16; None: without.
+
+        Raises
+        ------
+        FormatError
+            If they are not as many as rows, or one is not finite as a bfloat16 number.
+        """
+        if bias is None:
+            return replace(self, bias=None)
+        values = np.ascontiguousarray(bias, dtype=np.float32)
+        if values.shape != self.row_exponent.shape:
+            raise FormatError(f"bias must have the shape {self.row_exponent.shape}, one number for "
+                              f"each row, not {values.shape}")
+        return replace(self, bias=bfloat16_bits(values, "bias"))
+
+    @property
+    def bias_values(self) -> NDArray[np.float32]:
+        """The biases, (n,) float32, zeros where there are none."""
+        if self.bias is None:
+            return np.zeros(len(self.row_exponent), np.float32)
+        return (self.bias.astype(np.uint32) << 16).view(np.float32)
 
     def __getitem__(self, rows: slice) -> QuantisedMatrix:
         """Return some rows; ``coarsened`` stays that of the whole."""
         return replace(
             self, integers=self.integers[rows], significand=self.significand[rows],
-            shift=self.shift[rows], row_exponent=self.row_exponent[rows])
+            shift=self.shift[rows], row_exponent=self.row_exponent[rows],
+            bias=None if self.bias is None else self.bias[rows])
 
     def filled(self, rows: int, k: int) -> QuantisedMatrix:
         """Return the matrix with zeros behind its rows and columns, (rows, k)."""
@@ -326,7 +371,8 @@ class QuantisedMatrix:
             significand=np.pad(self.significand, below + right,
                                constant_values=0 if self.format.real_scale else 1),
             shift=np.pad(self.shift, below + right),
-            row_exponent=np.pad(self.row_exponent, below))
+            row_exponent=np.pad(self.row_exponent, below),
+            bias=None if self.bias is None else np.pad(self.bias, below))
 
     def dequantise(self) -> NDArray[np.float64]:
         """Return the exact weights, (n, K) float64."""

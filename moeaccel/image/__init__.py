@@ -8,7 +8,8 @@ u1, ...), so that a pair is always in one tile. For each section::
 
     for tile in tiles:
         if tile % tiles_per_row_word == 0:
-            row word: R int16 row exponents for each of the next tiles
+            row word: R int16 row exponents for each of the next tiles; of a section with biases R
+                row exponents, then R bfloat16 biases, for each
         for step in range(K / 32):
             if step % steps_per_group == 0:
                 if entry % entries_per_scale_word == 0:

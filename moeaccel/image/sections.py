@@ -33,6 +33,8 @@ class Section:
         Of an array that will read it.
     channels : :class:`int`
         To which the rows are dealt; tiles and words are those of one channel.
+    biased : :class:`bool`
+        Each row has a bias beside its exponent.
     """
 
     format: WeightFormat
@@ -40,6 +42,7 @@ class Section:
     k: int
     row_multipliers: int
     channels: int = 1
+    biased: bool = False
 
     @property
     def word_bytes(self) -> int:
@@ -68,8 +71,8 @@ class Section:
 
     @property
     def tiles_per_row_word(self) -> int:
-        """Tiles whose row exponents share a word."""
-        return 8 * self.word_bytes // (16 * self.tile_rows)
+        """Tiles whose row exponents, and biases, share a word."""
+        return 8 * self.word_bytes // ((32 if self.biased else 16) * self.tile_rows)
 
     @property
     def entries_per_scale_word(self) -> int:
@@ -106,9 +109,8 @@ class Section:
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of weights, scales and row exponents without padding, on all
-        channels."""
-        return stored_bytes(self.format, self.rows, self.k)
+        """Bytes of weights, scales, row exponents and biases without padding, on all channels."""
+        return stored_bytes(self.format, self.rows, self.k, biased=self.biased)
 
     def kinds(self) -> NDArray[np.uint8]:
         """Return the kind of each word in order: 0 row, 1 scale, 2 weight, 3 pattern."""
@@ -126,12 +128,13 @@ class Section:
         return flat[flat != 255]
 
 
-def stored_bytes(fmt: WeightFormat, rows: int, k: int) -> int:
-    """Return the bytes of weights, scales and row exponents, whole for each row."""
+def stored_bytes(fmt: WeightFormat, rows: int, k: int, *, biased: bool = False) -> int:
+    """Return the bytes of weights, scales, row exponents and biases, whole for each row."""
     quads = -(-k // QUAD)
     weights = -(-(k if fmt.parts == 1 else quads * fmt.nonzeros) * fmt.weight_bits // 8)
     patterns = -(-quads * fmt.pattern_bits // 8)
-    return rows * int(weights + patterns + -(-k // fmt.group) * fmt.scale_bits // 8 + 2)
+    return rows * int(weights + patterns + -(-k // fmt.group) * fmt.scale_bits // 8
+                      + (4 if biased else 2))
 
 
 def _pack_entries(values: NDArray[np.integer], bits: int, per_word: int, word_bytes: int) -> Bytes:
@@ -156,7 +159,8 @@ def deal(
 
     return replace(
         matrix, integers=part(matrix.integers), significand=part(matrix.significand),
-        shift=part(matrix.shift), row_exponent=part(matrix.row_exponent))
+        shift=part(matrix.shift), row_exponent=part(matrix.row_exponent),
+        bias=None if matrix.bias is None else part(matrix.bias))
 
 
 def _gather(parts: Sequence[QuantisedMatrix], section: Section, together: int) -> QuantisedMatrix:
@@ -167,8 +171,8 @@ def _gather(parts: Sequence[QuantisedMatrix], section: Section, together: int) -
         pieces = dealt.reshape(len(parts), -1, together, *dealt.shape[2:])
         return pieces.swapaxes(0, 1).reshape(section.rows, *dealt.shape[2:])
 
-    return replace(parts[0], **{
-        name: whole(name) for name in ("integers", "significand", "shift", "row_exponent")})
+    names = ["integers", "significand", "shift", "row_exponent", *["bias"] * section.biased]
+    return replace(parts[0], **{name: whole(name) for name in names})
 
 
 def _in_lanes(values: NDArray[np.uint8], section: Section, fields: int) -> NDArray[np.uint8]:
@@ -213,7 +217,7 @@ def pack_section(matrix: QuantisedMatrix, row_multipliers: int) -> Bytes:
     """Return the words of one section as bytes, for a matrix whose rows are in image order."""
     fmt = matrix.format
     n, k = matrix.integers.shape
-    section = Section(fmt, n, k, row_multipliers)
+    section = Section(fmt, n, k, row_multipliers, biased=matrix.bias is not None)
     tiles, steps, tile_rows = section.tiles, section.steps, section.tile_rows
     codes, scales = fmt.stored(matrix)
     patterns: NDArray[np.uint8] | None = None
@@ -228,6 +232,8 @@ def pack_section(matrix: QuantisedMatrix, row_multipliers: int) -> Bytes:
 
     scales = _in_steps(scales, section)
     rows = matrix.row_exponent.reshape(tiles, tile_rows).view(np.uint16)
+    if matrix.bias is not None:
+        rows = np.concatenate([rows, matrix.bias.reshape(tiles, tile_rows)], axis=1)
 
     kinds = section.kinds()
     out = np.zeros((section.words, section.word_bytes), np.uint8)
@@ -273,7 +279,8 @@ def _unpack_part(words: Bytes, section: Section) -> QuantisedMatrix:
     words = words.reshape(section.words, section.word_bytes)
     kinds = section.kinds()
 
-    exponents = np.ascontiguousarray(words[kinds == 0]).view("<i2").reshape(-1, tile_rows)
+    rows = np.ascontiguousarray(words[kinds == 0]).view("<i2").reshape(-1, tile_rows)
+    exponents, biases = (rows[0::2], rows[1::2]) if section.biased else (rows, None)
     scales = np.ascontiguousarray(words[kinds == 1]).view(f"<u{fmt.scale_bits // 8}")
     per_step = fmt.scales_per_step
     scales = scales.reshape(-1, tile_rows * per_step)[: tiles * section.groups]
@@ -292,6 +299,9 @@ def _unpack_part(words: Bytes, section: Section) -> QuantisedMatrix:
         matrix = replace(matrix, integers=expanded(
             matrix.integers.reshape(codes.shape),
             _from_lanes(at.reshape(tiles * section.steps, -1, 1), section)))
+    if biases is not None:
+        matrix = replace(
+            matrix, bias=biases[:tiles].reshape(-1).astype(np.int16).view(np.uint16))
     # As the device reads what was damaged: a shift has so many bits, and at most that value.
     shift = matrix.shift & ((1 << SHIFT_BITS) - 1)
     return replace(matrix, shift=np.minimum(shift, fmt.max_shift).astype(np.int8))

@@ -284,6 +284,9 @@ def _section(index: int) -> tuple[Field, ...]:
                Limit(values="format_codes", when=here)),
         _field(f"operand{index}", word, 8, 8, "Operand.", Limit(values=(operand,), when=here)),
         _field(f"sink{index}", word, 16, 8, "Sink.", *follows),
+        _field(f"bias{index}", word, 24, 8,
+               "1: each row has a bias beside its exponent; 0: none has.",
+               Limit(values="bias_codes", when=here)),
         _field(f"words{index}", word + 1, 0, 32, "Array words of the section (docs/images.md)."),
     )
 

@@ -90,7 +90,8 @@ def sections_of(values: Mapping[str, int], d_in: int, d_out: int, config: Accele
     shapes = [(d_out, d_in)] if values["sections"] == 1 else [(rows_of_h * d_expert, d_in),
                                                             (d_out, d_expert)]
     return tuple(
-        Section(formats[values[f"format{i}"]], rows, k, config.row_multipliers, config.channels)
+        Section(formats[values[f"format{i}"]], rows, k, config.row_multipliers, config.channels,
+                bool(values[f"bias{i}"]))
         for i, (rows, k) in enumerate(shapes))
 
 

@@ -17,8 +17,8 @@ EVERY512 = EVERY.replace(max_dim=512)
 LONG = PRESETS["tiny"].replace(max_dim=2880, tile_words=128)
 
 
-def random_matrix(rng, fmt, rows, k):
-    """Return a matrix with any integers and scales that the format can store."""
+def random_matrix(rng, fmt, rows, k, biased):
+    """Return a matrix with any integers, scales and biases that the format can store."""
     groups = -(-k // fmt.group)
     integers = rng.choice(fmt.integers, (rows, k))
     if fmt.parts > 1:
@@ -34,18 +34,20 @@ def random_matrix(rng, fmt, rows, k):
     return QuantisedMatrix(
         fmt, integers.astype(np.int8), significand.astype(np.int16),
         rng.integers(0, fmt.max_shift + 1, (rows, groups)).astype(np.int8),
-        rng.integers(-300, 300, rows).astype(np.int16), 0)
+        rng.integers(-300, 300, rows).astype(np.int16), 0,
+        rng.integers(0, 1 << 16, rows).astype(np.uint16) if biased else None)
 
 
 class Case:
     """One section; its tiles are used 1 to ``groups`` times, or always ``-groups`` times."""
 
-    def __init__(self, rng, config, name, tiles, k, groups):
+    def __init__(self, rng, config, name, tiles, k, groups, biased=False):
         self.config = config
         self.fmt = ALL_FORMATS[name]
         self.rows = self.fmt.rows(config.row_multipliers)
-        self.matrix = random_matrix(rng, self.fmt, tiles * self.rows, k)
-        self.section = Section(self.fmt, tiles * self.rows, k, config.row_multipliers)
+        self.matrix = random_matrix(rng, self.fmt, tiles * self.rows, k, biased)
+        self.section = Section(
+            self.fmt, tiles * self.rows, k, config.row_multipliers, biased=biased)
         image = pack_section(self.matrix, config.row_multipliers)
         self.words = image.reshape(-1, config.word_bytes)
         self.groups = groups
@@ -94,6 +96,9 @@ class Case:
     def row_exponents(self, tile):
         return self.matrix.row_exponent[tile * self.rows:(tile + 1) * self.rows].tolist()
 
+    def row_biases(self, tile):
+        return self.matrix.bias[tile * self.rows:(tile + 1) * self.rows].tolist()
+
 
 def run(config, cases, *, stall=0.0, take_stall=0.0, seed=0, free=False, depth=16, lag=0):
     """Stream cases through a TileBuffer, check what comes out; return cycles of words and takes.
@@ -117,6 +122,8 @@ def run(config, cases, *, stall=0.0, take_stall=0.0, seed=0, free=False, depth=1
             ctx.set(dut.i_section.p.format, case.fmt.code)
             ctx.set(dut.i_section.p.steps, case.section.steps)
             ctx.set(dut.i_section.p.tiles, case.section.tiles)
+            if config.bias:
+                ctx.set(dut.i_section.p.biased, case.section.biased)
             ctx.set(dut.i_section.valid, 1)
             await ctx.tick().until(dut.i_section.ready)
             ctx.set(dut.i_section.valid, 0)
@@ -139,10 +146,15 @@ def run(config, cases, *, stall=0.0, take_stall=0.0, seed=0, free=False, depth=1
                 while row_rng.random() < stall:
                     await ctx.tick()
                 ctx.set(rows_out.ready, 1)
-                payload, = await ctx.tick().sample(rows_out.payload).until(rows_out.valid)
+                payload, biases = await ctx.tick().sample(
+                    rows_out.payload, dut.o_row_biases if config.bias else rows_out.payload,
+                ).until(rows_out.valid)
                 ctx.set(rows_out.ready, 0)
                 want = case.row_exponents(tile)
                 assert [payload[i] for i in range(len(want))] == want
+                if case.section.biased:
+                    want = case.row_biases(tile)
+                    assert [biases[i] for i in range(len(want))] == want
 
     async def take(ctx):
         await ctx.tick().repeat(lag + 1)
@@ -195,15 +207,16 @@ SHAPES = [  # tiles, k
 ]
 
 
-@pytest.mark.parametrize("config", [TINY, ROWS4, EVERY512], ids=["rows2", "rows4", "every"])
+@pytest.mark.parametrize("config", [TINY, ROWS4, EVERY512, TINY.replace(bias=False)],
+                         ids=["rows2", "rows4", "every", "no bias"])
 @pytest.mark.parametrize("stall", [0.0, 0.5])
 @pytest.mark.parametrize("take_stall", [0.0, 0.5])
 def test_images(config, stall, take_stall):
     """Sections of all formats and shapes follow each other; each tile is replayed 1 to 4 times."""
     rng = np.random.default_rng(1)
-    cases = [Case(rng, config, name, tiles, k, groups=4)
-             for tiles, k in SHAPES for name in config.formats]
-    order = rng.permutation(len(cases))[:14]
+    cases = [Case(rng, config, name, tiles, k, groups=4, biased=config.bias and biased)
+             for tiles, k in SHAPES for name in config.formats for biased in (False, True)]
+    order = rng.permutation(len(cases))[:18]
     run(config, [cases[i] for i in order], stall=stall, take_stall=take_stall, free=bool(stall),
         depth=4)
 
@@ -219,7 +232,8 @@ def test_long_rows(name):
 def test_one_word_per_cycle(name, tiles, k):
     """Without stalls, and with one group, a word enters every cycle; one is lost a section."""
     rng = np.random.default_rng(3)
-    cases = [Case(rng, TINY, n, tiles, k, groups=-1) for n in (name, "int4_g128", name)]
+    cases = [Case(rng, TINY, n, tiles, k, groups=-1, biased=bool(i))
+             for i, n in enumerate((name, "int4_g128", name))]
     accepted, _ = run(TINY, cases)
     behind_first = np.cumsum([0] + [case.section.words for case in cases[:-1]])
     pauses, = np.nonzero(np.diff(accepted) - 1)
