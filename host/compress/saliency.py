@@ -33,7 +33,8 @@ def seer_scores(layer: MoELayer, x: Tokens) -> Scores:
     routing = layer.route(x)
     chosen = routing.ids >= 0
     probabilities = np.take_along_axis(routing.probabilities, np.maximum(routing.rows, 0), axis=1)
-    return np.bincount(routing.ids[chosen], probabilities[chosen], minlength=len(layer.experts))
+    return np.bincount(routing.ids[chosen], probabilities[chosen],
+                       minlength=len(layer.experts)).astype(np.float64)
 
 
 def reap_scores(layer: MoELayer, x: Tokens) -> Scores:

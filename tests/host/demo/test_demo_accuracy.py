@@ -31,6 +31,5 @@ def test_accuracy_on_the_device_is_near_float(weight_format, points):
         finally:
             release(model)
             use_device(None)
-    print(f"{weight_format}: float {mean(expected):.1f} %, device {mean(found):.1f} %")
     assert abs(mean(found) - mean(expected)) <= points, (found, expected)
     assert all(100 * abs(found[task] - expected[task]) <= points + 1 for task in expected)
