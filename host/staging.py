@@ -1,0 +1,123 @@
+"""A call's arrays in the host's staging, and what is to be sent of them: laid out once for each
+shape of call, side and layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from moeaccel.formats import whole_blocks
+from moeaccel.host.sides import Place, Side, aligned
+from moeaccel.host.tensors import Target, Tensor, put_floats, put_indices
+from moeaccel.host.transports.base import Bytes
+from moeaccel.interface.commands import SUBMISSION, Opcode, encode
+
+__all__ = ["Layouts", "Staged", "offsets"]
+
+_MOST_LAYOUTS = 64
+
+
+def offsets(sizes: Sequence[int]) -> list[int]:
+    """Return the offset of each array when they follow one another, and behind them the size."""
+    found = [0]
+    for size in sizes:
+        found.append(found[-1] + aligned(size))
+    return found
+
+
+class Staged:
+    """Where a call's arrays are put, and its submission.
+
+    Parameters
+    ----------
+    place : :class:`Place`
+    x : float32 array, (T, d_in)
+        Of the staging; whatever fills its rows up to whole blocks is zeroed by :meth:`put`.
+    padding : float32 array, (T, any)
+    ids, weights : array, (T, K), optional
+    num_experts : :class:`int`
+    """
+
+    __slots__ = ("_ids", "_num_experts", "_padding", "_weights", "_x", "place", "x")
+
+    def __init__(self, place: Place, x: np.ndarray, padding: np.ndarray, ids: np.ndarray | None,
+                 weights: np.ndarray | None, num_experts: int) -> None:
+        self.place, self.x = place, x
+        self._x = Target(x)
+        self._padding = padding if padding.size else None
+        self._ids = None if ids is None else Target(ids)
+        self._weights = None if weights is None else Target(weights)
+        self._num_experts = num_experts
+
+    def put(self, x: Tensor, ids: Tensor | None, weights: Tensor | None) -> None:
+        """Convert a call's tensors into the staging.
+
+        Raises
+        ------
+        InvalidTensor
+            For elements of another kind.
+        """
+        put_floats("x", x, self._x)
+        if self._padding is not None:
+            self._padding.fill(0)
+        if self._ids is not None and self._weights is not None:
+            assert ids is not None and weights is not None
+            put_indices("ids", ids, self._num_experts, self._ids)
+            put_floats("weights", weights, self._weights)
+
+
+class Layouts:
+    """The layouts of a layer's calls.
+
+    Parameters
+    ----------
+    opcode : :class:`Opcode`
+    layer_address, d_in, d_out, num_experts : :class:`int`
+        Dimensions are the caller's.
+    """
+
+    def __init__(self, opcode: Opcode, layer_address: int, *, d_in: int, d_out: int,
+                 num_experts: int) -> None:
+        self._opcode = opcode
+        self._layer_address = layer_address
+        self._d_in, self._d_out, self._num_experts = d_in, d_out, num_experts
+        self._x_row, self._y_row = 4 * whole_blocks(d_in), 4 * whole_blocks(d_out)
+        self._staged: dict[tuple[int, int, Side], Staged] = {}
+
+    def sizes(self, tokens: int, top_k: int) -> tuple[int, int]:
+        """Return the bytes of inputs and of y beside a ring."""
+        pairs = 2 * aligned(4 * tokens * top_k) if self._opcode is Opcode.EXPERTS else 0
+        return tokens * self._x_row + pairs, tokens * self._y_row
+
+    def staged(self, side: Side, tokens: int, top_k: int, staging: Bytes, workspace: int
+               ) -> Staged:
+        """Return where a call goes on a side."""
+        found = self._staged.get((tokens, top_k, side))
+        if found is None:
+            if len(self._staged) >= _MOST_LAYOUTS:
+                self._staged = {}
+            found = self._new(side, tokens, top_k, staging, workspace)
+            self._staged[tokens, top_k, side] = found
+        return found
+
+    def _new(self, side: Side, tokens: int, top_k: int, staging: Bytes, workspace: int) -> Staged:
+        size, y_bytes = self.sizes(tokens, top_k)
+        low, address = side.inputs(size)
+        routed = self._opcode is Opcode.EXPERTS
+        pairs = 4 * tokens * top_k
+        at = offsets([tokens * self._x_row, *([pairs, pairs] if routed else [])])
+        fields = {"opcode": int(self._opcode), "tokens": tokens, "top_k": top_k,
+                  "layer_address": self._layer_address, "x_address": address,
+                  "y_address": side.reply(y_bytes).address, "workspace_address": workspace}
+        ids = weights = None
+        if routed:
+            fields |= {"ids_address": address + at[1], "weights_address": address + at[2]}
+            ids, weights = (
+                staging[low + start : low + start + pairs].view(dtype).reshape(tokens, top_k)
+                for start, dtype in ((at[1], np.int32), (at[2], np.float32)))
+        x = staging[low : low + tokens * self._x_row].view(np.float32).reshape(tokens, -1)
+        place = Place(side, low, low + size, int.from_bytes(encode(SUBMISSION, fields), "little"),
+                      side.reply(y_bytes))
+        return Staged(place, x[:, : self._d_in], x[:, self._d_in :], ids, weights,
+                      self._num_experts)
