@@ -171,7 +171,7 @@ class Engine(wiring.Component):
         wiring.connect(m, dispatcher=dispatcher.o_load, loader=loader.i_request)
         m.d.comb += [
             loader.i_two_planes.eq(job.two_planes), loader.i_steps.eq(job.steps_in),
-            loader.i_x_address.eq(job.x_address),
+            loader.i_x_address.eq(job.x_address), loader.i_narrow.eq(job.x_narrow),
         ]
         for core in cores:
             m.d.comb += [
@@ -248,6 +248,7 @@ class Engine(wiring.Component):
             combiner.i_grid_exponent.eq(job.grid_exponent),
             combiner.i_steps_out.eq(job.steps_out),
             combiner.i_y_address.eq(job.y_address),
+            combiner.i_narrow.eq(job.y_narrow),
             combiner.i_workspace_address.eq(job.workspace_address),
             combiner.i_lookup.eq(lead.slot_address),
             sequencer.i_down_done.eq(lead.o_down_done),

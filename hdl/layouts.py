@@ -8,9 +8,11 @@ from amaranth.lib.wiring import In, Out
 from amaranth.utils import ceil_log2, exact_log2
 
 from moeaccel.arithmetic import ELEMENT_BITS, MANTISSA_BITS
-from moeaccel.config import BLOCK, AcceleratorConfig
+from moeaccel.config import BLOCK, TOP_K_MAX, AcceleratorConfig
 from moeaccel.formats import WeightFormat
 from moeaccel.interface.commands import COUNT_MAX, ENTRY_BYTES, SECTIONS_MAX, Field, NonFinite
+from moeaccel.router.choices import Renormalize, Score
+from moeaccel.router.tables import SCORE_BITS, VALUE_BITS, WORD_BITS
 
 EXPONENT_BITS = 12
 """Signed exponents of internal and block floats: no product of the chain leaves this range."""
@@ -82,8 +84,8 @@ def steps_bits(config: AcceleratorConfig) -> int:
 def most_beats(config: AcceleratorConfig) -> int:
     """Return the beats of the longest request that any client of a memory port makes.
 
-    That is a command's ids or weights, a row of partial sums (8 bytes each; x and y have 4), or a
-    burst of the weight stream.
+    That is a command's ids or weights, a row of partial sums (8 bytes each; x and y have less), or
+    a burst of the weight stream.
     """
     longest = max(4 * config.max_assignments, 8 * config.max_dim)
     return max(longest // config.port_bytes, config.max_burst_beats)
@@ -150,11 +152,14 @@ def job(config: AcceleratorConfig) -> data.StructLayout:
     """Return a checked command with its layer, as the engine takes it.
 
     ``routed``: ids and weights are in memory; else every token goes to expert 0 with weight 1.
+    ``x_narrow``, ``y_narrow``: bfloat16 in memory, else float32.
     """
     address = config.address_bits
     return data.StructLayout({
         "routed": 1,
         "two_planes": 1,
+        "x_narrow": 1,
+        "y_narrow": 1,
         "num_experts": config.max_experts.bit_length(),
         "steps_in": steps_bits(config),
         "steps_out": steps_bits(config),
@@ -352,3 +357,38 @@ def hidden_elements(config: AcceleratorConfig) -> data.StructLayout:
 def base_address(config: AcceleratorConfig) -> data.StructLayout:
     """Return the address of a base exponent: a slot of x (``bank``), or of h (``hidden``)."""
     return data.StructLayout({"slot": slot_bits(config), "bank": 1, "hidden": 1})
+
+
+def router_form(config: AcceleratorConfig) -> data.StructLayout:
+    """Return how a router makes ids and weights of logits (moeaccel.router.settings).
+
+    ``by_logits``: keys are logits, else scores. ``top2``: a group's score is the sum of its top
+    two. ``scale``, ``scale_exponent``: 24 bits of it and the power of two behind them.
+    """
+    experts = config.max_experts.bit_length()
+    return data.StructLayout({
+        "experts": experts,
+        "top_k": range(TOP_K_MAX + 1),
+        "score": range(len(Score)),
+        "by_logits": 1,
+        "grouped": 1,
+        "top2": 1,
+        "group_size": experts,
+        "keep_groups": range(TOP_K_MAX + 1),
+        "renormalize": range(len(Renormalize)),
+        "epsilon": SCORE_BITS + 1,
+        "scale": VALUE_BITS,
+        "scale_exponent": signed(8),
+    })
+
+
+def fixed_logit() -> data.StructLayout:
+    """Return a logit in units of 2**-20; ``beyond``: it is not what it should be, but the nearest
+    there is."""
+    return data.StructLayout({"value": signed(WORD_BITS), "beyond": 1})
+
+
+def routed_pair(config: AcceleratorConfig) -> data.StructLayout:
+    """Return an expert that a token goes to: its id and weight; ``some``: there is one; ``last``:
+    of the token."""
+    return data.StructLayout({"id": expert_bits(config), "some": 1, "weight": 32, "last": 1})

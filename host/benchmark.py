@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moeaccel.arithmetic import from_bfloat16, to_bfloat16
 from moeaccel.config import AcceleratorConfig
 from moeaccel.cycles import expert_cycles, linear_cycles
 from moeaccel.errors import MoeAccelError
 from moeaccel.formats import weight_format, whole_blocks
+from moeaccel.interface.commands import ElementType
 from moeaccel.zoo import Model
 
 if TYPE_CHECKING:
@@ -41,6 +43,8 @@ class Bench:
     weight_format : :class:`str`
     activation_bits : :class:`int`
         8 or 16.
+    io : :class:`ElementType`
+        Of x and y.
     seed : :class:`int`
         Of weights, x and routing.
     progress : callable
@@ -53,6 +57,7 @@ class Bench:
     latency: int
     weight_format: str
     activation_bits: int
+    io: ElementType = ElementType.FLOAT32
     seed: int = 0
     progress: Progress = lambda _: None
 
@@ -60,6 +65,11 @@ class Bench:
     def planes(self) -> int:
         """Planes of the activations."""
         return self.activation_bits // 8
+
+    def draw_x(self, rng: np.random.Generator, tokens: int, d_in: int) -> NDArray[np.float32]:
+        """Return Gaussian x, (tokens, d_in), that :attr:`io` can hold."""
+        x = rng.standard_normal((tokens, d_in)).astype(np.float32)
+        return from_bfloat16(to_bfloat16(x)) if self.io is ElementType.BFLOAT16 else x
 
 
 @dataclass(frozen=True)
@@ -69,7 +79,7 @@ class BenchmarkResult:
 
     Parameters
     ----------
-    what, model, config, device, memory, weight_format : :class:`str`
+    what, model, config, device, memory, weight_format, io : :class:`str`
     activation_bits, tokens, assignments, experts_used : :class:`int`
     cycles, cycle_model_cycles : :class:`int`
         Measured; predicted by :mod:`moeaccel.cycles`.
@@ -98,6 +108,7 @@ class BenchmarkResult:
     device: str
     memory: str
     weight_format: str
+    io: str
     activation_bits: int
     tokens: int
     assignments: int
@@ -162,15 +173,22 @@ class _Run:
     wall_s: float
 
 
-def _run(bench: Bench, loaded: Experts | Linear, *call: NDArray[Any]) -> _Run:
+def _run(bench: Bench, loaded: Experts | Linear, x: NDArray[np.float32], *routed: NDArray[Any]
+         ) -> _Run:
+    narrow = bench.io is ElementType.BFLOAT16
+    sent: Any = x
+    if narrow:
+        import torch
+
+        sent = torch.from_numpy(x).bfloat16()
     bench.progress("running")
     before = bench.device.counters()
     begin = time.perf_counter()
-    handle = loaded.submit(*call)
+    handle = loaded.submit(sent, *routed)
     y = loaded.sync(handle)
     wall = time.perf_counter() - begin
     after = bench.device.counters()
-    return _Run(y=np.asarray(y), cycles=handle.cycles, wall_s=wall,
+    return _Run(y=y.float().numpy() if narrow else y, cycles=handle.cycles, wall_s=wall,
                 counters={name: after[name] - before[name] for name in after})
 
 
@@ -209,7 +227,7 @@ def bench_experts(bench: Bench, model: Model, *, tokens: int, kind: str = "unifo
     rng = np.random.default_rng(bench.seed)
     fmt = weight_format(bench.weight_format)
     experts, d_model, d_expert = model.n_experts, model.d_model, model.d_expert
-    x = rng.standard_normal((tokens, d_model)).astype(np.float32)
+    x = bench.draw_x(rng, tokens, d_model)
     ids = routing(tokens, experts, model.top_k, kind=kind, seed=bench.seed)
     weights = rng.random((tokens, model.top_k)).astype(np.float32)
     weights /= weights.sum(axis=1, keepdims=True)
@@ -234,7 +252,7 @@ def bench_experts(bench: Bench, model: Model, *, tokens: int, kind: str = "unifo
     bench.progress("checking against the golden model")
     expected = golden.experts(
         _filled(x), ids, weights, [expert.filled() for expert in all_experts],
-        planes=planes, grid_exponent=loaded.grid_exponent).y[:, :d_model]
+        planes=planes, grid_exponent=loaded.grid_exponent, y_type=bench.io).y[:, :d_model]
     order = {e: i for i, e in enumerate(used.tolist())}
     exact = experts_float64(
         x,
@@ -248,7 +266,7 @@ def bench_experts(bench: Bench, model: Model, *, tokens: int, kind: str = "unifo
         experts_used=len(used), stored_bytes=len(used) * loaded.shape.stored_bytes,
         useful=ids.size * 3 * d_model * d_expert * planes,
         predicted=expert_cycles(
-            config, loaded.shape, ids, experts, planes=planes, latency=bench.latency),
+            config, loaded.shape, ids, experts, planes=planes, latency=bench.latency, io=bench.io),
         expected=expected, exact=exact)
 
 
@@ -260,7 +278,7 @@ def bench_gemm(bench: Bench, *, m: int, k: int, n: int) -> BenchmarkResult:
     config, planes = bench.device.config, bench.planes
     rng = np.random.default_rng(bench.seed)
     fmt = weight_format(bench.weight_format)
-    x = rng.standard_normal((m, k)).astype(np.float32)
+    x = bench.draw_x(rng, m, k)
     w = rng.standard_normal((n, k), dtype=np.float32) / np.float32(np.sqrt(k))
     bench.progress("quantising and loading")
     matrix = quantise(w, fmt)
@@ -270,11 +288,12 @@ def bench_gemm(bench: Bench, *, m: int, k: int, n: int) -> BenchmarkResult:
     section = loaded.shape.section
     expected = golden.gemm(
         _filled(x), matrix.filled(section.rows, section.k), planes=planes,
-        grid_exponent=loaded.grid_exponent).y[:, :n]
+        grid_exponent=loaded.grid_exponent, y_type=bench.io).y[:, :n]
     return _result(
         bench, run, what="gemm", model=f"{m}x{k}x{n}", tokens=m, assignments=m, experts_used=1,
         stored_bytes=loaded.shape.stored_bytes, useful=m * k * n * planes,
-        predicted=linear_cycles(config, section, m, planes=planes, latency=bench.latency),
+        predicted=linear_cycles(config, section, m, planes=planes, latency=bench.latency,
+                                io=bench.io),
         expected=expected, exact=x.astype(np.float64) @ w.astype(np.float64).T)
 
 
@@ -302,6 +321,7 @@ def _result(bench: Bench, run: _Run, *, expected: NDArray[np.float32], exact: ND
         device=bench.device_name,
         memory=bench.memory,
         weight_format=fmt.name,
+        io=bench.io.name.lower(),
         activation_bits=bench.activation_bits,
         cycles=cycles,
         cycle_model_cycles=predicted,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from moeaccel.arithmetic import from_bfloat16
 from moeaccel.config import TOP_K_MAX
 from moeaccel.formats import whole_blocks
 from moeaccel.host.errors import (
@@ -34,9 +35,18 @@ from moeaccel.host.report import (
 )
 from moeaccel.host.rings import Command, Completion
 from moeaccel.host.staging import Layouts, offsets
-from moeaccel.host.tensors import Like, Tensor, float32, indices, shape_of
+from moeaccel.host.tensors import (
+    Like,
+    Tensor,
+    element_type,
+    elements,
+    float32,
+    indices,
+    io_type,
+    shape_of,
+)
 from moeaccel.image import ExpertShape, LinearShape
-from moeaccel.interface.commands import Opcode
+from moeaccel.interface.commands import ElementType, Opcode
 
 if TYPE_CHECKING:
     from moeaccel.host.device import Device
@@ -44,6 +54,8 @@ if TYPE_CHECKING:
 __all__ = ["CallStatistics", "Experts", "Handle", "Linear"]
 
 logger = logging.getLogger(__name__)
+
+_STORED = {ElementType.FLOAT32: np.dtype("<f4"), ElementType.BFLOAT16: np.dtype("<u2")}
 
 
 @dataclass(frozen=True)
@@ -63,7 +75,7 @@ class CallStatistics:
     commands: int
     tokens: int
     underflows: int = 0
-    _sample: tuple[int, NDArray[np.float32], int] | None = field(
+    _sample: tuple[int, NDArray[Any], int] | None = field(
         default=None, repr=False, compare=False)
 
     @functools.cached_property
@@ -77,6 +89,8 @@ class CallStatistics:
         if self._sample is None:
             return None
         step, rows, planes = self._sample
+        if element_type(rows) is ElementType.BFLOAT16:
+            rows = from_bfloat16(rows)
         return measure_activations(rows, planes, step=step)
 
 
@@ -98,13 +112,15 @@ class Handle(Bound):
     While it is kept they go back when the device's memory runs short: its result then waits here.
     """
 
-    def __init__(self, layer: _Layer, tokens: int, d_out: int, like: Like) -> None:
+    def __init__(self, layer: _Layer, tokens: int, d_out: int, io: ElementType, like: Like
+                 ) -> None:
         self._layer = layer
         self._parts: list[_Part] = []
         self._shape = tokens, d_out
-        self._y: NDArray[np.float32] | None = None
+        self._dtype = _STORED[io]
+        self._y: NDArray[Any] | None = None
         self._like = like
-        self._sample: tuple[int, NDArray[np.float32], int] | None = None
+        self._sample: tuple[int, NDArray[Any], int] | None = None
         self._consumed = False
 
     @property
@@ -133,20 +149,20 @@ class Handle(Bound):
             if not part.fetched and part.command.completion is not None:
                 if part.command.error() is None:
                     if self._y is None:
-                        self._y = np.zeros(self._shape, np.float32)
+                        self._y = np.zeros(self._shape, self._dtype)
                     self._y[part.first : part.first + part.count] = self._rows(part)
                 part.fetched = True
             if part.fetched:
                 part.command.give_back()
 
-    def _rows(self, part: _Part) -> NDArray[np.float32]:
+    def _rows(self, part: _Part) -> NDArray[Any]:
         """Return what a command has written."""
         raw = part.command.raw
         columns = whole_blocks(self._shape[1])
         if raw is None:
             raw = self._layer.device.transport.memory_read(
-                part.y_address, 4 * part.count * columns)
-        rows = raw.view("<f4").reshape(part.count, columns)
+                part.y_address, self._dtype.itemsize * part.count * columns)
+        rows = raw.view(self._dtype).reshape(part.count, columns)
         return rows if columns == self._shape[1] else rows[:, : self._shape[1]]
 
     def _result(self) -> Any:
@@ -157,7 +173,7 @@ class Handle(Bound):
             flags = rows.flags
             return self._like(rows if flags.carray else rows.copy())
         self._fetch()
-        return self._like(np.zeros(self._shape, np.float32) if self._y is None else self._y)
+        return self._like(np.zeros(self._shape, self._dtype) if self._y is None else self._y)
 
     def _error(self) -> CommandFailed | None:
         """Return what went wrong first."""
@@ -337,7 +353,8 @@ class _Layer(Bound):
     def _submit(self, x: Tensor, ids: Tensor | None, weights: Tensor | None, tokens: int,
                 top_k: int) -> Handle:
         """Cut a call into commands that fit the device, and send them."""
-        handle = Handle(self, tokens, self._d_out, Like.of(x))
+        io = io_type(x)
+        handle = Handle(self, tokens, self._d_out, io, Like.of(x))
         if not (tokens and top_k):
             float32("x", x[:0])
             return handle
@@ -353,7 +370,7 @@ class _Layer(Bound):
                         call = tuple(None if value is None else value[first : first + count]
                                      for value in call)
                     try:
-                        if not self._send_beside(handle, first, count, top_k, *call):
+                        if not self._send_beside(handle, first, count, top_k, io, *call):
                             self._send(handle, first, *call)
                     except OutOfDeviceMemory:
                         most = count // 2
@@ -362,8 +379,8 @@ class _Layer(Bound):
                     else:
                         first += count
             if handle._sample is None:
-                step = sampling_step(tokens, 4 * self._d_in)
-                handle._sample = step, np.array(float32("x", x[::step])), self._planes
+                step = sampling_step(tokens, io.bytes * self._d_in)
+                handle._sample = step, np.array(elements("x", x[::step])), self._planes
         except BaseException:
             handle._abandon()
             raise
@@ -376,20 +393,20 @@ class _Layer(Bound):
             raise DeviceClosed("layer must not be used after it was closed; load it again")
         return images, self._descriptor
 
-    def _send_beside(self, handle: Handle, first: int, tokens: int, top_k: int, x: Tensor,
-                     ids: Tensor | None, weights: Tensor | None) -> bool:
+    def _send_beside(self, handle: Handle, first: int, tokens: int, top_k: int, io: ElementType,
+                     x: Tensor, ids: Tensor | None, weights: Tensor | None) -> bool:
         """Send a command beside the rings and note it in the handle; False where none is free."""
         rings = self._device._room(self._opcode.name)
-        sizes = self._layouts.sizes(tokens, top_k)
+        sizes = self._layouts.sizes(tokens, top_k, io)
         side = rings.side(*sizes)
         if side is None:
             rings.take()  # what completed meanwhile makes room
             if (side := rings.side(*sizes)) is None:
                 return False
-        staged = self._layouts.staged(side, tokens, top_k, rings.staging, rings.workspace)
+        staged = self._layouts.staged(side, tokens, top_k, io, rings.staging, rings.workspace)
         staged.put(x, ids, weights)
         if handle._shape[0] == tokens:
-            step = sampling_step(tokens, 4 * self._d_in)
+            step = sampling_step(tokens, io.bytes * self._d_in)
             handle._sample = step, staged.x[::step].copy(), self._planes
         command = Command(self._opcode.name, self._kept(), first_token=first)
         handle._parts.append(_Part(command, staged.place.reply.address, first, tokens))
@@ -401,13 +418,14 @@ class _Layer(Bound):
         """Send a command in buffers of its own, and note it in the handle."""
         device = self._device
         kept = self._kept()
-        inputs: list[NDArray[Any]] = [_whole_rows(float32("x", x))]
+        inputs: list[NDArray[Any]] = [_whole_rows(elements("x", x))]
         tokens, top_k = len(inputs[0]), 1
         if ids is not None and weights is not None:
             inputs += [indices("ids", ids, self._num_experts), float32("weights", weights)]
             top_k = inputs[1].shape[1]
-        y_bytes = 4 * tokens * whole_blocks(self._d_out)
-        at = offsets([*(array.nbytes for array in inputs), y_bytes, 2 * y_bytes])
+        io = element_type(inputs[0])
+        y_elements = tokens * whole_blocks(self._d_out)
+        at = offsets([*(array.nbytes for array in inputs), io.bytes * y_elements, 8 * y_elements])
         device._take()  # what completed meanwhile gives its buffers back
         device._handles.add(handle)
         buffers = device.memory.allocate(at[-1], top=True)
@@ -419,6 +437,7 @@ class _Layer(Bound):
             base = buffers.address
             device.transport.memory_write(base, data)
             fields = {"opcode": int(self._opcode), "tokens": tokens, "top_k": top_k,
+                      "x_type": io, "y_type": io,
                       "layer_address": self._descriptor.address, "x_address": base,
                       "y_address": base + at[-3], "workspace_address": base + at[-2]}
             if len(inputs) > 1:
@@ -432,12 +451,12 @@ class _Layer(Bound):
             raise
 
 
-def _whole_rows(x: NDArray[np.float32]) -> NDArray[np.float32]:
+def _whole_rows(x: NDArray[Any]) -> NDArray[Any]:
     """Return x with its rows filled up with zeros to whole blocks."""
     tokens, d_in = x.shape
     if d_in == whole_blocks(d_in):
         return x
-    filled = np.zeros((tokens, whole_blocks(d_in)), np.float32)
+    filled = np.zeros((tokens, whole_blocks(d_in)), x.dtype)
     filled[:, :d_in] = x
     return filled
 
@@ -495,7 +514,8 @@ class Experts(_Layer):
         Parameters
         ----------
         x : float tensor, (T, H)
-            Any T, also 0.
+            Any T, also 0. A torch tensor in bfloat16 goes to the device as it is, and y comes back
+            so, rounded once; all else goes and comes as float32.
         ids : integer tensor, (T, K)
             Experts of each token, at most 16; those below 0 or from E on are skipped.
         weights : float tensor, (T, K)
@@ -546,7 +566,7 @@ class Linear(_Layer):
         Parameters
         ----------
         x : float tensor, (T, K)
-            Any T, also 0.
+            Any T, also 0. bfloat16 as in :meth:`Experts.submit`.
 
         Raises
         ------

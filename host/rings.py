@@ -226,13 +226,13 @@ class CommandRings:
         """What the host writes: both sides and the submissions between them."""
         return self._sides.staging
 
-    def side(self, input_bytes: int, output_bytes: int) -> Side | None:
+    def side(self, input_bytes: int, output_bytes: int, sum_bytes: int) -> Side | None:
         """Return a side that has room for a call that is submitted next, or None.
 
         It has to be put into its staging, and submitted, before anything else is.
         """
         return self._sides.choose(self._submitted & ((1 << self._log2) - 1), input_bytes,
-                                  output_bytes)
+                                  output_bytes, sum_bytes)
 
     def submit(self, values: Mapping[str, int], command: Command | None = None) -> int:
         """Write a submission, ring the doorbell and return the command's tag.

@@ -165,9 +165,10 @@ class Sides:
         self._transport.memory_write(self.completions, np.zeros(self.ring_bytes, np.uint8))
         self._front.cleared = self._back.cleared = 0
 
-    def choose(self, index: int, input_bytes: int, output_bytes: int) -> Side | None:
+    def choose(self, index: int, input_bytes: int, output_bytes: int, sum_bytes: int
+               ) -> Side | None:
         """Return a free side, the nearer one to the entry with an index, or None."""
-        if max(input_bytes, output_bytes) > self.side_bytes:
+        if max(input_bytes, output_bytes, sum_bytes // 2) > self.side_bytes:
             return None
         sides = (self._front, index), (self._back, self._last - index)
         for side, between in sides if 2 * index <= self._last else sides[::-1]:

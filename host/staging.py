@@ -11,7 +11,7 @@ from moeaccel.formats import whole_blocks
 from moeaccel.host.sides import Place, Side, aligned
 from moeaccel.host.tensors import Target, Tensor, put_floats, put_indices
 from moeaccel.host.transports.base import Bytes
-from moeaccel.interface.commands import SUBMISSION, Opcode, encode
+from moeaccel.interface.commands import SUBMISSION, ElementType, Opcode, encode
 
 __all__ = ["Layouts", "Staged", "offsets"]
 
@@ -32,9 +32,9 @@ class Staged:
     Parameters
     ----------
     place : :class:`Place`
-    x : float32 array, (T, d_in)
+    x : float32 or uint16 array, (T, d_in)
         Of the staging; whatever fills its rows up to whole blocks is zeroed by :meth:`put`.
-    padding : float32 array, (T, any)
+    padding : array, (T, any)
     ids, weights : array, (T, K), optional
     num_experts : :class:`int`
     """
@@ -82,32 +82,37 @@ class Layouts:
         self._opcode = opcode
         self._layer_address = layer_address
         self._d_in, self._d_out, self._num_experts = d_in, d_out, num_experts
-        self._x_row, self._y_row = 4 * whole_blocks(d_in), 4 * whole_blocks(d_out)
-        self._staged: dict[tuple[int, int, Side], Staged] = {}
+        self._columns_in, self._columns_out = whole_blocks(d_in), whole_blocks(d_out)
+        self._staged: dict[tuple[int, int, ElementType, Side], Staged] = {}
 
-    def sizes(self, tokens: int, top_k: int) -> tuple[int, int]:
-        """Return the bytes of inputs and of y beside a ring."""
+    def sizes(self, tokens: int, top_k: int, io: ElementType) -> tuple[int, int, int]:
+        """Return the bytes of inputs, of y and of partial sums; ``io`` is the type of x and y."""
         pairs = 2 * aligned(4 * tokens * top_k) if self._opcode is Opcode.EXPERTS else 0
-        return tokens * self._x_row + pairs, tokens * self._y_row
+        size = io.bytes * tokens
+        return (size * self._columns_in + pairs, size * self._columns_out,
+                8 * tokens * self._columns_out)
 
-    def staged(self, side: Side, tokens: int, top_k: int, staging: Bytes, workspace: int
-               ) -> Staged:
+    def staged(self, side: Side, tokens: int, top_k: int, io: ElementType, staging: Bytes,
+               workspace: int) -> Staged:
         """Return where a call goes on a side."""
-        found = self._staged.get((tokens, top_k, side))
+        found = self._staged.get((tokens, top_k, io, side))
         if found is None:
             if len(self._staged) >= _MOST_LAYOUTS:
                 self._staged = {}
-            found = self._new(side, tokens, top_k, staging, workspace)
-            self._staged[tokens, top_k, side] = found
+            found = self._new(side, tokens, top_k, io, staging, workspace)
+            self._staged[tokens, top_k, io, side] = found
         return found
 
-    def _new(self, side: Side, tokens: int, top_k: int, staging: Bytes, workspace: int) -> Staged:
-        size, y_bytes = self.sizes(tokens, top_k)
+    def _new(self, side: Side, tokens: int, top_k: int, io: ElementType, staging: Bytes,
+             workspace: int) -> Staged:
+        size, y_bytes, _ = self.sizes(tokens, top_k, io)
+        x_bytes = io.bytes * tokens * self._columns_in
         low, address = side.inputs(size)
         routed = self._opcode is Opcode.EXPERTS
         pairs = 4 * tokens * top_k
-        at = offsets([tokens * self._x_row, *([pairs, pairs] if routed else [])])
+        at = offsets([x_bytes, *([pairs, pairs] if routed else [])])
         fields = {"opcode": int(self._opcode), "tokens": tokens, "top_k": top_k,
+                  "x_type": io, "y_type": io,
                   "layer_address": self._layer_address, "x_address": address,
                   "y_address": side.reply(y_bytes).address, "workspace_address": workspace}
         ids = weights = None
@@ -116,7 +121,8 @@ class Layouts:
             ids, weights = (
                 staging[low + start : low + start + pairs].view(dtype).reshape(tokens, top_k)
                 for start, dtype in ((at[1], np.int32), (at[2], np.float32)))
-        x = staging[low : low + tokens * self._x_row].view(np.float32).reshape(tokens, -1)
+        x = staging[low : low + x_bytes].view(
+            np.uint16 if io is ElementType.BFLOAT16 else np.float32).reshape(tokens, -1)
         place = Place(side, low, low + size, int.from_bytes(encode(SUBMISSION, fields), "little"),
                       side.reply(y_bytes))
         return Staged(place, x[:, : self._d_in], x[:, self._d_in :], ids, weights,

@@ -10,12 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeaccel.host.errors import InvalidTensor
+from moeaccel.interface.commands import ElementType
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Like", "Target", "Tensor", "float32", "indices", "is_torch", "put_floats",
-           "put_indices", "shape_of"]
+__all__ = ["Like", "Target", "Tensor", "element_type", "elements", "float32", "indices",
+           "io_type", "is_torch", "put_floats", "put_indices", "shape_of"]
 
 _INTEGERS = ("int64", "int32", "int16", "int8", "uint8", "uint16", "uint32", "uint64")
 
@@ -79,6 +80,37 @@ def float32(name: str, value: Tensor) -> NDArray[np.float32]:
         return np.ascontiguousarray(given, np.float32)
 
 
+def io_type(value: Tensor) -> ElementType:
+    """Return what a tensor's elements are on their way to the device: bfloat16 of torch stays what
+    it is, all else is float32."""
+    if is_torch(value) and value.dtype is sys.modules["torch"].bfloat16:
+        return ElementType.BFLOAT16
+    return ElementType.FLOAT32
+
+
+def elements(name: str, value: Tensor) -> NDArray[np.float32] | NDArray[np.uint16]:
+    """Return a floating-point tensor as the device takes x, contiguous and in this process.
+
+    A torch tensor of bfloat16 stays what it is, as uint16; all others become float32.
+
+    Raises
+    ------
+    InvalidTensor
+        If its elements are not floating-point numbers.
+    """
+    if io_type(value) is ElementType.FLOAT32:
+        return float32(name, value)
+    import torch
+
+    stored = value.detach().to(device="cpu").contiguous()
+    return stored.view(torch.int16).numpy().view(np.uint16)
+
+
+def element_type(array: NDArray[Any]) -> ElementType:
+    """Return what the elements of an array are, from :func:`elements`."""
+    return ElementType.BFLOAT16 if array.dtype == np.uint16 else ElementType.FLOAT32
+
+
 @functools.lru_cache(maxsize=64)
 def _is_integer(dtype: Any) -> bool:
     return str(dtype).removeprefix("torch.") in _INTEGERS
@@ -110,6 +142,7 @@ class Target:
     Parameters
     ----------
     array : array
+        bfloat16 as uint16.
     """
 
     __slots__ = ("_torch", "array")
@@ -124,7 +157,10 @@ class Target:
         if self._torch is None:
             import torch
 
-            self._torch = torch.from_numpy(self.array)
+            if element_type(self.array) is ElementType.BFLOAT16:
+                self._torch = torch.from_numpy(self.array.view(np.int16)).view(torch.bfloat16)
+            else:
+                self._torch = torch.from_numpy(self.array)
         return self._torch
 
 
@@ -180,11 +216,14 @@ class Like(NamedTuple):
             return cls(value.device, value.dtype)
         return cls(None, value.dtype)
 
-    def __call__(self, result: NDArray[np.float32]) -> Any:
-        """Convert a result."""
+    def __call__(self, result: NDArray[np.float32] | NDArray[np.uint16]) -> Any:
+        """Convert a result: float32, or bfloat16 as :func:`elements` has it."""
         if self.torch_device is None:
             with np.errstate(over="ignore"):  # float16 has infinities
                 return result.astype(self.dtype, copy=False)
         import torch
 
+        if element_type(result) is ElementType.BFLOAT16:
+            return torch.from_numpy(result.view(np.int16)).view(torch.bfloat16).to(
+                device=self.torch_device)
         return torch.from_numpy(result).to(device=self.torch_device, dtype=self.dtype)

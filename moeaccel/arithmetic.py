@@ -27,6 +27,9 @@ MANTISSA_BITS = 17
 ELEMENT_BITS = 24
 """Magnitude bits of an element that enters the quantiser: float32's significand, or h."""
 
+BFLOAT16_BITS = 8
+"""Significant bits of a bfloat16, which is the upper half of a float32."""
+
 EXPONENT_RANGE = 10
 """A block's exponent is at most this far below the token's largest."""
 
@@ -210,6 +213,16 @@ def quantise_float32(
     return quantise_elements(significand, exponent, planes), np.asarray(nonfinite.any(axis=1))
 
 
+def to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """Return the upper halves of float32 whose lower halves are zero: bfloat16 as it is stored."""
+    return (np.ascontiguousarray(values, np.float32).view(np.uint32) >> 16).astype(np.uint16)
+
+
+def from_bfloat16(stored: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """Return bfloat16 as float32, exactly."""
+    return (stored.astype(np.uint32) << 16).view(np.float32)
+
+
 # -- exact combination
 TERM_BITS = 43
 """Magnitude bits of one weighted output on the grid: 16 of them cannot overflow the 48-bit sum."""
@@ -238,9 +251,13 @@ def weighted_output(
     return np.where(overflow, 0, term), overflow.astype(np.int64), underflow.astype(np.int64)
 
 
-def grid_to_float32(total: Ints, grid_exponent: int) -> NDArray[np.float32]:
-    """Convert 48-bit grid sums to float32, rounded once (half to even; overflow gives infinity)."""
-    shift = np.maximum(bit_length(total) - ELEMENT_BITS, 0)
+def grid_to_float32(total: Ints, grid_exponent: int, bits: int = ELEMENT_BITS
+                    ) -> NDArray[np.float32]:
+    """Convert 48-bit grid sums to float32, rounded once (half to even; overflow gives infinity).
+
+    ``bits``: significant ones; with BFLOAT16_BITS the result is a bfloat16.
+    """
+    shift = np.maximum(bit_length(total) - bits, 0)
     rounded = round_shift(total, shift)  # at most 2**24: exact in float32
     return np.ldexp(rounded.astype(np.float64), (shift + grid_exponent).astype(np.int32)).astype(
         np.float32

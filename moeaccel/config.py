@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from moeaccel.activations import ACTIVATIONS, Activation
 from moeaccel.errors import ConfigurationError
 from moeaccel.formats import BLOCK, FORMATS, WeightFormat
+from moeaccel.router.choices import Score
 
 ACTIVATION_SHIFT_MAX = 11
 """Largest block shift of an activation: 10 below the token's largest, plus one for a raised
@@ -77,6 +78,11 @@ class AcceleratorConfig:
     activations : tuple of str
         Activations that the hardware computes, all of :data:`moeaccel.activations.ACTIVATIONS` when
         left out.
+    router : tuple of str
+        Scores that the hardware makes of logits, of :class:`moeaccel.router.choices.Score`; without
+        any there is no router.
+    router_top_k : :class:`int`
+        Most experts that the router chooses for a token, 1 to 16.
 
     Raises
     ------
@@ -100,9 +106,11 @@ class AcceleratorConfig:
     address_bits: int = 40
     formats: tuple[str, ...] = field(default_factory=lambda: tuple(FORMATS))
     activations: tuple[str, ...] = field(default_factory=lambda: tuple(ACTIVATIONS))
+    router: tuple[str, ...] = ()
+    router_top_k: int = TOP_K_MAX
 
     def __post_init__(self) -> None:
-        for name in ("formats", "activations"):
+        for name in ("formats", "activations", "router"):
             if isinstance(getattr(self, name), list):  # as JSON has it
                 object.__setattr__(self, name, tuple(getattr(self, name)))
 
@@ -158,6 +166,13 @@ class AcceleratorConfig:
                 and all(one in registry for one in chosen),
                 f"a tuple of different ones of {', '.join(registry)}",
             )
+        scores = [score.key for score in Score]
+        require("router", isinstance(self.router, tuple)
+                and len(set(self.router)) == len(self.router)
+                and all(one in scores for one in self.router),
+                f"a tuple of different ones of {', '.join(scores)}, or empty")
+        require("router_top_k", isinstance(self.router_top_k, int)
+                and 1 <= self.router_top_k <= TOP_K_MAX, f"from 1 to {TOP_K_MAX}")
         require("formats", any(f.packed for f in self.weight_formats),
                 "with a 4-bit format among them: an array joins the rows of two")
 
@@ -233,6 +248,17 @@ class AcceleratorConfig:
         """Bits of an activation's code in the hardware."""
         return max(1, *self.activation_codes).bit_length()
 
+    # -- router
+    @property
+    def router_scores(self) -> tuple[Score, ...]:
+        """The scores that the hardware makes of logits, in the order of their codes."""
+        return tuple(score for score in Score if score.key in self.router)
+
+    @property
+    def router_codes(self) -> tuple[int, ...]:
+        """Their codes."""
+        return tuple(int(score) for score in self.router_scores)
+
     # -- addresses
     @property
     def max_address(self) -> int:
@@ -276,6 +302,8 @@ class AcceleratorConfig:
         fields["activations"] = [
             {"name": a.name, "code": a.code, "factor": a.factor.value}
             for a in self.expert_activations]
+        if not self.router:  # what is not there changes nothing
+            del fields["router"], fields["router_top_k"]
         return zlib.crc32(json.dumps(fields, sort_keys=True).encode())
 
 

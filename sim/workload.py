@@ -13,6 +13,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
+from moeaccel.arithmetic import to_bfloat16
 from moeaccel.config import AcceleratorConfig
 from moeaccel.formats import QuantisedMatrix
 from moeaccel.golden.experts import DEFAULT_GRID_EXPONENT
@@ -26,7 +27,7 @@ from moeaccel.image import (
     expert_table,
 )
 from moeaccel.image.sections import Bytes
-from moeaccel.interface.commands import LAYER, encode
+from moeaccel.interface.commands import LAYER, ElementType, encode
 from moeaccel.interface.registers import REGISTERS
 
 LINE = 64
@@ -109,22 +110,25 @@ class Layout:
 
     def place_command(self, layer: dict[str, int], x: npt.NDArray[np.float32],
                       ids: npt.NDArray[np.integer] | None = None,
-                      weights: npt.NDArray[np.float32] | None = None) -> dict[str, int]:
+                      weights: npt.NDArray[np.float32] | None = None, *,
+                      x_type: ElementType = ElementType.FLOAT32,
+                      y_type: ElementType = ElementType.FLOAT32) -> dict[str, int]:
         """Place what a command needs and return the fields of its submission, but for the opcode.
 
         y and the workspace are placed as well, filled with ones: nothing may depend on what they
-        hold.
+        hold. ``x`` holds bfloat16 numbers where it is stored as such.
         """
         tokens, d_out = x.shape[0], layer["d_out"]
+        stored = to_bfloat16(x) if x_type is ElementType.BFLOAT16 else x.astype("<f4")
         fields = {
             "tokens": tokens, "top_k": 1 if ids is None else ids.shape[1],
             "layer_address": self.place(encode(LAYER, layer)),
-            "x_address": self.place(x.astype("<f4")),
+            "x_type": x_type, "y_type": y_type, "x_address": self.place(stored),
         }
         if ids is not None and weights is not None:
             fields["ids_address"] = self.place(ids.astype("<i4"))
             fields["weights_address"] = self.place(weights.astype("<f4"))
-        fields["y_address"] = self.place(b"\xff" * (4 * tokens * d_out))
+        fields["y_address"] = self.place(b"\xff" * (y_type.bytes * tokens * d_out))
         fields["workspace_address"] = self.place(b"\xff" * (8 * tokens * d_out))
         return fields
 

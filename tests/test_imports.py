@@ -31,7 +31,7 @@ FORBIDDEN = {
 
 # The picture in hdl/README.md: blocks do not know what is built of them.
 _BLOCKS = tuple(f"moeaccel.hdl.{name}" for name in (
-    "activations", "array", "combine", "control", "dispatch", "memory", "weights"))
+    "activations", "array", "combine", "control", "dispatch", "memory", "router", "weights"))
 _SHARED = tuple(f"moeaccel.hdl.{name}" for name in (
     "layouts", "pipeline", "sequential_multiplier", "unchecked_memory"))
 _VERILOG = "moeaccel.hdl.verilog"
@@ -40,7 +40,7 @@ _VERILOG = "moeaccel.hdl.verilog"
 ONLY = {
     "moeaccel/interface/": ("moeaccel", (
         "moeaccel.interface", "moeaccel.config", "moeaccel.formats", "moeaccel.activations",
-        "moeaccel.errors")),
+        "moeaccel.errors", "moeaccel.router")),
     **{f"hdl/{name.rpartition('.')[2]}/": ("moeaccel.hdl", (*_BLOCKS, *_SHARED))
        for name in _BLOCKS},
     "hdl/core.py": ("moeaccel.hdl", (*_BLOCKS, *_SHARED)),

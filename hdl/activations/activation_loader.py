@@ -22,12 +22,12 @@ BIAS = 127
 NOT_FINITE = 255
 """Exponent field of infinities and NaN."""
 
-ROW_BLOCK_BYTES = 4 * BLOCK
-"""Bytes of a block of float32 elements."""
+NARROW_BLOCK_BYTES = 2 * BLOCK
+"""Bytes of a block of bfloat16 elements; of float32 twice that."""
 
 
 class ActivationLoader(wiring.Component):
-    """Read float32 rows, find their largest elements, quantise them.
+    """Read rows of float32 or bfloat16, find their largest elements, quantise them.
 
     ::
 
@@ -35,8 +35,9 @@ class ActivationLoader(wiring.Component):
                                           |                                       ^
                                           +--> [maximum of block and token] ------+
 
-    Row ``token`` is the ``32 * i_steps`` elements at ``i_x_address + token * 128 * i_steps``,
-    little-endian. The bits are those of :func:`moeaccel.arithmetic.quantise_float32`: subnormals
+    Row ``token`` is the ``32 * i_steps`` elements at ``i_x_address + token * 128 * i_steps``
+    (``64`` where they are narrow), little-endian. A bfloat16 is the float32 of which it is the
+    upper half. The bits are those of :func:`moeaccel.arithmetic.quantise_float32`: subnormals
     count as zero, NaN and infinities too, and are reported. Slot s of the slot table's bank goes to
     the lanes of slot s (:class:`~moeaccel.hdl.activations.block_quantiser.BlockQuantiser`); lanes
     of absent slots keep what they held.
@@ -56,8 +57,8 @@ class ActivationLoader(wiring.Component):
     -------
     i_request : :py:`In(stream.Signature(load_request(config)))`
         x bank to fill, slot table bank, slots (1 or more). Accepted when idle.
-    i_two_planes, i_steps, i_x_address
-        Of the command; constant while there are requests.
+    i_two_planes, i_steps, i_x_address, i_narrow
+        Of the command (``i_narrow``: x is bfloat16); constant while there are requests.
     slot_address : :py:`Out(layouts.slot_bits(config) + 1)`
         Slot, slot table bank.
     slot_token : :py:`In(layouts.token_bits(config))`
@@ -91,6 +92,7 @@ class ActivationLoader(wiring.Component):
             "i_two_planes": In(1),
             "i_steps": In(layouts.steps_bits(config)),
             "i_x_address": In(config.address_bits),
+            "i_narrow": In(1),
             "slot_address": Out(layouts.slot_bits(config) + 1),
             "slot_token": In(token_bits),
             "reader": Out(layouts.ReadClientSignature(config)),
@@ -117,7 +119,7 @@ class ActivationLoader(wiring.Component):
         per_beat = config.port_bytes // 4
         beat_bits = ceil_log2(config.max_dim // per_beat)
         step_bits = ceil_log2(config.max_steps)
-        beats_per_block = BLOCK // per_beat
+        narrow_beats_log2 = exact_log2(NARROW_BLOCK_BYTES // config.port_bytes)  # of a block
         token_bits = layouts.token_bits(config)
         count_shape = range(config.max_slots + 1)
 
@@ -147,7 +149,8 @@ class ActivationLoader(wiring.Component):
             multiplier.i_a.eq(self.slot_token),
             multiplier.i_b.eq(self.i_steps),
             self.reader.request.p.address.eq(address),
-            self.reader.request.p.beats.eq(self.i_steps * beats_per_block),
+            self.reader.request.p.beats.eq(
+                Mux(self.i_narrow, self.i_steps, self.i_steps << 1) << narrow_beats_log2),
         ]
         m.d.sync += [
             occupied.eq(occupied + asked - released),
@@ -170,8 +173,9 @@ class ActivationLoader(wiring.Component):
                 with m.If(occupied != 2):
                     m.next = "MULTIPLY"
             with m.State("MULTIPLY"):
-                m.d.sync += address.eq(
-                    self.i_x_address + (multiplier.o_product << exact_log2(ROW_BLOCK_BYTES)))
+                blocks = multiplier.o_product
+                m.d.sync += address.eq(self.i_x_address + (
+                    Mux(self.i_narrow, blocks, blocks << 1) << exact_log2(NARROW_BLOCK_BYTES)))
                 with m.If(multiplier.o_done):
                     m.next = "REQUEST"
             with m.State("REQUEST"):
@@ -201,29 +205,40 @@ class ActivationLoader(wiring.Component):
             with m.If(self.reader.last):
                 m.d.sync += [beat.eq(0), arriving.eq(~arriving)]
 
+        # A word is one float32, or two of bfloat16; the upper one has its exponent field in place.
         keys, wrong = [], []
         for i in range(per_beat):
-            field = self.reader.data[32 * i + 23: 32 * i + 31]
-            fraction = self.reader.data[32 * i: 32 * i + 23]
-            value = Signal(key, name=f"key{i}")
-            bad = Signal(name=f"bad{i}")
-            m.d.comb += bad.eq(field == NOT_FINITE)
-            with m.If(~bad & (field != 0)):
-                m.d.comb += [
-                    value.exponent.eq(field),
-                    value.raised.eq(fraction >= RAISE_THRESHOLD - (1 << 23)),
-                ]
-            keys.append(value.as_value())
-            wrong.append(bad)
+            word = self.reader.data.word_select(i, 32)
+            pair = []
+            for half_word in range(2):
+                field = word[16 * half_word + 7: 16 * half_word + 15]
+                fraction = Cat(C(0, 16), word[16 * half_word: 16 * half_word + 7])
+                there = C(1)
+                if half_word:
+                    fraction = Mux(self.i_narrow, fraction, word[:23])
+                else:
+                    there = self.i_narrow
+                value = Signal(key, name=f"key{2 * i + half_word}")
+                bad = Signal(name=f"bad{2 * i + half_word}")
+                m.d.comb += bad.eq(there & (field == NOT_FINITE))
+                with m.If(there & (field != NOT_FINITE) & (field != 0)):
+                    m.d.comb += [
+                        value.exponent.eq(field),
+                        value.raised.eq(fraction >= RAISE_THRESHOLD - (1 << 23)),
+                    ]
+                pair.append(value.as_value())
+                wrong.append(bad)
+            keys.append(Mux(pair[1] > pair[0], pair[1], pair[0]))
         place = data.StructLayout({
             "half": 1, "step": step_bits, "first": 1, "end": 1, "row_first": 1, "row_end": 1})
         at = Signal(place)
-        in_block = beat[:exact_log2(beats_per_block)]
+        in_block = beat[:narrow_beats_log2]
+        wide_bit = beat[narrow_beats_log2]  # of the beats in a block of float32 one bit more
         m.d.comb += [
             at.half.eq(arriving),
-            at.step.eq(beat >> exact_log2(beats_per_block)),
-            at.first.eq(in_block == 0),
-            at.end.eq(in_block.all()),
+            at.step.eq(Mux(self.i_narrow, beat, beat >> 1) >> narrow_beats_log2),
+            at.first.eq((in_block == 0) & (self.i_narrow | ~wide_bit)),
+            at.end.eq(in_block.all() & (self.i_narrow | wide_bit)),
             at.row_first.eq(beat == 0),
             at.row_end.eq(self.reader.last),
         ]
@@ -263,7 +278,7 @@ class ActivationLoader(wiring.Component):
         # -- rows: out of the line buffer, through the quantiser
         count = config.quantiser_lanes
         group_bits = exact_log2(BLOCK // count)  # groups of a block
-        sub_bits = exact_log2(per_beat // count)  # groups of a beat
+        sub_bits = exact_log2(per_beat // count)  # groups of a beat; one bit more if narrow
         group = Signal(beat_bits + sub_bits)
         leaving = Signal()  # half
         out_slot = Signal(layouts.slot_bits(config))
@@ -280,7 +295,8 @@ class ActivationLoader(wiring.Component):
             block_end.eq(group[:group_bits].all()),
             slot_end.eq(block_end & last_step),
             line_r.en.eq(running),
-            line_r.addr.eq(Cat(group[sub_bits:], leaving)),
+            line_r.addr.eq(Cat(
+                Mux(self.i_narrow, group[sub_bits + 1:], group[sub_bits:])[:beat_bits], leaving)),
             tops_r.en.eq(running),
             tops_r.addr.eq(Cat(step_now, leaving)),
             released.eq(running & slot_end),
@@ -305,20 +321,22 @@ class ActivationLoader(wiring.Component):
             m.d.sync += out_slot.eq(0)
         q = Pipeline(m, running, "out")
         s = q.stage(
-            sub=group[:max(1, sub_bits)], step=step_now, slot=out_slot, block_end=block_end,
+            sub=group[:sub_bits + 1], step=step_now, slot=out_slot, block_end=block_end,
             slot_end=slot_end, row_top=Mux(leaving, row_top[1], row_top[0]))
         # Block RAM is slow to answer: a register behind it, ahead of everything else.
         s = q.stage(**vars(s), line=line_r.data, top=tops_r.data)
         s = q.stage(**vars(s))  # the memory may be far away
 
         words = Signal(32 * count)
-        if sub_bits:
-            with m.Switch(s.sub):
-                for i in range(1 << sub_bits):
-                    with m.Case(i):
-                        m.d.comb += words.eq(s.line[32 * count * i: 32 * count * (i + 1)])
-        else:
-            m.d.comb += words.eq(s.line)
+        with m.Switch(Cat(s.sub, self.i_narrow)):
+            for i in range(1 << sub_bits):  # the uppermost bit of sub is of the next beat
+                with m.Case(*(i | upper << sub_bits for upper in range(2))):
+                    m.d.comb += words.eq(s.line[32 * count * i: 32 * count * (i + 1)])
+            for i in range(2 << sub_bits):
+                with m.Case(i | 2 << sub_bits):
+                    narrow = s.line[16 * count * i: 16 * count * (i + 1)]
+                    m.d.comb += words.eq(
+                        Cat(Cat(C(0, 16), narrow.word_select(e, 16)) for e in range(count)))
         out = quantiser.i_group
         top = Signal(key)
         token_top = Signal(key)

@@ -26,9 +26,11 @@ class Combiner(wiring.Component):
 
     ::
 
-        i_drain --> for each slot: workspace --> [+] --> y buffer --> float32 --> y
+        i_drain --> for each slot: workspace --> [+] --> y buffer --> float --> y
                                                                   \\-> workspace
-        i_zero ---------------------------------------------> 0 --> float32 --> y
+        i_zero ---------------------------------------------> 0 --> float --> y
+
+    Floats are float32, or bfloat16 where ``i_narrow`` says so.
 
     Draining goes slot by slot; partial sums of an earlier set are added first (unless ``first``),
     and the row goes to y (``last``) or back to the workspace. One slot's writes are acknowledged
@@ -50,7 +52,7 @@ class Combiner(wiring.Component):
 
     Members
     -------
-    i_grid_exponent, i_steps_out, i_y_address, i_workspace_address
+    i_grid_exponent, i_steps_out, i_y_address, i_narrow, i_workspace_address
         Of the command.
     i_lookup : :py:`In(slot_bits + 1)`
         Slot table address that the cores' elements need: slot, bank.
@@ -84,6 +86,7 @@ class Combiner(wiring.Component):
             "i_grid_exponent": In(signed(8)),
             "i_steps_out": In(layouts.steps_bits(config)),
             "i_y_address": In(config.address_bits),
+            "i_narrow": In(1),
             "i_workspace_address": In(config.address_bits),
             "i_lookup": In(1 + layouts.slot_bits(config)),
             "slot_address": Out(1 + layouts.slot_bits(config)),
@@ -127,14 +130,19 @@ class Combiner(wiring.Component):
         m.submodules.offset = offset = SequentialMultiplier(
             layouts.token_bits(config), layouts.steps_bits(config))
         slot_index = slot[:layouts.slot_bits(config)]
+
+        def row_size(log2, blocks=self.i_steps_out):
+            """Return how much a row to be written takes; a block of bfloat16 is ``2 ** log2``."""
+            narrow = blocks << log2
+            return Mux(last, Mux(self.i_narrow, narrow, narrow << 1), narrow << 2)
+
         m.d.comb += [
             offset.i_a.eq(token), offset.i_b.eq(self.i_steps_out),
             self.slot_address.eq(Mux(draining, Cat(slot_index, slot_bank), self.i_lookup)),
             self.reader.request.p.address.eq(row),
             self.reader.request.p.beats.eq(self.i_steps_out << (8 - port_log2)),
             self.writer.request.p.address.eq(row),
-            self.writer.request.p.beats.eq(Mux(
-                last, self.i_steps_out << (7 - port_log2), self.i_steps_out << (8 - port_log2))),
+            self.writer.request.p.beats.eq(row_size(6 - port_log2)),
         ]
         m.d.sync += [
             words_last.eq((self.i_steps_out << (5 - lanes_log2)) - 1),
@@ -181,8 +189,9 @@ class Combiner(wiring.Component):
                 with m.If(added):
                     m.next = "WRITE_ROW"
             with m.State("WRITE_ROW"):
-                m.d.sync += row.eq(Mux(last, self.i_y_address + (offset.o_product << 7),
-                                       self.i_workspace_address + (offset.o_product << 8)))
+                m.d.sync += row.eq(
+                    Mux(last, self.i_y_address, self.i_workspace_address)
+                    + row_size(6, offset.o_product))
                 m.next = "WRITE"
             with m.State("WRITE"):
                 m.d.comb += self.writer.request.valid.eq(1)
@@ -266,15 +275,21 @@ class Combiner(wiring.Component):
         for i, (convert, value) in enumerate(zip(converters, sums, strict=True)):
             m.submodules[f"to_float32_{i}"] = convert
             m.d.comb += [convert.i_valid.eq(out.valid & last), convert.i_sum.eq(value),
-                         convert.i_grid_exponent.eq(self.i_grid_exponent)]
+                         convert.i_grid_exponent.eq(self.i_grid_exponent),
+                         convert.i_narrow.eq(self.i_narrow)]
         floats = Cat(convert.o_float for convert in converters)
         floats_valid = converters[0].o_valid
-        odd = Signal()  # which half of a beat the next floats are
+        piece = Signal(2)  # which part of a beat the next floats are
+        held = Signal(8 * config.port_bytes)  # those before, shifted in from above
+        narrow = Cat(convert.o_float[16:] for convert in converters)
+        joined = Mux(self.i_narrow, *(
+            Cat(held, part)[-len(held):] for part in (narrow, floats)))
+        whole_beat = piece == Mux(self.i_narrow, *(
+            len(held) // len(part) - 1 for part in (narrow, floats)))
         # Whole sums need no conversion; rows of both kinds never follow each other closely.
         whole = Pipeline(m, out.valid & ~last, name="whole")
         w = whole.stage(sums=sums)
         integers = [Cat(x, x[-1].replicate(64 - SUM_BITS)) for x in w.sums]
-        low = Signal(4 * config.port_bytes)  # floats of the even word
         high = Signal(8 * config.port_bytes)  # second beat of a word of integers
         high_valid = Signal()
         m.d.sync += [high_valid.eq(0),
@@ -289,9 +304,6 @@ class Combiner(wiring.Component):
             if halves == 2:
                 m.d.sync += [high.eq(Cat(*integers[per_beat:])), high_valid.eq(1)]
         with m.Elif(floats_valid):
-            if halves == 2:
-                m.d.comb += [out_beats.w_data.eq(floats), out_beats.w_en.eq(1)]
-            else:
-                m.d.sync += [low.eq(floats), odd.eq(~odd)]
-                m.d.comb += [out_beats.w_data.eq(Cat(low, floats)), out_beats.w_en.eq(odd)]
+            m.d.sync += [held.eq(joined), piece.eq(Mux(whole_beat, 0, piece + 1))]
+            m.d.comb += [out_beats.w_data.eq(joined), out_beats.w_en.eq(whole_beat)]
         return m

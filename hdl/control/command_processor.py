@@ -16,7 +16,15 @@ from moeaccel.hdl.control.field_checks import FieldChecks
 from moeaccel.hdl.control.job_sizes import JobSizes
 from moeaccel.hdl.control.rings import Rings
 from moeaccel.hdl.layouts import ReadClientSignature, WriteClientSignature, entry_fields, job
-from moeaccel.interface.commands import COMPLETION, ENTRY_BYTES, LAYER, SUBMISSION, Opcode, Status
+from moeaccel.interface.commands import (
+    COMPLETION,
+    ENTRY_BYTES,
+    LAYER,
+    SUBMISSION,
+    ElementType,
+    Opcode,
+    Status,
+)
 
 DRAIN_CYCLES = 16
 """Cycles for which the engine's reset and the port's flush are held at least."""
@@ -305,6 +313,8 @@ class CommandProcessor(wiring.Component):
                               | (submission["opcode"] == Opcode.GEMM)),
                     w.fetch_address.eq(submission["layer_address"] >> _ALIGNMENT_BITS),
                     w.job.routed.eq(submission["opcode"] == Opcode.EXPERTS),
+                    w.job.x_narrow.eq(submission["x_type"] == ElementType.BFLOAT16),
+                    w.job.y_narrow.eq(submission["y_type"] == ElementType.BFLOAT16),
                 ]
                 m.d.sync += [
                     w.job[name].eq(submission[name])

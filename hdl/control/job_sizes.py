@@ -63,9 +63,9 @@ class JobSizes(wiring.Component):
         config, job = self._config, self.i_job
         stepping, multiplied, compared = Signal(), Signal(), Signal()
         pairs = Signal(config.max_assignments.bit_length())
-        x, y = (Signal((2 * config.max_tokens * config.max_steps).bit_length(), name=name)
-                for name in ("x", "y"))
-        tokens = Signal(max(len(x) - 1, len(pairs)))  # doubled with each bit of a factor
+        x, y = (Signal((config.max_tokens * config.max_steps).bit_length(), name=name)
+                for name in ("x", "y"))  # blocks of 32 elements: units in bfloat16
+        tokens = Signal(max(len(x), len(pairs)))  # doubled with each bit of a factor
         left_in, left_out, left_k = (
             Signal.like(value, name=f"left_{name}")
             for name, value in (("in", job.steps_in), ("out", job.steps_out), ("k", job.top_k)))
@@ -76,11 +76,10 @@ class JobSizes(wiring.Component):
             ]
         with m.If(stepping):
             m.d.sync += tokens.eq(tokens << 1)
-            for left, last, factor in ((left_in, x, tokens << 1), (left_out, y, tokens << 1),
-                                       (left_k, pairs, tokens)):
+            for left, last in ((left_in, x), (left_out, y), (left_k, pairs)):
                 m.d.sync += left.eq(left >> 1)
                 with m.If(left[0]):
-                    m.d.sync += last.eq(last + factor)
+                    m.d.sync += last.eq(last + tokens)
         m.d.comb += multiplied.eq(
             ~Cat(left[1:].any() for left in (left_in, left_out, left_k)).any())
         m.d.sync += compared.eq(stepping & multiplied)
@@ -89,10 +88,15 @@ class JobSizes(wiring.Component):
         with m.If(compared):
             m.d.sync += self.o_done.eq(1)
 
+        def twice(last):
+            """Return the last unit of twice as many."""
+            return Cat(C(1, 1), last)
+
         floats = _UNIT - 2
         last_units = {
-            "x_address": x, "ids_address": pairs >> floats, "weights_address": pairs >> floats,
-            "y_address": y, "workspace_address": Cat(C(1, 1), y),
+            "x_address": Mux(job.x_narrow, x, twice(x)),
+            "ids_address": pairs >> floats, "weights_address": pairs >> floats,
+            "y_address": Mux(job.y_narrow, y, twice(y)), "workspace_address": twice(twice(y)),
             "table_address": (job.num_experts - 1)[:len(job.num_experts)]}
         beyond = {name: Signal(name=f"beyond_{name}") for name in last_units}
         for name, last in last_units.items():

@@ -114,9 +114,11 @@ class ExpertTable(wiring.Component):
         pairs = Signal.like(self.count_data)
         beats = ENTRY_BYTES // config.port_bytes
         request = self.reader.request
+        where = Signal(config.address_bits)  # of the entry; two cycles old when it is asked for
+        m.d.sync += where.eq(job.table_address + (walk << _UNIT))
         m.d.comb += [
             self.count_address.eq(walk),
-            request.p.address.eq(job.table_address + (walk << _UNIT)),
+            request.p.address.eq(where),
             request.p.beats.eq(beats),
             asked.eq(request.valid & request.ready),
         ]

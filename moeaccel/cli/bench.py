@@ -44,6 +44,13 @@ class ActivationBits(StrEnum):
     A8 = "8"
 
 
+class IoKind(StrEnum):
+    """Elements of x and y in device memory."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
 def _known_format(name: str) -> str:
     """Refuse what is no format at once, and not after minutes of building."""
     from moeaccel.formats import weight_format
@@ -59,6 +66,7 @@ Config = Annotated[str, typer.Option(help="Preset of the accelerator.")]
 Channels = Annotated[
     int, typer.Option(min=0, help="Memory channels; 0: as many as the preset has.")]
 Bits = Annotated[ActivationBits, typer.Option(help="Activation bits.")]
+Io = Annotated[IoKind, typer.Option(help="Elements of x and y in device memory.")]
 Latency = Annotated[int, typer.Option(
     min=1, max=100_000, help="Read and write latency of the memory, cycles.")]
 Memory = Annotated[MemoryKind, typer.Option(
@@ -81,6 +89,7 @@ def decode(
     config: Config = "wide512",
     channels: Channels = 0,
     activation_bits: Bits = ActivationBits.A16,
+    io: Io = IoKind.FLOAT32,
     latency: Latency = MEMORY_LATENCY_CYCLES,
     memory: Memory = MemoryKind.IDEAL,
     seed: Seed = 0,
@@ -89,7 +98,7 @@ def decode(
     """Run MoE layers for a few tokens: memory is the limit."""
     setting = _Setting(
         weight_format=weight_format, device=device, config=_config(config, channels),
-        activation_bits=int(activation_bits), latency=latency, memory=memory, seed=seed)
+        activation_bits=int(activation_bits), io=io, latency=latency, memory=memory, seed=seed)
     _experts("decode", model, setting, layers=layers, tokens=tokens, routing="uniform",
              as_json=as_json)
 
@@ -107,6 +116,7 @@ def prefill(
     config: Config = "wide512",
     channels: Channels = 0,
     activation_bits: Bits = ActivationBits.A16,
+    io: Io = IoKind.FLOAT32,
     latency: Latency = MEMORY_LATENCY_CYCLES,
     memory: Memory = MemoryKind.IDEAL,
     seed: Seed = 0,
@@ -115,7 +125,7 @@ def prefill(
     """Run MoE layers for many tokens: the array is the limit."""
     setting = _Setting(
         weight_format=weight_format, device=device, config=_config(config, channels),
-        activation_bits=int(activation_bits), latency=latency, memory=memory, seed=seed)
+        activation_bits=int(activation_bits), io=io, latency=latency, memory=memory, seed=seed)
     _experts("prefill", model, setting, layers=layers, tokens=tokens, routing=routing,
              as_json=as_json)
 
@@ -130,6 +140,7 @@ def gemm(
     config: Config = "peer256",
     channels: Channels = 0,
     activation_bits: Bits = ActivationBits.A8,
+    io: Io = IoKind.FLOAT32,
     latency: Latency = MEMORY_LATENCY_CYCLES,
     memory: Memory = MemoryKind.IDEAL,
     seed: Seed = 0,
@@ -140,7 +151,7 @@ def gemm(
 
     setting = _Setting(
         weight_format=weight_format, device=device, config=_config(config, channels),
-        activation_bits=int(activation_bits), latency=latency, memory=memory, seed=seed)
+        activation_bits=int(activation_bits), io=io, latency=latency, memory=memory, seed=seed)
     with Status(as_json) as status, setting.opened(status) as bench:
         result = bench_gemm(bench, m=m, k=k, n=n)
     _print([result.as_dict()], as_json)
@@ -250,6 +261,7 @@ class _Setting:
     device: DeviceKind
     config: "AcceleratorConfig"
     activation_bits: int
+    io: IoKind
     latency: int
     memory: MemoryKind
     seed: int
@@ -258,12 +270,13 @@ class _Setting:
     def opened(self, progress: Callable[[str], None]) -> "Iterator[Bench]":
         """Open the device."""
         from moeaccel.host.benchmark import Bench
+        from moeaccel.interface.commands import ElementType
 
         with self._device() as opened:
             yield Bench(device=opened, device_name=self.device,
                         memory=f"{self.memory}, latency {self.latency}", latency=self.latency,
                         weight_format=self.weight_format, activation_bits=self.activation_bits,
-                        seed=self.seed, progress=progress)
+                        io=ElementType[self.io.name], seed=self.seed, progress=progress)
 
     def _device(self) -> Any:
         from moeaccel.host import open_device

@@ -30,7 +30,7 @@ class ActivationLoader:
         last beat is through the tree of maxima it leaves, ``quantiser_lanes`` elements a cycle.
         """
         job, config = self._job, self._job.config
-        beats = job.beats(job.d_in)
+        beats = job.beats(job.d_in, job.x_type.bytes)
         groups = job.d_in // config.quantiser_lanes
         tree = 2 + (config.port_bytes // 4).bit_length() - 1
         count = len(job.passes[n].tokens)

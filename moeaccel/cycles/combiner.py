@@ -80,17 +80,18 @@ class Combiner:
     def _write_row(self, cycle: int, *, last: bool) -> int:
         """Return when a row is written and acknowledged; the request is accepted in ``cycle``.
 
-        Sums leave a word a cycle, or in two if a word makes two beats (integers) or half of one
-        (float32); then their memories, conversion (of integers 2 cycles), the FIFO (2) and W's
-        register.
+        Sums leave a word a cycle, or in two if a word makes two beats (integers); a beat may take
+        several words (floats). Then their memories, conversion (of integers 2 cycles), the FIFO (2)
+        and W's register.
         """
         job, config = self._job, self._job.config
-        beats = job.beats(job.d_out, 4 if last else 8)
+        beats = job.beats(job.d_out, job.y_type.bytes if last else 8)
         words = job.d_out // config.quantiser_lanes
         first = cycle + 1 + SUMS_READ_CYCLES + (FLOAT_CYCLES if last else 2) + 2 + 1
         spacing = 1
         if last and beats < words:
-            first, spacing = first + 1, 2
+            spacing = words // beats
+            first += spacing - 1
         self._schedule.start(first, self._write(first, beats, spacing))
         return first + (beats - 1) * spacing + job.latency + WRITE_CYCLES
 

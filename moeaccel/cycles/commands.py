@@ -13,6 +13,7 @@ from moeaccel.cycles.machine import Machine
 from moeaccel.cycles.prediction import Prediction
 from moeaccel.errors import FormatError
 from moeaccel.image import ExpertShape, LinearShape, Section
+from moeaccel.interface.commands import ElementType
 
 Shape: TypeAlias = ExpertShape | LinearShape
 
@@ -25,17 +26,19 @@ def expert_cycles(
     *,
     planes: int,
     latency: int = MEMORY_LATENCY_CYCLES,
+    io: ElementType = ElementType.FLOAT32,
 ) -> int:
     """Return the predicted cycles of EXPERTS, see :func:`predict_experts`."""
-    return predict_experts(config, shape, ids, num_experts, planes=planes, latency=latency).cycles
+    return predict_experts(config, shape, ids, num_experts, planes=planes, latency=latency,
+                           io=io).cycles
 
 
 def linear_cycles(
     config: AcceleratorConfig, section: Section, tokens: int, *, planes: int,
-    latency: int = MEMORY_LATENCY_CYCLES
+    latency: int = MEMORY_LATENCY_CYCLES, io: ElementType = ElementType.FLOAT32
 ) -> int:
     """Return the predicted cycles of GEMM, see :func:`predict_linear`."""
-    return predict_linear(config, section, tokens, planes=planes, latency=latency).cycles
+    return predict_linear(config, section, tokens, planes=planes, latency=latency, io=io).cycles
 
 
 def predict_experts(
@@ -46,6 +49,7 @@ def predict_experts(
     *,
     planes: int,
     latency: int = MEMORY_LATENCY_CYCLES,
+    io: ElementType = ElementType.FLOAT32,
 ) -> Prediction:
     """Predict EXPERTS.
 
@@ -63,6 +67,8 @@ def predict_experts(
         1 (``a8``) or 2 (``a16``).
     latency : :class:`int`
         Of the ideal memory, reads and writes, cycles.
+    io : :class:`ElementType`
+        Of x and y.
 
     Raises
     ------
@@ -84,13 +90,13 @@ def predict_experts(
         for begin in range(0, tokens, most):
             total += predict_command(
                 config, experts, ids[begin : begin + most], num_experts, d_in=d_in, d_out=d_out,
-                planes=planes, latency=latency)
+                planes=planes, latency=latency, x_type=io, y_type=io)
     return total
 
 
 def predict_linear(
     config: AcceleratorConfig, section: Section, tokens: int, *, planes: int,
-    latency: int = MEMORY_LATENCY_CYCLES
+    latency: int = MEMORY_LATENCY_CYCLES, io: ElementType = ElementType.FLOAT32
 ) -> Prediction:
     """Predict GEMM with ``tokens`` rows of x; see :func:`predict_experts`."""
     total = Prediction()
@@ -98,7 +104,8 @@ def predict_linear(
     for begin in range(0, tokens, most):
         ids = np.zeros((min(most, tokens - begin), 1), np.int64)
         total += predict_command(config, {0: (section,)}, ids, 1, d_in=section.k,
-                                 d_out=section.rows, planes=planes, latency=latency, gemm=True)
+                                 d_out=section.rows, planes=planes, latency=latency, gemm=True,
+                                 x_type=io, y_type=io)
     return total
 
 
@@ -113,6 +120,8 @@ def predict_command(
     planes: int,
     latency: int = MEMORY_LATENCY_CYCLES,
     gemm: bool = False,
+    x_type: ElementType = ElementType.FLOAT32,
+    y_type: ElementType = ElementType.FLOAT32,
 ) -> Prediction:
     """Predict one command, within the limits of the configuration.
 
@@ -125,7 +134,9 @@ def predict_command(
     d_in, d_out : :class:`int`
     gemm : :class:`bool`
         GEMM, else EXPERTS.
+    x_type, y_type : :class:`ElementType`
     config, num_experts, planes, latency
         See :func:`predict_experts`.
     """
-    return Machine(Job(config, experts, ids, num_experts, d_in, d_out, planes, latency, gemm)).run()
+    return Machine(Job(config, experts, ids, num_experts, d_in, d_out, planes, latency, gemm,
+                       x_type, y_type)).run()

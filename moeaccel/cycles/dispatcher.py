@@ -48,7 +48,7 @@ class Dispatcher:
         if job.gemm:
             cycle = start + 8  # prepare, clear the count, rewind, fetch the first id
         else:
-            beats = job.beats(job.ids.size)
+            beats = job.beats(job.ids.size, 4)
             yield start + 3
             ids = self._port.read(start + 3, beats)
             yield ids

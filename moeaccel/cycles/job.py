@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from moeaccel.config import BLOCK, AcceleratorConfig
 from moeaccel.cycles.schedule import Event
 from moeaccel.image import Section
+from moeaccel.interface.commands import ElementType
 from moeaccel.plan import Pass, Plan, plan
 
 Pairs = NDArray[np.integer]
@@ -55,6 +56,7 @@ class Job:
     latency : :class:`int`
         Of the memory.
     gemm : :class:`bool`
+    x_type, y_type : :class:`ElementType`
     """
 
     config: AcceleratorConfig
@@ -66,6 +68,8 @@ class Job:
     planes: int
     latency: int
     gemm: bool
+    x_type: ElementType = ElementType.FLOAT32
+    y_type: ElementType = ElementType.FLOAT32
 
     @cached_property
     def plan(self) -> Plan:
@@ -97,6 +101,6 @@ class Job:
         """Blocks of y."""
         return self.d_out // BLOCK
 
-    def beats(self, elements: int, size: int = 4) -> int:
+    def beats(self, elements: int, size: int) -> int:
         """Beats of so many elements of ``size`` bytes."""
         return -(-elements * size // self.config.port_bytes)

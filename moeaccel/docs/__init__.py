@@ -18,6 +18,7 @@ from moeaccel.docs.blocks import blocks
 from moeaccel.docs.boards import boards
 from moeaccel.docs.formats import activations, configurations, formats, section_words
 from moeaccel.docs.interface import codes, completion, expert_table, registers, submission
+from moeaccel.docs.routers import flavours, router_choices
 from moeaccel.errors import MoeAccelError
 
 __all__ = ["PARTS", "generated", "updated"]
@@ -30,8 +31,10 @@ PARTS: dict[str, Callable[[], list[str]]] = {
     "completion": completion,
     "configurations": configurations,
     "expert-table": expert_table,
+    "flavours": flavours,
     "formats": formats,
     "registers": registers,
+    "router-choices": router_choices,
     "section-words": section_words,
     "submission": submission,
 }

@@ -17,11 +17,12 @@ __all__ = ["Block", "blocks", "components"]
 
 _GOLDEN = ("moeaccel/golden", "host/transports/golden")
 _ELSEWHERE = {
-    "Accelerator": "host/transports/golden/transport.py", "Dispatcher": "moeaccel/plan.py"}
+    "Accelerator": "host/transports/golden/transport.py", "Dispatcher": "moeaccel/plan.py",
+    "TokenRouter": "moeaccel/golden/router.py"}
 """Golden models that have a name of their own, since more than the golden device uses them."""
 
 _FORMULA = re.compile(
-    r":(?:func|mod):`~?moeaccel\.((?:arithmetic|tables|image|interface)[\w.]*)`")
+    r":(?:func|mod):`~?moeaccel\.((?:arithmetic|tables|image|interface|router|golden)[\w.]*)`")
 _SPEED = re.compile(r"(?:(?:Read l|L)atency|Throughput|Cycles)\b.*?\.(?=\s|$)", re.DOTALL)
 
 

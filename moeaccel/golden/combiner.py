@@ -6,11 +6,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeaccel.arithmetic import (
+    BFLOAT16_BITS,
+    ELEMENT_BITS,
     InternalFloat,
     float32_to_internal,
     grid_to_float32,
     weighted_output,
 )
+from moeaccel.interface.commands import ElementType
 
 
 class Combiner:
@@ -21,6 +24,8 @@ class Combiner:
     tokens, d_out : :class:`int`
     grid_exponent : :class:`int`
         LSB of the output grid.
+    y_type : :class:`ElementType`
+        What sums are rounded to.
 
     Attributes
     ----------
@@ -28,7 +33,9 @@ class Combiner:
         Weighted outputs beyond the grid, and those that were not zero and are zero on it.
     """
 
-    def __init__(self, tokens: int, d_out: int, grid_exponent: int) -> None:
+    def __init__(self, tokens: int, d_out: int, grid_exponent: int,
+                 y_type: ElementType = ElementType.FLOAT32) -> None:
+        self._bits = BFLOAT16_BITS if y_type == ElementType.BFLOAT16 else ELEMENT_BITS
         self._grid_exponent = grid_exponent
         self._sums = np.zeros((tokens, d_out), np.int64)
         self._nonfinite = np.zeros(tokens, bool)
@@ -56,5 +63,5 @@ class Combiner:
 
     @property
     def y(self) -> NDArray[np.float32]:
-        """The sums, (tokens, d_out)."""
-        return grid_to_float32(self._sums, self._grid_exponent)
+        """The sums, (tokens, d_out), of ``y_type``."""
+        return grid_to_float32(self._sums, self._grid_exponent, self._bits)

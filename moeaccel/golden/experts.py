@@ -16,7 +16,7 @@ from moeaccel.golden.block_quantiser import quantise_hidden, quantise_x, rows_of
 from moeaccel.golden.combiner import Combiner
 from moeaccel.golden.dot_array import matvec
 from moeaccel.image import Expert
-from moeaccel.interface.commands import COUNT_MAX, NonFinite, Status
+from moeaccel.interface.commands import COUNT_MAX, ElementType, NonFinite, Status
 
 DEFAULT_GRID_EXPONENT = -28
 
@@ -31,6 +31,7 @@ class DeviceResult:
     Parameters
     ----------
     y : float32 array, (T, d_out)
+        Where the command has y in bfloat16, such numbers.
     nonfinite_tokens, nonfinite_weights : :class:`list` of :class:`int`
         Tokens with NaN or infinity in x, and in the weight of one of their pairs (those count as
         zero).
@@ -76,6 +77,7 @@ def combined(
     d_out: int,
     planes: int,
     grid_exponent: int,
+    y_type: ElementType = ElementType.FLOAT32,
 ) -> DeviceResult:
     """Return what a command computes; :func:`experts`, for experts that are only there when they
     are used.
@@ -85,9 +87,11 @@ def combined(
     weights_of : callable
         Asked once for each expert with tokens, in ascending order.
     num_experts, d_out : :class:`int`
+    y_type : :class:`ElementType`
+        What y is rounded to.
     """
     quantised, nonfinite = quantise_x(x, planes)
-    sums = Combiner(len(x), d_out, grid_exponent)
+    sums = Combiner(len(x), d_out, grid_exponent, y_type)
     used = np.zeros(len(x), bool)
     for e in np.unique(ids[(ids >= 0) & (ids < num_experts)]).tolist():
         tokens, slots = np.nonzero(ids == e)
@@ -105,6 +109,7 @@ def experts(
     *,
     planes: int = 2,
     grid_exponent: int = DEFAULT_GRID_EXPONENT,
+    y_type: ElementType = ElementType.FLOAT32,
 ) -> DeviceResult:
     """Return what an EXPERTS command computes.
 
@@ -120,11 +125,14 @@ def experts(
         1 (``a8``) or 2 (``a16``).
     grid_exponent : :class:`int`
         LSB of the output grid.
+    y_type : :class:`ElementType`
+        What y is rounded to. (x in bfloat16 is the same numbers in float32.)
     """
     any_matrix = layer[0] if isinstance(layer[0], QuantisedMatrix) else layer[0].down
     return combined(
         x, ids, weights, layer.__getitem__, num_experts=len(layer),
-        d_out=any_matrix.integers.shape[0], planes=planes, grid_exponent=grid_exponent)
+        d_out=any_matrix.integers.shape[0], planes=planes, grid_exponent=grid_exponent,
+        y_type=y_type)
 
 
 def gemm(
@@ -133,8 +141,9 @@ def gemm(
     *,
     planes: int = 2,
     grid_exponent: int = DEFAULT_GRID_EXPONENT,
+    y_type: ElementType = ElementType.FLOAT32,
 ) -> DeviceResult:
     """Return what a GEMM command computes with one matrix: ``x W^T``, (T, rows)."""
     every = len(x), 1
     return experts(x, np.zeros(every, np.int64), np.ones(every, np.float32), [weights],
-                   planes=planes, grid_exponent=grid_exponent)
+                   planes=planes, grid_exponent=grid_exponent, y_type=y_type)

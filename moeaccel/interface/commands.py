@@ -87,6 +87,20 @@ class NonFinite(enum.IntEnum):
     """A weight of one of its pairs; weights of skipped ids are not looked at."""
 
 
+class ElementType(enum.IntEnum):
+    """How elements of x, or of y, lie in memory."""
+
+    FLOAT32 = 0
+    """4 bytes."""
+    BFLOAT16 = 1
+    """2 bytes: the upper half of a float32. Sums of y are rounded to it once, half to even."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of an element."""
+        return 2 if self is ElementType.BFLOAT16 else 4
+
+
 class Operand(enum.IntEnum):
     """What the rows of a section are multiplied with."""
 
@@ -197,6 +211,7 @@ def _address(name: str, word: int, text: str) -> Field:
     return _field(name, word, 0, 64, text, Limit(high="max_address", multiple=ENTRY_BYTES))
 
 
+_ELEMENT_TYPE = Limit(values=tuple(ElementType))
 _DIMENSION = Limit(low=BLOCK, high="max_dim", multiple=BLOCK)
 
 SUBMISSION = (
@@ -205,12 +220,14 @@ SUBMISSION = (
     _field("tokens", 1, 0, 32, "Tokens.", Limit(low=1, high="max_tokens")),
     _field("top_k", 2, 0, 32, "Experts of a token; tokens * top_k at most max_assignments.",
            Limit(low=1, high=TOP_K_MAX), Limit(values=(1,), when=("opcode", Opcode.GEMM))),
+    _field("x_type", 3, 0, 8, "Elements of x (ElementType).", _ELEMENT_TYPE),
+    _field("y_type", 3, 8, 8, "Elements of y (ElementType).", _ELEMENT_TYPE),
     _address("layer_address", 4, "Layer descriptor."),
-    _address("x_address", 6, "float32 (tokens, d_in), rows contiguous."),
+    _address("x_address", 6, "(tokens, d_in) of x_type, rows contiguous."),
     _address("ids_address", 8,
              "int32 (tokens, top_k); negative or >= num_experts: skipped. GEMM: not read."),
     _address("weights_address", 10, "float32 (tokens, top_k). GEMM: not read."),
-    _address("y_address", 12, "float32 (tokens, d_out), written."),
+    _address("y_address", 12, "(tokens, d_out) of y_type, written."),
     _address("workspace_address", 14, "8 * tokens * d_out bytes for partial sums."),
 )
 

@@ -31,6 +31,7 @@ def test_tiny_with_pauses_everywhere(tmp_path):
         "routings|gemm.*many|side=behind|errors_of_memory|ring_log2=2|abort|soft_reset|watchdog"))
 
 
+@pytest.mark.slow  # the same on another configuration, whose model takes most of its time
 def test_small(tmp_path):
     run("small", stalls="light", seed=1, folder=tmp_path,
         test_filter="formats|ring_log2=2|registers")

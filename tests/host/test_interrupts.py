@@ -79,8 +79,14 @@ def opened(kind, folder, **options):
                                               **options))
 
 
-KINDS = {"golden": 23, "rtl": 67, "recorded": 67, "xdma": 67, "serial": 97}
-"""Transports, and every how many-th line is tried: all of them take some minutes."""
+KINDS = ("golden", "rtl", "recorded", "xdma", "serial")
+"""Transports."""
+
+STEPS = [
+    *zip(KINDS, (67, 149, 149, 149, 211), strict=True),
+    *(pytest.param(kind, step, marks=pytest.mark.slow)
+      for kind, step in zip(KINDS, (7, 23, 23, 23, 41), strict=True))]
+"""Every how many-th line is tried on each: all of them take minutes."""
 
 
 def weights(seed=0):
@@ -101,8 +107,8 @@ def free_bytes(device):
     return device.memory.free_bytes
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_call_interrupted_anywhere(tmp_path, kind):
+@pytest.mark.parametrize(("kind", "step"), STEPS)
+def test_a_call_interrupted_anywhere(tmp_path, kind, step):
     """Two commands through a ring that has room for one; then another call, all bits right."""
     call, other = tokens(), tokens(2, 1)
     with opened(kind, tmp_path) as device:
@@ -111,7 +117,7 @@ def test_a_call_interrupted_anywhere(tmp_path, kind):
         free = free_bytes(device)
         lines = lines_of(lambda: experts(*call))
         places = []
-        for at in range(0, lines, KINDS[kind]):
+        for at in range(0, lines, step):
             with Interrupter(at) as interrupter:
                 experts(*call)
             assert np.array_equal(experts(*other), expected_other), interrupter.where
@@ -122,8 +128,8 @@ def test_a_call_interrupted_anywhere(tmp_path, kind):
         assert np.array_equal(experts(*call), expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_handle_outlives_an_interrupted_sync(tmp_path, kind):
+@pytest.mark.parametrize(("kind", "step"), STEPS)
+def test_a_handle_outlives_an_interrupted_sync(tmp_path, kind, step):
     """Its result can be taken by another sync, unless the interrupted one was at its very end."""
     call = tokens()
     with opened(kind, tmp_path) as device:
@@ -131,7 +137,7 @@ def test_a_handle_outlives_an_interrupted_sync(tmp_path, kind):
         expected, free, late = experts(*call), free_bytes(device), 0
         first, cycles = experts.submit(*call), experts.last.cycles
         lines = lines_of(lambda: experts.sync(first))
-        for at in range(0, lines, KINDS[kind]):
+        for at in range(0, lines, step):
             handle = experts.submit(*call)
             with Interrupter(at) as interrupter:
                 experts.sync(handle)
@@ -145,8 +151,8 @@ def test_a_handle_outlives_an_interrupted_sync(tmp_path, kind):
         assert free_bytes(device) == free
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_opening_loading_resetting_and_closing_interrupted_anywhere(tmp_path, kind):
+@pytest.mark.parametrize(("kind", "step"), STEPS)
+def test_opening_loading_resetting_and_closing_interrupted_anywhere(tmp_path, kind, step):
     call = tokens()
     with opened(kind, tmp_path) as device:
         experts = device.load_experts(*weights())
@@ -157,7 +163,7 @@ def test_opening_loading_resetting_and_closing_interrupted_anywhere(tmp_path, ki
 
         for action in (load_and_close, device.reset, device.counters):
             lines = lines_of(action)
-            for at in range(0, lines, 3 * KINDS[kind]):
+            for at in range(0, lines, 3 * step):
                 pending = experts.submit(*call)
                 with Interrupter(at) as interrupter:
                     action()

@@ -11,6 +11,7 @@ from moeaccel.interface.commands import (
     ENTRY_BYTES,
     LAYER,
     SUBMISSION,
+    ElementType,
     Opcode,
     decode,
     encode,
@@ -66,7 +67,7 @@ class Bench:
         # Reserved bits are ignored: set them.
         entry = bytearray(encode(SUBMISSION, GOOD_SUBMISSION | changes))
         entry[1] = 0xFF
-        entry[12:16] = b"\xff" * 4
+        entry[14:16] = b"\xff" * 2
         self.memory[at:at + ENTRY_BYTES] = entry
         self.tail = (self.tail + 1) % self.entries
         ctx.set(self.dut.sq_tail, self.tail)
@@ -235,6 +236,8 @@ def job_of(submission, layer):
     return {
         "routed": submission["opcode"] == Opcode.EXPERTS,
         "two_planes": layer["planes"] == 2,
+        "x_narrow": submission.get("x_type", ElementType.FLOAT32) == ElementType.BFLOAT16,
+        "y_narrow": submission.get("y_type", ElementType.FLOAT32) == ElementType.BFLOAT16,
         "steps_in": layer["d_in"] // 32,
         "steps_out": layer["d_out"] // 32,
         **{name: layer[name] for name in ("num_experts", "grid_exponent", "table_address")},

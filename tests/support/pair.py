@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from moeaccel.config import AcceleratorConfig
@@ -89,6 +90,8 @@ class Pair:
     def same(self, script: Callable[[Device], Any]) -> Any:
         """Run a script on both and return its result, an array, which must be the same bits.
 
+        A torch tensor, of bfloat16, counts as the array of its bits.
+
         An error that a device reports counts as a result: kind, status, detail and address.
         """
         rtl, golden = (_outcome(script, device) for device in self.devices)
@@ -136,15 +139,18 @@ class Pair:
 
 def _outcome(script: Callable[[Device], Any], device: Device) -> Any:
     try:
-        return script(device)
+        y = script(device)
+        return y.view(torch.int16).numpy() if isinstance(y, torch.Tensor) else y
     except CommandFailed as error:
         return type(error).__name__, int(error.status), error.detail, error.address
 
 
 def assert_same_bits(found: NDArray[np.float32], expected: NDArray[np.float32]) -> None:
-    """Assert that float32 arrays are equal bit by bit, and say where they are not."""
+    """Assert that arrays are equal bit by bit, and say where they are not."""
     assert found.shape == expected.shape
-    differ = found.view(np.uint32) != expected.view(np.uint32)
+    assert found.dtype == expected.dtype
+    bits = np.dtype(f"u{found.itemsize}")
+    differ = found.view(bits) != expected.view(bits)
     if differ.any():
         where = np.argwhere(differ)
         first = tuple(where[0])

@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
+from moeaccel.arithmetic import to_bfloat16
 from moeaccel.config import PRESETS, AcceleratorConfig
 from moeaccel.formats import FORMATS
 from moeaccel.image import Expert
@@ -87,6 +89,7 @@ class Case:
     spread: int = 0
     scale: int = 0
     grid_exponent: int = -28
+    narrow: bool = False  # x and y in bfloat16
 
     def run(self, pair):
         """Run the call on both devices."""
@@ -98,6 +101,8 @@ class Case:
         with np.errstate(over="ignore"):
             x = X[self.x](rng, (self.tokens, self.d_model)).astype(np.float32)
         x[~np.isfinite(x)] = np.finfo(np.float32).max
+        if self.narrow:  # cut off, not rounded: the largest number stays finite
+            x = torch.from_numpy(to_bfloat16(x).view(np.int16)).view(torch.bfloat16)
         ids = ROUTINGS[self.routing](rng, shape, self.experts)
         scores = SCORES[self.scores](rng, shape).astype(np.float32)
 
@@ -146,7 +151,8 @@ def cases(draw, config: AcceleratorConfig, *, beats: int):
         routing=draw(st.sampled_from(list(ROUTINGS))), x=draw(st.sampled_from(list(X))),
         scores=draw(st.sampled_from(list(SCORES))), spread=draw(st.sampled_from([0, 0, 4, 20])),
         scale=draw(st.sampled_from([0, 0, 4, -30, 60])),
-        grid_exponent=draw(st.sampled_from([-28, -28, -40, -12, 8, 60, -100])))
+        grid_exponent=draw(st.sampled_from([-28, -28, -40, -12, 8, 60, -100])),
+        narrow=draw(st.booleans()))
 
 
 stalls = st.sampled_from([None, *(StallModel.uniform(p, length=n) for p in (0.1, 0.5)
@@ -256,6 +262,11 @@ CORNERS = {
                                                grid_exponent=60, scores="every size"),
     "large sums on a coarse grid": replace(TINY, tokens=9, top_k=2, scale=20, grid_exponent=20),
     "raised exponents": replace(TINY, tokens=9, top_k=2, x="raised"),
+    "bfloat16, rows of one block": replace(
+        TINY, d_model=32, d_expert=32, tokens=5, top_k=2, narrow=True),
+    "bfloat16, sums by way of memory": replace(
+        TINY, tokens=9, top_k=2, d_model=96, narrow=True),
+    "bfloat16, raised exponents": replace(TINY, tokens=9, top_k=2, x="raised", narrow=True),
     "ties of rounding": replace(TINY, tokens=9, top_k=2, x="halves", bits=8),
     "overflows of the grid": replace(TINY, tokens=9, top_k=2, grid_exponent=-45),
     "everything overflows": replace(TINY, tokens=9, top_k=2, grid_exponent=-100),

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from moeaccel import cycles
 from moeaccel.config import PRESETS, AcceleratorConfig, preset
@@ -22,6 +23,7 @@ from moeaccel.hdl.weights.tile_buffer import TileBuffer
 from moeaccel.hdl.weights.weight_streamer import WeightStreamer
 from moeaccel.host.device import Device
 from moeaccel.image import Expert, ExpertShape, Section
+from moeaccel.interface.commands import ElementType
 from moeaccel.sim import MemoryModel
 
 EXACT = ("busy", "bytes_read_weights", "bytes_read_other", "bytes_written")
@@ -33,6 +35,7 @@ class Case:
     """One command; without ``ids`` a GEMM from ``d_in`` to ``d_other``.
 
     Experts of a ``mixed`` layer take turns in formats, activation and width, ``d_other`` the first.
+    ``narrow``: x and y in bfloat16.
     """
 
     d_in: int
@@ -43,6 +46,7 @@ class Case:
     experts: int = 1
     ids: tuple[tuple[int, ...], ...] = ()
     mixed: bool = False
+    narrow: bool = False
 
     @classmethod
     def draw(cls, rng: np.random.Generator, config: AcceleratorConfig, most_steps: int) -> Case:
@@ -107,7 +111,8 @@ class Case:
     def predict(self, config: AcceleratorConfig, latency: int) -> Prediction:
         """Return what the model says."""
         fmt, array = weight_format(self.weight_format), (config.row_multipliers, config.channels)
-        options: dict[str, Any] = {"planes": self.planes, "latency": latency}
+        options: dict[str, Any] = {"planes": self.planes, "latency": latency,
+                                   "io": ElementType(self.narrow)}
         if not self.ids:
             return predict_linear(
                 config, Section(fmt, self.d_other, self.d_in, *array), self.tokens, **options)
@@ -117,7 +122,8 @@ class Case:
     def measure(self, device: Device) -> dict[str, int]:
         """Return the completion's cycles and what the counters counted. Values do not matter."""
         before = device.counters()
-        x = np.ones((self.tokens, self.d_in), np.float32)
+        x = torch.ones(self.tokens, self.d_in,
+                       dtype=torch.bfloat16 if self.narrow else torch.float32)
         bits = 8 * self.planes
         if self.ids:
             ids = np.array(self.ids)
@@ -189,6 +195,14 @@ def test_the_model_predicts_the_rtl(pair_of, config, latency, count, most_cycles
     ("tiny", 1, 60), ("tiny", 40, 30), ("small", 1, 120), ("small", 40, 60)])
 def test_the_model_predicts_small_shapes(pair_of, config, latency, count):
     compare_small(pair_of, config, latency, count=count, seed=latency)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("config", "latency"), [("tiny", 1), ("small", 40)])
+def test_the_model_predicts_bfloat16(pair_of, config, latency):
+    rng = np.random.default_rng(3000 + latency)
+    hold(pair_of, config, latency,
+         [replace(Case.draw_small(rng, preset(config)), narrow=True) for _ in range(30)])
 
 
 @pytest.mark.timeout(900)

@@ -20,6 +20,7 @@ from moeaccel.interface.commands import (
     LAYER,
     RING_LOG2_MAX,
     SUBMISSION,
+    ElementType,
     Field,
     Opcode,
     Status,
@@ -162,9 +163,11 @@ class CommandProcessor:
             raise Fault(Status.BAD_LAYER, detail=bad.word)
         top = 1 << self._config.address_bits
         tokens = submission["tokens"]
-        pairs, y_bytes = 4 * tokens * submission["top_k"], 4 * tokens * layer["d_out"]
-        sizes = {"x_address": 4 * tokens * layer["d_in"], "ids_address": pairs,
-                 "weights_address": pairs, "y_address": y_bytes, "workspace_address": 2 * y_bytes}
+        pairs = 4 * tokens * submission["top_k"]
+        x_bytes, y_bytes = (ElementType(submission[name]).bytes for name in ("x_type", "y_type"))
+        sizes = {"x_address": x_bytes * tokens * layer["d_in"], "ids_address": pairs,
+                 "weights_address": pairs, "y_address": y_bytes * tokens * layer["d_out"],
+                 "workspace_address": 8 * tokens * layer["d_out"]}
         for name, size in sizes.items():
             if submission[name] + size > top:
                 raise Fault(Status.BAD_FIELD, detail=field_of(SUBMISSION, name).word)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from moeaccel.arithmetic import to_bfloat16
 from moeaccel.config import AcceleratorConfig
 from moeaccel.golden import DeviceResult, combined
 from moeaccel.host.transports.golden.expert_table import Entry, ExpertTable
@@ -14,8 +15,14 @@ from moeaccel.host.transports.golden.images import Images
 from moeaccel.host.transports.golden.memory_port import Fault, MemoryPort
 from moeaccel.host.transports.golden.register_file import RegisterFile
 from moeaccel.host.transports.golden.timing import Timing
-from moeaccel.interface.commands import Opcode
+from moeaccel.interface.commands import ElementType, Opcode
 from moeaccel.plan import Plan, plan
+
+
+def _row_bytes(submission: Mapping[str, int], layer: Mapping[str, int]) -> tuple[int, int, int]:
+    """Return the bytes of a row of x, of y, and of partial sums."""
+    return (ElementType(submission["x_type"]).bytes * layer["d_in"],
+            ElementType(submission["y_type"]).bytes * layer["d_out"], 8 * layer["d_out"])
 
 
 class Engine:
@@ -72,35 +79,38 @@ class Engine:
             planned = planned.before(bad.detail)
             ids = np.where(ids < bad.detail, ids, -1)
         self._check_streams(submission, layer, planned, entries, unread, gemm=gemm)
-        self._count(layer, planned, entries, pairs=0 if gemm else 4 * tokens * top_k)
+        self._count(submission, layer, planned, entries, pairs=0 if gemm else 4 * tokens * top_k)
         result = self._compute(submission, layer, planned, entries, ids, weights)
         self._registers.count(overflows=result.overflows, underflows=result.underflows)
         if bad is not None:
             self._port.raise_first([bad], behind)
-        self._port.ram.write(submission["y_address"], np.ascontiguousarray(result.y).view(np.uint8)
-                             .reshape(-1))
+        narrow = submission["y_type"] == ElementType.BFLOAT16
+        y = to_bfloat16(result.y) if narrow else np.ascontiguousarray(result.y)
+        self._port.ram.write(submission["y_address"], y.view(np.uint8).reshape(-1))
         if self._timing is None:
             return result, 0
-        return result, self._timing.count(layer, entries, ids, gemm=gemm)
+        return result, self._timing.count(submission, layer, entries, ids)
 
     def _compute(self, submission: Mapping[str, int], layer: Mapping[str, int], planned: Plan,
                  entries: Mapping[int, Entry], ids: NDArray[np.int64],
                  weights: NDArray[np.float32]) -> DeviceResult:
         tokens, d_out = submission["tokens"], layer["d_out"]
+        y_type = ElementType(submission["y_type"])
         if not planned.passes:
             return DeviceResult(np.zeros((tokens, d_out), np.float32), [], [], 0, 0)
-        x = self._port.floats(submission["x_address"], (tokens, layer["d_in"]))
+        x = self._port.floats(submission["x_address"], (tokens, layer["d_in"]),
+                              ElementType(submission["x_type"]))
         return combined(
             x, ids, weights, lambda expert: self._images.weights(entries[expert]),
             num_experts=layer["num_experts"], d_out=d_out, planes=layer["planes"],
-            grid_exponent=layer["grid_exponent"])
+            grid_exponent=layer["grid_exponent"], y_type=y_type)
 
     def _check_streams(self, submission: Mapping[str, int], layer: Mapping[str, int],
                        planned: Plan, entries: Mapping[int, Entry], unread: list[Fault], *,
                        gemm: bool) -> None:
         """End the command if something that it touches is outside window or memory."""
         x, y, workspace = (submission[f"{name}_address"] for name in ("x", "y", "workspace"))
-        x_row, y_row = 4 * layer["d_in"], 4 * layer["d_out"]
+        x_row, y_row, sums_row = _row_bytes(submission, layer)
         pairs = [] if gemm else [
             (submission["weights_address"], 4 * submission["tokens"] * submission["top_k"])]
         faults = self._port.first_faults
@@ -110,21 +120,23 @@ class Engine:
             faults((entries[e].image_address, entries[e].payload_bytes) for e in planned.experts),
             faults((x + x_row * token, x_row) for token in planned.loads),
             faults(((y + y_row * token, y_row) for token in planned.zeros), write=True),
-            faults((workspace + 2 * y_row * row.token, 2 * y_row)
+            faults((workspace + sums_row * row.token, sums_row)
                    for row in planned.rows if not row.first),
             faults(((y + y_row * row.token, y_row) if row.last
-                    else (workspace + 2 * y_row * row.token, 2 * y_row)
+                    else (workspace + sums_row * row.token, sums_row)
                     for row in planned.rows), write=True))
 
-    def _count(self, layer: Mapping[str, int], planned: Plan, entries: Mapping[int, Entry], *,
-               pairs: int) -> None:
+    def _count(self, submission: Mapping[str, int], layer: Mapping[str, int], planned: Plan,
+               entries: Mapping[int, Entry], *, pairs: int) -> None:
         """Count what a command moves and computes; ``pairs``: bytes of its weights."""
-        rows, y_row = planned.rows, 4 * layer["d_out"]
+        rows = planned.rows
+        x_row, y_row, sums_row = _row_bytes(submission, layer)
         beats = self._port.beats
         self._registers.count(
             bytes_read_weights=self._config.channels * sum(
                 beats(entries[now.expert].payload_bytes) for now in planned.passes),
-            bytes_read_other=beats(pairs) + 4 * layer["d_in"] * len(planned.loads)
-                             + 2 * y_row * sum(not row.first for row in rows),
-            bytes_written=y_row * (len(planned.zeros) + sum(1 if row.last else 2 for row in rows)),
+            bytes_read_other=beats(pairs) + x_row * len(planned.loads)
+                             + sums_row * sum(not row.first for row in rows),
+            bytes_written=y_row * len(planned.zeros)
+                          + sum(y_row if row.last else sums_row for row in rows),
             tokens=planned.tokens, expert_passes=len(planned.passes), assignments=planned.pairs)

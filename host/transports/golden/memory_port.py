@@ -9,11 +9,12 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
+from moeaccel.arithmetic import from_bfloat16
 from moeaccel.config import AcceleratorConfig
 from moeaccel.host.errors import DeviceClosed, InvalidOption, UploadError
 from moeaccel.host.transports.base import Bytes
 from moeaccel.host.transports.golden.register_file import RegisterFile
-from moeaccel.interface.commands import Status
+from moeaccel.interface.commands import ElementType, Status
 
 _PAGE_BITS = 12
 # Python 3.11's mmap does not name this flag.
@@ -169,8 +170,11 @@ class MemoryPort:
         self._registers.count(bytes_read_other=self.beats(count))
         return self.ram.read(address, count)
 
-    def floats(self, address: int, shape: tuple[int, int]) -> NDArray[np.float32]:
+    def floats(self, address: int, shape: tuple[int, int],
+               element: ElementType = ElementType.FLOAT32) -> NDArray[np.float32]:
         """Return an array of memory; where there is none, which nobody asks for, zeros."""
-        count = 4 * shape[0] * shape[1]
+        count = element.bytes * shape[0] * shape[1]
         raw = self.ram.read(address, count)
-        return np.pad(raw, (0, count - raw.size)).view("<f4").reshape(shape)
+        raw = np.pad(raw, (0, count - raw.size))
+        narrow = element is ElementType.BFLOAT16
+        return (from_bfloat16(raw.view("<u2")) if narrow else raw.view("<f4")).reshape(shape)

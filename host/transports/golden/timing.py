@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from moeaccel.config import AcceleratorConfig
 from moeaccel.host.transports.golden.expert_table import Entry
 from moeaccel.host.transports.golden.register_file import RegisterFile
+from moeaccel.interface.commands import ElementType, Opcode
 
 _COUNTED = ("busy", "starved_weights", "starved_activations", "stalled_output", "idle")
 
@@ -31,15 +32,17 @@ class Timing:
         self._registers = registers
         self._latency = latency
 
-    def count(self, layer: Mapping[str, int], entries: Mapping[int, Entry],
-              ids: NDArray[np.int64], *, gemm: bool) -> int:
+    def count(self, submission: Mapping[str, int], layer: Mapping[str, int],
+              entries: Mapping[int, Entry], ids: NDArray[np.int64]) -> int:
         """Return a command's cycles; the counters of time get theirs."""
         from moeaccel.cycles import predict_command
 
         found = predict_command(
             self._config, {expert: entry.sections for expert, entry in entries.items()}, ids,
             layer["num_experts"], d_in=layer["d_in"], d_out=layer["d_out"],
-            planes=layer["planes"], latency=self._latency, gemm=gemm)
+            planes=layer["planes"], latency=self._latency,
+            gemm=submission["opcode"] == Opcode.GEMM, x_type=ElementType(submission["x_type"]),
+            y_type=ElementType(submission["y_type"]))
         values = asdict(found)
         self._registers.count(**{name: values[name] for name in _COUNTED})
         return found.cycles

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from amaranth.sim import Simulator
 
-from moeaccel.arithmetic import quantise_float32
+from moeaccel.arithmetic import from_bfloat16, quantise_float32, to_bfloat16
 from moeaccel.config import AcceleratorConfig, preset
 from moeaccel.hdl.activations.activation_loader import ActivationLoader
 from tests.support.elements import float32_rows, lane_writes, monitor_lanes
@@ -18,10 +18,11 @@ X_ADDRESS = 192
 
 
 class Bench:
-    def __init__(self, config, x, *, seed=0, stall=0.0, latency=5):
+    def __init__(self, config, x, *, seed=0, stall=0.0, latency=5, narrow=False):
+        self.narrow = narrow
         self.config = config
         self.dut = ActivationLoader(config)
-        self.memory = bytearray(X_ADDRESS) + bytearray(x.tobytes())
+        self.memory = bytearray(X_ADDRESS) + bytearray((to_bfloat16(x) if narrow else x).tobytes())
         self.table = {}
         self.lanes, self.bases = {}, {}
         self.rng = random.Random(seed)
@@ -41,6 +42,7 @@ class Bench:
         self.bases.clear()
         ctx.set(dut.i_two_planes, planes - 1)
         ctx.set(dut.i_steps, steps)
+        ctx.set(dut.i_narrow, self.narrow)
         ctx.set(dut.i_x_address, X_ADDRESS)
         ctx.set(dut.i_request.payload, {"bank": bank, "slot_bank": slot_bank, "count": len(tokens)})
         ctx.set(dut.i_request.valid, 1)
@@ -65,16 +67,18 @@ class Bench:
         sim.run()
 
 
-@pytest.mark.parametrize("stall", [0.0, 0.3])
-@pytest.mark.parametrize("planes", [1, 2])
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize(("planes", "stall"), [(1, 0.0), (2, 0.3)])
 @pytest.mark.parametrize("config", [preset("tiny"), WIDE, EQUAL])
-def test_bits(config, planes, stall):
+def test_bits(config, planes, stall, narrow):
     rng = np.random.default_rng(3)
     steps = config.max_steps - 1
     x = float32_rows(rng, 16, 32 * steps)
     x[5, 7], x[5, 40], x[9, 33], x[11, 0] = np.inf, np.nan, -np.inf, np.nan
+    if narrow:
+        x = from_bfloat16(to_bfloat16(x))  # towards zero: an infinity stays one, and NaN does
     blocks, nonfinite = quantise_float32(x, planes)
-    bench = Bench(config, x, stall=stall)
+    bench = Bench(config, x, stall=stall, narrow=narrow)
 
     async def testbench(ctx):
         dut = bench.dut

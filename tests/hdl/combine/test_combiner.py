@@ -8,7 +8,10 @@ from amaranth import Cat, Elaboratable, Module
 from amaranth.sim import Simulator
 
 from moeaccel.arithmetic import (
+    BFLOAT16_BITS,
+    ELEMENT_BITS,
     InternalFloat,
+    from_bfloat16,
     grid_to_float32,
     normalise,
     weighted_output,
@@ -150,9 +153,11 @@ class Bench:
         ctx.set(dut.i_drain.valid, 0)
         await ctx.tick().until(dut.o_drained)
 
-    def row(self, token, rows):
-        at = Y + token * rows * 4
-        return np.frombuffer(bytes(self.memory[at : at + 4 * rows]), "<f4")
+    def row(self, token, rows, *, narrow=False):
+        size = 2 if narrow else 4
+        at = Y + token * rows * size
+        raw = bytes(self.memory[at : at + size * rows])
+        return from_bfloat16(np.frombuffer(raw, "<u2")) if narrow else np.frombuffer(raw, "<f4")
 
     def run(self, scenario):
         sim = Simulator(self.joined)
@@ -169,8 +174,8 @@ def draw(rng, shape, low=-30, high=-10):
 
 @pytest.mark.parametrize(("name", "channels"), [
     ("tiny", 1), ("small", 1), ("tiny", 2), ("tiny", 8), ("small", 4), ("small", 32)])
-@pytest.mark.parametrize("seed", [1, 2])
-def test_sums_travel_through_the_workspace_and_end_as_float32(name, channels, seed):
+@pytest.mark.parametrize(("seed", "narrow"), [(1, False), (2, False), (3, True)])
+def test_sums_travel_through_the_workspace_and_end_as_floats(name, channels, seed, narrow):
     config = PRESETS[name].replace(channels=channels)
     bench = Bench(config, seed)
     rng = np.random.default_rng(seed)
@@ -186,6 +191,7 @@ def test_sums_travel_through_the_workspace_and_end_as_float32(name, channels, se
         dut = bench.dut
         ctx.set(dut.i_grid_exponent, GRID)
         ctx.set(dut.i_steps_out, steps)
+        ctx.set(dut.i_narrow, narrow)
         ctx.set(dut.i_y_address, Y)
         ctx.set(dut.i_workspace_address, WORKSPACE)
         ctx.set(dut.i_zero.payload, 3)  # overwritten by the sums of token 3 later
@@ -216,9 +222,9 @@ def test_sums_travel_through_the_workspace_and_end_as_float32(name, channels, se
             seen += tokens
 
     bench.run(scenario)
-    expected = grid_to_float32(total, GRID)
+    expected = grid_to_float32(total, GRID, BFLOAT16_BITS if narrow else ELEMENT_BITS)
     for token in range(4):
-        assert (bench.row(token, rows) == expected[token]).all()
+        assert (bench.row(token, rows, narrow=narrow) == expected[token]).all()
     assert bench.overflows == sum(overflows)
     assert bench.underflows == sum(underflows)
 
@@ -267,7 +273,8 @@ def test_a_row_of_zeros_leaves_the_buffer_to_the_cores(name, channels):
     assert not bench.row(1, rows).any()
 
 
-def test_rounding_extremes_overflow_underflow_and_throughput():
+@pytest.mark.parametrize("narrow", [False, True])
+def test_rounding_extremes_overflow_underflow_and_throughput(narrow):
     config = PRESETS["tiny"]
     bench = Bench(config, 5, stalls=False)
     rng = np.random.default_rng(5)
@@ -277,7 +284,10 @@ def test_rounding_extremes_overflow_underflow_and_throughput():
     for i, (m, e) in enumerate([(65536, -29), (98304, -29), (-98304, -29), (65536, -45),
                                 (0, 0), (131071, -2), (65536, -1), (-65536, 16), (-131071, -2),
                                 (65537, -45), (65536, -46), (-65536, -200), (65536, 1500),
-                                (-65537, -45), (-65536, -45), (131071, -46), (65536, -2048)]):
+                                (-65537, -45), (-65536, -45), (131071, -46), (65536, -2048),
+                                # Ties of bfloat16, to even and away from it, and next to them.
+                                (65536 + 256, -20), (65536 + 768, -20), (65536 + 257, -20),
+                                (-131072 + 256, -20), (131071, -20)]):
         values.mantissa[0, i], values.exponent[0, i] = m, e
     weight = InternalFloat(np.array([65536]), np.array([-16]))
     term, overflow, underflow = weighted_output(values, weight, GRID)
@@ -288,6 +298,7 @@ def test_rounding_extremes_overflow_underflow_and_throughput():
         ctx.set(dut.i_grid_exponent, GRID)
         ctx.set(dut.i_steps_out, rows // 32)
         ctx.set(dut.i_y_address, Y)
+        ctx.set(dut.i_narrow, narrow)
         bench.table[0] = {"token": 0, "first": 1, "last": 1,
                           "weight": {"mantissa": 65536, "exponent": -16}}
         await bench.elements(ctx, values, bank=0, fresh=1)
@@ -303,7 +314,8 @@ def test_rounding_extremes_overflow_underflow_and_throughput():
         cycles.append(begin[0])
 
     bench.run(scenario)
-    assert (bench.row(0, rows) == grid_to_float32(term, GRID)[0]).all()
+    bits = BFLOAT16_BITS if narrow else ELEMENT_BITS
+    assert (bench.row(0, rows, narrow=narrow) == grid_to_float32(term, GRID, bits)[0]).all()
     assert bench.overflows == overflow.sum() > 0
     assert bench.underflows == underflow.sum() > 0
     # Ties at half the grid's unit, the nearest beyond them, zero: what counts and what does not.

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from moeaccel.config import PRESETS
-from moeaccel.interface.commands import LAYER, SUBMISSION, Opcode, Status
+from moeaccel.interface.commands import LAYER, SUBMISSION, ElementType, Opcode, Status
 from tests.support.command_bench import (
     CQ,
     GEMM,
@@ -26,6 +26,8 @@ BAD_SUBMISSIONS = [
     ({"top_k": 0x100_0001}, "top_k"),
     ({"tokens": TINY.max_assignments // 5 + 1, "top_k": 5}, "top_k"),
     ({"opcode": Opcode.GEMM, "top_k": 2}, "top_k"),
+    ({"x_type": 2}, "x_type"), ({"x_type": 255}, "x_type"),
+    ({"y_type": 2}, "y_type"), ({"y_type": 128}, "y_type"),
     *(({name: value}, name) for name in ADDRESSES
       for value in (1, 0x20, 0x4020, 1 << TINY.address_bits, 1 << 63)),
     ({"y_address": 1, "x_address": 8, "workspace_address": 4}, "x_address"),  # the first one
@@ -103,8 +105,9 @@ def ends(submission, layer):
     """Return how many bytes lie behind each address that a command may touch."""
     tokens, d_in, d_out = submission["tokens"], layer["d_in"], layer["d_out"]
     pairs = 4 * tokens * submission["top_k"]
-    return {"x_address": 4 * tokens * d_in, "ids_address": pairs, "weights_address": pairs,
-            "y_address": 4 * tokens * d_out, "workspace_address": 8 * tokens * d_out,
+    x, y = (ElementType(submission.get(name, 0)).bytes for name in ("x_type", "y_type"))
+    return {"x_address": x * tokens * d_in, "ids_address": pairs, "weights_address": pairs,
+            "y_address": y * tokens * d_out, "workspace_address": 8 * tokens * d_out,
             "table_address": 64 * layer["num_experts"]}
 
 
@@ -126,6 +129,7 @@ def test_everything_ends_within_the_address_space(config):
             command = {"top_k": rng.choice([1, 16, rng.randint(1, 16)])}
             if gemm := i % 4 == 3:
                 command = dict(GEMM)
+            command |= {name: rng.randint(0, 1) for name in ("x_type", "y_type")}
             command["tokens"] = rng.randint(
                 1, min(config.max_tokens, config.max_assignments // command["top_k"]))
             sizes = ends(GOOD_SUBMISSION | command, GOOD_LAYER | layer)

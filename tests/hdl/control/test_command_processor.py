@@ -17,6 +17,7 @@ from moeaccel.interface.commands import (
     ENTRY_BYTES,
     LAYER,
     SUBMISSION,
+    ElementType,
     NonFinite,
     Opcode,
     Status,
@@ -43,6 +44,7 @@ from tests.support.command_bench import (
 @pytest.mark.parametrize("stall", [0.0, 0.5])
 def test_jobs_and_completions(preset, stall):
     bench = Bench(PRESETS[preset], stall=stall, seed=1)
+    other = {"tokens": 5, "y_type": ElementType.BFLOAT16}
 
     async def testbench(ctx):
         assert await bench.run_one(ctx) | {"cycles": 0} == {
@@ -53,7 +55,7 @@ def test_jobs_and_completions(preset, stall):
         for opcode in (Opcode.NOP, Opcode.FENCE):
             entry = await bench.run_one(ctx, opcode=opcode, tag=7, tokens=0, x_address=1)
             assert (entry["tag"], entry["status"]) == (7, Status.OK)
-        await bench.run_one(ctx, tokens=5)
+        await bench.run_one(ctx, **other)
         assert ctx.get(bench.dut.sq_head) == ctx.get(bench.dut.cq_tail) == 5 % 4
         await ctx.tick().repeat(20)
         assert not ctx.get(bench.dut.busy)
@@ -62,7 +64,7 @@ def test_jobs_and_completions(preset, stall):
     assert bench.jobs == [
         job_of(GOOD_SUBMISSION, GOOD_LAYER),
         job_of(GOOD_SUBMISSION | GEMM, GOOD_LAYER),
-        job_of(GOOD_SUBMISSION | {"tokens": 5}, GOOD_LAYER)]
+        job_of(GOOD_SUBMISSION | other, GOOD_LAYER)]
     assert bench.log == ["done", "irq"] * 5  # acknowledged, then the interrupt
     assert bench.counts == [
         (1, 3, 0, 0), (1, 3, 0, 0), (1, 0, 0, 0), (1, 0, 0, 0), (1, 5, 0, 0)]

@@ -1,0 +1,1 @@
+"""The router: logits become ids and weights."""

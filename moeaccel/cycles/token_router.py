@@ -1,0 +1,54 @@
+"""Cycles of the router for one token."""
+
+from __future__ import annotations
+
+from moeaccel.config import AcceleratorConfig
+from moeaccel.router.choices import GroupScore, Renormalize, Score
+from moeaccel.router.settings import RouterSettings
+
+__all__ = ["token_cycles"]
+
+# Latencies of the blocks (tests/hdl/router).
+_EXPONENTIAL = 10
+_SCORE = {Score.SOFTMAX: 20, Score.SIGMOID: 20, Score.SQRT_SOFTPLUS: 34, Score.IDENTITY: 0}
+_DIVIDE = 11
+_WEIGHT = 13
+_SETTLE = 5
+
+
+def token_cycles(config: AcceleratorConfig, settings: RouterSettings, *, biased: bool) -> int:
+    """Return the cycles from the first of a token's passes to its last pair.
+
+    The next token's logits are there by then: they take ``experts`` cycles to come in.
+
+    Parameters
+    ----------
+    biased : :class:`bool`
+        Whether it has a selection bias.
+    """
+    experts, top_k, score = settings.experts, settings.top_k, settings.score_kind
+    softmax = score is Score.SOFTMAX
+    by_logits = not biased or settings.bias_logits or score is Score.IDENTITY
+    top2 = settings.grouped and settings.group_score_kind is GroupScore.TOP2_SUM
+    of_chosen = settings.renormalize_kind is Renormalize.SOFTMAX_TOP_K
+    early_sum = softmax and (not by_logits or top2)
+    settle = 1 + max(_SETTLE + config.router_top_k, _DIVIDE)
+
+    cycles = 1
+    if early_sum:
+        cycles += experts + 1 + _EXPONENTIAL + settle
+    if settings.grouped:
+        scored = not by_logits or top2
+        cycles += experts + 1 + (_SCORE[score] if scored else 0) + settle + settings.keep_groups
+    if by_logits:
+        select = _EXPONENTIAL if softmax and not early_sum and not of_chosen else 0
+    else:
+        select = _SCORE[score]
+    cycles += experts + 1 + select + settle
+    if of_chosen:
+        cycles += top_k + 2
+    cycles += top_k + 2 + (_EXPONENTIAL if of_chosen else _SCORE[score])
+    cycles += 1  # the divisor
+    if settings.renormalize_kind is not Renormalize.NONE:
+        cycles += _DIVIDE + 1 + _WEIGHT
+    return cycles + 1 + top_k + 1 + _WEIGHT

@@ -1,0 +1,295 @@
+"""Routing, to the bit: logits become ids and weights.
+
+Logits are rounded once, to multiples of 2**-20; scores are within 2**-18 of exact ones, weights
+within 2**-16 of them relative to exact ones of the same logits (:mod:`moeaccel.router.tables`).
+Selection without a selection bias compares logits, so that only rounding them makes ties. Every
+token is routed by itself, but for a capacity.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeaccel.arithmetic import Ints
+from moeaccel.router.choices import CapacityOrder, GroupScore, Renormalize, Score
+from moeaccel.router.settings import SELECTION_BIAS_MAX, RouterError, RouterSettings
+from moeaccel.router.tables import (
+    KEY_BITS,
+    LOGIT_BITS,
+    RECIPROCAL,
+    SCORE_BITS,
+    VALUE_BITS,
+    WORD_BITS,
+    exponential,
+    fixed,
+    leading,
+    quotient,
+    sigmoid,
+    significand,
+    sqrt_softplus,
+    to_float32,
+)
+
+__all__ = ["NONE", "RoutedTokens", "route", "within_capacity"]
+
+NONE = -1
+"""Id of a slot without an expert; its weight is 0."""
+
+_NEVER = -(1 << 40)
+"""Below every key: an expert that cannot be chosen."""
+_FIRST = 1 << 40
+"""Above every key."""
+_LEAST = -(1 << (WORD_BITS - 1))
+_MOST = (1 << (WORD_BITS - 1)) - 1
+_PART_BITS = 16
+"""Fraction bits of threshold and top_p."""
+
+
+@dataclass(frozen=True)
+class RoutedTokens:
+    """What a router makes of logits.
+
+    Parameters
+    ----------
+    ids : int32 array, (T, k)
+        In the order of their keys; `NONE` where there is none, or it was dropped.
+    weights : float32 array, (T, k)
+    logits : float32 array, (T, E)
+        As they were used: rounded, with bias.
+    nonfinite_tokens : :class:`list` of :class:`int`
+        Tokens with a logit that is NaN or infinite (it counts as -2048).
+    saturated : :class:`int`
+        Logits of +-2048 and beyond, with or without bias (they count as that).
+    """
+
+    ids: NDArray[np.int32]
+    weights: NDArray[np.float32]
+    logits: NDArray[np.float32]
+    nonfinite_tokens: list[int]
+    saturated: int
+
+
+def route(
+    logits: NDArray[np.float32],
+    settings: RouterSettings,
+    *,
+    bias: NDArray[np.floating] | None = None,
+    selection_bias: NDArray[np.floating] | None = None,
+    resident: NDArray[np.bool_] | None = None,
+    ids: NDArray[np.integer] | None = None,
+) -> RoutedTokens:
+    """Return where tokens go.
+
+    Parameters
+    ----------
+    logits : float32 array, (T, E)
+    settings : :class:`RouterSettings`
+    bias, selection_bias : float array, (E,), optional
+        Added to the logits; added to the scores (or logits) for selection only.
+    resident : bool array, (E,), optional
+        Only these are chosen; with ``settings.prior``, these are preferred.
+    ids : integer array, (T, k), optional
+        The experts chosen, by somebody else: only their weights are asked for.
+
+    Raises
+    ------
+    RouterError
+        If an array has another shape or values that do not fit.
+    """
+    experts = settings.experts
+    if logits.ndim != 2 or logits.shape[1] != experts:
+        raise RouterError(f"logits must be (tokens, {experts}), not {logits.shape}")
+    table = _table("bias", bias, experts)
+    extra = _table("selection_bias", selection_bias, experts)
+    near = np.abs(extra) <= SELECTION_BIAS_MAX
+    if not near.all():
+        expert = int(np.argmin(near))
+        raise RouterError(f"selection_bias[{expert}] must be from {-SELECTION_BIAS_MAX} to "
+                          f"{SELECTION_BIAS_MAX}, not {extra[expert]:g}")
+    if resident is not None and np.shape(resident) != (experts,):
+        raise RouterError(f"resident must have shape ({experts},), not {np.shape(resident)}")
+
+    rounded, beyond = fixed(logits, LOGIT_BITS)
+    added = rounded + fixed(table, LOGIT_BITS)[0]
+    s = np.clip(added, _LEAST, _MOST)
+    saturated = int((beyond | (s != added)).sum())
+    if settings.mixer is not None:
+        chosen, weights = _mixed(s, settings)
+    else:
+        scores = _scores(s, settings)
+        chosen = (_select(s, scores, settings, extra, selection_bias is not None, resident)
+                  if ids is None else _given(ids, settings, len(logits)))
+        chosen, weights = _weights(s, scores, chosen, settings)
+    return RoutedTokens(
+        chosen.astype(np.int32), weights,
+        np.ldexp(s.astype(np.float64), -LOGIT_BITS).astype(np.float32),
+        np.nonzero(~np.isfinite(logits).all(axis=1))[0].tolist(), saturated)
+
+
+def _table(name: str, values: NDArray[np.floating] | None, experts: int) -> NDArray[np.float64]:
+    if values is None:
+        return np.zeros(experts)
+    table = np.asarray(values, np.float64)
+    if table.shape != (experts,):
+        raise RouterError(f"{name} must have shape ({experts},), not {table.shape}")
+    if not np.isfinite(table).all():
+        expert = int(np.argmin(np.isfinite(table)))
+        raise RouterError(f"{name}[{expert}] must be finite, not {table[expert]}")
+    return table
+
+
+def _given(ids: NDArray[np.integer], settings: RouterSettings, tokens: int) -> Ints:
+    if np.shape(ids) != (tokens, settings.top_k):
+        raise RouterError(f"ids must be ({tokens}, {settings.top_k}), not {np.shape(ids)}")
+    return np.where((ids >= 0) & (ids < settings.experts), ids, NONE).astype(np.int64)
+
+
+def _scores(s: Ints, settings: RouterSettings) -> Ints:
+    """Return the scores of logits, (T, E)."""
+    match settings.score_kind:
+        case Score.SOFTMAX:
+            power = exponential(s.max(axis=1, keepdims=True) - s)
+            return quotient(power, power.score.sum(axis=1, keepdims=True))
+        case Score.SIGMOID:
+            return sigmoid(s)
+        case Score.SQRT_SOFTPLUS:
+            return sqrt_softplus(s)
+        case Score.IDENTITY:
+            return s << (SCORE_BITS - LOGIT_BITS)
+
+
+def _top(keys: Ints, count: int) -> Ints:
+    """Return the indices of the largest keys, in order; the lowest index first of equal ones."""
+    return np.argsort(-keys, axis=1, kind="stable")[:, :count]
+
+
+def _select(s: Ints, scores: Ints, settings: RouterSettings, extra: NDArray[np.float64],
+            biased: bool, resident: NDArray[np.bool_] | None) -> Ints:
+    """Return the chosen of each token, (T, k)."""
+    by_logits = (not biased or settings.bias_logits
+                 or settings.score_kind is Score.IDENTITY)
+    as_scores = (scores >> (SCORE_BITS - KEY_BITS)) + fixed(extra, KEY_BITS)[0]
+    keys = (np.clip(s + fixed(extra, LOGIT_BITS)[0], _LEAST, _MOST) if by_logits
+            else as_scores)
+    if resident is not None and settings.prior:
+        keys = np.clip(keys + np.where(resident, _prior(settings, by_logits), 0), _LEAST, _MOST)
+    elif resident is not None:
+        keys = np.where(resident, keys, _LEAST)
+        as_scores = np.where(resident, as_scores, _LEAST)
+    if settings.grouped:
+        shape = (len(s), settings.groups, -1)
+        if settings.group_score_kind is GroupScore.MAX:
+            of_groups = keys.reshape(shape).max(axis=2)
+        else:
+            of_groups = np.sort(as_scores.reshape(shape), axis=2)[:, :, -2:].sum(axis=2)
+        kept = np.zeros(of_groups.shape, bool)
+        np.put_along_axis(kept, _top(of_groups, settings.keep_groups), True, axis=1)
+        keys = np.where(np.repeat(kept, settings.experts // settings.groups, axis=1), keys, _NEVER)
+    if resident is not None and not settings.prior:
+        keys = np.where(resident, keys, _NEVER)
+    if settings.prior_keep:
+        keys[np.arange(len(s)), s.argmax(axis=1)] = _FIRST
+    chosen = _top(keys, settings.top_k)
+    return np.where(np.take_along_axis(keys, chosen, 1) == _NEVER, NONE, chosen)
+
+
+def _prior(settings: RouterSettings, by_logits: bool) -> int:
+    return int(fixed(np.array(settings.prior), LOGIT_BITS if by_logits else KEY_BITS)[0])
+
+
+def _weights(s: Ints, scores: Ints, chosen: Ints, settings: RouterSettings
+             ) -> tuple[Ints, NDArray[np.float32]]:
+    """Return the chosen that are kept and their weights."""
+    there = chosen != NONE
+    at = np.maximum(chosen, 0)
+    if settings.renormalize_kind is Renormalize.SOFTMAX_TOP_K:
+        logits = np.where(there, np.take_along_axis(s, at, 1), _LEAST)
+        scores = exponential(logits.max(axis=1, keepdims=True) - logits).score
+    else:
+        scores = np.take_along_axis(scores, at, 1)
+    q = np.where(there, scores, 0)
+    keep = there
+    if settings.threshold is not None:
+        keep = keep & ((q << _PART_BITS) >= _part(settings.threshold) * q[:, :1])
+    if settings.top_p is not None:
+        before = np.cumsum(q, axis=1) - q
+        keep = keep & ((before << _PART_BITS)
+                       < _part(settings.top_p) * q.sum(axis=1, keepdims=True))
+    if settings.capacity is not None:
+        keep = within_capacity(np.where(keep, chosen, NONE), settings.capacity,
+                               q[:, 0] if settings.capacity_order_kind is CapacityOrder.PRIORITY
+                               else None)
+    q = np.where(keep, q, 0)
+    epsilon = round(settings.epsilon * 2**SCORE_BITS)
+    total = q.sum(axis=1, keepdims=True)
+    match settings.renormalize_kind:
+        case Renormalize.NONE:
+            weights = _scaled(q, settings)
+        case Renormalize.CLAMP:
+            weights = _scaled(q, settings, np.maximum(total, epsilon))
+        case _:
+            weights = _scaled(q, settings, total + epsilon)
+    return np.where(keep, chosen, NONE), weights
+
+
+def _part(value: float) -> int:
+    return round(value * 2**_PART_BITS)
+
+
+def _scaled(q: Ints, settings: RouterSettings, divisor: Ints | None = None) -> NDArray[np.float32]:
+    """Return ``q / divisor * scale``, or ``q * scale``; 0 where the divisor is 0."""
+    scale, exponent = significand(settings.scale)
+    factor, power = np.array(scale, np.int64), np.array(exponent, np.int64)
+    if divisor is not None:
+        mantissa, position = leading(divisor, VALUE_BITS + 1)
+        product = RECIPROCAL(mantissa & ((1 << VALUE_BITS) - 1)) * scale
+        factor, place = leading(product, VALUE_BITS)
+        # product / 2**24 of the scale, over 2**position; cut off to 24 bits.
+        power = exponent - VALUE_BITS - position + (place - VALUE_BITS + 1)
+    else:
+        power = power - SCORE_BITS
+    mantissa, position = leading(np.abs(q), VALUE_BITS)
+    weights = to_float32(np.sign(q) * mantissa * factor, power + position - VALUE_BITS + 1)
+    return weights if divisor is None else np.where(divisor == 0, np.float32(0), weights)
+
+
+def _mixed(s: Ints, settings: RouterSettings) -> tuple[Ints, NDArray[np.float32]]:
+    """Return the chosen of sparsemixer, and their weights."""
+    assert settings.mixer is not None
+    limit = round(settings.mixer * 2**LOGIT_BITS)
+    left = np.ones(s.shape, bool)
+    chosen, weights = [], []
+    for _ in range(settings.top_k):
+        best = np.where(left, s, _NEVER).argmax(axis=1)[:, None]
+        largest = np.take_along_axis(s, best, 1)
+        distance = largest - s
+        near = left & ((distance << LOGIT_BITS) <= limit * np.maximum(np.abs(s), largest))
+        power = exponential(np.maximum(distance, 0)).score
+        total = np.where(near, power, 0).sum(axis=1, keepdims=True)
+        first = np.full(total.shape, int(exponential(np.array(0)).score))
+        weights.append(_scaled(first, settings, total))
+        chosen.append(best)
+        np.put_along_axis(left, best, False, axis=1)
+    return np.concatenate(chosen, axis=1), np.concatenate(weights, axis=1)
+
+
+def within_capacity(ids: Ints, capacity: int, priority: Ints | None = None) -> NDArray[np.bool_]:
+    """Return which choices an expert's capacity leaves, (T, k).
+
+    Every token's first choice comes before any second one; of one rank, tokens come in their order,
+    or those with the larger `priority`, (T,), first.
+    """
+    tokens, top_k = ids.shape
+    order = (np.arange(tokens) if priority is None
+             else np.argsort(-priority, kind="stable"))
+    flat = ids[order].T.reshape(-1)
+    place = np.zeros(len(flat), np.int64)
+    for expert in np.unique(flat[flat >= 0]):
+        mine = np.nonzero(flat == expert)[0]
+        place[mine] = np.arange(len(mine))
+    kept = np.zeros(ids.shape, bool)
+    kept[order] = ((flat >= 0) & (place < capacity)).reshape(top_k, tokens).T
+    return kept
