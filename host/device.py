@@ -100,7 +100,7 @@ class Device(Bound, Inherited):
         self._config = config
         self._timeout_s = timeout_s
         self._watchdog_cycles = watchdog_cycles
-        self._polling = polling
+        self._polling, self._waits_beside = polling, transport.waits_beside
         self._registers = RegisterAccess(transport)
         self._lock = threading.RLock()
         self._handles: weakref.WeakSet[Handle] = weakref.WeakSet()
@@ -403,10 +403,10 @@ class Device(Bound, Inherited):
     def _interrupted(self, timeout_s: float) -> bool:
         """Wait for the interrupt; without the lock where the transport allows it."""
         transport = self._check_open()
-        if transport.waits_beside:
+        if self._waits_beside:
             return transport.wait_interrupt(timeout_s)
         with self._lock:
-            return self.transport.wait_interrupt(timeout_s)
+            return self._check_open().wait_interrupt(timeout_s)
 
     def _polled(self, timeout_s: float, command: Command | None) -> bool:
         """Ask until something has completed and return True, or False when the time is over."""

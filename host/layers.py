@@ -55,7 +55,7 @@ __all__ = ["CallStatistics", "Experts", "Handle", "Linear"]
 
 logger = logging.getLogger(__name__)
 
-_STORED = {ElementType.FLOAT32: np.dtype("<f4"), ElementType.BFLOAT16: np.dtype("<u2")}
+_FLOAT32, _BFLOAT16 = np.dtype("<f4"), np.dtype("<u2")
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,8 @@ class Handle(Bound):
         self._layer = layer
         self._parts: list[_Part] = []
         self._shape = tokens, d_out
-        self._dtype = _STORED[io]
+        self._columns = whole_blocks(d_out)
+        self._dtype = _BFLOAT16 if io is ElementType.BFLOAT16 else _FLOAT32
         self._y: NDArray[Any] | None = None
         self._like = like
         self._sample: tuple[int, NDArray[Any], int] | None = None
@@ -158,7 +159,7 @@ class Handle(Bound):
     def _rows(self, part: _Part) -> NDArray[Any]:
         """Return what a command has written."""
         raw = part.command.raw
-        columns = whole_blocks(self._shape[1])
+        columns = self._columns
         if raw is None:
             raw = self._layer.device.transport.memory_read(
                 part.y_address, self._dtype.itemsize * part.count * columns)
@@ -207,7 +208,7 @@ class _Layer(Bound):
         self._report = report
         self._layouts = Layouts(opcode, descriptor.address, d_in=d_in, d_out=d_out,
                                 num_experts=num_experts)
-        self._opcode, self._num_experts = opcode, num_experts
+        self._opcode, self._name, self._num_experts = opcode, opcode.name, num_experts
         self._calls, self._looks = 0, True
         self._last: Handle | None = None
 
@@ -396,19 +397,19 @@ class _Layer(Bound):
     def _send_beside(self, handle: Handle, first: int, tokens: int, top_k: int, io: ElementType,
                      x: Tensor, ids: Tensor | None, weights: Tensor | None) -> bool:
         """Send a command beside the rings and note it in the handle; False where none is free."""
-        rings = self._device._room(self._opcode.name)
-        sizes = self._layouts.sizes(tokens, top_k, io)
-        side = rings.side(*sizes)
+        rings = self._device._room(self._name)
+        shape = self._layouts.shape(tokens, top_k, io)
+        side = rings.side(shape)
         if side is None:
             rings.take()  # what completed meanwhile makes room
-            if (side := rings.side(*sizes)) is None:
+            if (side := rings.side(shape)) is None:
                 return False
-        staged = self._layouts.staged(side, tokens, top_k, io, rings.staging, rings.workspace)
+        staged = shape.staged.get(side) or self._layouts.staged(
+            shape, side, tokens, top_k, io, rings.staging, rings.workspace)
         staged.put(x, ids, weights)
         if handle._shape[0] == tokens:
-            step = sampling_step(tokens, io.bytes * self._d_in)
-            handle._sample = step, staged.x[::step].copy(), self._planes
-        command = Command(self._opcode.name, self._kept(), first_token=first)
+            handle._sample = shape.step, staged.x[:: shape.step].copy(), self._planes
+        command = Command(self._name, self._kept(), first_token=first)
         handle._parts.append(_Part(command, staged.place.reply.address, first, tokens))
         rings.submit_beside(staged.place, command)
         return True
@@ -429,7 +430,7 @@ class _Layer(Bound):
         device._take()  # what completed meanwhile gives its buffers back
         device._handles.add(handle)
         buffers = device.memory.allocate(at[-1], top=True)
-        command = Command(self._opcode.name, kept, buffers=buffers, first_token=first)
+        command = Command(self._name, kept, buffers=buffers, first_token=first)
         try:
             data = np.zeros(at[len(inputs)], np.uint8)
             for array, offset in zip(inputs, at, strict=False):

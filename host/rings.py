@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from moeaccel.host.errors import LOST, CommandFailed, InvalidOption, command_error
 from moeaccel.host.memory import Allocation, Allocator
@@ -39,6 +39,9 @@ from moeaccel.interface.commands import (
     field_of,
 )
 from moeaccel.interface.registers import REGISTERS
+
+if TYPE_CHECKING:
+    from moeaccel.host.staging import CallShape
 
 __all__ = ["Command", "CommandRings", "Completion"]
 
@@ -226,13 +229,12 @@ class CommandRings:
         """What the host writes: both sides and the submissions between them."""
         return self._sides.staging
 
-    def side(self, input_bytes: int, output_bytes: int, sum_bytes: int) -> Side | None:
+    def side(self, shape: CallShape) -> Side | None:
         """Return a side that has room for a call that is submitted next, or None.
 
         It has to be put into its staging, and submitted, before anything else is.
         """
-        return self._sides.choose(self._submitted & ((1 << self._log2) - 1), input_bytes,
-                                  output_bytes, sum_bytes)
+        return self._sides.choose(self._submitted & ((1 << self._log2) - 1), shape)
 
     def submit(self, values: Mapping[str, int], command: Command | None = None) -> int:
         """Write a submission, ring the doorbell and return the command's tag.

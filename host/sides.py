@@ -29,6 +29,7 @@ from moeaccel.interface.commands import ENTRY_BYTES
 
 if TYPE_CHECKING:
     from moeaccel.host.rings import Command
+    from moeaccel.host.staging import CallShape
 
 __all__ = ["Place", "Reply", "Side", "Sides", "aligned"]
 
@@ -165,10 +166,10 @@ class Sides:
         self._transport.memory_write(self.completions, np.zeros(self.ring_bytes, np.uint8))
         self._front.cleared = self._back.cleared = 0
 
-    def choose(self, index: int, input_bytes: int, output_bytes: int, sum_bytes: int
-               ) -> Side | None:
+    def choose(self, index: int, shape: CallShape) -> Side | None:
         """Return a free side, the nearer one to the entry with an index, or None."""
-        if max(input_bytes, output_bytes, sum_bytes // 2) > self.side_bytes:
+        output_bytes, most = shape.output_bytes, self.side_bytes
+        if shape.input_bytes > most or output_bytes > most or shape.sum_bytes > 2 * most:
             return None
         sides = (self._front, index), (self._back, self._last - index)
         for side, between in sides if 2 * index <= self._last else sides[::-1]:

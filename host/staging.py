@@ -8,14 +8,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from moeaccel.formats import whole_blocks
+from moeaccel.host.report import sampling_step
 from moeaccel.host.sides import Place, Side, aligned
 from moeaccel.host.tensors import Target, Tensor, put_floats, put_indices
 from moeaccel.host.transports.base import Bytes
 from moeaccel.interface.commands import SUBMISSION, ElementType, Opcode, encode
 
-__all__ = ["Layouts", "Staged", "offsets"]
+__all__ = ["CallShape", "Layouts", "Staged", "offsets"]
 
-_MOST_LAYOUTS = 64
+_MOST_SHAPES = 64
 
 
 def offsets(sizes: Sequence[int]) -> list[int]:
@@ -67,6 +68,29 @@ class Staged:
             put_floats("weights", weights, self._weights)
 
 
+class CallShape:
+    """What calls of one shape have in common.
+
+    Parameters
+    ----------
+    input_bytes, output_bytes, sum_bytes : :class:`int`
+        Of x, ids and weights; of y; of partial sums.
+    step : :class:`int`
+        A call keeps every so many-th token of x.
+
+    Attributes
+    ----------
+    staged : dict of :class:`Side` and :class:`Staged`
+    """
+
+    __slots__ = ("input_bytes", "output_bytes", "staged", "step", "sum_bytes")
+
+    def __init__(self, input_bytes: int, output_bytes: int, sum_bytes: int, step: int) -> None:
+        self.input_bytes, self.output_bytes = input_bytes, output_bytes
+        self.sum_bytes, self.step = sum_bytes, step
+        self.staged: dict[Side, Staged] = {}
+
+
 class Layouts:
     """The layouts of a layer's calls.
 
@@ -81,40 +105,45 @@ class Layouts:
                  num_experts: int) -> None:
         self._opcode = opcode
         self._layer_address = layer_address
-        self._d_in, self._d_out, self._num_experts = d_in, d_out, num_experts
+        self._d_in, self._num_experts = d_in, num_experts
         self._columns_in, self._columns_out = whole_blocks(d_in), whole_blocks(d_out)
-        self._staged: dict[tuple[int, int, ElementType, Side], Staged] = {}
+        self._shapes: dict[tuple[int, int, int], CallShape] = {}
 
-    def sizes(self, tokens: int, top_k: int, io: ElementType) -> tuple[int, int, int]:
-        """Return the bytes of inputs, of y and of partial sums; ``io`` is the type of x and y."""
-        pairs = 2 * aligned(4 * tokens * top_k) if self._opcode is Opcode.EXPERTS else 0
-        size = io.bytes * tokens
-        return (size * self._columns_in + pairs, size * self._columns_out,
-                8 * tokens * self._columns_out)
-
-    def staged(self, side: Side, tokens: int, top_k: int, io: ElementType, staging: Bytes,
-               workspace: int) -> Staged:
-        """Return where a call goes on a side."""
-        found = self._staged.get((tokens, top_k, io, side))
+    def shape(self, tokens: int, top_k: int, io: ElementType) -> CallShape:
+        """Return what calls of a shape have in common; ``io`` is the type of x and y."""
+        key = tokens, top_k, int(io)
+        found = self._shapes.get(key)
         if found is None:
-            if len(self._staged) >= _MOST_LAYOUTS:
-                self._staged = {}
-            found = self._new(side, tokens, top_k, io, staging, workspace)
-            self._staged[tokens, top_k, io, side] = found
+            if len(self._shapes) >= _MOST_SHAPES:
+                self._shapes = {}
+            pairs = 2 * aligned(4 * tokens * top_k) if self._opcode is Opcode.EXPERTS else 0
+            size = io.bytes * tokens
+            found = CallShape(size * self._columns_in + pairs, size * self._columns_out,
+                              8 * tokens * self._columns_out,
+                              sampling_step(tokens, io.bytes * self._d_in))
+            self._shapes[key] = found
         return found
 
-    def _new(self, side: Side, tokens: int, top_k: int, io: ElementType, staging: Bytes,
-             workspace: int) -> Staged:
-        size, y_bytes, _ = self.sizes(tokens, top_k, io)
-        x_bytes = io.bytes * tokens * self._columns_in
-        low, address = side.inputs(size)
+    def staged(self, shape: CallShape, side: Side, tokens: int, top_k: int, io: ElementType,
+               staging: Bytes, workspace: int) -> Staged:
+        """Return where a call goes on a side."""
+        found = shape.staged.get(side)
+        if found is None:
+            found = self._new(shape, side, tokens, top_k, io, staging, workspace)
+            shape.staged[side] = found
+        return found
+
+    def _new(self, shape: CallShape, side: Side, tokens: int, top_k: int, io: ElementType,
+             staging: Bytes, workspace: int) -> Staged:
+        low, address = side.inputs(shape.input_bytes)
+        reply = side.reply(shape.output_bytes)
         routed = self._opcode is Opcode.EXPERTS
-        pairs = 4 * tokens * top_k
+        pairs, x_bytes = 4 * tokens * top_k, io.bytes * tokens * self._columns_in
         at = offsets([x_bytes, *([pairs, pairs] if routed else [])])
         fields = {"opcode": int(self._opcode), "tokens": tokens, "top_k": top_k,
                   "x_type": io, "y_type": io,
                   "layer_address": self._layer_address, "x_address": address,
-                  "y_address": side.reply(y_bytes).address, "workspace_address": workspace}
+                  "y_address": reply.address, "workspace_address": workspace}
         ids = weights = None
         if routed:
             fields |= {"ids_address": address + at[1], "weights_address": address + at[2]}
@@ -123,7 +152,7 @@ class Layouts:
                 for start, dtype in ((at[1], np.int32), (at[2], np.float32)))
         x = staging[low : low + x_bytes].view(
             np.uint16 if io is ElementType.BFLOAT16 else np.float32).reshape(tokens, -1)
-        place = Place(side, low, low + size, int.from_bytes(encode(SUBMISSION, fields), "little"),
-                      side.reply(y_bytes))
+        place = Place(side, low, low + shape.input_bytes,
+                      int.from_bytes(encode(SUBMISSION, fields), "little"), reply)
         return Staged(place, x[:, : self._d_in], x[:, self._d_in :], ids, weights,
                       self._num_experts)

@@ -108,7 +108,7 @@ def elements(name: str, value: Tensor) -> NDArray[np.float32] | NDArray[np.uint1
 
 def element_type(array: NDArray[Any]) -> ElementType:
     """Return what the elements of an array are, from :func:`elements`."""
-    return ElementType.BFLOAT16 if array.dtype == np.uint16 else ElementType.FLOAT32
+    return ElementType.BFLOAT16 if array.itemsize == 2 else ElementType.FLOAT32
 
 
 @functools.lru_cache(maxsize=64)
@@ -197,8 +197,8 @@ def put_indices(name: str, value: Tensor, limit: int, target: Target) -> None:
     """
     array = _integers(name, value)
     np.copyto(target.array, array, casting="unsafe")
-    if array.dtype.itemsize >= 4 and array.dtype != np.int32 and np.count_nonzero(
-            target.array != array):
+    wraps = array.itemsize > 4 or (array.itemsize == 4 and array.dtype.kind == "u")
+    if wraps and np.count_nonzero(target.array != array):
         np.copyto(target.array, np.where((array >= 0) & (array < limit), array, -1),
                   casting="unsafe")
 
@@ -223,7 +223,8 @@ class Like(NamedTuple):
                 return result.astype(self.dtype, copy=False)
         import torch
 
-        if element_type(result) is ElementType.BFLOAT16:
-            return torch.from_numpy(result.view(np.int16)).view(torch.bfloat16).to(
-                device=self.torch_device)
+        if result.itemsize == 2:  # is bfloat16
+            stored = torch.from_numpy(result.view(np.int16)).view(torch.bfloat16)
+            device = self.torch_device
+            return stored if device.type == "cpu" else stored.to(device=device)
         return torch.from_numpy(result).to(device=self.torch_device, dtype=self.dtype)
