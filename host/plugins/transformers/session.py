@@ -7,7 +7,7 @@ import logging
 import os
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from moeaccel.config import PRESETS, AcceleratorConfig, preset
@@ -15,6 +15,7 @@ from moeaccel.errors import FormatError
 from moeaccel.formats import FORMATS
 from moeaccel.host.device import Device
 from moeaccel.host.errors import InvalidOption, OutOfDeviceMemory, UnsupportedExperts
+from moeaccel.host.hybrid import Hybrid, ResidentMath
 from moeaccel.host.limits import check_layer
 from moeaccel.host.opening import open_device
 from moeaccel.host.plugins.transformers.choice import (
@@ -24,6 +25,7 @@ from moeaccel.host.plugins.transformers.choice import (
     choose,
     memory_size,
 )
+from moeaccel.host.policies.systems import System
 from moeaccel.host.process import Lock
 from moeaccel.host.transports.base import Transport
 
@@ -58,6 +60,7 @@ class _Options:
     grid_exponent: int | None = None
     verify: Verify = "sampled"
     unsupported: Unsupported = "refuse"
+    hybrid: Hybrid | None = field(default=None, compare=False)  # what is uploaded stays so
 
     def __post_init__(self) -> None:
         choices: dict[str, Sequence[object]] = {
@@ -90,7 +93,9 @@ _chosen: frozenset[str] = frozenset()  # what the plug-in chose for it: "config"
 
 def use_device(device: Device | None, *, weight_format: str | None = None,
                activation_bits: int | None = None, grid_exponent: int | None = None,
-               verify: Verify = "sampled", unsupported: Unsupported = "refuse") -> None:
+               verify: Verify = "sampled", unsupported: Unsupported = "refuse",
+               policy: str | System | None = None, gpu_bytes: int | str = 0,
+               resident_math: ResidentMath = "bf16", **hybrid: Any) -> None:
     """Set the device for every model from now on; layers move to it on their next call.
 
     Parameters
@@ -106,11 +111,22 @@ def use_device(device: Device | None, *, weight_format: str | None = None,
     unsupported : ``"refuse"`` or ``"eager"``
         What happens to a layer that the device does not support: an error, or transformers' own
         code and one warning.
+    policy : :class:`str` or :class:`System`, optional
+        Which experts are computed where the rest of the model is: see
+        :class:`moeaccel.host.hybrid.Hybrid`. When left out, all on the device. What is uploaded
+        stays where it is when only the policy changes.
+    gpu_bytes : :class:`int` or :class:`str`
+        Memory there for experts, as 2GiB.
+    resident_math : ``"bf16"`` or ``"exact"``
+    **hybrid
+        Further options of :class:`moeaccel.host.hybrid.Hybrid`.
 
     Raises
     ------
     InvalidOption
         If an argument is not among the possible values.
+    PolicyError
+        If there is no such policy, or none that a model can run with.
     """
     global _session, _options, _chosen
     if not isinstance(device, Device | None):
@@ -119,6 +135,11 @@ def use_device(device: Device | None, *, weight_format: str | None = None,
     given = {"weight_format": weight_format, "activation_bits": activation_bits}
     options = {name: value for name, value in given.items() if value is not None}
     options |= {"grid_exponent": grid_exponent, "verify": verify, "unsupported": unsupported}
+    if policy is not None:
+        size = memory_size("gpu_bytes", gpu_bytes) if isinstance(gpu_bytes, str) else gpu_bytes
+        options["hybrid"] = Hybrid(policy, gpu_bytes=size, resident_math=resident_math, **hybrid)
+    elif gpu_bytes or hybrid:
+        raise InvalidOption("policy must be given with gpu_bytes and options of a hybrid, not None")
     _Options(**options)
     with lock.held:
         _options, _chosen = options, frozenset()
