@@ -210,7 +210,7 @@ class _Layer(Bound):
                                 num_experts=num_experts)
         self._opcode, self._name, self._num_experts = opcode, opcode.name, num_experts
         self._calls, self._looks = 0, True
-        self._last: Handle | None = None
+        self._last: Handle | CallStatistics | None = None
 
     @property
     def device(self) -> Device:
@@ -240,7 +240,10 @@ class _Layer(Bound):
     @property
     def last(self) -> CallStatistics | None:
         """What the call cost whose result was taken last."""
-        return None if self._last is None else self._last.statistics
+        last = self._last
+        if isinstance(last, Handle):
+            last = self._last = last.statistics
+        return last
 
     def sync(self, handle: Handle, *, timeout_s: float | None = None) -> Any:
         """Wait for a call and return y.

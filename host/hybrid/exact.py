@@ -53,6 +53,11 @@ class Exact:
         return [None] * slots
 
     @staticmethod
+    def grown(held: list[Expert | None]) -> list[Expert | None]:
+        """Return it with room for one more."""
+        return [*held, None]
+
+    @staticmethod
     def put(held: list[Expert | None], slot: int, image: Expert) -> None:
         """Put an expert into it."""
         held[slot] = image

@@ -86,6 +86,10 @@ class Grouped:
         return _Dense(*(torch.zeros((slots, section.rows, section.k), dtype=torch.bfloat16,
                                     device=self._device) for section in self._sections))
 
+    def grown(self, held: _Dense) -> _Dense:
+        """Return it with room for one more."""
+        return _Dense(*(torch.cat(pair) for pair in zip(held, self.hold(1), strict=True)))
+
     def put(self, held: _Dense, slot: int, image: Expert) -> None:
         """Put an expert into it."""
         gate_up = _decoded(image.gate_up, self._device)

@@ -37,6 +37,7 @@ from moeaccel.host.policies.replay import slots_of
 from moeaccel.host.policies.residency import Residency, residency
 from moeaccel.host.policies.residency.belady import Belady
 from moeaccel.host.policies.residency.everything import Everything
+from moeaccel.host.policies.residency.least_stale import LeastStale
 from moeaccel.host.policies.residency.pinned import Pinned
 from moeaccel.host.policies.systems import System, system
 from moeaccel.host.tensors import indices
@@ -73,7 +74,8 @@ class Hybrid:
         One of :data:`moeaccel.host.policies.systems.SYSTEMS`; of it placement and residency, while
         what it prefetches is not moved early. It leaves routes as they are.
     gpu_bytes : :class:`int`
-        Memory of the torch device for experts, evenly over the layers; 0: none.
+        Memory of the torch device for experts, evenly over the layers; 0: none. Where a policy has
+        one pool for all layers, a layer has room for the most that it ever held.
     resident_math : ``"bf16"`` or ``"exact"``
         In bfloat16 y is close to the accelerator's; exact, it has its bits
         (:mod:`moeaccel.host.hybrid.exact`).
@@ -286,6 +288,8 @@ class Hybrid:
             layer.free.append(int(layer.slot[expert]))
             layer.slot[expert] = -1
         for expert in np.nonzero((layer.slot < 0) & wanted)[0].tolist():
+            if not layer.free and isinstance(self._keep, LeastStale):
+                self._grow(layer)
             if not layer.free:
                 raise PolicyFailed(
                     f"policies of {self.system.name} must keep at most "
@@ -293,6 +297,12 @@ class Hybrid:
                     f"{int(wanted.sum())}; set another policy")
             self._admit(layer, experts, expert)
         layer.counters.residents = int((layer.slot >= 0).sum())
+
+    @staticmethod
+    def _grow(layer: _Layer) -> None:
+        """Make room for one more, where a policy has one pool for all layers."""
+        layer.held = layer.math.grown(layer.held)
+        layer.free.append(len(layer.slot) - (layer.slot < 0).sum())
 
     def _stay(self, layer: _Layer, experts: Experts, uses: NDArray[Any], work: Work, plan: Plan,
               found: Chains, moved: NDArray[np.int64], arrived: Any) -> None:
@@ -325,7 +335,10 @@ class Hybrid:
         if not layer.free:
             gone = np.nonzero((layer.slot >= 0) & ~wanted)[0]
             if not len(gone):
-                return
+                if not isinstance(self._keep, LeastStale):
+                    return
+                self._grow(layer)
+        if not layer.free:
             layer.free.append(int(layer.slot[gone[0]]))
             layer.slot[gone[0]] = -1
         place = layer.free[-1]

@@ -11,6 +11,7 @@ from moeaccel.host import errors, open_device
 from moeaccel.host.hybrid import Hybrid
 from moeaccel.host.hybrid.grouped import ACTIVATIONS
 from moeaccel.host.hybrid.images import read_expert
+from moeaccel.host.policies.costs import machine
 from moeaccel.host.policies.errors import (
     BudgetTooSmall,
     PolicyError,
@@ -24,7 +25,7 @@ from moeaccel.host.transports.golden import GoldenTransport
 from moeaccel.image import Expert
 from tests.support.device import TINY, draw_call, draw_weights
 
-EXPERTS, D_MODEL, D_EXPERT = 8, 64, 96
+EXPERTS, D_MODEL, D_EXPERT = 8, 32, 32
 RESIDENT = 3 * D_MODEL * D_EXPERT * 2  # bytes of one in bfloat16
 GRID = -14  # coarse enough that float32 holds the accelerator's part exactly
 
@@ -33,15 +34,24 @@ RUNNING = [name for name, row in SYSTEMS.items() if row.lossless and name != "be
 
 def layers_of(device, count=2, **options):
     rng = np.random.default_rng(3)
-    return [device.load_experts(*draw_weights(rng, EXPERTS), grid_exponent=GRID, **options)
+    return [device.load_experts(*draw_weights(rng, EXPERTS, D_MODEL, D_EXPERT),
+                                grid_exponent=GRID, quantiser="amax", **options)
             for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    """Two layers, whatever runs them, and what the device alone makes of all calls."""
+    with open_device("golden", config="tiny", memory_bytes=1 << 22) as device:
+        layers = layers_of(device)
+        yield layers, alone(layers)
 
 
 def calls(count=12, seed=0, dtype=torch.float32):
     """A prompt, then single tokens that prefer some experts."""
     rng = np.random.default_rng(seed)
     for n in range(count):
-        x, ids, weights = draw_call(rng, 20 if not n else 1, experts=EXPERTS)
+        x, ids, weights = draw_call(rng, 20 if not n else 1, experts=EXPERTS, d_model=D_MODEL)
         ids = np.where(rng.random(ids.shape) < 0.5, ids % 3, ids)
         ids[:, 1] = np.where(ids[:, 1] == ids[:, 0], -1, ids[:, 1])
         yield (torch.from_numpy(x).to(dtype), torch.from_numpy(ids),
@@ -58,15 +68,15 @@ def alone(layers, **options):
 
 
 @pytest.mark.parametrize("policy", RUNNING)
-def test_every_lossless_policy_gives_the_bits_of_the_device_alone(device, policy):
-    layers = layers_of(device)
-    hybrid = Hybrid(policy, gpu_bytes=6 * RESIDENT, resident_math="exact")
-    for y, expected in zip(run(hybrid, layers), alone(layers), strict=True):
+def test_every_lossless_policy_gives_the_bits_of_the_device_alone(loaded, policy):
+    layers, alone_y = loaded
+    hybrid = Hybrid(policy, gpu_bytes=6 * RESIDENT, resident_math="exact", on=machine("h100"))
+    for y, expected in zip(run(hybrid, layers), alone_y, strict=True):
         assert torch.equal(y, expected)
     counters = hybrid.counters
     assert all(c.calls == 12 and c.tokens == 31 for c in counters)
-    slots = EXPERTS if policy == "all-on-torch" else 3
-    assert all(c.residents <= slots for c in counters)
+    if policy != "all-on-torch":
+        assert sum(c.residents for c in counters) <= 6
     assert [len(hybrid.residents(experts)) for experts in layers] == [
         c.residents for c in counters]
     if SYSTEMS[policy].residency is not None:
@@ -76,17 +86,17 @@ def test_every_lossless_policy_gives_the_bits_of_the_device_alone(device, policy
 
 
 @pytest.mark.parametrize("policy", ["moeaccel", "all-on-torch", "plain-offloading", "fiddler"])
-def test_bfloat16_is_near(device, policy):
-    layers = layers_of(device)
+def test_bfloat16_is_near(loaded, policy):
+    layers, alone_y = loaded
     hybrid = Hybrid(policy, gpu_bytes=6 * RESIDENT)
-    for y, expected in zip(run(hybrid, layers, dtype=torch.bfloat16), alone(layers), strict=True):
+    for y, expected in zip(run(hybrid, layers, dtype=torch.bfloat16), alone_y, strict=True):
         assert y.dtype is torch.bfloat16
         error = (y.float() - expected).norm() / expected.norm()
         assert error < 0.02
 
 
-def test_bfloat16_rounds_once(device):
-    layers = layers_of(device)
+def test_bfloat16_rounds_once(loaded):
+    layers, _ = loaded
     hybrid = Hybrid("static-hot-set", gpu_bytes=6 * RESIDENT, resident_math="exact")
     for y, expected in zip(run(hybrid, layers, dtype=torch.bfloat16),
                            alone(layers, dtype=torch.bfloat16), strict=True):
@@ -95,10 +105,9 @@ def test_bfloat16_rounds_once(device):
 
 @pytest.mark.parametrize("name", ALL_ACTIVATIONS)
 def test_grouped_activations_are_the_devices(device, name):
-    layers = layers_of(device, activation=name, limit=7.0)
+    layers = layers_of(device, 1, activation=name, limit=7.0)
     assert set(ACTIVATIONS) == set(ALL_ACTIVATIONS)
-    hybrid = Hybrid("all-on-torch")
-    hybrid.gpu_bytes = 16 * RESIDENT
+    hybrid = Hybrid("all-on-torch", gpu_bytes=16 * RESIDENT)
     for y, expected in zip(run(hybrid, layers, count=1), alone(layers, count=1), strict=True):
         assert (y - expected).norm() / expected.norm() < 0.02
 
@@ -170,9 +179,9 @@ def test_tokens_without_an_expert_on_the_device_are_not_sent(device):
     assert hybrid.table().splitlines()[-1].split()[:3] == ["all", "1", "9"]
 
 
-def test_a_policy_that_raises_can_be_replaced(device):
-    layers = layers_of(device)
-    expected = alone(layers)
+def test_a_policy_that_raises_can_be_replaced(loaded):
+    layers, expected = loaded
+    device = layers[0].device
     hybrid = Hybrid("moeaccel", gpu_bytes=6 * RESIDENT, resident_math="exact")
     run(hybrid, layers)
     before = [hybrid.residents(experts) for experts in layers]
@@ -180,7 +189,7 @@ def test_a_policy_that_raises_can_be_replaced(device):
     def fails(*_, **__):
         raise ValueError("no")
 
-    hybrid._place.place, hybrid._place.measured = fails, hybrid._place.measured
+    hybrid._place.place = fails
     call = next(iter(calls()))
     with pytest.raises(PolicyFailed, match="must plan layer 0, but raised ValueError: no"):
         hybrid(layers[0], *call, layers=2)
@@ -220,7 +229,7 @@ def test_a_device_lost_in_the_middle_of_a_move():
         expected = alone(layers)
         hybrid = Hybrid("mixtral-offloading", gpu_bytes=6 * RESIDENT, resident_math="exact")
         call = next(iter(calls()))
-        transport.at = 2048  # of images, in the first call
+        transport.at = 512  # of images, in the first call
         with pytest.raises(errors.LinkLost):
             hybrid(layers[0], *call, layers=2)
         assert hybrid.residents(layers[0]) == []
@@ -245,7 +254,7 @@ def test_what_cannot_be_asked(device):
     layers = layers_of(device)
     with pytest.raises(UnknownPolicy, match="did you mean fiddler"):
         Hybrid("fidler")
-    for name, why in (("lynx", "changes them"), ("belady", "knows what comes")):
+    for name, why in (("lynx", "changes them"), ("belady", "but belady knows")):
         with pytest.raises(UnsupportedPolicy, match=why):
             Hybrid(name)
     with pytest.raises(errors.InvalidOption, match="resident_math must be one of bf16, exact"):
@@ -261,7 +270,7 @@ def test_what_cannot_be_asked(device):
         hybrid(layers[1], *call, layers=1)
     rng = np.random.default_rng(0)
     foreign = device.load_experts(*draw_weights(rng, 4))
-    with pytest.raises(PolicyError, match="must be alike, 8 experts of 64 by 96, not 4"):
+    with pytest.raises(PolicyError, match="must be alike, 8 experts of 32 by 32, not 4"):
         hybrid(foreign, *call, layers=1)
 
 
