@@ -106,12 +106,12 @@ class Core(wiring.Component):
             "base_data": In(signed(layouts.EXPONENT_BITS)),
             "o_hidden_valid": Out(1),
             "o_hidden": Out(layouts.hidden_element(config)),
-            "slot_address": Out(1 + layouts.slot_bits(config)),
+            "slot_address": Out(layouts.slot_address_bits(config)),
             "i_weight": In(layouts.internal_float()),
             "o_down_done": Out(1),
             "o_overflow": Out(1),
             "o_underflow": Out(1),
-            "i_draining": In(1),
+            "i_draining": In(config.y_banks),
             "sums_r_address": In(stripe_address(config)),
             "sums_r_data": Out(word),
             "sums_w_en": In(word.length),
@@ -165,6 +165,8 @@ class Core(wiring.Component):
             array.i_format.eq(started.format),
             array.i_codes.eq(tiles.o_codes),
             array.i_scales.eq(tiles.o_scales),
+            *(getattr(array, f"i_{name}").eq(getattr(tiles, f"o_{name}"))
+              for name in ("zeros", "selects") if hasattr(tiles, f"o_{name}")),
             array.i_lanes.eq(Mux(of_hidden, h_lanes.r_data, x_lanes.r_data)),
             array.i_tag.eq(tag),
         ]
@@ -179,6 +181,8 @@ class Core(wiring.Component):
 
         # Results
         wiring.connect(m, tiles.o_row_exponents, serialiser.i_row_exponents)
+        if config.bias:
+            m.d.comb += serialiser.i_row_biases.eq(tiles.o_row_biases)
         element = serialiser.o_element
         m.d.comb += [
             serialiser.i_valid.eq(array.o_valid),
@@ -199,6 +203,7 @@ class Core(wiring.Component):
             sums.i_element.row.eq(element.p.row),
             sums.i_element.value.eq(element.p.value),
             sums.i_fresh.eq(element.p.fresh),
+            sums.i_bank.eq(element.p.y_bank),
             sums.i_last.eq(element.p.last),
             sums.i_weight.eq(self.i_weight),
             sums.i_grid_exponent.eq(self.i_grid_exponent),

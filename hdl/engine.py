@@ -4,7 +4,7 @@ import functools
 
 from amaranth import *
 from amaranth.hdl import Assert
-from amaranth.lib import stream, wiring
+from amaranth.lib import data, stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
@@ -16,6 +16,7 @@ from moeaccel.hdl.combine.combiner import Combiner
 from moeaccel.hdl.core import Core
 from moeaccel.hdl.dispatch.dispatcher import Dispatcher
 from moeaccel.hdl.dispatch.sequencer import Sequencer
+from moeaccel.hdl.router.route_unit import RouteUnit
 from moeaccel.hdl.verilog.verilog_target import add_replicas
 from moeaccel.interface.commands import NonFinite
 
@@ -63,6 +64,8 @@ class Engine(wiring.Component):
     streamer1, ... : :py:`Out(layouts.ReadClientSignature(config))`
         Of the other channels.
     combiner_writer : :py:`Out(layouts.WriteClientSignature(config))`
+    router, router_writer : :py:`Out(layouts.ReadClientSignature(config))` and its writer
+        With a router.
     count_busy, ... : pulses for the counters EVENTS
     """
 
@@ -76,6 +79,9 @@ class Engine(wiring.Component):
             "o_result": Out(layouts.job_result(config)),
             **{name: Out(layouts.ReadClientSignature(config)) for name in (*READERS, *streamers)},
             **{f"{name}_writer": Out(layouts.WriteClientSignature(config)) for name in WRITERS},
+            **({"router": Out(layouts.ReadClientSignature(config)),
+                "router_writer": Out(layouts.WriteClientSignature(config))}
+               if config.router else {}),
             **{f"count_{name}": Out(1) for name in EVENTS},
         })
 
@@ -92,6 +98,7 @@ class Engine(wiring.Component):
             range(config.channels))
         lead = cores[0]
         job = dispatcher.o_job
+        weight = Signal(layouts.internal_float())  # of the slot that the cores look up
 
         # Commands
         running = Signal()
@@ -101,13 +108,14 @@ class Engine(wiring.Component):
             self.i_job.ready.eq(dispatcher.i_job.ready & ~running),
         ]
         finished = Signal()
-        in_machine = Signal(2)  # passes handed out and not retired
+        in_machine = Signal(range(config.slot_banks + 1))  # passes handed out and not retired
         m.d.sync += in_machine.eq(
             in_machine + (sequencer.i_pass.valid & sequencer.i_pass.ready) - sequencer.o_retired)
         begin = self.i_job.valid & self.i_job.ready
         m.d.comb += [
             finished.eq(running & dispatcher.o_done & (in_machine == 0) & combiner.o_idle),
         ]
+        route = self._route(m, begin, running, dispatcher, finished) if config.router else None
         # All of it holds before ``finished``: dispatcher and loader are done, and a pass retires
         # behind its last output.
         result = Signal(layouts.job_result(config), reset_less=True)
@@ -122,13 +130,20 @@ class Engine(wiring.Component):
             result.token.eq(Mux(
                 loader.o_nonfinite, loader.o_nonfinite_token, dispatcher.o_nonfinite_token)),
         ]
+        if route is not None:
+            with m.If(self.i_job.p.route):  # what the others say is of the job before
+                m.d.sync += [
+                    result.bad_expert.eq(0), result.nonfinite.eq(route.o_nonfinite),
+                    result.what.eq(NonFinite.LOGIT), result.token.eq(route.o_token)]
         with m.If(begin):
             m.d.sync += [running.eq(1), result.overflows.eq(0), result.underflows.eq(0)]
         with m.Else():
             with m.If(finished):
                 m.d.sync += running.eq(0)
             m.d.sync += [
-                result.overflows.eq(result.overflows + sum(core.o_overflow for core in cores)),
+                result.overflows.eq(
+                    result.overflows + sum(core.o_overflow for core in cores)
+                    + (route.o_saturated if route is not None else 0)),
                 result.underflows.eq(result.underflows + sum(core.o_underflow for core in cores)),
             ]
 
@@ -140,22 +155,24 @@ class Engine(wiring.Component):
             wiring.connect(m, outside=wiring.flipped(outside), block=core.reader)
         wiring.connect(m, outside=wiring.flipped(self.combiner_writer), block=combiner.writer)
 
-        # Slot tables: one copy for each reader
-        entry = layouts.slot(config)
-        for name, address, answer, field in (
-            ("loader", loader.slot_address, loader.slot_token, "token"),
-            ("combiner", combiner.slot_address, combiner.slot_data, None),
+        # Slot tables: one copy for each reader, of what it looks at
+        for name, address, answer, fields in (
+            ("loader", loader.slot_address, loader.slot_token, ("token",)),
+            ("cores", lead.slot_address, weight, ("weight",)),
+            ("combiner", combiner.slot_address, combiner.slot_data, ("token", "first", "last")),
         ):
-            shape = layouts.token_bits(config) if field else entry
+            entry = layouts.slot(config)
+            kept = data.StructLayout({field: entry[field].shape for field in fields})
             m.submodules[f"slots_{name}"] = table = Memory(
-                shape=shape, depth=2 * config.max_slots, init=[])
+                shape=kept, depth=config.slot_banks * config.max_slots, init=[])
             write, read = table.write_port(), table.read_port()
-            value = dispatcher.slot_w_data
             m.d.comb += [
                 write.en.eq(dispatcher.slot_w_en), write.addr.eq(dispatcher.slot_w_address),
-                write.data.eq(value[field] if field else value),
-                read.addr.eq(address), answer.eq(read.data),
-            ]
+                read.addr.eq(address)]
+            for field in fields:
+                m.d.comb += [
+                    write.data[field].eq(dispatcher.slot_w_data[field]),
+                    (answer[field] if len(fields) > 1 else answer).eq(read.data[field])]
 
         # Weights: a request is for all channels
         for source, name in ((dispatcher.o_weights, "i_weights"),
@@ -172,6 +189,7 @@ class Engine(wiring.Component):
         m.d.comb += [
             loader.i_two_planes.eq(job.two_planes), loader.i_steps.eq(job.steps_in),
             loader.i_x_address.eq(job.x_address), loader.i_narrow.eq(job.x_narrow),
+            loader.i_can_wait.eq(sequencer.o_x_can_wait),
         ]
         for core in cores:
             m.d.comb += [
@@ -207,6 +225,7 @@ class Engine(wiring.Component):
                 for core in cores[1:]]
         m.d.comb += [
             dispatcher.i_retired.eq(sequencer.o_retired),
+            dispatcher.i_x_free.eq(sequencer.o_x_free),
             sequencer.i_job.eq(job),
             sequencer.i_ended.eq(dispatcher.o_bad),
             sequencer.i_available.eq(Cat(core.o_available for core in cores).all()),
@@ -250,13 +269,13 @@ class Engine(wiring.Component):
             combiner.i_y_address.eq(job.y_address),
             combiner.i_narrow.eq(job.y_narrow),
             combiner.i_workspace_address.eq(job.workspace_address),
-            combiner.i_lookup.eq(lead.slot_address),
+            combiner.i_can_wait.eq(sequencer.o_y_can_wait),
             sequencer.i_down_done.eq(lead.o_down_done),
             sequencer.i_drained.eq(combiner.o_drained),
         ]
         for i, core in enumerate(cores):
             m.d.comb += [
-                core.i_weight.eq(combiner.slot_data.weight),
+                core.i_weight.eq(weight),
                 core.i_draining.eq(combiner.o_draining),
                 core.sums_r_address.eq(combiner.r_address),
                 core.sums_w_address.eq(combiner.w_address),
@@ -278,3 +297,18 @@ class Engine(wiring.Component):
             self.count_assignments.eq(dispatcher.o_assignments),
         ]
         return m
+
+    def _route(self, m, begin, running, dispatcher, finished):
+        """Give a job that routes to the router, and to nobody else."""
+        m.submodules.route = route = RouteUnit(self._config)
+        routes = self.i_job.p.route
+        m.d.comb += [
+            dispatcher.i_job.valid.eq(self.i_job.valid & ~running & ~routes),
+            self.i_job.ready.eq((dispatcher.i_job.ready | routes) & ~running),
+            route.i_job.eq(self.i_job.payload), route.i_start.eq(begin & routes),
+        ]
+        with m.If(routes):
+            m.d.comb += finished.eq(running & route.o_idle)
+        wiring.connect(m, outside=wiring.flipped(self.router), block=route.reader)
+        wiring.connect(m, outside=wiring.flipped(self.router_writer), block=route.writer)
+        return route

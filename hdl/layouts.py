@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from amaranth.hdl import Cat, Mux, Value, signed, unsigned
+from amaranth.hdl import Cat, Const, Mux, Value, signed, unsigned
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import ceil_log2, exact_log2
@@ -46,6 +46,21 @@ def slot_bits(config: AcceleratorConfig) -> int:
     return ceil_log2(config.max_slots)
 
 
+def slot_bank_bits(config: AcceleratorConfig) -> int:
+    """Return the bits of a slot table's bank."""
+    return exact_log2(config.slot_banks)
+
+
+def slot_address_bits(config: AcceleratorConfig) -> int:
+    """Return the bits of {bank, slot}, where an entry of the slot tables is."""
+    return slot_bank_bits(config) + slot_bits(config)
+
+
+def y_bank_bits(config: AcceleratorConfig) -> int:
+    """Return the bits of a bank of the y buffer: 0 where there is one."""
+    return exact_log2(config.y_banks)
+
+
 def token_bits(config: AcceleratorConfig) -> int:
     """Return the bits of a token index."""
     return max(1, ceil_log2(config.max_tokens))
@@ -74,6 +89,37 @@ def is_format(code: Value, formats: Iterable[WeightFormat]) -> Value:
 def is_packed(config: AcceleratorConfig, code: Value) -> Value:
     """Return whether two rows share a multiplier in the format of that code."""
     return is_format(code, [f for f in config.weight_formats if f.packed])
+
+
+def row_orders(config: AcceleratorConfig) -> list[tuple[bool, int]]:
+    """Return how rows of a tile lie in the array, once each: whether two share a multiplier, and
+    the parts of a multiplier row that compute rows of their own."""
+    return sorted({(f.packed, f.parts) for f in config.weight_formats})
+
+
+def row_order(config: AcceleratorConfig, code: Value) -> Value:
+    """Return the number of a format's order in :func:`row_orders`."""
+    value: Value | int = 0
+    for number, (packed, parts) in enumerate(row_orders(config)):
+        some = [f for f in config.weight_formats if (f.packed, f.parts) == (packed, parts)]
+        value = Mux(is_format(code, some), number, value)
+    return Value.cast(value)
+
+
+def sum_of_row(config: AcceleratorConfig, order: tuple[bool, int], row: Value) -> Value:
+    """Return which of the array's sums is that of a row of a tile.
+
+    Sums are numbered ``(multiplier row * config.parts + part) * 2 + field``, rows ``(multiplier row
+    * parts + part) * 2 + field`` of the format's parts, without the field where no two rows share a
+    multiplier.
+    """
+    packed, parts = order
+    field = row[0] if packed else Const(0, 1)
+    place = row[1:] if packed else row
+    missing = exact_log2(config.parts // parts)
+    part = Cat(Const(0, missing), place[:exact_log2(parts)])
+    whole = Value.cast(Cat(field, part, place[exact_log2(parts):]))
+    return Value.cast(whole[:exact_log2(config.rows)])
 
 
 def steps_bits(config: AcceleratorConfig) -> int:
@@ -133,9 +179,10 @@ class ReadClientSignature(wiring.Signature):
 class WriteClientSignature(wiring.Signature):
     """One writer of the memory port, seen from the writer.
 
-    ``request`` announces a linear write of ``beats`` full beats; ``data`` brings them. ``done``
-    pulses when memory has acknowledged all of it, any number of cycles later; the next request may
-    be raised only after that.
+    ``request`` announces a linear write of ``beats`` full beats; ``data`` brings them, those of one
+    request after another. ``done`` pulses when memory has acknowledged all that was asked for, any
+    number of cycles later; with a request that is accepted in that very cycle it has nothing to do.
+    Further requests may be raised before it.
     """
 
     def __init__(self, config: AcceleratorConfig):
@@ -152,9 +199,11 @@ def job(config: AcceleratorConfig) -> data.StructLayout:
     """Return a checked command with its layer, as the engine takes it.
 
     ``routed``: ids and weights are in memory; else every token goes to expert 0 with weight 1.
-    ``x_narrow``, ``y_narrow``: bfloat16 in memory, else float32.
+    ``x_narrow``, ``y_narrow``: bfloat16 in memory, else float32. With a router, ``route``: x are
+    logits, ids and weights are written, by ``form``.
     """
     address = config.address_bits
+    router = {"route": 1, "form": router_form(config)} if config.router else {}
     return data.StructLayout({
         "routed": 1,
         "two_planes": 1,
@@ -172,6 +221,7 @@ def job(config: AcceleratorConfig) -> data.StructLayout:
         "weights_address": address,
         "y_address": address,
         "workspace_address": address,
+        **router,
     })
 
 
@@ -220,7 +270,13 @@ def section(config: AcceleratorConfig) -> data.StructLayout:
         "format": config.format_bits,
         "steps": steps_bits(config),
         "tiles": (2 * config.max_dim).bit_length(),
+        **has_bias(config),
     })
+
+
+def has_bias(config: AcceleratorConfig) -> dict[str, int]:
+    """Return the member that says whether rows have biases, where the hardware has an adder."""
+    return {"biased": 1} if config.bias else {}
 
 
 def section_work(config: AcceleratorConfig) -> data.StructLayout:
@@ -306,7 +362,8 @@ def result_tag(config: AcceleratorConfig) -> data.StructLayout:
 
     ``row``: the tile's first. ``missing``: how many of the array's R rows the tile has not.
     ``slots``: tokens in the group. ``last``: the section's last result. ``hidden``, ``combine``:
-    of the section. ``fresh``: the pass stores y, it does not add.
+    of the section, as is ``biased``. ``fresh``: the pass stores y, it does not add. ``y_bank``: of
+    the y buffer. ``row_order``: its number in :func:`row_orders`.
     """
     return data.StructLayout({
         "group": max(1, ceil_log2(config.token_groups)),
@@ -319,8 +376,11 @@ def result_tag(config: AcceleratorConfig) -> data.StructLayout:
         "combine": 1,
         "two_planes": 1,
         "x_bank": 1,
-        "slot_bank": 1,
+        "slot_bank": slot_bank_bits(config),
         "fresh": 1,
+        "y_bank": y_bank_bits(config),
+        "row_order": range(max(2, len(row_orders(config)))),
+        **has_bias(config),
     })
 
 
@@ -331,8 +391,9 @@ def result_element(config: AcceleratorConfig) -> data.StructLayout:
         **dict(element(config).members),
         "combine": 1,
         "last": 1,
-        "slot_bank": 1,
+        "slot_bank": slot_bank_bits(config),
         "fresh": 1,
+        "y_bank": y_bank_bits(config),
     })
 
 
@@ -363,7 +424,8 @@ def router_form(config: AcceleratorConfig) -> data.StructLayout:
     """Return how a router makes ids and weights of logits (moeaccel.router.settings).
 
     ``by_logits``: keys are logits, else scores. ``top2``: a group's score is the sum of its top
-    two. ``scale``, ``scale_exponent``: 24 bits of it and the power of two behind them.
+    two. ``scale``, ``scale_exponent``: 24 bits of it and the power of two behind them. ``tables``:
+    there is a table, else nothing is added.
     """
     experts = config.max_experts.bit_length()
     return data.StructLayout({
@@ -379,6 +441,7 @@ def router_form(config: AcceleratorConfig) -> data.StructLayout:
         "epsilon": SCORE_BITS + 1,
         "scale": VALUE_BITS,
         "scale_exponent": signed(8),
+        "tables": 1,
     })
 
 

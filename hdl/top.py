@@ -92,7 +92,9 @@ class Accelerator(wiring.Component):
         m.submodules.registers = registers = RegisterFile(config)
         m.submodules.counters = counters = Counters(config)
         m.submodules.commands = commands = CommandProcessor(config)
-        m.submodules.port = port = MemoryPort(config, readers=1 + len(READERS), writers=2)
+        router = bool(config.router)
+        m.submodules.port = port = MemoryPort(
+            config, readers=1 + len(READERS) + router, writers=2 + router)
         ports = [port, *add_replicas(
             m, platform, "port", functools.partial(MemoryPort, config, readers=1, writers=0),
             range(1, config.channels))]
@@ -115,6 +117,10 @@ class Accelerator(wiring.Component):
             wiring.connect(m, engine=getattr(engine, name), port=getattr(port, f"reader{i}"))
         for c, one in enumerate(ports[1:], start=1):
             wiring.connect(m, engine=getattr(engine, channel_name(STREAMER, c)), port=one.reader0)
+        if router:  # behind all others: it works alone
+            reader, writer = f"reader{1 + len(READERS)}", "writer2"
+            wiring.connect(m, engine=engine.router, port=getattr(port, reader))
+            wiring.connect(m, engine=engine.router_writer, port=getattr(port, writer))
         wiring.connect(m, commands=commands.o_job, engine=engine.i_job)
 
         m.d.comb += [

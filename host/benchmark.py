@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moeaccel.activations import ACTIVATIONS
 from moeaccel.arithmetic import from_bfloat16, to_bfloat16
 from moeaccel.config import AcceleratorConfig
 from moeaccel.cycles import expert_cycles, linear_cycles
 from moeaccel.errors import MoeAccelError
-from moeaccel.formats import weight_format, whole_blocks
+from moeaccel.formats import QUAD, weight_format, whole_blocks
 from moeaccel.interface.commands import ElementType
 from moeaccel.zoo import Model
 
@@ -98,7 +99,7 @@ class BenchmarkResult:
     matches_golden : :class:`bool`
         Every bit of y.
     rel_err_float : :class:`float`
-        Relative Frobenius error against float64 with the unquantised weights.
+        Relative Frobenius error against float64 with the weights before quantising, and pruning.
     counters : :class:`dict`
     """
 
@@ -218,11 +219,8 @@ def bench_experts(bench: Bench, model: Model, *, tokens: int, kind: str = "unifo
     from moeaccel.golden.reference import experts_float64
     from moeaccel.image import Expert
 
-    if model.ffn != "glu" or model.act != "silu" or model.expert_bias:
-        raise BenchmarkError(
-            f"model must have SwiGLU experts without bias, not {model.name!r} "
-            f"({model.act}, {model.ffn})"
-        )
+    gated, activation, limit = _kind_of(model)
+    matrices = 3 if gated else 2
     config, planes = bench.device.config, bench.planes
     rng = np.random.default_rng(bench.seed)
     fmt = weight_format(bench.weight_format)
@@ -234,16 +232,23 @@ def bench_experts(bench: Bench, model: Model, *, tokens: int, kind: str = "unifo
     used = np.unique(ids)
 
     bench.progress(f"drawing and quantising {len(used)} of {experts} experts")
-    floats: dict[int, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
+    floats: dict[int, list[NDArray[np.float32]]] = {}
     layer: dict[int, Expert] = {}
     for e in used.tolist():
-        gate_up = rng.standard_normal((2 * d_expert, d_model), dtype=np.float32) / np.float32(
+        rows = (matrices - 1) * d_expert
+        gate_up = rng.standard_normal((rows, d_model), dtype=np.float32) / np.float32(
             np.sqrt(d_model)
         )
         down = rng.standard_normal((d_model, d_expert), dtype=np.float32) / np.float32(
             np.sqrt(d_expert)
         )
-        floats[e], layer[e] = (gate_up, down), Expert.quantise(gate_up, down, fmt)
+        floats[e] = [gate_up, down]
+        if model.expert_bias:
+            floats[e] += [rng.standard_normal(count, dtype=np.float32) for count in (rows, d_model)]
+        layer[e] = Expert.quantise(
+            gate_up, down, fmt, activation=activation, limit=limit, prune="magnitude",
+            channels=config.channels,
+            **dict(zip(("gate_up_bias", "down_bias"), floats[e][2:], strict=False)))
     filler = layer[int(used[0])]
     all_experts = [layer.get(e, filler) for e in range(experts)]
     bench.progress("loading the device")
@@ -260,20 +265,44 @@ def bench_experts(bench: Bench, model: Model, *, tokens: int, kind: str = "unifo
         weights,
         [floats[e][0] for e in order],
         [floats[e][1] for e in order],
+        activation,
+        limit,
+        **{name: [floats[e][part] for e in order]
+           for part, name in ((2, "gate_up_bias"), (3, "down_bias")) if model.expert_bias},
     )
     return _result(
         bench, run, what=what, model=model.name, tokens=tokens, assignments=ids.size,
         experts_used=len(used), stored_bytes=len(used) * loaded.shape.stored_bytes,
-        useful=ids.size * 3 * d_model * d_expert * planes,
+        useful=ids.size * matrices * d_model * d_expert * planes,
         predicted=expert_cycles(
             config, loaded.shape, ids, experts, planes=planes, latency=bench.latency, io=bench.io),
         expected=expected, exact=exact)
 
 
+_GATES = {"silu_clamped(10)": ("silu", 10.0), "gpt_oss_swiglu(alpha=1.702)": ("gpt_oss", 7.0)}
+"""Activation and limit of gates that the zoo has another name for."""
+
+
+def _kind_of(model: Model) -> tuple[bool, str, float | None]:
+    """Return whether a model's experts have up rows, their activation and its limit.
+
+    Raises
+    ------
+    BenchmarkError
+        If the device has none such.
+    """
+    activation, limit = _GATES.get(model.act, (model.act, None))
+    if model.ffn not in ("glu", "mlp") or activation not in ACTIVATIONS or not model.d_model:
+        raise BenchmarkError(
+            f"model must have experts of two or three matrices and one of the activations "
+            f"{', '.join(ACTIVATIONS)}, not {model.name!r} ({model.act}, {model.ffn})")
+    return model.ffn == "glu", activation, limit
+
+
 def bench_gemm(bench: Bench, *, m: int, k: int, n: int) -> BenchmarkResult:
     """Run ``y = x W^T`` with x (m, k) and W (n, k)."""
     from moeaccel import golden
-    from moeaccel.formats import quantise
+    from moeaccel.formats import prune, quantise
 
     config, planes = bench.device.config, bench.planes
     rng = np.random.default_rng(bench.seed)
@@ -281,9 +310,9 @@ def bench_gemm(bench: Bench, *, m: int, k: int, n: int) -> BenchmarkResult:
     x = bench.draw_x(rng, m, k)
     w = rng.standard_normal((n, k), dtype=np.float32) / np.float32(np.sqrt(k))
     bench.progress("quantising and loading")
-    matrix = quantise(w, fmt)
-    loaded = bench.device.load_linear(
-        w, weight_format=fmt.name, activation_bits=bench.activation_bits)
+    matrix = quantise(prune(w, fmt, "magnitude", channels=config.channels), fmt)
+    loaded = bench.device.load_linear(w, weight_format=fmt.name, prune="magnitude",
+                                      activation_bits=bench.activation_bits)
     run = _run(bench, loaded, x)
     section = loaded.shape.section
     expected = golden.gemm(
@@ -314,6 +343,7 @@ def _result(bench: Bench, run: _Run, *, expected: NDArray[np.float32], exact: ND
     fmt = weight_format(bench.weight_format)
     per_cycle = config.multipliers * (2 if fmt.packed else 1)
     of_memory = memory_share(config, stored_bytes, cycles)
+    useful = useful * fmt.nonzeros // QUAD  # the others are not multiplied
     of_multipliers = useful / (per_cycle * cycles) if cycles else 0.0
     return BenchmarkResult(
         **workload,

@@ -50,8 +50,10 @@ class Calibration:
                                 "layer that made it")
         self._ids = indices("calibration ids", ids, num_experts)
 
-    def tokens(self, expert: int) -> NDArray[np.float32]:
-        """Return the inputs that stand for those of an expert."""
+    def tokens(self, expert: int | None) -> NDArray[np.float32]:
+        """Return the inputs that stand for those of an expert, all for a shared one (None)."""
+        if expert is None:
+            return self._x
         own = (self._ids == expert).any(axis=1)
         missing = LEAST_TOKENS - int(own.sum())
         if missing > 0:
@@ -59,20 +61,24 @@ class Calibration:
             own[others[:: max(1, len(others) // missing)][:missing]] = True
         return self._x[own]
 
-    def moments(self, expert: int, gate_up: NDArray[np.float32], d_expert: int,
-                activation: str, limit: float | None, *, second: bool
+    def moments(self, expert: int | None, gate_up: NDArray[np.float32], d_expert: int,
+                activation: str, limit: float | None, *, second: bool,
+                bias: NDArray[np.float32] | None = None
                 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return the moments of the inputs of an expert's two matrices.
 
         Parameters
         ----------
-        expert : :class:`int`
+        expert : :class:`int`, optional
+            Left out for a shared one.
         gate_up : float32 array, (2 I, H) or (I, H)
             Its weights, gate rows, then up rows if there are any, for the inputs of down.
         d_expert, activation, limit
             I, and how rows become h (:func:`moeaccel.activations.hidden`).
         second : :class:`bool`
             Second moments, else mean squares.
+        bias : float32 array, (2 I,) or (I,), optional
+            Of its rows.
 
         Returns
         -------
@@ -81,7 +87,8 @@ class Calibration:
         """
         x = self.tokens(expert).astype(np.float64)
         with np.errstate(over="ignore", invalid="ignore"):  # of weights that quantising refuses
-            hidden = hidden_of(x @ gate_up.T.astype(np.float64), d_expert, activation, limit)
+            rows = x @ gate_up.T.astype(np.float64) + (0 if bias is None else bias)
+            hidden = hidden_of(rows, d_expert, activation, limit)
         return _moments(x, second), _moments(hidden, second)
 
 

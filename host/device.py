@@ -10,10 +10,10 @@ import time
 import weakref
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from moeaccel.config import AcceleratorConfig
-from moeaccel.host import weights
+from moeaccel.host import routing, weights
 from moeaccel.host.errors import (
     DeviceClosed,
     DeviceStopped,
@@ -30,9 +30,10 @@ from moeaccel.host.process import Bound, Inherited
 from moeaccel.host.registers import RegisterAccess, fields_of, mask
 from moeaccel.host.residents import Residents
 from moeaccel.host.rings import Command, CommandRings, Completion
+from moeaccel.host.routing import Router
 from moeaccel.host.tensors import Tensor
 from moeaccel.host.transports.base import Transport
-from moeaccel.host.weights import Formats, Progress, Stack
+from moeaccel.host.weights import Format, Formats, Progress, Shared, Stack
 from moeaccel.image import Expert
 from moeaccel.interface.commands import Opcode
 
@@ -185,7 +186,10 @@ class Device(Bound, Inherited):
                      weight_format: Formats = "int4_g32", activation_bits: int = 16,
                      grid_exponent: int | None = None, x_rms: float = 1.0,
                      progress: Progress | None = None, quantiser: str = "search",
-                     calibration: tuple[Tensor, Tensor] | None = None) -> Experts:
+                     calibration: tuple[Tensor, Tensor] | None = None,
+                     prune: str | None = None,
+                     gate_up_bias: Stack | None = None, down_bias: Stack | None = None,
+                     shared: Shared | None = None, shared_format: Format | None = None) -> Experts:
         """Quantise the experts of one layer and put them into the device's memory.
 
         Parameters
@@ -204,8 +208,8 @@ class Device(Bound, Inherited):
             Gate rows are at most that before the activation, and up rows at most that far from 0;
             a number with at most 8 significant bits.
         weight_format : :class:`str`, or a sequence of str
-            One of :data:`moeaccel.formats.FORMATS`, or one for each expert. Where gate and up have
-            another format than down, or experts other widths I, see :meth:`load_quantised`.
+            One of :data:`moeaccel.formats.ALL_FORMATS`, or one for each expert. Where gate and up
+            have another format than down, or experts other widths I, see :meth:`load_quantised`.
         activation_bits : :class:`int`
             8 or 16.
         grid_exponent : :class:`int`, optional
@@ -225,6 +229,23 @@ class Device(Bound, Inherited):
         calibration : pair of tensors, optional
             x, (T, H), and ids, (T, K), of tokens that went through this layer: what quantising
             makes worse is then counted by the inputs that the weights meet.
+        prune : :class:`str`, optional
+            For N:M formats (``int4_g32+2:4``): ``"magnitude"`` makes their pattern, and the error
+            of ``experts.report`` is with what that costs. When left out weights must have it: in
+            4-bit formats a gate row and its up row have one together, and so have rows r and r +
+            channels of down, where ``r // channels`` is even.
+        gate_up_bias : float tensor, (E, 2 I), optional
+            Added to gate and up rows before anything else is done with them; (E, I) if not
+            ``gated``. Or a sequence of E vectors. They become bfloat16.
+        down_bias : float tensor, (E, H), optional
+            Added to an expert's output, before its routing weight.
+        shared : pair of float tensors, or a sequence of pairs, optional
+            gate_up, (2 I', H), and down, (H, I'), of a shared expert, or a dense MLP parallel to
+            the experts: every token goes through it, with weight 1, in the same command. I' may
+            differ from I; activation, limit and ``gated`` are those of all. Each takes one of a
+            token's 16 places.
+        shared_format : :class:`str`, optional
+            Its weight format, where it is not that of the experts.
 
         Raises
         ------
@@ -246,11 +267,14 @@ class Device(Bound, Inherited):
             self, gate_up, down, activation=activation, gated=gated, limit=limit,
             weight_format=weight_format,
             activation_bits=activation_bits, grid_exponent=grid_exponent, x_rms=x_rms,
-            progress=progress, quantiser=quantiser, calibration=calibration)
+            progress=progress, quantiser=quantiser, calibration=calibration, prune=prune,
+            gate_up_bias=gate_up_bias, down_bias=down_bias, shared=shared,
+            shared_format=shared_format)
 
     def load_quantised(self, experts: Sequence[Expert], *, activation: str | None = None,
                        activation_bits: int = 16, grid_exponent: int | None = None,
-                       x_rms: float = 1.0, progress: Progress | None = None) -> Experts:
+                       x_rms: float = 1.0, progress: Progress | None = None,
+                       shared: Sequence[Expert] = ()) -> Experts:
         """Put experts that are quantised already into memory.
 
         Parameters
@@ -261,6 +285,8 @@ class Device(Bound, Inherited):
             :meth:`load_experts`; :meth:`moeaccel.image.Expert.quantise` makes them so.
         activation : :class:`str`, optional
             Of all experts, instead of their own.
+        shared : sequence of :class:`moeaccel.image.Expert`
+            Every token goes through them, with weight 1.
 
         See :meth:`load_experts` for the rest; the grid is chosen from the quantised weights.
 
@@ -272,18 +298,51 @@ class Device(Bound, Inherited):
         """
         return weights.load_quantised(
             self, experts, activation=activation, activation_bits=activation_bits,
-            grid_exponent=grid_exponent, x_rms=x_rms, progress=progress)
+            grid_exponent=grid_exponent, x_rms=x_rms, progress=progress, shared=shared)
 
     def load_linear(self, weight: Tensor, *, weight_format: str = "int4_g32",
                     activation_bits: int = 16, grid_exponent: int | None = None,
-                    x_rms: float = 1.0, quantiser: str = "search") -> Linear:
-        """Quantise the matrix of a linear layer, (N, K) float, and put it into memory.
+                    x_rms: float = 1.0, quantiser: str = "search",
+                    prune: str | None = None, bias: Tensor | None = None) -> Linear:
+        """Quantise the matrix of a linear layer, (N, K) float, and put it into memory, with a bias,
+        (N,), if there is one.
 
         See :meth:`load_experts`.
         """
         return weights.load_linear(
             self, weight, weight_format=weight_format, activation_bits=activation_bits,
-            grid_exponent=grid_exponent, x_rms=x_rms, quantiser=quantiser)
+            grid_exponent=grid_exponent, x_rms=x_rms, quantiser=quantiser, prune=prune, bias=bias)
+
+    def route(self, router: Router, logits: Tensor, *, resident: Tensor | None = None
+              ) -> tuple[Any, Any]:
+        """Choose experts by logits, bit for bit as :mod:`moeaccel.golden.router`.
+
+        Parameters
+        ----------
+        router : :class:`moeaccel.host.Router`
+        logits : float tensor, (T, E)
+            Any T, also 0; of the router's product with x, without bias.
+        resident : bool tensor, (E,), optional
+            Only these are chosen.
+
+        Returns
+        -------
+        (ids, weights)
+            (T, K) int64, in the order in which they were chosen, -1 where there was none to choose;
+            and (T, K), in the type of the logits, 0 there.
+
+        Raises
+        ------
+        LimitExceeded
+            If the device's configuration has no such router.
+        InvalidTensor
+            For shapes and types.
+        NonFiniteInput
+            If a logit is NaN or infinite; it names the token.
+        LogitOverflow
+            If a logit, with its bias, is 2048 or more in magnitude.
+        """
+        return routing.route(self, router, logits, resident=resident)
 
     def _forget(self, address: int, size: int) -> None:
         with self._lock:

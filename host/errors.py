@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from moeaccel.errors import MoeAccelError
-from moeaccel.interface.commands import EXPERT, LAYER, SUBMISSION, Field, NonFinite, Status
+from moeaccel.interface.commands import (
+    EXPERT,
+    LAYER,
+    ROUTER,
+    SUBMISSION,
+    Field,
+    NonFinite,
+    Status,
+)
 
 __all__ = [
     "HostError", "NotCopyable", "UnsupportedTransport", "DeviceNotFound", "ConfigMismatch",
@@ -12,8 +20,8 @@ __all__ = [
     "DeviceTimeout", "DeviceStopped", "HandleConsumed", "PortUnavailable", "LinkLost",
     "AccessFailed", "RecordingError", "ReplayMismatch",
     "CommandFailed", "CommandRejected", "ExpertRejected", "WindowViolation", "BusError",
-    "NonFiniteInput", "GridOverflow", "CommandAborted", "CompletionLost", "WatchdogExpired", "LOST",
-    "command_error",
+    "NonFiniteInput", "GridOverflow", "LogitOverflow", "CommandAborted",
+    "CompletionLost", "WatchdogExpired", "LOST", "command_error",
     "UnsupportedExperts", "ExpertsIgnored", "TrainingUnsupported", "GraphCaptureUnsupported",
 ]
 
@@ -148,7 +156,7 @@ class BusError(CommandFailed):
 
 
 class NonFiniteInput(CommandFailed):
-    """x or a routing weight is NaN or infinite; ``what`` says which, ``token`` where."""
+    """x, a routing weight or a logit is NaN or infinite; ``what`` says which, ``token`` where."""
 
     @property
     def token(self) -> int:
@@ -157,7 +165,7 @@ class NonFiniteInput(CommandFailed):
 
     @property
     def what(self) -> str:
-        """``"x"`` or ``"routing weight"``."""
+        """``"x"``, ``"routing weight"`` or ``"logit"``."""
         return _nonfinite(self.address)
 
 
@@ -168,6 +176,10 @@ class GridOverflow(CommandFailed):
     def overflows(self) -> int:
         """Number of outputs that did not fit."""
         return self.detail
+
+
+class LogitOverflow(GridOverflow):
+    """Logits are too large for the router; ``overflows`` says how many."""
 
 
 class CommandAborted(CommandFailed):
@@ -226,6 +238,9 @@ def command_error(status: int, detail: int, address: int, *, first_token: int = 
         case Status.BAD_LAYER:
             kind, text = CommandRejected, (
                 f"layer descriptor field {_field_at(LAYER, detail)}; nothing was started")
+        case Status.BAD_ROUTER:
+            kind, text = CommandRejected, (
+                f"router descriptor field {_field_at(ROUTER, detail)}; nothing was started")
         case Status.BAD_EXPERT:
             kind, text = ExpertRejected, (
                 f"expert table entry of expert {detail}: field {_field_at(EXPERT, address)}; y is "

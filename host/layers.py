@@ -468,22 +468,30 @@ def _whole_rows(x: NDArray[Any]) -> NDArray[Any]:
 class Experts(_Layer):
     """The experts of one layer in device memory; from :meth:`Device.load_experts`.
 
-    ``y[t] = sum over k of weights[t, k] * expert[ids[t, k]](x[t])``
+    ``y[t] = sum over k of weights[t, k] * expert[ids[t, k]](x[t])``, plus that of all shared
+    experts, which have the last entries of the table: every token has a pair with each, of weight
+    1. That is 8 bytes more a token and expert, and the device knows no difference.
     """
 
     def __init__(self, device: Device, shapes: Sequence[ExpertShape], images: Allocation,
                  descriptor: Allocation, planes: int, grid_exponent: int,
-                 report: WeightReport) -> None:
+                 report: WeightReport, shared: int = 0) -> None:
         d_model = shapes[0].d_model
         super().__init__(device, images, descriptor, d_in=d_model, d_out=d_model, planes=planes,
                          grid_exponent=grid_exponent, report=report, opcode=Opcode.EXPERTS,
                          num_experts=len(shapes))
-        self._shapes = tuple(shapes)
+        routed = len(shapes) - shared
+        self._shapes, self._shared_shapes = tuple(shapes[:routed]), tuple(shapes[routed:])
 
     @property
     def shapes(self) -> tuple[ExpertShape, ...]:
         """Formats, dimensions and activation of each expert; the dimensions are the caller's."""
         return self._shapes
+
+    @property
+    def shared_shapes(self) -> tuple[ExpertShape, ...]:
+        """Those of each shared expert."""
+        return self._shared_shapes
 
     @property
     def shape(self) -> ExpertShape:
@@ -502,7 +510,7 @@ class Experts(_Layer):
 
     @property
     def num_experts(self) -> int:
-        """Number of experts."""
+        """Number of experts, without the shared ones."""
         return len(self._shapes)
 
     def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Any:
@@ -521,7 +529,8 @@ class Experts(_Layer):
             Any T, also 0. A torch tensor in bfloat16 goes to the device as it is, and y comes back
             so, rounded once; all else goes and comes as float32.
         ids : integer tensor, (T, K)
-            Experts of each token, at most 16; those below 0 or from E on are skipped.
+            Experts of each token, at most 16 with the shared ones; those below 0 or from E on are
+            skipped.
         weights : float tensor, (T, K)
 
         Raises
@@ -535,13 +544,21 @@ class Experts(_Layer):
         shape = shape_of("ids", ids, "T", "K")
         if shape[0] != tokens:
             raise InvalidTensor(f"ids must have the shape (T, K) with T = {tokens}, not {shape}")
-        if shape[1] > TOP_K_MAX:
-            raise LimitExceeded(f"ids must have at most {TOP_K_MAX} experts for each token, "
-                                f"not {shape[1]}")
+        shared = len(self._shared_shapes)
+        if shape[1] + shared > TOP_K_MAX:
+            raise LimitExceeded(
+                f"ids must have at most {TOP_K_MAX - shared} experts for each token, not "
+                f"{shape[1]}" + (f": {shared} of {TOP_K_MAX} are shared" if shared else ""))
         found = shape_of("weights", weights, "T", "K")
         if found != shape:
             raise InvalidTensor(f"weights must have the shape of ids, {shape}, not {found}")
-        return self._submit(x, ids, weights, tokens, shape[1])
+        if shared:
+            always = np.arange(shared, dtype=np.int32) + self.num_experts
+            ids = np.hstack([indices("ids", ids, self.num_experts),
+                             np.tile(always, (tokens, 1))])
+            weights = np.hstack([float32("weights", weights),
+                                 np.ones((tokens, shared), np.float32)])
+        return self._submit(x, ids, weights, tokens, shape[1] + shared)
 
 
 class Linear(_Layer):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from moeaccel.activations import ACTIVATIONS
 from moeaccel.config import PRESETS, AcceleratorConfig
 from moeaccel.errors import FormatError
-from moeaccel.formats import FORMATS
+from moeaccel.formats import ALL_FORMATS
 from moeaccel.host.errors import InvalidTensor, LimitExceeded
 from moeaccel.image import ExpertShape, LinearShape, table_entry
 from moeaccel.interface.commands import EXPERT, LAYER, Field, Limit, bad_field
@@ -19,7 +19,9 @@ __all__ = ["check_layer"]
 
 _NAMES = {"format0": "weight_format", "format1": "weight_format of down",
           "num_experts": "number of experts"}
-_REGISTRIES = {"format_codes": FORMATS, "activation_codes": ACTIVATIONS}
+_BIASES = {(ExpertShape, "bias0"): "gate_up_bias", (ExpertShape, "bias1"): "down_bias",
+           (LinearShape, "bias0"): "bias"}
+_REGISTRIES = {"format_codes": ALL_FORMATS, "activation_codes": ACTIVATIONS}
 
 
 class _Refusal(NamedTuple):
@@ -73,6 +75,8 @@ def check_layer(config: AcceleratorConfig, shapes: Sequence[ExpertShape | Linear
         names = {one.code: one.name for one in registry.values()}
         kind, shown = FormatError, repr(names[value])
         allowed = f"one of {', '.join(names[code] for code in codes)}"
+    elif name in _BIASES.values():
+        kind, allowed, shown = LimitExceeded, "left out", "given"
     else:
         kind, allowed = LimitExceeded, replace(limit, when=None).text(config)
         shown = str(value) if given in (None, value) else f"{given} ({value} in whole blocks)"
@@ -96,4 +100,5 @@ def _given(name: str, shape: ExpertShape | LinearShape) -> tuple[str, int | None
     """Return how a caller calls a field, and the size that the caller gave."""
     if isinstance(shape, ExpertShape) and name in ("d_in", "d_out"):
         name = "d_model"
+    name = _BIASES.get((type(shape), name), name)
     return _NAMES.get(name, name), getattr(shape, name, None) if name.startswith("d_") else None

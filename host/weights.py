@@ -14,13 +14,16 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from numbers import Real
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moeaccel.formats import (
+    PRUNINGS,
     WeightFormat,
     check_matrix,
+    prune as pruned,
     quantise,
     weight_format as find_format,
 )
@@ -55,7 +58,8 @@ from moeaccel.interface.commands import ENTRY_BYTES, GRID_EXPONENTS, LAYER, enco
 if TYPE_CHECKING:
     from moeaccel.host.device import Device
 
-__all__ = ["Formats", "Progress", "Stack", "load_experts", "load_linear", "load_quantised"]
+__all__ = ["Format", "Formats", "Progress", "Shared", "Stack", "load_experts", "load_linear",
+           "load_quantised"]
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +69,17 @@ Progress = Callable[[int, int], None]
 Stack = Tensor | Sequence[Tensor]
 """One matrix for each expert."""
 
-Formats = str | WeightFormat | Sequence[str | WeightFormat]
+Format = str | WeightFormat
+"""A weight format."""
+
+Formats = Format | Sequence[Format]
 """A weight format for all experts, or one for each."""
+
+Shared = tuple[Tensor, Tensor] | Sequence[tuple[Tensor, Tensor]]
+"""gate_up and down of a shared expert, or of each of several."""
+
+_Matrices = tuple[NDArray[np.float32], NDArray[np.float32]]
+"""gate_up and down of an expert."""
 
 _Measured = tuple[Expert, dict[str, Squares]]
 """An expert, and the sums of squares of its matrices by their kind."""
@@ -92,7 +105,10 @@ def _freed_on_error(allocation: Allocation) -> Iterator[None]:
 def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str, gated: bool,
                  limit: float | None, weight_format: Formats, activation_bits: int,
                  grid_exponent: int | None, x_rms: float, progress: Progress | None,
-                 quantiser: str, calibration: tuple[Tensor, Tensor] | None) -> Experts:
+                 quantiser: str, calibration: tuple[Tensor, Tensor] | None,
+                 prune: str | None,
+                 gate_up_bias: Stack | None = None, down_bias: Stack | None = None,
+                 shared: Shared | None = None, shared_format: Format | None = None) -> Experts:
     """Quantise the experts of one layer and put them into a device's memory."""
     experts, rows, d_model = _stack_shape("gate_up", gate_up, "2 I", "H")
     shape = _stack_shape("down", down, "H", "I")
@@ -104,11 +120,33 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
             f"{(experts, rows, d_model)} = (E, {'2 ' if gated else ''}I, H), not {shape}; experts "
             f"are {'gated unless gated=False' if gated else 'not gated'}")
     formats = _formats(weight_format, experts)
+    _check_prune(prune)
     array = device.config.row_multipliers, device.config.channels
+    biases = (_Biases("gate_up_bias", gate_up_bias, experts, rows),
+              _Biases("down_bias", down_bias, experts, d_model))
     shapes = {fmt: ExpertShape(fmt, d_model, d_expert, *array, activation=activation, gated=gated,
-                               limit=limit)
+                               limit=limit, gate_up_biased=gate_up_bias is not None,
+                               down_biased=down_bias is not None)
               for fmt in dict.fromkeys(formats)}
     seen = calibrated(quantiser, calibration, d_model=d_model, num_experts=experts)
+    more = _shared_experts(shared, d_model, gated=gated)
+    extra = [ExpertShape(_shared_format(shared_format, weight_format), d_model, down.shape[1],
+                         *array, activation=activation, gated=gated, limit=limit)
+             for _, down in more]
+
+    def made(e: int | None, matrices: _Matrices, shape: ExpertShape,
+             biases: Sequence[NDArray[np.float32] | None]) -> _Measured:
+        """Return an expert; shared ones have no number."""
+        moments = (None, None) if seen is None else seen.moments(
+            e, matrices[0], shape.d_expert, activation, limit, second=quantiser == "gptq",
+            bias=biases[0])
+        expert = Expert.quantise(
+            *matrices, shape.format, activation=activation, limit=limit, quantiser=quantiser,
+            moments=moments, gate_up_bias=biases[0], down_bias=biases[1], prune=prune,
+            channels=device.config.channels)
+        return expert, {"gate_up": squares(
+            expert.gate_up, interleave_gate_up(matrices[0]) if gated else matrices[0]),
+                        "down": squares(expert.down, matrices[1])}
 
     def quantised() -> Iterator[_Measured]:
         for e, fmt in enumerate(formats):
@@ -118,24 +156,81 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
                     f"expert {e} must have the shapes of expert 0, {(rows, d_model)} and "
                     f"{shape[1:]}, not {matrices[0].shape} and {matrices[1].shape}; experts of "
                     "different widths go by load_quantised()")
-            moments = (None, None) if seen is None else seen.moments(
-                e, matrices[0], d_expert, activation, limit, second=quantiser == "gptq")
-            expert = Expert.quantise(*matrices, fmt, quantiser=quantiser, moments=moments)
-            yield expert, {"gate_up": squares(
-                expert.gate_up, interleave_gate_up(matrices[0]) if gated else matrices[0]),
-                           "down": squares(expert.down, matrices[1])}
+            yield made(e, matrices, shapes[fmt], [bias.of(e) for bias in biases])
+        for matrices, wide in zip(more, extra, strict=True):
+            yield made(None, matrices, wide, (None, None))
 
     return _load_experts(
-        device, quantised(), [shapes[fmt] for fmt in formats], activation_bits=activation_bits,
-        grid_exponent=grid_exponent, x_rms=x_rms, progress=progress)
+        device, quantised(), [*(shapes[fmt] for fmt in formats), *extra],
+        activation_bits=activation_bits, grid_exponent=grid_exponent, x_rms=x_rms,
+        progress=progress, shared=len(extra))
+
+
+def _shared_format(given: Format | None, weight_format: Formats) -> WeightFormat:
+    """Return the format of shared experts: that of all others, where no other is given."""
+    if given is None:
+        if not isinstance(weight_format, str | WeightFormat):
+            raise InvalidOption("shared_format must be given where experts have a weight_format "
+                                "each")
+        given = weight_format
+    return find_format(given)
+
+
+def _shared_experts(shared: Shared | None, d_model: int, *, gated: bool
+                    ) -> list[_Matrices]:
+    """Return (gate_up, down) of each shared expert, whose widths are their own."""
+    if shared is None:
+        return []
+    single = len(shared) == 2 and all(len(getattr(part, "shape", ())) == 2 for part in shared)
+    found: list[_Matrices] = []
+    pairs: Sequence[Any] = [shared] if single else shared
+    for s, pair in enumerate(pairs):
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise InvalidTensor("shared must be a pair (gate_up, down) of matrices, or a sequence "
+                                f"of pairs, not {type(pair).__name__} in place {s}")
+        gate_up, down = float32("shared gate_up", pair[0]), float32("shared down", pair[1])
+        rows = down.shape[-1] * (2 if gated else 1)
+        if down.shape[:-1] != (d_model,) or gate_up.shape != (rows, d_model):
+            raise InvalidTensor(
+                f"shared expert {s} must have gate_up ({'2 ' if gated else ''}I, {d_model}) and "
+                f"down ({d_model}, I), not {gate_up.shape} and {down.shape}; experts are "
+                f"{'gated unless gated=False' if gated else 'not gated'}")
+        found.append((gate_up, down))
+    return found
+
+
+class _Biases:
+    """The biases of one matrix of all experts, (E, rows) or a sequence of (rows,); or none."""
+
+    def __init__(self, name: str, stack: Stack | None, experts: int, rows: int) -> None:
+        self._name, self._stack, self._rows = name, stack, rows
+        if stack is None:
+            return
+        found = (len(stack), rows) if isinstance(stack, Sequence) else shape_of(
+            name, stack, "E", "rows")
+        if found != (experts, rows):
+            raise InvalidTensor(
+                f"{name} must have the shape {(experts, rows)}, one number for each row of each "
+                f"expert, not {found}")
+
+    def of(self, expert: int) -> NDArray[np.float32] | None:
+        """Return those of an expert, (rows,)."""
+        if self._stack is None:
+            return None
+        values = float32(self._name, self._stack[expert])
+        if values.shape != (self._rows,):
+            raise InvalidTensor(f"{self._name}[{expert}] must have the shape {(self._rows,)}, not "
+                                f"{values.shape}")
+        return values
 
 
 def load_quantised(device: Device, experts: Sequence[Expert], *, activation: str | None,
                    activation_bits: int, grid_exponent: int | None, x_rms: float,
-                   progress: Progress | None) -> Experts:
+                   progress: Progress | None, shared: Sequence[Expert] = ()) -> Experts:
     """Put experts that are quantised already into a device's memory."""
     if not len(experts):
         raise InvalidTensor("experts must be at least one, not none")
+    experts = [*experts, *shared]
     shapes: list[ExpertShape] = []
     seen: Expert | None = None  # many may be one object; its id may be another's that is made later
     for e, expert in enumerate(experts):
@@ -157,7 +252,7 @@ def load_quantised(device: Device, experts: Sequence[Expert], *, activation: str
 
     return _load_experts(
         device, measured(), shapes, activation_bits=activation_bits, grid_exponent=grid_exponent,
-        x_rms=x_rms, progress=progress)
+        x_rms=x_rms, progress=progress, shared=len(shared))
 
 
 def _checked_shape(device: Device, e: int, expert: Expert, activation: str | None) -> ExpertShape:
@@ -176,16 +271,22 @@ def _checked_shape(device: Device, e: int, expert: Expert, activation: str | Non
 
 
 def load_linear(device: Device, weight: Tensor, *, weight_format: str, activation_bits: int,
-                grid_exponent: int | None, x_rms: float, quantiser: str) -> Linear:
+                grid_exponent: int | None, x_rms: float, quantiser: str,
+                prune: str | None, bias: Tensor | None = None) -> Linear:
     """Quantise the matrix of a linear layer and put it into a device's memory."""
     d_out, d_in = shape_of("weight", weight, "N", "K")
     planes = _check_options(activation_bits, grid_exponent, x_rms)
     config = device.config
-    shape = LinearShape(
-        find_format(weight_format), d_out, d_in, config.row_multipliers, config.channels)
+    _check_prune(prune)
+    shape = LinearShape(find_format(weight_format), d_out, d_in, config.row_multipliers,
+                        config.channels, bias is not None)
     check_layer(config, [shape])
     values = float32("weight", weight)
-    matrix = quantise(values, shape.format, quantiser=quantiser)
+    if bias is not None:
+        bias = _Biases("bias", [bias], 1, d_out).of(0)
+    matrix = quantise(
+        values if prune is None else pruned(values, shape.format, prune, channels=config.channels),
+        shape.format, quantiser=quantiser).with_bias(bias)
     found = squares(matrix, values)
     if grid_exponent is None:
         grid_exponent = choose_grid([linear_output(found, x_rms=x_rms)])
@@ -203,7 +304,7 @@ def load_linear(device: Device, weight: Tensor, *, weight_format: str, activatio
 
 def _load_experts(device: Device, experts: Iterable[_Measured], shapes: Sequence[ExpertShape], *,
                   activation_bits: int, grid_exponent: int | None, x_rms: float,
-                  progress: Progress | None) -> Experts:
+                  progress: Progress | None, shared: int = 0) -> Experts:
     planes = _check_options(activation_bits, grid_exponent, x_rms)
     config = device.config
     check_layer(config, shapes)
@@ -231,7 +332,8 @@ def _load_experts(device: Device, experts: Iterable[_Measured], shapes: Sequence
         if grid_exponent is None:
             grid_exponent = choose_grid(outputs)
         descriptor = _describe(device, planes, grid_exponent, shapes, addresses)
-    return Experts(device, shapes, images, descriptor, planes, grid_exponent, _report(errors))
+    return Experts(
+        device, shapes, images, descriptor, planes, grid_exponent, _report(errors), shared)
 
 
 def _report(errors: WeightErrors) -> WeightReport:
@@ -249,6 +351,13 @@ def _formats(weight_format: Formats, experts: int) -> list[WeightFormat]:
         raise InvalidOption(f"weight_format must be one name, or one for each of {experts} "
                             f"experts, not {len(weight_format)}")
     return [find_format(name) for name in weight_format]
+
+
+def _check_prune(prune: str | None) -> None:
+    """Refuse a way of pruning that there is not."""
+    if prune is not None and prune not in PRUNINGS:
+        raise InvalidOption(f"prune must be {' or '.join(map(repr, PRUNINGS))}, or left out, not "
+                            f"{prune!r}")
 
 
 def _check_options(activation_bits: int, grid_exponent: int | None, x_rms: float) -> int:

@@ -1,6 +1,7 @@
 """Activations of experts: what each is, once for golden model, hardware, driver and documentation.
 
-Every one has the form ``act(g) = g * f(g)``; the device multiplies by f.
+Every one has the form ``act(g) = g * f(g)``; the device multiplies by f. h is ``act(gate) * up``,
+or ``act(gate) * (up + 1)``.
 """
 
 from __future__ import annotations
@@ -47,6 +48,10 @@ def _normal_tanh(x: Floats) -> Floats:
     return exact_logistic(2 * math.sqrt(2 / math.pi) * (near + 0.044715 * near**3))
 
 
+def _steep_logistic(x: Floats) -> Floats:
+    return exact_logistic(1.702 * x)
+
+
 class Factor(enum.Enum):
     """Where the device has f from."""
 
@@ -71,6 +76,8 @@ class Activation:
     f : callable
         f in float64, exactly.
     factor : :class:`Factor`
+    up_offset : :class:`int`
+        0 or 1: what is added to up rows, after their limit.
     """
 
     name: str
@@ -78,6 +85,7 @@ class Activation:
     text: str
     f: Callable[[Floats], Floats]
     factor: Factor
+    up_offset: int = 0
 
     def __call__(self, g: Floats) -> Floats:
         """Return ``act(g)`` in float64."""
@@ -98,6 +106,10 @@ ACTIVATIONS: dict[str, Activation] = {a.name: a for a in (
         f=_normal_tanh, factor=Factor.TABLE),
     Activation(
         name="relu2", code=4, text="max(g, 0)^2 (So et al., 2021)", f=_ramp, factor=Factor.RAMP),
+    Activation(
+        name="gpt_oss", code=5,
+        text="g / (1 + exp(-1.702 g)), times up + 1 (gpt-oss-120b & gpt-oss-20b Model Card, 2025)",
+        f=_steep_logistic, factor=Factor.TABLE, up_offset=1),
 )}
 """Every activation by name, in the order of their codes."""
 
@@ -128,10 +140,12 @@ def hidden(rows: Floats, d_expert: int, name: str | Activation, limit: float | N
     rows : float64 array, (n, 2 d_expert) or (n, d_expert)
         Gate, then up; or gate alone.
     limit : :class:`float`, optional
-        Gate is at most that before the activation, and up at most that far from 0.
+        Gate is at most that before the activation, and up at most that far from 0, before an
+        offset.
     """
     gate, up = rows[:, :d_expert], rows[:, d_expert:]
     if limit is not None:
         gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
-    h = activation(name)(gate)
-    return h * up if up.shape[1] else h
+    act = activation(name)
+    h = act(gate)
+    return h * (up + act.up_offset) if up.shape[1] else h

@@ -137,6 +137,34 @@ def multiply(a: InternalFloat, b: InternalFloat) -> InternalFloat:
     return normalise(a.mantissa * b.mantissa, a.exponent + b.exponent)
 
 
+def add(a: InternalFloat, b: InternalFloat) -> InternalFloat:
+    """Return the sum, rounded once."""
+    a_first = (b.mantissa == 0) | ((a.mantissa != 0) & (a.exponent >= b.exponent))
+    large, other = np.where(a_first, a.mantissa, b.mantissa), np.where(
+        a_first, b.mantissa, a.mantissa)
+    exponent, low = np.where(a_first, a.exponent, b.exponent), np.where(
+        a_first, b.exponent, a.exponent)
+    distance = np.where(other == 0, 0, exponent - low)
+    # Farther away the other one is less than 2**-24 of the last bit: nothing is rounded up to it.
+    near = distance <= 42
+    shift = np.where(near, distance, 0)
+    total = np.asarray((large << shift) + np.where(near, other, 0), np.int64)
+    return normalise(total, exponent - shift)
+
+
+def bfloat16_to_internal(bits: NDArray[np.uint16]) -> InternalFloat:
+    """Return bfloat16 numbers, given by their bits (biases).
+
+    Exponent field 0 is zero, field 255 an exponent as any other: what is stored is finite.
+    """
+    field = bits.astype(np.int64)
+    significand = (field & 0x7F | 0x80) << MANTISSA_BITS - 8
+    exponent = (field >> 7 & 255) - (127 + MANTISSA_BITS - 1)
+    zero = (field >> 7 & 255) == 0
+    return InternalFloat(np.where(zero, 0, np.where(field >> 15, -significand, significand)),
+                         np.where(zero, 0, exponent))
+
+
 def multiply_to_element(a: InternalFloat, b: InternalFloat) -> tuple[Ints, Ints]:
     """Return the product as (significand, exponent) of :func:`quantise_elements`, rounded once."""
     return _round_to_bits(a.mantissa * b.mantissa, a.exponent + b.exponent, ELEMENT_BITS)

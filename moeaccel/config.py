@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from moeaccel.activations import ACTIVATIONS, Activation
 from moeaccel.errors import ConfigurationError
-from moeaccel.formats import BLOCK, FORMATS, WeightFormat
+from moeaccel.formats import ALL_FORMATS, BLOCK, FORMATS, WeightFormat
 from moeaccel.router.choices import Score
 
 ACTIVATION_SHIFT_MAX = 11
@@ -69,12 +69,12 @@ class AcceleratorConfig:
         Depth of a row-tile buffer in array words; a power of two, at least ``max_dim / 32``.
     quantiser_lanes : :class:`int`
         Elements quantised, and outputs drained, in one cycle; a power of two, at most ``port_bytes
-        / 4``.
+        / 2``.
     address_bits : :class:`int`
         Width of an address in a channel's memory; with the channel's number above it, 16 to 64.
     formats : tuple of str
-        Weight formats that the hardware reads, all of :data:`moeaccel.formats.FORMATS` when left
-        out.
+        Weight formats that the hardware reads, of :data:`moeaccel.formats.ALL_FORMATS`; those of
+        :data:`moeaccel.formats.FORMATS` when left out.
     activations : tuple of str
         Activations that the hardware computes, all of :data:`moeaccel.activations.ACTIVATIONS` when
         left out.
@@ -83,6 +83,12 @@ class AcceleratorConfig:
         any there is no router.
     router_top_k : :class:`int`
         Most experts that the router chooses for a token, 1 to 16.
+    y_banks : :class:`int`
+        Banks of the y buffer, 1 or 2: with two, sums of one set of tokens leave while those of the
+        next are computed.
+    bias : :class:`bool`
+        Rows may have biases: an adder behind each channel's normaliser. Rows without them take no
+        cycle more, with it or without.
 
     Raises
     ------
@@ -108,6 +114,8 @@ class AcceleratorConfig:
     activations: tuple[str, ...] = field(default_factory=lambda: tuple(ACTIVATIONS))
     router: tuple[str, ...] = ()
     router_top_k: int = TOP_K_MAX
+    y_banks: int = 1
+    bias: bool = True
 
     def __post_init__(self) -> None:
         for name in ("formats", "activations", "router"):
@@ -126,6 +134,7 @@ class AcceleratorConfig:
                 f"a power of two from {low} to {high}",
             )
 
+        require("bias", isinstance(self.bias, bool), "true or false")
         power("port_bytes", 8, 64)
         power("channels", 1, BLOCK)
         power("row_multipliers", 2, 16)
@@ -134,7 +143,8 @@ class AcceleratorConfig:
         power("max_experts", 2, EXPERTS_MAX)
         power("max_tokens", 1, 1 << 16)
         power("max_assignments", TOP_K_MAX, 1 << 17)
-        power("quantiser_lanes", 1, self.port_bytes // 4)
+        power("quantiser_lanes", 1, self.port_bytes // 2)
+        power("y_banks", 1, 2)
         power("read_ahead_beats", 2 * self.max_burst_beats, 1 << 16)
         require(
             "max_dim",
@@ -156,7 +166,7 @@ class AcceleratorConfig:
             and self.device_address_bits <= 64,
             f"from 16 to {64 - self.channels.bit_length() + 1}",
         )
-        for name, registry in (("formats", FORMATS), ("activations", ACTIVATIONS)):
+        for name, registry in (("formats", ALL_FORMATS), ("activations", ACTIVATIONS)):
             chosen = getattr(self, name)
             require(
                 name,
@@ -188,8 +198,24 @@ class AcceleratorConfig:
 
     @property
     def rows(self) -> int:
-        """Rows of an array in a 4-bit format (half of them are used in an 8-bit format)."""
-        return 2 * self.row_multipliers
+        """Most rows of a tile: two for each multiplier row in a 4-bit format, one in an 8-bit
+        format, times the parts of a multiplier row in an N:M format."""
+        return 2 * self.row_multipliers * self.parts
+
+    @property
+    def parts(self) -> int:
+        """Most parts of a multiplier row that compute rows of their own."""
+        return max(f.parts for f in self.weight_formats)
+
+    @property
+    def splits(self) -> int:
+        """Parts of a multiplier row whose sums are scaled by themselves."""
+        return max(self.parts, *(BLOCK // f.group for f in self.weight_formats))
+
+    @property
+    def zero_points(self) -> bool:
+        """Whether a format has zero points."""
+        return any(f.zero_point for f in self.weight_formats)
 
     @property
     def word_bytes(self) -> int:
@@ -207,6 +233,11 @@ class AcceleratorConfig:
         return self.token_groups * self.token_lanes
 
     @property
+    def slot_banks(self) -> int:
+        """Slot tables: passes that are prepared, computed or leave at the same time."""
+        return 2 * self.y_banks
+
+    @property
     def max_burst_beats(self) -> int:
         """Beats of the longest AXI burst: up to one 4 KiB page, at most 64 beats."""
         return min(64, 4096 // self.port_bytes)
@@ -220,7 +251,7 @@ class AcceleratorConfig:
     @property
     def weight_formats(self) -> tuple[WeightFormat, ...]:
         """The formats that the hardware reads, in the order of their codes."""
-        return tuple(f for f in FORMATS.values() if f.name in self.formats)
+        return tuple(f for f in ALL_FORMATS.values() if f.name in self.formats)
 
     @property
     def format_bits(self) -> int:
@@ -258,6 +289,12 @@ class AcceleratorConfig:
     def router_codes(self) -> tuple[int, ...]:
         """Their codes."""
         return tuple(int(score) for score in self.router_scores)
+
+    # -- biases
+    @property
+    def bias_codes(self) -> tuple[int, ...]:
+        """What an entry of the expert table may say of a section's biases: 1, that there are."""
+        return (0, 1) if self.bias else (0,)
 
     # -- addresses
     @property
@@ -300,7 +337,7 @@ class AcceleratorConfig:
             {a.name: getattr(f, a.name) for a in dataclasses.fields(WeightFormat)}
             for f in self.weight_formats]
         fields["activations"] = [
-            {"name": a.name, "code": a.code, "factor": a.factor.value}
+            {"name": a.name, "code": a.code, "factor": a.factor.value, "up_offset": a.up_offset}
             for a in self.expert_activations]
         if not self.router:  # what is not there changes nothing
             del fields["router"], fields["router_top_k"]
@@ -381,14 +418,15 @@ PRESETS: dict[str, AcceleratorConfig] = {
             name="peer256",
             port_bytes=16,
             token_lanes=4,
-            token_groups=4,
+            token_groups=8,
             max_dim=4096,
             max_experts=64,
             max_tokens=1024,
             max_assignments=4096,
             read_ahead_beats=512,
             tile_words=256,
-            quantiser_lanes=4,
+            quantiser_lanes=8,
+            y_banks=2,
         ),
     )
 }

@@ -12,8 +12,9 @@ every other T has), and multiples of 2 are what is chosen: weights that differ a
 two checkpoints of one model do, mostly get the same grid, and with it the same rounding.
 
 T is the root mean square of the outputs of one expert, estimated from norms for Gaussian x of
-independent elements, and of all experts their median: neither experts of zeros, which do not
-count, nor a few huge ones move it far. Routing weights count as 1.
+independent elements, where a bias counts as one more such element, and of all experts their median:
+neither experts of zeros, which do not count, nor a few huge ones move it far. Routing weights count
+as 1.
 """
 
 from __future__ import annotations
@@ -49,11 +50,14 @@ class Squares:
     columns : float64 array, (K,)
     error : :class:`float`, optional
         Of the differences between quantised and float weights, where both are there.
+    bias : float64 array, (n,), optional
+        Squares of the rows' biases, where there are some.
     """
 
     rows: Floats
     columns: Floats
     error: float | None
+    bias: Floats | None = None
 
     @property
     def total(self) -> float:
@@ -86,7 +90,8 @@ def squares(matrix: QuantisedMatrix, weights: NDArray[np.floating] | None = None
         values *= values
         rows[part] = values.sum(axis=1)
         columns += values.sum(axis=0)
-    return Squares(rows, columns, None if weights is None else error)
+    return Squares(rows, columns, None if weights is None else error,
+                   None if matrix.bias is None else matrix.bias_values.astype(np.float64) ** 2)
 
 
 _DEVIATIONS_LOG2 = np.arange(-10.0, 10.25, 0.25)
@@ -119,23 +124,29 @@ def gated_output(gate_up: Squares, down: Squares, *, x_rms: float = 1.0,
     act = find_activation(activation)
     # What is beyond float64 is infinite, and gets the coarsest grid.
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-        rows = gate_up.rows * x_rms**2
+        rows = _with_bias(gate_up.rows * x_rms**2, gate_up)
         if limit is not None:
             rows = np.minimum(rows, limit**2)
         gate, up = rows, np.ones_like(rows)
         if len(rows) != len(down.columns):
-            gate, up = rows[0::2], rows[1::2]
+            gate, up = rows[0::2], rows[1::2] + act.up_offset
         if act.factor is Factor.RAMP:
             share = 1.5 * gate  # E[z**4] / 2 of a Gaussian, and no table goes far enough
         else:
             share = np.interp(np.log2(gate) / 2, _DEVIATIONS_LOG2, _gate_table(act))
         hidden = share * gate * up  # mean squares of h; its elements are independent of zero mean
-        return float(np.sqrt((down.columns * hidden).sum() / len(down.rows)))
+        total = (down.columns * hidden).sum()
+        return float(np.sqrt((total + _with_bias(0, down).sum()) / len(down.rows)))
+
+
+def _with_bias(mean_squares: Floats | float, matrix: Squares) -> Floats:
+    """Return the mean squares of rows with their biases."""
+    return np.asarray(mean_squares if matrix.bias is None else mean_squares + matrix.bias)
 
 
 def linear_output(weight: Squares, *, x_rms: float = 1.0) -> float:
     """Return the typical output of a linear layer."""
-    return float(np.sqrt(weight.total / len(weight.rows))) * x_rms
+    return float(np.sqrt(_with_bias(weight.rows * x_rms**2, weight).mean()))
 
 
 def grid_exponent(outputs: Iterable[float]) -> int:

@@ -18,6 +18,7 @@ from moeaccel.activations import Activation, Factor
 from moeaccel.arithmetic import (
     InternalFloat,
     Ints,
+    add,
     multiply,
     multiply_to_element,
     normalise,
@@ -129,13 +130,17 @@ def clamped(values: InternalFloat, limit: InternalFloat, *, below: bool) -> Inte
 
 def gated(g: InternalFloat, u: InternalFloat, act: Activation,
           limit: InternalFloat | None = None) -> tuple[Ints, Ints]:
-    """Return ``h = act(g) * u`` (Shazeer, 2020): f, then two products, each rounded once.
+    """Return ``h = act(g) * u`` (Shazeer, 2020): f, then two products, each rounded once. Of an
+    activation with an offset u + 1, rounded once, is in the place of u.
 
     h is quantised next, so it keeps the quantiser's 24 bits: (significand, exponent). With a
     ``limit`` g is at most that much, and u at most that far from 0.
     """
     if limit is not None:
         g, u = clamped(g, limit, below=False), clamped(u, limit, below=True)
+    if act.up_offset:
+        u = add(u, InternalFloat(*(np.broadcast_to(part, u.mantissa.shape)
+                                   for part in (ONE.mantissa, ONE.exponent))))
     return multiply_to_element(multiply(g, factor(g, act)), u)
 
 

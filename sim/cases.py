@@ -17,7 +17,7 @@ import numpy as np
 from moeaccel.activations import ACTIVATIONS
 from moeaccel.config import DIM_MAX, EXPERTS_MAX, PRESETS, AcceleratorConfig
 from moeaccel.cycles import Prediction, predict_experts, predict_linear
-from moeaccel.formats import FORMATS, weight_format
+from moeaccel.formats import ALL_FORMATS, FORMATS, weight_format
 from moeaccel.grid import GRID_EXPONENTS
 from moeaccel.image import ExpertShape, Section
 from moeaccel.sim.cosim.memory import CHANNELS, MemoryModel, StallModel
@@ -52,6 +52,8 @@ class Kind:
     activation : str
     gated : bool
     limit : float, optional
+    biases : int
+        1: of gate and up rows; 2: of down rows; 3: of both.
     """
 
     weight_format: str = "int4_g32"
@@ -60,10 +62,12 @@ class Kind:
     activation: str = "silu"
     gated: bool = True
     limit: float | None = None
+    biases: int = 0
 
     def __post_init__(self) -> None:
         _check_whole("d_expert", self.d_expert, 1, DIM_MAX)
-        for name, registry in (("weight_format", FORMATS), ("down_format", FORMATS),
+        _check_whole("biases", self.biases, 0, 3)
+        for name, registry in (("weight_format", ALL_FORMATS), ("down_format", ALL_FORMATS),
                                ("activation", ACTIVATIONS)):
             if getattr(self, name) not in registry:
                 raise ValueError(f"{name} must be one of {', '.join(registry)}, not "
@@ -112,10 +116,10 @@ class Call:
                                   ("grid_exponent", GRID_EXPONENTS[0], GRID_EXPONENTS[-1]),
                                   ("after", 0, 1 << 31)):
             _check_whole(name, getattr(self, name), least, most)
-        if self.weight_format not in FORMATS or self.activation_bits not in (8, 16):
+        if self.weight_format not in ALL_FORMATS or self.activation_bits not in (8, 16):
             raise ValueError(
-                f"weight_format must be one of {', '.join(FORMATS)} and activation_bits 8 or 16, "
-                f"not {self.weight_format!r} and {self.activation_bits!r}")
+                f"weight_format must be one of {', '.join(ALL_FORMATS)} and activation_bits 8 or "
+                f"16, not {self.weight_format!r} and {self.activation_bits!r}")
         for expert in (expert for row in self.ids for expert in row):
             _check_whole("expert", expert, -(1 << 31), (1 << 31) - 1)
         if self.end not in ENDS:
@@ -140,7 +144,8 @@ class Call:
         shapes = [ExpertShape(
             weight_format(kind.weight_format), self.d_in, kind.d_expert, *array,
             down_format=weight_format(kind.down_format), activation=kind.activation,
-            gated=kind.gated, limit=kind.limit)
+            gated=kind.gated, limit=kind.limit, gate_up_biased=bool(kind.biases & 1),
+            down_biased=bool(kind.biases & 2))
             for kind in map(self.kind_of, range(self.experts))]
         return predict_experts(config, shapes, np.array(self.ids), self.experts, planes=planes)
 
@@ -311,7 +316,8 @@ def _draw_kind(draw: random.Random) -> Kind:
     return Kind(
         weight_format=draw.choice(list(FORMATS)), down_format=draw.choice(list(FORMATS)),
         d_expert=32 * draw.choice((1, 1, 2, 3, 5)), activation=draw.choice(list(ACTIVATIONS)),
-        gated=draw.random() < 0.6, limit=draw.choice((None, None, 0.75)))
+        gated=draw.random() < 0.6, limit=draw.choice((None, None, 0.75)),
+        biases=draw.choice((0, 0, 1, 2, 3)))
 
 
 def _draw_ids(draw: random.Random, tokens: int, top_k: int, experts: int

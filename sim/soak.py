@@ -137,9 +137,12 @@ def _load(device: Device, seed: int, at: int, call: Call) -> Any:
         gate_up = rng.standard_normal(((1 + kind.gated) * kind.d_expert, call.d_in))
         gate_up /= np.sqrt(call.d_in)
         down = rng.standard_normal((call.d_in, kind.d_expert)) / np.sqrt(kind.d_expert)
+        biases = [rng.standard_normal(len(rows)) if kind.biases & bit else None
+                  for bit, rows in ((1, gate_up), (2, down))]
         layer.append(Expert.quantise(
             gate_up, down, kind.weight_format, down_format=kind.down_format,
-            activation=kind.activation, limit=kind.limit))
+            activation=kind.activation, limit=kind.limit, gate_up_bias=biases[0],
+            down_bias=biases[1]))
     return device.load_quantised(layer, **options)
 
 

@@ -87,7 +87,8 @@ class Layout:
         config = self.config
         d_out, d_in = matrix.integers.shape
         shape = LinearShape(
-            matrix.format, d_out, d_in, config.row_multipliers, config.channels)
+            matrix.format, d_out, d_in, config.row_multipliers, config.channels,
+            matrix.bias is not None)
         return self._place_layer([shape], [partial(build_linear_image, matrix)], planes=planes,
                                  grid_exponent=grid_exponent)
 

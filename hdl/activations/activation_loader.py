@@ -22,6 +22,9 @@ BIAS = 127
 NOT_FINITE = 255
 """Exponent field of infinities and NaN."""
 
+PACE = 4
+"""Rows whose time one takes that can wait."""
+
 NARROW_BLOCK_BYTES = 2 * BLOCK
 """Bytes of a block of bfloat16 elements; of float32 twice that."""
 
@@ -42,12 +45,16 @@ class ActivationLoader(wiring.Component):
     the lanes of slot s (:class:`~moeaccel.hdl.activations.block_quantiser.BlockQuantiser`); lanes
     of absent slots keep what they held.
 
-    Throughput: one port beat per cycle in, ``quantiser_lanes`` elements per cycle out; the next row
-    is fetched while one is quantised. A slot takes about ``max_bits(steps) + 6`` cycles to look up,
-    hidden behind the row before. The memory port cannot be refused: a row is asked for only when
-    half of the line buffer is free. The x bank and the slot table's bank are free, for the
-    Dispatcher prepares a pass only when all but one of those before have retired. Reset forgets the
-    request under way; the memory port must be flushed with it.
+    With several banks of the y buffer, x is loaded while the array works; while that can wait
+    (``i_can_wait``), a row is asked for when as many cycles as PACE rows have beats have passed
+    since the one before, so that weights come, too.
+
+    Throughput: one port beat per cycle in and out, or ``quantiser_lanes`` elements per cycle out if
+    these are less; the next row is fetched while one is quantised. A slot takes about
+    ``max_bits(steps) + 6`` cycles to look up, hidden behind the row before. The memory port cannot
+    be refused: a row is asked for only when half of the line buffer is free. The x bank and the
+    slot table's bank are free, for the Dispatcher sees to it. Reset forgets the request under way;
+    the memory port must be flushed with it.
 
     Parameters
     ----------
@@ -59,7 +66,9 @@ class ActivationLoader(wiring.Component):
         x bank to fill, slot table bank, slots (1 or more). Accepted when idle.
     i_two_planes, i_steps, i_x_address, i_narrow
         Of the command (``i_narrow``: x is bfloat16); constant while there are requests.
-    slot_address : :py:`Out(layouts.slot_bits(config) + 1)`
+    i_can_wait : :py:`In(1)`
+        Nobody waits for what is being loaded.
+    slot_address : :py:`Out(layouts.slot_address_bits(config))`
         Slot, slot table bank.
     slot_token : :py:`In(layouts.token_bits(config))`
         Token of that slot, one cycle later.
@@ -93,7 +102,8 @@ class ActivationLoader(wiring.Component):
             "i_steps": In(layouts.steps_bits(config)),
             "i_x_address": In(config.address_bits),
             "i_narrow": In(1),
-            "slot_address": Out(layouts.slot_bits(config) + 1),
+            "i_can_wait": In(1),
+            "slot_address": Out(layouts.slot_address_bits(config)),
             "slot_token": In(token_bits),
             "reader": Out(layouts.ReadClientSignature(config)),
             **{name: self._quantiser.signature.members[name] for name in outputs},
@@ -142,6 +152,15 @@ class ActivationLoader(wiring.Component):
         address = Signal(config.address_bits)
         written = Signal(count_shape)
         asked, released = Signal(), Signal()
+        beats = self.reader.request.p.beats
+        waits = Signal()  # until it is this row's turn
+        if config.y_banks > 1:
+            pace = Signal(len(beats) + exact_log2(PACE))
+            with m.If(asked):
+                m.d.sync += pace.eq(beats << exact_log2(PACE))
+            with m.Elif(pace != 0):
+                m.d.sync += pace.eq(pace - 1)
+            m.d.sync += waits.eq(self.i_can_wait & (asked | (pace != 0)))
         m.submodules.multiplier = multiplier = SequentialMultiplier(
             token_bits, layouts.steps_bits(config))
         m.d.comb += [
@@ -179,8 +198,8 @@ class ActivationLoader(wiring.Component):
                 with m.If(multiplier.o_done):
                     m.next = "REQUEST"
             with m.State("REQUEST"):
-                m.d.comb += self.reader.request.valid.eq(1)
-                with m.If(self.reader.request.ready):
+                m.d.comb += self.reader.request.valid.eq(~waits)
+                with m.If(self.reader.request.valid & self.reader.request.ready):
                     m.d.comb += asked.eq(1)
                     m.d.sync += [half.eq(~half), slot.eq(slot + 1)]
                     m.next = "LOOKUP"
@@ -278,13 +297,18 @@ class ActivationLoader(wiring.Component):
         # -- rows: out of the line buffer, through the quantiser
         count = config.quantiser_lanes
         group_bits = exact_log2(BLOCK // count)  # groups of a block
-        sub_bits = exact_log2(per_beat // count)  # groups of a beat; one bit more if narrow
-        group = Signal(beat_bits + sub_bits)
+        wide = int(count > per_beat)  # a group of float32 is two beats, read one after the other
+        sub_bits = exact_log2(max(1, per_beat // count))  # groups of a beat; one bit more if narrow
+        group = Signal(beat_bits + sub_bits - wide)
+        second_beat = Signal(wide)
         leaving = Signal()  # half
         out_slot = Signal(layouts.slot_bits(config))
         running = Signal()
+        whole = Signal()  # all of a group has been read
         block_end, slot_end = Signal(), Signal()
         step_now = Signal(step_bits)
+        line_at = Mux(  # of a narrow group: in its beat there are twice as many
+            self.i_narrow, group[sub_bits + 1 - wide:], Cat(second_beat, group[sub_bits:]))
         # Down to 0 and to 1; that it is there is known from registers.
         steps_left, last_step = Signal(step_bits), Signal()
         steps_last, one_step = Signal(step_bits), Signal()
@@ -295,14 +319,16 @@ class ActivationLoader(wiring.Component):
             block_end.eq(group[:group_bits].all()),
             slot_end.eq(block_end & last_step),
             line_r.en.eq(running),
-            line_r.addr.eq(Cat(
-                Mux(self.i_narrow, group[sub_bits + 1:], group[sub_bits:])[:beat_bits], leaving)),
+            whole.eq(running & (second_beat | self.i_narrow) if wide else running),
+            line_r.addr.eq(Cat(line_at[:beat_bits], leaving)),
             tops_r.en.eq(running),
             tops_r.addr.eq(Cat(step_now, leaving)),
-            released.eq(running & slot_end),
+            released.eq(whole & slot_end),
         ]
         with m.If(running):
-            m.d.sync += group.eq(group + 1)
+            m.d.sync += second_beat.eq(second_beat + 1)
+        with m.If(whole):
+            m.d.sync += [group.eq(group + 1), second_beat.eq(0)]
             with m.If(block_end):
                 m.d.sync += [steps_left.eq(steps_left - 1), last_step.eq(steps_left == 1)]
             with m.If(slot_end):
@@ -315,28 +341,38 @@ class ActivationLoader(wiring.Component):
                 for i in range(2):  # a row may become ready in the cycle in which the other is left
                     with m.If(p.valid & s.at.row_end & (s.at.half == i)):
                         m.d.sync += ready[i].eq(1)
-        with m.If(~running | slot_end):
+        with m.If(~running | (whole & slot_end)):
             m.d.sync += [steps_left.eq(steps_last), last_step.eq(one_step)]
         with m.If(self.o_idle):
             m.d.sync += out_slot.eq(0)
-        q = Pipeline(m, running, "out")
+        q = Pipeline(m, whole, "out")
         s = q.stage(
-            sub=group[:sub_bits + 1], step=step_now, slot=out_slot, block_end=block_end,
+            sub=group[:sub_bits + 1 - wide], step=step_now, slot=out_slot, block_end=block_end,
             slot_end=slot_end, row_top=Mux(leaving, row_top[1], row_top[0]))
         # Block RAM is slow to answer: a register behind it, ahead of everything else.
-        s = q.stage(**vars(s), line=line_r.data, top=tops_r.data)
+        line_data = line_r.data
+        if wide:
+            first_beat = Signal.like(line_r.data, reset_less=True)
+            m.d.sync += first_beat.eq(line_r.data)
+            line_data = Cat(Mux(self.i_narrow, line_r.data, first_beat), line_r.data)
+        s = q.stage(**vars(s), line=line_data, top=tops_r.data)
         s = q.stage(**vars(s))  # the memory may be far away
 
+        def widened(part):
+            """Return ``count`` elements of bfloat16 as float32."""
+            return Cat(Cat(C(0, 16), part.word_select(e, 16)) for e in range(count))
+
         words = Signal(32 * count)
-        with m.Switch(Cat(s.sub, self.i_narrow)):
-            for i in range(1 << sub_bits):  # the uppermost bit of sub is of the next beat
-                with m.Case(*(i | upper << sub_bits for upper in range(2))):
-                    m.d.comb += words.eq(s.line[32 * count * i: 32 * count * (i + 1)])
-            for i in range(2 << sub_bits):
-                with m.Case(i | 2 << sub_bits):
-                    narrow = s.line[16 * count * i: 16 * count * (i + 1)]
-                    m.d.comb += words.eq(
-                        Cat(Cat(C(0, 16), narrow.word_select(e, 16)) for e in range(count)))
+        if wide:
+            m.d.comb += words.eq(Mux(self.i_narrow, widened(s.line[:16 * count]), s.line))
+        else:
+            with m.Switch(Cat(s.sub, self.i_narrow)):
+                for i in range(1 << sub_bits):  # the uppermost bit of sub is of the next beat
+                    with m.Case(*(i | upper << sub_bits for upper in range(2))):
+                        m.d.comb += words.eq(s.line[32 * count * i: 32 * count * (i + 1)])
+                for i in range(2 << sub_bits):
+                    with m.Case(i | 2 << sub_bits):
+                        m.d.comb += words.eq(widened(s.line[16 * count * i: 16 * count * (i + 1)]))
         out = quantiser.i_group
         top = Signal(key)
         token_top = Signal(key)

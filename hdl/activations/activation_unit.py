@@ -8,6 +8,7 @@ from moeaccel.activations import Factor
 from moeaccel.arithmetic import ELEMENT_BITS, MANTISSA_BITS
 from moeaccel.config import AcceleratorConfig
 from moeaccel.hdl import layouts
+from moeaccel.hdl.array.float_adder import FloatAdder, float_parts
 from moeaccel.hdl.array.multiplier import FAMILIES, Multiplier
 from moeaccel.hdl.array.normaliser import Normaliser
 from moeaccel.hdl.layouts import EXPONENT_BITS
@@ -39,8 +40,7 @@ WIDE_EXPONENT_BITS = EXPONENT_BITS + 2
 
 def _magnitude(m, value, name):
     """Return sign, magnitude and exponent of an internal float."""
-    out = Signal(data.StructLayout({
-        "sign": 1, "magnitude": MANTISSA_BITS, "exponent": signed(EXPONENT_BITS)}), name=name)
+    out = Signal(float_parts(), name=name)
     m.d.comb += [
         out.sign.eq(value.mantissa < 0),
         out.magnitude.eq(Mux(value.mantissa < 0, -value.mantissa, value.mantissa)),
@@ -60,6 +60,8 @@ class ActivationUnit(wiring.Component):
 
         gate, up --> clamp --> position --> [ROM] --> value + slope * fraction --> round
              --> * gate --> round --> * up --> round --> h
+                                        ^
+        up --> clamp --> [FloatAdder] --+  of an activation with an offset: up + 1, rounded once
 
     Elements that are not to be combined are rows of h. In a ``paired`` form one of an even row is a
     gate; the next one, of the odd row above it and the same slot, is its up. Other cycles may lie
@@ -166,6 +168,18 @@ class ActivationUnit(wiring.Component):
             gate=s.gate, up=s.up, meta=s.meta, gate_beyond=beyond_limit(s.gate) & ~s.gate.sign,
             up_beyond=beyond_limit(s.up) & form.paired)
         s = p.stage(gate=clamp(s.gate, s.gate_beyond), up=clamp(s.up, s.up_beyond), meta=s.meta)
+
+        # -- up + 1, where the activation has it: it is there when f is rounded --------------------
+        offset = [a for a in config.expert_activations if a.up_offset]
+        clamped_at, add_one = p.depth, FloatAdder()
+        if offset:
+            m.submodules.add_one = add_one
+            m.d.comb += [
+                add_one.i_valid.eq(p.valid),
+                add_one.i_a.eq(s.up),
+                add_one.i_b.magnitude.eq(1 << MANTISSA_BITS - 1),
+                add_one.i_b.exponent.eq(1 - MANTISSA_BITS),
+            ]
 
         # -- 4 to 6: position of the gate in the table, rounded down -------------------------------
         distance = Signal(signed(EXPONENT_BITS + 1))
@@ -278,6 +292,10 @@ class ActivationUnit(wiring.Component):
         gate = round_f.o_tag.gate
         rest = Signal(data.StructLayout({"up": s.up.shape(), "meta": meta.shape()}))
         m.d.comb += [rest.up.eq(round_f.o_tag.up), rest.meta.eq(round_f.o_tag.meta)]
+        if offset:
+            assert p.depth + round_f.latency_cycles == clamped_at + FloatAdder.LATENCY_CYCLES
+            with m.If(form.paired & Cat(form.activation == a.code for a in offset).any()):
+                m.d.comb += rest.up.eq(add_one.o_sum)
         act = product("activate", round_f.o_valid, gate.magnitude, factor, gate.sign,
                       (gate.exponent + factor_exponent).as_signed(), rest)
         up = act.o_tag.up

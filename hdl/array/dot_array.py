@@ -10,10 +10,10 @@ from amaranth.lib.wiring import In, Out
 from amaranth.utils import exact_log2
 
 from moeaccel.config import ACTIVATION_SHIFT_MAX, BLOCK, AcceleratorConfig
-from moeaccel.formats import SHARED_FIELD_BITS, SIGNIFICAND_BITS
+from moeaccel.formats import QUAD, SHARED_FIELD_BITS, SIGNIFICAND_BITS, ZERO_POINT_BITS
 from moeaccel.hdl import layouts
 from moeaccel.hdl.array.multiplier import FAMILIES, Multiplier
-from moeaccel.hdl.weights.tile_buffer import scale_layout
+from moeaccel.hdl.weights.tile_buffer import scale_layout, select_bits, zero_layout
 
 __all__ = ["DotArray", "sums_layout"]
 
@@ -27,9 +27,13 @@ PRODUCT_BITS = 24
 TREE_LEVELS = exact_log2(BLOCK)
 """Levels of an adder tree, each a pipeline stage."""
 
+BLOCK_BITS = SHARED_FIELD_BITS + TREE_LEVELS
+"""Bits of a sum of fields of 12 bits."""
+
 
 def sums_layout(config):
-    """Return the sums of a tile and group: entry ``row * token_lanes + lane``."""
+    """Return the sums of a tile and group: entry ``row * token_lanes + lane``, rows numbered as
+    :func:`moeaccel.hdl.layouts.sum_of_row` says."""
     return data.ArrayLayout(signed(config.accumulator_bits), config.rows * config.token_lanes)
 
 
@@ -41,7 +45,8 @@ class DotArray(wiring.Component):
         sum[r, t] += (sum over k of w[r, k] * x[t, k]) * significand[r] << (shift[r] +
         lane_shift[t])
 
-    where k runs over a block of 32.
+    where k runs over a block of 32. In N:M formats multiplier k takes one of its four elements of
+    x instead of element k, which ``i_selects`` says, and its sum goes to the row of its part.
 
         codes -> decode -> [multiplier] -> split, trees --> [multiplier] -> shift ---> sum
            0      1, 2     [ 3, 4, 5  ]      6 to 10        [11, 12, 13]    14, 15     16
@@ -51,10 +56,10 @@ class DotArray(wiring.Component):
     Two rows of a 4-bit format share a multiplier: P = ((w1 << 12) + w0) * x, whose low 12 bits,
     signed, are w0 * x because |w0 * x| <= 15 * 128. These low fields are summed in one tree and
     what is above them in another, to which each field below 0 returns the 1 that it borrowed: exact
-    for every operand. In 8-bit formats the two sums are joined again. Rows are numbered
-    as by :class:`~moeaccel.hdl.weights.tile_buffer.TileBuffer`: 4-bit formats fill all entries,
-    8-bit formats the first ``row_multipliers`` (the others are meaningless); in 8-bit formats the
-    significand is taken as 1.
+    for every operand. Each field of each part of a multiplier row has a scale, a shift and an
+    accumulator of its own, numbered ``(multiplier row * splits + part) * 2 + field``. What belongs
+    to one row, the two fields of an 8-bit format and the halves of a block with two scales, is
+    added behind the accumulators.
 
     Latency LATENCY_CYCLES from a step to the sums that it ends; one step per cycle, never a stall.
     Reset forgets the steps under way.
@@ -82,6 +87,8 @@ class DotArray(wiring.Component):
     i_format : :py:`In(config.format_bits)`
     i_codes : :py:`In(8 * config.word_bytes)`
     i_scales : :py:`In(scale_layout(config))`
+    i_zeros, i_selects
+        As from :class:`~moeaccel.hdl.weights.tile_buffer.TileBuffer`, where a format needs them.
     i_lanes : :py:`In(ArrayLayout(layouts.lane(config), config.token_lanes))`
         LANES_LATER_CYCLES after the rest of the step, so that they may be chosen meanwhile.
         Mantissas in [-128, 127]; shift plus the row's shift at most ``max_shift``.
@@ -115,6 +122,8 @@ class DotArray(wiring.Component):
             "i_format": In(config.format_bits),
             "i_codes": In(8 * config.word_bytes),
             "i_scales": In(scale_layout(config)),
+            **({"i_zeros": In(zero_layout(config))} if config.zero_points else {}),
+            **({"i_selects": In(select_bits(config))} if config.parts > 1 else {}),
             "i_lanes": In(data.ArrayLayout(layouts.lane(config), config.token_lanes)),
             "i_tag": In(tag_width),
             "o_valid": Out(1),
@@ -196,15 +205,20 @@ class DotArray(wiring.Component):
         # -- input registers and decoding ---------------------------------------------------------
         # One hot, a bit for each table and for 8 bits: what two of them have in common would be a
         # wire to all of the array.
-        packed_formats = [f for f in config.weight_formats if f.packed]
+        formats = config.weight_formats
+        packed_formats = [f for f in formats if f.packed]
         table_copies = {
-            table: self._copies(
+            (table, zero): self._copies(
                 register,
-                layouts.is_format(self.i_format, [f for f in packed_formats if f.table == table]),
+                layouts.is_format(self.i_format, [
+                    f for f in packed_formats if (f.table, f.zero_point) == (table, zero)]),
                 f"table{i}")
-            for i, table in enumerate(dict.fromkeys(f.table for f in packed_formats))}
+            for i, (table, zero) in enumerate(
+                dict.fromkeys((f.table, f.zero_point) for f in packed_formats))}
         int8_copies = self._copies(
             register, ~layouts.is_packed(config, self.i_format), "int8")
+        zeros = [register(0, ZERO_POINT_BITS, zero, f"zero{row}")
+                 for row, zero in enumerate(self.i_zeros)] if config.zero_points else None
 
         def look_up(table, nibble):
             """Return the integer that a 4-bit code stands for: low bits and sign by themselves."""
@@ -214,11 +228,12 @@ class DotArray(wiring.Component):
             signs = sum((value < 0) << code for code, value in enumerate(table))
             return Cat((C(low, 64) >> (nibble << 2))[:4], (C(signs, 16) >> nibble)[0])
 
-        def decode(nibble, copy):
+        def decode(nibble, copy, row):
             """Return the integer that a 4-bit code stands for, 0 in an 8-bit format."""
             return functools.reduce(operator.or_, (
-                look_up(table, nibble) & copies[copy].replicate(DECODED_BITS)
-                for table, copies in table_copies.items()))
+                ((nibble - zeros[row])[:DECODED_BITS] if zero else look_up(table, nibble))
+                & copies[copy].replicate(DECODED_BITS)
+                for (table, zero), copies in table_copies.items()))
 
         # What is decoded, what is joined and what crosses the array have registers of their own.
         factors = []
@@ -229,9 +244,11 @@ class DotArray(wiring.Component):
                 copy = k * len(int8_copies) // BLOCK
                 low = register(
                     1, signed(8),
-                    decode(code[:4], copy).as_signed() | Mux(int8_copies[copy], code, 0),
+                    decode(code[:4], copy, 2 * rm).as_signed()
+                    | Mux(int8_copies[copy], code, 0),
                     f"low_factor{name}")
-                high = register(1, signed(DECODED_BITS), decode(code[4:], copy).as_signed(),
+                high = register(1, signed(DECODED_BITS),
+                                decode(code[4:], copy, 2 * rm + 1).as_signed(),
                                 f"high_factor{name}")
                 factors.append(register(
                     2, signed(FACTOR_BITS), (high << SHARED_FIELD_BITS) + low, f"factor{name}"))
@@ -240,7 +257,34 @@ class DotArray(wiring.Component):
         mantissas = [[delay(self.LANES_LATER_CYCLES, multiply - 1,
                              self.i_lanes[lane].mantissas[k], f"mantissa{lane}_{k}", lane)
                       for k in range(BLOCK)] for lane in range(lanes)]
-        high_sums, low_sums = {}, {}  # by (rm, lane)
+
+        def mode(first, last, some, name):
+            """Return whether the step's format is one of some, after stage ``last``; 0 if none."""
+            if not some:
+                return None
+            early = register(0, 1, layouts.is_format(self.i_format, some), name)
+            return early if last == 0 else delay(first, last, early, name)
+
+        sparse = [f for f in formats if f.parts > 1]
+        selects = {}
+        if sparse:
+            chosen = mode(1, 0, sparse, "sparse")
+            for i in range(multiplier_rows * BLOCK):
+                select = register(0, 2, self.i_selects.word_select(i, 2), f"select{i}")
+                select = register(1, 2, Mux(chosen, select, i % QUAD), f"select{i}")
+                selects[divmod(i, BLOCK)] = delay(2, multiply - 1, select, f"select{i}")
+
+        def operand(rm, k, lane):
+            """Return what a multiplier takes of a lane: element k, or one of its four."""
+            if not sparse:
+                return mantissas[lane][k]
+            select, four = selects[rm, k], mantissas[lane][k // QUAD * QUAD:][:QUAD]
+            return Mux(select[1], Mux(select[0], four[3], four[2]),
+                       Mux(select[0], four[1], four[0]))
+
+        trees = _Trees(config, register, tree, lambda level, some, name: mode(
+            1, tree + level - 1, some, name))
+        sums = {}  # by (rm, part, field, lane)
         for rm in range(multiplier_rows):
             for lane in range(lanes):
                 name = f"{rm}_{lane}"
@@ -249,65 +293,71 @@ class DotArray(wiring.Component):
                     product = Signal(signed(PRODUCT_BITS), name=f"product{name}_{k}")
                     m.d.comb += product.eq(multiplier(
                         f"multiply{name}_{k}", multiply, factors[rm * BLOCK + k],
-                        mantissas[lane][k], FACTOR_BITS, 8, lane))
+                        operand(rm, k, lane), FACTOR_BITS, 8, lane))
                     low.append(product[:SHARED_FIELD_BITS].as_signed())
                     high.append(product[SHARED_FIELD_BITS:].as_signed())
-                low_sums[rm, lane] = self._tree(register, tree, low, f"low{name}", lane)
                 # A low field below 0 has borrowed from the high one.
                 borrows = [field[-1] for field in low]
-                high_sum = self._tree(register, tree, high, f"high{name}", lane, borrows)
-                high_sums[rm, lane] = high_sum
+                for field, values in enumerate((
+                        trees.sums(low, f"low{name}", lane),
+                        trees.sums(high, f"high{name}", lane, borrows))):
+                    for part, value in enumerate(values):
+                        sums[rm, part, field, lane] = value
 
         # -- scale --------------------------------------------------------------------------------
-        packed = delay(1, shift - 1, ~int8_copies[0], "packed")
-        scales = [register(0, 16, scale, f"scale{row}") for row, scale in enumerate(self.i_scales)]
-        significands = [delay(1, scale - 1, s[:SIGNIFICAND_BITS], f"significand{row}")
-                        for row, s in enumerate(scales)]
-        row_shifts = [delay(1, shift - 2, s[SIGNIFICAND_BITS:], f"row_shift{row}")
-                      for row, s in enumerate(scales)]
+        scales = [register(0, 16, scale, f"scale{i}") for i, scale in enumerate(self.i_scales)]
+        significands = [delay(1, scale - 1, s[:SIGNIFICAND_BITS], f"significand{i}")
+                        for i, s in enumerate(scales)]
+        row_shifts = [delay(1, shift - 2, s[SIGNIFICAND_BITS:], f"row_shift{i}")
+                      for i, s in enumerate(scales)]
         lane_shifts = [delay(self.LANES_LATER_CYCLES, shift - 2, self.i_lanes[lane].shift,
                              f"lane_shift{lane}", lane) for lane in range(lanes)]
 
-        # Magnitudes follow from the formats; every operand, -128 and an empty scale included, fits.
-        largest = max(int(abs(f.integers).max()) for f in packed_formats)
-        block_bits = (BLOCK * 128 * largest).bit_length() + 1
-        plain_bits = (BLOCK * 128 * 128).bit_length() + 1
-        scaled_bits = block_bits + SIGNIFICAND_BITS
+        # Every operand, -128 and an empty scale included, fits.
+        scaled_bits = BLOCK_BITS + SIGNIFICAND_BITS
         coarse_bits = 3
-        shifted_bits = max(scaled_bits, plain_bits) + (1 << coarse_bits) - 1
+        shifted_bits = scaled_bits + (1 << coarse_bits) - 1
         addend_bits = config.accumulator_bits - (config.max_steps - 1).bit_length()
         first = delay(0, accumulate - 1, self.i_first, "first")
         last = delay(0, accumulate - 1, self.i_last, "last")
-        for row in range(config.rows):
-            rm, half = divmod(row, 2)
-            for lane in range(lanes):
-                name = f"{row}_{lane}"
-                block = (high_sums if half else low_sums)[rm, lane]
-                scaled = Signal(signed(scaled_bits), name=f"scaled{name}")
-                m.d.comb += scaled.eq(multiplier(
-                    f"scale{name}", scale, block, Cat(significands[row], C(0, 1)).as_signed(),
-                    block_bits, SIGNIFICAND_BITS + 1, lane))
-                if row < multiplier_rows:  # entry of an 8-bit format
-                    full = (high_sums[row, lane] << SHARED_FIELD_BITS) + low_sums[row, lane]
-                    plain = delay(scale, shift - 1, full[:plain_bits].as_signed(), f"plain{name}",
-                                  lane)
-                    value = Mux(packed, scaled, plain)
-                else:
-                    value = scaled
-                amount = register(shift - 1, range(self.max_shift + 1),
-                                  row_shifts[row] + lane_shifts[lane], f"amount{name}", lane)
-                fine = register(shift, signed(shifted_bits), value << amount[:coarse_bits],
-                                f"fine{name}", lane)
-                amount = register(shift, 2, amount[coarse_bits:], f"coarse_amount{name}", lane)
-                # Not shifted by a variable, which would make it wider than it can be.
-                for i, much in enumerate(amount):
-                    fine = Mux(much, fine << (1 << coarse_bits + i), fine)[:addend_bits].as_signed()
-                addend = register(shift + 1, signed(addend_bits), fine, f"addend{name}", lane)
-                total = Signal(signed(config.accumulator_bits), name=f"total{name}",
-                               reset_less=True)
-                with m.If(used[accumulate][lane] if self._gated else valid[accumulate]):
-                    m.d.sync += total.eq(Mux(first, 0, total) + addend)
-                m.d.comb += self.o_sums[row * lanes + lane].eq(total)
+        totals = {}
+        for (rm, part, field, lane), block in sums.items():
+            entry = (rm * config.splits + part) * 2 + field
+            name = f"{entry}_{lane}"
+            scaled = Signal(signed(scaled_bits), name=f"scaled{name}")
+            m.d.comb += scaled.eq(multiplier(
+                f"scale{name}", scale, block, Cat(significands[entry], C(0, 1)).as_signed(),
+                BLOCK_BITS, SIGNIFICAND_BITS + 1, lane))
+            amount = register(shift - 1, range(self.max_shift + 1),
+                              row_shifts[entry] + lane_shifts[lane], f"amount{name}", lane)
+            fine = register(shift, signed(shifted_bits), scaled << amount[:coarse_bits],
+                            f"fine{name}", lane)
+            amount = register(shift, 2, amount[coarse_bits:], f"coarse_amount{name}", lane)
+            # Not shifted by a variable, which would make it wider than it can be.
+            for i, much in enumerate(amount):
+                fine = Mux(much, fine << (1 << coarse_bits + i), fine)[:addend_bits].as_signed()
+            addend = register(shift + 1, signed(addend_bits), fine, f"addend{name}", lane)
+            total = Signal(signed(config.accumulator_bits), name=f"total{name}", reset_less=True)
+            with m.If(used[accumulate][lane] if self._gated else valid[accumulate]):
+                m.d.sync += total.eq(Mux(first, 0, total) + addend)
+            totals[rm, part, field, lane] = total
+
+        # -- join what is one row's ---------------------------------------------------------------
+        wide = mode(1, accumulate, [f for f in formats if not f.packed], "wide")
+        halves = mode(1, accumulate, [f for f in formats if f.group < BLOCK], "halves")
+        for (rm, part, field, lane), total in totals.items():
+            if part >= config.parts:
+                continue
+            others = []
+            if halves is not None and part == 0:
+                others.append((halves, totals[rm, config.splits // 2, field, lane]))
+            if wide is not None and field == 0:
+                others.append((wide, (totals[rm, part, 1, lane] << SHARED_FIELD_BITS)[:len(total)]))
+            if others:
+                total = total + functools.reduce(operator.or_, (
+                    value & needed.replicate(len(value)) for needed, value in others))
+            entry = (rm * config.parts + part) * 2 + field
+            m.d.comb += self.o_sums[entry * lanes + lane].eq(total)
 
         # -- output -------------------------------------------------------------------------------
         m.d.sync += self.o_valid.eq(valid[accumulate] & last)
@@ -326,25 +376,92 @@ class DotArray(wiring.Component):
         return [register(0, 1, low, f"{name}_low"), ~register(0, 1, ~low, f"{name}_low_n"),
                 register(0, 1, high, f"{name}_high"), ~register(0, 1, ~high, f"{name}_high_n")]
 
-    @staticmethod
-    def _tree(register, stage, terms, name, lane, carries=()):
-        """Return the sum of ``terms``, added in pairs, a level in each stage.
 
-        A bit for each term may be added, too: each adder takes one, and the last comes on top.
+class _Trees:
+    """Adder trees over a block: one sum of each field, or one of each part of it.
+
+    Parts are what N:M formats and groups shorter than a block scale by themselves: multipliers
+    ``4 g + 2 h`` and ``4 g + 2 h + 1`` are those of half h of an N:M format (one each in quarters),
+    and multipliers from 0 to 15 and from 16 to 31 those of the halves of a block. Where an array
+    has both, a level of multiplexers exchanges quarter sums. Formats without parts add them.
+
+    Parameters
+    ----------
+    config : :class:`AcceleratorConfig`
+    register, stage
+        :meth:`DotArray.elaborate`'s; the first stage.
+    mode : callable
+        ``mode(level, formats, name)``: whether the step's format is one of some, at the input of
+        that level's stage.
+    """
+
+    def __init__(self, config, register, stage, mode):
+        self._register = register
+        self._stage = stage
+        formats = config.weight_formats
+        short = [f for f in formats if f.group < BLOCK]
+        self._swap = None
+        self._whole = {}  # by level: 1 where all parts are to be one sum
+        self._order = tuple(range(TREE_LEVELS))
+        if config.splits == 1:
+            return
+        last = TREE_LEVELS - 1
+        self._whole[last] = ~mode(last, [*short, *(f for f in formats if f.parts > 1)], "split")
+        if config.parts > 1:
+            self._order = (2, 3, 4, 0, 1)
+            if config.parts > 2:
+                quarters = [f for f in formats if f.parts > 2]
+                self._whole[last - 1] = ~mode(last - 1, quarters, "quarters")
+            if short:
+                self._swap = mode(2, short, "swap")
+
+    def sums(self, fields, name, lane, carries=None):
+        """Return the sums of the parts, of ``fields`` in the order of K.
+
+        A bit for each field may be added, too: each adder takes one, and the last comes on top.
         """
-        def add(a, b, carry):
-            return (Cat(1, a).as_signed() + Cat(carry, b).as_signed())[1:].as_signed()
+        terms = dict(enumerate(
+            (field, None if carries is None else carries[k]) for k, field in enumerate(fields)))
+        for level, bit in enumerate(self._order):
+            if level == 2 and self._swap is not None:
+                terms = {k: self._exchanged(terms, k) for k in terms}
+            terms = self._level(level, bit, terms, name, lane)
+        return [total if carry is None else (total + carry)[:len(total)].as_signed()
+                for _, (total, carry) in sorted(terms.items())]
 
-        carries = Cat(carries)
-        for i in range(TREE_LEVELS):
-            pairs = list(zip(terms[::2], terms[1::2], strict=True))
-            if len(carries):
-                now, later = carries[:len(pairs)], carries[len(pairs):]
-                sums = [add(*pair, carry) for pair, carry in zip(pairs, now, strict=True)]
-                carries = register(stage + i, later.shape(), later, f"{name}_carries", lane)
-            else:
-                sums = [a + b for a, b in pairs]
-            terms = [register(stage + i, total.shape(), total, f"{name}_{j}", lane)
-                     for j, total in enumerate(sums)]
-        (total,) = terms
-        return (total + carries)[:len(total)].as_signed() if len(carries) else total
+    def _exchanged(self, terms, k):
+        """Return the term that takes the place of k where halves are those of the block."""
+        other = k & ~0b10010 | (k >> 4 & 1) << 1 | (k >> 1 & 1) << 4
+        if other == k:
+            return terms[k]
+        return tuple(None if a is None else Mux(self._swap, b, a)
+                     for a, b in zip(terms[k], terms[other], strict=True))
+
+    def _level(self, level, bit, terms, name, lane):
+        """Return the terms after a level: those that differ in a bit of their number, added."""
+        stage, whole = self._stage + level, self._whole.get(level)
+        after = {}
+        done = functools.reduce(operator.or_, (
+            1 << self._order[before] for before in self._whole if before < level), 0)
+
+        def keep(k, total, carry):
+            j = len(after)
+            after[k] = (
+                self._register(stage, total.shape(), total, f"{name}_{j}", lane),
+                None if carry is None else self._register(
+                    stage, 1, carry, f"{name}_carry{j}", lane))
+
+        for k in terms:
+            if k & done:  # a part by itself since a level before
+                keep(k, *terms[k])
+            if k & (done | 1 << bit):
+                continue
+            (a, carry), (b, left) = terms[k], terms[k | 1 << bit]
+            if whole is not None:
+                keep(k | 1 << bit, b, left)
+                b = (b.as_unsigned() & whole.replicate(len(b))).as_signed()
+                left = None if left is None else left & whole
+            total = a + b if carry is None else (
+                Cat(1, a).as_signed() + Cat(carry, b).as_signed())[1:].as_signed()
+            keep(k, total, left)
+        return after

@@ -6,8 +6,10 @@ from amaranth.lib import data, memory, stream, wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import exact_log2
 
+from moeaccel.arithmetic import MANTISSA_BITS
 from moeaccel.config import AcceleratorConfig
 from moeaccel.hdl import layouts
+from moeaccel.hdl.array.float_adder import FloatAdder, float_parts
 from moeaccel.hdl.array.normaliser import Normaliser
 from moeaccel.hdl.layouts import EXPONENT_BITS
 from moeaccel.hdl.pipeline import Pipeline
@@ -22,21 +24,25 @@ class ResultSerialiser(wiring.Component):
 
     ::
 
-        i_sums --> [FIFO, 4] --> choose --> 256 hi + lo --> magnitude --> [Normaliser] --> o_element
-        i_row_exponents -----------------------> + <-- base exponent of the slot
+        i_sums -> [FIFO, 4] -> choose -> 256 hi + lo -> magnitude -> [Normaliser] -+--> o_element
+        i_row_exponents --------------------> + <- base exponent of the slot       |      ^
+        i_row_biases ------------------------------------------------------> [FloatAdder]-+
 
     ``value = sum * 2**(base[slot] + row_exponent[row])``, rounded as by
-    :func:`moeaccel.arithmetic.normalise`. Order: slot 0 row 0, slot 0 row 1, ..., slot 1 row 0,
+    :func:`moeaccel.arithmetic.normalise`; of a biased section plus ``bias[row]``, rounded once
+    more. Order: slot 0 row 0, slot 0 row 1, ..., slot 1 row 0,
     ...; rows are the R of the array but for those that the tile has not (``tag.missing``: a row is
     the last one when ``row ^ missing`` is all ones); slots those of the tag. The sum of row r is
-    entry ``r * T + lane``.
+    entry ``sum_of_row * T + lane`` (:func:`moeaccel.hdl.layouts.sum_of_row`).
 
     A result cannot be refused; ``o_free`` says how many more there is room for, and the Sequencer
     counts those that are still in the array against it. Element outputs cannot be refused either:
     what follows them is as fast, and has a place for each (h, sums). Throughput: one element per
     cycle, also from one result to the next. Latency: ``latency_cycles`` from a result's arrival (in
-    an empty FIFO, its row exponents being there) to its first element. Waits for row exponents, but
-    those are there before a tile's first step can start. Reset forgets everything under way.
+    an empty FIFO, its row exponents being there) to its first element, and that of the FloatAdder
+    more in a biased section; one that is not, behind one that is, waits until the adder is empty.
+    Waits for row exponents, but those are there before a tile's first step can start. Reset forgets
+    everything under way.
 
     Parameters
     ----------
@@ -51,6 +57,8 @@ class ResultSerialiser(wiring.Component):
         Results that may still arrive; counts one that arrives from the next cycle on.
     i_row_exponents : :py:`In(stream.Signature(ArrayLayout(signed(16), config.rows)))`
         One for each tile; taken with the last element of the tile's last group.
+    i_row_biases : :py:`In(ArrayLayout(16, config.rows))`
+        Of a configuration with biases: bfloat16 numbers, beside ``i_row_exponents``.
     base_address : :py:`Out(layouts.base_address(config))`
     base_data : :py:`In(signed(12))`
         Base exponent of that slot, one cycle later.
@@ -67,7 +75,7 @@ class ResultSerialiser(wiring.Component):
         self._config = config
         entries = config.rows * config.token_lanes
         self._normaliser = Normaliser(
-            config.joined_bits - 1, exponent_bits=ROW_EXPONENT_BITS + 2, tag=self._meta())
+            config.joined_bits - 1, exponent_bits=ROW_EXPONENT_BITS + 2, tag=self._tag())
         super().__init__({
             "i_valid": In(1),
             "i_sums": In(data.ArrayLayout(signed(config.accumulator_bits), entries)),
@@ -75,6 +83,7 @@ class ResultSerialiser(wiring.Component):
             "o_free": Out(range(self.FIFO_DEPTH + 1)),
             "i_row_exponents": In(stream.Signature(
                 data.ArrayLayout(signed(ROW_EXPONENT_BITS), config.rows))),
+            **({"i_row_biases": In(data.ArrayLayout(16, config.rows))} if config.bias else {}),
             "base_address": Out(layouts.base_address(config)),
             "base_data": In(signed(EXPONENT_BITS)),
             "o_element": Out(stream.Signature(
@@ -88,13 +97,18 @@ class ResultSerialiser(wiring.Component):
 
     @property
     def latency_cycles(self):
-        """Cycles from a result to its first element."""
+        """Cycles from a result to its first element, where no bias is added."""
         return 6 + self._normaliser.latency_cycles
 
     def _meta(self):
         fields = dict(layouts.result_element(self._config).members)
         del fields["value"]
         return data.StructLayout(fields)
+
+    def _tag(self):
+        """Return what travels through the normaliser."""
+        bias = {"biased": 1, "bias": 16} if self._config.bias else {}
+        return data.StructLayout({"meta": self._meta(), **bias})
 
     def elaborate(self, platform):
         m = Module()
@@ -154,10 +168,19 @@ class ResultSerialiser(wiring.Component):
         last_row, last_member = Signal(), Signal()  # of its member, of the result
         slot = Signal(layouts.slot_bits(config))
         exponents = self.i_row_exponents
+        goes = tag_valid
+        if config.bias:
+            # What passes by the adder must not overtake what is in it.
+            adding = Signal(range(FloatAdder.LATENCY_CYCLES + 1))
+            with m.If(adding != 0):
+                m.d.sync += adding.eq(adding - 1)
+            with m.If(valid & tag.biased):
+                m.d.sync += adding.eq(FloatAdder.LATENCY_CYCLES)
+            goes = tag_valid & (tag.biased | (adding == 0))
         m.d.comb += [
-            valid.eq(tag_valid & exponents.valid),
+            valid.eq(goes & exponents.valid),
             taken.eq(valid & last_row & last_member),
-            exponents.ready.eq(tag_valid & last_row & last_member & tag.last_group),
+            exponents.ready.eq(goes & last_row & last_member & tag.last_group),
             slot.eq(Mux(
                 tag.two_planes,
                 Cat(member[:lane_bits - 1], tag.group),
@@ -184,20 +207,33 @@ class ResultSerialiser(wiring.Component):
             meta.last.eq(tag.last & last_row & last_member),
             meta.slot_bank.eq(tag.slot_bank),
             meta.fresh.eq(tag.fresh),
+            meta.y_bank.eq(tag.y_bank),
         ]
 
         pair_of = Signal(range(max(2, lanes // 2)))
         m.d.comb += pair_of.eq(Mux(tag.two_planes, member, member >> 1))
         row_exponent = Signal(signed(ROW_EXPONENT_BITS))
+        travels = Signal(self._tag())  # beside the number
+        m.d.comb += travels.meta.eq(meta)
+        if config.bias:
+            m.d.comb += travels.biased.eq(tag.biased)
         with m.Switch(row):
             for i in range(rows):
                 with m.Case(i):
                     m.d.comb += row_exponent.eq(exponents.payload[i])
+                    if config.bias:
+                        m.d.comb += travels.bias.eq(self.i_row_biases[i])
+
+        sum_row = Signal(row_bits)
+        with m.Switch(tag.row_order):
+            for number, order in enumerate(layouts.row_orders(config)):
+                with m.Case(number):
+                    m.d.comb += sum_row.eq(layouts.sum_of_row(config, order, row))
 
         # -- 1: choose; 2, 3: join planes; 4: magnitude --------------------------------------------
         p = Pipeline(m, valid)
-        s = p.stage(at=read_at, pair=Cat(pair_of[:lane_bits - 1], row), two=tag.two_planes,
-                    second=member[0], row_exponent=row_exponent, meta=meta)
+        s = p.stage(at=read_at, pair=Cat(pair_of[:lane_bits - 1], sum_row), two=tag.two_planes,
+                    second=member[0], row_exponent=row_exponent, tag=travels)
         # A pair of lanes is a token of a16, or two of a8. What comes next to the place of a result
         # that has just left is written at the end of this cycle at the earliest.
         shape = signed(config.accumulator_bits)
@@ -209,30 +245,41 @@ class ResultSerialiser(wiring.Component):
                     m.d.comb += [even.eq(sums[2 * i]), odd.eq(sums[2 * i + 1])]
         exponent = Signal(signed(ROW_EXPONENT_BITS + 2))
         m.d.comb += exponent.eq(s.row_exponent + self.base_data)
-        s = p.stage(even=even, odd=odd, two=s.two, second=s.second, exponent=exponent, meta=s.meta)
+        s = p.stage(even=even, odd=odd, two=s.two, second=s.second, exponent=exponent, tag=s.tag)
         joined = Signal(signed(config.joined_bits))
         with m.If(s.two):
             m.d.comb += joined.eq((s.even << 8) + s.odd)
         with m.Else():
             m.d.comb += joined.eq(Mux(s.second, s.odd, s.even))
-        s = p.stage(joined=joined, exponent=s.exponent, meta=s.meta)
+        s = p.stage(joined=joined, exponent=s.exponent, tag=s.tag)
         magnitude = Signal(config.joined_bits - 1)
         m.d.comb += magnitude.eq(Mux(s.joined < 0, -s.joined, s.joined))
-        s = p.stage(magnitude=magnitude, sign=s.joined[-1], exponent=s.exponent, meta=s.meta)
+        s = p.stage(magnitude=magnitude, sign=s.joined[-1], exponent=s.exponent, tag=s.tag)
         m.d.comb += [
             normaliser.i_valid.eq(p.valid),
             normaliser.i_sign.eq(s.sign),
             normaliser.i_magnitude.eq(s.magnitude),
             normaliser.i_exponent.eq(s.exponent),
-            normaliser.i_tag.eq(s.meta),
+            normaliser.i_tag.eq(s.tag),
         ]
+        rounded_valid = Signal()
+        rounded, meta = Signal(float_parts()), Signal(self._meta())
+        m.d.comb += [
+            rounded_valid.eq(normaliser.o_valid),
+            rounded.sign.eq(normaliser.o_sign),
+            rounded.magnitude.eq(normaliser.o_magnitude),
+            rounded.exponent.eq(normaliser.o_exponent),
+            meta.eq(normaliser.o_tag.meta),
+        ]
+        if config.bias:
+            rounded_valid, rounded, meta = self._add_bias(
+                m, rounded_valid, rounded, meta, normaliser.o_tag)
 
         # -- sign ----------------------------------------------------------------------------------
-        out = Pipeline(m, normaliser.o_valid, "out")
+        out = Pipeline(m, rounded_valid, "out")
         mantissa = Signal(signed(18))
-        m.d.comb += mantissa.eq(
-            Mux(normaliser.o_sign, -normaliser.o_magnitude, normaliser.o_magnitude))
-        s = out.stage(mantissa=mantissa, exponent=normaliser.o_exponent, meta=normaliser.o_tag)
+        m.d.comb += mantissa.eq(Mux(rounded.sign, -rounded.magnitude, rounded.magnitude))
+        s = out.stage(mantissa=mantissa, exponent=rounded.exponent, meta=meta)
         element = self.o_element.payload
         m.d.comb += [
             self.o_element.valid.eq(out.valid),
@@ -242,3 +289,25 @@ class ResultSerialiser(wiring.Component):
         for name in self._meta().members:
             m.d.comb += element[name].eq(s.meta[name])
         return m
+
+    def _add_bias(self, m, valid, number, meta, tag):
+        """Add a bias to numbers that have one; return what comes out: numbers with and without."""
+        m.submodules.adder = adder = FloatAdder(tag=self._meta())
+        bias = adder.i_b
+        exponent = tag.bias[7:15]
+        with m.If(exponent != 0):
+            m.d.comb += [
+                bias.sign.eq(tag.bias[-1]),
+                bias.magnitude.eq(Cat(C(0, MANTISSA_BITS - 8), tag.bias[:7], C(1, 1))),
+                bias.exponent.eq(exponent - (127 + MANTISSA_BITS - 1)),
+            ]
+        m.d.comb += [
+            adder.i_valid.eq(valid & tag.biased),
+            adder.i_a.eq(number),
+            adder.i_tag.eq(meta),
+        ]
+        passes = valid & ~tag.biased
+        m.d.sync += Assert(~(passes & adder.o_valid), "a sum must not be overtaken")
+        return (passes | adder.o_valid,
+                data.View(float_parts(), Mux(adder.o_valid, adder.o_sum, number)),
+                data.View(self._meta(), Mux(adder.o_valid, adder.o_tag, meta)))

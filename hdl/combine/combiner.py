@@ -16,9 +16,16 @@ from moeaccel.hdl.sequential_multiplier import SequentialMultiplier
 __all__ = ["Combiner", "drain_request"]
 
 
+PACE = 4
+"""Rows whose time one takes that can wait."""
+
+
 def drain_request(config: AcceleratorConfig) -> data.StructLayout:
-    """Return a request to empty the y buffer: the slot table of the set's last pass, its slots."""
-    return data.StructLayout({"slot_bank": 1, "count": range(config.max_slots + 1)})
+    """Return a request to empty a bank of the y buffer: the slot table of the set's last pass, its
+    slots."""
+    return data.StructLayout({
+        "slot_bank": layouts.slot_bank_bits(config), "y_bank": layouts.y_bank_bits(config),
+        "count": range(config.max_slots + 1)})
 
 
 class Combiner(wiring.Component):
@@ -33,34 +40,39 @@ class Combiner(wiring.Component):
     Floats are float32, or bfloat16 where ``i_narrow`` says so.
 
     Draining goes slot by slot; partial sums of an earlier set are added first (unless ``first``),
-    and the row goes to y (``last``) or back to the workspace. One slot's writes are acknowledged
-    before the next slot's reads, so that a token may occupy two slots.
+    and the row goes to y (``last``) or back to the workspace. While a row leaves, the next one is
+    looked up and its partial sums are added. What is read was written by an earlier drain, which
+    has been acknowledged, or, where a token occupies several slots, by the slot before: then all
+    writes are acknowledged first.
 
-    A row of zeros takes nothing from the y buffer: the buffer and the slot table stay the cores'
-    until ``i_drain`` is accepted, however long memory needs for the row. Both requests wait until
-    the one before is acknowledged. ``o_drained`` needs no answer: it comes cycles after ``i_drain``
+    With several banks, rows leave while the array works; while they can wait (``i_can_wait``), a
+    row takes the time of PACE, so that weights come, too.
+
+    A row of zeros takes nothing from the y buffer: the buffer stays the cores' until ``i_drain`` is
+    accepted, however long memory needs for the row. Both requests wait until the one before is
+    acknowledged. ``o_drained`` needs no answer: it comes cycles after ``i_drain``
     was accepted, and the next request only after it.
 
-    Throughput: Q = quantiser_lanes elements, or one beat, per cycle. Reset forgets everything under
-    way.
+    Throughput: Q = quantiser_lanes elements, or one beat, per cycle, but for the cycles in which
+    partial sums come, and one from row to row. Reset forgets everything under way.
 
     Parameters
     ----------
     config : :class:`AcceleratorConfig`
-        ``quantiser_lanes`` must be ``port_bytes / 8`` or ``port_bytes / 4``: a word of the y buffer
-        keeps up with the port.
+        ``quantiser_lanes`` must be at least ``port_bytes / 8``: a word of the y buffer keeps up
+        with the port.
 
     Members
     -------
     i_grid_exponent, i_steps_out, i_y_address, i_narrow, i_workspace_address
         Of the command.
-    i_lookup : :py:`In(slot_bits + 1)`
-        Slot table address that the cores' elements need: slot, bank.
+    i_can_wait : :py:`In(1)`
+        Nobody waits for the drain.
     slot_address, slot_data
-        Slot table: {bank, slot} -> layouts.slot, one cycle later; the cores' while not draining.
-    o_draining : :py:`Out(1)`
-        The y buffer is the Combiner's, by ``r_*`` and ``w_*``: from the cycle after ``i_drain`` is
-        accepted to that of ``o_drained``.
+        Slot table: {bank, slot} -> layouts.slot, one cycle later; its weights are not looked at.
+    o_draining : :py:`Out(config.y_banks)`
+        That bank of the y buffer is the Combiner's, by ``r_*`` and ``w_*``: from the cycle after
+        ``i_drain`` is accepted to that of ``o_drained``.
     r_address, r_data : :py:`Out(stripe_address(config))`, :py:`In(stripe(config))`
         ``RowSums.READ_LATENCY_CYCLES`` later.
     w_en, w_address, w_data
@@ -77,10 +89,10 @@ class Combiner(wiring.Component):
     """
 
     def __init__(self, config: AcceleratorConfig):
-        if config.quantiser_lanes * 8 not in (config.port_bytes, 2 * config.port_bytes):
+        if config.quantiser_lanes * 8 < config.port_bytes:
             raise ValueError(
-                f"Quantiser lanes must be {config.port_bytes // 8} or {config.port_bytes // 4} "
-                f"behind a port of {config.port_bytes} bytes, not {config.quantiser_lanes!r}")
+                f"Quantiser lanes must be at least {config.port_bytes // 8} behind a port of "
+                f"{config.port_bytes} bytes, not {config.quantiser_lanes!r}")
         self._config = config
         super().__init__({
             "i_grid_exponent": In(signed(8)),
@@ -88,14 +100,14 @@ class Combiner(wiring.Component):
             "i_y_address": In(config.address_bits),
             "i_narrow": In(1),
             "i_workspace_address": In(config.address_bits),
-            "i_lookup": In(1 + layouts.slot_bits(config)),
-            "slot_address": Out(1 + layouts.slot_bits(config)),
+            "i_can_wait": In(1),
+            "slot_address": Out(layouts.slot_address_bits(config)),
             "slot_data": In(layouts.slot(config)),
             "i_drain": In(stream.Signature(drain_request(config))),
             "o_drained": Out(1),
             "i_zero": In(stream.Signature(layouts.token_bits(config))),
             "o_idle": Out(1),
-            "o_draining": Out(1),
+            "o_draining": Out(config.y_banks),
             "r_address": Out(stripe_address(config)),
             "r_data": In(stripe(config)),
             "w_en": Out(stripe(config).length),
@@ -115,105 +127,132 @@ class Combiner(wiring.Component):
         row_bits = ceil_log2(config.max_dim // lanes)
         port_log2 = exact_log2(config.port_bytes)
         draining = Signal()
-        m.d.comb += self.o_draining.eq(draining)
+        y_bank = Signal(layouts.y_bank_bits(config))
+        m.d.comb += self.o_draining.eq(draining << y_bank)
 
-        # Drain: one slot after another
+        # One row after another: which it is, where it goes, its partial sums
         slot = Signal(range(config.max_slots + 1))
         count = Signal(range(config.max_slots + 1))
-        slot_bank = Signal()
+        slot_bank = Signal(layouts.slot_bank_bits(config))
         zeroing = Signal()
         token = Signal(layouts.token_bits(config))
         first, last = Signal(), Signal()
-        row = Signal(config.address_bits)
+        repeated = Signal()  # the token is that of the slot before
         words_last = Signal(row_bits + 1)  # of a row, counted from 0
         last_row = Signal()
         m.submodules.offset = offset = SequentialMultiplier(
             layouts.token_bits(config), layouts.steps_bits(config))
         slot_index = slot[:layouts.slot_bits(config)]
+        workspace_row = Signal(config.address_bits)
 
-        def row_size(log2, blocks=self.i_steps_out):
+        def row_size(log2, whole, blocks=self.i_steps_out):
             """Return how much a row to be written takes; a block of bfloat16 is ``2 ** log2``."""
             narrow = blocks << log2
-            return Mux(last, Mux(self.i_narrow, narrow, narrow << 1), narrow << 2)
+            return Mux(whole, narrow << 2, Mux(self.i_narrow, narrow, narrow << 1))
 
         m.d.comb += [
             offset.i_a.eq(token), offset.i_b.eq(self.i_steps_out),
-            self.slot_address.eq(Mux(draining, Cat(slot_index, slot_bank), self.i_lookup)),
-            self.reader.request.p.address.eq(row),
+            self.slot_address.eq(Cat(slot_index, slot_bank)),
+            self.reader.request.p.address.eq(workspace_row),
             self.reader.request.p.beats.eq(self.i_steps_out << (8 - port_log2)),
-            self.writer.request.p.address.eq(row),
-            self.writer.request.p.beats.eq(row_size(6 - port_log2)),
         ]
         m.d.sync += [
             words_last.eq((self.i_steps_out << (5 - lanes_log2)) - 1),
             last_row.eq(zeroing | (slot + 1 == count)),
+            workspace_row.eq(self.i_workspace_address + (offset.o_product << 8)),
         ]
-        emitting = Signal()
+        # The row that is written
+        row = Signal(config.address_bits)
+        leaving = Signal.like(slot_index)  # its slot
+        whole_row = Signal()  # it is of integers
+        asking, emitting = Signal(), Signal()
+        row_ends = Signal()
+        row_free = Signal()  # the next one may come
+        unacknowledged = Signal()
         emitted = Signal(row_bits + 1)
-        arriving = Signal(row_bits + 2)  # beats of partial sums
+        arriving = Signal(row_bits + 3)  # beats of partial sums
         added = Signal()
+        beats = self.writer.request.p.beats
+        waits = Signal()  # until it is the next row's turn
+        if config.y_banks > 1:
+            pace = Signal(len(beats) + exact_log2(PACE))
+            with m.If(asking & self.writer.request.ready):
+                m.d.sync += pace.eq(beats << exact_log2(PACE))
+            with m.Elif(pace != 0):
+                m.d.sync += pace.eq(pace - 1)
+            m.d.sync += waits.eq(self.i_can_wait & (pace != 0))
+        m.d.comb += [
+            row_free.eq(~asking & (~emitting | row_ends) & ~waits),
+            self.writer.request.valid.eq(asking),
+            self.writer.request.p.address.eq(row),
+            beats.eq(row_size(6 - port_log2, whole_row)),
+        ]
+        m.d.sync += unacknowledged.eq(
+            (asking & self.writer.request.ready) | (unacknowledged & ~self.writer.done))
+        with m.If(asking & self.writer.request.ready):
+            m.d.sync += [asking.eq(0), emitting.eq(1), emitted.eq(0)]
+        with m.If(row_ends):
+            m.d.sync += emitting.eq(0)
         with m.FSM():
             with m.State("IDLE"):
                 m.d.comb += [self.o_idle.eq(~self.i_zero.valid & ~self.i_drain.valid),
                              self.i_zero.ready.eq(1), self.i_drain.ready.eq(~self.i_zero.valid)]
-                m.d.sync += [slot.eq(0), zeroing.eq(self.i_zero.valid)]
+                m.d.sync += [slot.eq(0), zeroing.eq(self.i_zero.valid), arriving.eq(0)]
                 with m.If(self.i_zero.valid):
                     m.d.sync += [token.eq(self.i_zero.payload), first.eq(1), last.eq(1)]
                     m.next = "OFFSET"
                 with m.Elif(self.i_drain.valid):
-                    m.d.sync += [count.eq(self.i_drain.p.count),
+                    m.d.sync += [count.eq(self.i_drain.p.count), y_bank.eq(self.i_drain.p.y_bank),
                                  slot_bank.eq(self.i_drain.p.slot_bank), draining.eq(1)]
                     m.next = "SLOT"
             with m.State("SLOT"):
                 m.next = "SLOT_DATA"
             with m.State("SLOT_DATA"):
                 m.d.sync += [token.eq(self.slot_data.token), first.eq(self.slot_data.first),
-                             last.eq(self.slot_data.last)]
+                             last.eq(self.slot_data.last),
+                             repeated.eq((slot != 0) & (token == self.slot_data.token))]
                 m.next = "OFFSET"
             with m.State("OFFSET"):
                 m.d.comb += offset.i_start.eq(1)
                 m.next = "ROW"
             with m.State("ROW"):
                 with m.If(offset.o_done):
-                    m.d.sync += [arriving.eq(0), emitted.eq(0)]
+                    m.next = "READ"
                     with m.If(first):
-                        m.next = "WRITE_ROW"
-                    with m.Else():
-                        m.d.sync += row.eq(self.i_workspace_address + (offset.o_product << 8))
-                        m.next = "READ"
+                        m.next = "ROW_OUT"
             with m.State("READ"):
-                m.d.comb += self.reader.request.valid.eq(1)
-                with m.If(self.reader.request.ready):
+                m.d.comb += self.reader.request.valid.eq(
+                    ~repeated | ~(asking | emitting | unacknowledged))
+                with m.If(self.reader.request.valid & self.reader.request.ready):
                     m.next = "ADD"
             with m.State("ADD"):
                 with m.If(added):
-                    m.next = "WRITE_ROW"
-            with m.State("WRITE_ROW"):
-                m.d.sync += row.eq(
-                    Mux(last, self.i_y_address, self.i_workspace_address)
-                    + row_size(6, offset.o_product))
-                m.next = "WRITE"
-            with m.State("WRITE"):
-                m.d.comb += self.writer.request.valid.eq(1)
-                with m.If(self.writer.request.ready):
-                    m.d.sync += emitting.eq(1)
-                    m.next = "WRITING"
-            with m.State("WRITING"):
-                with m.If(self.writer.done):
-                    m.d.sync += [emitting.eq(0), slot.eq(slot + 1)]
+                    m.d.sync += arriving.eq(0)
+                    m.next = "ROW_OUT"
+            with m.State("ROW_OUT"):
+                with m.If(row_free):
+                    m.d.sync += [
+                        row.eq(Mux(last, self.i_y_address, self.i_workspace_address)
+                               + row_size(6, ~last, offset.o_product)),
+                        leaving.eq(slot_index), whole_row.eq(~last), asking.eq(1),
+                        slot.eq(slot + 1),
+                    ]
                     m.next = "SLOT"
                     with m.If(last_row):
-                        m.d.comb += self.o_drained.eq(~zeroing)
-                        m.d.sync += draining.eq(0)
-                        m.next = "IDLE"
+                        m.next = "END"
+            with m.State("END"):
+                with m.If(~(asking | emitting) & (self.writer.done | ~unacknowledged)):
+                    m.d.comb += self.o_drained.eq(~zeroing)
+                    m.d.sync += draining.eq(0)
+                    m.next = "IDLE"
 
-        # Partial sums of earlier sets are added as they arrive: a beat is a word, or half of one.
+        # Partial sums of earlier sets are added as they arrive: a beat is a word, or part of one.
         per_beat = config.port_bytes // 8
-        halves = lanes // per_beat
-        halves_log2 = exact_log2(halves)
+        parts = lanes // per_beat
+        parts_log2 = exact_log2(parts)
 
         def word_of(index):
-            return (index >> halves_log2)[:row_bits]
+            return (index >> parts_log2)[:row_bits]
 
         def word_at(index):
             """Return the sums of a word of the stripe that was read."""
@@ -234,11 +273,11 @@ class Combiner(wiring.Component):
 
         # The y buffer's ports: partial sums come in, or sums go out
         emit = Signal()
-        half = b.index[0] if halves == 2 else C(0)
+        part = b.index[:parts_log2] if parts_log2 else C(0)
         m.d.comb += [
             self.r_address.word.eq(
                 Mux(self.reader.valid, word_of(arriving), emitted[:row_bits]) >> words_log2),
-            self.r_address.slot.eq(slot_index),
+            self.r_address.slot.eq(Mux(self.reader.valid, slot_index, leaving)),
             self.w_address.word.eq(word_of(b.index) >> words_log2),
             self.w_address.slot.eq(slot_index),
         ]
@@ -246,35 +285,45 @@ class Combiner(wiring.Component):
             word, lane = divmod(i, lanes)
             m.d.comb += [
                 self.w_en[i].eq(
-                    beats.valid & (half == lane // per_beat)
+                    beats.valid & (part == lane // per_beat)
                     & (word_of(b.index)[:words_log2] == word)),
                 self.w_data[i].eq(
                     b.old[lane]
                     + b.data.word_select(lane % per_beat, 64)[:SUM_BITS].as_signed()),
             ]
 
-        # The way out: a word of sums becomes float32 or int64, then beats
-        depth, under_way = 32, RowSums.READ_LATENCY_CYCLES + ToFloat32.LATENCY_CYCLES + 4
+        # The way out: a word of sums becomes float32 or int64, then beats. A row of the other kind
+        # begins when all of the one before is in the FIFO.
+        depth, under_way = 32, RowSums.READ_LATENCY_CYCLES + ToFloat32.LATENCY_CYCLES + 6
         m.submodules.out_beats = out_beats = fifo.SyncFIFOBuffered(
             width=8 * config.port_bytes, depth=depth)
-        pause = Signal()  # a word of two beats leaves in two cycles
-        more = Signal()  # words of the row
+        pauses = Signal(range(parts))  # a word of n beats leaves in n cycles
         room = Signal()
-        m.d.comb += emit.eq(emitting & ~pause & more & room)
+        on_way = Signal(under_way)  # words, so many cycles ago
+        whole = Signal()  # those are of integers
+        same_kind = Signal()
+        float_beats = max(1, parts // 2)
+        m.d.comb += [
+            same_kind.eq((whole == whole_row) | ~on_way.any()),
+            emit.eq(emitting & (pauses == 0) & room & same_kind & ~self.reader.valid),
+            row_ends.eq(emit & (emitted == words_last)),
+        ]
         m.d.sync += [
-            pause.eq(emit & ~last if halves == 2 else 0),
+            pauses.eq(Mux(
+                emit, Mux(whole_row, parts - 1, Mux(self.i_narrow, 0, float_beats - 1)),
+                Mux(pauses == 0, 0, pauses - 1))),
             room.eq(out_beats.level <= depth - under_way),
-            more.eq(Mux(emit, emitted != words_last, ~emitting | more)),
+            on_way.eq(Cat(emit, on_way)),
         ]
         with m.If(emit):
-            m.d.sync += emitted.eq(emitted + 1)
+            m.d.sync += [emitted.eq(emitted + 1), whole.eq(whole_row)]
         out = Pipeline(m, emit, name="out")
         o = out.delay(RowSums.READ_LATENCY_CYCLES, word=emitted[:max(1, words_log2)])
         sums = [Mux(zeroing, 0, value)[:SUM_BITS] for value in word_at(o.word)]
         converters = [ToFloat32() for _ in range(lanes)]
         for i, (convert, value) in enumerate(zip(converters, sums, strict=True)):
             m.submodules[f"to_float32_{i}"] = convert
-            m.d.comb += [convert.i_valid.eq(out.valid & last), convert.i_sum.eq(value),
+            m.d.comb += [convert.i_valid.eq(out.valid & ~whole), convert.i_sum.eq(value),
                          convert.i_grid_exponent.eq(self.i_grid_exponent),
                          convert.i_narrow.eq(self.i_narrow)]
         floats = Cat(convert.o_float for convert in converters)
@@ -283,27 +332,34 @@ class Combiner(wiring.Component):
         held = Signal(8 * config.port_bytes)  # those before, shifted in from above
         narrow = Cat(convert.o_float[16:] for convert in converters)
         joined = Mux(self.i_narrow, *(
-            Cat(held, part)[-len(held):] for part in (narrow, floats)))
+            Cat(held, part)[-len(held):] if len(part) < len(held) else part[:len(held)]
+            for part in (narrow, floats)))
         whole_beat = piece == Mux(self.i_narrow, *(
-            len(held) // len(part) - 1 for part in (narrow, floats)))
-        # Whole sums need no conversion; rows of both kinds never follow each other closely.
-        whole = Pipeline(m, out.valid & ~last, name="whole")
-        w = whole.stage(sums=sums)
-        integers = [Cat(x, x[-1].replicate(64 - SUM_BITS)) for x in w.sums]
-        high = Signal(8 * config.port_bytes)  # second beat of a word of integers
-        high_valid = Signal()
-        m.d.sync += [high_valid.eq(0),
-                     Assert(~out_beats.w_en | out_beats.w_rdy, "a beat must have a place")]
+            max(1, len(held) // len(part)) - 1 for part in (narrow, floats)))
+        # Whole sums need no conversion.
+        integer_words = Pipeline(m, out.valid & whole, name="whole")
+        w = integer_words.stage(sums=sums)
+        integers = Cat(Cat(x, x[-1].replicate(64 - SUM_BITS)) for x in w.sums)
+        rest = Signal(len(held) * (parts - 1))  # further beats of a word
+        rest_beats = Signal(range(parts))
+        m.d.sync += [
+            rest.eq(rest >> len(held)),
+            rest_beats.eq(Mux(rest_beats == 0, 0, rest_beats - 1)),
+            Assert(~out_beats.w_en | out_beats.w_rdy, "a beat must have a place"),
+            Assert((rest_beats == 0) | ~(integer_words.valid | floats_valid),
+                   "a word must not meet the one before"),
+        ]
         m.d.comb += [self.writer.data.payload.eq(out_beats.r_data),
                      self.writer.data.valid.eq(out_beats.r_rdy),
                      out_beats.r_en.eq(self.writer.data.ready)]
-        with m.If(high_valid):
-            m.d.comb += [out_beats.w_data.eq(high), out_beats.w_en.eq(1)]
-        with m.Elif(whole.valid):
-            m.d.comb += [out_beats.w_data.eq(Cat(*integers[:per_beat])), out_beats.w_en.eq(1)]
-            if halves == 2:
-                m.d.sync += [high.eq(Cat(*integers[per_beat:])), high_valid.eq(1)]
+        with m.If(integer_words.valid):
+            m.d.comb += [out_beats.w_data.eq(integers), out_beats.w_en.eq(1)]
+            m.d.sync += [rest.eq(integers >> 8 * config.port_bytes), rest_beats.eq(parts - 1)]
         with m.Elif(floats_valid):
-            m.d.sync += [held.eq(joined), piece.eq(Mux(whole_beat, 0, piece + 1))]
+            m.d.sync += [held.eq(joined), piece.eq(Mux(whole_beat, 0, piece + 1)),
+                         rest.eq(floats >> len(held)),
+                         rest_beats.eq(Mux(self.i_narrow, 0, float_beats - 1))]
             m.d.comb += [out_beats.w_data.eq(joined), out_beats.w_en.eq(whole_beat)]
+        with m.Else():
+            m.d.comb += [out_beats.w_data.eq(rest), out_beats.w_en.eq(rest_beats != 0)]
         return m

@@ -53,10 +53,11 @@ class RowSums(wiring.Component):
 
     term = round(value * weight / 2**grid_exponent), zero and counted if it needs more than 43 bits;
     also counted is a term of zero whose value and weight are not.
-    The first pass of a set of tokens (``i_fresh``) stores, later ones add. While ``i_draining`` the
-    buffer belongs to the Combiner, which has the same words of all cores side by side. No element
-    comes or is under way then, for the Sequencer hands the buffer over: to the Combiner after
-    ``o_pass_done``, back when the drain is acknowledged, until which no step of down starts.
+    The first pass of a set of tokens (``i_fresh``) stores, later ones add. While ``i_draining`` a
+    bank of the buffer belongs to the Combiner, which has the same words of all cores side by side.
+    No element of that bank comes or is under way then, for the Sequencer hands it over: to the
+    Combiner after ``o_pass_done``, back when the drain is acknowledged, until which no step of down
+    starts whose sums are in it.
 
     Latency LATENCY_CYCLES from an element to its place in the buffer; throughput one per cycle.
     Reset forgets everything under way.
@@ -71,7 +72,8 @@ class RowSums(wiring.Component):
     -------
     i_grid_exponent
         Of the command.
-    i_valid, i_element : an output; ``i_fresh``: of its pass; ``i_last``: its pass's last one
+    i_valid, i_element : an output; ``i_fresh``, ``i_bank``: of its pass; ``i_last``: its pass's
+        last one
     i_weight : :py:`In(layouts.internal_float())`
         Of the element's slot, one cycle later.
     o_pass_done : :py:`Out(1)`
@@ -79,7 +81,8 @@ class RowSums(wiring.Component):
     o_overflow, o_underflow : :py:`Out(1)`
         Pulse for each output beyond the grid, and for each that the grid makes zero; before
         ``o_pass_done``.
-    i_draining : :py:`In(1)`
+    i_draining : :py:`In(config.y_banks)`
+        A bit for each bank, at most one of them set.
     r_address, r_data : :py:`In(stripe_address(config))`, this core's sums after READ_LATENCY_CYCLES
     w_en, w_address, w_data
         An enable for each sum.
@@ -100,11 +103,12 @@ class RowSums(wiring.Component):
             "i_element": In(layouts.element(config)),
             "i_weight": In(layouts.internal_float()),
             "i_fresh": In(1),
+            "i_bank": In(layouts.y_bank_bits(config)),
             "i_last": In(1),
             "o_pass_done": Out(1),
             "o_overflow": Out(1),
             "o_underflow": Out(1),
-            "i_draining": In(1),
+            "i_draining": In(config.y_banks),
             "r_address": In(stripe_address(config)),
             "r_data": Out(word),
             "w_en": In(word.length),
@@ -119,20 +123,23 @@ class RowSums(wiring.Component):
         lanes_log2 = exact_log2(lanes)
         address = stripe_address(config)
         # A sum is not needed in the cycle in which it is written. A memory for each lane: that one
-        # of them is written does not touch the others.
-        ports = []
-        for i in range(lanes):
-            m.submodules[f"words{i}"] = words = Memory(
-                shape=signed(SUM_BITS), depth=config.max_slots << address["word"].width, init=[],
-                attrs={"no_rw_check": 1})
-            ports.append((words.write_port(), words.read_port()))
-        draining = self.i_draining
+        # of them is written does not touch the others; nor do banks share ports.
+        banks = []
+        for bank in range(config.y_banks):
+            ports = []
+            for i in range(lanes):
+                name = f"words{i}" if not bank else f"words{i}_{bank}"
+                m.submodules[name] = words = Memory(
+                    shape=signed(SUM_BITS), depth=config.max_slots << address["word"].width,
+                    init=[], attrs={"no_rw_check": 1})
+                ports.append((words.write_port(), words.read_port()))
+            banks.append(ports)
 
         # Elements: weight, round, add
         element = self.i_element
         pipe = Pipeline(m, self.i_valid)
         along = {"slot": element.slot, "row": element.row, "fresh": self.i_fresh,
-                 "last": self.i_last}
+                 "last": self.i_last, "bank": self.i_bank}
 
         def carried(s, **more):
             return {name: getattr(s, name) for name in along} | more
@@ -177,35 +184,50 @@ class RowSums(wiring.Component):
                                  underflow=s.counts & ~s.parts.any()))
         s = pipe.delay(self.READ_LATENCY_CYCLES - 2, **carried(
             s, overflow=s.overflow, underflow=s.underflow, term=s.term))
-        held = Signal.like(self.r_data, reset_less=True)
-        m.d.sync += held.eq(Cat(read.data for _, read in ports))
-        m.d.comb += self.r_data.eq(held)
-        chosen = Array(self.r_data[i] for i in range(lanes))[s.row[:lanes_log2]]
+        held = []
+        for bank, ports in enumerate(banks):
+            word = Signal(sums_word(config), name=f"held{bank}", reset_less=True)
+            m.d.sync += word.eq(Cat(read.data for _, read in ports))
+            held.append(word)
+        m.d.comb += self.r_data.eq(held[0])
+        words = Signal.like(self.r_data)  # of the element's bank
+        m.d.comb += words.eq(held[0])
+        for bank in range(1, len(banks)):
+            with m.If(self.i_draining[bank]):
+                m.d.comb += self.r_data.eq(held[bank])
+            with m.If(s.bank == bank):
+                m.d.comb += words.eq(held[bank])
+        chosen = Array(words[i] for i in range(lanes))[s.row[:lanes_log2]]
         s = pipe.stage(**carried(s, overflow=s.overflow, underflow=s.underflow, term=s.term,
                                  old=Mux(s.fresh, 0, chosen)[:SUM_BITS].as_signed()))
         s = pipe.stage(**carried(s, overflow=s.overflow, underflow=s.underflow,
                                  total=(s.old + s.term)[:SUM_BITS]))
         m.d.comb += [self.o_overflow.eq(pipe.valid & s.overflow),
                      self.o_underflow.eq(pipe.valid & s.underflow)]
-        m.d.sync += Assert(~draining | ~(self.i_valid | pipe.valid),
-                           "an element must not meet the drain")
-
-        r_address, w_address = Signal(address), Signal(address)
         element_write = Signal(address)
-        m.d.sync += [
-            r_address.eq(Mux(draining, self.r_address, element_read)),
-            w_address.eq(Mux(draining, self.w_address, element_write)),
-        ]
         m.d.comb += [element_write.word.eq(s.row >> lanes_log2), element_write.slot.eq(s.slot)]
-        for i, (write, read) in enumerate(ports):
-            w_en, w_data = Signal(name=f"w_en{i}"), Signal(signed(SUM_BITS), name=f"w_data{i}")
+        for bank, ports in enumerate(banks):
+            draining = self.i_draining[bank]
+            m.d.sync += Assert(
+                ~draining | ~((self.i_valid & (self.i_bank == bank))
+                              | (pipe.valid & (s.bank == bank))),
+                "an element must not meet the drain")
+            r_address = Signal(address, name=f"r_address{bank}")
+            w_address = Signal(address, name=f"w_address{bank}")
             m.d.sync += [
-                w_en.eq(Mux(draining, self.w_en[i],
-                            pipe.valid & (s.row[:lanes_log2] == i))),
-                w_data.eq(Mux(draining, self.w_data[i], s.total)),
+                r_address.eq(Mux(draining, self.r_address, element_read)),
+                w_address.eq(Mux(draining, self.w_address, element_write)),
             ]
-            m.d.comb += [read.addr.eq(r_address), write.addr.eq(w_address), write.en.eq(w_en),
-                         write.data.eq(w_data)]
+            for i, (write, read) in enumerate(ports):
+                w_en = Signal(name=f"w_en{i}_{bank}")
+                w_data = Signal(signed(SUM_BITS), name=f"w_data{i}_{bank}")
+                m.d.sync += [
+                    w_en.eq(Mux(draining, self.w_en[i],
+                                pipe.valid & (s.bank == bank) & (s.row[:lanes_log2] == i))),
+                    w_data.eq(Mux(draining, self.w_data[i], s.total)),
+                ]
+                m.d.comb += [read.addr.eq(r_address), write.addr.eq(w_address), write.en.eq(w_en),
+                             write.data.eq(w_data)]
         s = pipe.stage(last=s.last)
         m.d.comb += self.o_pass_done.eq(pipe.valid & s.last)
         assert pipe.depth == self.LATENCY_CYCLES

@@ -16,6 +16,7 @@ from moeaccel.hdl.control.field_checks import FieldChecks
 from moeaccel.hdl.control.job_sizes import JobSizes
 from moeaccel.hdl.control.rings import Rings
 from moeaccel.hdl.layouts import ReadClientSignature, WriteClientSignature, entry_fields, job
+from moeaccel.hdl.router.router_checks import RouterChecks, router_fields
 from moeaccel.interface.commands import (
     COMPLETION,
     ENTRY_BYTES,
@@ -24,7 +25,9 @@ from moeaccel.interface.commands import (
     ElementType,
     Opcode,
     Status,
+    field_of,
 )
+from moeaccel.router.choices import GROUPS_MAX
 
 DRAIN_CYCLES = 16
 """Cycles for which the engine's reset and the port's flush are held at least."""
@@ -85,6 +88,9 @@ class _Wires:
         self.tag = Signal(16)
         self.work = Signal()
         self.known = Signal()
+        self.routes = Signal()  # its layer is a router
+        self.groups = Signal(range(GROUPS_MAX + 1))
+        self.bad_router, self.bad_top_k = Signal(), Signal()
         self.job = Signal(job(config))
 
         # What has become of it.
@@ -308,7 +314,8 @@ class CommandProcessor(wiring.Component):
                 m.d.sync += [
                     w.opcode.eq(submission["opcode"]),
                     w.tag.eq(submission["tag"]),
-                    w.known.eq(Cat(submission["opcode"] == code for code in Opcode).any()),
+                    w.known.eq(Cat(submission["opcode"] == code for code in Opcode
+                                   if self._config.router or code != Opcode.ROUTE).any()),
                     w.work.eq((submission["opcode"] == Opcode.EXPERTS)
                               | (submission["opcode"] == Opcode.GEMM)),
                     w.fetch_address.eq(submission["layer_address"] >> _ALIGNMENT_BITS),
@@ -316,6 +323,11 @@ class CommandProcessor(wiring.Component):
                     w.job.x_narrow.eq(submission["x_type"] == ElementType.BFLOAT16),
                     w.job.y_narrow.eq(submission["y_type"] == ElementType.BFLOAT16),
                 ]
+                if self._config.router:
+                    routes = submission["opcode"] == Opcode.ROUTE
+                    m.d.sync += [w.routes.eq(routes), w.job.route.eq(routes)]
+                    with m.If(routes):
+                        m.d.sync += w.work.eq(1)
                 m.d.sync += [
                     w.job[name].eq(submission[name])
                     for name in ("tokens", "top_k", "x_address", "ids_address",
@@ -331,6 +343,9 @@ class CommandProcessor(wiring.Component):
                     w.job.steps_in.eq(layer["d_in"] // BLOCK),
                     w.job.steps_out.eq(layer["d_out"] // BLOCK),
                 ]
+                if self._config.router:
+                    with m.If(w.routes):
+                        m.d.sync += router_fields(w.entry, w.job, w.groups)
 
         with m.If(w.state[_State.LOAD] | Mux(
                 w.state[_State.COLLECT], self.reader.valid,
@@ -347,10 +362,25 @@ class CommandProcessor(wiring.Component):
         m.d.comb += [
             checks.i_entry.eq(w.entry),
             checks.i_is_layer.eq(w.is_layer),
+            checks.i_is_router.eq(w.routes),
             sizes.i_start.eq(w.state[_State.CHECK] & w.is_layer),
             sizes.i_job.eq(w.job),
             w.bad_word.eq(Mux(w.measured, sizes.o_word, checks.o_word)),
         ]
+        bad_layer = Mux(w.routes, Status.BAD_ROUTER, Status.BAD_LAYER)
+        if self._config.router:
+            m.submodules.router_checks = router = RouterChecks(self._config)
+            m.d.comb += [
+                router.i_form.eq(w.job.form), router.i_groups.eq(w.groups),
+                w.bad_top_k.eq(w.routes & router.o_bad_top_k),
+                w.bad_router.eq(w.routes & router.o_bad),
+            ]
+            with m.If(w.routes):  # its table has 8 bytes an expert
+                m.d.comb += sizes.i_job.num_experts.eq((w.job.num_experts + 7) >> 3)
+            with m.If(w.measured & w.bad_top_k):
+                m.d.comb += w.bad_word.eq(field_of(SUBMISSION, "top_k").word)
+            with m.Elif(w.measured & w.bad_router & ~sizes.o_bad_field):
+                m.d.comb += w.bad_word.eq(router.o_word)
         with w.only(m, _State.CHECK) as go:
             m.d.comb += go(_State.JOIN)
 
@@ -368,7 +398,7 @@ class CommandProcessor(wiring.Component):
             with m.Elif(~w.work):
                 m.d.sync += w.status.eq(Status.OK)
             with m.Elif(checks.o_bad):
-                m.d.sync += w.status.eq(Mux(w.is_layer, Status.BAD_LAYER, Status.BAD_FIELD))
+                m.d.sync += w.status.eq(Mux(w.is_layer, bad_layer, Status.BAD_FIELD))
             with m.Elif(~w.is_layer):
                 m.d.comb += go(_State.REQUEST)
                 m.d.sync += w.is_layer.eq(1)
@@ -378,11 +408,12 @@ class CommandProcessor(wiring.Component):
         with w.only(m, _State.MEASURE) as go:
             m.d.sync += [
                 w.measured.eq(1),
-                w.status.eq(Mux(sizes.o_bad_field, Status.BAD_FIELD, Status.BAD_LAYER)),
+                w.status.eq(
+                    Mux(sizes.o_bad_field | w.bad_top_k, Status.BAD_FIELD, bad_layer)),
             ]
             with m.If(sizes.o_done):
                 m.d.comb += go(_State.START)
-                with m.If(sizes.o_bad_field | sizes.o_bad_layer):
+                with m.If(sizes.o_bad_field | sizes.o_bad_layer | w.bad_top_k | w.bad_router):
                     m.d.comb += go(_State.WRITE)
 
     def _run(self, m, w):
@@ -439,7 +470,7 @@ class CommandProcessor(wiring.Component):
                     m.d.sync += about.eq(self.fault_address)
                 with m.Case(Status.BAD_OPCODE):
                     m.d.sync += detail.eq(w.opcode)
-                with m.Case(Status.BAD_FIELD, Status.BAD_LAYER):
+                with m.Case(Status.BAD_FIELD, Status.BAD_LAYER, Status.BAD_ROUTER):
                     m.d.sync += detail.eq(w.bad_word)
                 with m.Case(Status.BAD_EXPERT):
                     m.d.sync += [detail.eq(result.expert), about.eq(result.word)]

@@ -7,7 +7,7 @@ from amaranth.utils import exact_log2
 
 from moeaccel.config import TOP_K_MAX, AcceleratorConfig
 from moeaccel.hdl.layouts import entry_fields
-from moeaccel.interface.commands import ENTRY_BYTES, LAYER, SUBMISSION
+from moeaccel.interface.commands import ENTRY_BYTES, LAYER, ROUTER, SUBMISSION
 
 __all__ = ["FieldChecks", "bad_words", "lowest"]
 
@@ -91,6 +91,8 @@ class FieldChecks(wiring.Component):
         A submission of EXPERTS or GEMM, or a layer descriptor.
     i_is_layer : :py:`In(1)`
         Which of them; 2 cycles behind ``i_entry``.
+    i_is_router : :py:`In(1)`
+        The layer is a router descriptor; where the configuration has a router.
     o_bad : :py:`Out(1)`
     o_word : :py:`Out(range(ENTRY_BYTES // 4))`
         The word, if there is one.
@@ -103,6 +105,7 @@ class FieldChecks(wiring.Component):
         super().__init__({
             "i_entry": In(8 * ENTRY_BYTES),
             "i_is_layer": In(1),
+            "i_is_router": In(1),
             "o_bad": Out(1),
             "o_word": Out(range(_WORDS)),
         })
@@ -121,6 +124,8 @@ class FieldChecks(wiring.Component):
 
         bad = Signal(_WORDS)
         of_layer = bad_words(m, LAYER, self.i_entry, config)
+        if config.router:
+            of_layer = Mux(self.i_is_router, bad_words(m, ROUTER, self.i_entry, config), of_layer)
         of_submission = bad_words(m, SUBMISSION, self.i_entry, config, too_many)
         m.d.sync += [
             bad.eq(Mux(self.i_is_layer, of_layer, of_submission)),

@@ -41,9 +41,10 @@ class _Wires:
         self.remaining = Signal.like(self.pairs)  # pairs of the command not yet in a pass
         self.slots = Signal(range(config.max_slots + 1))
         self.expert_ends = Signal()
-        self.ahead = Signal(2)  # passes handed out and not retired
+        self.ahead = Signal(range(config.slot_banks + 1))  # passes handed out and not retired
         self.passed = Signal()
         self.x_bank = Signal()
+        self.x_bank_free = Signal()
 
 
 class Dispatcher(wiring.Component):
@@ -65,9 +66,9 @@ class Dispatcher(wiring.Component):
     the passes handed out before have retired. A pass takes at most as many pairs as there are slots
     (``max_slots``, half of it in ``a16``); a
     :class:`~moeaccel.hdl.dispatch.slot_filler.SlotFiller` writes its slot table. Consecutive passes
-    over the very same tokens keep x and y on the chip (``same``). At most one pass is prepared
-    while another runs: a pass is begun when fewer than two are handed out and not retired, so that
-    nobody reads the bank of the slot table, or of x, that it fills.
+    over the very same tokens keep x and y on the chip (``same``). A pass is begun when fewer than
+    ``slot_banks`` are handed out and not retired, so that nobody reads the bank of the slot table
+    that it fills; its x is asked for when nobody needs that of the set of tokens before the last.
 
     Counting begins when all ids have come, the first slot table when all weights have, and a
     command is done when both have. All else that goes out is a stream.
@@ -97,6 +98,8 @@ class Dispatcher(wiring.Component):
         A token without any expert.
     i_retired : :py:`In(1)`
         Pulse: the oldest pass has left the machine; its slot table may be overwritten.
+    i_x_free : :py:`In(1)`
+        Pulse, once for each pass, in their order: it needs its x no more.
     slot_w_en, slot_w_address, slot_w_data
         Write port of the slot table; address {bank, slot}.
     o_assignments : :py:`Out(1)`
@@ -124,8 +127,9 @@ class Dispatcher(wiring.Component):
                 "o_pass": Out(stream.Signature(pass_descriptor(config))),
                 "o_zero": Out(stream.Signature(layouts.token_bits(config))),
                 "i_retired": In(1),
+                "i_x_free": In(1),
                 "slot_w_en": Out(1),
-                "slot_w_address": Out(1 + layouts.slot_bits(config)),
+                "slot_w_address": Out(layouts.slot_address_bits(config)),
                 "slot_w_data": Out(layouts.slot(config)),
                 "o_assignments": Out(1),
                 "o_done": Out(1),
@@ -221,8 +225,8 @@ class Dispatcher(wiring.Component):
 
     def _passes(self, m, w):
         """Count the pairs that are left, and the passes that are ahead; drive what goes out."""
-        expert, filler = w.expert, w.filler
-        slot_bank = Signal()
+        config, expert, filler = self._config, w.expert, w.filler
+        slot_bank = Signal(layouts.slot_bank_bits(config))
         last_pass = Signal()
         handed = Signal()  # a pass, in the cycle before
         m.d.comb += [
@@ -249,7 +253,8 @@ class Dispatcher(wiring.Component):
         m.d.sync += [
             w.ahead.eq(w.ahead + w.passed - self.i_retired),
             Assert(~self.i_retired | (w.ahead != 0), "a pass must be handed out before it retires"),
-            Assert(~w.passed | (w.ahead != 2), "two passes are handed out already"),
+            Assert(~w.passed | (w.ahead != config.slot_banks),
+                   "as many passes are handed out as there are slot tables"),
             handed.eq(w.passed),
             # Known long before they are used.
             last_pass.eq(w.remaining == w.slots),
@@ -259,8 +264,22 @@ class Dispatcher(wiring.Component):
             m.d.sync += [
                 w.left.eq(w.left - w.slots),
                 w.remaining.eq(w.remaining - w.slots),
-                slot_bank.eq(~slot_bank),
+                slot_bank.eq(slot_bank + 1),
             ]
+        if config.slot_banks == 2:
+            m.d.comb += w.x_bank_free.eq(1)  # all but one have retired when a pass is begun
+        else:
+            # Those that still need their x are the last to be handed out. When the next set of
+            # tokens comes, all of them must be of the last one: the other bank is free then.
+            needing = Signal.like(w.ahead)
+            of_set = Signal.like(w.ahead)  # passes of the last set, as many as may count
+            m.d.sync += [
+                needing.eq(needing + w.passed - self.i_x_free),
+                w.x_bank_free.eq(needing <= of_set),
+            ]
+            with m.If(w.passed):
+                m.d.sync += of_set.eq(Mux(
+                    ~filler.o_same, 1, Mux(of_set == config.slot_banks, of_set, of_set + 1)))
 
     def _sequence(self, m, w):
         """Sort, then pass by pass: weights, sections, slot table, x, the pass itself."""
@@ -315,8 +334,8 @@ class Dispatcher(wiring.Component):
                 with m.If((w.ahead == 0) & w.table.o_quiet):
                     m.d.sync += w.running.eq(0)
                     m.next = "IDLE"
-            with m.State("PASS"):  # one pass runs, one is prepared; weights are asked for at once
-                m.d.comb += self.o_weights.valid.eq(w.ahead < 2)
+            with m.State("PASS"):  # weights are asked for at once
+                m.d.comb += self.o_weights.valid.eq(w.ahead < config.slot_banks)
                 m.d.sync += w.slots.eq(Mux(w.left > capacity, capacity, w.left))
                 with m.If(self.o_weights.valid & self.o_weights.ready):
                     m.next = "SECTION_0"
@@ -338,8 +357,8 @@ class Dispatcher(wiring.Component):
                         m.d.sync += w.x_bank.eq(~w.x_bank)
                         m.next = "LOAD"
             with m.State("LOAD"):
-                m.d.comb += self.o_load.valid.eq(1)
-                with m.If(self.o_load.ready):
+                m.d.comb += self.o_load.valid.eq(w.x_bank_free)
+                with m.If(self.o_load.valid & self.o_load.ready):
                     m.next = "PASS_OUT"
             with m.State("PASS_OUT"):
                 m.d.comb += self.o_pass.valid.eq(1)
@@ -359,7 +378,9 @@ def weight_request(config: AcceleratorConfig) -> data.StructLayout:
 
 def load_request(config: AcceleratorConfig) -> data.StructLayout:
     """Return a request for the x of the first ``count`` slots of a slot table."""
-    return data.StructLayout({"bank": 1, "slot_bank": 1, "count": range(config.max_slots + 1)})
+    return data.StructLayout({
+        "bank": 1, "slot_bank": layouts.slot_bank_bits(config),
+        "count": range(config.max_slots + 1)})
 
 
 def pass_descriptor(config: AcceleratorConfig) -> data.StructLayout:
@@ -370,7 +391,7 @@ def pass_descriptor(config: AcceleratorConfig) -> data.StructLayout:
     return data.StructLayout(
         {
             "work": layouts.expert_work(config),
-            "slot_bank": 1,
+            "slot_bank": layouts.slot_bank_bits(config),
             "x_bank": 1,
             "count": range(config.max_slots + 1),
             "same": 1,

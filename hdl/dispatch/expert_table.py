@@ -85,6 +85,7 @@ class ExpertTable(wiring.Component):
             "image_unit": config.address_bits - _UNIT,
             **{f"format{i}": config.format_bits for i in range(SECTIONS_MAX)},
             **{f"words{i}": 32 for i in range(SECTIONS_MAX)},
+            **{f"bias{i}": 1 for i in range(SECTIONS_MAX) if config.bias},
             "bad": 1,
             "word": range(ENTRY_BYTES // 4),
         })
@@ -181,7 +182,8 @@ class ExpertTable(wiring.Component):
             kept.steps_hidden.eq(fields["d_expert"] >> exact_log2(BLOCK)),
             kept.image_unit.eq(fields["image_address"] >> _UNIT),
             *(kept[f"{name}{i}"].eq(fields[f"{name}{i}"])
-              for i in range(SECTIONS_MAX) for name in ("format", "words")),
+              for i in range(SECTIONS_MAX)
+              for name in ("format", "words", *(["bias"] if config.bias else []))),
         ]
         s = p.stage(kept=kept)
         checked = Signal(self._stored())
@@ -209,6 +211,8 @@ class ExpertTable(wiring.Component):
             sizes.i_row_blocks.eq(row_blocks),
             sizes.i_start.eq(started),
         ]
+        if config.bias:
+            m.d.comb += sizes.i_biased.eq(Mux(second, held.bias1, held.bias0))
         m.d.sync += [
             started.eq(0),
             last_unit.eq((total << words_log2) - 1),
@@ -247,6 +251,7 @@ class ExpertTable(wiring.Component):
                             section.short.eq(sizes.o_short),
                             section.hidden.eq(i),
                             section.combine.eq(second | held.single),
+                            *([section.dims.biased.eq(sizes.i_biased)] if config.bias else []),
                         ]
                 m.next = "TOTAL"
                 with m.If(~second & ~held.single):

@@ -1,5 +1,7 @@
 """How many array words a section has."""
 
+from dataclasses import replace
+
 from amaranth import *
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
@@ -7,7 +9,7 @@ from amaranth.utils import exact_log2
 
 from moeaccel.config import BLOCK, AcceleratorConfig
 from moeaccel.hdl import layouts
-from moeaccel.image import Section
+from moeaccel.image import STEPS_PER_PATTERN_WORD, Section
 
 __all__ = ["SectionWords"]
 
@@ -28,7 +30,9 @@ class SectionWords(wiring.Component):
     -------
     i_start : :py:`In(1)`
     i_format, i_steps : :py:`In(config.format_bits)`, :py:`In(layouts.steps_bits(config))`
-        Of the section; constant from ``i_start`` to ``o_done``, as is the next one.
+        Of the section; constant from ``i_start`` to ``o_done``, as are the next ones.
+    i_biased : :py:`In(1)`
+        Rows have biases.
     i_row_blocks : :py:`In((2 * config.max_steps).bit_length())`
         Rows of the section on all channels, divided by 32; 1 or more.
     o_done : :py:`Out(1)`
@@ -47,6 +51,7 @@ class SectionWords(wiring.Component):
             "i_start": In(1),
             "i_format": In(config.format_bits),
             "i_steps": In(layouts.steps_bits(config)),
+            "i_biased": In(1),
             "i_row_blocks": In((2 * config.max_steps).bit_length()),
             "o_done": Out(1),
             "o_words": Out(32),
@@ -62,7 +67,7 @@ class SectionWords(wiring.Component):
             for f in config.weight_formats}
         rows = self.i_row_blocks << exact_log2(BLOCK)
         tiles, groups = Signal.like(self.o_tiles), Signal.like(self.i_steps)
-        row_words, scale_words = Signal(32), Signal(32)
+        row_words, scale_words, pattern_words = Signal(32), Signal(32), Signal(32)
         weights, entries = Signal(32), Signal(32)
 
         def up(value, divisor):
@@ -79,6 +84,14 @@ class SectionWords(wiring.Component):
                         row_words.eq(up(self.o_tiles, section.tiles_per_row_word)),
                         scale_words.eq(up(entries, section.entries_per_scale_word)),
                     ]
+                    if config.bias:
+                        with m.If(self.i_biased):
+                            m.d.sync += row_words.eq(
+                                up(self.o_tiles, replace(section, biased=True).tiles_per_row_word))
+                    if config.parts > 1:
+                        m.d.sync += pattern_words.eq(
+                            0 if section.format.parts == 1
+                            else up(weights, STEPS_PER_PATTERN_WORD))
         stepping, multiplied, rounded = Signal(), Signal(), Signal()
         multiplicand = Signal(32)
         left_steps, left_groups = Signal.like(self.i_steps), Signal.like(self.i_steps)
@@ -86,7 +99,7 @@ class SectionWords(wiring.Component):
             self.o_tiles.eq(tiles),
             self.o_short.eq(-(rows >> exact_log2(config.channels))),
             multiplied.eq(0), rounded.eq(multiplied),
-            self.o_words.eq(weights + row_words + scale_words),
+            self.o_words.eq(weights + row_words + scale_words + pattern_words),
         ]
         with m.If(rounded):
             m.d.sync += self.o_done.eq(1)

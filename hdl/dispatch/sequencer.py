@@ -32,7 +32,8 @@ class Sequencer(wiring.Component):
     A step starts when its weight word is in the tile buffer, its x or h is in the lane buffer and,
     for the first step of a (tile, group), the result has a place behind the array. Gate/up of the
     next pass runs while the results of this one are combined and drained; its down section waits
-    until the y buffer is free (``retired``).
+    until its bank of the y buffer is free: until every pass before has retired or, with two banks
+    and other tokens than those before, until at most one set of tokens has not left.
 
     ::
 
@@ -43,11 +44,11 @@ class Sequencer(wiring.Component):
     A section has an operand (x or h) and a sink (the activation, or y): what it waits for follows
     from these, and from its shape what it starts.
 
-    Nothing relies on how fast others are. ``i_loaded`` and ``i_result`` are counted: loads not yet
-    taken, results under way. ``i_down_done`` and ``i_drained`` answer what is waited for, one at a
-    time: a pass begins its down section only when the one before has retired, and neither comes
-    within the two cycles that it takes to begin to wait, as the array and the drain's first look at
-    the slot table are longer.
+    Nothing relies on how fast others are. ``i_loaded``, ``i_result`` and ``i_down_done`` are
+    counted: loads not yet taken, results under way, passes whose outputs are in the y buffer.
+    ``i_drained`` answers what is waited for. Neither it nor ``i_down_done`` comes within the two
+    cycles that it takes to begin to wait, as the array and the drain's first look at the slot table
+    are longer.
 
     Throughput: one step per cycle. Nothing is lost between tiles, groups or, while weights last,
     sections, but for the latency from the last gate/up step to the first quantised h.
@@ -77,6 +78,9 @@ class Sequencer(wiring.Component):
     o_drain, i_drained
         Y buffer.
     i_ended : level, no pass comes any more, be it that none was the last one
+    o_x_free : pulse, once for each pass, in their order: it needs its x no more
+    o_x_can_wait, o_y_can_wait : levels, there is work that needs neither the x that is being loaded
+        nor the sums that leave
     o_retired : pulse, the pass has left the machine; its slot table is free
     o_active, o_starved_weights, o_starved_activations, o_stalled_output
         For the counters; with ``o_take`` they are exclusive.
@@ -107,6 +111,9 @@ class Sequencer(wiring.Component):
                 "o_drain": Out(stream.Signature(drain_request(config))),
                 "i_drained": In(1),
                 "i_ended": In(1),
+                "o_x_free": Out(1),
+                "o_x_can_wait": Out(1),
+                "o_y_can_wait": Out(1),
                 "o_retired": Out(1),
                 "o_active": Out(1),
                 "o_starved_weights": Out(1),
@@ -124,6 +131,7 @@ class Sequencer(wiring.Component):
 
         current = Signal(pass_descriptor(config))
         fresh = Signal()  # the first pass over these tokens: y is stored, not added
+        y_bank = Signal(layouts.y_bank_bits(config))  # of the pass
         m.d.comb += self.o_pass.eq(current)
 
         # -- position: tile, group, step; whether it is the first or the last is in registers, too
@@ -139,7 +147,8 @@ class Sequencer(wiring.Component):
         row = Signal(range(2 * config.max_dim + 1))
         per_group = Signal(range(lanes + 1))
         section = Signal(layouts.section_work(config))  # under way
-        packed = Signal()  # in its format two rows share a multiplier
+        order = Signal(range(max(2, len(layouts.row_orders(config)))))  # of its format's rows
+        lacking = Signal(exact_log2(config.rows))  # rows that the array has and its tiles have not
         final = Signal()  # it is the pass's last
         in_section = Signal()
 
@@ -147,14 +156,12 @@ class Sequencer(wiring.Component):
         first_step, last_step = Signal(), Signal()
         last_group, last_tile = Signal(), Signal()
         m.d.comb += per_group.eq(Mux(job.two_planes, lanes // 2, lanes))
-        # Rows that the array has and the tile has not: half of them in an 8-bit format, and those
-        # by which the section's last tile is short.
-        rows_log2 = exact_log2(config.rows)
-        missing = Signal(rows_log2)
-        m.d.comb += missing.eq(Cat(
-            Mux(last_tile, section.short[: rows_log2 - 1], 0),
-            Mux(packed, last_tile & section.short[rows_log2 - 1], 1)))
-        tile_rows_log2 = Mux(packed, rows_log2, exact_log2(config.row_multipliers))
+        # Rows that the array has and the tile has not: those of other formats, all bits from a
+        # place on, and those by which the section's last tile is short.
+        missing = Signal(exact_log2(config.rows))
+        m.d.comb += missing.eq(lacking | Mux(last_tile, section.short, 0))
+        tile_rows = Signal(range(config.rows + 1))  # a power of two
+        m.d.comb += tile_rows.eq(config.rows - lacking)
 
         # -- may the step start? Whether x or h is there and the result has a place is known from
         # registers, which are set for the step that comes next. A place that becomes free and a
@@ -178,11 +185,12 @@ class Sequencer(wiring.Component):
         # The next group's; that of the next tile has been used before.
         reached_then = last_group | all_ready | (self.i_slots_ready >= slots_then)
         loads = Signal(2)
-        retired = Signal(init=1)  # every pass before the current one has retired
+        # Passes whose last step has started, and that have not retired; sets of tokens among them.
+        unretired, sets_open = (
+            Signal(range(config.y_banks + 1), name=name) for name in ("unretired", "sets_open"))
         y_free = Signal()  # in the next cycle
         m.d.comb += [
             group_end.eq(self.o_take & last_step),
-            y_free.eq(retired | self.o_retired),
             operand_next.eq(Mux(
                 group_end,
                 ~section.hidden | reached_then,
@@ -214,8 +222,12 @@ class Sequencer(wiring.Component):
             self.o_tag.x_bank.eq(current.x_bank),
             self.o_tag.slot_bank.eq(current.slot_bank),
             self.o_tag.fresh.eq(fresh),
+            self.o_tag.y_bank.eq(y_bank),
             self.o_tag.last.eq(last_group & last_tile),
+            self.o_tag.row_order.eq(order),
         ]
+        if config.bias:
+            m.d.comb += self.o_tag.biased.eq(section.dims.biased)
         section_end = Signal()
         first_group = [
             group.eq(0), slots_left.eq(current.count), slots_through.eq(per_group),
@@ -243,7 +255,7 @@ class Sequencer(wiring.Component):
                         *first_group,
                         tiles_left.eq(tiles_left - 1),
                         last_tile.eq(tiles_left == 2),
-                        row.eq(row + (1 << tile_rows_log2)),
+                        row.eq(row + tile_rows),
                     ]
                     m.d.comb += section_end.eq(last_tile)
 
@@ -256,6 +268,16 @@ class Sequencer(wiring.Component):
         ]
 
         # -- sections
+        def lacking_of(code):
+            """Return the rows that the array has and a tile of a format has not."""
+            value = 0
+            for fewer in {config.rows - f.rows(config.row_multipliers)
+                          for f in config.weight_formats} - {0}:
+                some = [f for f in config.weight_formats
+                        if config.rows - f.rows(config.row_multipliers) == fewer]
+                value = value | layouts.is_format(code, some).replicate(len(lacking)) & fewer
+            return value
+
         begin = Signal()
         coming = Signal(layouts.section_work(config))  # the section that ``begin`` starts
         m.d.comb += coming.eq(current.work.sections[0])
@@ -269,7 +291,8 @@ class Sequencer(wiring.Component):
             m.d.sync += [
                 *first_group,
                 section.eq(coming),
-                packed.eq(layouts.is_packed(config, coming.dims.format)),
+                order.eq(layouts.row_order(config, coming.dims.format)),
+                lacking.eq(lacking_of(coming.dims.format)),
                 position.eq(0),
                 row.eq(0),
                 steps_last.eq(coming.dims.steps - 1),
@@ -288,7 +311,7 @@ class Sequencer(wiring.Component):
         m.d.sync += [loads.eq(loads_next), x_there.eq(current.same | (loads_next != 0)),
                      Assert(~self.i_loaded | (loads != 3), "loads must not be lost")]
         finished = Signal()  # the last step of a pass has started
-        with m.FSM(name="issue"):
+        with m.FSM(name="issue") as issue:
             with m.State("PASS"):
                 m.d.comb += self.i_pass.ready.eq(1)
                 m.d.sync += [
@@ -303,7 +326,8 @@ class Sequencer(wiring.Component):
                 with m.If(x_there):
                     m.d.comb += [
                         taken_load.eq(~current.same), self.o_pass_start.eq(1), begin.eq(1)]
-                    m.d.sync += [fresh.eq(~current.same), final.eq(current.work.single)]
+                    m.d.sync += [fresh.eq(~current.same), final.eq(current.work.single),
+                                 y_bank.eq(y_bank + ~current.same)]
                     m.next = "SECTION"
             with m.State("SECTION"):
                 with m.If(section_end):
@@ -311,7 +335,6 @@ class Sequencer(wiring.Component):
                     m.next = "HIDDEN"
                     with m.If(final):
                         m.d.comb += finished.eq(1)
-                        m.d.sync += retired.eq(0)
                         m.next = "PASS"
             with m.State("HIDDEN"):
                 m.d.comb += [self.o_hidden_start.eq(1), waiting_x.eq(1)]
@@ -322,36 +345,84 @@ class Sequencer(wiring.Component):
                 m.d.sync += final.eq(1)
                 m.next = "SECTION"
 
-        # -- retiring
-        leaving = Signal(pass_descriptor(config))
-        has_next, next_same = Signal(), Signal()
-        held = Signal()  # the issue FSM already holds the pass behind the leaving one
+        m.d.sync += [
+            self.o_x_can_wait.eq(~issue.ongoing("PASS") & ~issue.ongoing("X")),
+            self.o_y_can_wait.eq(in_section & operand),
+        ]
+
+        # -- retiring: one pass after another; behind the one that does another may wait
         left = Signal()  # a cycle later, while ``current`` is still the pass that finished
-        m.d.sync += left.eq(finished)
-        with m.If(self.i_pass.valid & self.i_pass.ready):
-            m.d.sync += held.eq(1)
-        with m.Elif(left):
-            m.d.sync += held.eq(0)
+        leaving, behind = (Signal(_leaving(config), name=name) for name in ("leaving", "behind"))
+        behind_valid = Signal()
+        new = Signal(_leaving(config))
         m.d.comb += [
-            has_next.eq(held | self.i_pass.valid),
-            next_same.eq(Mux(held, current.same, self.i_pass.p.same)),
+            new.slot_bank.eq(current.slot_bank), new.y_bank.eq(y_bank), new.count.eq(current.count),
+            new.last.eq(current.last),
             self.o_drain.p.slot_bank.eq(leaving.slot_bank),
+            self.o_drain.p.y_bank.eq(leaving.y_bank),
             self.o_drain.p.count.eq(leaving.count),
         ]
+        # Whether a pass has the tokens of the one before, once for each that has one before it.
+        accepted = Signal()
+        decided = Signal()
+        undecided = Signal(range(config.y_banks + 2))  # passes that were accepted
+        same_next = Signal(config.y_banks + 1)  # of those that follow them, from bit 0 on
+        known = Signal(range(config.y_banks + 2))
+        followed = Signal()
+        has_next, next_same = Signal(), Signal()
+        m.d.comb += [
+            accepted.eq(self.i_pass.valid & self.i_pass.ready),
+            followed.eq(accepted & (undecided != 0)),
+            has_next.eq((known != 0) | accepted),
+            next_same.eq(Mux(known == 0, self.i_pass.p.same, same_next[0])),
+        ]
+        taken = Signal()  # by the pass that decides
+        m.d.comb += taken.eq(decided & has_next)
+        m.d.sync += [
+            left.eq(finished),
+            undecided.eq(undecided + accepted - decided),
+            known.eq(known + followed - taken),
+            Assert(~accepted | decided | (undecided != config.y_banks + 1), "too many passes"),
+        ]
+        for i in range(len(same_next)):
+            shifted = same_next[i + 1] if i + 1 < len(same_next) else C(0)
+            m.d.sync += same_next[i].eq(Mux(
+                followed & (known == i + taken), self.i_pass.p.same,
+                Mux(taken, shifted, same_next[i])))
+        # Outputs of passes that are in the y buffer, beyond those of the pass that is waited for.
+        done = Signal(range(config.y_banks + 1))
+        consumed = Signal()
+        drains = Signal()  # the pass that retires
+        m.d.comb += self.o_x_free.eq(self.i_down_done)
+        m.d.sync += [
+            done.eq(done + self.i_down_done - consumed),
+            unretired.eq(unretired + finished - self.o_retired),
+            sets_open.eq(sets_open + (finished & ~current.same) - (self.o_retired & drains)),
+        ]
+        all_retired = (unretired == 0) | ((unretired == 1) & self.o_retired)
+        m.d.comb += y_free.eq(all_retired)
+        if config.y_banks > 1:
+            with m.If(~current.same):
+                m.d.comb += y_free.eq((sets_open != config.y_banks) | (self.o_retired & drains))
         with m.FSM(name="retire") as retire:
             with m.State("IDLE"):
-                m.d.sync += leaving.eq(current)
+                m.d.sync += leaving.eq(new)
                 with m.If(left):
                     m.next = "RESULTS"
             with m.State("RESULTS"):
-                with m.If(self.i_down_done):
+                with m.If(self.i_down_done | (done != 0)):
+                    m.d.comb += consumed.eq(1)
                     m.next = "DECIDE"
             with m.State("DECIDE"):
+                m.d.sync += drains.eq(1)
                 with m.If(has_next & ~leaving.last):
+                    m.d.comb += decided.eq(1)
                     m.next = "DRAIN"
                     with m.If(next_same):
+                        m.d.sync += drains.eq(0)
                         m.next = "RETIRE"
                 with m.Elif(leaving.last | self.i_ended):
+                    m.d.comb += decided.eq(1)
                     m.next = "DRAIN"
             with m.State("DRAIN"):
                 m.d.comb += self.o_drain.valid.eq(1)
@@ -362,11 +433,26 @@ class Sequencer(wiring.Component):
                     m.next = "RETIRE"
             with m.State("RETIRE"):
                 m.d.comb += self.o_retired.eq(1)
-                m.d.sync += retired.eq(1)
+                m.d.sync += [leaving.eq(Mux(behind_valid, behind, new)), behind_valid.eq(0)]
                 m.next = "IDLE"
+                with m.If(behind_valid | left):
+                    m.next = "RESULTS"
+        with m.If(left & ~retire.ongoing("IDLE")
+                  & (~retire.ongoing("RETIRE") | behind_valid)):
+            m.d.sync += [behind.eq(new), behind_valid.eq(1)]
         m.d.sync += [
-            Assert(~left | retire.ongoing("IDLE"), "one pass must retire at a time"),
-            Assert(~self.i_down_done | retire.ongoing("RESULTS"), "nobody waits for i_down_done"),
+            Assert(~left | ~behind_valid | retire.ongoing("RETIRE"), "too many passes retire"),
             Assert(~self.i_drained | retire.ongoing("DRAINING"), "nobody waits for i_drained"),
+            Assert(~self.i_down_done | (unretired != 0), "no pass waits for i_down_done"),
         ]
         return m
+
+
+def _leaving(config):
+    """Return what is known of a pass whose steps have started: its slots and sums."""
+    return data.StructLayout({
+        "slot_bank": layouts.slot_bank_bits(config),
+        "y_bank": layouts.y_bank_bits(config),
+        "count": range(config.max_slots + 1),
+        "last": 1,
+    })

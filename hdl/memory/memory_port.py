@@ -53,8 +53,8 @@ class MemoryPort(wiring.Component):
     ``config.max_burst_beats`` beats, hence within a 4 KiB page. Reader i uses ARID i; between
     readers the lowest number wins, decided burst by burst. At least 60 bursts of each reader may
     be outstanding. Answers are routed by RID and may come in any order between readers. RREADY and
-    BREADY are constantly 1. One write request is served at a time (writer 0 first); AW runs a
-    few bursts (WRITE_AHEAD_BURSTS) ahead of W.
+    BREADY are constantly 1. One writer is served at a time (writer 0 first), until all that
+    it has asked for is acknowledged; AW runs a few bursts (WRITE_AHEAD_BURSTS) ahead of W.
 
     A burst that is not wholly inside ``[window_base, window_limit)`` never reaches the bus. A
     reader gets its beats as zeros, in order, once it has nothing outstanding (no new read bursts
@@ -391,7 +391,7 @@ class MemoryPort(wiring.Component):
 
     def _write(self, m, kept, writers, flushing, flushing_next, inside, address_of,
                owner_valid, write_issued, write_allowed, b_error):
-        """Serve one write request at a time; the last four signals say what goes on."""
+        """Serve one writer at a time; the last four signals say what goes on."""
         config = self._config
         axi = self.axi_mem
         shift = exact_log2(config.port_bytes)
@@ -401,22 +401,29 @@ class MemoryPort(wiring.Component):
         owner = Signal(range(max(2, len(writers))))
         feeds = Signal(len(writers))  # whose data W may take: the owner's, unless flushing
         m.submodules.write_splitter = splitter = BurstSplitter(config)
-        # The splitter is empty while there is no owner.
+        # The splitter is empty while there is no owner; the owner's next request waits for it.
         accepted = Signal()
+        taken = Signal()
         request = Signal(read_request(config))
         m.d.comb += [
             splitter.drop.eq(flushing),
             splitter.request.valid.eq(accepted),
             splitter.request.payload.eq(request),
         ]
-        m.d.sync += accepted.eq(0)
+        with m.If(splitter.request.ready):
+            m.d.sync += accepted.eq(0)
         free = ~owner_valid & ~flushing
         for i, writer in enumerate(writers):
-            m.d.comb += writer.request.ready.eq(free)
-            with m.If(free & writer.request.valid):
+            ready = Signal(name=f"ready{i}")
+            m.d.comb += [
+                ready.eq(free | (feeds[i] & ~accepted & ~flushing)), writer.request.ready.eq(ready)]
+            with m.If(ready & writer.request.valid):
+                m.d.comb += taken.eq(1)
                 m.d.sync += [owner_valid.eq(1), owner.eq(i), feeds[i].eq(1), accepted.eq(1),
                              request.eq(writer.request.payload)]
             free = free & ~writer.request.valid
+        with m.If(flushing):
+            m.d.sync += accepted.eq(0)
 
         granted = Signal()
         checked_valid = Signal()
@@ -534,7 +541,7 @@ class MemoryPort(wiring.Component):
         m.d.sync += self.write_beat.eq(w_valid & axi.wready & w_strobe)
 
         asked = Signal()
-        # B: count; the request is done when nothing of it is left anywhere.
+        # B: count; requests are done when nothing of them is left anywhere.
         m.d.sync += [
             b_error.eq(axi.bvalid & axi.bresp[1]),
             unanswered.eq(unanswered + Mux(asked == axi.bvalid, 0, Mux(asked, 1, -1))),
@@ -547,7 +554,7 @@ class MemoryPort(wiring.Component):
                 bursts_any, next_valid, w_active, w_spare_valid, w_valid, unanswered).any()),
         ]
         finished = Signal()
-        m.d.comb += finished.eq(owner_valid & writes_done)
+        m.d.comb += finished.eq(owner_valid & writes_done & ~taken)
         with m.If(finished):
             m.d.sync += owner_valid.eq(0)
         with m.If(finished | flushing_next):

@@ -16,8 +16,7 @@ from moeaccel.hdl.router.score_unit import SCORE_WIDTH, ScoreMode, ScoreUnit
 from moeaccel.hdl.router.top_selector import TopSelector
 from moeaccel.hdl.router.weight_unit import WeightUnit
 from moeaccel.hdl.unchecked_memory import unchecked_memory
-from moeaccel.router.choices import Renormalize, Score
-from moeaccel.router.settings import GROUPS_MAX
+from moeaccel.router.choices import GROUPS_MAX, Renormalize, Score
 from moeaccel.router.tables import KEY_BITS, RECIPROCAL, SCORE_BITS, VALUE_BITS, WORD_BITS
 
 __all__ = ["DIVIDE_CYCLES", "SETTLE_CYCLES", "TokenRouter"]
@@ -116,7 +115,8 @@ class TokenRouter(wiring.Component):
         Write port of what is added to the logits, signed(32). Between tokens.
     extra_w_en, extra_w_address, extra_w_data : :py:`In`
         Write port of the selection bias, signed(32), in units of a logit or, where keys are scores,
-        of 2**-22. The least number: this expert is never chosen. Between tokens.
+        of 2**-22. The least number: this expert is never chosen. Between tokens. Neither memory is
+        looked at where the form has no tables.
     i_logit : :py:`In(stream.Signature(layouts.fixed_logit()))`
         ``i_form.experts`` for each token.
     o_saturated : :py:`Out(1)`
@@ -212,7 +212,7 @@ class TokenRouter(wiring.Component):
         pipe = Pipeline(m, take, name="load")
         s = pipe.stage(logit=self.i_logit.p.value, beyond=self.i_logit.p.beyond,
                        index=index[:w.id_bits], bank=bank, first=index == 0, last=last)
-        total = s.logit + bias_read.data
+        total = s.logit + Mux(form.tables, bias_read.data, 0)
         s = pipe.stage(total=total, beyond=s.beyond, index=s.index, bank=s.bank, first=s.first,
                        last=s.last)
         high, low = s.total > _MOST, s.total < _LEAST
@@ -299,8 +299,9 @@ class TokenRouter(wiring.Component):
 
         pipe = Pipeline(
             m, Mux(w.direct, w.fed_valid, score.valid) & selecting, name="key")
-        key = Mux(w.direct, w.read_data, Cat(behind.value, C(0, 1)).as_signed()) + read.data
-        s = pipe.stage(key=key, never=read.data == _LEAST,
+        key = Mux(w.direct, w.read_data, Cat(behind.value, C(0, 1)).as_signed()) + Mux(
+            form.tables, read.data, 0)
+        s = pipe.stage(key=key, never=form.tables & (read.data == _LEAST),
                        id=Mux(w.direct, w.fed.id, behind_tag.id))
         clipped = Signal(signed(WORD_BITS + 1))
         m.d.comb += clipped.eq(Mux(s.never | (s.key < _LEAST), _LEAST,

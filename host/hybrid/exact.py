@@ -3,8 +3,8 @@
 Experts are computed by the golden model, and their weighted outputs are summed as integers on the
 layer's grid. The accelerator's part comes as float32, which holds sums of up to 2^24 grid units
 exactly; then both together are rounded once, and y has the bits that the accelerator alone would
-give. A larger sum of the accelerator's part was rounded to 24 bits before. (``grid_exponent=`` makes
-the grid coarser, so that none is.) It runs in this process, whatever device x is on.
+give. A larger sum of the accelerator's part was rounded to 24 bits before; ``grid_exponent=`` can
+make the grid coarser, so that none is. It runs in this process, whatever device x is on.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
+from moeaccel import activations
 from moeaccel.formats import QuantisedMatrix
 from moeaccel.host.errors import UnsupportedExperts
 from moeaccel.host.layers import Experts
@@ -20,7 +21,8 @@ __all__ = ["ACTIVATIONS", "Grouped"]
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": functional.silu, "relu": functional.relu, "gelu": functional.gelu,
     "gelu_tanh": lambda g: functional.gelu(g, approximate="tanh"),
-    "relu2": lambda g: functional.relu(g).square()}
+    "relu2": lambda g: functional.relu(g).square(),
+    "gpt_oss": lambda g: g * (1.702 * g).sigmoid()}
 """Those of :data:`moeaccel.activations.ACTIVATIONS`, for torch."""
 
 
@@ -61,7 +63,7 @@ class Grouped:
     Raises
     ------
     UnsupportedExperts
-        If experts differ in activation, limit or width.
+        If experts differ in activation, limit or width, or have biases.
     """
 
     def __init__(self, experts: Experts, device: torch.device) -> None:
@@ -70,8 +72,13 @@ class Grouped:
             raise UnsupportedExperts(
                 f"experts of a layer must be alike on the torch device, but are of {len(kinds)} "
                 "kinds of activation, limit and width; resident_math=\"exact\" takes them")
+        if any(s.gate_up_biased or s.down_biased for s in experts.shapes):
+            raise UnsupportedExperts(
+                "experts must have no biases on the torch device in bfloat16; "
+                "resident_math=\"exact\" takes them")
         activation, self._gated, self._limit, _ = kinds.pop()
         self._activation = ACTIVATIONS[activation]
+        self._up_offset = activations.activation(activation).up_offset
         self._device = device
         self._d_model = experts.shapes[0].d_model
         self._sections = experts.shapes[0].sections
@@ -125,7 +132,7 @@ class Grouped:
             gate = gate.clamp(max=self._limit)
             up = None if up is None else up.clamp(-self._limit, self._limit)
         h = self._activation(gate)
-        return (h if up is None else h * up).contiguous()
+        return (h if up is None else h * (up + self._up_offset)).contiguous()
 
     def join(self, like: torch.Tensor, own: torch.Tensor | None, rows: NDArray[np.int64],
              theirs: torch.Tensor | None) -> torch.Tensor:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from moeaccel.host.errors import HostError, InvalidOption
+from moeaccel.host.errors import HostError, InvalidOption, UnsupportedExperts
 from moeaccel.host.hybrid.counters import Counters, table
 from moeaccel.host.hybrid.exact import Exact
 from moeaccel.host.hybrid.grouped import Grouped
@@ -42,7 +42,7 @@ from moeaccel.host.policies.residency.pinned import Pinned
 from moeaccel.host.policies.systems import System, system
 from moeaccel.host.tensors import indices
 from moeaccel.image import ExpertShape
-from moeaccel.zoo import Model
+from moeaccel.zoo import model
 
 __all__ = ["Hybrid", "ResidentMath"]
 
@@ -365,6 +365,10 @@ class Hybrid:
         found = self._by_experts.get(experts)
         if found is not None:
             return found
+        if experts.shared_shapes:
+            raise UnsupportedExperts(
+                f"a hybrid layer must have no shared experts on the device, which every token "
+                f"needs, but {len(experts.shared_shapes)}; leave them to the torch device")
         shape = experts.num_experts, experts.shapes[0]
         if self._shape is None:
             self._begin(experts, x.device, layers)
@@ -394,14 +398,14 @@ class Hybrid:
         """Make the policies, at the first call."""
         shape = experts.shapes[0]
         believed = self._on or machine("cpu" if device.type == "cpu" else "h100")
-        model = Model(
-            name="the model", hf_id=None, n_layers=layers, n_moe_layers=layers,
-            d_model=shape.d_model, d_expert=shape.d_expert, n_experts=experts.num_experts,
-            top_k=1, n_shared=0, router_flavour="", act=shape.activation, ffn="glu",
-            expert_bias=False, native_dtype="", tf_class=None, tf_pluggable=None)
+        known = model("olmoe-1b-7b")  # of its kind; what counts is replaced
+        this = dataclasses.replace(
+            known, name="the model", layers=layers, moe_layers=layers, d_model=shape.d_model,
+            n_experts=experts.num_experts, shared=None,
+            expert=dataclasses.replace(known.expert, d_expert=shape.d_expert))
         name = shape.format.name
-        costs = believed.holding(model, name).layer(
-            model, weight_format_name=name, activation_bits=8 * experts._planes)
+        costs = believed.holding(this, name).layer(
+            this, weight_format_name=name, activation_bits=8 * experts._planes)
         slots = slots_of(self.gpu_bytes, costs, layers)
         part = self.system.residency
         keep: Residency | None = None

@@ -65,7 +65,7 @@ class ExpertLayer:
     families : tuple of :class:`str`
         How its weights are stored.
     biases : tuple of :class:`str`
-        Tensors of biases, which the device has not.
+        Tensors of biases, which are not imported.
     """
 
     index: int
@@ -170,8 +170,9 @@ class Checkpoint:
         found = self.layers[layer]
         if found.biases and not drop_biases:
             raise UnsupportedExperts(
-                f"experts of layer {layer} must have no bias, which the device has not, but "
-                f"{found.biases[0]!r} is there; drop_biases=True leaves biases out")
+                f"experts of layer {layer} must have no bias, which importing does not take, but "
+                f"{found.biases[0]!r} is there; drop_biases=True leaves biases out, and "
+                "Device.load_experts takes them")
 
         def one(e: int) -> tuple[Expert, Fit]:
             names = (f"{part} of expert {e} of layer {layer} of {self.path}"

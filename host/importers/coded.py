@@ -237,6 +237,7 @@ def _recode(coded: Coded, fmt: WeightFormat, exact: bool, quantiser: str, what: 
     reasons = {
         "no minimum": np.full(there.shape, coded.minimum is None),
         f"integers that {fmt.name} has": _known(grouped, fmt),
+        "integers of one zero point in a group": fmt.whole_groups(grouped),
         f"one scale for each {fmt.group} weights": one_scale,
         f"scales of at most {SIGNIFICAND_BITS} bits" if fmt.real_scale
         else "powers of two for scales":
@@ -276,7 +277,7 @@ def _recode(coded: Coded, fmt: WeightFormat, exact: bool, quantiser: str, what: 
                          shift[anew].astype(np.int32) + row_exponent[rows])
         inverse = np.divide(1.0, scale, out=np.zeros_like(scale), where=scale > 0)
         part = _grouped(weights, fmt.group)[rows, columns].astype(np.float64)
-        integers[rows, columns] = fmt.nearest(part * inverse[:, None])
+        integers[rows, columns] = fmt.nearest_groups(part * inverse[:, None])
     quantised = QuantisedMatrix(
         fmt, np.ascontiguousarray(integers.reshape(n, -1)[:, :k]), stored, shift, row_exponent,
         int(coarsened.sum()))
@@ -290,10 +291,11 @@ def _recode(coded: Coded, fmt: WeightFormat, exact: bool, quantiser: str, what: 
 
 def _known(integers: NDArray[np.int8], fmt: WeightFormat) -> NDArray[np.bool_]:
     """Return which groups hold nothing but integers of a format."""
-    if fmt.table is None and fmt.low <= integers.min() and integers.max() <= fmt.high:
+    if len(fmt.known) == fmt.high - fmt.low + 1 and (
+            fmt.low <= integers.min() and integers.max() <= fmt.high):
         return np.ones(integers.shape[:2], bool)
     unknown = np.ones(256, np.int8)
-    unknown[fmt.integers[(fmt.integers >= fmt.low) & (fmt.integers <= fmt.high)]] = 0
+    unknown[fmt.known] = 0
     return ~_any(unknown[integers.view(np.uint8)])
 
 

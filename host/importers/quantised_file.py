@@ -11,7 +11,8 @@ of the matrices ``gate_up``, (E, 2 I, H) with rows g0, u0, g1, u1, ..., and ``do
     the first in its low half, and the last byte of an odd K has a zero.
 ``scales``
     (E, n, groups): uint16 of formats with real scales, the significand in bits 0 to 10 and the
-    shift above; else uint8, the shift.
+    shift above, uint32 of those with zero points, which are in bits 16 to 19; else uint8, the
+    shift.
 ``row_exponents``
     int16, (E, n).
 
@@ -34,7 +35,6 @@ from numpy.typing import NDArray
 
 from moeaccel.errors import FormatError, OutputError
 from moeaccel.formats import QuantisedMatrix, WeightFormat, weight_format as find_format
-from moeaccel.formats.base import SIGNIFICAND_BITS
 from moeaccel.host.importers.checkpoint import Checkpoint
 from moeaccel.host.importers.coded import Fit
 from moeaccel.host.importers.errors import DamagedCheckpoint, ForeignCheckpoint
@@ -79,43 +79,34 @@ def _shapes(fmt: WeightFormat, layer: LayerSummary) -> dict[str, dict[str, tuple
                          ("down", layer.d_model, layer.d_expert)):
         found[matrix] = {
             "codes": ("U8", [layer.experts, n, -(-k * fmt.weight_bits // 8)]),
-            "scales": ("U16" if fmt.real_scale else "U8",
+            "scales": (f"U{fmt.scale_bits}",
                        [layer.experts, n, -(-k // fmt.group)]),
             "row_exponents": ("I16", [layer.experts, n])}
     return found
 
 
-_BYTES = {"U8": 1, "U16": 2, "I16": 2}
+_BYTES = {"U8": 1, "U16": 2, "U32": 4, "I16": 2}
 
 
 def _parts(matrix: QuantisedMatrix) -> dict[str, NDArray[Any]]:
     """Return what a file holds of a matrix."""
     fmt = matrix.format
-    codes = fmt.encode(matrix.integers)
+    codes, scales = fmt.stored(matrix)
     if fmt.packed:
         codes = np.pad(codes, ((0, 0), (0, codes.shape[1] % 2)))
         codes = codes[:, 0::2] | codes[:, 1::2] << 4
-    if fmt.real_scale:
-        scales = (matrix.shift.astype(np.uint16) << SIGNIFICAND_BITS
-                  | matrix.significand.view(np.uint16))
-    else:
-        scales = matrix.shift.astype(np.uint8)
-    return {"codes": codes, "scales": scales, "row_exponents": matrix.row_exponent}
+    return {"codes": codes, "scales": scales.astype(f"u{fmt.scale_bits // 8}"),
+            "row_exponents": matrix.row_exponent}
 
 
 def _matrix(fmt: WeightFormat, k: int, parts: dict[str, NDArray[Any]]) -> QuantisedMatrix:
     """Return the matrix that a file holds: the inverse of :func:`_parts`."""
     codes: NDArray[np.uint8] = parts["codes"]
-    scales = parts["scales"]
     if fmt.packed:
         nibbles = np.stack([codes & 15, codes >> 4], axis=2).astype(np.uint8)
         codes = nibbles.reshape(len(codes), -1)[:, :k]
-    mask = (1 << SIGNIFICAND_BITS) - 1
-    return QuantisedMatrix(
-        fmt, fmt.decode(np.ascontiguousarray(codes)),
-        (scales & mask if fmt.real_scale else np.ones_like(scales)).astype(np.int16),
-        (scales >> SIGNIFICAND_BITS if fmt.real_scale else scales).astype(np.int8),
-        parts["row_exponents"].astype(np.int16), 0)
+    return fmt.restored(np.ascontiguousarray(codes), parts["scales"],
+                        parts["row_exponents"].astype(np.int16))
 
 
 class QuantisedExperts(Sequence[Expert]):

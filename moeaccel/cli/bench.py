@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moeaccel.cli import calls, policies
+from moeaccel.cli import calls, policies, quality
 from moeaccel.cli.output import Status, print_json
 from moeaccel.config import MEMORY_LATENCY_CYCLES
-from moeaccel.formats import FORMATS
+from moeaccel.formats import ALL_FORMATS
 
 if TYPE_CHECKING:
     from moeaccel.config import AcceleratorConfig
@@ -21,6 +21,7 @@ app = typer.Typer(no_args_is_help=True, help="Measure layers of real size on the
 
 app.command("policies")(policies.compare)
 app.command("call")(calls.call)
+app.command("quality")(quality.quality)
 
 
 class DeviceKind(StrEnum):
@@ -59,7 +60,7 @@ def _known_format(name: str) -> str:
 
 
 Format = Annotated[str, typer.Option(
-    callback=_known_format, help=f"Weight format: {', '.join(FORMATS)}.")]
+    callback=_known_format, help=f"Weight format: {', '.join(ALL_FORMATS)}.")]
 Device = Annotated[DeviceKind, typer.Option(
     help="The RTL (Verilated, exact cycles), or the golden model (cycles of the cycle model).")]
 Config = Annotated[str, typer.Option(help="Preset of the accelerator.")]

@@ -7,6 +7,11 @@ from moeaccel.cycles.job import Job
 from moeaccel.cycles.memory_port import MemoryPort
 from moeaccel.cycles.schedule import Process, Read, Schedule
 
+PACE = 4
+"""ActivationLoader: rows whose time one takes that can wait."""
+POLL_CYCLES = 8
+"""How often it is looked whether somebody waits."""
+
 
 class ActivationLoader:
     """Rows of x, one after another.
@@ -27,14 +32,16 @@ class ActivationLoader:
         """Fetch and quantise the rows of pass ``n``; the line buffer holds two.
 
         A row: 2 cycles to look up its token, a multiplication by the steps, the request. When its
-        last beat is through the tree of maxima it leaves, ``quantiser_lanes`` elements a cycle.
+        last beat is through the tree of maxima it leaves, ``quantiser_lanes`` elements a cycle, but
+        not more than a beat.
         """
         job, config = self._job, self._job.config
         beats = job.beats(job.d_in, job.x_type.bytes)
-        groups = job.d_in // config.quantiser_lanes
+        groups = max(beats, job.d_in // config.quantiser_lanes)
         tree = 2 + (config.port_bytes // 4).bit_length() - 1
         count = len(job.passes[n].tokens)
         rows: list[Read] = []
+        before = self._job.events[n - 1].issued if n and config.y_banks > 1 else None
         left = -1  # last group of the row that left last
         lookup = cycle + 1
         for row in range(count + 2):
@@ -44,6 +51,11 @@ class ActivationLoader:
             if row < count:
                 token = max(lookup + 1, left + 1)
                 request = token + 2 + job.steps_in.bit_length()
+                if row and before is not None:
+                    turn = lookup + PACE * beats
+                    while request < turn and before.cycle + 1 > request:
+                        yield request
+                        request = min(request + POLL_CYCLES, turn)
                 yield request
                 rows.append(self._port.read(request, beats))
                 lookup = request + 1

@@ -59,6 +59,7 @@ class Dispatcher:
             cycle = request + 5
         cycle = self._sort(cycle)
 
+        banks = job.config.slot_banks
         last_load: Event | None = None
         resident: tuple[int, ...] = ()
         for n, (now, events) in enumerate(zip(job.passes, job.events, strict=True)):
@@ -68,8 +69,8 @@ class Dispatcher:
                 cycle = max(cycle, offered.cycle)
                 self._schedule.set(self._table.taken[now.expert], cycle)
                 cycle += 1
-            if n >= 2:  # one pass runs, one is prepared
-                retired = job.events[n - 2].retired
+            if n >= banks:  # as many as there are slot tables
+                retired = job.events[n - banks].retired
                 yield retired
                 cycle = max(cycle, retired.cycle + 1)
             yield cycle
@@ -92,6 +93,10 @@ class Dispatcher:
                 if last_load is not None:
                     yield last_load
                     cycle = max(cycle, last_load.cycle)
+                user = job.x_user(n)
+                if user is not None and banks > 2:  # of what was in the bank of x
+                    yield job.events[user].in_y
+                    cycle = max(cycle, job.events[user].in_y.cycle + 2)
                 yield cycle
                 last_load = events.x_loaded
                 self._schedule.start(cycle, self._loader.load(n, cycle))

@@ -12,8 +12,8 @@ QUANTISER_CYCLES = 9
 """BlockQuantiser: from the last elements of a block to the lane buffer."""
 
 
-def ready_cycles(config: AcceleratorConfig, taken: int, d_expert: int, through: list[int]
-                 ) -> list[int]:
+def ready_cycles(config: AcceleratorConfig, taken: int, d_expert: int, through: list[int], *,
+                 biased: bool = False) -> list[int]:
     """Return the cycle in which h of each group is there.
 
     Elements, h, and three registers until all of it is known to be there; then slot by slot through
@@ -26,8 +26,11 @@ def ready_cycles(config: AcceleratorConfig, taken: int, d_expert: int, through: 
     d_expert : :class:`int`
     through : list of int
         Slots of the groups up to each.
+    biased : :class:`bool`
+        The rows have biases.
     """
     tree = config.channels.bit_length() - 1
-    all_there = taken + element_cycles(config) - 1 + ACTIVATION_CYCLES + 3 + tree
+    element = element_cycles(config, biased=biased)
+    all_there = taken + element - 1 + ACTIVATION_CYCLES + 3 + tree
     groups = d_expert // config.quantiser_lanes
     return [all_there + slot * groups + QUANTISER_CYCLES + 5 for slot in through]

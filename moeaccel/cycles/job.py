@@ -86,6 +86,24 @@ class Job:
         """Of each pass."""
         return tuple(PassEvents() for _ in self.passes)
 
+    @cached_property
+    def sets(self) -> tuple[int, ...]:
+        """Of each pass: the last pass of the set of tokens before its own; -1 if there is none."""
+        before, found = -1, []
+        for n, now in enumerate(self.passes):
+            if not now.same:
+                before = n - 1
+            found.append(before)
+        return tuple(found)
+
+    def x_user(self, n: int) -> int | None:
+        """Return the last pass of the set before the one before that of pass ``n``, if any.
+
+        Its x was where that of pass ``n`` goes, and its y, if there are two banks.
+        """
+        before = self.sets[n]
+        return self.sets[before] if before >= 0 and self.sets[before] >= 0 else None
+
     @property
     def per_group(self) -> int:
         """Tokens of a group."""

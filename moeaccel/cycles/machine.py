@@ -32,7 +32,8 @@ class Machine:
         self._streamer = WeightStreamer(job.config, port)
         self._tiles = TileBuffer(job.config, schedule, self._streamer)
         self._sequencer = Sequencer(job, schedule, self._tiles)
-        self._combiner = Combiner(job, schedule, port)
+        self._combiner = Combiner(
+            job, schedule, port, lambda: self._sequencer.stands)
         self._dispatcher = Dispatcher(
             job, schedule, port, self._streamer, self._tiles,
             ActivationLoader(job, schedule, port), self._combiner,

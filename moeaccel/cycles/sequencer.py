@@ -10,7 +10,7 @@ import numpy as np
 from moeaccel.cycles.combiner import COMBINER_CYCLES
 from moeaccel.cycles.hidden_buffer import ready_cycles
 from moeaccel.cycles.job import Job
-from moeaccel.cycles.result_serialiser import RESULTS, Results, element_cycles
+from moeaccel.cycles.result_serialiser import ADDER_CYCLES, RESULTS, Results, element_cycles
 from moeaccel.cycles.schedule import Schedule
 from moeaccel.cycles.tile_buffer import TileBuffer, Words
 
@@ -31,12 +31,15 @@ class Sequencer:
     Attributes
     ----------
     busy, starved_weights, starved_activations, stalled_output : :class:`int`
+    stands : tuple of int, optional
+        It waits for sums of that pass to leave, from that cycle on.
     """
 
     def __init__(self, job: Job, schedule: Schedule, tiles: TileBuffer) -> None:
         self._job = job
         self._schedule = schedule
         self._tiles = tiles
+        self.stands: tuple[int, int] | None = None
         self.busy = self.starved_weights = self.starved_activations = self.stalled_output = 0
 
     def run(self) -> Iterator[None]:
@@ -45,8 +48,7 @@ class Sequencer:
         per_group = job.per_group
         results = Results()
         index = 0
-        retired = None
-        for now, events in zip(job.passes, job.events, strict=True):
+        for n, (now, events) in enumerate(zip(job.passes, job.events, strict=True)):
             while not events.handed.known:
                 yield
             count = len(now.tokens)
@@ -64,13 +66,18 @@ class Sequencer:
                 ready = [0] * len(slots)
                 if down:
                     free = 0
-                    if retired is not None:
+                    before = self._in_y_bank(n)
+                    if before is not None:
+                        retired = job.events[before].retired
                         while not retired.known:
+                            self.stands = before, results.end
                             yield
+                        self.stands = None
                         free = retired.cycle + 1
                     ready = [free] * len(slots)
                     if len(sections) > 1:
-                        hidden = ready_cycles(config, results.taken, section.k, through)
+                        hidden = ready_cycles(config, results.taken, section.k, through,
+                                              biased=results.biased)
                         ready = [max(free, cycle) for cycle in hidden]
                         results.end += 2  # the hidden buffer is started
                         self.starved_activations += 2
@@ -79,10 +86,16 @@ class Sequencer:
                 yield from self._section(words, results, slots, ready)
             self._schedule.set(events.issued, results.end)
             self._schedule.set(
-                events.in_y, results.taken + element_cycles(config) - 1 + COMBINER_CYCLES)
-            retired = events.retired
+                events.in_y, results.taken + COMBINER_CYCLES - 1
+                + element_cycles(config, biased=results.biased))
         while True:
             yield
+
+    def _in_y_bank(self, n: int) -> int | None:
+        """Return the pass that must have retired before sums of pass ``n`` come, if any."""
+        if self._job.config.y_banks > 1 and not self._job.passes[n].same:
+            return self._job.x_user(n)
+        return n - 1 if n else None
 
     def _section(self, words: Words, results: Results, slots: list[int], ready: list[int]
                  ) -> Iterator[None]:
@@ -102,6 +115,8 @@ class Sequencer:
         arrived, began, ended = words.arrived, words.began, words.ended
         taken = deque(results.history, RESULTS)
         end = results.end
+        # Rows without biases wait until the adder is empty.
+        passes = results.taken + ADDER_CYCLES if results.biased and not words.section.biased else -1
         for tile in range(words.settled):
             while len(arrived) <= tile:
                 yield
@@ -121,7 +136,7 @@ class Sequencer:
                 if group == 0 and arrived[tile] >= end:
                     self.starved_weights += arrived[tile] + 1 - end
                     end = arrived[tile] + 1
-                taken.append(max(end + 1 + ARRAY_CYCLES, taken[-1]) + size)
+                taken.append(max(end + 1 + ARRAY_CYCLES, taken[-1], passes) + size)
             ended.append(end)
             words.taken.append(taken[-1])
         settled_end = end
@@ -141,3 +156,4 @@ class Sequencer:
             taken.extend(words.taken[-1] - i * steps for i in reversed(range(RESULTS)))
         results.end = end
         results.history = list(taken)
+        results.biased = words.section.biased

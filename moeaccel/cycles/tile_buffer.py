@@ -10,7 +10,7 @@ import numpy as np
 from moeaccel.config import AcceleratorConfig
 from moeaccel.cycles.schedule import NEVER, Event, Schedule
 from moeaccel.cycles.weight_streamer import Place, WeightStreamer
-from moeaccel.image import Section
+from moeaccel.image import STEPS_PER_PATTERN_WORD, Section
 
 ROW_EXPONENTS = 29
 """TileBuffer: tiles whose row exponents are stored before the next word waits."""
@@ -24,6 +24,9 @@ def _tile_words(section: Section) -> tuple[list[int], list[int]]:
     per_word = section.entries_per_scale_word
     first = rows + tile * section.groups // per_word + 1 + tile * section.steps
     last = rows + ((tile + 1) * section.groups - 1) // per_word + (tile + 1) * section.steps
+    if section.pattern_words:
+        first += tile * section.steps // STEPS_PER_PATTERN_WORD + 1
+        last += ((tile + 1) * section.steps - 1) // STEPS_PER_PATTERN_WORD + 1
     return first.tolist(), last.tolist()
 
 
@@ -68,7 +71,9 @@ class Words:
         self.first, self.last = _tile_words(section)
         per_word = section.entries_per_scale_word
         self.period = math.lcm(
-            section.tiles_per_row_word, per_word // math.gcd(per_word, section.groups))
+            section.tiles_per_row_word, per_word // math.gcd(per_word, section.groups),
+            STEPS_PER_PATTERN_WORD // math.gcd(STEPS_PER_PATTERN_WORD, section.steps)
+            if section.pattern_words else 1)
         self.settled, self.busy = NEVER, 0
         self.first_word = self.first_step = self.first_tile = 0
         if before is not None:

@@ -17,8 +17,16 @@ from collections.abc import Callable
 from moeaccel.docs.blocks import blocks
 from moeaccel.docs.boards import boards
 from moeaccel.docs.formats import activations, configurations, formats, section_words
-from moeaccel.docs.interface import codes, completion, expert_table, registers, submission
-from moeaccel.docs.routers import flavours, router_choices
+from moeaccel.docs.interface import (
+    codes,
+    completion,
+    expert_table,
+    registers,
+    router_descriptor,
+    submission,
+)
+from moeaccel.docs.models import zoo, zoo_forms, zoo_routers
+from moeaccel.docs.routing import flavours, router_choices
 from moeaccel.errors import MoeAccelError
 
 __all__ = ["PARTS", "generated", "updated"]
@@ -34,9 +42,13 @@ PARTS: dict[str, Callable[[], list[str]]] = {
     "flavours": flavours,
     "formats": formats,
     "registers": registers,
+    "router": router_descriptor,
     "router-choices": router_choices,
     "section-words": section_words,
     "submission": submission,
+    "zoo": zoo,
+    "zoo-forms": zoo_forms,
+    "zoo-routers": zoo_routers,
 }
 """Every part by name."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from moeaccel.activations import ACTIVATIONS, Factor
 from moeaccel.config import PRESETS
 from moeaccel.docs.markdown import table
-from moeaccel.formats import FORMATS, WeightFormat
+from moeaccel.formats import ALL_FORMATS, WeightFormat
 from moeaccel.image import Section
 
 __all__ = ["activations", "configurations", "formats", "section_words"]
@@ -17,9 +17,14 @@ _FACTORS = {Factor.TABLE: "table of linear segments", Factor.STEP: "1 where g is
             Factor.RAMP: "g where it is positive, else 0"}
 
 def _integers(fmt: WeightFormat) -> str:
-    if fmt.table is None:
+    if fmt.table is None or fmt.zero_point:
         return f"{fmt.low} to {fmt.high}"
     return ", ".join(str(i) for i in sorted({abs(i) for i in fmt.table})) + ", either sign"
+
+
+def _scale(fmt: WeightFormat) -> str:
+    return ("11 bits and a shift, zero point" if fmt.zero_point
+            else "11 bits and a shift" if fmt.real_scale else "power of two")
 
 
 def formats() -> list[str]:
@@ -28,8 +33,8 @@ def formats() -> list[str]:
         ("code", "format", "bits a weight, with scales", "integers", "group", "scale",
          "largest shift"), [
             (str(f.code), f"`{f.name}`", f"{f.bits_per_weight():g}", _integers(f), str(f.group),
-             "11 bits and a shift" if f.real_scale else "power of two", str(f.max_shift))
-            for f in FORMATS.values()])
+             _scale(f), str(f.max_shift))
+            for f in ALL_FORMATS.values()])
 
 
 def activations() -> list[str]:
@@ -63,4 +68,4 @@ def section_words() -> list[str]:
                f"one channel; words of {32 * _ROW_MULTIPLIERS} bytes:")
     return [example, "", *table(
         ("format", "R", "tiles", "row words", "scale words", "weight words", "words"),
-        [row(fmt) for fmt in FORMATS.values()])]
+        [row(fmt) for fmt in ALL_FORMATS.values()])]

@@ -7,17 +7,20 @@ from moeaccel.interface.commands import (
     COMPLETION,
     EXPERT,
     LAYER,
+    ROUTER,
     SUBMISSION,
     Field,
     NonFinite,
     Opcode,
     Operand,
+    Selection,
     Sink,
     Status,
 )
 from moeaccel.interface.registers import REGISTERS, Access
 
-__all__ = ["codes", "completion", "expert_table", "registers", "submission"]
+__all__ = [
+    "codes", "completion", "expert_table", "registers", "router_descriptor", "submission"]
 
 
 def _bits(offset: int, bits: int) -> str:
@@ -70,3 +73,8 @@ def codes() -> list[str]:
 def expert_table() -> list[str]:
     """Return an entry of the expert table, and the codes in it."""
     return [*_structure("Expert table entry", EXPERT), *enumeration(Operand), *enumeration(Sink)]
+
+
+def router_descriptor() -> list[str]:
+    """Return a router descriptor, and the codes in it that the settings do not have."""
+    return [*_structure("Router descriptor", ROUTER), *enumeration(Selection)]

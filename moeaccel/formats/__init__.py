@@ -2,7 +2,8 @@
 becomes one.
 
 Every module of this folder that has a tuple ``FORMATS`` adds its formats to the registry; nothing
-else needs to know of a new one.
+else needs to know of a new one. Those of a tuple ``OPTIONAL`` are for configurations that name
+them: they cost hardware, or are there for few.
 """
 
 from __future__ import annotations
@@ -17,24 +18,30 @@ from numpy.typing import NDArray
 from moeaccel.errors import FormatError
 from moeaccel.formats.base import (
     BLOCK,
+    QUAD,
     SHARED_FIELD_BITS,
     SHIFT_BITS,
     SIGNIFICAND_BITS,
+    ZERO_POINT_BITS,
     QuantisedMatrix,
     WeightFormat,
+    in_groups,
 )
+from moeaccel.formats.patterns import PRUNINGS, check_pattern, prune
 from moeaccel.formats.quantisers import QUANTISERS, quantise_matrix
 
-__all__ = ["BLOCK", "FORMATS", "QUANTISERS", "SHARED_FIELD_BITS", "SHIFT_BITS", "SIGNIFICAND_BITS",
-           "QuantisedMatrix", "WeightFormat", "check_dims", "check_matrix", "quantise",
+__all__ = ["ALL_FORMATS", "BLOCK", "FORMATS", "PRUNINGS", "QUAD", "QUANTISERS", "SHARED_FIELD_BITS",
+           "SHIFT_BITS", "SIGNIFICAND_BITS", "ZERO_POINT_BITS", "QuantisedMatrix", "WeightFormat",
+           "check_dims", "check_matrix", "check_pattern", "in_groups", "prune", "quantise",
            "weight_format", "whole_blocks"]
 
 
-def _registry() -> dict[str, WeightFormat]:
+def _registry(*tuples: str) -> dict[str, WeightFormat]:
     """Return the formats of all families by name, in the order of their codes."""
     found: list[WeightFormat] = []
     for module in pkgutil.iter_modules(__path__):
-        found += getattr(importlib.import_module(f"{__name__}.{module.name}"), "FORMATS", ())
+        for name in tuples:
+            found += getattr(importlib.import_module(f"{__name__}.{module.name}"), name, ())
     found.sort(key=lambda f: f.code)
     for attribute in ("name", "code"):
         values = [getattr(f, attribute) for f in found]
@@ -44,8 +51,11 @@ def _registry() -> dict[str, WeightFormat]:
     return {f.name: f for f in found}
 
 
-FORMATS = _registry()
+ALL_FORMATS = _registry("FORMATS", "OPTIONAL")
 """Every weight format by name, in the order of their codes."""
+
+FORMATS = {name: fmt for name, fmt in ALL_FORMATS.items() if name in _registry("FORMATS")}
+"""Those of configurations that do not name any."""
 
 
 def weight_format(name: str | WeightFormat) -> WeightFormat:
@@ -59,10 +69,10 @@ def weight_format(name: str | WeightFormat) -> WeightFormat:
     if isinstance(name, WeightFormat):
         return name
     try:
-        return FORMATS[name]
+        return ALL_FORMATS[name]
     except (KeyError, TypeError):
         raise FormatError(
-            f"weight_format must be one of {', '.join(FORMATS)}, not {name!r}"
+            f"weight_format must be one of {', '.join(ALL_FORMATS)}, not {name!r}"
         ) from None
 
 
@@ -99,8 +109,8 @@ def check_matrix(matrix: QuantisedMatrix, what: str = "matrix") -> None:
         Naming the field, the first row, the value and its range.
     """
     fmt = matrix.format
-    if not isinstance(fmt, WeightFormat) or FORMATS.get(fmt.name) != fmt:
-        raise FormatError(f"{what}: format must be one of {', '.join(FORMATS)}, not {fmt!r}")
+    if not isinstance(fmt, WeightFormat) or ALL_FORMATS.get(fmt.name) != fmt:
+        raise FormatError(f"{what}: format must be one of {', '.join(ALL_FORMATS)}, not {fmt!r}")
     shape = np.shape(matrix.integers)
     if len(shape) != 2 or 0 in shape:
         raise FormatError(f"{what}: integers must be a matrix (rows, K), not of the shape {shape}")
@@ -114,8 +124,25 @@ def check_matrix(matrix: QuantisedMatrix, what: str = "matrix") -> None:
                      if isinstance(values, np.ndarray) else type(values).__name__)
             raise FormatError(f"{what}: {name} must be an array, {np.dtype(dtype)} of the shape "
                               f"{expected}, not {found}")
-    known = sorted({int(i) for i in fmt.integers if fmt.low <= i <= fmt.high})
-    _check_values(what, matrix.integers, "integers", fmt.name, known)
+    bias = matrix.bias
+    if bias is not None:
+        if (not isinstance(bias, np.ndarray) or bias.dtype != np.uint16
+                or bias.shape != shape[:1]):
+            raise FormatError(f"{what}: bias must be None, or an array, uint16 of the shape "
+                              f"{shape[:1]}; QuantisedMatrix.with_bias() makes one")
+        wrong = (bias & 0x7F80) == 0x7F80
+        if wrong.any():
+            row = int(np.flatnonzero(wrong)[0])
+            raise FormatError(f"{what}: bias must be finite, but row {row} holds "
+                              f"{matrix.bias_values[row]}")
+    _check_values(what, matrix.integers, "integers", fmt.name, fmt.known)
+    whole = fmt.whole_groups(in_groups(matrix.integers, fmt.group))
+    check_pattern(matrix.integers, fmt)
+    if not whole.all():
+        row, group = (int(i) for i in np.argwhere(~whole)[0])
+        raise FormatError(f"{what}: integers of {fmt.name} must lie within 15 of each other and of "
+                          f"0 in each group of {fmt.group}, but those of row {row}, group {group} "
+                          "do not")
     _check_values(what, matrix.significand, "significand", fmt.name,
                   range(1 << SIGNIFICAND_BITS) if fmt.real_scale else range(1, 2))
     _check_values(what, matrix.shift, "shift", fmt.name, range(fmt.max_shift + 1))
@@ -163,8 +190,8 @@ def quantise(weights: NDArray[np.floating], name: str | WeightFormat, *,
     Raises
     ------
     FormatError
-        Unknown format or quantiser, no rows or columns, moments that are none, or a weight that is
-        not finite.
+        Unknown format or quantiser, no rows or columns, moments that are none, a weight that is
+        not finite, or weights without the pattern of an N:M format (:func:`prune`).
     """
     fmt = weight_format(name)
     weights = np.asarray(weights, dtype=np.float32)
@@ -174,4 +201,11 @@ def quantise(weights: NDArray[np.floating], name: str | WeightFormat, *,
         )
     n, k = weights.shape
     check_dims(rows=n, K=k)
-    return quantise_matrix(weights, fmt, quantiser, moments)
+    if fmt.parts > 1 and quantiser == "gptq":
+        raise FormatError(f"quantiser of {fmt.name} must be 'search' or 'amax', not 'gptq', which "
+                          "would put weights where there are none")
+    matrix = fmt.quantised(weights, quantiser, moments)
+    if matrix is None:
+        matrix = quantise_matrix(weights, fmt, quantiser, moments)
+    check_pattern(matrix.integers, fmt)
+    return matrix

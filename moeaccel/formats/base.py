@@ -22,6 +22,9 @@ from moeaccel.errors import FormatError
 BLOCK = 32
 """Elements of K in one block (OCP Microscaling): 32 mantissas share one power-of-two exponent."""
 
+QUAD = 4
+"""Consecutive weights of a row that an N:M pattern is about: M."""
+
 SIGNIFICAND_BITS = 11
 """Bits of a real scale's significand."""
 
@@ -30,6 +33,9 @@ SHIFT_BITS = 5
 
 SHARED_FIELD_BITS = 12
 """Bits of the low row's product where two rows share a multiplier: |w x| <= 15 * 128 < 2**11."""
+
+ZERO_POINT_BITS = 4
+"""Bits of a group's zero point."""
 
 SCALED_BLOCK_BITS = 32
 """Magnitude bits of a block's scaled sum: with them an accumulator closes at 53 bits and a sign for
@@ -53,14 +59,20 @@ class WeightFormat(ABC):
         be short.
     real_scale : :class:`bool`
         A scale is a significand and a shift (16 stored bits: significand in bits 0 to 10, shift in
-        bits 11 to 15), else a power of two (8 stored bits: the shift). Not with 8-bit weights: the
-        array scales 4-bit formats only.
+        bits 11 to 15), else a power of two (8 stored bits: the shift).
     low, high : :class:`int`
         Least and largest integer that a quantised weight may be.
     table : tuple of int, optional
         Integer of each stored code; left out: two's complement of ``weight_bits``.
     max_shift : :class:`int`
         Largest shift, such that ``scaled_block_bits`` are at most SCALED_BLOCK_BITS.
+    zero_point : :class:`bool`
+        Each group has one, from 0 to 15, beside its scale (in bits 16 to 19 of 32): an integer is
+        its stored code less the zero point. It follows from a group's integers
+        (:meth:`zero_points`). 4-bit weights with real scales only.
+    nonzeros : :class:`int`
+        Of each QUAD consecutive weights of a row so many may differ from 0, and only these are
+        stored, with their places: 1, 2, or all of them.
 
     Raises
     ------
@@ -77,6 +89,8 @@ class WeightFormat(ABC):
     high: int
     max_shift: int
     table: tuple[int, ...] | None = None
+    zero_point: bool = False
+    nonzeros: int = QUAD
 
     def __post_init__(self) -> None:
         def require(field: str, ok: bool, what: str) -> None:
@@ -88,11 +102,13 @@ class WeightFormat(ABC):
         require("weight_bits", self.weight_bits in (4, 8), "4 or 8")
         require("group", self.group >= BLOCK and self.group & (self.group - 1) == 0,
                 f"a power of two from {BLOCK} on")
-        require("real_scale", self.packed or not self.real_scale,
-                "false for 8-bit weights, whose sums the array does not multiply")
+        require("nonzeros", self.nonzeros in (1, 2, QUAD), f"1, 2 or {QUAD}")
+        require("zero_point", not self.zero_point or (self.packed and self.real_scale),
+                "false but for 4-bit weights with real scales")
         values = self.integers
         require("table", len(values) == 1 << self.weight_bits, "one integer for each code")
-        require("low", int(values.min()) <= self.low <= 0, "an integer of the table, at most 0")
+        least = int(values.min()) - ((1 << ZERO_POINT_BITS) - 1 if self.zero_point else 0)
+        require("low", least <= self.low <= 0, "an integer of the table, at most 0")
         require("high", 0 <= self.high <= int(values.max()), "an integer of the table, at least 0")
         largest = 15 if self.packed else 128  # times 128: fits the field of a row, or a byte each
         require("table", int(np.abs(values).max()) <= largest, f"of integers up to {largest}")
@@ -107,14 +123,24 @@ class WeightFormat(ABC):
         return self.weight_bits == 4
 
     @property
+    def parts(self) -> int:
+        """Rows, or pairs of rows, that a multiplier row computes at once: each has a part of it."""
+        return QUAD // self.nonzeros
+
+    @property
     def scale_bits(self) -> int:
-        """Stored bits of a scale."""
-        return 16 if self.real_scale else 8
+        """Stored bits of a scale, its zero point with it."""
+        return 32 if self.zero_point else 16 if self.real_scale else 8
 
     @property
     def steps_per_group(self) -> int:
-        """Blocks of 32 that share a scale."""
-        return self.group // BLOCK
+        """Blocks of 32 that share a scale; 1 where a block has several."""
+        return max(1, self.group // BLOCK)
+
+    @property
+    def scales_per_step(self) -> int:
+        """Scales of a row that come at once: those of a block."""
+        return max(1, BLOCK // self.group)
 
     @property
     def max_integer(self) -> int:
@@ -129,16 +155,26 @@ class WeightFormat(ABC):
 
     def rows(self, row_multipliers: int) -> int:
         """Rows of one tile on an array with that many multiplier rows."""
-        return row_multipliers * (2 if self.packed else 1)
+        return row_multipliers * (2 if self.packed else 1) * self.parts
 
     def bits_per_weight(self) -> float:
-        """Stored bits of a weight, scales included, for K a multiple of the group."""
-        return self.weight_bits + self.scale_bits / self.group
+        """Stored bits of a weight, those that are left out counted, too, scales and places of
+        patterns included, for K a multiple of the group."""
+        return (self.weight_bits * self.nonzeros / QUAD + self.pattern_bits / QUAD
+                + self.scale_bits / self.group)
+
+    @property
+    def pattern_bits(self) -> float:
+        """Stored bits of a row for the places of each four weights: two for each that is stored,
+        half of it where two rows share them."""
+        if self.parts == 1:
+            return 0
+        return 2 * self.nonzeros / (2 if self.packed else 1)
 
     # -- codes -------------------------------------------------------------------------------------
     @cached_property
     def integers(self) -> NDArray[np.int16]:
-        """Integer of each stored code, (2**weight_bits,)."""
+        """Integer of each stored code, (2**weight_bits,), its group's zero point not taken off."""
         if self.table is not None:
             return np.array(self.table, np.int16)
         codes = np.arange(1 << self.weight_bits, dtype=np.int16)
@@ -157,6 +193,59 @@ class WeightFormat(ABC):
         """Return the integer of each stored code."""
         return self.integers.astype(np.int8)[codes]
 
+    @property
+    def known(self) -> list[int]:
+        """Every integer that a weight may be, ascending."""
+        if self.zero_point:
+            return list(range(self.low, self.high + 1))
+        return sorted({int(i) for i in self.integers if self.low <= i <= self.high})
+
+    def zero_points(self, grouped: NDArray[np.int8]) -> NDArray[np.int8]:
+        """Return the zero point of each group, (n, groups), for integers (n, groups, group).
+
+        The least that makes no code negative; 0 without ``zero_point``.
+        """
+        if not self.zero_point:
+            return np.zeros(grouped.shape[:2], np.int8)
+        return np.maximum(-grouped.min(axis=2), 0)
+
+    def whole_groups(self, grouped: NDArray[np.int8]) -> NDArray[np.bool_]:
+        """Return which groups' integers, (n, groups, group), of ``known`` each, fit one zero
+        point, (n, groups)."""
+        if not self.zero_point:
+            return np.ones(grouped.shape[:2], bool)
+        top = grouped.max(axis=2).astype(np.int16) + self.zero_points(grouped)
+        return top < 1 << self.weight_bits
+
+    def stored(self, matrix: QuantisedMatrix) -> tuple[NDArray[np.uint8], NDArray[np.uint32]]:
+        """Return the codes, (n, K), and what is stored of each group's scale, (n, groups)."""
+        entries = matrix.shift.astype(np.uint32)
+        if self.real_scale:
+            entries = entries << SIGNIFICAND_BITS | matrix.significand.astype(np.uint32)
+        if not self.zero_point:
+            return self.encode(matrix.integers), entries.astype(np.uint32)
+        zero = self.zero_points(in_groups(matrix.integers, self.group))
+        codes = matrix.integers + np.repeat(zero, self.group, axis=1)[:, :matrix.integers.shape[1]]
+        return codes.view(np.uint8), (entries | zero.astype(np.uint32) << 16).astype(np.uint32)
+
+    def restored(self, codes: NDArray[np.uint8], entries: NDArray[np.integer],
+                 row_exponent: NDArray[np.int16]) -> QuantisedMatrix:
+        """Return the matrix of which that is stored: the inverse of :meth:`stored`.
+
+        Shifts beyond ``max_shift``, which a damaged entry may have, stay as they are.
+        """
+        integers = self.decode(codes)
+        if self.zero_point:
+            zero = (entries >> 16 & (1 << ZERO_POINT_BITS) - 1).astype(np.int8)
+            integers = integers - np.repeat(zero, self.group, axis=1)[:, :codes.shape[1]]
+        significand = (entries & (1 << SIGNIFICAND_BITS) - 1 if self.real_scale
+                       else np.ones_like(entries))
+        shift = entries >> SIGNIFICAND_BITS if self.real_scale else entries
+        return QuantisedMatrix(
+            self, integers, significand.astype(np.int16),
+            (shift & (1 << SHIFT_BITS) - 1 if self.zero_point else shift).astype(np.int8),
+            row_exponent, 0)
+
     # -- how a tensor becomes one ------------------------------------------------------------------
     @abstractmethod
     def group_scale(
@@ -172,6 +261,42 @@ class WeightFormat(ABC):
         """Round weights, divided by their scale, to integers of the format, in place; saturate."""
         np.rint(scaled, out=scaled)
         return np.clip(scaled, self.low, self.high, out=scaled)
+
+    def nearest_groups(self, scaled: NDArray[np.floating]) -> NDArray[np.floating]:
+        """Round whole groups, (m, group), as :meth:`nearest` does."""
+        return self.nearest(scaled)
+
+    def quantised(self, weights: NDArray[np.float32], quantiser: str,
+                  moments: NDArray[np.floating] | None) -> QuantisedMatrix | None:
+        """Return a float matrix, (n, K), in this format; None if it goes as
+        :mod:`moeaccel.formats.quantisers` does."""
+        return None
+
+
+def in_groups(values: NDArray[np.int8], group: int) -> NDArray[np.int8]:
+    """Return the rows of a matrix in groups, (n, groups, group), zeros behind the last."""
+    missing = -values.shape[1] % group
+    if missing:
+        values = np.pad(values, ((0, 0), (0, missing)))
+    return np.ascontiguousarray(values).reshape(len(values), -1, group)
+
+
+def bfloat16_bits(values: NDArray[np.float32], what: str) -> NDArray[np.uint16]:
+    """Round numbers to bfloat16, half to even, and return their bits; subnormal ones are zero.
+
+    Raises
+    ------
+    FormatError
+        If one is not finite, or not after rounding; ``what`` it is.
+    """
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32).astype(np.int64)
+    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    wrong = (rounded & 0x7F80) == 0x7F80
+    if wrong.any():
+        row = int(np.flatnonzero(wrong.reshape(-1))[0])
+        raise FormatError(f"{what} must be of numbers that bfloat16 has, up to 3.38e38, but number "
+                          f"{row} is {values.reshape(-1)[row]}")
+    return np.where(rounded & 0x7F80, rounded, 0).astype(np.uint16)
 
 
 @dataclass(frozen=True)
@@ -190,6 +315,8 @@ class QuantisedMatrix:
     row_exponent : int16 array, (n,)
     coarsened : :class:`int`
         Groups whose scale the row's range clamped.
+    bias : uint16 array, (n,), optional
+        Added to each row's dot product: the bits of bfloat16 numbers.
     """
 
     format: WeightFormat
@@ -198,12 +325,37 @@ class QuantisedMatrix:
     shift: NDArray[np.int8]
     row_exponent: NDArray[np.int16]
     coarsened: int
+    bias: NDArray[np.uint16] | None = None
+
+    def with_bias(self, bias: NDArray[np.floating] | None) -> QuantisedMatrix:
+        """Return the matrix with a bias for each row, (n,), rounded to bfloat16; None: without.
+
+        Raises
+        ------
+        FormatError
+            If they are not as many as rows, or one is not finite as a bfloat16 number.
+        """
+        if bias is None:
+            return replace(self, bias=None)
+        values = np.ascontiguousarray(bias, dtype=np.float32)
+        if values.shape != self.row_exponent.shape:
+            raise FormatError(f"bias must have the shape {self.row_exponent.shape}, one number for "
+                              f"each row, not {values.shape}")
+        return replace(self, bias=bfloat16_bits(values, "bias"))
+
+    @property
+    def bias_values(self) -> NDArray[np.float32]:
+        """The biases, (n,) float32, zeros where there are none."""
+        if self.bias is None:
+            return np.zeros(len(self.row_exponent), np.float32)
+        return (self.bias.astype(np.uint32) << 16).view(np.float32)
 
     def __getitem__(self, rows: slice) -> QuantisedMatrix:
         """Return some rows; ``coarsened`` stays that of the whole."""
         return replace(
             self, integers=self.integers[rows], significand=self.significand[rows],
-            shift=self.shift[rows], row_exponent=self.row_exponent[rows])
+            shift=self.shift[rows], row_exponent=self.row_exponent[rows],
+            bias=None if self.bias is None else self.bias[rows])
 
     def filled(self, rows: int, k: int) -> QuantisedMatrix:
         """Return the matrix with zeros behind its rows and columns, (rows, k)."""
@@ -219,7 +371,8 @@ class QuantisedMatrix:
             significand=np.pad(self.significand, below + right,
                                constant_values=0 if self.format.real_scale else 1),
             shift=np.pad(self.shift, below + right),
-            row_exponent=np.pad(self.row_exponent, below))
+            row_exponent=np.pad(self.row_exponent, below),
+            bias=None if self.bias is None else np.pad(self.bias, below))
 
     def dequantise(self) -> NDArray[np.float64]:
         """Return the exact weights, (n, K) float64."""

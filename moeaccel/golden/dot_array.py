@@ -1,4 +1,4 @@
-"""Dot products: exact, and rounded once.
+"""Dot products: exact, and rounded once; once more where a bias is added.
 
 A dot product is a float64 matrix product of integers that never round (docs/arithmetic.md): the
 block sums of 32, weighted by the activation's and the weight's scales, stay below 2**53.
@@ -9,20 +9,27 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from moeaccel.arithmetic import BlockFloat, InternalFloat, normalise
+from moeaccel.arithmetic import (
+    BlockFloat,
+    InternalFloat,
+    add,
+    bfloat16_to_internal,
+    normalise,
+)
 from moeaccel.config import BLOCK
 from moeaccel.formats import QuantisedMatrix
 
 
 def matvec(x: BlockFloat, weights: QuantisedMatrix) -> InternalFloat:
-    """Return ``x W^T`` as internal floats, (n, rows)."""
+    """Return ``x W^T``, plus the biases where there are some, as internal floats, (n, rows)."""
     fmt = weights.format
+    unit = min(fmt.group, BLOCK)  # of K: one scale, and one of them for several units
     scale = np.repeat(
-        weights.significand.astype(np.float64) * 2.0**weights.shift, fmt.steps_per_group, axis=1
+        weights.significand.astype(np.float64) * 2.0**weights.shift, fmt.group // unit, axis=1
     )
-    scale = scale[:, : x.shift.shape[1]]
+    scale = scale[:, : weights.integers.shape[1] // unit]
     w = torch.from_numpy(
-        (weights.integers.reshape((*scale.shape, BLOCK)) * scale[:, :, None]).reshape(
+        (weights.integers.reshape((*scale.shape, unit)) * scale[:, :, None]).reshape(
             weights.integers.shape
         )
     )
@@ -31,4 +38,9 @@ def matvec(x: BlockFloat, weights: QuantisedMatrix) -> InternalFloat:
     for plane in x.plane_mantissas():
         product = (torch.from_numpy(plane * shift) @ w.T).numpy()
         total = (total << 8) + product.astype(np.int64)
-    return normalise(total, x.base[:, None] + weights.row_exponent[None, :].astype(np.int64))
+    sums = normalise(total, x.base[:, None] + weights.row_exponent[None, :].astype(np.int64))
+    if weights.bias is None:
+        return sums
+    bias = bfloat16_to_internal(weights.bias)
+    return add(sums, InternalFloat(*(np.broadcast_to(part, total.shape)
+                                     for part in (bias.mantissa, bias.exponent))))

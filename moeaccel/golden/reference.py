@@ -23,6 +23,8 @@ def experts_float64(
     down: Sequence[NDArray[np.floating]],
     activation: str | Sequence[str] = "silu",
     limit: float | None = None,
+    gate_up_bias: Sequence[NDArray[np.floating]] | None = None,
+    down_bias: Sequence[NDArray[np.floating]] | None = None,
 ) -> Floats:
     """Return the MoE layer in float64.
 
@@ -38,6 +40,8 @@ def experts_float64(
         Of all, or of each.
     limit : :class:`float`, optional
         As in :class:`moeaccel.image.ExpertShape`.
+    gate_up_bias, down_bias : sequence of float array, optional
+        (2 I,) or (I,), and (H,).
     """
     x = np.asarray(x, np.float64)
     y = np.zeros((x.shape[0], down[0].shape[0]))
@@ -46,8 +50,12 @@ def experts_float64(
     for e in np.unique(ids[(ids >= 0) & (ids < len(down))]):
         tokens, slots = np.nonzero(ids == e)
         projected = x[tokens] @ np.asarray(gate_up[e], np.float64).T
+        if gate_up_bias is not None:
+            projected = projected + gate_up_bias[e]
         hidden = hidden_of(projected, down[e].shape[1], names[int(e)], limit)
         out = hidden @ np.asarray(down[e], np.float64).T
+        if down_bias is not None:
+            out = out + down_bias[e]
         np.add.at(y, tokens, out * np.asarray(weights, np.float64)[tokens, slots][:, None])
     return y
 
@@ -66,13 +74,13 @@ def quantised_float_experts(
     y = np.zeros((x.shape[0], layer[0].down.integers.shape[0]))
     for e in np.unique(ids[(ids >= 0) & (ids < len(layer))]):
         tokens, slots = np.nonzero(ids == e)
-        projected = x_hat[tokens] @ layer[e].gate_up.dequantise().T
+        projected = x_hat[tokens] @ layer[e].gate_up.dequantise().T + layer[e].gate_up.bias_values
         d_expert = layer[e].down.integers.shape[1]
         if layer[e].gated:
             projected = np.concatenate([projected[:, 0::2], projected[:, 1::2]], axis=1)
         hidden = hidden_of(projected, d_expert, layer[e].activation, layer[e].limit)
         significand, exponent, _ = split_float32(hidden.astype(np.float32))
         h_hat = quantise_elements(significand, exponent, planes).to_float64()
-        out = h_hat @ layer[e].down.dequantise().T
+        out = h_hat @ layer[e].down.dequantise().T + layer[e].down.bias_values
         np.add.at(y, tokens, out * weights[tokens, slots].astype(np.float64)[:, None])
     return y

@@ -19,6 +19,7 @@ from moeaccel.router.settings import SELECTION_BIAS_MAX, RouterError, RouterSett
 from moeaccel.router.tables import (
     KEY_BITS,
     LOGIT_BITS,
+    NEVER,
     RECIPROCAL,
     SCORE_BITS,
     VALUE_BITS,
@@ -33,12 +34,12 @@ from moeaccel.router.tables import (
     to_float32,
 )
 
-__all__ = ["NONE", "RoutedTokens", "route", "within_capacity"]
+__all__ = ["NONE", "RoutedTokens", "route", "route_words", "within_capacity"]
 
 NONE = -1
 """Id of a slot without an expert; its weight is 0."""
 
-_NEVER = -(1 << 40)
+_OUT = -(1 << 40)
 """Below every key: an expert that cannot be chosen."""
 _FIRST = 1 << 40
 """Above every key."""
@@ -104,6 +105,7 @@ def route(
         raise RouterError(f"logits must be (tokens, {experts}), not {logits.shape}")
     table = _table("bias", bias, experts)
     extra = _table("selection_bias", selection_bias, experts)
+    biased = selection_bias is not None and settings.biases_scores
     near = np.abs(extra) <= SELECTION_BIAS_MAX
     if not near.all():
         expert = int(np.argmin(near))
@@ -112,21 +114,55 @@ def route(
     if resident is not None and np.shape(resident) != (experts,):
         raise RouterError(f"resident must have shape ({experts},), not {np.shape(resident)}")
 
+    words = fixed(extra, KEY_BITS if biased else LOGIT_BITS)[0]
+    if resident is not None and not settings.prior:
+        words = np.where(resident, words, NEVER)
+    return route_words(
+        logits, settings, biased=biased, bias=fixed(table, LOGIT_BITS)[0], extra=words, ids=ids,
+        preferred=resident if settings.prior else None)
+
+
+def route_words(
+    logits: NDArray[np.float32],
+    settings: RouterSettings,
+    *,
+    biased: bool,
+    bias: Ints,
+    extra: Ints,
+    ids: NDArray[np.integer] | None = None,
+    preferred: NDArray[np.bool_] | None = None,
+) -> RoutedTokens:
+    """Return where tokens go, by the words of a router's table.
+
+    Parameters
+    ----------
+    biased : :class:`bool`
+        Keys are scores, not logits.
+    bias, extra : int64 arrays, (E,)
+        32 bits: added to logits, in their units; added to keys, in theirs, or `NEVER`.
+    ids : integer array, (T, k), optional
+    preferred : bool array, (E,), optional
+        Those that ``settings.prior`` is for.
+    """
     rounded, beyond = fixed(logits, LOGIT_BITS)
-    added = rounded + fixed(table, LOGIT_BITS)[0]
-    s = np.clip(added, _LEAST, _MOST)
+    added = rounded + bias
+    s = _clipped(added)
     saturated = int((beyond | (s != added)).sum())
     if settings.mixer is not None:
         chosen, weights = _mixed(s, settings)
     else:
         scores = _scores(s, settings)
-        chosen = (_select(s, scores, settings, extra, selection_bias is not None, resident)
+        chosen = (_select(s, scores, settings, extra, biased, preferred)
                   if ids is None else _given(ids, settings, len(logits)))
         chosen, weights = _weights(s, scores, chosen, settings)
     return RoutedTokens(
         chosen.astype(np.int32), weights,
         np.ldexp(s.astype(np.float64), -LOGIT_BITS).astype(np.float32),
         np.nonzero(~np.isfinite(logits).all(axis=1))[0].tolist(), saturated)
+
+
+def _clipped(values: Ints) -> Ints:
+    return np.clip(values, _LEAST, _MOST)
 
 
 def _table(name: str, values: NDArray[np.floating] | None, experts: int) -> NDArray[np.float64]:
@@ -166,19 +202,16 @@ def _top(keys: Ints, count: int) -> Ints:
     return np.argsort(-keys, axis=1, kind="stable")[:, :count]
 
 
-def _select(s: Ints, scores: Ints, settings: RouterSettings, extra: NDArray[np.float64],
-            biased: bool, resident: NDArray[np.bool_] | None) -> Ints:
+def _select(s: Ints, scores: Ints, settings: RouterSettings, extra: Ints, biased: bool,
+            preferred: NDArray[np.bool_] | None) -> Ints:
     """Return the chosen of each token, (T, k)."""
-    by_logits = (not biased or settings.bias_logits
-                 or settings.score_kind is Score.IDENTITY)
-    as_scores = (scores >> (SCORE_BITS - KEY_BITS)) + fixed(extra, KEY_BITS)[0]
-    keys = (np.clip(s + fixed(extra, LOGIT_BITS)[0], _LEAST, _MOST) if by_logits
-            else as_scores)
-    if resident is not None and settings.prior:
-        keys = np.clip(keys + np.where(resident, _prior(settings, by_logits), 0), _LEAST, _MOST)
-    elif resident is not None:
-        keys = np.where(resident, keys, _LEAST)
-        as_scores = np.where(resident, as_scores, _LEAST)
+    never = extra == NEVER
+    as_scores = np.where(never, _LEAST, _clipped((scores >> (SCORE_BITS - KEY_BITS)) + extra))
+    keys = as_scores if biased else np.where(never, _LEAST, _clipped(s + extra))
+    if preferred is not None:
+        bits = KEY_BITS if biased else LOGIT_BITS
+        prior = int(fixed(np.array(settings.prior), bits)[0])
+        keys = _clipped(keys + np.where(preferred, prior, 0))
     if settings.grouped:
         shape = (len(s), settings.groups, -1)
         if settings.group_score_kind is GroupScore.MAX:
@@ -187,17 +220,12 @@ def _select(s: Ints, scores: Ints, settings: RouterSettings, extra: NDArray[np.f
             of_groups = np.sort(as_scores.reshape(shape), axis=2)[:, :, -2:].sum(axis=2)
         kept = np.zeros(of_groups.shape, bool)
         np.put_along_axis(kept, _top(of_groups, settings.keep_groups), True, axis=1)
-        keys = np.where(np.repeat(kept, settings.experts // settings.groups, axis=1), keys, _NEVER)
-    if resident is not None and not settings.prior:
-        keys = np.where(resident, keys, _NEVER)
+        keys = np.where(np.repeat(kept, settings.experts // settings.groups, axis=1), keys, _OUT)
+    keys = np.where(never, _OUT, keys)
     if settings.prior_keep:
         keys[np.arange(len(s)), s.argmax(axis=1)] = _FIRST
     chosen = _top(keys, settings.top_k)
-    return np.where(np.take_along_axis(keys, chosen, 1) == _NEVER, NONE, chosen)
-
-
-def _prior(settings: RouterSettings, by_logits: bool) -> int:
-    return int(fixed(np.array(settings.prior), LOGIT_BITS if by_logits else KEY_BITS)[0])
+    return np.where(np.take_along_axis(keys, chosen, 1) == _OUT, NONE, chosen)
 
 
 def _weights(s: Ints, scores: Ints, chosen: Ints, settings: RouterSettings
@@ -263,7 +291,7 @@ def _mixed(s: Ints, settings: RouterSettings) -> tuple[Ints, NDArray[np.float32]
     left = np.ones(s.shape, bool)
     chosen, weights = [], []
     for _ in range(settings.top_k):
-        best = np.where(left, s, _NEVER).argmax(axis=1)[:, None]
+        best = np.where(left, s, _OUT).argmax(axis=1)[:, None]
         largest = np.take_along_axis(s, best, 1)
         distance = largest - s
         near = left & ((distance << LOGIT_BITS) <= limit * np.maximum(np.abs(s), largest))

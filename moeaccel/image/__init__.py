@@ -8,13 +8,16 @@ u1, ...), so that a pair is always in one tile. For each section::
 
     for tile in tiles:
         if tile % tiles_per_row_word == 0:
-            row word: R int16 row exponents for each of the next tiles
+            row word: R int16 row exponents for each of the next tiles; of a section with biases R
+                row exponents, then R bfloat16 biases, for each
         for step in range(K / 32):
             if step % steps_per_group == 0:
                 if entry % entries_per_scale_word == 0:
                     scale word: R scales for each of the next groups
                 entry += 1
-            weight word: R x 32 weights
+            if N:M, before the first and each fourth step of the section:
+                pattern word: the places of the weights of the next 4 steps
+            weight word: R x 32 weights, of N:M formats those that are stored
 
 Where the device has several channels, an image has a part for each, a whole image with a header of
 its own, and all parts of an expert lie at the same address, each in its channel's memory. Rows are
@@ -23,8 +26,11 @@ and so it is with pairs of gate and up. A part's last tile is filled up with row
 which the device has no output.
 
 Inside a weight word, byte ``rm * 32 + k`` holds column k of row rm (8-bit), or of rows 2 rm (low
-nibble) and 2 rm + 1 (high nibble). Entries of row and scale words are packed from the least
-significant bit, row 0 first; numbers are little-endian. Padding at the end of a section is zero.
+nibble) and 2 rm + 1 (high nibble). In N:M formats byte ``rm * 32 + 4 g + N p + j`` holds the j-th
+stored one of columns 4 g to 4 g + 3 of row, or pair of rows, ``4 / N * rm + p``; two bits at the
+same place of a step's quarter of a pattern word say which column. Entries of row and scale words
+are packed from the least significant bit, row 0 first; numbers are little-endian. Padding at the
+end of a section is zero.
 """
 
 from moeaccel.image.expert import (
@@ -43,11 +49,16 @@ from moeaccel.image.images import (
     check_image,
     unpack_image,
 )
-from moeaccel.image.sections import Section, pack_section, unpack_section
+from moeaccel.image.sections import (
+    STEPS_PER_PATTERN_WORD,
+    Section,
+    pack_section,
+    unpack_section,
+)
 from moeaccel.image.table import expert_table, table_entry
 
 __all__ = [
-    "ALIGNMENT", "HEADER_BYTES", "HEADER_USED", "Expert", "ExpertShape", "LinearShape",
-    "Section", "build_image", "build_linear_image", "check_image", "expert_table",
+    "ALIGNMENT", "HEADER_BYTES", "HEADER_USED", "STEPS_PER_PATTERN_WORD", "Expert", "ExpertShape",
+    "LinearShape", "Section", "build_image", "build_linear_image", "check_image", "expert_table",
     "interleave_gate_up", "limit_bits", "pack_section", "table_entry", "unpack_image",
     "unpack_section"]

@@ -14,6 +14,7 @@ from moeaccel.formats import (
     QuantisedMatrix,
     WeightFormat,
     check_dims,
+    prune as pruned,
     quantise,
     weight_format,
     whole_blocks,
@@ -73,6 +74,8 @@ class ExpertShape(ImageShape):
         h = activation(gate) * up; else there are no up rows, and h = activation(gate).
     limit : :class:`float`, optional
         Of the rows before the activation: gate is at most that, up at most that far from 0.
+    gate_up_biased, down_biased : :class:`bool`
+        Whether the rows of either have biases.
 
     Raises
     ------
@@ -91,6 +94,8 @@ class ExpertShape(ImageShape):
     activation: str = "silu"
     gated: bool = True
     limit: float | None = None
+    gate_up_biased: bool = False
+    down_biased: bool = False
 
     def __post_init__(self) -> None:
         check_dims(d_model=self.d_model, d_expert=self.d_expert)
@@ -104,7 +109,7 @@ class ExpertShape(ImageShape):
         """Rows g0, u0, g1, u1, ... of d_model inputs; g0, g1, ... where it is not gated."""
         return Section(
             self.format, self.rows_of_h * whole_blocks(self.d_expert), whole_blocks(self.d_model),
-            self.row_multipliers, self.channels)
+            self.row_multipliers, self.channels, self.gate_up_biased)
 
     @property
     def rows_of_h(self) -> int:
@@ -116,7 +121,7 @@ class ExpertShape(ImageShape):
         """d_model rows of d_expert inputs."""
         return Section(
             self.down_format or self.format, whole_blocks(self.d_model),
-            whole_blocks(self.d_expert), self.row_multipliers, self.channels)
+            whole_blocks(self.d_expert), self.row_multipliers, self.channels, self.down_biased)
 
     @property
     def sections(self) -> tuple[Section, ...]:
@@ -125,9 +130,11 @@ class ExpertShape(ImageShape):
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of weights, scales and row exponents without padding, in all parts."""
-        return (stored_bytes(self.format, self.rows_of_h * self.d_expert, self.d_model)
-                + stored_bytes(self.down.format, self.d_model, self.d_expert))
+        """Bytes of weights, scales, row exponents and biases without padding, in all parts."""
+        return (stored_bytes(self.format, self.rows_of_h * self.d_expert, self.d_model,
+                             biased=self.gate_up_biased)
+                + stored_bytes(self.down.format, self.d_model, self.d_expert,
+                               biased=self.down_biased))
 
 
 @dataclass(frozen=True)
@@ -140,6 +147,7 @@ class LinearShape(ImageShape):
     d_in: int
     row_multipliers: int
     channels: int = 1
+    biased: bool = False
 
     def __post_init__(self) -> None:
         check_dims(d_out=self.d_out, d_in=self.d_in)
@@ -148,7 +156,7 @@ class LinearShape(ImageShape):
     def section(self) -> Section:
         """The only section."""
         return Section(self.format, whole_blocks(self.d_out), whole_blocks(self.d_in),
-                       self.row_multipliers, self.channels)
+                       self.row_multipliers, self.channels, self.biased)
 
     @property
     def sections(self) -> tuple[Section, ...]:
@@ -157,8 +165,8 @@ class LinearShape(ImageShape):
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of weights, scales and row exponents without padding, in all parts."""
-        return stored_bytes(self.format, self.d_out, self.d_in)
+        """Bytes of weights, scales, row exponents and biases without padding, in all parts."""
+        return stored_bytes(self.format, self.d_out, self.d_in, biased=self.biased)
 
 
 def limit_bits(limit: float | None) -> int:
@@ -181,7 +189,7 @@ def limit_bits(limit: float | None) -> int:
 
 
 def interleave_gate_up(gate_up: NDArray[np.floating]) -> NDArray[np.floating]:
-    """Reorder ``[gate; up]`` rows, (2 I, H), to g0, u0, g1, u1, ..."""
+    """Reorder ``[gate; up]`` rows, (2 I, H), or their biases, (2 I,), to g0, u0, g1, u1, ..."""
     half = gate_up.shape[0] // 2
     return np.stack([gate_up[:half], gate_up[half:]], axis=1).reshape(gate_up.shape)
 
@@ -216,18 +224,30 @@ class Expert:
         *, down_format: str | WeightFormat | None = None, activation: str = "silu",
         limit: float | None = None, quantiser: str = "search",
         moments: tuple[NDArray[np.floating] | None, NDArray[np.floating] | None] = (None, None),
+        prune: str | None = None, channels: int = 1,
+        gate_up_bias: NDArray[np.floating] | None = None,
+        down_bias: NDArray[np.floating] | None = None,
     ) -> Expert:
         """Quantise float weights: ``gate_up`` (2 I, H) as ``[gate; up]``, or (I, H), ``down``
-        (H, I).
+        (H, I); biases, (2 I,) or (I,), and (H,), become bfloat16.
 
         ``quantiser`` and ``moments``, those of x and of h, as in :func:`moeaccel.formats.quantise`.
+        ``prune`` makes the patterns of N:M formats (:func:`moeaccel.formats.prune`) for a device of
+        so many ``channels``; without it weights must have them.
         """
         fmt = weight_format(name)
-        rows = gate_up if len(gate_up) == down.shape[1] else interleave_gate_up(gate_up)
+        other = fmt if down_format is None else weight_format(down_format)
+        gated = len(gate_up) != down.shape[1]
+        rows = interleave_gate_up(gate_up) if gated else gate_up
+        if gated and gate_up_bias is not None and gate_up_bias.shape == rows.shape[:1]:
+            gate_up_bias = interleave_gate_up(gate_up_bias)
+        if prune is not None:
+            rows = pruned(rows, fmt, prune, together=1 + gated, channels=channels)
+            down = pruned(down, other, prune, channels=channels)
         return cls(
-            quantise(rows, fmt, quantiser=quantiser, moments=moments[0]),
-            quantise(down, fmt if down_format is None else down_format, quantiser=quantiser,
-                     moments=moments[1]), activation, limit)
+            quantise(rows, fmt, quantiser=quantiser, moments=moments[0]).with_bias(gate_up_bias),
+            quantise(down, other, quantiser=quantiser, moments=moments[1]).with_bias(down_bias),
+            activation, limit)
 
     def shape(self, row_multipliers: int, channels: int = 1) -> ExpertShape:
         """Return its shape for a device with such arrays."""
@@ -235,7 +255,8 @@ class Expert:
         return ExpertShape(
             self.gate_up.format, d_model, d_expert, row_multipliers, channels,
             down_format=self.down.format, activation=self.activation, gated=self.gated,
-            limit=self.limit)
+            limit=self.limit, gate_up_biased=self.gate_up.bias is not None,
+            down_biased=self.down.bias is not None)
 
     def filled(self) -> Expert:
         """Return what device memory holds: zeros behind rows and columns, up to whole blocks."""

@@ -2,9 +2,9 @@
 
 A header is, little-endian: magic u32, version u16, number of sections u8, row multipliers u8,
 channel u8, last channel u8, format code of each section u8, sink of each section u8 (0 where there
-is none), d_model and d_expert u32 (of a linear layer d_out and d_in) in whole blocks, words of each
-section u32, CRC-32 of the header before it and of everything behind the header u32; zeros up to the
-first word.
+is none), whether its rows have biases, u8 for each section, d_model and d_expert u32 (of a linear
+layer d_out and d_in) in whole blocks, words of each section u32, CRC-32 of the header before it and
+of everything behind the header u32; zeros up to the first word.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import zlib
 import numpy as np
 
 from moeaccel.errors import ImageError
-from moeaccel.formats import BLOCK, FORMATS, QuantisedMatrix, WeightFormat, whole_blocks
+from moeaccel.formats import ALL_FORMATS, BLOCK, QuantisedMatrix, WeightFormat, whole_blocks
 from moeaccel.image.expert import HEADER_BYTES, Expert, ExpertShape, LinearShape
 from moeaccel.image.sections import Bytes, deal, pack_section, unpack_section
 from moeaccel.image.table import sinks
@@ -25,8 +25,8 @@ __all__ = ["HEADER_USED", "MAGIC", "VERSION", "build_image", "build_linear_image
            "unpack_image"]
 
 MAGIC = 0x4558_4F4D  # "MOXE" in memory order
-VERSION = 2
-_HEAD = struct.Struct("<IHBBBB2B2BII2I")
+VERSION = 3
+_HEAD = struct.Struct("<IHBBBB2B2B2BII2I")
 _CRC = struct.Struct("<I")
 HEADER_USED = _HEAD.size + _CRC.size
 """Bytes of a header that are not always 0."""
@@ -71,7 +71,8 @@ def build_linear_image(
     in :func:`build_image`."""
     d_out, d_in = (whole_blocks(dim) for dim in matrix.integers.shape)
     matrix = matrix.filled(d_out, d_in)
-    shape = LinearShape(matrix.format, d_out, d_in, row_multipliers, channels)
+    shape = LinearShape(
+        matrix.format, d_out, d_in, row_multipliers, channels, matrix.bias is not None)
     payload = pack_section(deal(matrix, row_multipliers, channel, channels, 1), row_multipliers)
     return np.concatenate([_header(shape, d_out, d_in, channel, payload), payload])
 
@@ -84,6 +85,7 @@ def _header(shape: ExpertShape | LinearShape, first_dim: int, second_dim: int, c
     head = _HEAD.pack(
         MAGIC, VERSION, len(sections), shape.row_multipliers, channel, shape.channels - 1,
         *[section.format.code for section in sections], *none, *sinks(shape), *none,
+        *[int(section.biased) for section in sections], *none,
         first_dim, second_dim,
         *[section.words for section in sections], *none)
     raw = head + _CRC.pack(zlib.crc32(payload.data, zlib.crc32(head)))
@@ -110,7 +112,7 @@ def check_image(image: Bytes, *, channel: int = 0) -> ExpertShape:
         raise ImageError(f"image must be at least {HEADER_BYTES} bytes, not {len(image)}")
     raw = image[:HEADER_BYTES].tobytes()
     (magic, version, sections, row_multipliers, found_channel, last_channel, code, down_code, sink,
-     last_sink, d_model, d_expert, *words) = _HEAD.unpack_from(raw)
+     last_sink, biased, down_biased, d_model, d_expert, *words) = _HEAD.unpack_from(raw)
     if magic != MAGIC:
         raise ImageError(
             f"image must start with {MAGIC:#010x}, not {magic:#010x}; this is no expert image"
@@ -134,10 +136,14 @@ def check_image(image: Bytes, *, channel: int = 0) -> ExpertShape:
             "damaged, load it again"
         )
     shape = ExpertShape(fmt, d_model, d_expert, row_multipliers, last_channel + 1,
-                        down_format=down_format, gated=sink == Sink.ACTIVATION)
+                        down_format=down_format, gated=sink == Sink.ACTIVATION,
+                        gate_up_biased=bool(biased), down_biased=bool(down_biased))
     if (sink, last_sink) != sinks(shape):
         raise ImageError(f"image sinks must be {[int(s) for s in sinks(shape)]}, or 2 in the first "
                          f"place, not {[sink, last_sink]}; its header was damaged, load it again")
+    if biased > 1 or down_biased > 1:
+        raise ImageError(f"image must say of biases that they are there, 1, or not, 0, not "
+                         f"{[biased, down_biased]}; its header was damaged, load it again")
     if words != [s.words for s in shape.sections] or len(image) < shape.image_bytes:
         raise ImageError(
             f"image must be {shape.image_bytes} bytes for its header, "
@@ -155,11 +161,11 @@ def check_image(image: Bytes, *, channel: int = 0) -> ExpertShape:
 
 def _format(code: int, what: str) -> WeightFormat:
     """Return the format with that code."""
-    for fmt in FORMATS.values():
+    for fmt in ALL_FORMATS.values():
         if fmt.code == code:
             return fmt
     raise ImageError(f"image format code of {what} must be one of "
-                     f"{[f.code for f in FORMATS.values()]}, not {code}")
+                     f"{[f.code for f in ALL_FORMATS.values()]}, not {code}")
 
 
 def unpack_image(*parts: Bytes) -> Expert:

@@ -9,7 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeaccel.errors import ImageError
-from moeaccel.formats import BLOCK, QuantisedMatrix, WeightFormat
+from moeaccel.formats import BLOCK, QUAD, SHIFT_BITS, QuantisedMatrix, WeightFormat
+from moeaccel.formats.patterns import compressed, expanded, places
+
+STEPS_PER_PATTERN_WORD = 4
+"""Steps of an N:M format whose patterns share a word: two bits for each multiplier."""
 
 __all__ = ["Bytes", "Section", "deal", "pack_section", "stored_bytes", "unpack_section"]
 
@@ -29,6 +33,8 @@ class Section:
         Of an array that will read it.
     channels : :class:`int`
         To which the rows are dealt; tiles and words are those of one channel.
+    biased : :class:`bool`
+        Each row has a bias beside its exponent.
     """
 
     format: WeightFormat
@@ -36,6 +42,7 @@ class Section:
     k: int
     row_multipliers: int
     channels: int = 1
+    biased: bool = False
 
     @property
     def word_bytes(self) -> int:
@@ -64,17 +71,18 @@ class Section:
 
     @property
     def tiles_per_row_word(self) -> int:
-        """Tiles whose row exponents share a word."""
-        return 8 * self.word_bytes // (16 * self.tile_rows)
+        """Tiles whose row exponents, and biases, share a word."""
+        return 8 * self.word_bytes // ((32 if self.biased else 16) * self.tile_rows)
 
     @property
     def entries_per_scale_word(self) -> int:
         """Scale entries (one group of each row of a tile) in a word."""
-        return 8 * self.word_bytes // (self.format.scale_bits * self.tile_rows)
+        bits = self.format.scale_bits * self.format.scales_per_step
+        return 8 * self.word_bytes // (bits * self.tile_rows)
 
     @property
     def groups(self) -> int:
-        """Scale entries of a tile."""
+        """Scale entries of a tile: for each group, or step that has several."""
         return -(-self.steps // self.format.steps_per_group)
 
     @property
@@ -88,20 +96,29 @@ class Section:
         return -(-self.tiles * self.groups // self.entries_per_scale_word)
 
     @property
+    def pattern_words(self) -> int:
+        """Words of N:M patterns of the section."""
+        if self.format.parts == 1:
+            return 0
+        return -(-self.tiles * self.steps // STEPS_PER_PATTERN_WORD)
+
+    @property
     def words(self) -> int:
         """Array words of the section."""
-        return self.row_words + self.scale_words + self.tiles * self.steps
+        return self.row_words + self.scale_words + self.pattern_words + self.tiles * self.steps
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of weights, scales and row exponents without padding, on all
-        channels."""
-        return stored_bytes(self.format, self.rows, self.k)
+        """Bytes of weights, scales, row exponents and biases without padding, on all channels."""
+        return stored_bytes(self.format, self.rows, self.k, biased=self.biased)
 
     def kinds(self) -> NDArray[np.uint8]:
-        """Return the kind of each word in order: 0 row, 1 scale, 2 weight."""
-        step = np.full((self.tiles, self.steps, 3), 255, np.uint8)
-        step[:, :, 2] = 2
+        """Return the kind of each word in order: 0 row, 1 scale, 2 weight, 3 pattern."""
+        step = np.full((self.tiles, self.steps, 4), 255, np.uint8)
+        step[:, :, 3] = 2
+        if self.format.parts > 1:
+            at = np.arange(self.tiles * self.steps) % STEPS_PER_PATTERN_WORD == 0
+            step[:, :, 2] = np.where(at, 3, 255).reshape(self.tiles, self.steps)
         step[:: self.tiles_per_row_word, 0, 0] = 0
         entry = np.arange(self.tiles * self.groups) % self.entries_per_scale_word == 0
         step[:, :: self.format.steps_per_group, 1] = np.where(entry, 1, 255).reshape(
@@ -111,16 +128,18 @@ class Section:
         return flat[flat != 255]
 
 
-def stored_bytes(fmt: WeightFormat, rows: int, k: int) -> int:
-    """Return the bytes of weights, scales and row exponents, whole for each row."""
-    weights = -(-k * fmt.weight_bits // 8)
-    return rows * (weights + -(-k // fmt.group) * fmt.scale_bits // 8 + 2)
-
+def stored_bytes(fmt: WeightFormat, rows: int, k: int, *, biased: bool = False) -> int:
+    """Return the bytes of weights, scales, row exponents and biases, whole for each row."""
+    quads = -(-k // QUAD)
+    weights = -(-(k if fmt.parts == 1 else quads * fmt.nonzeros) * fmt.weight_bits // 8)
+    patterns = -(-quads * fmt.pattern_bits // 8)
+    return rows * int(weights + patterns + -(-k // fmt.group) * fmt.scale_bits // 8
+                      + (4 if biased else 2))
 
 
 def _pack_entries(values: NDArray[np.integer], bits: int, per_word: int, word_bytes: int) -> Bytes:
-    """Pack rows of 8- or 16-bit values into words of ``per_word`` rows each, zero padded."""
-    entries = values.astype(np.uint8 if bits == 8 else "<u2").reshape(values.shape[0], -1)
+    """Pack rows of 8-, 16- or 32-bit values into words of ``per_word`` rows each, zero padded."""
+    entries = values.astype(f"<u{bits // 8}").reshape(values.shape[0], -1)
     words = -(-len(entries) // per_word)
     out = np.zeros((words * per_word, entries.shape[1]), entries.dtype)
     out[: len(entries)] = entries
@@ -140,7 +159,8 @@ def deal(
 
     return replace(
         matrix, integers=part(matrix.integers), significand=part(matrix.significand),
-        shift=part(matrix.shift), row_exponent=part(matrix.row_exponent))
+        shift=part(matrix.shift), row_exponent=part(matrix.row_exponent),
+        bias=None if matrix.bias is None else part(matrix.bias))
 
 
 def _gather(parts: Sequence[QuantisedMatrix], section: Section, together: int) -> QuantisedMatrix:
@@ -151,32 +171,69 @@ def _gather(parts: Sequence[QuantisedMatrix], section: Section, together: int) -
         pieces = dealt.reshape(len(parts), -1, together, *dealt.shape[2:])
         return pieces.swapaxes(0, 1).reshape(section.rows, *dealt.shape[2:])
 
-    return replace(parts[0], **{
-        name: whole(name) for name in ("integers", "significand", "shift", "row_exponent")})
+    names = ["integers", "significand", "shift", "row_exponent", *["bias"] * section.biased]
+    return replace(parts[0], **{name: whole(name) for name in names})
+
+
+def _in_lanes(values: NDArray[np.uint8], section: Section, fields: int) -> NDArray[np.uint8]:
+    """Return rows of codes or places as multipliers have them, (steps of all tiles, multipliers,
+    fields).
+
+    ``fields``: rows that a multiplier has by itself. Multiplier ``4 g + N p + j`` of a row of them
+    has the j-th of the N weights of the g-th four, of part p.
+    """
+    fmt = section.format
+    stored = fmt.nonzeros
+    quads = BLOCK // QUAD
+    rows = section.tiles, section.row_multipliers, fmt.parts, fields
+    return values.reshape(*rows, section.steps, quads, stored).transpose(
+        0, 4, 1, 5, 2, 6, 3).reshape(section.tiles * section.steps, -1, fields)
+
+
+def _from_lanes(values: NDArray[np.uint8], section: Section) -> NDArray[np.uint8]:
+    """Return rows, (n, K / QUAD, N), of what multipliers have: the inverse of :func:`_in_lanes`."""
+    fmt, fields = section.format, values.shape[-1]
+    quads = BLOCK // QUAD
+    shape = (section.tiles, section.steps, section.row_multipliers, quads, fmt.parts, fmt.nonzeros,
+             fields)
+    return values.reshape(shape).transpose(0, 2, 4, 6, 1, 3, 5).reshape(
+        -1, section.steps * quads, fmt.nonzeros)
+
+
+def _two_bits(values: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return numbers of two bits, four in a byte, the first in the lowest bits."""
+    four = values.reshape(len(values), -1, 4)
+    return np.bitwise_or.reduce(four << np.array([0, 2, 4, 6], np.uint8), axis=2, dtype=np.uint8)
+
+
+def _in_steps(scales: NDArray[np.uint32], section: Section) -> NDArray[np.uint32]:
+    """Return scales, (n, groups), as entries of scale words, a row for each step that has some."""
+    per_step = section.format.scales_per_step
+    return scales.reshape(section.tiles, section.tile_rows, section.groups, per_step).transpose(
+        0, 2, 1, 3).reshape(-1, section.tile_rows * per_step)
 
 
 def pack_section(matrix: QuantisedMatrix, row_multipliers: int) -> Bytes:
     """Return the words of one section as bytes, for a matrix whose rows are in image order."""
     fmt = matrix.format
     n, k = matrix.integers.shape
-    section = Section(fmt, n, k, row_multipliers)
+    section = Section(fmt, n, k, row_multipliers, biased=matrix.bias is not None)
     tiles, steps, tile_rows = section.tiles, section.steps, section.tile_rows
-    codes = (
-        fmt.encode(matrix.integers)
-        .reshape(tiles, tile_rows, steps, BLOCK)
-        .transpose(0, 2, 1, 3)
-    )
+    codes, scales = fmt.stored(matrix)
+    patterns: NDArray[np.uint8] | None = None
+    if fmt.parts > 1:
+        at = places(matrix.integers, fmt)
+        codes = compressed(codes, at)
+        patterns = _two_bits(_in_lanes(at, section, 1)[..., 0])
+    codes = _in_lanes(codes, section, 2 if fmt.packed else 1)
     if fmt.packed:
-        codes = codes[:, :, 0::2] | codes[:, :, 1::2] << 4
+        codes = codes[..., 0] | codes[..., 1] << 4
     weights = np.ascontiguousarray(codes).reshape(tiles * steps, section.word_bytes)
 
-    scales = matrix.shift.astype(np.int32)
-    if fmt.real_scale:
-        scales = scales << 11 | matrix.significand
-    scales = (
-        scales.reshape(tiles, tile_rows, section.groups).transpose(0, 2, 1).reshape(-1, tile_rows)
-    )
+    scales = _in_steps(scales, section)
     rows = matrix.row_exponent.reshape(tiles, tile_rows).view(np.uint16)
+    if matrix.bias is not None:
+        rows = np.concatenate([rows, matrix.bias.reshape(tiles, tile_rows)], axis=1)
 
     kinds = section.kinds()
     out = np.zeros((section.words, section.word_bytes), np.uint8)
@@ -185,6 +242,8 @@ def pack_section(matrix: QuantisedMatrix, row_multipliers: int) -> Bytes:
         scales, fmt.scale_bits, section.entries_per_scale_word, section.word_bytes
     )
     out[kinds == 2] = weights
+    if patterns is not None:
+        out[kinds == 3] = _pack_entries(patterns, 8, STEPS_PER_PATTERN_WORD, section.word_bytes)
     return out.reshape(-1)
 
 
@@ -220,22 +279,29 @@ def _unpack_part(words: Bytes, section: Section) -> QuantisedMatrix:
     words = words.reshape(section.words, section.word_bytes)
     kinds = section.kinds()
 
-    exponents = np.ascontiguousarray(words[kinds == 0]).view("<i2").reshape(-1, tile_rows)
-    scales = np.ascontiguousarray(words[kinds == 1]).view("<u2" if fmt.scale_bits == 16 else "u1")
-    scales = scales.reshape(-1, tile_rows)[: tiles * section.groups]
-    scales = scales.reshape(tiles, section.groups, tile_rows).transpose(0, 2, 1)
-    scales = scales.reshape(tiles * tile_rows, section.groups)
+    rows = np.ascontiguousarray(words[kinds == 0]).view("<i2").reshape(-1, tile_rows)
+    exponents, biases = (rows[0::2], rows[1::2]) if section.biased else (rows, None)
+    scales = np.ascontiguousarray(words[kinds == 1]).view(f"<u{fmt.scale_bits // 8}")
+    per_step = fmt.scales_per_step
+    scales = scales.reshape(-1, tile_rows * per_step)[: tiles * section.groups]
+    scales = scales.reshape(tiles, section.groups, tile_rows, per_step).transpose(0, 2, 1, 3)
+    scales = scales.reshape(tiles * tile_rows, section.groups * per_step)
 
-    codes: Bytes = words[kinds == 2].reshape(tiles, section.steps, section.row_multipliers, BLOCK)
+    codes: Bytes = words[kinds == 2][..., None]
     if fmt.packed:
-        codes = np.stack([codes & 15, codes >> 4], axis=3).astype(np.uint8)
-    codes = codes.reshape(tiles, section.steps, tile_rows, BLOCK).transpose(0, 2, 1, 3)
-    integers = fmt.decode(np.ascontiguousarray(codes).reshape(-1, section.k))
-    return QuantisedMatrix(
-        fmt,
-        integers,
-        (scales & 2047 if fmt.real_scale else np.ones_like(scales)).astype(np.int16),
-        (scales >> 11 if fmt.real_scale else scales).astype(np.int8),
-        exponents[:tiles].reshape(-1).astype(np.int16),
-        0,
-    )
+        codes = np.concatenate([codes & 15, codes >> 4], axis=2).astype(np.uint8)
+    codes = _from_lanes(codes, section)
+    matrix = fmt.restored(codes.reshape(len(codes), -1), scales,
+                          exponents[:tiles].reshape(-1).astype(np.int16))
+    if fmt.parts > 1:
+        four = words[kinds == 3].reshape(-1)[: tiles * section.steps * section.word_bytes // 4]
+        at = np.stack([four >> shift & 3 for shift in (0, 2, 4, 6)], axis=1).astype(np.uint8)
+        matrix = replace(matrix, integers=expanded(
+            matrix.integers.reshape(codes.shape),
+            _from_lanes(at.reshape(tiles * section.steps, -1, 1), section)))
+    if biases is not None:
+        matrix = replace(
+            matrix, bias=biases[:tiles].reshape(-1).astype(np.int16).view(np.uint16))
+    # As the device reads what was damaged: a shift has so many bits, and at most that value.
+    shift = matrix.shift & ((1 << SHIFT_BITS) - 1)
+    return replace(matrix, shift=np.minimum(shift, fmt.max_shift).astype(np.int8))

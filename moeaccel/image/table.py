@@ -37,6 +37,7 @@ def table_entry(shape: ExpertShape | LinearShape, image_address: int) -> dict[st
             f"format{index}": section.format.code,
             f"operand{index}": int(Operand.HIDDEN if index else Operand.X),
             f"sink{index}": int(sink),
+            f"bias{index}": int(section.biased),
             f"words{index}": section.words}
     return entry
 

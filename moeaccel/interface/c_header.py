@@ -11,7 +11,7 @@ import enum
 
 from moeaccel.activations import ACTIVATIONS
 from moeaccel.config import AcceleratorConfig
-from moeaccel.formats import FORMATS
+from moeaccel.formats import ALL_FORMATS
 from moeaccel.interface.commands import (
     ENTRY_BYTES,
     STRUCTURES,
@@ -19,15 +19,18 @@ from moeaccel.interface.commands import (
     NonFinite,
     Opcode,
     Operand,
+    Selection,
     Sink,
     Status,
 )
 from moeaccel.interface.registers import REGISTERS, VERSION_VALUE
+from moeaccel.router.choices import GroupScore, Renormalize, Score
 
 __all__ = ["c_header"]
 
-_ENUMS: tuple[type[enum.IntEnum], ...] = (Opcode, Status, NonFinite, Operand, Sink)
-_CODES = {"format": FORMATS, "activation": ACTIVATIONS}
+_ENUMS: tuple[type[enum.IntEnum], ...] = (
+    Opcode, Status, NonFinite, Operand, Sink, Selection, Score, Renormalize, GroupScore)
+_CODES = {"format": ALL_FORMATS, "activation": ACTIVATIONS}
 
 
 def _define(name: str, value: int | str, text: str = "") -> str:
@@ -37,6 +40,11 @@ def _define(name: str, value: int | str, text: str = "") -> str:
 
 def _snake(name: str) -> str:
     return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")
+
+
+def _identifier(name: str) -> str:
+    """Return a name as part of a C identifier: ``INT4_G32_2_4`` for ``int4_g32+2:4``."""
+    return "".join(c if c.isalnum() else "_" for c in name).upper()
 
 
 def _registers() -> list[str]:
@@ -64,7 +72,7 @@ def _enums() -> list[str]:
         lines += ["};", ""]
     for name, registry in _CODES.items():
         lines.append(f"enum moeaccel_{name} {{")
-        lines += [f"    MOEACCEL_{name.upper()}_{one.name.upper()} = {one.code},"
+        lines += [f"    MOEACCEL_{name.upper()}_{_identifier(one.name)} = {one.code},"
                   for one in registry.values()]
         lines += ["};", ""]
     return lines[:-1]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from moeaccel.config import BLOCK, TOP_K_MAX, AcceleratorConfig
 from moeaccel.errors import CommandError
+from moeaccel.router.choices import GROUPS_MAX, GroupScore, Renormalize, Score
 
 ENTRY_BYTES = 64
 """Bytes of a submission, a completion, a layer descriptor and an entry of an expert table."""
@@ -38,6 +39,8 @@ class Opcode(enum.IntEnum):
     """y[t] = expert[0](x[t]): every token, weight 1, no ids. With one section, y = x W^T."""
     FENCE = 3
     """Complete when every earlier command has completed."""
+    ROUTE = 4
+    """ids[t], weights[t] = router(logits[t]), both written; layer_address names a router."""
 
 
 class Status(enum.IntEnum):
@@ -76,6 +79,9 @@ class Status(enum.IntEnum):
     expert, address the index of the entry's 32-bit word. Of several such experts the first; y is
     undefined. Entries are read up to 17 experts ahead: where one of those behind it cannot be read,
     that may be named instead."""
+    BAD_ROUTER = 11
+    """A router descriptor field out of range, groups that are not those of its experts, or a table
+    that runs beyond the address space; detail is the index of its 32-bit word."""
 
 
 class NonFinite(enum.IntEnum):
@@ -85,6 +91,8 @@ class NonFinite(enum.IntEnum):
     """The token's x."""
     ROUTING_WEIGHT = 1
     """A weight of one of its pairs; weights of skipped ids are not looked at."""
+    LOGIT = 2
+    """One of its logits."""
 
 
 class ElementType(enum.IntEnum):
@@ -99,6 +107,17 @@ class ElementType(enum.IntEnum):
     def bytes(self) -> int:
         """Bytes of an element."""
         return 2 if self is ElementType.BFLOAT16 else 4
+
+
+class Selection(enum.IntEnum):
+    """What orders the experts of a token."""
+
+    LOGIT = 0
+    """The logit."""
+    BIASED_SCORE = 1
+    """The score plus the selection bias."""
+    BIASED_LOGIT = 2
+    """The logit plus the selection bias."""
 
 
 class Operand(enum.IntEnum):
@@ -219,14 +238,19 @@ SUBMISSION = (
     _field("tag", 0, 16, 16, "Returned in the completion."),
     _field("tokens", 1, 0, 32, "Tokens.", Limit(low=1, high="max_tokens")),
     _field("top_k", 2, 0, 32, "Experts of a token; tokens * top_k at most max_assignments.",
-           Limit(low=1, high=TOP_K_MAX), Limit(values=(1,), when=("opcode", Opcode.GEMM))),
-    _field("x_type", 3, 0, 8, "Elements of x (ElementType).", _ELEMENT_TYPE),
+           Limit(low=1, high=TOP_K_MAX), Limit(values=(1,), when=("opcode", Opcode.GEMM)),
+           Limit(low=1, high="router_top_k", when=("opcode", Opcode.ROUTE))),
+    _field("x_type", 3, 0, 8, "Elements of x (ElementType).", _ELEMENT_TYPE,
+           Limit(values=(ElementType.FLOAT32,), when=("opcode", Opcode.ROUTE))),
     _field("y_type", 3, 8, 8, "Elements of y (ElementType).", _ELEMENT_TYPE),
     _address("layer_address", 4, "Layer descriptor."),
-    _address("x_address", 6, "(tokens, d_in) of x_type, rows contiguous."),
+    _address("x_address", 6, "(tokens, d_in) of x_type, rows contiguous. ROUTE: logits, a "
+             "multiple of 32 in each row, those of no expert not looked at."),
     _address("ids_address", 8,
-             "int32 (tokens, top_k); negative or >= num_experts: skipped. GEMM: not read."),
-    _address("weights_address", 10, "float32 (tokens, top_k). GEMM: not read."),
+             "int32 (tokens, top_k); negative or >= num_experts: skipped. GEMM: not read. ROUTE: "
+             "written, up to a multiple of 64 bytes; -1: no expert."),
+    _address("weights_address", 10,
+             "float32 (tokens, top_k). GEMM: not read. ROUTE: written, as ids."),
     _address("y_address", 12, "(tokens, d_out) of y_type, written."),
     _address("workspace_address", 14, "8 * tokens * d_out bytes for partial sums."),
 )
@@ -260,6 +284,9 @@ def _section(index: int) -> tuple[Field, ...]:
                Limit(values="format_codes", when=here)),
         _field(f"operand{index}", word, 8, 8, "Operand.", Limit(values=(operand,), when=here)),
         _field(f"sink{index}", word, 16, 8, "Sink.", *follows),
+        _field(f"bias{index}", word, 24, 8,
+               "1: each row has a bias beside its exponent; 0: none has.",
+               Limit(values="bias_codes", when=here)),
         _field(f"words{index}", word + 1, 0, 32, "Array words of the section (docs/images.md)."),
     )
 
@@ -293,8 +320,42 @@ COMPLETION = (
            "OVERFLOW."),
 )
 
+ROUTER = (
+    _field("score", 0, 0, 8, "Score code.", Limit(values="router_codes")),
+    _field("renormalize", 0, 8, 8, "Renormalisation code.",
+           Limit(values=tuple(map(int, Renormalize))),
+           Limit(values=(Renormalize.SOFTMAX_TOP_K,), when=("score", Score.IDENTITY))),
+    _field("group_score", 0, 16, 8, "Code of the groups' score.",
+           Limit(values=tuple(map(int, GroupScore))),
+           Limit(values=(GroupScore.MAX,), when=("score", Score.IDENTITY)),
+           Limit(values=(GroupScore.MAX,), when=("selection", Selection.BIASED_LOGIT))),
+    _field("selection", 0, 24, 8, "What orders the experts (Selection).",
+           Limit(values=tuple(Selection)),
+           Limit(values=(Selection.LOGIT, Selection.BIASED_LOGIT),
+                 when=("score", Score.IDENTITY))),
+    _field("num_experts", 1, 0, 32, "Experts.", Limit(low=1, high="max_experts")),
+    _field("groups", 2, 0, 16, "Groups; 1: none.", Limit(low=1, high=GROUPS_MAX)),
+    _field("group_size", 2, 16, 16, "Experts of a group; groups * group_size is num_experts.",
+           Limit(low=1, high="max_experts"),
+           Limit(low=2, high="max_experts", when=("group_score", GroupScore.TOP2_SUM))),
+    _field("keep_groups", 3, 0, 16,
+           "Groups that are kept, at most groups; top_k is at most keep_groups * group_size.",
+           Limit(low=1, high="router_top_k")),
+    _field("tables", 3, 16, 8, "1: there is a table; 0: nothing is added.", Limit(values=(0, 1))),
+    _field("scale", 4, 0, 32, "What weights are multiplied with: float32, from 2**-20 to 2**20.",
+           Limit(low=0x35800000, high=0x49800000)),
+    _field("epsilon", 8, 0, 64, "In units of 2**-36, at most 1; sum_eps and clamp.",
+           Limit(low=0, high=1 << 36),
+           *(Limit(values=(0,), when=("renormalize", r)) for r in (
+               Renormalize.NONE, Renormalize.SUM, Renormalize.SOFTMAX_TOP_K))),
+    _address("table_address", 6,
+             "8 bytes for each expert: what is added to its logit, int32 in units of 2**-20; its "
+             "selection bias, int32 in units of 2**-22 (of 2**-20 where selection is 2), the least "
+             "number: never chosen."),
+)
+
 STRUCTURES = {"submission": SUBMISSION, "layer descriptor": LAYER, "expert table entry": EXPERT,
-              "completion": COMPLETION}
+              "completion": COMPLETION, "router descriptor": ROUTER}
 """All of them, by the names that people read."""
 
 COUNT_MAX = (1 << 32) - 1

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import enum
 
-__all__ = ["CapacityOrder", "Choice", "GroupScore", "Renormalize", "Score", "WeightOn"]
+__all__ = [
+    "GROUPS_MAX", "CapacityOrder", "Choice", "GroupScore", "Renormalize", "Score", "WeightOn"]
+
+GROUPS_MAX = 64
+"""Most groups of a router."""
 
 
 class Choice(enum.IntEnum):

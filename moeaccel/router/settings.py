@@ -15,6 +15,7 @@ from typing import TypeVar
 from moeaccel.config import EXPERTS_MAX, TOP_K_MAX
 from moeaccel.errors import MoeAccelError
 from moeaccel.router.choices import (
+    GROUPS_MAX,
     CapacityOrder,
     Choice,
     GroupScore,
@@ -23,10 +24,7 @@ from moeaccel.router.choices import (
     WeightOn,
 )
 
-__all__ = ["GROUPS_MAX", "SELECTION_BIAS_MAX", "RouterError", "RouterSettings"]
-
-GROUPS_MAX = 64
-"""Most groups of a router; of them at most `TOP_K_MAX` are kept, or all."""
+__all__ = ["SELECTION_BIAS_MAX", "RouterError", "RouterSettings"]
 
 SELECTION_BIAS_MAX = 128
 """How far from 0 a selection bias may be: sums of two keys fit 32 bits."""
@@ -192,6 +190,11 @@ class RouterSettings:
     def capacity_order_kind(self) -> CapacityOrder:
         """Who is first, as a member."""
         return self._kind(CapacityOrder, self.capacity_order)
+
+    @property
+    def biases_scores(self) -> bool:
+        """Whether a selection bias is one of scores, not of logits."""
+        return not self.bias_logits and self.score_kind is not Score.IDENTITY
 
     @property
     def grouped(self) -> bool:

@@ -23,6 +23,7 @@ __all__ = [
     "KEY_BITS",
     "LOG1P",
     "LOGIT_BITS",
+    "NEVER",
     "RECIPROCAL",
     "SCORE_BITS",
     "SQRT",
@@ -44,6 +45,8 @@ LOGIT_BITS = 20
 """Fraction bits of a logit."""
 WORD_BITS = 32
 """Bits of a logit and of a key, sign included."""
+NEVER = -(1 << (WORD_BITS - 1))
+"""What is added to the key of an expert that is never chosen."""
 KEY_BITS = 22
 """Fraction bits of a key that is a score plus a selection bias."""
 SCORE_BITS = 36

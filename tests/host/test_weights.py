@@ -33,6 +33,75 @@ def tall():
         yield device
 
 
+# -- biases
+def test_biases_are_added_to_both_products(tall):
+    rng = np.random.default_rng(21)
+    gate_up, down = draw_weights(rng)
+    biases = {"gate_up_bias": rng.standard_normal((3, 192)), "down_bias": torch.randn(3, 64)}
+    x, scores = rng.standard_normal((9, 64), np.float32), rng.random((9, 2), np.float32)
+    ids = rng.integers(0, 3, (9, 2))
+    for some in ({}, *({name: biases[name]} for name in biases), biases):
+        with tall.load_experts(gate_up, down, weight_format="mxint8", **some) as loaded:
+            y = loaded(x, ids, scores)
+        exact = experts_float64(x, ids, scores, gate_up, down, **{
+            name: np.asarray(bias, np.float64) for name, bias in some.items()})
+        assert np.linalg.norm(y - exact) < 0.02 * np.linalg.norm(exact)
+    assert loaded.shape.gate_up_biased and loaded.shape.down_biased
+    parts = {name: list(bias) for name, bias in biases.items()}  # a sequence of vectors
+    with tall.load_experts(gate_up, down, weight_format="mxint8", **parts) as loaded:
+        assert np.array_equal(loaded(x, ids, scores), y)
+
+
+def test_a_linear_layer_with_a_bias(tall):
+    rng = np.random.default_rng(22)
+    weight, bias = rng.standard_normal((50, 40), np.float32), rng.standard_normal(50)
+    x = rng.standard_normal((3, 40), np.float32)
+    with tall.load_linear(weight, weight_format="mxint8", bias=bias) as loaded:
+        exact = x.astype(np.float64) @ weight.T.astype(np.float64) + bias
+        assert np.linalg.norm(loaded(x) - exact) < 0.02 * np.linalg.norm(exact)
+
+
+def test_biases_count_for_the_grid(tall):
+    gate_up, down = draw_weights(np.random.default_rng(23))
+    large = {"down_bias": np.full((3, 64), 1e4)}
+    with tall.load_experts(gate_up, down) as plain, tall.load_experts(
+            gate_up, down, **large) as biased, tall.load_experts(
+            gate_up, down, gate_up_bias=np.full((3, 192), 1e3)) as first:
+        assert biased.grid_exponent >= plain.grid_exponent + 12
+        assert first.grid_exponent >= plain.grid_exponent + 16
+
+
+@pytest.mark.parametrize(("biases", "error", "message"), [
+    ({"gate_up_bias": np.zeros((3, 96))}, errors.InvalidTensor,
+     r"gate_up_bias must have the shape \(3, 192\), .* not \(3, 96\)"),
+    ({"down_bias": np.zeros(64)}, errors.InvalidTensor, "down_bias must"),
+    ({"down_bias": [np.zeros(64), np.zeros(64), np.zeros(63)]}, errors.InvalidTensor,
+     r"down_bias\[2\] must have the shape \(64,\), not \(63,\)"),
+    ({"gate_up_bias": np.full((3, 192), np.nan)}, FormatError,
+     "bias must be of numbers that bfloat16 has"),
+])
+def test_biases_that_are_none(tall, biases, error, message):
+    free = tall.memory.free_bytes
+    with pytest.raises(error, match=message):
+        tall.load_experts(*draw_weights(np.random.default_rng(0)), **biases)
+    assert tall.memory.free_bytes == free
+
+
+def test_hardware_without_an_adder_refuses_biases():
+    gate_up, down = draw_weights(np.random.default_rng(0))
+    config = PRESETS["tiny"].replace(name="bare", bias=False)
+    with open_device("golden", config=config, memory_bytes=1 << 22) as device:
+        device.load_experts(gate_up, down)
+        for biases, name in (({"gate_up_bias": np.zeros((3, 192))}, "gate_up_bias"),
+                             ({"down_bias": np.zeros((3, 64))}, "down_bias")):
+            with pytest.raises(errors.LimitExceeded, match=(
+                    f"{name} must be left out in config 'bare', not given; presets that can: "
+                    "tiny, ")):
+                device.load_experts(gate_up, down, **biases)
+        with pytest.raises(errors.LimitExceeded, match="bias must be left out in config 'bare'"):
+            device.load_linear(down[0], bias=np.zeros(64))
+
+
 # -- the grid
 @pytest.mark.parametrize("scale", [1e-4, 1e-2, 1.0, 1e2, 1e4])
 @pytest.mark.parametrize(("d_model", "d_expert"), [(32, 64), (256, 100), (2048, 64)])

@@ -6,7 +6,7 @@ import pytest
 
 from moeaccel.config import PRESETS, AcceleratorConfig, preset
 from moeaccel.errors import ConfigurationError
-from moeaccel.formats import FORMATS
+from moeaccel.formats import ALL_FORMATS, FORMATS
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -32,7 +32,8 @@ def test_widths_close_at_the_largest_dimension():
         ("row_multipliers", 1, "a power of two from 2 to 16"),
         ("token_lanes", 3, "a power of two from 2 to 64"),
         ("max_dim", 100, "a multiple of 32 from 64 to 32768"),
-        ("quantiser_lanes", 32, "a power of two from 1 to 2"),
+        ("quantiser_lanes", 32, "a power of two from 1 to 4"),
+        ("y_banks", 4, "a power of two from 1 to 2"),
         ("tile_words", 4, "a power of two from 16"),
         ("address_bits", 8, "from 16 to 64"),
         ("formats", (), "a tuple of different ones of mxint8"),
@@ -72,6 +73,7 @@ def test_digest_depends_on_every_field_but_the_name():
         "quantiser_lanes": 1,
         "address_bits": 32,
         "formats": ("mxfp4",),
+        "y_banks": 2,
     }
     digests = {config.replace(**{field: value}).digest for field, value in changed.items()}
     assert len(digests) == len(changed) and config.digest not in digests
@@ -82,7 +84,7 @@ def test_digest_and_widths_depend_on_what_formats_mean(monkeypatch):
     digest = config.digest
     narrow = config.replace(formats=("mxfp4",))
     assert narrow.accumulator_bits == config.accumulator_bits - 1  # a block of mxfp4 has 31 bits
-    monkeypatch.setitem(FORMATS, "mxfp4", dataclasses.replace(FORMATS["mxfp4"], max_shift=14))
+    monkeypatch.setitem(ALL_FORMATS, "mxfp4", dataclasses.replace(FORMATS["mxfp4"], max_shift=14))
     assert config.digest != digest
 
 

@@ -64,6 +64,17 @@ def test_a_limit_clamps_gate_from_above_and_up_from_both_sides():
         49 * 2.0**-16)
 
 
+def test_an_offset_is_added_to_up_behind_its_limit():
+    rng = np.random.default_rng(2)
+    g, u = (normalise(rng.integers(-(1 << 20), 1 << 20, 4000), -16) for _ in range(2))
+    significand, exponent = tables.gated(
+        g, u, ACTIVATIONS["gpt_oss"], float32_to_internal(np.float32(7)))
+    gate, up = np.minimum(g.to_float64(), 7), np.clip(u.to_float64(), -7, 7)
+    exact = gate / (1 + np.exp(-1.702 * gate)) * (up + 1)
+    assert np.abs(np.ldexp(significand.astype(float), exponent.astype(int)) - exact).max() <= (
+        56 * 2.0**-14)
+
+
 def test_table_is_the_same_on_every_machine():
     words = np.array(SILU.packed(), "<u8")
     assert zlib.crc32(words.tobytes()) == TABLE_CRC

@@ -25,6 +25,15 @@ def toy(transform=lambda module: None, **flags):
             if not gated:
                 gate_up = gate_up[:, :96]
             self.plain = gate_up, down
+            if flags.get("has_bias"):
+                self.biases = {"gate_up_bias": torch.randn(gate_up.shape[:2], generator=generator),
+                               "down_bias": torch.randn(down.shape[:2], generator=generator)}
+                bias = self.biases["gate_up_bias"]
+                if gated and not flags.get("is_concatenated", True):
+                    bias = bias.reshape(4, 2, 96).mT.reshape(4, 192)
+                setattr(self, "gate_up_proj_bias" if gated else "up_proj_bias",
+                        torch.nn.Parameter(bias.clone()))
+                self.down_proj_bias = torch.nn.Parameter(self.biases["down_bias"].clone())
             if gated and not flags.get("is_concatenated", True):
                 gate_up = gate_up.reshape(4, 2, 96, 64).transpose(1, 2).reshape(4, 192, 64)
             if flags.get("is_transposed"):

@@ -72,8 +72,11 @@ def _configs(cls):
 
 @torch.no_grad()
 def quantised(module, name="mxint8"):
-    """Replace a module's weights by what a format makes of them; return the module."""
+    """Replace a module's weights and biases by what a format makes of them; return the module."""
     for parameter in module.parameters():
+        if parameter.dim() == 2:  # biases
+            parameter.copy_(parameter.bfloat16())
+            continue
         for matrix in parameter:
             rows = matrix.T if module.is_transposed else matrix
             rows.copy_(torch.from_numpy(quantise(rows.numpy().copy(), name).dequantise()))

@@ -52,7 +52,8 @@ class GoldenBench:
             shape = weights.filled().shape(*array)
             build, matrices = build_image, (weights.gate_up, weights.down)
         else:
-            shape = LinearShape(weights.format, *weights.integers.shape, *array)
+            shape = LinearShape(weights.format, *weights.integers.shape, *array,
+                                weights.bias is not None)
             build, matrices = build_linear_image, (weights,)
         parts = [build(*matrices, config.row_multipliers, channel=c, channels=config.channels)
                  for c in range(config.channels)]

@@ -1,17 +1,12 @@
 """What tests of the router share: settings as the hardware has them."""
 
-import numpy as np
-
-from moeaccel.router.choices import GroupScore, Score
-from moeaccel.router.tables import KEY_BITS, LOGIT_BITS, SCORE_BITS, fixed, significand
-
-NEVER = -(1 << 31)
+from moeaccel.router.choices import GroupScore
+from moeaccel.router.tables import SCORE_BITS, significand
 
 
 def by_logits(settings, selection_bias):
     """Return whether keys are logits."""
-    return (selection_bias is None or settings.bias_logits
-            or settings.score_kind is Score.IDENTITY)
+    return selection_bias is None or not settings.biases_scores
 
 
 def form_of(settings, selection_bias=None):
@@ -25,14 +20,6 @@ def form_of(settings, selection_bias=None):
         "renormalize": settings.renormalize_kind,
         "epsilon": round(settings.epsilon * 2**SCORE_BITS),
         "scale": scale, "scale_exponent": exponent,
+        "tables": True,
     }
 
-
-def tables_of(settings, bias=None, selection_bias=None, resident=None):
-    """Return what is written into the router's two tables."""
-    zeros = np.zeros(settings.experts)
-    bits = LOGIT_BITS if by_logits(settings, selection_bias) else KEY_BITS
-    extra = fixed(zeros if selection_bias is None else selection_bias, bits)[0]
-    if resident is not None:
-        extra = np.where(resident, extra, NEVER)
-    return fixed(zeros if bias is None else bias, LOGIT_BITS)[0], extra

@@ -71,6 +71,13 @@ SCORES = {
 }
 
 
+BIASES = (
+    lambda rng, shape: rng.standard_normal(shape),
+    lambda rng, shape: _spread(rng, shape, -40, 12),
+    lambda rng, shape: rng.choice([0, -0.0, 1, -1, 2**-130, 2**60, -(2**-60)], shape),
+)
+
+
 @dataclass(frozen=True)
 class Case:
     """One call of one layer."""
@@ -90,6 +97,7 @@ class Case:
     scale: int = 0
     grid_exponent: int = -28
     narrow: bool = False  # x and y in bfloat16
+    biases: int = 0  # 1: of gate and up rows; 2: of down rows; 3: of both
 
     def run(self, pair):
         """Run the call on both devices."""
@@ -98,6 +106,10 @@ class Case:
         gate_up, down = draw_experts(rng, self.experts, self.d_model, self.d_expert,
                                      spread=self.spread)
         gate_up *= np.float32(2.0**self.scale)
+        biases = {
+            name: BIASES[self.seed % len(BIASES)](rng, weights.shape[:2])
+            for bit, name, weights in ((1, "gate_up_bias", gate_up), (2, "down_bias", down))
+            if self.biases & bit}
         with np.errstate(over="ignore"):
             x = X[self.x](rng, (self.tokens, self.d_model)).astype(np.float32)
         x[~np.isfinite(x)] = np.finfo(np.float32).max
@@ -109,7 +121,7 @@ class Case:
         def script(device):
             with device.load_experts(
                     gate_up, down, weight_format=self.name, activation_bits=self.bits,
-                    grid_exponent=self.grid_exponent) as loaded:
+                    grid_exponent=self.grid_exponent, **biases) as loaded:
                 return loaded(x, ids, scores)
 
         y = pair.same(script)
@@ -152,7 +164,7 @@ def cases(draw, config: AcceleratorConfig, *, beats: int):
         scores=draw(st.sampled_from(list(SCORES))), spread=draw(st.sampled_from([0, 0, 4, 20])),
         scale=draw(st.sampled_from([0, 0, 4, -30, 60])),
         grid_exponent=draw(st.sampled_from([-28, -28, -40, -12, 8, 60, -100])),
-        narrow=draw(st.booleans()))
+        narrow=draw(st.booleans()), biases=draw(st.sampled_from([0, 0, 1, 2, 3])))
 
 
 stalls = st.sampled_from([None, *(StallModel.uniform(p, length=n) for p in (0.1, 0.5)
@@ -193,15 +205,17 @@ def test_linear(pair_of, config, examples):
 
     @property_of(examples)
     @given(steps, steps, tokens, st.sampled_from(list(FORMATS)), st.sampled_from([8, 16]),
-           st.sampled_from(list(X)), seeds, seeds, stalls)
-    def holds(d_in, d_out, tokens, name, bits, kind, draw, seed, pauses):
+           st.sampled_from(list(X)), seeds, seeds, stalls, st.booleans())
+    def holds(d_in, d_out, tokens, name, bits, kind, draw, seed, pauses, biased):
         rng = np.random.default_rng(draw)
         weight = draw_experts(rng, 1, 32 * d_in, 32 * d_out, spread=4)[0][0, :32 * d_out]
         with np.errstate(over="ignore"):
             x = np.nan_to_num(X[kind](rng, (tokens, 32 * d_in)).astype(np.float32))
+        bias = rng.standard_normal(32 * d_out) if biased else None
 
         def script(device):
-            with device.load_linear(weight, weight_format=name, activation_bits=bits) as loaded:
+            with device.load_linear(weight, weight_format=name, activation_bits=bits,
+                                    bias=bias) as loaded:
                 return loaded(x)
 
         with pair_of(config, memory=random_memory(seed), register_stalls=pauses) as pair:
@@ -274,6 +288,13 @@ CORNERS = {
     "large weights, which overflow": replace(TINY, tokens=5, top_k=2, scale=100, x="huge",
                                              grid_exponent=60),
     "small weights": replace(TINY, tokens=5, top_k=2, scale=-100, x="subnormal"),
+    "biases": replace(TINY, seed=12, tokens=9, top_k=3, biases=3),
+    "biases of every size, 8-bit weights": replace(
+        TINY, seed=13, tokens=9, top_k=2, name="mxint8", biases=3, grid_exponent=-16),
+    "biases that overflow": replace(TINY, tokens=9, top_k=2, biases=3),
+    "biases of x that is zero": replace(TINY, seed=12, tokens=5, top_k=2, x="zero", biases=1),
+    "biases of down alone, which others follow": replace(
+        TINY, seed=12, tokens=5, top_k=3, d_model=96, d_expert=32, bits=8, biases=2),
 }
 
 
@@ -374,6 +395,8 @@ VARIANTS = {
     "eight lanes, one group": {"token_lanes": 8, "token_groups": 1},
     "one quantiser lane": {"quantiser_lanes": 1},
     "32-byte port, eight rows": {"port_bytes": 32, "row_multipliers": 8, "quantiser_lanes": 4},
+    "two banks of y": {"y_banks": 2},
+    "wide quantiser, two banks of y": {"port_bytes": 16, "quantiser_lanes": 8, "y_banks": 2},
 }
 
 

@@ -12,10 +12,11 @@ import torch
 from moeaccel import cycles
 from moeaccel.config import PRESETS, AcceleratorConfig, preset
 from moeaccel.cycles import Prediction, predict_experts, predict_linear
-from moeaccel.formats import FORMATS, weight_format
+from moeaccel.formats import weight_format
 from moeaccel.hdl.activations.activation_unit import ActivationUnit
 from moeaccel.hdl.activations.block_quantiser import BlockQuantiser
 from moeaccel.hdl.array.dot_array import DotArray
+from moeaccel.hdl.array.float_adder import FloatAdder
 from moeaccel.hdl.array.result_serialiser import ResultSerialiser
 from moeaccel.hdl.combine.row_sums import RowSums
 from moeaccel.hdl.combine.to_float32 import ToFloat32
@@ -56,7 +57,7 @@ class Case:
             d_in, d_other = (32 * np.exp2(rng.uniform(0, np.log2(blocks), 2)).round().astype(int))
             tokens = int(np.exp2(rng.uniform(0, 6)).round())
             planes = int(rng.integers(1, 3))
-            name = str(rng.choice(list(FORMATS)))
+            name = str(rng.choice(config.formats))
             if rng.random() < 0.25:
                 case = cls(int(d_in), int(d_other), name, planes, tokens)
             else:
@@ -79,7 +80,7 @@ class Case:
         """Draw what is over before a pipeline is full: there a cycle at the wrong place shows."""
         d_in, d_other = (32 * int(n) for n in np.exp2(rng.uniform(0, 3, 2)))
         tokens, planes = int(rng.integers(1, 6)), int(rng.integers(1, 3))
-        name = str(rng.choice(list(FORMATS)))
+        name = str(rng.choice(config.formats))
         if rng.random() < 0.2:
             return cls(d_in, d_other, name, planes, tokens)
         experts = int(rng.integers(1, 5))
@@ -97,7 +98,7 @@ class Case:
 
     def shapes(self, config: AcceleratorConfig) -> list[ExpertShape]:
         """Return the shape of each expert."""
-        names = list(FORMATS)
+        names = list(config.formats)
         begin, blocks = names.index(self.weight_format), config.max_dim // 32
         return [
             ExpertShape(
@@ -105,8 +106,13 @@ class Case:
                 32 * ((self.d_other // 32 - 1 + e * self.mixed) % blocks + 1),
                 config.row_multipliers, config.channels,
                 down_format=weight_format(names[(begin + 2 * e * self.mixed) % len(names)]),
-                activation=("silu", "relu")[e * self.mixed % 2])
+                activation=("silu", "relu")[e * self.mixed % 2],
+                gate_up_biased=bool(self.biases(e) & 1), down_biased=bool(self.biases(e) & 2))
             for e in range(self.experts)]
+
+    def biases(self, expert: int) -> int:
+        """Return which rows of an expert have biases: 1 gate and up, 2 down, 3 both."""
+        return (self.d_in // 32 + self.tokens + expert * self.mixed) % 4
 
     def predict(self, config: AcceleratorConfig, latency: int) -> Prediction:
         """Return what the model says."""
@@ -114,8 +120,8 @@ class Case:
         options: dict[str, Any] = {"planes": self.planes, "latency": latency,
                                    "io": ElementType(self.narrow)}
         if not self.ids:
-            return predict_linear(
-                config, Section(fmt, self.d_other, self.d_in, *array), self.tokens, **options)
+            section = Section(fmt, self.d_other, self.d_in, *array, bool(self.biases(0) & 1))
+            return predict_linear(config, section, self.tokens, **options)
         return predict_experts(
             config, self.shapes(config), np.array(self.ids), self.experts, **options)
 
@@ -132,7 +138,9 @@ class Case:
                 made[shape] = made.get(shape) or Expert.quantise(
                     np.ones((2 * shape.d_expert, shape.d_model), np.float32),
                     np.ones((shape.d_model, shape.d_expert), np.float32), shape.format,
-                    down_format=shape.down.format, activation=shape.activation)
+                    prune="magnitude", down_format=shape.down.format, activation=shape.activation,
+                    gate_up_bias=np.ones(2 * shape.d_expert) if shape.gate_up_biased else None,
+                    down_bias=np.ones(shape.d_model) if shape.down_biased else None)
             with device.load_quantised([made[shape] for shape in shapes], activation_bits=bits,
                                        grid_exponent=0) as layer:
                 handle = layer.submit(x, ids, np.ones(ids.shape, np.float32))
@@ -140,7 +148,8 @@ class Case:
         else:
             with device.load_linear(
                     np.ones((self.d_other, self.d_in), np.float32), activation_bits=bits,
-                    weight_format=self.weight_format) as layer:
+                    weight_format=self.weight_format, prune="magnitude",
+                    bias=np.ones(self.d_other) if self.biases(0) & 1 else None) as layer:
                 handle = layer.submit(x)
                 layer.sync(handle)
         after = device.counters()
@@ -260,6 +269,7 @@ def test_constants_are_the_blocks_own(config):
     assert cycles.ARRAY_CYCLES == DotArray.LATENCY_CYCLES
     assert cycles.RESULTS == ResultSerialiser.FIFO_DEPTH
     assert cycles.element_cycles(config) == ResultSerialiser(config).latency_cycles
+    assert cycles.ADDER_CYCLES == FloatAdder.LATENCY_CYCLES
     assert cycles.ACTIVATION_CYCLES == ActivationUnit.LATENCY_CYCLES
     assert cycles.QUANTISER_CYCLES == BlockQuantiser.LATENCY_CYCLES
     assert cycles.COMBINER_CYCLES == RowSums.LATENCY_CYCLES

@@ -15,20 +15,24 @@ WIDTHS = (32, 160, 64, 96, 256)
 NAMES = list(FORMATS)
 
 
-def draw_expert(rng, name, down, d_expert, activation, *, gated=True, limit=None):
+def draw_expert(rng, name, down, d_expert, activation, *, gated=True, limit=None, biases=0):
+    """``biases``: 1 of gate and up rows, 2 of down rows, 3 of both."""
     gate_up, matrix = draw_experts(rng, 1, D_MODEL, d_expert, spread=6)
     rows = gate_up[0] if gated else gate_up[0][:d_expert]
-    return Expert.quantise(rows, matrix[0], name, down_format=down, activation=activation,
-                           limit=limit)
+    return Expert.quantise(
+        rows, matrix[0], name, down_format=down, activation=activation, limit=limit,
+        gate_up_bias=rng.standard_normal(len(rows)) if biases & 1 else None,
+        down_bias=rng.standard_normal(D_MODEL) if biases & 2 else None)
 
 
 def draw_layer(seed):
     """Return one expert of each format, no two alike in anything."""
     rng = np.random.default_rng(seed)
     downs, widths = rng.permutation(NAMES), rng.permutation(WIDTHS)
-    activations = rng.permutation(list(ACTIVATIONS))
-    return [draw_expert(rng, name, str(down), int(width), str(activation), gated=bool(e & 1),
-                        limit=(None, 0.5, 7.0)[(seed + e) % 3])
+    activations = np.roll(list(ACTIVATIONS), seed)[:len(NAMES)]
+    return [draw_expert(rng, name, str(down), int(width), str(activation),
+                        gated=bool((seed + e) & 1), limit=(None, 0.5, 7.0)[(seed + e) % 3],
+                        biases=(seed + e) % 4)
             for e, (name, down, width, activation) in enumerate(
                 zip(NAMES, downs, widths, activations, strict=True))]
 

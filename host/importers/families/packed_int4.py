@@ -1,7 +1,8 @@
 """INT4 with scales and zero points for groups: GPTQ, AWQ and compressed-tensors.
 
-Exact in ``int4_*`` formats whose groups lie within the checkpoint's, where the zero point is 8: the
-scales are float16 or bfloat16, whose significands are 11 and 8 bits.
+Exact in formats whose groups lie within the checkpoint's: in ``int4_*`` where the zero point is 8,
+in ``int4_*_zp`` whatever it is. The scales are float16 or bfloat16, whose significands are 11 and 8
+bits.
 """
 
 from __future__ import annotations

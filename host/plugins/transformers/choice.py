@@ -34,12 +34,14 @@ class LayerDims(NamedTuple):
     d_expert: int
     gated: bool = True
     activation: str = "silu"
+    biased: bool = False
 
     @classmethod
     def padded(cls, experts: int, d_model: int, d_expert: int, *, gated: bool = True,
-               activation: str = "silu") -> Self:
+               activation: str = "silu", biased: bool = False) -> Self:
         """Round the dimensions up to whole blocks of 32."""
-        return cls(experts, whole_blocks(d_model), whole_blocks(d_expert), gated, activation)
+        return cls(experts, whole_blocks(d_model), whole_blocks(d_expert), gated, activation,
+                   biased)
 
     @property
     def possible(self) -> bool:
@@ -49,14 +51,16 @@ class LayerDims(NamedTuple):
 
     def fits(self, config: AcceleratorConfig) -> bool:
         """Return whether a configuration's limits allow the layer."""
-        return (self.activation in config.activations and self.experts <= config.max_experts
+        return (self.activation in config.activations and self.biased <= config.bias
+                and self.experts <= config.max_experts
                 and max(self.d_model, self.d_expert) <= config.max_dim)
 
     def shape(self, config: AcceleratorConfig, format_name: str) -> ExpertShape:
         """Return the shape of each expert."""
         return ExpertShape(weight_format(format_name), self.d_model, self.d_expert,
                            config.row_multipliers, config.channels, gated=self.gated,
-                           activation=self.activation)
+                           activation=self.activation, gate_up_biased=self.biased,
+                           down_biased=self.biased)
 
     def image_bytes(self, config: AcceleratorConfig, format_name: str) -> int:
         """Return how many bytes of each channel's memory the layer's images and table take."""

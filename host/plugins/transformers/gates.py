@@ -40,8 +40,8 @@ _LIMIT_RELATIVE = 1e-6
 class Gate(NamedTuple):
     """What a module does with the rows of its first product, or what of it the device does not.
 
-    ``activation(min(gate, limit)) * clamp(up, -limit, limit)``; without up rows
-    ``activation(gate)``.
+    ``activation(min(gate, limit)) * clamp(up, -limit, limit)``, or of an activation with an offset
+    ``(clamp(up, -limit, limit) + 1)`` in its second place; without up rows ``activation(gate)``.
 
     Parameters
     ----------
@@ -89,7 +89,8 @@ def _look(module: Any) -> Gate:
     gated = getattr(module, "has_gate", True)
     if gated and getattr(type(module), "_apply_gate", None) is not _DEFAULT_GATE:
         return _look_at_gate(module)
-    name = _name_of(lambda gate, up: _run(module.act_fn, gate, gate.shape), None, np.ones(1))
+    name = _name_of(lambda gate, up: _run(module.act_fn, gate, gate.shape), None,
+                    np.ones(1) if gated else None)
     if name is not None:
         return Gate(name)
     act_fn = getattr(module.act_fn, "__name__", type(module.act_fn).__name__)
@@ -133,9 +134,14 @@ _Compute = Callable[[_Floats, _Floats], _Floats]
 
 def _limit_of(compute: _Compute) -> float | None:
     """Return where a gate clamps up rows, if it does; a bfloat16 number if it is next to one."""
-    far, near = compute(np.ones(2), np.array([_FAR, _NEAR]))
-    with np.errstate(all="ignore"):
-        limit = float(np.float64(far) / near * _NEAR)
+    (base,) = compute(np.ones(1), np.zeros(1))  # what an offset of up rows gives
+    limit = math.nan
+    for step in (0.5, _NEAR) if base else (_NEAR,):  # next to 1 float32 has few bits for a step
+        far, near = compute(np.ones(2), np.array([_FAR, step]))
+        with np.errstate(all="ignore"):
+            limit = float(np.float64(far - base) / (near - base) * step)
+        if limit > step:
+            break
     if not 0 < limit < _FAR * (1 - _LIMIT_RELATIVE):
         return None
     mantissa, exponent = math.frexp(limit)
@@ -143,14 +149,15 @@ def _limit_of(compute: _Compute) -> float | None:
     return rounded if abs(limit - rounded) <= _LIMIT_RELATIVE * limit else limit
 
 
-def _name_of(compute: _Compute, limit: float | None, ups: _Floats) -> str | None:
-    """Return the activation with which a gate is what a function computes."""
-    gate, up = _points(limit, ups)
+def _name_of(compute: _Compute, limit: float | None, ups: _Floats | None) -> str | None:
+    """Return the activation with which a gate is what a function computes; with up rows, or without
+    any (None)."""
+    gate, up = _points(limit, np.ones(1) if ups is None else ups)
     found = compute(gate, up)
     if limit is not None:
         gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
     for name, activation in ACTIVATIONS.items():
-        expected = activation(gate) * up
+        expected = activation(gate) * (up + (0 if ups is None else activation.up_offset))
         tolerance = _RELATIVE * abs(expected) + _ABSOLUTE * np.maximum(1, abs(up))
         if (abs(found - expected) <= tolerance).all():
             return name
@@ -170,10 +177,11 @@ def _flavour(module: Any) -> str:
     act_fn = getattr(module, "act_fn", None)
     for name in ("swiglu_alpha", "alpha"):
         if (value := getattr(module, name, None)) is not None:
-            return (f"a gate without alpha and without 1 added to up rows, but {name} is {value}")
+            return ("a gate with an alpha of 1.702 and 1 added to up rows, or without both, but "
+                    f"{name} is {value}")
     for owner, name in ((module, "gate_softcap"), (act_fn, "gate_softcap")):
         if getattr(owner, name, None) is not None:
             return f"a gate without soft caps, but there is a {name}"
-    return ("a gate activation(min(gate, limit)) * clamp(up, -limit, limit) with or without limit "
+    return ("a gate activation(min(gate, limit)) * clamp(up, -limit, limit) with or without limit, "
             f"and an activation among {', '.join(ACTIVATIONS)}, but _apply_gate computes "
             "something else")

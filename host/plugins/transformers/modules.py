@@ -42,6 +42,8 @@ class Weights(NamedTuple):
         How many such layers the model has, or more: what a device is chosen for.
     activation, gated, limit
         See :meth:`moeaccel.host.Device.load_experts`.
+    gate_up_bias, down_bias : tensor, optional
+        (E, 2 I), or (E, I) where not ``gated``, and (E, H).
     """
 
     gate_up: torch.Tensor
@@ -55,6 +57,8 @@ class Weights(NamedTuple):
     activation: str = "silu"
     gated: bool = True
     limit: float | None = None
+    gate_up_bias: torch.Tensor | None = None
+    down_bias: torch.Tensor | None = None
 
     @classmethod
     def of(cls, module: Any, activation: str = "silu", limit: float | None = None) -> Self:
@@ -68,13 +72,15 @@ class Weights(NamedTuple):
                    bool(getattr(module, "is_transposed", False)),
                    gated and not getattr(module, "is_concatenated", True),
                    None if block is None else list(block), _layers_of(module),
-                   activation, gated, limit)
+                   activation, gated, limit, *(
+                       getattr(module, f"{name}_bias") if getattr(module, "has_bias", False)
+                       else None for name in (first, "down_proj")))
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """Those that there are."""
-        scales = [t for t in (self.gate_up_scale, self.down_scale) if t is not None]
-        return self.gate_up, self.down, *scales
+        more = (self.gate_up_scale, self.down_scale, self.gate_up_bias, self.down_bias)
+        return self.gate_up, self.down, *(t for t in more if t is not None)
 
     @property
     def dims(self) -> LayerDims:
@@ -82,7 +88,8 @@ class Weights(NamedTuple):
         experts, *shape = self.down.shape
         d_expert, d_model = shape if self.transposed else reversed(shape)
         return LayerDims.padded(experts, d_model, d_expert, gated=self.gated,
-                                activation=self.activation)
+                                activation=self.activation,
+                                biased=self.gate_up_bias is not None)
 
     @property
     def stacks(self) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
@@ -92,6 +99,15 @@ class Weights(NamedTuple):
         return (_Stack(self.gate_up, self.gate_up_scale, self.block, self.transposed,
                        self.interleaved, parts),
                 _Stack(self.down, self.down_scale, self.block, self.transposed, False, 1))
+
+
+    @property
+    def biases(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Biases of gate and up, (E, 2 I) or (E, I), and of down, (E, H), where there are some."""
+        first = self.gate_up_bias
+        if first is not None and self.interleaved:
+            first = torch.cat([first[:, 0::2], first[:, 1::2]], dim=1)
+        return first, self.down_bias
 
 
 class _Stack(Sequence[torch.Tensor]):
@@ -140,8 +156,6 @@ def look(module: Any) -> tuple[Weights | None, str | None]:
     Called on every call, and traced by ``torch.compile``.
     """
     missing = []
-    if getattr(module, "has_bias", False):
-        missing.append("no bias, but has_bias is True")
     if getattr(module, "has_post_expert_norm", False):
         missing.append("no norm behind its experts, but has_post_expert_norm is True")
     if module.down_proj.dtype == torch.int8:
@@ -153,5 +167,6 @@ def look(module: Any) -> tuple[Weights | None, str | None]:
         return Weights.of(module, gate.activation, gate.limit), None
     return None, (
         f"{type(module).__name__} must have {', and '.join(missing)}; the device runs experts with "
-        f"or without up rows, activations {', '.join(ACTIVATIONS)} and a limit before them: use "
+        f"or without up rows and biases, activations {', '.join(ACTIVATIONS)} and a limit before "
+        "them: use "
         'experts_implementation="eager" for this model')

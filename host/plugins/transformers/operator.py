@@ -47,7 +47,7 @@ _WAY_OUT = ("the device computes no gradients: evaluate under torch.no_grad() or
     schema="(Tensor x, Tensor ids, Tensor routing, Tensor gate_up, Tensor down, "
            "Tensor? gate_up_scale, Tensor? down_scale, bool transposed, bool interleaved, "
            "int[]? block, int layers, str activation='silu', bool gated=True, "
-           "float? limit=None) -> Tensor")
+           "float? limit=None, Tensor? gate_up_bias=None, Tensor? down_bias=None) -> Tensor")
 def _experts(x: torch.Tensor, ids: torch.Tensor, routing: torch.Tensor,
              *weights: Any) -> torch.Tensor:
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
@@ -105,7 +105,7 @@ probed: contextvars.ContextVar[list[Call] | None] = contextvars.ContextVar(
 """Where calls are noted down instead of executed."""
 
 
-_Dims = tuple[int, int, int, bool, str]
+_Dims = tuple[int, int, int, bool, str, bool]
 """The fields of :class:`LayerDims`."""
 
 
@@ -188,7 +188,8 @@ def experts_forward(module: Any, hidden_states: torch.Tensor, top_k_index: torch
         calls.append(Call(module, weights, top_k, reason))
         return torch.zeros_like(hidden_states)
     dims = weights and weights.dims
-    plain = dims and (dims.experts, dims.d_model, dims.d_expert, dims.gated, dims.activation)
+    plain = dims and (dims.experts, dims.d_model, dims.d_expert, dims.gated, dims.activation,
+                      dims.biased)
     if _runs_eagerly(reason, plain, top_k, 1 if weights is None else weights.layers):
         # What the decorator wrapped.
         return type(module).forward.__wrapped__(

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from moeaccel.config import PRESETS, AcceleratorConfig, preset
 from moeaccel.errors import FormatError
-from moeaccel.formats import FORMATS
+from moeaccel.formats import ALL_FORMATS
 from moeaccel.host.device import Device
 from moeaccel.host.errors import InvalidOption, OutOfDeviceMemory, UnsupportedExperts
 from moeaccel.host.hybrid import Hybrid, ResidentMath
@@ -64,7 +64,7 @@ class _Options:
 
     def __post_init__(self) -> None:
         choices: dict[str, Sequence[object]] = {
-            "weight_format": list(FORMATS), "activation_bits": (8, 16),
+            "weight_format": list(ALL_FORMATS), "activation_bits": (8, 16),
             "verify": get_args(Verify), "unsupported": get_args(Unsupported)}
         for name, possible in choices.items():
             value = getattr(self, name)

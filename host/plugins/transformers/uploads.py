@@ -105,9 +105,11 @@ def experts_of(weights: Weights, *, everything: bool = False) -> Experts:
         session = session_for([weights.dims] * weights.layers, [weights.dims])
         # Watched first, read second: what changes in between is seen by the next call.
         watches = [Watch(tensor) for tensor in weights.tensors]
+        biases = weights.biases
         experts = session.device.load_experts(
             *weights.stacks, activation=weights.activation, gated=weights.gated,
-            limit=weights.limit, weight_format=session.weight_format,
-            activation_bits=session.activation_bits, grid_exponent=session.grid_exponent)
+            limit=weights.limit, gate_up_bias=biases[0], down_bias=biases[1],
+            weight_format=session.weight_format, activation_bits=session.activation_bits,
+            grid_exponent=session.grid_exponent)
         place[key] = _Upload(experts, session, watches)
         return experts

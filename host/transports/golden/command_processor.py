@@ -13,12 +13,14 @@ from moeaccel.config import AcceleratorConfig
 from moeaccel.host.transports.golden.engine import Engine
 from moeaccel.host.transports.golden.memory_port import Fault, MemoryPort
 from moeaccel.host.transports.golden.register_file import RegisterFile
+from moeaccel.host.transports.golden.route_unit import RouteUnit
 from moeaccel.interface.commands import (
     COMPLETION,
     COUNT_MAX,
     ENTRY_BYTES,
     LAYER,
     RING_LOG2_MAX,
+    ROUTER,
     SUBMISSION,
     ElementType,
     Field,
@@ -59,14 +61,16 @@ class CommandProcessor:
     registers : :class:`RegisterFile`
     port : :class:`MemoryPort`
     engine : :class:`Engine`
+    routes : :class:`RouteUnit`
     """
 
     def __init__(self, config: AcceleratorConfig, registers: RegisterFile, port: MemoryPort,
-                 engine: Engine) -> None:
+                 engine: Engine, routes: RouteUnit) -> None:
         self._config = config
         self._registers = registers
         self._port = port
         self._engine = engine
+        self._routes = routes
         self._unwritten: _Done | None = None
 
     # -- rings -------------------------------------------------------------------------------------
@@ -145,12 +149,28 @@ class CommandProcessor:
                     result, cycles = self._engine.run(submission, layer)
                     status, detail, where = result.outcome
                     underflows = min(result.underflows, COUNT_MAX)
+                case Opcode.ROUTE if self._config.router:
+                    router = self._check_router(submission)
+                    (status, detail, where), cycles = self._routes.run(submission, router)
                 case opcode:
                     raise Fault(Status.BAD_OPCODE, detail=opcode)
         except Fault as fault:
             status, detail, where = fault.status, fault.detail, fault.address
         return {"tag": tag, "status": status, "detail": detail, "address": where, "cycles": cycles,
                 "underflows": underflows}
+
+    def _check_router(self, submission: Mapping[str, int]) -> dict[str, int]:
+        """Return the router of a submission, both checked."""
+        wrong = bad_field(SUBMISSION, submission, self._config)
+        if wrong is not None:
+            raise Fault(Status.BAD_FIELD, detail=wrong[0].word)
+        router = decode(
+            ROUTER, self._port.load(submission["layer_address"], ENTRY_BYTES).tobytes())
+        wrong = bad_field(ROUTER, router, self._config)
+        if wrong is not None:
+            raise Fault(Status.BAD_ROUTER, detail=wrong[0].word)
+        self._routes.check(submission, router)
+        return router
 
     def _check(self, submission: Mapping[str, int]) -> dict[str, int]:
         """Return the layer of a submission, both checked: each by itself, then what they touch."""

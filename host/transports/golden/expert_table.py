@@ -10,7 +10,7 @@ import numpy as np
 
 from moeaccel.activations import ACTIVATIONS
 from moeaccel.config import AcceleratorConfig
-from moeaccel.formats import FORMATS
+from moeaccel.formats import ALL_FORMATS
 from moeaccel.host.transports.golden.memory_port import Fault, MemoryPort
 from moeaccel.host.transports.golden.register_file import RegisterFile
 from moeaccel.image import Section
@@ -84,13 +84,14 @@ def check_entry(raw: bytes, d_in: int, d_out: int, config: AcceleratorConfig) ->
 def sections_of(values: Mapping[str, int], d_in: int, d_out: int, config: AcceleratorConfig
                 ) -> tuple[Section, ...]:
     """Return the sections of an entry whose fields are good."""
-    formats = {f.code: f for f in FORMATS.values()}
+    formats = {f.code: f for f in ALL_FORMATS.values()}
     d_expert = values["d_expert"]
     rows_of_h = 2 if values["sink0"] == Sink.ACTIVATION else 1
     shapes = [(d_out, d_in)] if values["sections"] == 1 else [(rows_of_h * d_expert, d_in),
                                                             (d_out, d_expert)]
     return tuple(
-        Section(formats[values[f"format{i}"]], rows, k, config.row_multipliers, config.channels)
+        Section(formats[values[f"format{i}"]], rows, k, config.row_multipliers, config.channels,
+                bool(values[f"bias{i}"]))
         for i, (rows, k) in enumerate(shapes))
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from moeaccel.config import AcceleratorConfig
 from moeaccel.host.transports.golden.expert_table import Entry
 from moeaccel.host.transports.golden.register_file import RegisterFile
-from moeaccel.interface.commands import ElementType, Opcode
+from moeaccel.interface.commands import ElementType, Opcode, Selection
 
 _COUNTED = ("busy", "starved_weights", "starved_activations", "stalled_output", "idle")
 
@@ -46,3 +46,13 @@ class Timing:
         values = asdict(found)
         self._registers.count(**{name: values[name] for name in _COUNTED})
         return found.cycles
+
+    def count_route(self, submission: Mapping[str, int], router: Mapping[str, int]) -> int:
+        """Return the cycles of a ROUTE."""
+        from moeaccel.cycles.route_unit import route_cycles
+        from moeaccel.router.descriptor import settings_of
+
+        return route_cycles(
+            self._config, settings_of(router, submission["top_k"]), submission["tokens"],
+            biased=router["selection"] == Selection.BIASED_SCORE, tables=bool(router["tables"]),
+            latency=self._latency)

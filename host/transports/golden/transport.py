@@ -19,6 +19,7 @@ from moeaccel.host.transports.golden.engine import Engine
 from moeaccel.host.transports.golden.images import Images
 from moeaccel.host.transports.golden.memory_port import MemoryPort
 from moeaccel.host.transports.golden.register_file import RegisterFile
+from moeaccel.host.transports.golden.route_unit import RouteUnit
 from moeaccel.host.transports.golden.timing import Timing
 
 __all__ = ["GoldenTransport"]
@@ -57,9 +58,10 @@ class GoldenTransport(Transport):
         self._registers = RegisterFile(config)
         self._port = MemoryPort(config, self._registers, memory_bytes)
         self._images = Images(self._port, cache_bytes)
-        engine = Engine(config, self._registers, self._port, self._images,
-                        Timing(config, self._registers, latency) if timing else None)
-        self._commands = CommandProcessor(config, self._registers, self._port, engine)
+        times = Timing(config, self._registers, latency) if timing else None
+        engine = Engine(config, self._registers, self._port, self._images, times)
+        routes = RouteUnit(config, self._registers, self._port, times)
+        self._commands = CommandProcessor(config, self._registers, self._port, engine, routes)
 
     @property
     def memory_bytes(self) -> int:

@@ -14,6 +14,7 @@ WIDE = AcceleratorConfig(
     name="wide", port_bytes=64, token_lanes=4, token_groups=2, max_dim=160, quantiser_lanes=4,
     max_tokens=32, read_ahead_beats=128)
 EQUAL = WIDE.replace(name="equal", quantiser_lanes=16, token_groups=1, token_lanes=8)
+TWICE = WIDE.replace(name="twice", quantiser_lanes=32, y_banks=2)
 X_ADDRESS = 192
 
 
@@ -69,7 +70,7 @@ class Bench:
 
 @pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize(("planes", "stall"), [(1, 0.0), (2, 0.3)])
-@pytest.mark.parametrize("config", [preset("tiny"), WIDE, EQUAL])
+@pytest.mark.parametrize("config", [preset("tiny"), WIDE, EQUAL, TWICE])
 def test_bits(config, planes, stall, narrow):
     rng = np.random.default_rng(3)
     steps = config.max_steps - 1

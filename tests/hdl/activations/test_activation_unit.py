@@ -82,13 +82,24 @@ def run(gates, ups, rng, stall, *, activation="silu", paired=True, limit=None):
 @pytest.mark.parametrize("paired", [True, False], ids=["gated", "ungated"])
 @pytest.mark.parametrize(("activation", "stall", "limit"), [
     ("silu", 0.0, None), ("silu", 0.3, 7.0), ("relu", 0.3, None), ("gelu", 0.0, 2.0**-20),
-    ("gelu_tanh", 0.0, None), ("relu2", 0.0, None), ("relu2", 0.3, 1.9921875)])
+    ("gelu_tanh", 0.0, None), ("relu2", 0.0, None), ("relu2", 0.3, 1.9921875),
+    ("gpt_oss", 0.0, 7.0), ("gpt_oss", 0.3, None)])
 def test_bits(activation, stall, limit, paired):
     rng = np.random.default_rng(4)
     gates = extreme(rng, 150)
     ups = extreme(rng, 150)
     order = rng.permutation(150)
     run(gates, ups[order], rng, stall, activation=activation, limit=limit, paired=paired)
+
+
+def test_an_offset_that_nearly_cancels():
+    """Up rows about -1, and so far from 1 that nothing is left of either."""
+    rng = np.random.default_rng(7)
+    mantissa = np.r_[-(1 << 16) + np.arange(-20, 20), rng.integers(1 << 16, 1 << 17, 160)]
+    exponent = np.r_[np.full(40, -16), np.arange(160) - 96]
+    ups = normalise(np.concatenate([mantissa, [0, -65536]]), np.concatenate([exponent, [0, -16]]))
+    gates = extreme(rng, 202)
+    run(gates, ups, rng, 0.0, activation="gpt_oss")
 
 
 def test_far_exponents():

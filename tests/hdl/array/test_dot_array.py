@@ -9,23 +9,29 @@ from amaranth.sim import Simulator
 
 from moeaccel.arithmetic import normalise, quantise_float32
 from moeaccel.config import ACTIVATION_SHIFT_MAX, BLOCK, PRESETS
-from moeaccel.formats import FORMATS, SHARED_FIELD_BITS, quantise
+from moeaccel.formats import ALL_FORMATS, FORMATS, SHARED_FIELD_BITS, in_groups, prune, quantise
+from moeaccel.formats.patterns import compressed, places
 from moeaccel.golden.dot_array import matvec
 from moeaccel.hdl.array.dot_array import DotArray
+from moeaccel.image.sections import Section, _in_lanes
+from tests.support.formats import EVERY, bits, scale_entries, sum_entry
 
 TINY = PRESETS["tiny"]
 SHAPES = {
     "tiny": TINY,
     "lanes4": TINY.replace(token_lanes=4),
     "rows4": TINY.replace(row_multipliers=4),
+    "every": EVERY,
 }
 
 
 class Step:
     """Operands of one step: weights (rows, 32), scales (rows,), lanes (T, 32), shifts (T,)."""
 
-    def __init__(self, fmt, weights, significand, row_shift, mantissas, lane_shift, *, first, last):
+    def __init__(self, fmt, weights, significand, row_shift, mantissas, lane_shift, *, first, last,
+                 zeros=None):
         self.fmt, self.first, self.last = fmt, first, last
+        self.zeros = np.zeros(len(weights), int) if zeros is None else zeros
         self.weights, self.mantissas = weights, mantissas
         self.significand, self.row_shift, self.lane_shift = significand, row_shift, lane_shift
         self.used = range(len(mantissas))
@@ -35,8 +41,15 @@ class Step:
         """Draw a step; ``extreme`` picks the largest magnitudes that close the accumulator."""
         rows, lanes = fmt.rows(config.row_multipliers), config.token_lanes
         low, high = fmt.low, fmt.high
-        weights = rng.choice(fmt.integers[(fmt.integers >= low) & (fmt.integers <= high)],
-                             (rows, BLOCK))
+        weights = rng.choice(fmt.known, (rows, BLOCK))
+        zeros = None
+        if fmt.parts > 1:  # all as different as they can be
+            together = 2 if fmt.packed else 1
+            order = rng.permuted(np.tile(np.arange(4), (rows // together, 8, 1)), axis=2)
+            weights = weights * np.repeat(order < fmt.nonzeros, together, axis=0).reshape(rows, -1)
+        if fmt.zero_point:
+            zeros = rng.integers(0, 16, rows)
+            weights = rng.integers(0, 16, (rows, BLOCK)) - zeros[:, None]
         significand = rng.integers(0, 2048, rows) if fmt.real_scale else np.ones(rows, int)
         row_shift = rng.integers(0, fmt.max_shift + 1, rows)
         mantissas = rng.integers(-128, 128, (lanes, BLOCK))
@@ -44,12 +57,14 @@ class Step:
         if extreme is not None:
             weight, mantissa = extreme
             weights = np.full_like(weights, {-1: low, 1: high}[weight])
+            zeros = np.full(rows, 15 if weight < 0 else 0) if fmt.zero_point else None
+            weights *= np.arange(BLOCK) % 4 < fmt.nonzeros
             mantissas = np.full_like(mantissas, mantissa)
             significand = np.full(rows, 2047) if fmt.real_scale else significand
             row_shift = np.full(rows, fmt.max_shift)
             lane_shift = np.full(lanes, ACTIVATION_SHIFT_MAX)
         return cls(fmt, weights, significand, row_shift, mantissas, lane_shift,
-                   first=first, last=last)
+                   first=first, last=last, zeros=zeros)
 
     def sums(self):
         """Return the step's contribution, (rows, lanes), as Python integers."""
@@ -58,19 +73,29 @@ class Step:
         return [[int(dot[r, t]) * int(self.significand[r]) << int(shift[r, t])
                  for t in range(dot.shape[1])] for r in range(dot.shape[0])]
 
-    def inputs(self):
-        """Return the step as port values: codes, scales, lanes."""
-        codes = self.fmt.encode(self.weights.astype(np.int8))
-        if self.fmt.packed:
+    def inputs(self, config):
+        """Return the step as port values: codes, scales, lanes, zero points, pattern."""
+        codes = self.fmt.encode((self.weights + self.zeros[:, None]).astype(np.int8))
+        selects = 0
+        if self.fmt.parts > 1:
+            at = places(self.weights, self.fmt)
+            codes = compressed(codes, at)
+            section = Section(self.fmt, len(codes), BLOCK, config.row_multipliers)
+            codes = _in_lanes(codes, section, 2 if self.fmt.packed else 1)[0]
+            selects = bits(_in_lanes(at, section, 1).reshape(-1), 2)
+            codes = codes[:, 0] | codes[:, 1] << 4 if self.fmt.packed else codes[:, 0]
+        elif self.fmt.packed:
             codes = codes[0::2] | codes[1::2] << 4
         lanes = 0
         width = 8 * BLOCK + 4
         for t, mantissas in enumerate(self.mantissas):
             value = int.from_bytes(mantissas.astype(np.int8).tobytes(), "little")
             lanes |= (value | int(self.lane_shift[t]) << 8 * BLOCK) << t * width
-        scales = sum((int(s) | int(h) << 11) << 16 * r
-                     for r, (s, h) in enumerate(zip(self.significand, self.row_shift, strict=True)))
-        return int.from_bytes(codes.astype(np.uint8).tobytes(), "little"), scales, lanes
+        scales = scale_entries(config, self.fmt, [
+            [int(s) | int(h) << 11]
+            for s, h in zip(self.significand, self.row_shift, strict=True)])
+        return (int.from_bytes(codes.astype(np.uint8).tobytes(), "little"), bits(scales, 16), lanes,
+                bits(self.zeros, 4), selects)
 
 
 def run(config, steps, *, gap=0.0, seed=0, gated=True):
@@ -88,7 +113,11 @@ def run(config, steps, *, gap=0.0, seed=0, gated=True):
         while drain:
             if queue and rng.random() >= gap:
                 i, step = queue.pop(0)
-                codes, scales, lanes = step.inputs()
+                codes, scales, lanes, zeros, selects = step.inputs(config)
+                if config.parts > 1:
+                    ctx.set(dut.i_selects, selects)
+                if config.zero_points:
+                    ctx.set(dut.i_zeros.as_value(), zeros)
                 ctx.set(dut.i_valid, 1)
                 ctx.set(dut.i_first, int(step.first))
                 ctx.set(dut.i_last, int(step.last))
@@ -125,8 +154,11 @@ def run(config, steps, *, gap=0.0, seed=0, gated=True):
         value = raw >> i * width & (1 << width) - 1
         return value - (value >> width - 1 << width)
 
-    return [([[entry(raw, r * lanes + t) for t in range(lanes)] for r in range(config.rows)], *rest)
-            for raw, *rest in results]
+    lasts = [step.fmt for step in steps if step.last]
+    assert len(lasts) == len(results)
+    return [([[entry(raw, sum_entry(config, fmt, r) * lanes + t) for t in range(lanes)]
+              for r in range(fmt.rows(config.row_multipliers))], *rest)
+            for fmt, (raw, *rest) in zip(lasts, results, strict=True)]
 
 
 def check(config, steps, **kwargs):
@@ -137,7 +169,6 @@ def check(config, steps, **kwargs):
         total = sums if step.first else total + sums
         if step.last:
             expected.append((total, i & 255, step.used))
-    assert len(results) == len(expected)
     held = [0] * config.token_lanes
     for (sums, tag, latency), (want, want_tag, used) in zip(results, expected, strict=True):
         assert tag == want_tag
@@ -162,7 +193,7 @@ def test_random_steps_of_all_formats(shape, gap, gated):
     rng = np.random.default_rng(1)
     steps = []
     for _ in range(2):
-        for fmt in FORMATS.values():
+        for fmt in SHAPES[shape].weight_formats:
             steps += sequence(rng, SHAPES[shape], fmt, rng.integers(1, 6, 3))
     check(SHAPES[shape], steps, gap=gap, gated=gated)
 
@@ -179,16 +210,16 @@ def test_lanes_without_a_token_hold(gated):
     check(config, steps, gap=0.2, gated=gated)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", ALL_FORMATS)
 def test_extreme_operands(name):
     """The largest sums of every sign, max_steps long: the accumulator is exact at its limits."""
     rng = np.random.default_rng(2)
     steps = []
     for weight in (-1, 1):
         for mantissa in (-128, 127):
-            steps += sequence(rng, TINY, FORMATS[name], [TINY.max_steps],
+            steps += sequence(rng, EVERY, ALL_FORMATS[name], [EVERY.max_steps],
                               extreme=(weight, mantissa))
-    check(TINY, steps)
+    check(EVERY, steps)
 
 
 def test_least_8_bit_weight_is_exact():
@@ -198,15 +229,16 @@ def test_least_8_bit_weight_is_exact():
     check(TINY, [step])
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", ALL_FORMATS)
 @pytest.mark.parametrize("planes", [1, 2])
 def test_golden_matvec(name, planes):
     """A whole quantised matrix: the joined and rounded sums are those of the golden model."""
     rng = np.random.default_rng(3)
-    fmt, config = FORMATS[name], TINY
+    fmt, config = ALL_FORMATS[name], EVERY
     rows, k = 2 * fmt.rows(config.row_multipliers), 160
     tokens = config.token_lanes // planes
-    weights = quantise(rng.normal(size=(rows, k)) * np.exp(rng.normal(size=(rows, 1))), fmt)
+    floats = rng.normal(size=(rows, k)) * np.exp(rng.normal(size=(rows, 1)))
+    weights = quantise(prune(floats, fmt, "magnitude", together=2), fmt)
     x, _ = quantise_float32((rng.normal(size=(tokens, k)) * np.exp(3 * rng.normal(size=(tokens, k)))
                              ).astype(np.float32), planes)
     lanes = np.stack(x.plane_mantissas(), axis=1).reshape(config.token_lanes, k)
@@ -217,9 +249,12 @@ def test_golden_matvec(name, planes):
             group = i // fmt.steps_per_group
             block = slice(i * BLOCK, (i + 1) * BLOCK)
             some = slice(tile, tile + tile_rows)
+            zeros = None
+            if fmt.zero_point:
+                zeros = fmt.zero_points(in_groups(weights.integers[some], fmt.group))[:, group]
             steps.append(Step(fmt, weights.integers[some, block], weights.significand[some, group],
                               weights.shift[some, group], lanes[:, block], lane_shift[:, i],
-                              first=i == 0, last=i == k // BLOCK - 1))
+                              first=i == 0, last=i == k // BLOCK - 1, zeros=zeros))
     sums = np.concatenate([np.array(s[:tile_rows], dtype=np.int64)
                            for s, _, _ in run(config, steps)])
     joined = sums.reshape(rows, tokens, planes)

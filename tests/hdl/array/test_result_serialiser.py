@@ -5,10 +5,14 @@ import pytest
 from amaranth.hdl import unsigned
 from amaranth.sim import Simulator
 
-from moeaccel.arithmetic import normalise
+from moeaccel.arithmetic import add, bfloat16_to_internal, normalise
 from moeaccel.config import AcceleratorConfig, preset
+from moeaccel.formats import ALL_FORMATS
+from moeaccel.hdl import layouts
+from moeaccel.hdl.array.float_adder import FloatAdder
 from moeaccel.hdl.array.normaliser import Normaliser
 from moeaccel.hdl.array.result_serialiser import ResultSerialiser
+from tests.support.formats import sum_entry
 
 WIDE = AcceleratorConfig(
     name="wide", port_bytes=64, token_lanes=8, token_groups=2, row_multipliers=4, max_dim=256,
@@ -103,19 +107,22 @@ class Bench:
             for hidden in (0, 1) for bank in (0, 1) for slot in range(config.max_slots)
         }
         self.results, self.row_exponents, self.expected, self.got = [], [], [], []
+        self.row_biases = []
         for section in sections:
             self.section(**section)
 
-    def section(self, *, tiles, count, hidden=0, combine=0, two=0, packed=1, bank=0, fresh=0,
-                short=0):
-        config = self.config
+    def section(self, *, tiles, count, hidden=0, combine=0, two=0, name="int4_g32", bank=0,
+                fresh=0, short=0, biased=0):
+        config, fmt = self.config, ALL_FORMATS[name]
         per_group = config.token_lanes // (1 + two)
         groups = -(-count // per_group)
-        tile_rows = config.rows if packed else config.rows // 2
+        tile_rows = fmt.rows(config.row_multipliers)
         for tile in range(tiles):
             rows = tile_rows - (short if tile + 1 == tiles else 0)
             exponents = self.rng.integers(-200, 100, config.rows).tolist()
             self.row_exponents.append(exponents)
+            biases = self.biases(exponents)
+            self.row_biases.append(biases.tolist())
             for group in range(groups):
                 slots = min(per_group, count - group * per_group)
                 last_group = group + 1 == groups
@@ -124,22 +131,34 @@ class Bench:
                     "slots": slots, "last_group": last_group,
                     "last": last_group and tile + 1 == tiles, "hidden": hidden, "combine": combine,
                     "two_planes": two, "x_bank": bank, "slot_bank": bank ^ 1, "fresh": fresh,
+                    **({"biased": biased} if config.bias else {}),
+                    "row_order": layouts.row_orders(config).index((fmt.packed, fmt.parts)),
                 }
                 sums = sums_of(self.rng, config)
                 self.results.append((sums, {k: int(v) for k, v in tag.items()}))
                 for j in range(slots):
                     for r in range(rows):
-                        at = r * config.token_lanes
+                        at = sum_entry(config, fmt, r) * config.token_lanes
                         value = sums[at + j]
                         if two:
                             value = 256 * sums[at + 2 * j] + sums[at + 2 * j + 1]
                         slot = group * per_group + j
                         base = self.bases[hidden, 0 if hidden else bank, slot]
                         e = normalise(np.array([value]), base + exponents[r])
+                        if biased:
+                            e = add(e, bfloat16_to_internal(biases[r:r + 1]))
                         last = tag["last"] and j + 1 == slots and r + 1 == rows
                         self.expected.append((
                             slot, tile * tile_rows + r, int(e.mantissa[0]), int(e.exponent[0]),
                             combine, int(last), bank ^ 1, fresh))
+
+    def biases(self, exponents):
+        """Return bfloat16 numbers as large as a tile's results, and zeros, infinity's bits too."""
+        field = np.clip(np.array(exponents) + 127 + 30 + self.rng.integers(-30, 30, len(exponents)),
+                        0, 255)
+        bits = field << 7 | self.rng.integers(0, 1 << 7, len(exponents))
+        bits |= self.rng.integers(0, 2, len(exponents)) << 15
+        return np.where(self.rng.random(len(exponents)) < 0.1, 0x8000, bits).astype(np.uint16)
 
     async def drive(self, ctx):
         dut = self.dut
@@ -154,11 +173,13 @@ class Bench:
 
     async def exponents(self, ctx):
         port = self.dut.i_row_exponents
-        for exponents in self.row_exponents:
+        for exponents, biases in zip(self.row_exponents, self.row_biases, strict=True):
             while self.stalls.random() < self.stall:
                 await ctx.tick()
             ctx.set(port.valid, 1)
             ctx.set(port.payload, exponents)
+            if self.config.bias:
+                ctx.set(self.dut.i_row_biases, biases)
             await ctx.tick().until(port.ready)
             ctx.set(port.valid, 0)
 
@@ -201,29 +222,52 @@ def sections(config):
         {"tiles": 3, "count": slots // 2, "two": 1, "bank": 1},
         {"tiles": 2, "count": slots // 2 - 1, "two": 1, "hidden": 1, "combine": 1,
          "bank": 1, "fresh": 1},
-        {"tiles": 4, "count": 1, "two": 0, "packed": 0, "hidden": 1, "combine": 1},
-        {"tiles": 4, "count": slots - 1, "packed": 0, "combine": 1, "bank": 1},
-        {"tiles": 3, "count": 1, "two": 1, "packed": 0},
+        {"tiles": 4, "count": 1, "two": 0, "name": "mxint8", "hidden": 1, "combine": 1},
+        {"tiles": 4, "count": slots - 1, "name": "mxint8", "combine": 1, "bank": 1},
+        {"tiles": 3, "count": 1, "two": 1, "name": "mxint8"},
         {"tiles": 2, "count": slots // 2, "two": 1, "short": 1, "hidden": 1, "combine": 1},
-        {"tiles": 1, "count": slots, "short": config.rows - 2},
-        {"tiles": 3, "count": slots - 1, "packed": 0, "short": config.rows // 2 - 1,
+        {"tiles": 1, "count": slots, "short": 2 * config.row_multipliers - 2},
+        {"tiles": 3, "count": slots - 1, "name": "mxint8", "short": config.row_multipliers - 1,
          "hidden": 1, "combine": 1},
     ]
 
 
 @pytest.mark.parametrize("stall", [0.0, 0.6])
-@pytest.mark.parametrize("config", [preset("tiny"), SINGLE, WIDE])
+@pytest.mark.parametrize("config", [preset("tiny"), SINGLE, WIDE.replace(bias=False)])
 def test_bits_and_order(config, stall):
     Bench(config, sections(config), stall=stall).run()
 
 
+@pytest.mark.parametrize("stall", [0.0, 0.6])
+@pytest.mark.parametrize("config", [preset("tiny"), WIDE])
+def test_biases(config, stall):
+    """With and without in turn: results that pass by the adder do not overtake those in it."""
+    Bench(config, [{**section, "biased": biased} for i, section in enumerate(sections(config))
+                   for biased in ((1, 0), (0, 1), (1,))[i % 3]], stall=stall).run()
+
+
 def test_one_element_per_cycle():
-    bench = Bench(preset("small"), [{"tiles": 6, "count": 9, "two": t, "packed": p}
-                                    for t in (0, 1) for p in (0, 1)])
+    bench = Bench(preset("small"), [{"tiles": 6, "count": 9, "two": t, "name": name}
+                                    for t in (0, 1) for name in ("mxint8", "int4_g32")])
     bench.run()
     # `drive` offers a result in each cycle, `exponents` pauses for one cycle after each tile
     assert bench.cycles[0] == 1 + bench.dut.latency_cycles
     assert bench.cycles[-1] - bench.cycles[0] + 1 == len(bench.expected)
+
+
+def test_biases_cost_the_adders_latency():
+    """Once: rows with biases follow each other as others do, and those without wait for them."""
+    shape = {"tiles": 3, "count": 9}
+    bench = Bench(preset("small"), [{**shape, "biased": 1}, {**shape, "biased": 1}, shape])
+    bench.run()
+    assert bench.cycles[0] == 1 + bench.dut.latency_cycles + FloatAdder.LATENCY_CYCLES
+    apart = np.diff(bench.cycles)
+    assert np.all(apart == 1)  # from the last with one to the first without, too: both are later
+    assert len(bench.cycles) == len(bench.expected)
+    bench = Bench(preset("small"), [shape, {**shape, "biased": 1}])
+    bench.run()
+    apart = np.diff(bench.cycles)
+    assert sorted(apart)[-2:] == [1, 1 + FloatAdder.LATENCY_CYCLES]
 
 
 def test_parameters_are_checked():

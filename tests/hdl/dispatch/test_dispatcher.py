@@ -21,7 +21,8 @@ TABLE = 0x40000
 FIRST = {"d_model": 64, "row_multipliers": CONFIG.row_multipliers}
 EXPERTS = [  # of a mixed layer
     ExpertShape(FORMATS["int4_g32"], d_expert=32, **FIRST),
-    ExpertShape(FORMATS["mxint8"], d_expert=64, down_format=FORMATS["mxfp4"], **FIRST),
+    ExpertShape(FORMATS["mxint8"], d_expert=64, down_format=FORMATS["mxfp4"],
+                gate_up_biased=True, **FIRST),
     ExpertShape(FORMATS["int4_g128"], d_expert=96, activation="relu", **FIRST)]
 
 

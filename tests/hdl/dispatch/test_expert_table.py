@@ -1,6 +1,7 @@
 """The expert table: who has tokens, in order, with an entry that can be relied upon."""
 
 import random
+from dataclasses import replace
 
 import pytest
 from amaranth.sim import Simulator
@@ -23,11 +24,13 @@ def shape_of(rng):
     """Return a shape as an expert of a mixed layer may have it."""
     formats = list(FORMATS.values())
     if rng.random() < 0.3:
-        return LinearShape(rng.choice(formats), D_OUT, D_IN, **SHAPE)
+        return LinearShape(
+            rng.choice(formats), D_OUT, D_IN, biased=rng.random() < 0.5, **SHAPE)
     return ExpertShape(
         rng.choice(formats), D_IN, 32 * rng.randint(1, 8), down_format=rng.choice(formats),
         activation=rng.choice(list(ACTIVATIONS)), gated=rng.random() < 0.5,
-        limit=rng.choice((None, 7.0)), **SHAPE)
+        limit=rng.choice((None, 7.0)), gate_up_biased=rng.random() < 0.5,
+        down_biased=rng.random() < 0.5, **SHAPE)
 
 
 def run(config, counts, entries, *, seed=0, stall=0.0, latency=5, take=1.0, expected=None):
@@ -104,6 +107,7 @@ def test_experts_with_tokens_come_in_order_with_their_shapes(seed, port_bytes):
             work = p.work.sections[i]
             assert (work.dims.format, work.dims.steps, work.dims.tiles) == (
                 section.format.code, section.steps, section.tiles)
+            assert work.dims.biased == section.biased
             assert (work.hidden, work.combine) == (i == 1, i + 1 == len(sections))
             assert work.short == -section.channel_rows % config.rows
         if isinstance(shape, ExpertShape):
@@ -123,6 +127,7 @@ def test_sixteen_entries_at_most_are_asked_for_ahead():
 GATED = ExpertShape(FORMATS["int4_g32"], D_IN, 128, down_format=FORMATS["mxint8"], **SHAPE)
 UNGATED = ExpertShape(FORMATS["mxint8"], D_IN, 96, gated=False, **SHAPE)
 LINEAR = LinearShape(FORMATS["mxfp4"], D_OUT, D_IN, **SHAPE)
+BIASED = replace(GATED, gate_up_biased=True, down_biased=True)
 TOP = 1 << TINY.address_bits
 
 
@@ -155,6 +160,9 @@ def image_bytes(shape):
     (GATED, {"words1": 1 << 31}, "words1"), (LINEAR, {"words0": 0}, "words0"),
     (GATED, {"format0": FORMATS["mxint8"].code}, "words0"),
     (GATED, {"format0": 77, "words0": 1, "d_expert": 1}, "d_expert"),
+    (GATED, {"bias0": 2}, "bias0"), (GATED, {"bias1": 0x81}, "bias1"),
+    (LINEAR, {"bias1": 3}, None), (GATED, {"bias0": 1}, "words0"),
+    (GATED, {"bias1": 1}, "words1"), (BIASED, {}, None), (BIASED, {"bias1": 0}, "words1"),
 ])
 def test_a_bad_entry_names_its_word(shape, changes, field):
     good = table_entry(GATED, 4096)
@@ -164,6 +172,13 @@ def test_a_bad_entry_names_its_word(shape, changes, field):
     assert (found[0].bad, found[2].bad) == (0, 0)
     assert found[1].bad == (field is not None)
     assert field is None or found[1].word == field_of(EXPERT, field).word
+
+
+def test_hardware_without_biases_takes_none():
+    good, biased = table_entry(GATED, 4096), table_entry(BIASED, 4096)
+    found, _ = run(TINY.replace(bias=False), [1, 1], [good, biased])
+    assert [p.bad for p in found] == [0, 1]
+    assert found[1].word == field_of(EXPERT, "bias0").word
 
 
 @pytest.mark.parametrize(("shape", "cycles"), [

@@ -10,7 +10,7 @@ from moeaccel.hdl.dispatch.section_words import SectionWords
 from moeaccel.image import Section
 
 CONFIGS = [
-    PRESETS["tiny"], PRESETS["wide512"],
+    PRESETS["tiny"], PRESETS["wide512"].replace(bias=False),
     PRESETS["tiny"].replace(channels=32, row_multipliers=16, tile_words=1024, max_dim=32768)]
 
 
@@ -19,13 +19,16 @@ def test_words_and_tiles_are_those_of_the_section(config):
     rng = random.Random(1)
     cases = [
         (fmt, rng.choice((1, 2, config.max_steps * 2, rng.randint(1, 2 * config.max_steps))),
-         rng.choice((1, config.max_steps, rng.randint(1, config.max_steps))))
+         rng.choice((1, config.max_steps, rng.randint(1, config.max_steps))),
+         config.bias and rng.random() < 0.5)
         for _ in range(20) for fmt in config.weight_formats]
     dut = SectionWords(config)
 
     async def scenario(ctx):
-        for fmt, blocks, steps in cases:
-            section = Section(fmt, 32 * blocks, 32 * steps, config.row_multipliers, config.channels)
+        for fmt, blocks, steps, biased in cases:
+            section = Section(fmt, 32 * blocks, 32 * steps, config.row_multipliers, config.channels,
+                              biased)
+            ctx.set(dut.i_biased, biased)
             ctx.set(dut.i_format, fmt.code)
             ctx.set(dut.i_steps, steps)
             ctx.set(dut.i_row_blocks, blocks)

@@ -6,9 +6,10 @@ from moeaccel.config import preset
 from moeaccel.cycles.token_router import token_cycles
 from moeaccel.golden.router import route
 from moeaccel.hdl.router.token_router import TokenRouter
+from moeaccel.router.descriptor import table_words
 from moeaccel.router.settings import RouterSettings
 from moeaccel.router.tables import LOGIT_BITS, fixed
-from tests.support.router import form_of, tables_of
+from tests.support.router import form_of
 
 CONFIG = preset("tiny").replace(
     router=("softmax", "sigmoid", "sqrt_softplus", "identity"), max_experts=32, router_top_k=8)
@@ -50,7 +51,7 @@ def logits_of(rng, tokens, experts):
 def run(settings, logits, tables, *, rng=None, stall=0.0):
     """Return ids, weights, how many logits were saturated, and when the last pair of each came."""
     dut = TokenRouter(CONFIG)
-    bias, extra = tables_of(settings, **tables)
+    bias, extra = table_words(settings, **tables).T
     integers, beyond = fixed(logits, LOGIT_BITS)
     pairs, cycles, saturated = [], [], 0
 

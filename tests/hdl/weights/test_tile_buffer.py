@@ -6,54 +6,98 @@ from amaranth.hdl import Module, Signal
 from amaranth.sim import Simulator
 
 from moeaccel.config import PRESETS
-from moeaccel.formats import FORMATS, QuantisedMatrix
+from moeaccel.formats import ALL_FORMATS, FORMATS, QuantisedMatrix
 from moeaccel.hdl.weights.tile_buffer import TileBuffer
 from moeaccel.image import Section, pack_section
+from tests.support.formats import EVERY, bits, scale_entries
 
 TINY = PRESETS["tiny"].replace(max_dim=512)
 ROWS4 = TINY.replace(row_multipliers=4)
+EVERY512 = EVERY.replace(max_dim=512)
 LONG = PRESETS["tiny"].replace(max_dim=2880, tile_words=128)
 
 
-def random_matrix(rng, fmt, rows, k):
-    """Return a matrix with any integers and scales that the format can store."""
+def random_matrix(rng, fmt, rows, k, biased):
+    """Return a matrix with any integers, scales and biases that the format can store."""
     groups = -(-k // fmt.group)
     integers = rng.choice(fmt.integers, (rows, k))
+    if fmt.parts > 1:
+        together = 2 if fmt.packed else 1
+        order = rng.permuted(np.tile(np.arange(4), (rows // together, k // 4, 1)), axis=2)
+        there = np.repeat(order < fmt.nonzeros, together, axis=0).reshape(rows, k)
+        integers = np.where(there & (integers == 0), fmt.high, integers) * there
+    if fmt.zero_point:
+        zero = rng.integers(0, 16, (rows, groups))
+        integers = integers - np.repeat(zero, fmt.group, axis=1)[:, :k]
     significand = (rng.integers(0, 2048, (rows, groups)) if fmt.real_scale
                    else np.ones((rows, groups)))
     return QuantisedMatrix(
         fmt, integers.astype(np.int8), significand.astype(np.int16),
         rng.integers(0, fmt.max_shift + 1, (rows, groups)).astype(np.int8),
-        rng.integers(-300, 300, rows).astype(np.int16), 0)
+        rng.integers(-300, 300, rows).astype(np.int16), 0,
+        rng.integers(0, 1 << 16, rows).astype(np.uint16) if biased else None)
 
 
 class Case:
     """One section; its tiles are used 1 to ``groups`` times, or always ``-groups`` times."""
 
-    def __init__(self, rng, config, name, tiles, k, groups):
-        self.fmt = FORMATS[name]
+    def __init__(self, rng, config, name, tiles, k, groups, biased=False):
+        self.config = config
+        self.fmt = ALL_FORMATS[name]
         self.rows = self.fmt.rows(config.row_multipliers)
-        self.matrix = random_matrix(rng, self.fmt, tiles * self.rows, k)
-        self.section = Section(self.fmt, tiles * self.rows, k, config.row_multipliers)
+        self.matrix = random_matrix(rng, self.fmt, tiles * self.rows, k, biased)
+        self.section = Section(
+            self.fmt, tiles * self.rows, k, config.row_multipliers, biased=biased)
         image = pack_section(self.matrix, config.row_multipliers)
         self.words = image.reshape(-1, config.word_bytes)
         self.groups = groups
 
     def step(self, tile, step):
-        """Return the (codes, scales) that the array must see."""
-        matrix, fmt = self.matrix, self.fmt
+        """Return the (codes, scales, zero points, pattern) that the array must see."""
+        matrix, fmt, config = self.matrix, self.fmt, self.config
         rows = slice(tile * self.rows, (tile + 1) * self.rows)
-        codes = fmt.encode(matrix.integers[rows, 32 * step:32 * step + 32])
+        group = step // fmt.steps_per_group * fmt.scales_per_step
+        groups = slice(group, group + fmt.scales_per_step)
+        scales = (matrix.significand[rows, groups].astype(int)
+                  | matrix.shift[rows, groups].astype(int) << 11)
+        zeros = np.zeros((self.rows, 1), int)
+        codes = matrix.integers[rows, 32 * step:32 * step + 32]
+        if fmt.zero_point:
+            first = group * fmt.group
+            zeros = np.maximum(-matrix.integers[rows, first:first + fmt.group].min(
+                axis=1, keepdims=True), 0)
+            codes = codes + zeros
+        codes = fmt.encode(codes.astype(np.int8))
+        selects = 0
         if fmt.packed:
             codes = codes[0::2] | codes[1::2] << 4
-        group = step // fmt.steps_per_group
-        scales = (matrix.significand[rows, group].astype(int)
-                  | matrix.shift[rows, group].astype(int) << 11)
+        if fmt.parts > 1:
+            codes, selects = self.lanes(codes, matrix.integers[rows, 32 * step:32 * step + 32])
         return (int.from_bytes(np.ascontiguousarray(codes).tobytes(), "little"),
-                sum(int(s) << 16 * r for r, s in enumerate(scales)))
+                bits(scale_entries(config, fmt, scales), 16),
+                bits(zeros[:, 0], 4) if fmt.zero_point else 0, selects)
+
+    def lanes(self, codes, integers):
+        """Return codes and pattern of an N:M format multiplier by multiplier."""
+        fmt, rows = self.fmt, len(codes)
+        lanes, selects = np.zeros((self.config.row_multipliers, 32), np.uint8), 0
+        fields = len(integers) // rows
+        for row in range(rows):
+            rm, part = divmod(row, fmt.parts)
+            for quad in range(8):
+                columns = slice(4 * quad, 4 * quad + 4)
+                there = integers[fields * row:fields * (row + 1), columns].any(axis=0)
+                for j, column in enumerate(np.nonzero(there)[0]):
+                    k = 4 * quad + fmt.nonzeros * part + j
+                    lanes[rm, k] = codes[row, 4 * quad + column]
+                    selects |= int(column) << 2 * (32 * rm + k)
+        return lanes, selects
 
     def row_exponents(self, tile):
         return self.matrix.row_exponent[tile * self.rows:(tile + 1) * self.rows].tolist()
+
+    def row_biases(self, tile):
+        return self.matrix.bias[tile * self.rows:(tile + 1) * self.rows].tolist()
 
 
 def run(config, cases, *, stall=0.0, take_stall=0.0, seed=0, free=False, depth=16, lag=0):
@@ -78,6 +122,8 @@ def run(config, cases, *, stall=0.0, take_stall=0.0, seed=0, free=False, depth=1
             ctx.set(dut.i_section.p.format, case.fmt.code)
             ctx.set(dut.i_section.p.steps, case.section.steps)
             ctx.set(dut.i_section.p.tiles, case.section.tiles)
+            if config.bias:
+                ctx.set(dut.i_section.p.biased, case.section.biased)
             ctx.set(dut.i_section.valid, 1)
             await ctx.tick().until(dut.i_section.ready)
             ctx.set(dut.i_section.valid, 0)
@@ -100,10 +146,15 @@ def run(config, cases, *, stall=0.0, take_stall=0.0, seed=0, free=False, depth=1
                 while row_rng.random() < stall:
                     await ctx.tick()
                 ctx.set(rows_out.ready, 1)
-                payload, = await ctx.tick().sample(rows_out.payload).until(rows_out.valid)
+                payload, biases = await ctx.tick().sample(
+                    rows_out.payload, dut.o_row_biases if config.bias else rows_out.payload,
+                ).until(rows_out.valid)
                 ctx.set(rows_out.ready, 0)
                 want = case.row_exponents(tile)
                 assert [payload[i] for i in range(len(want))] == want
+                if case.section.biased:
+                    want = case.row_biases(tile)
+                    assert [biases[i] for i in range(len(want))] == want
 
     async def take(ctx):
         await ctx.tick().repeat(lag + 1)
@@ -133,9 +184,13 @@ def run(config, cases, *, stall=0.0, take_stall=0.0, seed=0, free=False, depth=1
     async def self_check(ctx, pending):
         await ctx.tick()
         if pending:
-            codes, scales = pending[-1]
+            codes, scales, zeros, selects = pending[-1]
             assert ctx.get(dut.o_codes) == codes
             assert ctx.get(dut.o_scales.as_value()) == scales
+            if config.zero_points:
+                assert ctx.get(dut.o_zeros.as_value()) == zeros
+            if selects:
+                assert ctx.get(dut.o_selects) == selects
 
     assert TileBuffer.READ_LATENCY_CYCLES == 1
     sim = Simulator(m)
@@ -152,14 +207,16 @@ SHAPES = [  # tiles, k
 ]
 
 
-@pytest.mark.parametrize("config", [TINY, ROWS4], ids=["rows2", "rows4"])
+@pytest.mark.parametrize("config", [TINY, ROWS4, EVERY512, TINY.replace(bias=False)],
+                         ids=["rows2", "rows4", "every", "no bias"])
 @pytest.mark.parametrize("stall", [0.0, 0.5])
 @pytest.mark.parametrize("take_stall", [0.0, 0.5])
 def test_images(config, stall, take_stall):
     """Sections of all formats and shapes follow each other; each tile is replayed 1 to 4 times."""
     rng = np.random.default_rng(1)
-    cases = [Case(rng, config, name, tiles, k, groups=4) for tiles, k in SHAPES for name in FORMATS]
-    order = rng.permutation(len(cases))[:14]
+    cases = [Case(rng, config, name, tiles, k, groups=4, biased=config.bias and biased)
+             for tiles, k in SHAPES for name in config.formats for biased in (False, True)]
+    order = rng.permutation(len(cases))[:18]
     run(config, [cases[i] for i in order], stall=stall, take_stall=take_stall, free=bool(stall),
         depth=4)
 
@@ -175,7 +232,8 @@ def test_long_rows(name):
 def test_one_word_per_cycle(name, tiles, k):
     """Without stalls, and with one group, a word enters every cycle; one is lost a section."""
     rng = np.random.default_rng(3)
-    cases = [Case(rng, TINY, n, tiles, k, groups=-1) for n in (name, "int4_g128", name)]
+    cases = [Case(rng, TINY, n, tiles, k, groups=-1, biased=bool(i))
+             for i, n in enumerate((name, "int4_g128", name))]
     accepted, _ = run(TINY, cases)
     behind_first = np.cumsum([0] + [case.section.words for case in cases[:-1]])
     pauses, = np.nonzero(np.diff(accepted) - 1)

@@ -58,7 +58,7 @@ def test_words_of_the_example():
 
 
 def test_the_header_is_where_the_page_says():
-    matrix = quantise(np.ones((64, 96), np.float32), "int4_g128")
+    matrix = quantise(np.ones((64, 96), np.float32), "int4_g128").with_bias(np.ones(64))
     image = build_linear_image(matrix, 2).tobytes()
     page = (ROOT / "docs" / "images.md").read_text(encoding="utf-8")
     kinds = {8: "B", 16: "H", 32: "I"}
@@ -67,11 +67,11 @@ def test_the_header_is_where_the_page_says():
                              for offset in offsets.split(", ")]
         for offsets, bits, what in re.findall(r"^\| ([\d, ]+) \| (\d+) \| (.*) \|$", page, re.M)}
     crc = values.pop("CRC-32 of the bytes before it and of everything behind the header")
-    assert crc[0] == int.from_bytes(image[30:34], "little") != 0 and not any(image[34:64])
-    words = Section(matrix.format, 64, 96, 2).words
+    assert crc[0] == int.from_bytes(image[32:36], "little") != 0 and not any(image[36:64])
+    words = Section(matrix.format, 64, 96, 2, biased=True).words
     assert list(values.values()) == [
-        [int.from_bytes(b"MOXE", "little")], [2], [1], [2], [0, 0], [matrix.format.code, 0],
-        [Sink.COMBINE, 0], [64, 96], [words, 0]]
+        [int.from_bytes(b"MOXE", "little")], [3], [1], [2], [0, 0], [matrix.format.code, 0],
+        [Sink.COMBINE, 0], [1, 0], [64, 96], [words, 0]]
 
 
 def test_a_block_is_found_by_its_name():

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from moeaccel import golden
+from moeaccel.activations import ACTIVATIONS
 from moeaccel.arithmetic import quantise_float32
 from moeaccel.formats import FORMATS
 from moeaccel.golden.dot_array import matvec
@@ -127,6 +128,28 @@ def test_skipped_ids_nonfinite_overflow_and_underflow():
         assert result.outcome == (Status.OK, 0, 0)
 
 
+@pytest.mark.parametrize("planes", [1, 2])
+@pytest.mark.parametrize("gated", [True, False])
+def test_biases(gated, planes):
+    rng = np.random.default_rng(10)
+    gate_up = rng.standard_normal(((2 if gated else 1) * 64, 64)).astype(np.float32) / 8
+    down = rng.standard_normal((64, 64)).astype(np.float32) / 8
+    biases = {"gate_up_bias": rng.standard_normal(len(gate_up)),
+              "down_bias": rng.standard_normal(64)}
+    x = rng.standard_normal((9, 64)).astype(np.float32)
+    ids, weights = np.zeros((9, 1), np.int64), rng.random((9, 1)).astype(np.float32)
+    for some in ({}, *({name: biases[name]} for name in biases), biases):
+        expert = Expert.quantise(gate_up, down, "mxint8", **some)
+        y = golden.experts(x, ids, weights, [expert], planes=planes).y
+        exact = experts_float64(x, ids, weights, [gate_up], [down],
+                                **{name: [bias] for name, bias in some.items()})
+        assert relative(y, exact) < 0.03  # 8-bit weights
+        same = quantised_float_experts(x, ids, weights, [expert], planes=planes)
+        assert relative(y, same) < (0.002 if planes == 1 else 2e-4)
+        if some:
+            assert relative(experts_float64(x, ids, weights, [gate_up], [down]), exact) > 0.1
+
+
 def test_gemm():
     rng = np.random.default_rng(5)
     from moeaccel.formats import quantise
@@ -198,7 +221,7 @@ def test_matrices_are_experts_of_one_section():
 
 
 @pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("activation", ["silu", "relu", "gelu", "gelu_tanh", "relu2"])
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
 def test_every_activation_with_and_without_up_rows_and_limits(activation, gated):
     rng = np.random.default_rng(9)
     gate_up = rng.standard_normal(((2 if gated else 1) * 64, 64)).astype(np.float32)

@@ -60,7 +60,7 @@ def test_a_shape_is_that_of_its_formats():
     ("where", "message"),
     [
         (0, "this is no expert image"),
-        (4, "version must be 2"),
+        (4, "version must be 3"),
         (6, "must have the 2 sections of an expert, not"),
         (7, "it is truncated"),
         (8, "part of channel 0, not of 85 of 1 channels"),
@@ -68,10 +68,12 @@ def test_a_shape_is_that_of_its_formats():
         (11, "format code of down must be"),
         (12, "image sinks must be .* not .85, 1.; its header was damaged"),
         (13, "image sinks must be .* not .0, 84.; its header was damaged"),
-        (14, "dimensions must be positive multiples of 32, not 213 and 96"),
-        (19, "must be 4808640 bytes for its header, not 21440"),
-        (24, "it is truncated"),
-        (30, "it was damaged, load it again"),
+        (14, "must say of biases .* not .85, 0.; its header was damaged"),
+        (15, "must say of biases .* not .0, 85.; its header was damaged"),
+        (16, "dimensions must be positive multiples of 32, not 213 and 96"),
+        (21, "must be 4808640 bytes for its header, not 21440"),
+        (26, "it is truncated"),
+        (32, "it was damaged, load it again"),
         (200, "it was damaged, load it again"),
     ],
 )
@@ -129,16 +131,19 @@ def test_gate_and_up_rows_alternate():
     st.sampled_from([2, 4, 8, 16]),
     st.sampled_from([1, 2, 4, 32]),
     st.integers(0, 1 << 30),
+    st.booleans(), st.booleans(),
 )
 def test_unpacking_gives_back_what_was_packed(
-    name, down_name, steps, hidden, row_multipliers, channels, seed
+    name, down_name, steps, hidden, row_multipliers, channels, seed, biased, down_biased
 ):
     rng = np.random.default_rng(seed)
     spread = np.exp(4 * rng.standard_normal((64 * hidden, 1)))
     before = Expert.quantise(
         rng.standard_normal((64 * hidden, 32 * steps)) * spread,
         rng.standard_normal((32 * steps, 32 * hidden)) * (rng.random((32 * steps, 1)) > 0.3),
-        name, down_format=down_name)
+        name, down_format=down_name,
+        gate_up_bias=rng.standard_normal(64 * hidden) if biased else None,
+        down_bias=rng.standard_normal(32 * steps) if down_biased else None)
     places = [{"channel": c, "channels": channels} for c in range(channels)]
     after = image.unpack_image(*(
         image.build_image(before.gate_up, before.down, row_multipliers, **place)
@@ -149,14 +154,47 @@ def test_unpacking_gives_back_what_was_packed(
             old, new = getattr(a, field), getattr(b, field)
             assert old.dtype == new.dtype
             assert np.array_equal(old, new)
+        assert (a.bias is None) == (b.bias is None)
+        assert np.array_equal(a.bias_values, b.bias_values)
     linear = [image.build_linear_image(before.down, row_multipliers, **place) for place in places]
     shape = image.LinearShape(FORMATS[down_name], 32 * steps, 32 * hidden, row_multipliers,
-                              channels)
+                              channels, down_biased)
     assert {len(part) for part in linear} == {shape.image_bytes}
     assert shape.image_bytes <= shape.memory_bytes
     down = image.unpack_section(
         [part[shape.header_bytes :] for part in linear], shape.section, paired=False)
     assert np.array_equal(down.dequantise(), before.down.dequantise())
+    assert np.array_equal(down.bias_values, before.down.bias_values)
+
+
+@pytest.mark.parametrize("name", ["int4_g32", "mxint8"])
+def test_biases_lie_behind_the_row_exponents_of_their_tile(name):
+    bias = np.random.default_rng(1).standard_normal(192)
+    plain, e = expert(name, 64, 96), expert(name, 64, 96, gate_up_bias=bias)
+    built = image.build_image(e.gate_up, e.down, 2)
+    shape, rows = image.check_image(built), FORMATS[name].rows(2)
+    assert shape.gate_up.tiles_per_row_word == plain.shape(2).gate_up.tiles_per_row_word // 2
+    entry = built[64:][: 4 * rows].view("<i2")
+    assert entry[:rows].tolist() == e.gate_up.row_exponent[:rows].tolist()
+    assert entry[rows:].view(np.uint16).tolist() == e.gate_up.bias[:rows].tolist()
+    gate, up = bias[0], bias[96]  # rows alternate
+    assert e.gate_up.bias_values[:2] == pytest.approx([gate, up], rel=2**-8)
+    row_words = shape.gate_up.row_words - plain.shape(2).gate_up.row_words
+    assert shape.gate_up.words - plain.shape(2).gate_up.words == row_words > 0
+    assert shape.down == plain.shape(2).down
+
+
+def test_biases_are_bfloat16_numbers():
+    matrix = quantise(np.ones((4, 32)), "mxint8")
+    half = 2.0**-8  # of the last bit
+    values = [1 + half, 1 + 3 * half, -(1 + half * 1.01), 1e-40]
+    assert matrix.with_bias(values).bias_values.tolist() == [1, 1 + 4 * half, -1 - 2 * half, 0]
+    assert matrix.with_bias(values).with_bias(None).bias is None
+    for wrong in (np.nan, -np.inf, 3.4e38):
+        with pytest.raises(FormatError, match=f"bfloat16 has, .* number 3 is {str(wrong)[:2]}"):
+            matrix.with_bias([0, 0, 0, wrong])
+    with pytest.raises(FormatError, match=r"bias must have the shape \(4,\), .* not \(3,\)"):
+        matrix.with_bias(np.zeros(3))
 
 
 def test_damaged_images_are_not_unpacked():

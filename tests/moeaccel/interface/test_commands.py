@@ -82,7 +82,7 @@ GOOD = {
     (LAYER, {"grid_exponent": 61}, "grid_exponent", "from -100 to 60"),
     (EXPERT, {}, None, ""),
     (EXPERT, {"sections": 3}, "sections", "1 or 2"),
-    (EXPERT, {"activation": 5}, "activation", "0, 1, 2, 3 or 4 where sections is 2"),
+    (EXPERT, {"activation": 6}, "activation", "0, 1, 2, 3, 4 or 5 where sections is 2"),
     (EXPERT, {"sink0": 2}, None, ""),
     (EXPERT, {"limit": 0x7F80}, "limit", "from 0 to 32639 where sections is 2"),
     (EXPERT, {"flags": 1}, "flags", "0"),

@@ -67,8 +67,9 @@ def check_exact(expert, found, e):
     """Hold device integers and scales to those of the checkpoint."""
     for part, rows in (("gate", slice(0, None, 2)), ("up", slice(1, None, 2)), ("down", None)):
         matrix = expert.down if rows is None else expert.gate_up[rows]
-        _, codes, _, scales = found[part, e]
-        assert np.array_equal(matrix.integers, codes - 8)
+        _, codes, zeros, scales = found[part, e]
+        each = np.repeat(zeros, codes.shape[1] // zeros.shape[1], axis=1)
+        assert np.array_equal(matrix.integers, codes - each)
         stored = np.ldexp(matrix.significand.astype(float),
                           matrix.shift + matrix.row_exponent[:, None].astype(np.int32))
         ratio = scales.shape[1] / stored.shape[1]
@@ -87,6 +88,34 @@ def test_a_zero_point_of_8_is_exact(tmp_path, name, group):
         for e, (expert, fit) in enumerate(checkpoint.experts(0, "int4_g32", exact=True)):
             assert fit.exact
             check_exact(expert, found, e)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize(("group", "weight_format"), [(32, "int4_g32_zp"), (64, "int4_g32_zp")])
+def test_any_zero_point_is_exact_where_the_format_has_them(tmp_path, name, group, weight_format):
+    found = matrices(zero=None, group=group)
+    tensors = {"gptq": lambda: gptq(found, less=0, group=group), "awq": lambda: awq(found),
+               "compressed-tensors int4": lambda: packed(found, zero_points=True)}[name]()
+    config = {"quantization_config": {"checkpoint_format": "gptq_v2"}}
+    with open_checkpoint(write_safetensors(tmp_path, tensors, config)) as checkpoint:
+        for e, (expert, fit) in enumerate(checkpoint.experts(0, weight_format, exact=True)):
+            assert fit.exact
+            check_exact(expert, found, e)
+
+
+def test_a_zero_point_of_16_is_exact_where_no_weight_is_16_below_it(tmp_path):
+    """The first version of GPTQ stores zero points less 1, so that they go from 1 to 16."""
+    found = matrices(zero=16)
+    for _, codes, _, _ in found.values():
+        np.maximum(codes, 1, out=codes)
+    with open_checkpoint(write_safetensors(tmp_path, gptq(found))) as checkpoint:
+        for e, (expert, fit) in enumerate(checkpoint.experts(0, "int4_g32_zp", exact=True)):
+            assert fit.exact
+            check_exact(expert, found, e)
+    found["down", 0][1][3, 5] = 0
+    with open_checkpoint(write_safetensors(tmp_path, gptq(found))) as checkpoint:
+        with pytest.raises(InexactWeights, match="integers that int4_g32_zp has"):
+            list(checkpoint.experts(0, "int4_g32_zp", exact=True))
 
 
 @pytest.mark.parametrize("name", WRITERS)

@@ -34,8 +34,8 @@ def gated_by(gate, **attributes):
     return module
 
 
-def clamped(limit, act=functional.silu, low=None):
-    return lambda g, u: act(g.clamp(low, limit)) * u.clamp(-limit, limit)
+def clamped(limit, act=functional.silu, low=None, offset=0):
+    return lambda g, u: act(g.clamp(low, limit)) * (u.clamp(-limit, limit) + offset)
 
 
 # -- activations
@@ -51,8 +51,14 @@ def test_activations_are_known_by_their_values(act_fn, name, gated):
     assert gate_of(acting(act_fn, has_gate=gated)) == Gate(name)
 
 
+def test_an_offset_is_one_of_up_rows():
+    """Without them gpt-oss's activation is a known one, with them it is not."""
+    assert gate_of(acting(ACT2FN["quick_gelu"], has_gate=False)) == Gate("gpt_oss")
+    assert "but act_fn is" in gate_of(acting(ACT2FN["quick_gelu"])).missing
+
+
 @pytest.mark.parametrize("name", [
-    "quick_gelu", "gelu_10", "hardswish", "leaky_relu", "linear", "mish", "relu6", "sigmoid",
+    "gelu_10", "hardswish", "leaky_relu", "linear", "mish", "relu6", "sigmoid",
     "sqrtsoftplus", "tanh", "laplace", "prelu"])
 def test_other_activations_are_none_of_them(name):
     gate = gate_of(acting(ACT2FN[name], has_gate=False))
@@ -76,8 +82,23 @@ def test_what_is_nearly_one_is_none(act_fn):
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_limits_are_found(limit, name):
     act = {"silu": functional.silu, "relu": functional.relu, "gelu": functional.gelu,
-           "gelu_tanh": ACT2FN["gelu_pytorch_tanh"], "relu2": ACT2FN["relu2"]}[name]
-    assert gate_of(gated_by(clamped(limit, act))) == Gate(name, limit)
+           "gelu_tanh": ACT2FN["gelu_pytorch_tanh"], "relu2": ACT2FN["relu2"],
+           "gpt_oss": ACT2FN["quick_gelu"]}[name]
+    offset = ACTIVATIONS[name].up_offset
+    assert gate_of(gated_by(clamped(limit, act, offset=offset))) == Gate(name, limit)
+
+
+@pytest.mark.parametrize("limit", [None, 7.0])
+def test_gates_with_an_offset_in_float32(limit):
+    def gate(g, u):
+        g, u = g.float(), u.float()
+        if limit is not None:
+            g, u = g.clamp(max=limit), u.clamp(-limit, limit)
+        return (g * torch.sigmoid(1.702 * g) * (u + 1)).to(torch.float64)
+
+    assert gate_of(gated_by(gate)) == Gate("gpt_oss", limit)
+    assert gate_of(gated_by(lambda g, u: gate(g, u + 1e-3))).missing is not None
+    assert gate_of(gated_by(lambda g, u: gate(g * 0.999, u))).missing is not None
 
 
 def test_gates_that_only_look_different():
@@ -118,8 +139,8 @@ def test_a_limit_that_the_device_cannot_hold():
 
 
 @pytest.mark.parametrize(("attributes", "missing"), [
-    ({"alpha": 1.702}, "without alpha and without 1 added to up rows, but alpha is 1.702"),
-    ({"swiglu_alpha": 2}, "without 1 added to up rows, but swiglu_alpha is 2"),
+    ({"alpha": 1}, "with an alpha of 1.702 and 1 added to up rows, or without both, but alpha is"),
+    ({"swiglu_alpha": 2}, "or without both, but swiglu_alpha is 2"),
     ({"gate_softcap": 4.0}, "without soft caps, but there is a gate_softcap"),
 ])
 def test_gates_have_names(attributes, missing):
@@ -131,13 +152,14 @@ def test_gates_have_names(attributes, missing):
     ({}, Gate()), ({"swiglu_limit": 7.0}, Gate("silu", 7.0)),
     ({"hidden_act": "relu"}, Gate("relu")),
     ({"hidden_act": "gelu_pytorch_tanh", "swiglu_limit": 0.5}, Gate("gelu_tanh", 0.5)),
+    ({"swiglu_limit": 7.0, "swiglu_alpha": 1.702}, Gate("gpt_oss", 7.0)),
 ])
 def test_gates_of_fp8_experts(config, gate):
     assert gate_of(fp8(**config)) == gate
 
 
 @pytest.mark.parametrize(("config", "missing"), [
-    ({"swiglu_limit": 7.0, "swiglu_alpha": 1.702}, "swiglu_alpha is 1.702"),
+    ({"swiglu_limit": 7.0, "swiglu_alpha": 1.7}, "swiglu_alpha is 1.7"),
     ({"mlp_gate_softcap": 4.0, "mlp_up_softcap": 25.0}, "there is a gate_softcap"),
     ({"swiglu_limit": 7.3}, "it is 7.3"),
 ])

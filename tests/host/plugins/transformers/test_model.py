@@ -86,8 +86,8 @@ def test_layers_that_are_not_reached_are_reported(device):
 
 # -- what the first forward pass would refuse
 REFUSED = {
-    "bias": ("GptOss", FOUR | {"head_dim": 16}, errors.UnsupportedExperts,
-             "GptOssExperts must have no bias, but has_bias is True, and a gate without alpha"),
+    "alpha": ("GptOss", FOUR | {"head_dim": 16, "swiglu_alpha": 2.0}, errors.UnsupportedExperts,
+              "GptOssExperts must have a gate with an alpha of 1.702 .* but alpha is 2.0"),
     "activation": ("Mixtral", FOUR | {"hidden_act": "mish"}, errors.UnsupportedExperts,
                    "an activation among silu, .*, but act_fn is Mish"),
     "top-k": ("Olmoe", {"num_experts": 32, "num_experts_per_tok": 17}, errors.LimitExceeded,

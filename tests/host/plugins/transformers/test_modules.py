@@ -19,13 +19,12 @@ def test_every_layout_is_honoured(device, transposed, concatenated):
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    ({"has_bias": True}, "no bias, but has_bias is True"),
     ({"has_post_expert_norm": True}, "has_post_expert_norm is True"),
     ({"transform": lambda m: setattr(m, "act_fn", torch.nn.Tanh())}, "but act_fn is Tanh"),
     ({"transform": lambda m: setattr(type(m), "_apply_gate", lambda self, g: g)},
      "but _apply_gate computes something else"),
-    ({"has_bias": True, "has_post_expert_norm": True, "has_gate": False},
-     "no bias, but has_bias is True, and no norm behind its experts, but .*; the device runs"),
+    ({"has_post_expert_norm": True, "transform": lambda m: setattr(m, "act_fn", torch.nn.Tanh())},
+     "no norm behind its experts, but .*, and an activation among .*; the device runs"),
 ])
 def test_what_the_device_does_not_do_is_refused(device, flags, message):
     with pytest.raises(errors.UnsupportedExperts, match=f"ToyExperts must have .*{message}"):
@@ -46,6 +45,23 @@ def test_every_activation_with_and_without_up_rows(device, name, gated):
     expected = device.load_experts(
         *module.plain, weight_format="mxint8", activation=name, gated=gated)(*CALL)
     assert torch.equal(module(*CALL), expected)
+
+
+@pytest.mark.parametrize("flags", [
+    {}, {"is_transposed": True}, {"is_concatenated": False}, {"has_gate": False},
+    {"is_transposed": True, "is_concatenated": False}])
+@torch.no_grad()
+def test_biases(device, flags):
+    module = toy(has_bias=True, **flags)
+    gated = flags.get("has_gate", True)
+    expected = device.load_experts(
+        *module.plain, **module.biases, weight_format="mxint8", gated=gated)(*CALL)
+    assert torch.equal(module(*CALL), expected)
+    module.down_proj_bias[2] += 1  # watched as weights are
+    other = module(*CALL)
+    changed = (CALL[1] == 2).any(dim=1)
+    assert torch.equal(other[~changed], expected[~changed])
+    assert not torch.isclose(other[changed], expected[changed]).any()
 
 
 @torch.no_grad()
@@ -112,8 +128,8 @@ def test_fp8_experts_without_up_rows(device):
 
 
 def test_fp8_experts_with_another_gate_are_refused(device):
-    with pytest.raises(errors.UnsupportedExperts, match=r"FP8Experts must .*swiglu_alpha is 1.7"):
-        fp8(swiglu_limit=7.0, swiglu_alpha=1.7)(torch.zeros(6, 256), *CALL[1:])
+    with pytest.raises(errors.UnsupportedExperts, match=r"FP8Experts must .*swiglu_alpha is 1.5"):
+        fp8(swiglu_limit=7.0, swiglu_alpha=1.5)(torch.zeros(6, 256), *CALL[1:])
 
 
 def test_packed_fp4_is_refused(device):

@@ -209,8 +209,8 @@ def test_compiled_evaluation_without_no_grad(device, compiled, backend):
 def test_compiled_code_refuses_what_the_module_refuses(device, compiled):
     with pytest.raises(errors.TrainingUnsupported, match="not in training"):
         torch.compile(toy().train(), backend="eager")(*CALL)
-    with pytest.raises(errors.UnsupportedExperts, match="has_bias is True"):
-        torch.compile(toy(has_bias=True), backend="eager")(*CALL)
+    with pytest.raises(errors.UnsupportedExperts, match="has_post_expert_norm is True"):
+        torch.compile(toy(has_post_expert_norm=True), backend="eager")(*CALL)
 
 
 FLAVOURS = {
@@ -290,11 +290,11 @@ def lines(caplog):
 def test_unsupported_layers_run_eagerly_when_asked(device, caplog, compiled):
     plugin.use_device(device, weight_format="mxint8", unsupported="eager")
     x, ids, weights = CALL
-    odd = toy(has_bias=True)
+    odd = toy(has_post_expert_norm=True)
     for _ in range(2):
         assert torch.equal(odd(*CALL), 2 * x)
     assert torch.equal(torch.compile(odd, backend="eager", fullgraph=True)(*CALL), 2 * x)
-    assert len(lines(caplog)) == 1 and "has_bias is True" in lines(caplog)[0]
+    assert len(lines(caplog)) == 1 and "has_post_expert_norm is True" in lines(caplog)[0]
     # Too many experts for a token: for the device, not for the module.
     many = ids.repeat(1, 9), weights.repeat(1, 9)
     assert torch.equal(toy()(x, *many), 2 * x)

@@ -1,0 +1,120 @@
+"""Ids and weights on their way to memory."""
+
+from amaranth import *
+from amaranth.lib import stream, wiring
+from amaranth.lib.wiring import In, Out
+from amaranth.utils import exact_log2
+
+from moeaccel.config import AcceleratorConfig
+from moeaccel.hdl import layouts
+from moeaccel.interface.commands import ENTRY_BYTES
+
+__all__ = ["PAIRS", "PairWriter"]
+
+PAIRS = ENTRY_BYTES // 4
+"""Pairs that are collected: their ids, and their weights, fill 64 bytes."""
+
+
+class PairWriter(wiring.Component):
+    """Write the ids and the weights of pairs, 64 bytes of each at a time.
+
+    The last 64 bytes are filled up with ids of -1 and weights of 0. Throughput: one pair a cycle
+    while 16 are collected, then two writes, one after the other. Reset: idle; the memory port is
+    flushed with it.
+
+    Parameters
+    ----------
+    config : :class:`AcceleratorConfig`
+
+    Members
+    -------
+    i_start : :py:`In(1)`
+        Pulse. Not before ``o_idle``.
+    i_tokens, i_ids_address, i_weights_address : :py:`In`
+        Taken with ``i_start``.
+    i_pair : :py:`In(stream.Signature(layouts.routed_pair(config)))`
+    o_idle : :py:`Out(1)`
+        Everything is written and acknowledged.
+    writer : :py:`Out(layouts.WriteClientSignature(config))`
+    """
+
+    def __init__(self, config):
+        if not isinstance(config, AcceleratorConfig):
+            raise TypeError(f"config must be an AcceleratorConfig, not {config!r}")
+        self._config = config
+        super().__init__({
+            "i_start": In(1),
+            "i_tokens": In(config.max_tokens.bit_length()),
+            "i_ids_address": In(config.address_bits),
+            "i_weights_address": In(config.address_bits),
+            "i_pair": In(stream.Signature(layouts.routed_pair(config))),
+            "o_idle": Out(1),
+            "writer": Out(layouts.WriteClientSignature(config)),
+        })
+
+    def elaborate(self, platform):
+        m = Module()
+        config = self._config
+        low = exact_log2(ENTRY_BYTES)
+        beats, bits = ENTRY_BYTES // config.port_bytes, 8 * config.port_bytes
+        left = Signal.like(self.i_tokens)
+        ids, weights = (Signal(8 * ENTRY_BYTES, name=name) for name in ("ids", "weights"))
+        count = Signal(range(PAIRS))
+        sent = Signal(range(max(beats, 2)))
+        of_weights = Signal()
+        units = [Signal(config.address_bits - low, name=f"{name}_unit")
+                 for name in ("ids", "weights")]
+        pair = self.i_pair.payload
+        push = Signal()
+        m.d.comb += [
+            self.writer.request.p.address.eq(
+                Cat(C(0, low), Mux(of_weights, units[1], units[0]))),
+            self.writer.request.p.beats.eq(beats),
+            self.writer.data.payload.eq(Mux(of_weights, weights[:bits], ids[:bits])),
+        ]
+        with m.If(push):
+            m.d.sync += [
+                count.eq(count + 1),
+                ids.eq(Cat(ids[32:], Mux(left.any() & pair.some, pair.id, C(-1, 32)))),
+                weights.eq(Cat(weights[32:], Mux(left.any(), pair.weight, 0))),
+            ]
+        with m.FSM():
+            with m.State("IDLE"):
+                m.d.comb += self.o_idle.eq(1)
+                m.d.sync += [units[0].eq(self.i_ids_address[low:]),
+                             units[1].eq(self.i_weights_address[low:])]
+                with m.If(self.i_start):
+                    m.d.sync += left.eq(self.i_tokens)
+                    m.next = "COLLECT"
+            with m.State("COLLECT"):
+                # Behind the last pair, what fills up.
+                m.d.comb += [self.i_pair.ready.eq(left.any()),
+                             push.eq(Mux(left.any(), self.i_pair.valid, count != 0))]
+                with m.If(push & left.any() & pair.last):
+                    m.d.sync += left.eq(left - 1)
+                with m.If(push & (count == PAIRS - 1)):
+                    m.next = "REQUEST"
+                with m.Elif(~left.any() & (count == 0)):
+                    m.next = "IDLE"
+            with m.State("REQUEST"):
+                m.d.comb += self.writer.request.valid.eq(1)
+                with m.If(self.writer.request.ready):
+                    m.next = "SEND"
+            with m.State("SEND"):
+                m.d.comb += self.writer.data.valid.eq(1)
+                with m.If(self.writer.data.ready):
+                    m.d.sync += sent.eq(Mux(sent == beats - 1, 0, sent + 1))
+                    with m.If(of_weights):
+                        m.d.sync += weights.eq(weights >> bits)
+                    with m.Else():
+                        m.d.sync += ids.eq(ids >> bits)
+                    with m.If(sent == beats - 1):
+                        m.next = "WAIT"
+            with m.State("WAIT"):
+                with m.If(self.writer.done):
+                    m.d.sync += of_weights.eq(~of_weights)
+                    m.next = "REQUEST"
+                    with m.If(of_weights):
+                        m.d.sync += [unit.eq(unit + 1) for unit in units]
+                        m.next = "COLLECT"
+        return m

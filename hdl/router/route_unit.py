@@ -1,0 +1,151 @@
+"""ROUTE: logits in memory become ids and weights in memory."""
+
+from amaranth import *
+from amaranth.lib import fifo, wiring
+from amaranth.lib.wiring import In, Out
+
+from moeaccel.config import AcceleratorConfig
+from moeaccel.hdl import layouts
+from moeaccel.hdl.router.pair_writer import PairWriter
+from moeaccel.hdl.router.to_fixed import ToFixed
+from moeaccel.hdl.router.token_router import TokenRouter
+from moeaccel.hdl.router.word_reader import WordReader
+from moeaccel.hdl.sequential_multiplier import SequentialMultiplier
+from moeaccel.interface.commands import ENTRY_BYTES
+
+__all__ = ["RouteUnit"]
+
+_WORDS = ENTRY_BYTES // 4
+
+
+class RouteUnit(wiring.Component):
+    """Execute ROUTE: golden model :mod:`moeaccel.golden.router`.
+
+    ::
+
+        reader --> WordReader --+--> tables of TokenRouter
+                                +--> ToFixed --> TokenRouter --> PairWriter --> writer
+
+    The router's table first, then the logits of all tokens. Cycles: ``moeaccel.cycles.route_unit``.
+    Reset: idle; the memory port is flushed with it.
+
+    Parameters
+    ----------
+    config : :class:`AcceleratorConfig`
+        With a router.
+
+    Members
+    -------
+    i_start : :py:`In(1)`
+        Pulse. Not before ``o_idle``.
+    i_job : :py:`In(layouts.job(config))`
+        Of a ROUTE; holds from ``i_start`` to ``o_idle``.
+    o_idle : :py:`Out(1)`
+    o_saturated : :py:`Out(1)`
+        Pulse for each logit beyond its range.
+    o_nonfinite, o_token : :py:`Out(1)`, :py:`Out(layouts.token_bits(config))`
+        A logit is NaN or infinite; the first token with one. From ``o_idle`` to ``i_start``.
+    reader : :py:`Out(layouts.ReadClientSignature(config))`
+    writer : :py:`Out(layouts.WriteClientSignature(config))`
+    """
+
+    def __init__(self, config):
+        if not isinstance(config, AcceleratorConfig) or not config.router:
+            raise TypeError(f"config must be an AcceleratorConfig with a router, not {config!r}")
+        self._config = config
+        super().__init__({
+            "i_start": In(1),
+            "i_job": In(layouts.job(config)),
+            "o_idle": Out(1),
+            "o_saturated": Out(1),
+            "o_nonfinite": Out(1),
+            "o_token": Out(layouts.token_bits(config)),
+            "reader": Out(layouts.ReadClientSignature(config)),
+            "writer": Out(layouts.WriteClientSignature(config)),
+        })
+
+    def elaborate(self, platform):
+        m = Module()
+        config, job = self._config, self.i_job
+        m.submodules.router = router = TokenRouter(config)
+        m.submodules.pairs = pairs = PairWriter(config)
+        m.submodules.units = units = SequentialMultiplier(
+            config.max_tokens.bit_length(), len(job.steps_in))
+        m.submodules.words = words = WordReader(
+            config, count_bits=len(units.o_product) + 1)
+        m.submodules.to_fixed = to_fixed = ToFixed()
+        wiring.connect(m, outside=wiring.flipped(self.reader), words=words.reader)
+        wiring.connect(m, outside=wiring.flipped(self.writer), pairs=pairs.writer)
+        wiring.connect(m, router=router.o_pair, pairs=pairs.i_pair)
+
+        # Words are those of the table, in turn a bias and a selection bias, or logits.
+        index = Signal(range(2 * config.max_experts + _WORDS + 1))
+        in_table, reading = Signal(), Signal()
+        expert = index >> 1
+        mine = Signal()
+        m.d.comb += [
+            router.i_form.eq(job.form),
+            pairs.i_start.eq(self.i_start), pairs.i_tokens.eq(job.tokens),
+            pairs.i_ids_address.eq(job.ids_address),
+            pairs.i_weights_address.eq(job.weights_address),
+            units.i_start.eq(self.i_start), units.i_a.eq(job.tokens), units.i_b.eq(job.steps_in),
+            words.i_address.eq(Mux(in_table, job.table_address, job.x_address)),
+            words.i_count.eq(Mux(in_table, (job.num_experts + 7) >> 3, units.o_product << 1)),
+            mine.eq(Mux(in_table, expert < job.num_experts, index < job.num_experts)),
+        ]
+        write = in_table & words.o_word.valid & words.o_word.ready & mine
+        for port, odd in (("bias", 0), ("extra", 1)):
+            m.d.comb += [
+                getattr(router, f"{port}_w_en").eq(write & (index[0] == odd)),
+                getattr(router, f"{port}_w_address").eq(expert),
+                getattr(router, f"{port}_w_data").eq(words.o_word.payload),
+            ]
+
+        # Logits that are on their way have a place.
+        depth = 16
+        m.submodules.logits = logits = fifo.SyncFIFOBuffered(
+            width=len(to_fixed.o_logit.as_value()), depth=depth)
+        room = logits.level <= depth - 2 - ToFixed.LATENCY_CYCLES
+        m.d.comb += [
+            words.o_word.ready.eq(Mux(in_table, 1, room)),
+            to_fixed.i_float.eq(words.o_word.payload),
+            to_fixed.i_valid.eq(words.o_word.valid & room & ~in_table & mine),
+            logits.w_en.eq(to_fixed.o_valid), logits.w_data.eq(to_fixed.o_logit),
+            router.i_logit.valid.eq(logits.r_rdy), router.i_logit.payload.eq(logits.r_data),
+            logits.r_en.eq(router.i_logit.ready),
+            self.o_saturated.eq(router.o_saturated),
+        ]
+        done, token = Signal(range(config.max_experts + 1)), Signal(layouts.token_bits(config))
+        with m.If(to_fixed.o_valid):
+            m.d.sync += done.eq(done + 1)
+            with m.If(done + 1 == job.num_experts):
+                m.d.sync += [done.eq(0), token.eq(token + 1)]
+            with m.If(to_fixed.o_nonfinite & ~self.o_nonfinite):
+                m.d.sync += [self.o_nonfinite.eq(1), self.o_token.eq(token)]
+
+        row_last = Cat(C(31, 5), job.steps_in - 1)[:len(index)]
+        with m.If(words.o_word.valid & words.o_word.ready):
+            m.d.sync += index.eq(Mux(~in_table & (index == row_last), 0, index + 1))
+        with m.FSM():
+            with m.State("IDLE"):
+                m.d.comb += self.o_idle.eq(~self.i_start)
+                m.d.sync += index.eq(0)
+                with m.If(self.i_start):
+                    m.d.sync += [self.o_nonfinite.eq(0), token.eq(0), in_table.eq(1)]
+                    m.next = "TABLE"
+            with m.State("TABLE"):
+                m.d.comb += words.i_start.eq(job.form.tables)
+                m.next = "TABLE_WORDS"
+            with m.State("TABLE_WORDS"):
+                with m.If(units.o_done & words.o_idle & ~reading):
+                    m.d.sync += [in_table.eq(0), index.eq(0)]
+                    m.next = "LOGITS"
+            with m.State("LOGITS"):
+                m.d.comb += words.i_start.eq(1)
+                m.next = "ROUTE"
+            with m.State("ROUTE"):
+                with m.If(pairs.o_idle):
+                    m.next = "IDLE"
+        # A read has begun by the cycle behind its start.
+        m.d.sync += reading.eq(words.i_start)
+        return m

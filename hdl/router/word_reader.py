@@ -1,0 +1,88 @@
+"""A linear read of memory, word by word."""
+
+from amaranth import *
+from amaranth.lib import fifo, stream, wiring
+from amaranth.lib.wiring import In, Out
+from amaranth.utils import exact_log2
+
+from moeaccel.config import AcceleratorConfig
+from moeaccel.hdl import layouts
+from moeaccel.interface.commands import ENTRY_BYTES
+
+__all__ = ["CHUNKS", "WordReader"]
+
+CHUNKS = 16
+"""Units of 64 bytes that are under way or waiting: 1 KiB covers 256 cycles at a word a cycle."""
+
+
+class WordReader(wiring.Component):
+    """Read memory, and hand on its words of 32 bits.
+
+    Throughput: one word a cycle, where memory has answered. Asks for 64 bytes at a time, as long as
+    there is room for them. Reset: idle; the memory port is flushed with it.
+
+    Parameters
+    ----------
+    config : :class:`AcceleratorConfig`
+    count_bits : :class:`int`
+        Of the units in one read.
+
+    Members
+    -------
+    i_start, i_address, i_count : :py:`In(1)`, :py:`In(config.address_bits)`, :py:`In(count_bits)`
+        Pulse: read so many units of 64 bytes, 1 or more, from a multiple of 64 on. Not before
+        ``o_idle``.
+    o_idle : :py:`Out(1)`
+        All of it has been asked for, and handed on.
+    reader : :py:`Out(layouts.ReadClientSignature(config))`
+    o_word : :py:`Out(stream.Signature(32))`
+    """
+
+    def __init__(self, config, *, count_bits):
+        if not isinstance(config, AcceleratorConfig):
+            raise TypeError(f"config must be an AcceleratorConfig, not {config!r}")
+        self._config = config
+        super().__init__({
+            "i_start": In(1),
+            "i_address": In(config.address_bits),
+            "i_count": In(count_bits),
+            "o_idle": Out(1),
+            "reader": Out(layouts.ReadClientSignature(config)),
+            "o_word": Out(stream.Signature(32)),
+        })
+
+    def elaborate(self, platform):
+        m = Module()
+        beats = ENTRY_BYTES // self._config.port_bytes
+        words = self._config.port_bytes // 4
+        m.submodules.beats = queue = fifo.SyncFIFOBuffered(
+            width=8 * self._config.port_bytes, depth=CHUNKS * beats)
+        unit = Signal(self._config.address_bits - exact_log2(ENTRY_BYTES))
+        left = Signal.like(self.i_count)
+        used = Signal(range(CHUNKS + 1))
+        asked, taken = Signal(), Signal()
+        word, beat = Signal(range(max(words, 2))), Signal(range(max(beats, 2)))
+        beat_ends = Signal()
+        m.d.comb += [
+            self.reader.request.p.address.eq(Cat(C(0, exact_log2(ENTRY_BYTES)), unit)),
+            self.reader.request.p.beats.eq(beats),
+            self.reader.request.valid.eq((left != 0) & (used != CHUNKS)),
+            asked.eq(self.reader.request.valid & self.reader.request.ready),
+            queue.w_data.eq(self.reader.data), queue.w_en.eq(self.reader.valid),
+            self.o_word.valid.eq(queue.r_rdy),
+            self.o_word.payload.eq(queue.r_data.word_select(word, 32)),
+            beat_ends.eq(queue.r_rdy & self.o_word.ready & (word == words - 1)),
+            queue.r_en.eq(beat_ends),
+            taken.eq(beat_ends & (beat == beats - 1)),
+            self.o_idle.eq((left == 0) & (used == 0)),
+        ]
+        m.d.sync += used.eq(used + asked - taken)
+        with m.If(self.o_word.valid & self.o_word.ready):
+            m.d.sync += word.eq(Mux(word == words - 1, 0, word + 1))
+        with m.If(beat_ends):
+            m.d.sync += beat.eq(Mux(taken, 0, beat + 1))
+        with m.If(asked):
+            m.d.sync += [unit.eq(unit + 1), left.eq(left - 1)]
+        with m.If(self.i_start):
+            m.d.sync += [unit.eq(self.i_address[exact_log2(ENTRY_BYTES):]), left.eq(self.i_count)]
+        return m

@@ -1,0 +1,215 @@
+"""Routing on the device: logits in, experts and weights out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeaccel.config import PRESETS, AcceleratorConfig
+from moeaccel.formats import whole_blocks
+from moeaccel.host.errors import (
+    GridOverflow,
+    InvalidTensor,
+    LimitExceeded,
+    LogitOverflow,
+    OutOfDeviceMemory,
+)
+from moeaccel.host.memory import COMMAND_ALIGNMENT
+from moeaccel.host.rings import Command
+from moeaccel.host.tensors import Like, Tensor, float32, is_torch, shape_of
+from moeaccel.interface.commands import ENTRY_BYTES, ROUTER, Opcode, encode
+from moeaccel.router.choices import Renormalize, Score
+from moeaccel.router.descriptor import descriptor, table_words
+from moeaccel.router.settings import SELECTION_BIAS_MAX, RouterError, RouterSettings
+
+if TYPE_CHECKING:
+    from moeaccel.host.device import Device
+
+__all__ = ["Router", "check_router", "route"]
+
+
+class Router:
+    """A router: settings, and what is added to logits and keys.
+
+    Parameters
+    ----------
+    bias : float tensor, (E,), optional
+        Added to the logits.
+    selection_bias : float tensor, (E,), optional
+        Added to the scores, or with ``bias_logits`` to the logits, for selection only; within 128
+        of 0.
+    experts, top_k : :class:`int`
+        E and k.
+    **settings
+        Of :class:`moeaccel.router.settings.RouterSettings`: ``score``, ``renormalize``, ``scale``,
+        ``groups``, ``keep_groups``, ``group_score``, ``epsilon``, ``bias_logits``, ...
+
+    Raises
+    ------
+    RouterError
+        If a setting or a table does not fit; see there.
+    """
+
+    def __init__(self, *, experts: int, top_k: int, bias: Tensor | None = None,
+                 selection_bias: Tensor | None = None, **settings: Any) -> None:
+        try:
+            self.settings = RouterSettings(experts=experts, top_k=top_k, **settings)
+        except TypeError as error:
+            raise RouterError(
+                f"router must have settings that there are: {error}; see "
+                "moeaccel.router.settings.RouterSettings") from None
+        self.bias = self._table("bias", bias)
+        self.selection_bias = self._table("selection_bias", selection_bias, SELECTION_BIAS_MAX)
+
+    def _table(self, name: str, values: Tensor | None, most: float | None = None
+               ) -> NDArray[np.float32] | None:
+        if values is None:
+            return None
+        if shape_of(name, values, "E") != (self.settings.experts,):
+            raise RouterError(f"{name} must have the shape ({self.settings.experts},), not "
+                              f"{tuple(values.shape)}")
+        table = float32(name, values)
+        good = np.isfinite(table) if most is None else np.abs(table) <= most
+        if not good.all():
+            expert = int(np.argmin(good))
+            span = "finite" if most is None else f"from {-most:g} to {most:g}"
+            raise RouterError(f"{name}[{expert}] must be {span}, not {table[expert]}")
+        return table
+
+
+def check_router(config: AcceleratorConfig, settings: RouterSettings) -> None:
+    """Refuse what a device of this configuration does not do.
+
+    Raises
+    ------
+    LimitExceeded
+        Naming the setting, what the device has, and presets that do it.
+    """
+    found = _refusal(config, settings)
+    if found is None:
+        return
+    fitting = [p.name for p in PRESETS.values() if _refusal(p, settings) is None]
+    advice = (f"presets that can: {', '.join(fitting)}" if fitting
+              else "make a configuration that does, or route on the host")
+    raise LimitExceeded(f"{found} in config {config.name!r}; {advice}")
+
+
+def _refusal(config: AcceleratorConfig, settings: RouterSettings) -> str | None:
+    if not config.router:
+        return "there is no router"
+    if settings.score_kind not in config.router_scores:
+        return f"score must be one of {', '.join(config.router)}, not {settings.score!r}"
+    if settings.top_k > config.router_top_k:
+        return f"top_k must be at most {config.router_top_k}, not {settings.top_k}"
+    if settings.experts > config.max_experts:
+        return f"experts must be at most {config.max_experts}, not {settings.experts}"
+    if settings.grouped and settings.keep_groups > config.router_top_k:
+        return f"keep_groups must be at most {config.router_top_k}, not {settings.keep_groups}"
+    if (settings.score_kind is Score.IDENTITY
+            and settings.renormalize_kind is not Renormalize.SOFTMAX_TOP_K):
+        return f"renormalize must be softmax_top_k with score identity, not {settings.renormalize}"
+    for name, off in (("threshold", None), ("top_p", None), ("capacity", None), ("mixer", None),
+                      ("prior", 0), ("prior_keep", 0)):
+        if (value := getattr(settings, name)) != off:
+            return f"{name} must be {off}, a mode of the host's routers only, not {value!r}"
+    return None
+
+
+def route(device: Device, router: Router, logits: Tensor, *, resident: Tensor | None = None
+          ) -> tuple[Any, Any]:
+    """Route by logits; :meth:`moeaccel.host.Device.route`."""
+    settings = router.settings
+    check_router(device.config, settings)
+    tokens, experts = shape_of("logits", logits, "T", "E")
+    if experts != settings.experts:
+        raise InvalidTensor(f"logits must have the shape (T, {settings.experts}) of this router, "
+                            f"not {tuple(logits.shape)}")
+    mask = None
+    if resident is not None:
+        if shape_of("resident", resident, "E") != (experts,):
+            raise InvalidTensor(
+                f"resident must have the shape ({experts},), not {tuple(resident.shape)}")
+        mask = (resident.detach().cpu().numpy() if is_torch(resident)
+                else np.asarray(resident)).astype(bool)
+    rows = np.zeros((tokens, whole_blocks(experts)), np.float32)
+    rows[:, :experts] = float32("logits", logits)
+    words = table_words(settings, router.bias, router.selection_bias, mask)
+    biased = router.selection_bias is not None
+    ids = np.zeros((tokens, settings.top_k), np.int32)
+    weights = np.zeros((tokens, settings.top_k), np.float32)
+    most = min(device.config.max_tokens, device.config.max_assignments // settings.top_k)
+    first = 0
+    cycles = 0
+    while first < tokens:
+        part = slice(first, min(first + most, tokens))
+        try:
+            cycles += _send(device, settings, biased, words, rows[part], ids[part], weights[part],
+                            first)
+        except OutOfDeviceMemory:
+            most = (part.stop - first) // 2
+            if not most:
+                raise
+        else:
+            first = part.stop
+    device._last_cycles = cycles
+    like = Like.of(logits)
+    places: Any = ids.astype(np.int64)
+    if is_torch(logits):
+        import torch
+
+        places = torch.from_numpy(places).to(logits.device)
+    return places, like(weights)
+
+
+def _send(device: Device, settings: RouterSettings, biased: bool, words: NDArray[np.int32],
+          rows: NDArray[np.float32], ids: NDArray[np.int32], weights: NDArray[np.float32],
+          first: int) -> int:
+    """Route one command's tokens, and return its cycles."""
+    arrays = [words, rows] if words.any() else [rows]
+    sizes = [ENTRY_BYTES, *(array.nbytes for array in arrays), ids.nbytes, weights.nbytes]
+    *offsets, end = _offsets(sizes)
+    buffers = device.memory.allocate(end, top=True)
+    command = Command(Opcode.ROUTE.name, buffers=buffers, first_token=first)
+    base = buffers.address
+    try:
+        fields = descriptor(settings, biased=biased, tables=len(arrays) > 1,
+                            table_address=base + offsets[1])
+        data = np.zeros(offsets[-2], np.uint8)
+        data[:ENTRY_BYTES] = np.frombuffer(encode(ROUTER, fields), np.uint8)
+        for array, offset in zip(arrays, offsets[1:], strict=False):
+            data[offset : offset + array.nbytes] = array.reshape(-1).view(np.uint8)
+        device.transport.memory_write(base, data)
+        device.submit({
+            "opcode": int(Opcode.ROUTE), "tokens": len(rows), "top_k": settings.top_k,
+            "layer_address": base, "x_address": base + offsets[-3],
+            "ids_address": base + offsets[-2], "weights_address": base + offsets[-1]}, command)
+        done = device.wait(command)
+        error = command.error()
+        if isinstance(error, GridOverflow):
+            raise LogitOverflow(
+                f"logits must be below 2048 in magnitude, but {error.overflows} were not; they "
+                "counted as that; scale the router's weights, or clamp its logits",
+                status=error.status, detail=error.detail, address=error.address) from None
+        if error is not None:
+            raise error
+        raw = device.transport.memory_read(base + offsets[-2], end - offsets[-2])
+        ids[:] = raw[: ids.nbytes].view("<i4").reshape(ids.shape)
+        start = offsets[-1] - offsets[-2]
+        weights[:] = raw[start : start + weights.nbytes].view("<f4").reshape(weights.shape)
+        return done.cycles
+    finally:
+        command.give_back()
+        if command.completion is None and command not in device.in_flight:
+            buffers.free()
+
+
+def _offsets(sizes: list[int]) -> Iterator[int]:
+    """Yield the aligned offset of each buffer when they follow one another, and the end."""
+    offset = 0
+    for size in sizes:
+        yield offset
+        offset += -(-size // COMMAND_ALIGNMENT) * COMMAND_ALIGNMENT
+    yield offset

@@ -1,0 +1,146 @@
+"""ROUTE: what it reads, computes and writes, and what is counted of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeaccel.config import BLOCK, AcceleratorConfig
+from moeaccel.golden.router import NONE, RoutedTokens, route_words
+from moeaccel.host.transports.golden.memory_port import Fault, MemoryPort
+from moeaccel.host.transports.golden.register_file import RegisterFile
+from moeaccel.host.transports.golden.timing import Timing
+from moeaccel.interface.commands import (
+    COUNT_MAX,
+    ENTRY_BYTES,
+    ROUTER,
+    SUBMISSION,
+    NonFinite,
+    Selection,
+    Status,
+    field_of,
+)
+from moeaccel.router.descriptor import settings_of
+
+__all__ = ["RouteUnit"]
+
+_TABLE_BYTES = 8
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Bytes of the arrays of a command, rounded up to what is read or written at once."""
+
+    table: int
+    logits: int
+    pairs: int
+
+
+def _whole(count: int) -> int:
+    return -(-count // ENTRY_BYTES) * ENTRY_BYTES
+
+
+class RouteUnit:
+    """Runs a checked ROUTE.
+
+    Parameters
+    ----------
+    config : :class:`AcceleratorConfig`
+    registers : :class:`RegisterFile`
+    port : :class:`MemoryPort`
+    timing : :class:`Timing`, optional
+        Says how long it takes.
+    """
+
+    def __init__(self, config: AcceleratorConfig, registers: RegisterFile, port: MemoryPort,
+                 timing: Timing | None) -> None:
+        self._config = config
+        self._registers = registers
+        self._port = port
+        self._timing = timing
+
+    def check(self, submission: Mapping[str, int], router: Mapping[str, int]) -> None:
+        """End the command if submission and router do not fit each other, or the address space."""
+        sizes = self._sizes(submission, router)
+        top = 1 << self._config.address_bits
+        kept = router["keep_groups"] * router["group_size"]
+        if submission["top_k"] > kept:
+            raise Fault(Status.BAD_FIELD, detail=field_of(SUBMISSION, "top_k").word)
+        # Of y and workspace there is a block for each token, as of any command.
+        y_bytes = 4 * BLOCK * submission["tokens"]
+        for name, size in (("x_address", sizes.logits), ("ids_address", sizes.pairs),
+                           ("weights_address", sizes.pairs), ("y_address", y_bytes),
+                           ("workspace_address", 2 * y_bytes)):
+            if submission[name] + size > top:
+                raise Fault(Status.BAD_FIELD, detail=field_of(SUBMISSION, name).word)
+        for name, bad in (
+                ("groups", router["groups"] * router["group_size"] != router["num_experts"]),
+                ("keep_groups", router["keep_groups"] > router["groups"]),
+                ("table_address", router["table_address"] + sizes.table > top)):
+            if bad:
+                raise Fault(Status.BAD_ROUTER, detail=field_of(ROUTER, name).word)
+
+    def run(self, submission: Mapping[str, int], router: Mapping[str, int]
+            ) -> tuple[tuple[Status, int, int], int]:
+        """Run a command; return status, detail and address of its completion, and its cycles.
+
+        Raises
+        ------
+        Fault
+            If it ends early; the first in the order: table, logits, ids and weights.
+        """
+        sizes = self._sizes(submission, router)
+        tokens, experts = submission["tokens"], router["num_experts"]
+        ids, weights = submission["ids_address"], submission["weights_address"]
+        faults, units = self._port.first_faults, range(0, sizes.pairs, ENTRY_BYTES)
+        table = sizes.table if router["tables"] else 0
+        self._port.raise_first(
+            faults(self._units(router["table_address"], table)),
+            faults(self._units(submission["x_address"], sizes.logits)),
+            faults(((base + unit, ENTRY_BYTES) for unit in units for base in (ids, weights)),
+                   write=True))
+        words = np.zeros((experts, 2), np.int64)
+        if table:
+            raw = self._port.ram.read(router["table_address"], _TABLE_BYTES * experts)
+            words = raw.view("<i4").reshape(experts, 2).astype(np.int64)
+        row = sizes.logits // tokens // 4
+        logits = self._port.floats(submission["x_address"], (tokens, row))[:, :experts]
+        settings = settings_of(router, submission["top_k"])
+        routed = route_words(
+            logits, settings, biased=router["selection"] == Selection.BIASED_SCORE,
+            bias=words[:, 0], extra=words[:, 1])
+        self._write(ids, routed.ids, sizes.pairs, NONE)
+        self._write(weights, routed.weights, sizes.pairs, 0)
+        self._registers.count(
+            bytes_read_other=table + sizes.logits, bytes_written=2 * sizes.pairs, tokens=tokens,
+            overflows=routed.saturated)
+        cycles = 0 if self._timing is None else self._timing.count_route(submission, router)
+        return _outcome(routed), cycles
+
+    def _sizes(self, submission: Mapping[str, int], router: Mapping[str, int]) -> _Sizes:
+        tokens, experts = submission["tokens"], router["num_experts"]
+        return _Sizes(
+            _whole(_TABLE_BYTES * experts), 4 * tokens * -(-experts // BLOCK) * BLOCK,
+            _whole(4 * tokens * submission["top_k"]))
+
+    @staticmethod
+    def _units(address: int, size: int) -> list[tuple[int, int]]:
+        return [(address + unit, ENTRY_BYTES) for unit in range(0, size, ENTRY_BYTES)]
+
+    def _write(self, address: int, values: NDArray[np.int32] | NDArray[np.float32], size: int,
+               rest: int) -> None:
+        """Write an array, and fill it up."""
+        whole = np.full(size // 4, rest, values.dtype)
+        whole[: values.size] = values.reshape(-1)
+        self._port.ram.write(address, whole.view(np.uint8))
+
+
+def _outcome(routed: RoutedTokens) -> tuple[Status, int, int]:
+    if routed.nonfinite_tokens:
+        return Status.NONFINITE, routed.nonfinite_tokens[0], NonFinite.LOGIT
+    if routed.saturated:
+        return Status.OVERFLOW, min(routed.saturated, COUNT_MAX), 0
+    return Status.OK, 0, 0

@@ -1,0 +1,186 @@
+"""Models of the zoo on the device: float, golden model and RTL side by side."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeaccel.errors import MoeAccelError
+from moeaccel.golden.router import route
+from moeaccel.host.device import Device
+from moeaccel.host.zoo.cases import Case, case
+from moeaccel.host.zoo.support import (
+    expert_options,
+    expert_refusal,
+    known,
+    routing_refusal,
+)
+from moeaccel.router.settings import RouterError
+from moeaccel.zoo.schema import Model
+
+__all__ = ["MEMORY_BYTES", "RELATIVE_ERROR", "RESOLUTION", "Verdict", "verify", "wrong"]
+
+MEMORY_BYTES = 1 << 28
+"""Of a device for reduced sizes."""
+
+RELATIVE_ERROR = 1e-4
+"""Most that y of 16-bit activations may be off the float reference, relative to all of y: above
+what rounding gives, below what any mistake does."""
+
+RESOLUTION = 2.0**-17
+"""Most that experts chosen instead of each other may differ in what the choice compares: twice the
+device's resolution, since the float router has its own."""
+
+_Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came out for a model.
+
+    Parameters
+    ----------
+    name : :class:`str`
+        Key of the model.
+    ok : :class:`bool`
+        Router and experts are on the device, and everything is as it should be.
+    router, expert : :class:`str`
+        What they are.
+    selection_differences : :class:`int`, optional
+        Tokens for which the device's integer router chose other experts than the float router; None
+        where it has no such router.
+    relative_error : :class:`float`, optional
+        Of y; None where experts did not run.
+    reason : :class:`str`
+        What is missing, or wrong; empty if ok.
+    """
+
+    name: str
+    ok: bool
+    router: str
+    expert: str
+    selection_differences: int | None
+    relative_error: float | None
+    reason: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it for JSON."""
+        return asdict(self)
+
+
+def verify(model: Model, golden: Device, rtl: Device, *, seed: int = 0) -> Verdict:
+    """Run a model at reduced size.
+
+    Parameters
+    ----------
+    model : :class:`Model`
+    golden, rtl : :class:`Device`
+        Of one configuration.
+    seed : :class:`int`
+        Of weights and x.
+    """
+    verdict = Verdict(model.key, False, model.router.text, model.expert.text, None, None, "")
+    problems = [refusal] if (refusal := routing_refusal(golden, model)) else []
+    try:
+        drawn = case(model, golden.config, seed=seed)
+    except MoeAccelError as failure:
+        problems += filter(None, (expert_refusal(golden, model.expert), f"reference: {failure}"))
+        return replace(verdict, reason="; ".join(problems))
+    reference = drawn.routes.ids.numpy(), drawn.routes.weights.numpy()
+    taken = reference
+    try:
+        routed = _route(drawn)
+        # Experts have the device's weights; where it chose others, those of the float router.
+        taken = [np.where(routed.same[:, None], own, float_router) for own, float_router in zip(
+            (routed.ids, routed.weights), reference, strict=True)]
+        others = int((~routed.same).sum())
+        verdict = replace(verdict, selection_differences=others)
+        if others and not _ties(drawn, routed):
+            problems.append(f"router: {others} of {drawn.size.tokens} tokens are routed otherwise "
+                            "than by the float router, and not for a tie")
+    except RouterError:
+        assert problems  # said already
+    try:
+        expected, found = (_run(device, drawn, *taken) for device in (golden, rtl))
+        exact = drawn.y
+        error = float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
+        verdict = replace(verdict, relative_error=error)
+        differ = int((expected.view(np.uint32) != found.view(np.uint32)).sum())
+        problems += wrong("experts", differ, error)
+    except MoeAccelError as failure:
+        problems.insert(0, f"experts: {model.expert.text}: {failure}")
+    return replace(verdict, ok=not problems, reason="; ".join(problems))
+
+
+@dataclass(frozen=True)
+class _Routed:
+    """Where tokens went, (T, K), and which went where the float router sends them, (T,)."""
+
+    ids: NDArray[np.integer]
+    weights: _Floats
+    same: NDArray[np.bool_]
+
+
+def _route(drawn: Case) -> _Routed:
+    """Return the routes of the device's integer router.
+
+    Raises
+    ------
+    RouterError
+        If it has no such router.
+    """
+    bias = drawn.router.selection_bias
+    found = route(drawn.logits, drawn.settings,
+                  selection_bias=None if bias is None else bias.numpy())
+    same = np.sort(found.ids, axis=1) == np.sort(drawn.routes.ids.numpy(), axis=1)
+    return _Routed(found.ids, found.weights, same.all(axis=1))
+
+
+def _ties(drawn: Case, routed: _Routed) -> bool:
+    """Return whether what was compared is as good as equal wherever tokens went elsewhere."""
+    compared, reference = drawn.routes.compared.numpy(), drawn.routes.ids.numpy()
+    for token in np.nonzero(~routed.same)[0]:
+        either = set(routed.ids[token].tolist()) ^ set(reference[token].tolist())
+        values = compared[token, [e for e in either if e >= 0]]
+        if not (len(values) and values.max() - values.min() <= RESOLUTION):
+            return False
+    return True
+
+
+def wrong(what: str, differ: int, error: float) -> list[str]:
+    """Return what is wrong with y: elements that differ between devices, and its error."""
+    problems = []
+    if differ:
+        problems.append(f"{what}: {differ} elements of y differ between golden model and RTL")
+    if not error <= RELATIVE_ERROR:
+        problems.append(f"{what}: relative error must be at most {RELATIVE_ERROR:g}, not "
+                        f"{error:.3g}")
+    return problems
+
+
+def _run(device: Device, drawn: Case, ids: NDArray[np.integer], weights: _Floats) -> _Floats:
+    """Return y, (T, H); what no expert computes the host does, as an engine would."""
+    options = expert_options(drawn.model.expert)
+    for name in ("gate_up_bias", "down_bias"):
+        if name in options:
+            options[name] = getattr(drawn, name)
+    known(device, options)
+    x, down = drawn.x, drawn.down
+    if drawn.router.expert_scale is not None:  # a factor of an expert is one of its last matrix
+        down = down * drawn.router.expert_scale.numpy()[: len(down), None, None]
+        if "down_bias" in options:
+            options["down_bias"] = options["down_bias"] * drawn.router.expert_scale.numpy()[:, None]
+    with device.load_experts(drawn.gate_up, down, weight_format="mxint8", quantiser="amax",
+                             **options) as experts:
+        if drawn.model.router.weight_on == "input":
+            y = np.zeros_like(x)
+            for column in range(ids.shape[1]):
+                one = slice(column, column + 1)
+                y += experts(x * weights[:, one], ids[:, one], np.ones_like(weights[:, one]))
+        else:
+            y = experts(x, ids, weights)
+    identity = np.where(ids >= len(down), weights, 0).sum(axis=1, keepdims=True)
+    return y + identity * x if drawn.size.identities else y

@@ -1,0 +1,116 @@
+"""Verdicts on the golden device; tests/system has the RTL."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from moeaccel.config import PRESETS
+from moeaccel.host import open_device
+from moeaccel.host.zoo import verify as verifying
+from moeaccel.host.zoo.support import Supports, largest
+from moeaccel.host.zoo.true_size import TrueSizes
+from moeaccel.host.zoo.verify import MEMORY_BYTES, verify
+from moeaccel.zoo import model, models
+from moeaccel.zoo.schema import ExpertKind
+
+NOT_ROUTED = "router: the device does not route, the host does"
+
+
+@pytest.fixture(scope="module")
+def golden():
+    with open_device("golden", config="small", memory_bytes=MEMORY_BYTES) as device:
+        yield device
+
+
+@pytest.mark.parametrize("key", [
+    "deepseek-v2", "phi-3.5-moe", "longcat-flash", "llama-4-scout", "gemma-4-26b-a4b",
+    "switch-base-128", "nemotron-3-nano-30b-a3b", "glm-5.3-flash", "kolibri-1"])
+def test_models_of_every_kind(golden, key):
+    verdict = verify(model(key), golden, golden)
+    assert verdict.selection_differences == 0
+    assert 0 < verdict.relative_error < 1e-4
+    assert verdict.reason in ("", NOT_ROUTED) and verdict.ok is not bool(verdict.reason)
+
+
+def test_what_an_expert_lacks_is_named(golden):
+    verdict = verify(model("muse-spark-816b-a42b"), golden, golden)
+    assert not verdict.ok and verdict.relative_error is None
+    assert "experts: silu, norm: experts must be what load_experts has arguments for" in (
+        verdict.reason)
+    verdict = verify(model("inkling"), golden, golden)
+    assert verdict.selection_differences is None and verdict.relative_error < 1e-4
+    assert "R12i has 2 experts that are always on in their sum" in verdict.reason
+    doge = verify(model("doge"), golden, golden).reason
+    assert "R12d looks experts up by product keys" in doge
+    assert "experts: silu embedding: activation must be one of" in doge
+
+
+def with_expert(m, **changes):
+    return replace(m, expert=replace(m.expert, **changes))
+
+
+@pytest.mark.parametrize(("key", "changes"), [
+    ("gemma-4-26b-a4b", {"activation": "gelu"}), ("glm-5.3-flash", {"limit": None}),
+    ("mixtral-8x7b", {"activation": "gelu_tanh"})])
+def test_any_other_expert_is_seen(golden, monkeypatch, key, changes):
+    """A device that computes something near what it should."""
+    right = verifying.expert_options
+    monkeypatch.setattr(verifying, "expert_options",
+                        lambda kind: right(replace(kind, **changes)))
+    verdict = verify(model(key), golden, golden)
+    assert verdict.relative_error > 1e-4
+    assert "experts: relative error must be at most 0.0001" in verdict.reason
+
+
+def test_any_other_router_is_seen(golden, monkeypatch):
+    right = verifying.route
+    monkeypatch.setattr(verifying, "route", lambda logits, settings, **tables: right(
+        logits, replace(settings, keep_groups=4), **tables))
+    verdict = verify(model("deepseek-v2"), golden, golden)
+    assert verdict.selection_differences > 0
+    assert "tokens are routed otherwise than by the float router, and not for a tie" in (
+        verdict.reason)
+
+
+def test_other_bits_are_seen(golden, monkeypatch):
+    right, calls = verifying._run, []
+
+    def run(device, *call):
+        calls.append(right(device, *call))
+        y = calls[-1].copy()
+        y[3, 5] = np.nextafter(y[3, 5], np.float32(np.inf)) if len(calls) == 2 else y[3, 5]
+        return y
+
+    monkeypatch.setattr(verifying, "_run", run)
+    assert "experts: 1 elements of y differ between golden model and RTL" in verify(
+        model("mixtral-8x7b"), golden, golden).reason
+
+
+def test_support_is_asked_of_the_driver():
+    with Supports() as supports:
+        found = {m.key: supports(m) for m in models().values()}
+        own = replace(model("mixtral-8x7b"), expert=ExpertKind(d_expert=1, activation="swish"))
+        assert "experts: swish: activation must be one of silu" in supports(own).experts
+        wide = with_expert(model("mixtral-8x7b"), d_expert=1 << 20)
+        assert supports(wide).experts == "experts: dimensions must be at most 32768, not 1048576"
+    assert found["olmoe-1b-7b"].experts == "" and found["grok-1"].experts == ""
+    assert found["muse-spark-816b-a42b"].runs == "no"
+    assert found["olmoe-1b-7b"].runs == ("experts" if found["olmoe-1b-7b"].router else "yes")
+    assert "R12d looks experts up by product keys" in found["doge"].reason
+
+
+def test_true_sizes():
+    m = with_expert(model("mixtral-8x7b"), d_expert=96)
+    m = replace(m, d_model=160)
+    with TrueSizes("small", device="golden") as sizes:
+        verdict = sizes.added(verify_of(m), m)
+        assert verdict.ok and 0 < verdict.relative_error < 1e-4
+        unknown = sizes.added(verify_of(m), model("aria"))
+        assert unknown.reason == "experts: their size is not published" and not unknown.ok
+    assert largest("wide512", 18304).max_dim == 32768
+    assert largest("wide512", 16384) is PRESETS["wide512"]
+
+
+def verify_of(m):
+    return verifying.Verdict(m.key, True, m.router.text, m.expert.text, 0, 1e-6, "")

@@ -1,0 +1,72 @@
+"""Models of the zoo on the RTL: few rows here, all of them in the slow tests."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from moeaccel.cli import app
+from moeaccel.host.zoo.support import Supports
+from moeaccel.host.zoo.true_size import TrueSizes
+from moeaccel.host.zoo.verify import verify
+from moeaccel.zoo import model, models
+
+ALL = list(models().values())
+
+
+def check(verdict, support):
+    """Hold a verdict to what the driver says that it can do, and nothing else may be wrong."""
+    assert verdict.reason == support.reason
+    assert verdict.ok is (support.runs == "yes")
+    if not support.experts:
+        assert verdict.relative_error < 1e-4
+    if not support.router:
+        assert verdict.selection_differences == 0
+
+
+@pytest.mark.parametrize("key", ["grok-1", "llama-4-scout", "nemotron-3-nano-30b-a3b"])
+def test_some_rows(tiny, key):
+    with Supports() as supports:
+        check(verify(model(key), tiny.golden, tiny.rtl), supports(model(key)))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_all_rows(small):
+    with Supports() as supports:
+        wrong = [verdict for m in ALL
+                 if (verdict := verify(m, small.golden, small.rtl)).reason != supports(m).reason
+                 and "reference:" not in verdict.reason]
+    assert wrong == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("key", [m.key for m in ALL if m.survey])
+def test_one_expert_at_its_true_size(true_sizes, key):
+    m = model(key)
+    with Supports() as supports:
+        refusal = supports(m).experts
+    if refusal:
+        pytest.skip(refusal)
+    for d_in, d_expert in m.expert_widths:
+        differ, error = true_sizes(m, d_in, d_expert)
+        assert not differ
+        assert error < 1e-4
+
+
+@pytest.fixture(scope="module")
+def true_sizes():
+    with TrueSizes() as sizes:
+        yield sizes
+
+
+def test_the_command():
+    result = CliRunner().invoke(app, [
+        "models", "verify", "mixtral-8x7b", "jamba-v0.1", "--config", "tiny", "--json"])
+    rows = json.loads(result.stdout)
+    assert [row["name"] for row in rows] == ["mixtral-8x7b", "jamba-v0.1"]
+    assert all(list(row) == ["name", "ok", "router", "expert", "selection_differences",
+                             "relative_error", "reason"] for row in rows)
+    assert all(row["selection_differences"] == 0 and row["relative_error"] < 1e-4 for row in rows)
+    assert result.exit_code == (0 if all(row["ok"] for row in rows) else 1)
