@@ -451,7 +451,8 @@ def router_form(config: AcceleratorConfig) -> data.StructLayout:
 
     ``by_logits``: keys are logits, else scores. ``top2``: a group's score is the sum of its top
     two. ``scale``, ``scale_exponent``: 24 bits of it and the power of two behind them. ``tables``:
-    there is a table, else nothing is added.
+    there is a table, else nothing is added. ``shared``: experts behind the others that every token
+    goes to; ``top_k`` is without them.
     """
     experts = config.max_experts.bit_length()
     return data.StructLayout({
@@ -468,6 +469,7 @@ def router_form(config: AcceleratorConfig) -> data.StructLayout:
         "scale": VALUE_BITS,
         "scale_exponent": signed(8),
         "tables": 1,
+        "shared": range(TOP_K_MAX),
     })
 
 

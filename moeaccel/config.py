@@ -449,6 +449,9 @@ PRESETS: dict[str, AcceleratorConfig] = {
 }
 """Named configurations, smallest first."""
 
+PRESETS["wide512-sparse"] = PRESETS["wide512"].replace(
+    name="wide512-sparse", formats=tuple(ALL_FORMATS))
+
 
 def preset(name: str | AcceleratorConfig) -> AcceleratorConfig:
     """Return the preset of that name (a configuration is returned as it is)."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moeaccel.cli import policies, quality
+from moeaccel.cli import calls, policies, quality
 from moeaccel.cli.output import Status, print_json
 from moeaccel.config import MEMORY_LATENCY_CYCLES
 from moeaccel.formats import ALL_FORMATS
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Measure layers of real size on the RTL or its model.")
 
 app.command("policies")(policies.compare)
+app.command("call")(calls.call)
 app.command("quality")(quality.quality)
 
 
@@ -148,10 +149,12 @@ def gemm(
 ) -> None:
     """Run one matrix product, for comparison with other accelerators."""
     from moeaccel.host.benchmark import bench_gemm
+    from moeaccel.host.benchmark_checks import check_product
 
     setting = _Setting(
         weight_format=weight_format, device=device, config=_config(config, channels),
         activation_bits=int(activation_bits), io=io, latency=latency, memory=memory, seed=seed)
+    check_product(setting.config, weight_format_name=weight_format, m=m, k=k, n=n)
     with Status(as_json) as status, setting.opened(status) as bench:
         result = bench_gemm(bench, m=m, k=k, n=n)
     _print([result.as_dict()], as_json)
@@ -326,9 +329,12 @@ class _Setting:
 def _experts(what: str, model: str, setting: _Setting, *, layers: int, tokens: int, routing: str,
              as_json: bool) -> None:
     from moeaccel.host.benchmark import bench_experts
+    from moeaccel.host.benchmark_checks import check_experts
     from moeaccel.zoo import model as find_model
 
     found = find_model(model)
+    check_experts(found, setting.config, weight_format_name=setting.weight_format, tokens=tokens,
+                  kind=routing)
     results = []
     with Status(as_json) as status, setting.opened(status) as bench:
         for layer in range(layers):

@@ -38,7 +38,7 @@ class ActivationLoader:
         job, config = self._job, self._job.config
         beats = job.beats(job.d_in, job.x_type.bytes)
         groups = max(beats, job.d_in // config.quantiser_lanes)
-        tree = 2 + (config.port_bytes // 4).bit_length() - 1
+        tree = 2 + (config.port_bytes // 2).bit_length() - 1
         count = len(job.passes[n].tokens)
         rows: list[Read] = []
         awaited = job.events[n].awaited if n and config.y_banks > 1 else None
