@@ -1,8 +1,9 @@
-"""A layer of experts in the shape of kt-kernel's MoE wrapper, which SGLang and others call by hooks.
+"""A layer of experts in the shape of kt-kernel's MoE wrapper, which SGLang and others call by
+hooks.
 
 An engine computes some experts itself and hands the rest to a wrapper: it loads the weights, then
-for each layer calls ``submit_forward``, computes its own part, and calls ``sync_forward``. Ids of -1,
-and those of experts that the engine has, are skipped. Up to ``max_deferred_experts_per_token``
+for each layer calls ``submit_forward``, computes its own part, and calls ``sync_forward``. Ids of
+-1, and those of experts that the engine has, are skipped. Up to ``max_deferred_experts_per_token``
 experts of a token, those of the smallest weights, may be computed while the engine is at the next
 layer: their part is added to that layer's result. So results change (it is lossy), and the last
 layer of a model defers none::
