@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from moeaccel.config import AcceleratorConfig
-from moeaccel.host import routing, weights
+from moeaccel.host import moe, routing, weights
 from moeaccel.host.errors import (
     DeviceClosed,
     DeviceStopped,
@@ -187,7 +187,7 @@ class Device(Bound, Inherited):
                      grid_exponent: int | None = None, x_rms: float = 1.0,
                      progress: Progress | None = None, quantiser: str = "search",
                      calibration: tuple[Tensor, Tensor] | None = None,
-                     prune: str | None = None,
+                     prune: str | None = None, row_blocks: int = 1,
                      gate_up_bias: Stack | None = None, down_bias: Stack | None = None,
                      shared: Shared | None = None, shared_format: Format | None = None) -> Experts:
         """Quantise the experts of one layer and put them into the device's memory.
@@ -234,6 +234,11 @@ class Device(Bound, Inherited):
             of ``experts.report`` is with what that costs. When left out weights must have it: in
             4-bit formats a gate row and its up row have one together, and so have rows r and r +
             channels of down, where ``r // channels`` is even.
+        row_blocks : :class:`int`
+            Blocks into which the hidden rows of each expert are cut, a divisor of I. A call may
+            then take the leading ones only (``leading_blocks=``), and pays for no others; rows
+            should be in the order of their importance. Each block is an expert of the device, with
+            a rounding of its own.
         gate_up_bias : float tensor, (E, 2 I), optional
             Added to gate and up rows before anything else is done with them; (E, I) if not
             ``gated``. Or a sequence of E vectors. They become bfloat16.
@@ -268,7 +273,7 @@ class Device(Bound, Inherited):
             weight_format=weight_format,
             activation_bits=activation_bits, grid_exponent=grid_exponent, x_rms=x_rms,
             progress=progress, quantiser=quantiser, calibration=calibration, prune=prune,
-            gate_up_bias=gate_up_bias, down_bias=down_bias, shared=shared,
+            row_blocks=row_blocks, gate_up_bias=gate_up_bias, down_bias=down_bias, shared=shared,
             shared_format=shared_format)
 
     def load_quantised(self, experts: Sequence[Expert], *, activation: str | None = None,
@@ -343,6 +348,25 @@ class Device(Bound, Inherited):
             If a logit, with its bias, is 2048 or more in magnitude.
         """
         return routing.route(self, router, logits, resident=resident)
+
+    def load_moe(self, router: Router, gate_up: Stack, down: Stack, *,
+                 shared: Shared | None = None, **options: Any) -> moe.Moe:
+        """Put a layer with its router into memory: ``moe(x)`` routes and computes on the device.
+
+        Parameters
+        ----------
+        router : :class:`moeaccel.host.Router`
+            With a weight, (E, H).
+        gate_up, down, shared, **options
+            As in :meth:`load_experts`.
+
+        Raises
+        ------
+        LimitExceeded
+            If the device's configuration has no such router, or top_k and shared experts are more
+            than 16.
+        """
+        return moe.load_moe(self, router, gate_up, down, shared=shared, **options)
 
     def _forget(self, address: int, size: int) -> None:
         with self._lock:

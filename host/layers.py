@@ -475,18 +475,25 @@ class Experts(_Layer):
 
     def __init__(self, device: Device, shapes: Sequence[ExpertShape], images: Allocation,
                  descriptor: Allocation, planes: int, grid_exponent: int,
-                 report: WeightReport, shared: int = 0) -> None:
+                 report: WeightReport, shared: int = 0, row_blocks: int = 1) -> None:
         d_model = shapes[0].d_model
         super().__init__(device, images, descriptor, d_in=d_model, d_out=d_model, planes=planes,
                          grid_exponent=grid_exponent, report=report, opcode=Opcode.EXPERTS,
                          num_experts=len(shapes))
         routed = len(shapes) - shared
         self._shapes, self._shared_shapes = tuple(shapes[:routed]), tuple(shapes[routed:])
+        self._row_blocks = row_blocks
 
     @property
     def shapes(self) -> tuple[ExpertShape, ...]:
-        """Formats, dimensions and activation of each expert; the dimensions are the caller's."""
+        """Formats, dimensions and activation of each expert, or of each of its blocks; the
+        dimensions are the caller's."""
         return self._shapes
+
+    @property
+    def row_blocks(self) -> int:
+        """Blocks of each expert's hidden rows, of which a call may take the leading ones."""
+        return self._row_blocks
 
     @property
     def shared_shapes(self) -> tuple[ExpertShape, ...]:
@@ -511,13 +518,15 @@ class Experts(_Layer):
     @property
     def num_experts(self) -> int:
         """Number of experts, without the shared ones."""
-        return len(self._shapes)
+        return len(self._shapes) // self._row_blocks
 
-    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Any:
+    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor, *,
+                 leading_blocks: int | None = None) -> Any:
         """Return y, (T, H); see :meth:`submit` and :meth:`sync`."""
-        return self._call(self.submit(x, ids, weights))
+        return self._call(self.submit(x, ids, weights, leading_blocks=leading_blocks))
 
-    def submit(self, x: Tensor, ids: Tensor, weights: Tensor) -> Handle:
+    def submit(self, x: Tensor, ids: Tensor, weights: Tensor, *,
+               leading_blocks: int | None = None) -> Handle:
         """Send a call to the device and return a handle for :meth:`sync`.
 
         The call is cut into as many commands as the device's limits on tokens and assignments, and
@@ -532,33 +541,50 @@ class Experts(_Layer):
             Experts of each token, at most 16 with the shared ones; those below 0 or from E on are
             skipped.
         weights : float tensor, (T, K)
+        leading_blocks : :class:`int`, optional
+            So many of each expert's ``row_blocks``, the first ones, all when left out: as if the
+            rest of h were 0. K times that is at most 16.
 
         Raises
         ------
-        InvalidTensor, LimitExceeded
+        InvalidTensor, InvalidOption, LimitExceeded
             Before anything is sent.
         OutOfDeviceMemory
             If not even the buffers of one token fit.
         """
+        blocks = self._row_blocks if leading_blocks is None else leading_blocks
+        if not isinstance(blocks, int) or not 1 <= blocks <= self._row_blocks:
+            raise InvalidOption(f"leading_blocks must be from 1 to the layer's {self._row_blocks} "
+                                f"row_blocks, not {leading_blocks!r}")
         tokens = self._check_x(x)
         shape = shape_of("ids", ids, "T", "K")
         if shape[0] != tokens:
             raise InvalidTensor(f"ids must have the shape (T, K) with T = {tokens}, not {shape}")
         shared = len(self._shared_shapes)
-        if shape[1] + shared > TOP_K_MAX:
+        if shape[1] * blocks + shared > TOP_K_MAX:
+            why = [f"{shared} of {TOP_K_MAX} are shared"] * bool(shared) + [
+                f"each has {blocks} blocks"] * (blocks > 1)
             raise LimitExceeded(
-                f"ids must have at most {TOP_K_MAX - shared} experts for each token, not "
-                f"{shape[1]}" + (f": {shared} of {TOP_K_MAX} are shared" if shared else ""))
+                f"ids must have at most {(TOP_K_MAX - shared) // blocks} experts for each token, "
+                f"not {shape[1]}" + (f": {', '.join(why)}" if why else ""))
         found = shape_of("weights", weights, "T", "K")
         if found != shape:
             raise InvalidTensor(f"weights must have the shape of ids, {shape}, not {found}")
+        top_k = shape[1]
+        if self._row_blocks > 1 or shared:
+            ids, weights = indices("ids", ids, self.num_experts), float32("weights", weights)
+        if self._row_blocks > 1:  # a block is an expert of the device
+            outside = (ids < 0) | (ids >= self.num_experts)
+            pieces = ids.astype(np.int64)[:, :, None] * self._row_blocks + np.arange(blocks)
+            pieces = np.where(outside[:, :, None], -1, pieces)
+            ids = pieces.reshape(tokens, -1).astype(ids.dtype)
+            weights = np.repeat(weights, blocks, axis=1)
+            top_k *= blocks
         if shared:
-            always = np.arange(shared, dtype=np.int32) + self.num_experts
-            ids = np.hstack([indices("ids", ids, self.num_experts),
-                             np.tile(always, (tokens, 1))])
-            weights = np.hstack([float32("weights", weights),
-                                 np.ones((tokens, shared), np.float32)])
-        return self._submit(x, ids, weights, tokens, shape[1] + shared)
+            always = np.arange(shared, dtype=np.int32) + len(self._shapes)
+            ids = np.hstack([ids, np.tile(always, (tokens, 1))])
+            weights = np.hstack([weights, np.ones((tokens, shared), np.float32)])
+        return self._submit(x, ids, weights, tokens, top_k + shared)
 
 
 class Linear(_Layer):

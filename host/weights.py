@@ -35,7 +35,7 @@ from moeaccel.grid import (
     squares,
 )
 from moeaccel.host.calibration import calibrated
-from moeaccel.host.errors import InvalidOption, InvalidTensor, UploadError
+from moeaccel.host.errors import InvalidOption, InvalidTensor, LimitExceeded, UploadError
 from moeaccel.host.layers import Experts, Linear
 from moeaccel.host.limits import check_layer
 from moeaccel.host.memory import PAGE, Allocation
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from moeaccel.host.device import Device
 
 __all__ = ["Format", "Formats", "Progress", "Shared", "Stack", "load_experts", "load_linear",
-           "load_quantised"]
+           "load_quantised", "load_router_weight"]
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
                  limit: float | None, weight_format: Formats, activation_bits: int,
                  grid_exponent: int | None, x_rms: float, progress: Progress | None,
                  quantiser: str, calibration: tuple[Tensor, Tensor] | None,
-                 prune: str | None,
+                 prune: str | None, row_blocks: int = 1,
                  gate_up_bias: Stack | None = None, down_bias: Stack | None = None,
                  shared: Shared | None = None, shared_format: Format | None = None) -> Experts:
     """Quantise the experts of one layer and put them into a device's memory."""
@@ -121,6 +121,16 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
             f"are {'gated unless gated=False' if gated else 'not gated'}")
     formats = _formats(weight_format, experts)
     _check_prune(prune)
+    if row_blocks != 1:
+        if (not isinstance(row_blocks, int) or row_blocks < 1 or d_expert % row_blocks
+                or calibration is not None or gate_up_bias is not None or down_bias is not None):
+            raise InvalidOption(f"row_blocks must divide I = {d_expert}, and be 1 with a "
+                                f"calibration or biases, not {row_blocks!r}")
+        gate_up, down = (_RowBlocks(name, stack, row_blocks, gated) for name, stack in
+                         (("gate_up", gate_up), ("down", down)))
+        formats = [fmt for fmt in formats for _ in range(row_blocks)]
+        experts, rows, d_expert = len(formats), rows // row_blocks, d_expert // row_blocks
+        shape = experts, d_model, d_expert
     array = device.config.row_multipliers, device.config.channels
     biases = (_Biases("gate_up_bias", gate_up_bias, experts, rows),
               _Biases("down_bias", down_bias, experts, d_model))
@@ -163,7 +173,7 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
     return _load_experts(
         device, quantised(), [*(shapes[fmt] for fmt in formats), *extra],
         activation_bits=activation_bits, grid_exponent=grid_exponent, x_rms=x_rms,
-        progress=progress, shared=len(extra))
+        progress=progress, shared=len(extra), row_blocks=row_blocks)
 
 
 def _shared_format(given: Format | None, weight_format: Formats) -> WeightFormat:
@@ -222,6 +232,25 @@ class _Biases:
             raise InvalidTensor(f"{self._name}[{expert}] must have the shape {(self._rows,)}, not "
                                 f"{values.shape}")
         return values
+
+
+class _RowBlocks(Sequence[Tensor]):
+    """The matrices of experts, each cut along its hidden rows into ``blocks``, one at a time."""
+
+    def __init__(self, name: str, stack: Stack, blocks: int, gated: bool) -> None:
+        self._name, self._stack, self._blocks = name, stack, blocks
+        self._parts = 2 if gated else 1
+
+    def __len__(self) -> int:
+        return len(self._stack) * self._blocks
+
+    def __getitem__(self, index: Any) -> Any:
+        expert, block = divmod(index, self._blocks)
+        matrix = float32(self._name, self._stack[expert])
+        if self._name == "down":
+            return np.split(matrix, self._blocks, axis=1)[block]
+        each = matrix.reshape(self._parts, self._blocks, -1, matrix.shape[1])
+        return each[:, block].reshape(-1, matrix.shape[1])
 
 
 def load_quantised(device: Device, experts: Sequence[Expert], *, activation: str | None,
@@ -302,9 +331,47 @@ def load_linear(device: Device, weight: Tensor, *, weight_format: str, activatio
     return Linear(device, shape, images, descriptor, planes, grid_exponent, _report(errors))
 
 
+def load_router_weight(device: Device, weight: Tensor, *, grid_exponent: int) -> Linear:
+    """Put a router's matrix, (E, H), into a device's memory as two of 8 bits.
+
+    They are a layer's experts 0 and 1; what a token's logits are is the sum of both. The second
+    holds what the first leaves, so that together they have 15 bits or more of each block's largest.
+
+    Raises
+    ------
+    LimitExceeded
+        If the device has no 8-bit format, or not room for so many experts or elements of x.
+    """
+    config = device.config
+    experts, d_model = shape_of("weight", weight, "E", "H")
+    fmt = next((f for f in config.weight_formats if f.weight_bits == 8 and f.parts == 1), None)
+    if fmt is None:
+        raise LimitExceeded(f"formats must have one of 8 bits for a router's weights in config "
+                            f"{config.name!r}, not {', '.join(config.formats)}")
+    shape = LinearShape(fmt, experts, d_model, config.row_multipliers, config.channels)
+    check_layer(config, [shape, shape])
+    values = float32("weight", weight)
+    high = quantise(values, fmt)
+    rest = values - high.dequantise().astype(np.float32)
+    low = quantise(rest, fmt)
+    found = replace(squares(high), error=squares(low, rest).error)
+    errors = WeightErrors(fmt.name)
+    errors.add(0, {"weight": found}, groups=high.shift.size, coarsened=high.coarsened)
+    images, addresses = _allocate(device, [shape, shape])
+    with _freed_on_error(images):
+        for plane, matrix in enumerate((high, low)):
+            parts = [build_linear_image(matrix, config.row_multipliers, channel=channel,
+                                        channels=config.channels)
+                     for channel in range(config.channels)]
+            _upload(device, addresses[plane], parts, f"plane {plane} of the router")
+        descriptor = _describe(device, 2, grid_exponent, [shape, shape], addresses)
+    return Linear(device, shape, images, descriptor, 2, grid_exponent, _report(errors))
+
+
 def _load_experts(device: Device, experts: Iterable[_Measured], shapes: Sequence[ExpertShape], *,
                   activation_bits: int, grid_exponent: int | None, x_rms: float,
-                  progress: Progress | None, shared: int = 0) -> Experts:
+                  progress: Progress | None, shared: int = 0,
+                  row_blocks: int = 1) -> Experts:
     planes = _check_options(activation_bits, grid_exponent, x_rms)
     config = device.config
     check_layer(config, shapes)
@@ -333,7 +400,8 @@ def _load_experts(device: Device, experts: Iterable[_Measured], shapes: Sequence
             grid_exponent = choose_grid(outputs)
         descriptor = _describe(device, planes, grid_exponent, shapes, addresses)
     return Experts(
-        device, shapes, images, descriptor, planes, grid_exponent, _report(errors), shared)
+        device, shapes, images, descriptor, planes, grid_exponent, _report(errors), shared,
+        row_blocks)
 
 
 def _report(errors: WeightErrors) -> WeightReport:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from moeaccel.errors import MoeAccelError
 from moeaccel.golden.router import route
 from moeaccel.host.device import Device
+from moeaccel.host.routing import Router
 from moeaccel.host.zoo.cases import Case, case
 from moeaccel.host.zoo.support import (
     expert_options,
@@ -46,7 +47,7 @@ class Verdict:
     name : :class:`str`
         Key of the model.
     ok : :class:`bool`
-        Router and experts are on the device, and everything is as it should be.
+        The device routes, from logits, and has the experts, and everything is as it should be.
     router, expert : :class:`str`
         What they are.
     selection_differences : :class:`int`, optional
@@ -83,12 +84,16 @@ def verify(model: Model, golden: Device, rtl: Device, *, seed: int = 0) -> Verdi
         Of weights and x.
     """
     verdict = Verdict(model.key, False, model.router.text, model.expert.text, None, None, "")
-    problems = [refusal] if (refusal := routing_refusal(golden, model)) else []
+    config, problems = golden.config, []
     try:
-        drawn = case(model, golden.config, seed=seed)
+        drawn = case(model, config, seed=seed)
     except MoeAccelError as failure:
-        problems += filter(None, (expert_refusal(golden, model.expert), f"reference: {failure}"))
+        problems += filter(None, (expert_refusal(golden, model.expert),
+                                  routing_refusal(config, model), f"reference: {failure}"))
         return replace(verdict, reason="; ".join(problems))
+    size = drawn.size
+    refusal = routing_refusal(config, drawn.model, (size.experts + size.identities, size.top_k))
+    problems += [refusal] if refusal else []
     reference = drawn.routes.ids.numpy(), drawn.routes.weights.numpy()
     taken = reference
     try:
@@ -96,6 +101,8 @@ def verify(model: Model, golden: Device, rtl: Device, *, seed: int = 0) -> Verdi
         # Experts have the device's weights; where it chose others, those of the float router.
         taken = [np.where(routed.same[:, None], own, float_router) for own, float_router in zip(
             (routed.ids, routed.weights), reference, strict=True)]
+        if not refusal:
+            problems += _devices_agree(drawn, routed, golden, rtl)
         others = int((~routed.same).sum())
         verdict = replace(verdict, selection_differences=others)
         if others and not _ties(drawn, routed):
@@ -125,18 +132,35 @@ class _Routed:
 
 
 def _route(drawn: Case) -> _Routed:
-    """Return the routes of the device's integer router.
+    """Return the routes of the integer router.
 
     Raises
     ------
     RouterError
         If it has no such router.
     """
-    bias = drawn.router.selection_bias
-    found = route(drawn.logits, drawn.settings,
-                  selection_bias=None if bias is None else bias.numpy())
+    found = route(drawn.logits, drawn.settings, **_tables(drawn))
     same = np.sort(found.ids, axis=1) == np.sort(drawn.routes.ids.numpy(), axis=1)
     return _Routed(found.ids, found.weights, same.all(axis=1))
+
+
+def _tables(drawn: Case) -> dict[str, _Floats | None]:
+    """Return what is added to logits, and to what is compared."""
+    tables = {"bias": drawn.router.bias, "selection_bias": drawn.router.selection_bias}
+    return {name: None if table is None else table.numpy() for name, table in tables.items()}
+
+
+def _devices_agree(drawn: Case, routed: _Routed, golden: Device, rtl: Device) -> list[str]:
+    """Return in what devices route otherwise than the integer router, to the bit."""
+    router = Router(**asdict(drawn.settings), **_tables(drawn))
+    problems = []
+    for name, device in (("golden device", golden), ("RTL", rtl)):
+        ids, weights = device.route(router, drawn.logits)
+        other = (ids != routed.ids) | (weights.view(np.uint32) != routed.weights.view(np.uint32))
+        if other.any():
+            problems.append(f"router: the {name} routes {int(other.any(axis=1).sum())} of "
+                            f"{len(ids)} tokens otherwise than the golden model")
+    return problems
 
 
 def _ties(drawn: Case, routed: _Routed) -> bool:
