@@ -188,7 +188,7 @@ def _route(drawn: Case) -> _Routed:
     return _Routed(found.ids, found.weights, same.all(axis=1))
 
 
-def _tables(drawn: Case) -> dict[str, _Floats | None]:
+def _tables(drawn: Case) -> dict[str, Any]:
     """Return what is added to logits, and to what is compared."""
     tables = {"bias": drawn.router.bias, "selection_bias": drawn.router.selection_bias}
     return {name: None if table is None else table.numpy() for name, table in tables.items()}
