@@ -302,5 +302,9 @@ class TrainingUnsupported(HostError, NotImplementedError):
     """The device computes no gradients."""
 
 
+class WeightsGivenUp(HostError, RuntimeError):
+    """Weights have to be uploaded again of which the host kept no copy."""
+
+
 class GraphCaptureUnsupported(HostError, NotImplementedError):
     """A replayed CUDA graph would not ask the device."""

@@ -37,6 +37,9 @@ def test_widths_close_at_the_largest_dimension():
         ("results_per_cycle", 3, "a power of two from 1 to 2"),
         ("tile_words", 4, "a power of two from 16"),
         ("address_bits", 8, "from 16 to 64"),
+        ("router", ("tanh",), "a tuple of different ones of softmax, sigmoid, sqrt_softplus"),
+        ("router", ("softmax", "softmax"), "a tuple of different ones of softmax"),
+        ("router_top_k", 17, "from 1 to 16"),
         ("formats", (), "a tuple of different ones of mxint8"),
         ("formats", ("int4_g32", "int4_g32"), "a tuple of different ones of mxint8"),
         ("formats", ("int5",), "a tuple of different ones of mxint8"),
@@ -114,3 +117,15 @@ def test_a_configuration_survives_json():
     config = PRESETS["tiny"]
     again = AcceleratorConfig(**json.loads(json.dumps(dataclasses.asdict(config))))
     assert again == config and again.digest == config.digest
+
+
+def test_a_router_is_part_of_the_device_if_it_is_there():
+    tiny = PRESETS["tiny"]
+    assert tiny.replace(router_top_k=8).digest == tiny.digest  # of nothing
+    digests = {tiny.digest} | {
+        tiny.replace(router=scores, router_top_k=k).digest
+        for scores in (("softmax",), ("softmax", "sigmoid")) for k in (8, 16)}
+    assert len(digests) == 5
+    config = tiny.replace(router=["sigmoid", "softmax"])  # as JSON has it
+    assert [score.key for score in config.router_scores] == ["softmax", "sigmoid"]
+    assert config.router_codes == (0, 1)
