@@ -341,19 +341,14 @@ class Device(Bound, Inherited):
         Returns
         -------
         (ids, weights)
-            (T, K) int64, in the order in which they were chosen, -1 where there was none to choose;
-            and (T, K), in the type of the logits, 0 there.
+            (T, K) int64, in the order of choice, -1 where there was none; (T, K), as the logits, 0
+            there.
 
         Raises
         ------
-        LimitExceeded
-            If the device's configuration has no such router.
-        InvalidTensor
-            For shapes and types.
-        NonFiniteInput
-            If a logit is NaN or infinite; it names the token.
-        LogitOverflow
-            If a logit, with its bias, is 2048 or more in magnitude.
+        LimitExceeded, InvalidTensor, NonFiniteInput, LogitOverflow
+            If the device has no such router; for shapes and types; if a logit is not finite, or
+            with its bias 2048 or more: it names the token.
         """
         return routing.route(self, router, logits, resident=resident)
 
@@ -363,16 +358,13 @@ class Device(Bound, Inherited):
 
         Parameters
         ----------
-        router : :class:`moeaccel.host.Router`
-            With a weight, (E, H).
-        gate_up, down, shared, **options
-            As in :meth:`load_experts`.
+        router, gate_up, down, shared, **options
+            A :class:`moeaccel.host.Router` with a weight, (E, H); as in :meth:`load_experts`.
 
         Raises
         ------
         LimitExceeded
-            If the device's configuration has no such router, or top_k and shared experts are more
-            than 16.
+            If the device has no such router, or top_k and shared experts are more than 16.
         """
         return moe.load_moe(self, router, gate_up, down, shared=shared, **options)
 
