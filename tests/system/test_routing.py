@@ -16,6 +16,8 @@ from moeaccel.router.settings import RouterSettings
 from moeaccel.sim import MemoryModel, StallModel
 from tests.support.pair import MEMORY_BYTES
 
+pytestmark = pytest.mark.timeout(900)  # the first test builds a model
+
 CONFIG = preset("tiny").replace(
     name="tiny-router", router=tuple(score.key for score in Score), router_top_k=8,
     max_experts=64)
@@ -106,7 +108,8 @@ def test_whole_layers(pair, settings, shared):
 
     router = Router(draw(16, 64) * 8, **settings,
                     selection_bias=draw(16) if "score" in settings else None)
-    gate_up, down, more = draw(16, 64, 64), draw(16, 64, 32), (draw(2, 128, 64), draw(2, 64, 64))
+    gate_up, down = draw(16, 64, 64), draw(16, 64, 32)
+    more = [(draw(128, 64), draw(64, 64)) for _ in range(2)]
     x = draw(21, 64) * 8
 
     def script(device):
