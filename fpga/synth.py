@@ -31,6 +31,7 @@ from moeaccel.hdl.memory.axi_arbiter import AxiArbiter
 from moeaccel.hdl.memory.memory_port import ID_BITS
 from moeaccel.hdl.memory.sdram import SdramTiming
 from moeaccel.hdl.memory.sdram_controller import SdramController
+from moeaccel.hdl.router.route_unit import RouteUnit
 from moeaccel.hdl.verilog.verilog_target import generate
 
 __all__ = ["BLOCKS", "FOLDER", "Report", "block_build", "synthesise"]
@@ -75,6 +76,11 @@ def _sdram_controller(config: AcceleratorConfig) -> wiring.Component:
                            id_width=ID_BITS + 1, io_cycles=2)
 
 
+def _route_unit(config: AcceleratorConfig) -> wiring.Component:
+    """Return the router that a small board may have; of the configuration all else."""
+    return RouteUnit(config.replace(router=("softmax", "sigmoid"), router_top_k=8))
+
+
 def _serial_link(config: AcceleratorConfig) -> wiring.Component:
     """Return the ULX3S's, whatever the configuration."""
     return SerialLink(baud_divisor=40, id_width=ID_BITS)
@@ -98,6 +104,7 @@ BLOCKS: dict[str, Block] = {
     "axi_arbiter": _axi_arbiter,
     "sdram_controller": _sdram_controller,
     "serial_link": _serial_link,
+    "route_unit": _route_unit,
     CORE: _block("top", "Accelerator", "ecp5"),
 }
 """Blocks by name, with how to make one."""

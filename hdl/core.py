@@ -3,6 +3,7 @@
 from amaranth import *
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
+from amaranth.utils import exact_log2
 
 from moeaccel.config import AcceleratorConfig
 from moeaccel.hdl import layouts
@@ -35,6 +36,8 @@ class Core(wiring.Component):
                                                                         |                   |
                                                                      RowSums            o_hidden
 
+    What is behind the array is there as often as results come in a cycle.
+
     Cores start every step in the same cycle: ``i_take`` comes when all of them have its weights.
     So whatever does not depend on weights is the same in all cores in every cycle: ``o_free``,
     ``o_result``, ``base_address``, ``slot_address``, ``o_down_done`` and what is beside the value
@@ -65,13 +68,14 @@ class Core(wiring.Component):
         Results that have a place behind the array; pulse, one has arrived there.
     base_address, base_data
         Base exponents, one cycle later.
-    o_hidden_valid, o_hidden : :py:`Out(1)`, :py:`Out(layouts.hidden_element(config))`
+    o_hidden_valid, o_hidden
+        Elements of h of this core alone: those of layouts.hidden_elements for one channel.
     slot_address, i_weight
         Slot and slot table bank of an output, and the slot's weight, one cycle later.
     o_down_done : :py:`Out(1)`
         Pulse: the last output of a pass is in the y buffer.
-    o_overflow, o_underflow : :py:`Out(1)`
-        Pulse for each output beyond the grid, and for each that the grid makes zero.
+    o_overflow, o_underflow
+        How many outputs are beyond the grid, and how many the grid makes zero, in this cycle.
     i_draining, sums_r_address, sums_r_data, sums_w_en, sums_w_address, sums_w_data
         The y buffer's ports for the Combiner.
     """
@@ -100,17 +104,17 @@ class Core(wiring.Component):
             "h_en": In(config.token_lanes),
             "h_address": In(layouts.lane_address_bits(config)),
             "h_data": In(lanes),
-            "o_free": Out(range(ResultSerialiser.FIFO_DEPTH + 1)),
+            "o_free": Out(range(config.result_places + 1)),
             "o_result": Out(1),
             "base_address": Out(layouts.base_address(config)),
             "base_data": In(signed(layouts.EXPONENT_BITS)),
             "o_hidden_valid": Out(1),
-            "o_hidden": Out(layouts.hidden_element(config)),
+            "o_hidden": Out(layouts.hidden_elements(config.replace(channels=1))),
             "slot_address": Out(layouts.slot_address_bits(config)),
             "i_weight": In(layouts.internal_float()),
             "o_down_done": Out(1),
-            "o_overflow": Out(1),
-            "o_underflow": Out(1),
+            "o_overflow": Out(range(config.results_per_cycle + 1)),
+            "o_underflow": Out(range(config.results_per_cycle + 1)),
             "i_draining": In(config.y_banks),
             "sums_r_address": In(stripe_address(config)),
             "sums_r_data": Out(word),
@@ -128,9 +132,14 @@ class Core(wiring.Component):
         m.submodules.h_lanes = h_lanes = LaneBuffer(config, 1)
         tag_shape = layouts.result_tag(config)
         m.submodules.array = array = DotArray(config, self._family, tag_width=tag_shape.size)
-        m.submodules.serialiser = serialiser = ResultSerialiser(config)
-        m.submodules.activation = activation = ActivationUnit(config, self._family)
-        m.submodules.sums = sums = RowSums(config, self._family)
+        results = config.results_per_cycle
+        serialisers = [ResultSerialiser(config, part) for part in range(results)]
+        activations = [ActivationUnit(config, self._family, part) for part in range(results)]
+        sums = [RowSums(config, self._family) for _ in range(results)]
+        for name, parts in (
+                ("serialiser", serialisers), ("activation", activations), ("sums", sums)):
+            for part, block in enumerate(parts):
+                m.submodules[f"{name}{part or ''}"] = block
 
         # Weights
         wiring.connect(m, wiring.flipped(self.i_weights), streamer.i_request)
@@ -179,41 +188,75 @@ class Core(wiring.Component):
                 lanes.w_data.eq(getattr(self, f"{name}_data")),
             ]
 
-        # Results
-        wiring.connect(m, tiles.o_row_exponents, serialiser.i_row_exponents)
-        if config.bias:
-            m.d.comb += serialiser.i_row_biases.eq(tiles.o_row_biases)
-        element = serialiser.o_element
+        # Results: consecutive rows come at once; each part has its own
+        exponents = tiles.o_row_exponents
+        lead, lead_element = serialisers[0], serialisers[0].o_element
         m.d.comb += [
-            serialiser.i_valid.eq(array.o_valid),
-            serialiser.i_sums.eq(array.o_sums),
-            serialiser.i_tag.eq(array.o_tag),
-            self.o_free.eq(serialiser.o_free),
+            exponents.ready.eq(lead.i_row_exponents.ready),
+            self.o_free.eq(lead.o_free),
             self.o_result.eq(array.o_valid),
-            self.base_address.eq(serialiser.base_address),
-            serialiser.base_data.eq(self.base_data),
-            activation.i_element.valid.eq(element.valid),
-            activation.i_element.payload.eq(element.payload),
-            activation.i_form.eq(self.i_form),
-            self.o_hidden_valid.eq(activation.o_element.valid),
-            self.o_hidden.eq(activation.o_element.payload),
-            self.slot_address.eq(Cat(element.p.slot, element.p.slot_bank)),
-            sums.i_valid.eq(element.valid & element.p.combine),
-            sums.i_element.slot.eq(element.p.slot),
-            sums.i_element.row.eq(element.p.row),
-            sums.i_element.value.eq(element.p.value),
-            sums.i_fresh.eq(element.p.fresh),
-            sums.i_bank.eq(element.p.y_bank),
-            sums.i_last.eq(element.p.last),
-            sums.i_weight.eq(self.i_weight),
-            sums.i_grid_exponent.eq(self.i_grid_exponent),
-            self.o_down_done.eq(sums.o_pass_done),
-            self.o_overflow.eq(sums.o_overflow),
-            self.o_underflow.eq(sums.o_underflow),
-            sums.i_draining.eq(self.i_draining),
-            sums.r_address.eq(self.sums_r_address),
-            self.sums_r_data.eq(sums.r_data),
-            *(getattr(sums, name).eq(getattr(self, f"sums_{name}"))
-              for name in ("w_en", "w_address", "w_data")),
+            self.base_address.eq(lead.base_address),
+            self.slot_address.eq(Cat(lead_element.p.slot, lead_element.p.slot_bank)),
+            self.o_down_done.eq(sums[0].o_pass_done),
+            self.o_overflow.eq(sum(part.o_overflow for part in sums)),
+            self.o_underflow.eq(sum(part.o_underflow for part in sums)),
         ]
+        for part, serialiser in enumerate(serialisers):
+            m.d.comb += [
+                serialiser.i_valid.eq(array.o_valid),
+                serialiser.i_tag.eq(array.o_tag),
+                serialiser.i_row_exponents.valid.eq(exponents.valid),
+                serialiser.i_row_exponents.payload.eq(Cat(
+                    exponents.payload[row] for row in range(part, config.rows, results))),
+                serialiser.base_data.eq(self.base_data),
+            ]
+            if config.bias:
+                m.d.comb += serialiser.i_row_biases.eq(Cat(
+                    tiles.o_row_biases[row] for row in range(part, config.rows, results)))
+            if results == 1:
+                m.d.comb += serialiser.i_sums.eq(array.o_sums)
+            else:  # in the order of its rows
+                with m.Switch(data.View(tag_shape, array.o_tag).row_order):
+                    for number, order in enumerate(layouts.row_orders(config)):
+                        with m.Case(number):
+                            m.d.comb += serialiser.i_sums.eq(Cat(
+                                array.o_sums[entry * config.token_lanes + lane]
+                                for entry in layouts.rows_of_part(config, order, part)
+                                for lane in range(config.token_lanes)))
+            element, activation, own = serialiser.o_element, activations[part], sums[part]
+            m.d.comb += [
+                activation.i_element.valid.eq(element.valid),
+                activation.i_element.payload.eq(element.payload),
+                activation.i_form.eq(self.i_form),
+                self.o_hidden.value[part].eq(activation.o_element.p.value),
+                own.i_valid.eq(element.valid & element.p.combine),
+                own.i_element.slot.eq(element.p.slot),
+                own.i_element.row.eq(element.p.row >> exact_log2(results)),
+                own.i_element.value.eq(element.p.value),
+                own.i_fresh.eq(element.p.fresh),
+                own.i_bank.eq(element.p.y_bank),
+                own.i_last.eq(element.p.last),
+                own.i_weight.eq(self.i_weight),
+                own.i_grid_exponent.eq(self.i_grid_exponent),
+                own.i_draining.eq(self.i_draining),
+                own.r_address.eq(self.sums_r_address),
+                own.w_address.eq(self.sums_w_address),
+                own.w_en.eq(Cat(self.sums_w_en[part::results])),
+            ]
+            for lane, at in enumerate(range(part, self.sums_r_data.shape().length, results)):
+                m.d.comb += [
+                    self.sums_r_data[at].eq(own.r_data[lane]),
+                    own.w_data[lane].eq(self.sums_w_data[at]),
+                ]
+        first = activations[0].o_element
+        m.d.comb += [
+            self.o_hidden_valid.eq(first.valid),
+            self.o_hidden.slot.eq(first.p.slot),
+            self.o_hidden.index.eq(first.p.index),
+            self.o_hidden.last.eq(first.p.last),
+            self.o_hidden.bank.eq(first.p.bank),
+            self.o_hidden.full.eq(activations[-1].o_element.valid),
+        ]
+        if results > 1:
+            m.d.comb += activations[0].i_up.eq(serialisers[1].o_element.p.value)
         return m

@@ -202,8 +202,9 @@ class Engine(wiring.Component):
         of_hidden = Signal()
         m.d.sync += of_hidden.eq(wanted.hidden)
         bases = {}
+        hidden_bank = wanted.bank[:layouts.hidden_bank_bits(config)]
         for name, block, address in (("x", loader, Cat(wanted.slot, wanted.bank)),
-                                     ("h", hidden, wanted.slot)):
+                                     ("h", hidden, Cat(wanted.slot, hidden_bank))):
             m.submodules[f"{name}_bases"] = memory = Memory(
                 shape=signed(layouts.EXPONENT_BITS), depth=1 << len(address), init=[],
                 attrs={"no_rw_check": 1})  # a base is never needed in the cycle that writes it
@@ -240,7 +241,7 @@ class Engine(wiring.Component):
                 core.i_free.eq(sequencer.o_free),
                 core.i_step.eq(sequencer.o_step),
                 core.i_tag.eq(sequencer.o_tag),
-                core.i_form.eq(sequencer.o_pass.work.form),
+                core.i_form.eq(sequencer.o_form),
                 core.i_grid_exponent.eq(job.grid_exponent),
             ]
 
@@ -251,12 +252,17 @@ class Engine(wiring.Component):
             elements.p.slot.eq(lead.o_hidden.slot),
             elements.p.index.eq(lead.o_hidden.index),
             elements.p.last.eq(lead.o_hidden.last),
-            *(elements.p.value[i].eq(core.o_hidden.value) for i, core in enumerate(cores)),
+            elements.p.bank.eq(lead.o_hidden.bank),
+            elements.p.full.eq(lead.o_hidden.full),
+            *(elements.p.value[part * len(cores) + i].eq(core.o_hidden.value[part])
+              for i, core in enumerate(cores) for part in range(config.results_per_cycle)),
             hidden.i_start.eq(sequencer.o_hidden_start),
             hidden.i_count.eq(sequencer.o_pass.count),
             hidden.i_two_planes.eq(job.two_planes),
             hidden.i_steps.eq(sequencer.o_pass.work.sections[1].dims.steps),
+            hidden.i_bank.eq(sequencer.o_pass.slot_bank),
             sequencer.i_slots_ready.eq(hidden.o_slots_ready),
+            sequencer.i_hidden_complete.eq(hidden.o_complete),
             sequencer.i_loaded.eq(loader.o_done),
         ]
 

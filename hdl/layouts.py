@@ -61,6 +61,11 @@ def y_bank_bits(config: AcceleratorConfig) -> int:
     return exact_log2(config.y_banks)
 
 
+def hidden_bank_bits(config: AcceleratorConfig) -> int:
+    """Return the bits of a bank of h: 0 where there is one. It is a pass's slot table's, modulo."""
+    return exact_log2(config.hidden_banks)
+
+
 def token_bits(config: AcceleratorConfig) -> int:
     """Return the bits of a token index."""
     return max(1, ceil_log2(config.max_tokens))
@@ -120,6 +125,19 @@ def sum_of_row(config: AcceleratorConfig, order: tuple[bool, int], row: Value) -
     part = Cat(Const(0, missing), place[:exact_log2(parts)])
     whole = Value.cast(Cat(field, part, place[exact_log2(parts):]))
     return Value.cast(whole[:exact_log2(config.rows)])
+
+
+def rows_of_part(config: AcceleratorConfig, order: tuple[bool, int], part: int) -> list[int]:
+    """Return the array's sums of every so manieth row, as there are results per cycle, from row
+    ``part`` on: in the order of :func:`sum_of_row`, those that a tile has not as well."""
+    packed, parts = order
+    found = []
+    for row in range(part, config.rows, config.results_per_cycle):
+        field, place = (row & 1, row >> 1) if packed else (0, row)
+        whole, own = divmod(place, parts)
+        found.append(
+            ((whole * config.parts + own * (config.parts // parts)) * 2 + field) % config.rows)
+    return found
 
 
 def steps_bits(config: AcceleratorConfig) -> int:
@@ -310,7 +328,8 @@ def hidden_form(config: AcceleratorConfig) -> data.StructLayout:
 def expert(config: AcceleratorConfig) -> data.StructLayout:
     """Return an expert that has tokens, with what its entry of the expert table says.
 
-    ``pairs``: of tokens with it. ``words``: of its whole image. ``bad``: the entry cannot be
+    ``pairs``: of tokens with it. ``words``: of its whole image; ``first_words``: of its first
+    section, where sections are asked for one by one. ``bad``: the entry cannot be
     computed with, for what its 32-bit word ``word`` says; then all else but ``expert`` is
     undefined.
     """
@@ -322,6 +341,7 @@ def expert(config: AcceleratorConfig) -> data.StructLayout:
         "work": expert_work(config),
         "bad": 1,
         "word": range(ENTRY_BYTES // 4),
+        "first_words": 32 if config.hidden_banks > 1 else 0,
     })
 
 
@@ -404,14 +424,20 @@ def hidden_element(config: AcceleratorConfig) -> data.StructLayout:
         "index": row_bits(config) - 1,
         "value": hidden_float(),
         "last": 1,
+        "bank": hidden_bank_bits(config),
     })
 
 
 def hidden_elements(config: AcceleratorConfig) -> data.StructLayout:
-    """Return consecutive elements of h, one of each core: from ``channels * index`` on."""
+    """Return consecutive elements of h, one of each core: from ``channels * index`` on.
+
+    With several results per cycle there is room for as many of each core. ``full``: all of them are
+    there, and the index is a multiple of their number; else only the first of each core.
+    """
     return data.StructLayout({
         **dict(hidden_element(config).members),
-        "value": data.ArrayLayout(hidden_float(), config.channels),
+        "value": data.ArrayLayout(hidden_float(), config.channels * config.results_per_cycle),
+        "full": 1,
     })
 
 
@@ -425,7 +451,8 @@ def router_form(config: AcceleratorConfig) -> data.StructLayout:
 
     ``by_logits``: keys are logits, else scores. ``top2``: a group's score is the sum of its top
     two. ``scale``, ``scale_exponent``: 24 bits of it and the power of two behind them. ``tables``:
-    there is a table, else nothing is added.
+    there is a table, else nothing is added. ``shared``: experts behind the others that every token
+    goes to; ``top_k`` is without them.
     """
     experts = config.max_experts.bit_length()
     return data.StructLayout({
@@ -442,6 +469,7 @@ def router_form(config: AcceleratorConfig) -> data.StructLayout:
         "scale": VALUE_BITS,
         "scale_exponent": signed(8),
         "tables": 1,
+        "shared": range(TOP_K_MAX),
     })
 
 

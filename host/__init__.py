@@ -9,8 +9,10 @@
 from moeaccel.host.device import Device
 from moeaccel.host.errors import HostError
 from moeaccel.host.layers import CallStatistics, Experts, Handle, Linear
+from moeaccel.host.moe import Moe
 from moeaccel.host.opening import open_device
 from moeaccel.host.routing import Router
 
 __all__ = [
-    "CallStatistics", "Device", "Experts", "Handle", "HostError", "Linear", "Router", "open_device"]
+    "CallStatistics", "Device", "Experts", "Handle", "HostError", "Linear", "Moe", "Router",
+    "open_device"]

@@ -17,7 +17,8 @@ from moeaccel.cycles import expert_cycles, linear_cycles
 from moeaccel.errors import MoeAccelError
 from moeaccel.formats import QUAD, weight_format, whole_blocks
 from moeaccel.interface.commands import ElementType
-from moeaccel.zoo import Model
+from moeaccel.zoo import ExpertKind, Model, RouterKind
+from moeaccel.zoo.schema import ORIGINS
 
 if TYPE_CHECKING:
     from moeaccel.host.device import Device
@@ -219,15 +220,14 @@ def bench_experts(bench: Bench, model: Model, *, tokens: int, kind: str = "unifo
     from moeaccel.golden.reference import experts_float64
     from moeaccel.image import Expert
 
-    gated, activation, limit = _kind_of(model)
-    matrices = 3 if gated else 2
+    d_model, d_expert, experts, top_k = _sizes_of(model)
+    made = model.expert
     config, planes = bench.device.config, bench.planes
     rng = np.random.default_rng(bench.seed)
     fmt = weight_format(bench.weight_format)
-    experts, d_model, d_expert = model.n_experts, model.d_model, model.d_expert
     x = bench.draw_x(rng, tokens, d_model)
-    ids = routing(tokens, experts, model.top_k, kind=kind, seed=bench.seed)
-    weights = rng.random((tokens, model.top_k)).astype(np.float32)
+    ids = routing(tokens, experts, top_k, kind=kind, seed=bench.seed)
+    weights = rng.random((tokens, top_k)).astype(np.float32)
     weights /= weights.sum(axis=1, keepdims=True)
     used = np.unique(ids)
 
@@ -235,7 +235,7 @@ def bench_experts(bench: Bench, model: Model, *, tokens: int, kind: str = "unifo
     floats: dict[int, list[NDArray[np.float32]]] = {}
     layer: dict[int, Expert] = {}
     for e in used.tolist():
-        rows = (matrices - 1) * d_expert
+        rows = (made.matrices - 1) * d_expert
         gate_up = rng.standard_normal((rows, d_model), dtype=np.float32) / np.float32(
             np.sqrt(d_model)
         )
@@ -243,10 +243,10 @@ def bench_experts(bench: Bench, model: Model, *, tokens: int, kind: str = "unifo
             np.sqrt(d_expert)
         )
         floats[e] = [gate_up, down]
-        if model.expert_bias:
-            floats[e] += [rng.standard_normal(count, dtype=np.float32) for count in (rows, d_model)]
+        counts = {None: (), "gate_up": (rows,), "both": (rows, d_model)}[made.bias]
+        floats[e] += [rng.standard_normal(count, dtype=np.float32) for count in counts]
         layer[e] = Expert.quantise(
-            gate_up, down, fmt, activation=activation, limit=limit, prune="magnitude",
+            gate_up, down, fmt, activation=made.activation, limit=made.limit, prune="magnitude",
             channels=config.channels,
             **dict(zip(("gate_up_bias", "down_bias"), floats[e][2:], strict=False)))
     filler = layer[int(used[0])]
@@ -265,38 +265,61 @@ def bench_experts(bench: Bench, model: Model, *, tokens: int, kind: str = "unifo
         weights,
         [floats[e][0] for e in order],
         [floats[e][1] for e in order],
-        activation,
-        limit,
+        made.activation,
+        made.limit,
         **{name: [floats[e][part] for e in order]
-           for part, name in ((2, "gate_up_bias"), (3, "down_bias")) if model.expert_bias},
+           for part, name in ((2, "gate_up_bias"), (3, "down_bias"))
+           if part < len(floats[int(used[0])])},
     )
     return _result(
         bench, run, what=what, model=model.name, tokens=tokens, assignments=ids.size,
         experts_used=len(used), stored_bytes=len(used) * loaded.shape.stored_bytes,
-        useful=ids.size * matrices * d_model * d_expert * planes,
+        useful=ids.size * made.matrices * d_model * d_expert * planes,
         predicted=expert_cycles(
             config, loaded.shape, ids, experts, planes=planes, latency=bench.latency, io=bench.io),
         expected=expected, exact=exact)
 
 
-_GATES = {"silu_clamped(10)": ("silu", 10.0), "gpt_oss_swiglu(alpha=1.702)": ("gpt_oss", 7.0)}
-"""Activation and limit of gates that the zoo has another name for."""
+EDGE_MOE = AcceleratorConfig(
+    name="edge256", port_bytes=32, row_multipliers=4, token_lanes=2, token_groups=32, max_dim=512,
+    max_experts=16, max_tokens=256, max_assignments=1024, read_ahead_beats=512, tile_words=256,
+    quantiser_lanes=16, y_banks=2, results_per_cycle=2, hidden_banks=2)
+"""256 multipliers of 8 bits behind 32 bytes a cycle, for small experts: a pass holds 64 tokens, so
+that each weight is read once, and two results are rounded in a cycle."""
 
 
-def _kind_of(model: Model) -> tuple[bool, str, float | None]:
-    """Return whether a model's experts have up rows, their activation and its limit.
+def bench_edge_moe(bench: Bench) -> BenchmarkResult:
+    """Run a layer of Edge-MoE's vision transformer without its router.
+
+    129 tokens of 192 elements, 16 experts with 384 hidden ones, two for each token, GELU, biases.
+    """
+    model = Model(
+        name="Edge-MoE", hf_id=None, layers=None, moe_layers=None, d_model=192, n_experts=16,
+        top_k=2, native_dtype="float32", confidence=next(iter(ORIGINS)),
+        router=RouterKind(flavour="R1", score="softmax"),
+        expert=ExpertKind(d_expert=384, form="mlp", activation="gelu", bias="both"))
+    return bench_experts(bench, model, tokens=129, what="edge-moe")
+
+
+def _sizes_of(model: Model) -> tuple[int, int, int, int]:
+    """Return d_in, d_expert, experts and top-k of a model whose experts the device has.
 
     Raises
     ------
     BenchmarkError
-        If the device has none such.
+        If it has not, or one of them is not published.
     """
-    activation, limit = _GATES.get(model.act, (model.act, None))
-    if model.ffn not in ("glu", "mlp") or activation not in ACTIVATIONS or not model.d_model:
+    kind = model.expert
+    sizes = kind.d_in or model.d_model, kind.d_expert, model.n_experts, model.top_k
+    if kind.form not in ("glu", "mlp") or kind.activation not in ACTIVATIONS or kind.norm:
         raise BenchmarkError(
             f"model must have experts of two or three matrices and one of the activations "
-            f"{', '.join(ACTIVATIONS)}, not {model.name!r} ({model.act}, {model.ffn})")
-    return model.ffn == "glu", activation, limit
+            f"{', '.join(ACTIVATIONS)}, not {model.name!r} ({kind.text})")
+    found = [size for size in sizes if size is not None]
+    if len(found) < len(sizes):
+        raise BenchmarkError(f"model must have one size for all of its layers, not {model.name!r}")
+    d_model, d_expert, experts, top_k = found
+    return d_model, d_expert, experts, top_k
 
 
 def bench_gemm(bench: Bench, *, m: int, k: int, n: int) -> BenchmarkResult:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -24,16 +24,17 @@ from moeaccel.host.errors import (
     LimitExceeded,
     OutOfDeviceMemory,
 )
-from moeaccel.host.memory import COMMAND_ALIGNMENT, Allocation
+from moeaccel.host.memory import Allocation
 from moeaccel.host.options import seconds
 from moeaccel.host.process import Bound
 from moeaccel.host.report import (
     ActivationReport,
     WeightReport,
     measure_activations,
-    sample_rows,
+    sampling_step,
 )
-from moeaccel.host.rings import Command
+from moeaccel.host.rings import Command, Completion
+from moeaccel.host.staging import Layouts, offsets
 from moeaccel.host.tensors import (
     Like,
     Tensor,
@@ -41,6 +42,7 @@ from moeaccel.host.tensors import (
     elements,
     float32,
     indices,
+    io_type,
     shape_of,
 )
 from moeaccel.image import ExpertShape, LinearShape
@@ -52,6 +54,8 @@ if TYPE_CHECKING:
 __all__ = ["CallStatistics", "Experts", "Handle", "Linear"]
 
 logger = logging.getLogger(__name__)
+
+_FLOAT32, _BFLOAT16 = np.dtype("<f4"), np.dtype("<u2")
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class CallStatistics:
     commands: int
     tokens: int
     underflows: int = 0
-    _sample: tuple[int, NDArray[np.float32], int] | None = field(
+    _sample: tuple[int, NDArray[Any], int] | None = field(
         default=None, repr=False, compare=False)
 
     @functools.cached_property
@@ -85,10 +89,12 @@ class CallStatistics:
         if self._sample is None:
             return None
         step, rows, planes = self._sample
+        if element_type(rows) is ElementType.BFLOAT16:
+            rows = from_bfloat16(rows)
         return measure_activations(rows, planes, step=step)
 
 
-@dataclass
+@dataclass(slots=True)
 class _Part:
     """One command of a call: rows ``[first, first + count)`` of x."""
 
@@ -106,45 +112,76 @@ class Handle(Bound):
     While it is kept they go back when the device's memory runs short: its result then waits here.
     """
 
-    def __init__(self, layer: _Layer, x: NDArray[Any], d_out: int, like: Like) -> None:
+    def __init__(self, layer: _Layer, tokens: int, d_out: int, io: ElementType, like: Like
+                 ) -> None:
         self._layer = layer
         self._parts: list[_Part] = []
-        self._y = np.zeros((len(x), d_out), x.dtype)
+        self._shape = tokens, d_out
+        self._columns = whole_blocks(d_out)
+        self._dtype = _BFLOAT16 if io is ElementType.BFLOAT16 else _FLOAT32
+        self._y: NDArray[Any] | None = None
         self._like = like
-        self._sample: tuple[int, NDArray[np.float32], int] | None = None
+        self._sample: tuple[int, NDArray[Any], int] | None = None
         self._consumed = False
 
     @property
     def cycles(self) -> int:
         """Cycles of the commands whose results were taken: all of them after ``sync``."""
-        return self.statistics.cycles
+        cycles = 0
+        for part in self._parts:
+            if part.command.completion is not None:
+                cycles += part.command.completion.cycles
+        return cycles
 
     @property
     def statistics(self) -> CallStatistics:
         """What the call cost; complete after ``sync``."""
-        done = [part.command.completion for part in self._parts
-                if part.fetched and part.command.completion is not None]
-        return CallStatistics(sum(c.cycles for c in done), len(self._parts), len(self._y),
+        done = self._done()
+        return CallStatistics(sum(c.cycles for c in done), len(self._parts), self._shape[0],
                               sum(c.underflows for c in done), self._sample)
+
+    def _done(self) -> list[Completion]:
+        return [part.command.completion for part in self._parts
+                if part.command.completion is not None]
 
     def _fetch(self) -> None:
         """Take the rows of y that are there, and give their buffers back."""
         for part in self._parts:
             if not part.fetched and part.command.completion is not None:
                 if part.command.error() is None:
-                    rows = self._y[part.first : part.first + part.count]
-                    columns = whole_blocks(rows.shape[1])
-                    raw = self._layer.device.transport.memory_read(
-                        part.y_address, rows.itemsize * part.count * columns)
-                    stored = raw.view(rows.dtype.newbyteorder("<")).reshape(-1, columns)
-                    rows[:] = stored[:, : rows.shape[1]]
+                    if self._y is None:
+                        self._y = np.zeros(self._shape, self._dtype)
+                    self._y[part.first : part.first + part.count] = self._rows(part)
                 part.fetched = True
             if part.fetched:
                 part.command.give_back()
 
+    def _rows(self, part: _Part) -> NDArray[Any]:
+        """Return what a command has written."""
+        raw = part.command.raw
+        columns = self._columns
+        if raw is None:
+            raw = self._layer.device.transport.memory_read(
+                part.y_address, self._dtype.itemsize * part.count * columns)
+        rows = raw.view(self._dtype).reshape(part.count, columns)
+        return rows if columns == self._shape[1] else rows[:, : self._shape[1]]
+
+    def _result(self) -> Any:
+        """Return y, when every command has succeeded."""
+        parts = self._parts
+        if len(parts) == 1 and parts[0].command.raw is not None:
+            rows = self._rows(parts[0])
+            flags = rows.flags
+            return self._like(rows if flags.carray else rows.copy())
+        self._fetch()
+        return self._like(np.zeros(self._shape, self._dtype) if self._y is None else self._y)
+
     def _error(self) -> CommandFailed | None:
         """Return what went wrong first."""
-        return next(filter(None, (part.command.error() for part in self._parts)), None)
+        for part in self._parts:
+            if (error := part.command.error()) is not None:
+                return error
+        return None
 
     def _abandon(self) -> None:
         """Give every buffer back as soon as its command is complete: nobody waits for it."""
@@ -159,16 +196,21 @@ class _Layer(Bound):
     """
 
     def __init__(self, device: Device, images: Allocation, descriptor: Allocation, *, d_in: int,
-                 d_out: int, planes: int, grid_exponent: int, report: WeightReport) -> None:
+                 d_out: int, planes: int, grid_exponent: int, report: WeightReport,
+                 opcode: Opcode, num_experts: int) -> None:
         self._device = device
         self._images: Allocation | None = images
         self._descriptor = descriptor
         self._d_in, self._d_out = d_in, d_out
+        self._columns = str(d_in)
         self._planes = planes
         self._grid_exponent = grid_exponent
         self._report = report
+        self._layouts = Layouts(opcode, descriptor.address, d_in=d_in, d_out=d_out,
+                                num_experts=num_experts)
+        self._opcode, self._name, self._num_experts = opcode, opcode.name, num_experts
         self._calls, self._looks = 0, True
-        self._last: CallStatistics | None = None
+        self._last: Handle | CallStatistics | None = None
 
     @property
     def device(self) -> Device:
@@ -198,7 +240,10 @@ class _Layer(Bound):
     @property
     def last(self) -> CallStatistics | None:
         """What the call cost whose result was taken last."""
-        return self._last
+        last = self._last
+        if isinstance(last, Handle):
+            last = self._last = last.statistics
+        return last
 
     def sync(self, handle: Handle, *, timeout_s: float | None = None) -> Any:
         """Wait for a call and return y.
@@ -234,20 +279,26 @@ class _Layer(Bound):
         if timeout_s is not None:
             seconds("timeout_s", timeout_s)
         device = self._device
+        if not handle._consumed:
+            for part in handle._parts:
+                device.wait(part.command, timeout_s=timeout_s)
+                if part.command.raw is None:
+                    with device._lock:
+                        handle._fetch()
         with device._lock:
             if handle._consumed:
                 raise HandleConsumed("handle must be used once; its result was already taken")
-            for part in handle._parts:
-                device.wait(part.command, timeout_s=timeout_s)
-                handle._fetch()
-            self._last = handle.statistics
-            device._last_cycles = handle.cycles
             error = handle._error()
-            result = None if error else handle._like(handle._y)
-            last, look = self._last, self._is_looked_at()
+            result = None if error else handle._result()
+            self._last = handle
+            device._last_cycles = handle.cycles
+            look = self._is_looked_at()
             handle._consumed = True
+            handle._y = None
+            for part in handle._parts:
+                part.command.raw = None
         if look:  # others need not wait for it
-            self._look_at_x(last)
+            self._look_at_x(handle.statistics)
         if error is not None:
             raise error
         return result
@@ -297,76 +348,104 @@ class _Layer(Bound):
 
     # -- calls in parts ----------------------------------------------------------------------------
     def _check_x(self, x: Tensor) -> int:
-        tokens, d_in = shape_of("x", x, "T", str(self._d_in))
+        tokens, d_in = shape_of("x", x, "T", self._columns)
         if d_in != self._d_in:
             raise InvalidTensor(
                 f"x must have the shape (T, {self._d_in}) of this layer, not {tuple(x.shape)}")
         return tokens
 
-    def _submit(self, opcode: Opcode, x: NDArray[Any], ids: NDArray[np.int32],
-                weights: NDArray[np.float32], like: Like) -> Handle:
+    def _submit(self, x: Tensor, ids: Tensor | None, weights: Tensor | None, tokens: int,
+                top_k: int) -> Handle:
         """Cut a call into commands that fit the device, and send them."""
-        handle = Handle(self, x, self._d_out, like)
-        top_k = ids.shape[1]
-        if not top_k:
+        io = io_type(x)
+        handle = Handle(self, tokens, self._d_out, io, Like.of(x))
+        if not (tokens and top_k):
+            float32("x", x[:0])
             return handle
-        if len(x):
-            step, rows = sample_rows(x)
-            if element_type(rows) is ElementType.BFLOAT16:
-                rows = from_bfloat16(rows)
-            handle._sample = step, rows, self._planes
-        x = _whole_rows(x)
         config = self._device.config
         most = min(config.max_tokens, config.max_assignments // top_k)
         first = 0
         try:
             with self._device._lock:
-                self._device._handles.add(handle)
-                while first < len(x):
-                    rows = slice(first, min(first + most, len(x)))
+                while first < tokens:
+                    count = min(most, tokens - first)
+                    call = x, ids, weights
+                    if count < tokens:
+                        call = tuple(None if value is None else value[first : first + count]
+                                     for value in call)
                     try:
-                        self._send(handle, opcode, first, x[rows], ids[rows], weights[rows])
+                        if not self._send_beside(handle, first, count, top_k, io, *call):
+                            self._send(handle, first, *call)
                     except OutOfDeviceMemory:
-                        most = (rows.stop - first) // 2
+                        most = count // 2
                         if not most:
                             raise
                     else:
-                        first = rows.stop
+                        first += count
+            if handle._sample is None:
+                step = sampling_step(tokens, io.bytes * self._d_in)
+                handle._sample = step, np.array(elements("x", x[::step])), self._planes
         except BaseException:
             handle._abandon()
             raise
         return handle
 
-    def _send(self, handle: Handle, opcode: Opcode, first: int, x: NDArray[Any],
-              ids: NDArray[np.int32], weights: NDArray[np.float32]) -> None:
-        """Send one command of a call, and note it in the handle."""
-        device = self._device
+    def _kept(self) -> tuple[Allocation, Allocation]:
+        """Return what a command needs alive, whatever happens to handle and layer."""
         images = self._images
         if images is None:
             raise DeviceClosed("layer must not be used after it was closed; load it again")
-        tokens, top_k = ids.shape
-        inputs = [x, ids, weights] if opcode is Opcode.EXPERTS else [x]
+        return images, self._descriptor
+
+    def _send_beside(self, handle: Handle, first: int, tokens: int, top_k: int, io: ElementType,
+                     x: Tensor, ids: Tensor | None, weights: Tensor | None) -> bool:
+        """Send a command beside the rings and note it in the handle; False where none is free."""
+        rings = self._device._room(self._name)
+        shape = self._layouts.shape(tokens, top_k, io)
+        side = rings.side(shape)
+        if side is None:
+            rings.take()  # what completed meanwhile makes room
+            if (side := rings.side(shape)) is None:
+                return False
+        staged = shape.staged.get(side) or self._layouts.staged(
+            shape, side, tokens, top_k, io, rings.staging, rings.workspace)
+        staged.put(x, ids, weights)
+        if handle._shape[0] == tokens:
+            handle._sample = shape.step, staged.x[:: shape.step].copy(), self._planes
+        command = Command(self._name, self._kept(), first_token=first)
+        handle._parts.append(_Part(command, staged.place.reply.address, first, tokens))
+        rings.submit_beside(staged.place, command)
+        return True
+
+    def _send(self, handle: Handle, first: int, x: Tensor, ids: Tensor | None,
+              weights: Tensor | None) -> None:
+        """Send a command in buffers of its own, and note it in the handle."""
+        device = self._device
+        kept = self._kept()
+        inputs: list[NDArray[Any]] = [_whole_rows(elements("x", x))]
+        tokens, top_k = len(inputs[0]), 1
+        if ids is not None and weights is not None:
+            inputs += [indices("ids", ids, self._num_experts), float32("weights", weights)]
+            top_k = inputs[1].shape[1]
+        io = element_type(inputs[0])
         y_elements = tokens * whole_blocks(self._d_out)
-        sizes = [array.nbytes for array in inputs] + [x.itemsize * y_elements, 8 * y_elements]
-        offsets = list(_offsets(sizes))
+        at = offsets([*(array.nbytes for array in inputs), io.bytes * y_elements, 8 * y_elements])
         device._take()  # what completed meanwhile gives its buffers back
-        buffers = device.memory.allocate(offsets[-1] + sizes[-1], top=True)
-        # The command keeps buffers and weights alive, whatever happens to handle and layer.
-        command = Command(opcode.name, (images, self._descriptor), buffers=buffers,
-                          first_token=first)
+        device._handles.add(handle)
+        buffers = device.memory.allocate(at[-1], top=True)
+        command = Command(self._name, kept, buffers=buffers, first_token=first)
         try:
-            data = np.zeros(offsets[len(inputs)], np.uint8)
-            for array, offset in zip(inputs, offsets, strict=False):
+            data = np.zeros(at[len(inputs)], np.uint8)
+            for array, offset in zip(inputs, at, strict=False):
                 data[offset : offset + array.nbytes] = array.reshape(-1).view(np.uint8)
             base = buffers.address
             device.transport.memory_write(base, data)
-            io = element_type(x)
-            fields = {"opcode": int(opcode), "tokens": tokens, "top_k": top_k,
+            fields = {"opcode": int(self._opcode), "tokens": tokens, "top_k": top_k,
                       "x_type": io, "y_type": io,
                       "layer_address": self._descriptor.address, "x_address": base,
-                      "y_address": base + offsets[-2], "workspace_address": base + offsets[-1]}
-            if opcode is Opcode.EXPERTS:
-                fields |= {"ids_address": base + offsets[1], "weights_address": base + offsets[2]}
+                      "y_address": base + at[-3], "workspace_address": base + at[-2]}
+            if len(inputs) > 1:
+                fields |= {"ids_address": base + at[1], "weights_address": base + at[2]}
             device.submit(fields, command)
             handle._parts.append(_Part(command, fields["y_address"], first, tokens))
         except BaseException:
@@ -374,14 +453,6 @@ class _Layer(Bound):
             if command not in device.in_flight:
                 buffers.free()
             raise
-
-
-def _offsets(sizes: list[int]) -> Iterator[int]:
-    """Yield the aligned offset of each buffer when they follow one another."""
-    offset = 0
-    for size in sizes:
-        yield offset
-        offset += -(-size // COMMAND_ALIGNMENT) * COMMAND_ALIGNMENT
 
 
 def _whole_rows(x: NDArray[Any]) -> NDArray[Any]:
@@ -399,22 +470,32 @@ class Experts(_Layer):
 
     ``y[t] = sum over k of weights[t, k] * expert[ids[t, k]](x[t])``, plus that of all shared
     experts, which have the last entries of the table: every token has a pair with each, of weight
-    1. That is 8 bytes more a token and expert, and the device knows no difference.
+    1. That is 8 bytes more a token and expert, and the device knows no difference. Identity experts
+    follow those that ids name, and are one entry behind all, a matrix.
     """
 
     def __init__(self, device: Device, shapes: Sequence[ExpertShape], images: Allocation,
                  descriptor: Allocation, planes: int, grid_exponent: int,
-                 report: WeightReport, shared: int = 0) -> None:
+                 report: WeightReport, shared: int = 0, row_blocks: int = 1, identity: int = 0
+                 ) -> None:
         d_model = shapes[0].d_model
         super().__init__(device, images, descriptor, d_in=d_model, d_out=d_model, planes=planes,
-                         grid_exponent=grid_exponent, report=report)
+                         grid_exponent=grid_exponent, report=report, opcode=Opcode.EXPERTS,
+                         num_experts=len(shapes) + (identity > 0))
         routed = len(shapes) - shared
         self._shapes, self._shared_shapes = tuple(shapes[:routed]), tuple(shapes[routed:])
+        self._row_blocks, self._identity = row_blocks, identity
 
     @property
     def shapes(self) -> tuple[ExpertShape, ...]:
-        """Formats, dimensions and activation of each expert; the dimensions are the caller's."""
+        """Formats, dimensions and activation of each expert, or of each of its blocks; the
+        dimensions are the caller's."""
         return self._shapes
+
+    @property
+    def row_blocks(self) -> int:
+        """Blocks of each expert's hidden rows, of which a call may take the leading ones."""
+        return self._row_blocks
 
     @property
     def shared_shapes(self) -> tuple[ExpertShape, ...]:
@@ -438,14 +519,21 @@ class Experts(_Layer):
 
     @property
     def num_experts(self) -> int:
-        """Number of experts, without the shared ones."""
-        return len(self._shapes)
+        """Number of experts, without shared and identity ones."""
+        return len(self._shapes) // self._row_blocks
 
-    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Any:
+    @property
+    def num_identity(self) -> int:
+        """Number of identity experts: ids from :attr:`num_experts` on."""
+        return self._identity
+
+    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor, *,
+                 leading_blocks: int | None = None) -> Any:
         """Return y, (T, H); see :meth:`submit` and :meth:`sync`."""
-        return self._call(self.submit(x, ids, weights))
+        return self._call(self.submit(x, ids, weights, leading_blocks=leading_blocks))
 
-    def submit(self, x: Tensor, ids: Tensor, weights: Tensor) -> Handle:
+    def submit(self, x: Tensor, ids: Tensor, weights: Tensor, *,
+               leading_blocks: int | None = None) -> Handle:
         """Send a call to the device and return a handle for :meth:`sync`.
 
         The call is cut into as many commands as the device's limits on tokens and assignments, and
@@ -457,35 +545,57 @@ class Experts(_Layer):
             Any T, also 0. A torch tensor in bfloat16 goes to the device as it is, and y comes back
             so, rounded once; all else goes and comes as float32.
         ids : integer tensor, (T, K)
-            Experts of each token, at most 16 with the shared ones; those below 0 or from E on are
-            skipped.
+            Experts of each token, at most 16 with the shared ones; those below 0, or from E on and
+            beyond the identity experts, are skipped.
         weights : float tensor, (T, K)
+        leading_blocks : :class:`int`, optional
+            So many of each expert's ``row_blocks``, the first ones, all when left out: as if the
+            rest of h were 0. K times that is at most 16.
 
         Raises
         ------
-        InvalidTensor, LimitExceeded
+        InvalidTensor, InvalidOption, LimitExceeded
             Before anything is sent.
         OutOfDeviceMemory
             If not even the buffers of one token fit.
         """
+        blocks = self._row_blocks if leading_blocks is None else leading_blocks
+        if not isinstance(blocks, int) or not 1 <= blocks <= self._row_blocks:
+            raise InvalidOption(f"leading_blocks must be from 1 to the layer's {self._row_blocks} "
+                                f"row_blocks, not {leading_blocks!r}")
         tokens = self._check_x(x)
         shape = shape_of("ids", ids, "T", "K")
         if shape[0] != tokens:
             raise InvalidTensor(f"ids must have the shape (T, K) with T = {tokens}, not {shape}")
         shared = len(self._shared_shapes)
-        if shape[1] + shared > TOP_K_MAX:
+        if shape[1] * blocks + shared > TOP_K_MAX:
+            why = [f"{shared} of {TOP_K_MAX} are shared"] * bool(shared) + [
+                f"each has {blocks} blocks"] * (blocks > 1)
             raise LimitExceeded(
-                f"ids must have at most {TOP_K_MAX - shared} experts for each token, not "
-                f"{shape[1]}" + (f": {shared} of {TOP_K_MAX} are shared" if shared else ""))
+                f"ids must have at most {(TOP_K_MAX - shared) // blocks} experts for each token, "
+                f"not {shape[1]}" + (f": {', '.join(why)}" if why else ""))
         found = shape_of("weights", weights, "T", "K")
         if found != shape:
             raise InvalidTensor(f"weights must have the shape of ids, {shape}, not {found}")
-        pairs, scores = indices("ids", ids, self.num_experts), float32("weights", weights)
+        top_k, routed = shape[1], self.num_experts
+        identity = np.zeros(0, bool)
+        if self._row_blocks > 1 or shared or self._identity:
+            ids = indices("ids", ids, routed + self._identity)
+            identity, weights = ids >= routed, float32("weights", weights)
+        if self._row_blocks > 1:  # a block is an expert of the device
+            pieces = ids.astype(np.int64)[:, :, None] * self._row_blocks + np.arange(blocks)
+            pieces = np.where(((ids < 0) | identity)[:, :, None], -1, pieces)
+            ids = pieces.reshape(tokens, -1).astype(ids.dtype)
+            weights = np.repeat(weights, blocks, axis=1)
+            identity = (identity[:, :, None] & (np.arange(blocks) == 0)).reshape(tokens, -1)
+            top_k *= blocks
+        if self._identity:
+            ids[identity] = len(self._shapes) + shared
         if shared:
-            always = np.arange(shared, dtype=np.int32) + self.num_experts
-            pairs = np.hstack([pairs, np.tile(always, (tokens, 1))])
-            scores = np.hstack([scores, np.ones((tokens, shared), np.float32)])
-        return self._submit(Opcode.EXPERTS, elements("x", x), pairs, scores, Like.of(x))
+            always = np.arange(shared, dtype=np.int32) + len(self._shapes)
+            ids = np.hstack([ids, np.tile(always, (tokens, 1))])
+            weights = np.hstack([weights, np.ones((tokens, shared), np.float32)])
+        return self._submit(x, ids, weights, tokens, top_k + shared)
 
 
 class Linear(_Layer):
@@ -495,7 +605,8 @@ class Linear(_Layer):
                  descriptor: Allocation, planes: int, grid_exponent: int,
                  report: WeightReport) -> None:
         super().__init__(device, images, descriptor, d_in=shape.d_in, d_out=shape.d_out,
-                         planes=planes, grid_exponent=grid_exponent, report=report)
+                         planes=planes, grid_exponent=grid_exponent, report=report,
+                         opcode=Opcode.GEMM, num_experts=1)
         self._shape = shape
 
     @property
@@ -523,5 +634,4 @@ class Linear(_Layer):
             If not even the buffers of one token fit.
         """
         tokens = self._check_x(x)
-        ids = np.zeros((tokens, 1), np.int32)
-        return self._submit(Opcode.GEMM, elements("x", x), ids, ids.astype(np.float32), Like.of(x))
+        return self._submit(x, None, None, tokens, 1)

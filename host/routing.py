@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from moeaccel.config import PRESETS, AcceleratorConfig
 from moeaccel.formats import whole_blocks
 from moeaccel.host.errors import (
+    CommandFailed,
     GridOverflow,
     InvalidTensor,
     LimitExceeded,
@@ -28,21 +29,26 @@ from moeaccel.router.settings import SELECTION_BIAS_MAX, RouterError, RouterSett
 if TYPE_CHECKING:
     from moeaccel.host.device import Device
 
-__all__ = ["Router", "check_router", "route"]
+__all__ = ["Router", "check_router", "named", "route"]
 
 
 class Router:
-    """A router: settings, and what is added to logits and keys.
+    """A router: its matrix, settings, and what is added to logits and keys.
 
     Parameters
     ----------
+    weight : float tensor, (E, H), optional
+        For :meth:`moeaccel.host.Device.load_moe`; :meth:`moeaccel.host.Device.route` is given
+        logits.
     bias : float tensor, (E,), optional
         Added to the logits.
     selection_bias : float tensor, (E,), optional
         Added to the scores, or with ``bias_logits`` to the logits, for selection only; within 128
         of 0.
-    experts, top_k : :class:`int`
-        E and k.
+    experts : :class:`int`, optional
+        E, without a weight.
+    top_k : :class:`int`
+        k.
     **settings
         Of :class:`moeaccel.router.settings.RouterSettings`: ``score``, ``renormalize``, ``scale``,
         ``groups``, ``keep_groups``, ``group_score``, ``epsilon``, ``bias_logits``, ...
@@ -53,8 +59,17 @@ class Router:
         If a setting or a table does not fit; see there.
     """
 
-    def __init__(self, *, experts: int, top_k: int, bias: Tensor | None = None,
-                 selection_bias: Tensor | None = None, **settings: Any) -> None:
+    def __init__(self, weight: Tensor | None = None, *, top_k: int, experts: int | None = None,
+                 bias: Tensor | None = None, selection_bias: Tensor | None = None,
+                 **settings: Any) -> None:
+        if weight is not None:
+            rows = shape_of("weight", weight, "E", "H")[0]
+            if experts not in (None, rows):
+                raise RouterError(f"experts must be {rows}, the rows of weight, not {experts!r}")
+            experts = rows
+        if experts is None:
+            raise RouterError("experts must be given where there is no weight")
+        self.weight = weight
         try:
             self.settings = RouterSettings(experts=experts, top_k=top_k, **settings)
         except TypeError as error:
@@ -164,6 +179,16 @@ def route(device: Device, router: Router, logits: Tensor, *, resident: Tensor | 
     return places, like(weights)
 
 
+def named(error: CommandFailed, command: Command) -> CommandFailed:
+    """Return the error of a command: what overflows in ROUTE are logits."""
+    if not isinstance(error, GridOverflow) or command.name != Opcode.ROUTE.name:
+        return error
+    return LogitOverflow(
+        f"logits must be below 2048 in magnitude, but {error.overflows} were not, and counted as "
+        "that; scale the router's weights, or clamp its logits",
+        status=error.status, detail=error.detail, address=error.address)
+
+
 def _send(device: Device, settings: RouterSettings, biased: bool, words: NDArray[np.int32],
           rows: NDArray[np.float32], ids: NDArray[np.int32], weights: NDArray[np.float32],
           first: int) -> int:
@@ -187,14 +212,8 @@ def _send(device: Device, settings: RouterSettings, biased: bool, words: NDArray
             "layer_address": base, "x_address": base + offsets[-3],
             "ids_address": base + offsets[-2], "weights_address": base + offsets[-1]}, command)
         done = device.wait(command)
-        error = command.error()
-        if isinstance(error, GridOverflow):
-            raise LogitOverflow(
-                f"logits must be below 2048 in magnitude, but {error.overflows} were not; they "
-                "counted as that; scale the router's weights, or clamp its logits",
-                status=error.status, detail=error.detail, address=error.address) from None
-        if error is not None:
-            raise error
+        if error := command.error():
+            raise named(error, command)
         raw = device.transport.memory_read(base + offsets[-2], end - offsets[-2])
         ids[:] = raw[: ids.nbytes].view("<i4").reshape(ids.shape)
         start = offsets[-1] - offsets[-2]

@@ -19,8 +19,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moeaccel.config import AcceleratorConfig
 from moeaccel.formats import (
+    BLOCK,
     PRUNINGS,
+    QuantisedMatrix,
     WeightFormat,
     check_matrix,
     prune as pruned,
@@ -35,7 +38,7 @@ from moeaccel.grid import (
     squares,
 )
 from moeaccel.host.calibration import calibrated
-from moeaccel.host.errors import InvalidOption, InvalidTensor, UploadError
+from moeaccel.host.errors import InvalidOption, InvalidTensor, LimitExceeded, UploadError
 from moeaccel.host.layers import Experts, Linear
 from moeaccel.host.limits import check_layer
 from moeaccel.host.memory import PAGE, Allocation
@@ -59,7 +62,7 @@ if TYPE_CHECKING:
     from moeaccel.host.device import Device
 
 __all__ = ["Format", "Formats", "Progress", "Shared", "Stack", "load_experts", "load_linear",
-           "load_quantised"]
+           "load_quantised", "load_router_weight"]
 
 logger = logging.getLogger(__name__)
 
@@ -106,9 +109,10 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
                  limit: float | None, weight_format: Formats, activation_bits: int,
                  grid_exponent: int | None, x_rms: float, progress: Progress | None,
                  quantiser: str, calibration: tuple[Tensor, Tensor] | None,
-                 prune: str | None,
+                 prune: str | None, row_blocks: int = 1,
                  gate_up_bias: Stack | None = None, down_bias: Stack | None = None,
-                 shared: Shared | None = None, shared_format: Format | None = None) -> Experts:
+                 shared: Shared | None = None, shared_format: Format | None = None,
+                 identity: int = 0) -> Experts:
     """Quantise the experts of one layer and put them into a device's memory."""
     experts, rows, d_model = _stack_shape("gate_up", gate_up, "2 I", "H")
     shape = _stack_shape("down", down, "H", "I")
@@ -121,6 +125,16 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
             f"are {'gated unless gated=False' if gated else 'not gated'}")
     formats = _formats(weight_format, experts)
     _check_prune(prune)
+    if row_blocks != 1:
+        if (not isinstance(row_blocks, int) or row_blocks < 1 or d_expert % row_blocks
+                or calibration is not None or gate_up_bias is not None or down_bias is not None):
+            raise InvalidOption(f"row_blocks must divide I = {d_expert}, and be 1 with a "
+                                f"calibration or biases, not {row_blocks!r}")
+        gate_up, down = (_RowBlocks(name, stack, row_blocks, gated) for name, stack in
+                         (("gate_up", gate_up), ("down", down)))
+        formats = [fmt for fmt in formats for _ in range(row_blocks)]
+        experts, rows, d_expert = len(formats), rows // row_blocks, d_expert // row_blocks
+        shape = experts, d_model, d_expert
     array = device.config.row_multipliers, device.config.channels
     biases = (_Biases("gate_up_bias", gate_up_bias, experts, rows),
               _Biases("down_bias", down_bias, experts, d_model))
@@ -163,7 +177,7 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
     return _load_experts(
         device, quantised(), [*(shapes[fmt] for fmt in formats), *extra],
         activation_bits=activation_bits, grid_exponent=grid_exponent, x_rms=x_rms,
-        progress=progress, shared=len(extra))
+        progress=progress, shared=len(extra), row_blocks=row_blocks, identity=identity)
 
 
 def _shared_format(given: Format | None, weight_format: Formats) -> WeightFormat:
@@ -224,9 +238,29 @@ class _Biases:
         return values
 
 
+class _RowBlocks(Sequence[Tensor]):
+    """The matrices of experts, each cut along its hidden rows into ``blocks``, one at a time."""
+
+    def __init__(self, name: str, stack: Stack, blocks: int, gated: bool) -> None:
+        self._name, self._stack, self._blocks = name, stack, blocks
+        self._parts = 2 if gated else 1
+
+    def __len__(self) -> int:
+        return len(self._stack) * self._blocks
+
+    def __getitem__(self, index: Any) -> Any:
+        expert, block = divmod(index, self._blocks)
+        matrix = float32(self._name, self._stack[expert])
+        if self._name == "down":
+            return np.split(matrix, self._blocks, axis=1)[block]
+        each = matrix.reshape(self._parts, self._blocks, -1, matrix.shape[1])
+        return each[:, block].reshape(-1, matrix.shape[1])
+
+
 def load_quantised(device: Device, experts: Sequence[Expert], *, activation: str | None,
                    activation_bits: int, grid_exponent: int | None, x_rms: float,
-                   progress: Progress | None, shared: Sequence[Expert] = ()) -> Experts:
+                   progress: Progress | None, shared: Sequence[Expert] = (), identity: int = 0
+                   ) -> Experts:
     """Put experts that are quantised already into a device's memory."""
     if not len(experts):
         raise InvalidTensor("experts must be at least one, not none")
@@ -252,7 +286,7 @@ def load_quantised(device: Device, experts: Sequence[Expert], *, activation: str
 
     return _load_experts(
         device, measured(), shapes, activation_bits=activation_bits, grid_exponent=grid_exponent,
-        x_rms=x_rms, progress=progress, shared=len(shared))
+        x_rms=x_rms, progress=progress, shared=len(shared), identity=identity)
 
 
 def _checked_shape(device: Device, e: int, expert: Expert, activation: str | None) -> ExpertShape:
@@ -302,13 +336,57 @@ def load_linear(device: Device, weight: Tensor, *, weight_format: str, activatio
     return Linear(device, shape, images, descriptor, planes, grid_exponent, _report(errors))
 
 
+def load_router_weight(device: Device, weight: Tensor, *, grid_exponent: int) -> Linear:
+    """Put a router's matrix, (E, H), into a device's memory as two of 8 bits.
+
+    They are a layer's experts 0 and 1; what a token's logits are is the sum of both. The second
+    holds what the first leaves, so that together they have 15 bits or more of each block's largest.
+
+    Raises
+    ------
+    LimitExceeded
+        If the device has no 8-bit format, or not room for so many experts or elements of x.
+    """
+    config = device.config
+    experts, d_model = shape_of("weight", weight, "E", "H")
+    fmt = next((f for f in config.weight_formats if f.weight_bits == 8 and f.parts == 1), None)
+    if fmt is None:
+        raise LimitExceeded(f"formats must have one of 8 bits for a router's weights in config "
+                            f"{config.name!r}, not {', '.join(config.formats)}")
+    shape = LinearShape(fmt, experts, d_model, config.row_multipliers, config.channels)
+    check_layer(config, [shape, shape])
+    values = float32("weight", weight)
+    high = quantise(values, fmt)
+    rest = values - high.dequantise().astype(np.float32)
+    low = quantise(rest, fmt)
+    found = replace(squares(high), error=squares(low, rest).error)
+    errors = WeightErrors(fmt.name)
+    errors.add(0, {"weight": found}, groups=high.shift.size, coarsened=high.coarsened)
+    images, addresses = _allocate(device, [shape, shape])
+    with _freed_on_error(images):
+        for plane, matrix in enumerate((high, low)):
+            parts = [build_linear_image(matrix, config.row_multipliers, channel=channel,
+                                        channels=config.channels)
+                     for channel in range(config.channels)]
+            _upload(device, addresses[plane], parts, f"plane {plane} of the router")
+        descriptor = _describe(device, 2, grid_exponent, [shape, shape], addresses)
+    return Linear(device, shape, images, descriptor, 2, grid_exponent, _report(errors))
+
+
 def _load_experts(device: Device, experts: Iterable[_Measured], shapes: Sequence[ExpertShape], *,
                   activation_bits: int, grid_exponent: int | None, x_rms: float,
-                  progress: Progress | None, shared: int = 0) -> Experts:
+                  progress: Progress | None, shared: int = 0, row_blocks: int = 1,
+                  identity: int = 0) -> Experts:
     planes = _check_options(activation_bits, grid_exponent, x_rms)
     config = device.config
-    check_layer(config, shapes)
-    images, addresses = _allocate(device, shapes)
+    if not isinstance(identity, int) or identity < 0:
+        raise InvalidOption(f"identity must be a number of experts, 0 or more, not {identity!r}")
+    one = _identity(config, shapes[0].d_model) if identity else None
+    entries = [*shapes, *(
+        [] if one is None else [LinearShape(one.format, *one.integers.shape, config.row_multipliers,
+                                            config.channels)])]
+    check_layer(config, entries)
+    images, addresses = _allocate(device, entries)
     with _freed_on_error(images):
         errors = WeightErrors(", ".join(dict.fromkeys(
             section.format.name for shape in shapes for section in shape.sections)))
@@ -328,12 +406,31 @@ def _load_experts(device: Device, experts: Iterable[_Measured], shapes: Sequence
                        coarsened=expert.gate_up.coarsened + expert.down.coarsened)
             if progress is not None:
                 progress(e + 1, len(shapes))
+        if one is not None:
+            _upload(device, addresses[-1], [
+                build_linear_image(one, config.row_multipliers, channel=channel,
+                                   channels=config.channels)
+                for channel in range(config.channels)], "the identity")
         # The grid is that of all experts: only now are they all seen.
         if grid_exponent is None:
             grid_exponent = choose_grid(outputs)
-        descriptor = _describe(device, planes, grid_exponent, shapes, addresses)
-    return Experts(
-        device, shapes, images, descriptor, planes, grid_exponent, _report(errors), shared)
+        descriptor = _describe(device, planes, grid_exponent, entries, addresses)
+    return Experts(device, shapes, images, descriptor, planes, grid_exponent, _report(errors),
+                   shared, row_blocks, identity)
+
+
+def _identity(config: AcceleratorConfig, d_model: int) -> QuantisedMatrix:
+    """Return the identity in the shortest format of the hardware that holds it exactly: its
+    products are x as the device has quantised it."""
+    small = np.eye(BLOCK, dtype=np.float32)
+    holding = [fmt for fmt in config.weight_formats if fmt.parts == 1 and np.array_equal(
+        quantise(small, fmt, quantiser="amax").dequantise(), small)]
+    if not holding:
+        raise InvalidOption(
+            f"identity must be 0 in config {config.name!r}, none of whose formats, "
+            f"{', '.join(config.formats)}, holds 1 exactly; take one with mxint8 or mxfp4")
+    fmt = min(holding, key=lambda fmt: fmt.bits_per_weight())
+    return quantise(np.eye(d_model, dtype=np.float32), fmt, quantiser="amax")
 
 
 def _report(errors: WeightErrors) -> WeightReport:

@@ -89,6 +89,12 @@ class AcceleratorConfig:
     bias : :class:`bool`
         Rows may have biases: an adder behind each channel's normaliser. Rows without them take no
         cycle more, with it or without.
+    results_per_cycle : :class:`int`
+        Outputs of an array that are rounded in a cycle, 1 or 2: with few blocks along K an array
+        makes more than one.
+    hidden_banks : :class:`int`
+        Banks of h, 1 or 2, at most ``y_banks``: with two, the first section of the next pass runs
+        while h of this one is quantised.
 
     Raises
     ------
@@ -116,6 +122,8 @@ class AcceleratorConfig:
     router_top_k: int = TOP_K_MAX
     y_banks: int = 1
     bias: bool = True
+    results_per_cycle: int = 1
+    hidden_banks: int = 1
 
     def __post_init__(self) -> None:
         for name in ("formats", "activations", "router"):
@@ -145,6 +153,10 @@ class AcceleratorConfig:
         power("max_assignments", TOP_K_MAX, 1 << 17)
         power("quantiser_lanes", 1, self.port_bytes // 2)
         power("y_banks", 1, 2)
+        power("results_per_cycle", 1, 2)
+        power("hidden_banks", 1, 2)
+        require("hidden_banks", self.hidden_banks <= self.y_banks,
+                f"at most y_banks = {self.y_banks!r}")
         power("read_ahead_beats", 2 * self.max_burst_beats, 1 << 16)
         require(
             "max_dim",
@@ -235,7 +247,12 @@ class AcceleratorConfig:
     @property
     def slot_banks(self) -> int:
         """Slot tables: passes that are prepared, computed or leave at the same time."""
-        return 2 * self.y_banks
+        return 2 * max(self.y_banks, self.hidden_banks)
+
+    @property
+    def result_places(self) -> int:
+        """Results of an array that may be under way or waiting behind it."""
+        return 4 * max(self.results_per_cycle, self.hidden_banks)
 
     @property
     def max_burst_beats(self) -> int:
@@ -431,6 +448,9 @@ PRESETS: dict[str, AcceleratorConfig] = {
     )
 }
 """Named configurations, smallest first."""
+
+PRESETS["wide512-sparse"] = PRESETS["wide512"].replace(
+    name="wide512-sparse", formats=tuple(ALL_FORMATS))
 
 
 def preset(name: str | AcceleratorConfig) -> AcceleratorConfig:

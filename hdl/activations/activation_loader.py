@@ -228,7 +228,6 @@ class ActivationLoader(wiring.Component):
         keys, wrong = [], []
         for i in range(per_beat):
             word = self.reader.data.word_select(i, 32)
-            pair = []
             for half_word in range(2):
                 field = word[16 * half_word + 7: 16 * half_word + 15]
                 fraction = Cat(C(0, 16), word[16 * half_word: 16 * half_word + 7])
@@ -245,9 +244,8 @@ class ActivationLoader(wiring.Component):
                         value.exponent.eq(field),
                         value.raised.eq(fraction >= RAISE_THRESHOLD - (1 << 23)),
                     ]
-                pair.append(value.as_value())
+                keys.append(value.as_value())
                 wrong.append(bad)
-            keys.append(Mux(pair[1] > pair[0], pair[1], pair[0]))
         place = data.StructLayout({
             "half": 1, "step": step_bits, "first": 1, "end": 1, "row_first": 1, "row_end": 1})
         at = Signal(place)

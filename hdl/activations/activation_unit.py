@@ -69,14 +69,22 @@ class ActivationUnit(wiring.Component):
     the only one; one element per cycle in, one every two cycles out, or in each, never a stall.
     Reset forgets what is under way.
 
+    With two results per cycle there are two units, one for even rows and one for odd ones. Gate and
+    up come at once, the gate to the first unit, which has the up by ``i_up``; the other unit works
+    only where rows are not paired.
+
     Parameters
     ----------
     config : :class:`AcceleratorConfig`
     family : :class:`str`
         FPGA family of the multipliers.
+    part : :class:`int`
+        Less than ``config.results_per_cycle``.
 
     Members
     -------
+    i_up : :py:`In(layouts.internal_float())`
+        Of the first of two units: what is beside the element.
     i_element : :py:`In(stream.Signature(layouts.result_element(config), always_ready=True))`
         ``combine`` elements are ignored.
     i_form : :py:`In(layouts.hidden_form(config))`
@@ -88,14 +96,20 @@ class ActivationUnit(wiring.Component):
 
     LATENCY_CYCLES = 10 + 3 * (Multiplier.LATENCY_CYCLES + 3)
 
-    def __init__(self, config, family="generic"):
+    def __init__(self, config, family="generic", part=0):
         if not isinstance(config, AcceleratorConfig):
             raise TypeError(f"config must be an AcceleratorConfig, not {config!r}")
         if family not in FAMILIES:
             raise ValueError(f"family must be one of {', '.join(FAMILIES)}, not {family!r}")
+        if not isinstance(part, int) or not 0 <= part < config.results_per_cycle:
+            raise ValueError(
+                f"part must be less than {config.results_per_cycle}, not {part!r}")
         self._config = config
         self._family = family
+        self._part = part
+        at_once = config.results_per_cycle > 1 and part == 0
         super().__init__({
+            **({"i_up": In(layouts.internal_float())} if at_once else {}),
             "i_element": In(stream.Signature(
                 layouts.result_element(config), always_ready=True)),
             "i_form": In(layouts.hidden_form(config)),
@@ -123,22 +137,30 @@ class ActivationUnit(wiring.Component):
         # -- pairs ---------------------------------------------------------------------------------
         arrives = self.i_element.valid & ~element.combine
         held = Signal(layouts.internal_float(), reset_less=True)
-        with m.If(arrives & ~element.row[0]):
-            m.d.sync += held.eq(element.value)
+        if config.results_per_cycle == 1:
+            with m.If(arrives & ~element.row[0]):
+                m.d.sync += held.eq(element.value)
         meta = Signal(data.StructLayout({
-            "slot": layouts.slot_bits(config), "index": layouts.row_bits(config) - 1, "last": 1}))
+            "slot": layouts.slot_bits(config), "index": layouts.row_bits(config) - 1, "last": 1,
+            "bank": layouts.hidden_bank_bits(config)}))
         m.d.comb += [
             meta.slot.eq(element.slot),
             meta.index.eq(Mux(form.paired, element.row >> 1, element.row)),
             meta.last.eq(element.last),
+            meta.bank.eq(element.slot_bank),
         ]
         gate, up = (Signal(layouts.internal_float(), name=name) for name in ("gate_in", "up_in"))
+        at_once = config.results_per_cycle > 1
         with m.If(form.paired):
-            m.d.comb += [gate.eq(held), up.eq(element.value)]
+            if at_once:
+                m.d.comb += [gate.eq(element.value), up.eq(self.i_up if not self._part else 0)]
+            else:
+                m.d.comb += [gate.eq(held), up.eq(element.value)]
         with m.Else():  # up is 1
             m.d.comb += [gate.eq(element.value), up.mantissa.eq(1 << MANTISSA_BITS - 1),
                          up.exponent.eq(1 - MANTISSA_BITS)]
-        p = Pipeline(m, arrives & (element.row[0] | ~form.paired), "position")
+        complete = (C(1) if not self._part else C(0)) if at_once else element.row[0]
+        p = Pipeline(m, arrives & (complete | ~form.paired), "position")
         s = p.stage(gate=_magnitude(m, gate, "gate"), up=_magnitude(m, up, "up"), meta=meta)
 
         # -- 2, 3: no more than the limit, whose significand is made as long as a mantissa ---------
@@ -312,6 +334,7 @@ class ActivationUnit(wiring.Component):
             self.o_element.payload.slot.eq(s.meta.slot),
             self.o_element.payload.index.eq(s.meta.index),
             self.o_element.payload.last.eq(s.meta.last),
+            self.o_element.payload.bank.eq(s.meta.bank),
             self.o_element.payload.value.magnitude.eq(s.magnitude),
             self.o_element.payload.value.sign.eq(s.sign),
             self.o_element.payload.value.exponent.eq(s.exponent),

@@ -24,7 +24,7 @@ class ResultSerialiser(wiring.Component):
 
     ::
 
-        i_sums -> [FIFO, 4] -> choose -> 256 hi + lo -> magnitude -> [Normaliser] -+--> o_element
+        i_sums -> [FIFO] ----> choose -> 256 hi + lo -> magnitude -> [Normaliser] -+--> o_element
         i_row_exponents --------------------> + <- base exponent of the slot       |      ^
         i_row_biases ------------------------------------------------------> [FloatAdder]-+
 
@@ -34,6 +34,10 @@ class ResultSerialiser(wiring.Component):
     ...; rows are the R of the array but for those that the tile has not (``tag.missing``: a row is
     the last one when ``row ^ missing`` is all ones); slots those of the tag. The sum of row r is
     entry ``sum_of_row * T + lane`` (:func:`moeaccel.hdl.layouts.sum_of_row`).
+
+    With several results per cycle there is a serialiser for each of as many consecutive rows: part
+    p of n has rows p, n + p, ..., their sums in this order, and runs in step with the others. Of an
+    odd number of rows the last part has one less, and emits nothing in its place.
 
     A result cannot be refused; ``o_free`` says how many more there is room for, and the Sequencer
     counts those that are still in the array against it. Element outputs cannot be refused either:
@@ -47,17 +51,19 @@ class ResultSerialiser(wiring.Component):
     Parameters
     ----------
     config : :class:`AcceleratorConfig`
+    part : :class:`int`
+        Less than ``config.results_per_cycle``.
 
     Members
     -------
     i_valid : :py:`In(1)`
     i_sums : :py:`In(ArrayLayout(signed(config.accumulator_bits), rows * token_lanes))`
     i_tag : :py:`In(layouts.result_tag(config))`
-    o_free : :py:`Out(range(FIFO_DEPTH + 1))`
+    o_free : :py:`Out(range(config.result_places + 1))`
         Results that may still arrive; counts one that arrives from the next cycle on.
-    i_row_exponents : :py:`In(stream.Signature(ArrayLayout(signed(16), config.rows)))`
+    i_row_exponents : :py:`In(stream.Signature(ArrayLayout(signed(16), rows)))`
         One for each tile; taken with the last element of the tile's last group.
-    i_row_biases : :py:`In(ArrayLayout(16, config.rows))`
+    i_row_biases : :py:`In(ArrayLayout(16, rows))`
         Of a configuration with biases: bfloat16 numbers, beside ``i_row_exponents``.
     base_address : :py:`Out(layouts.base_address(config))`
     base_data : :py:`In(signed(12))`
@@ -67,23 +73,26 @@ class ResultSerialiser(wiring.Component):
         section.
     """
 
-    FIFO_DEPTH = 4
-
-    def __init__(self, config):
+    def __init__(self, config, part=0):
         if not isinstance(config, AcceleratorConfig):
             raise TypeError(f"config must be an AcceleratorConfig, not {config!r}")
+        if not isinstance(part, int) or not 0 <= part < config.results_per_cycle:
+            raise ValueError(
+                f"part must be less than {config.results_per_cycle}, not {part!r}")
         self._config = config
-        entries = config.rows * config.token_lanes
+        self._part = part
+        self._rows = config.rows // config.results_per_cycle
+        entries = self._rows * config.token_lanes
         self._normaliser = Normaliser(
             config.joined_bits - 1, exponent_bits=ROW_EXPONENT_BITS + 2, tag=self._tag())
         super().__init__({
             "i_valid": In(1),
             "i_sums": In(data.ArrayLayout(signed(config.accumulator_bits), entries)),
             "i_tag": In(layouts.result_tag(config)),
-            "o_free": Out(range(self.FIFO_DEPTH + 1)),
+            "o_free": Out(range(config.result_places + 1)),
             "i_row_exponents": In(stream.Signature(
-                data.ArrayLayout(signed(ROW_EXPONENT_BITS), config.rows))),
-            **({"i_row_biases": In(data.ArrayLayout(16, config.rows))} if config.bias else {}),
+                data.ArrayLayout(signed(ROW_EXPONENT_BITS), self._rows))),
+            **({"i_row_biases": In(data.ArrayLayout(16, self._rows))} if config.bias else {}),
             "base_address": Out(layouts.base_address(config)),
             "base_data": In(signed(EXPONENT_BITS)),
             "o_element": Out(stream.Signature(
@@ -114,18 +123,19 @@ class ResultSerialiser(wiring.Component):
         m = Module()
         config = self._config
         m.submodules.normaliser = normaliser = self._normaliser
-        lanes, rows = config.token_lanes, config.rows
+        lanes, rows = config.token_lanes, self._rows
+        parts_log2, places = exact_log2(config.results_per_cycle), config.result_places
         row_bits = exact_log2(rows)
         lane_bits = exact_log2(lanes)
 
         # -- FIFO: one memory for each sum, so that none is wider than a machine word --------------
-        pointer = exact_log2(self.FIFO_DEPTH)
+        pointer = exact_log2(places)
         write_at, read_at = Signal(pointer), Signal(pointer)
-        level = Signal(range(self.FIFO_DEPTH + 1))
+        level = Signal(range(places + 1))
         taken = Signal()
-        m.d.comb += self.o_free.eq(self.FIFO_DEPTH - level)
+        m.d.comb += self.o_free.eq(places - level)
         m.d.sync += [
-            Assert(~self.i_valid | (level != self.FIFO_DEPTH), "a result must have a place"),
+            Assert(~self.i_valid | (level != places), "a result must have a place"),
             write_at.eq(write_at + self.i_valid),
             read_at.eq(read_at + taken),
             level.eq(level + self.i_valid - taken),
@@ -134,7 +144,7 @@ class ResultSerialiser(wiring.Component):
         def queue(name, value, address):
             shape = unsigned(len(Value.cast(value)))
             m.submodules[name] = storage = memory.Memory(
-                shape=shape, depth=self.FIFO_DEPTH, init=[])
+                shape=shape, depth=places, init=[])
             write, read = storage.write_port(), storage.read_port(domain="comb")
             m.d.comb += [
                 write.en.eq(self.i_valid),
@@ -150,7 +160,7 @@ class ResultSerialiser(wiring.Component):
         tag_valid, tag_free = Signal(), Signal()
         after_at = Signal(pointer)
         after_valid = Signal()
-        waiting = Signal(self.FIFO_DEPTH - 1)  # behind the first: a 1 for each, from bit 0 on
+        waiting = Signal(places - 1)  # behind the first: a 1 for each, from bit 0 on
         m.d.comb += [
             tag_free.eq(~tag_valid | taken),
             after.eq(Mux(waiting[0], queue("tags", self.i_tag, after_at), self.i_tag)),
@@ -166,6 +176,8 @@ class ResultSerialiser(wiring.Component):
         member = Signal(range(lanes))  # of the group
         valid = Signal()
         last_row, last_member = Signal(), Signal()  # of its member, of the result
+        # Of this part; the parts before it may have one less.
+        missing, missing_after = tag.missing[parts_log2:], after.missing[parts_log2:]
         slot = Signal(layouts.slot_bits(config))
         exponents = self.i_row_exponents
         goes = tag_valid
@@ -187,22 +199,23 @@ class ResultSerialiser(wiring.Component):
                 Cat(member[:lane_bits], tag.group))),
             self.base_address.slot.eq(slot),
             self.base_address.hidden.eq(tag.hidden),
-            self.base_address.bank.eq(tag.x_bank & ~tag.hidden),
+            self.base_address.bank.eq(Mux(
+                tag.hidden, tag.slot_bank[:layouts.hidden_bank_bits(config)], tag.x_bank)),
         ]
         with m.If(valid):
-            m.d.sync += [row.eq(row + 1), last_row.eq(((row + 1)[:row_bits] ^ tag.missing).all())]
+            m.d.sync += [row.eq(row + 1), last_row.eq(((row + 1)[:row_bits] ^ missing).all())]
             with m.If(last_row):
-                m.d.sync += [row.eq(0), last_row.eq(tag.missing.all()),
+                m.d.sync += [row.eq(0), last_row.eq(missing.all()),
                              member.eq(member + 1), last_member.eq(member + 2 == tag.slots)]
         with m.If(tag_free):
             m.d.sync += [tag.eq(after), tag_valid.eq(after_valid),
                          after_at.eq(after_at + after_valid),
-                         row.eq(0), last_row.eq(after.missing.all()),
+                         row.eq(0), last_row.eq(missing_after.all()),
                          member.eq(0), last_member.eq(after.slots == 1)]
         meta = Signal(self._meta())
         m.d.comb += [
             meta.slot.eq(slot),
-            meta.row.eq(tag.row + row),
+            meta.row.eq(tag.row + (row << parts_log2 | self._part)),
             meta.combine.eq(tag.combine),
             meta.last.eq(tag.last & last_row & last_member),
             meta.slot_bank.eq(tag.slot_bank),
@@ -225,13 +238,17 @@ class ResultSerialiser(wiring.Component):
                         m.d.comb += travels.bias.eq(self.i_row_biases[i])
 
         sum_row = Signal(row_bits)
-        with m.Switch(tag.row_order):
-            for number, order in enumerate(layouts.row_orders(config)):
-                with m.Case(number):
-                    m.d.comb += sum_row.eq(layouts.sum_of_row(config, order, row))
+        if parts_log2:
+            m.d.comb += sum_row.eq(row)
+        else:
+            with m.Switch(tag.row_order):
+                for number, order in enumerate(layouts.row_orders(config)):
+                    with m.Case(number):
+                        m.d.comb += sum_row.eq(layouts.sum_of_row(config, order, row))
 
         # -- 1: choose; 2, 3: join planes; 4: magnitude --------------------------------------------
-        p = Pipeline(m, valid)
+        there = valid & ~(last_row & tag.missing[0]) if self._part else valid
+        p = Pipeline(m, there)
         s = p.stage(at=read_at, pair=Cat(pair_of[:lane_bits - 1], sum_row), two=tag.two_planes,
                     second=member[0], row_exponent=row_exponent, tag=travels)
         # A pair of lanes is a token of a16, or two of a8. What comes next to the place of a result

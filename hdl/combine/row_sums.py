@@ -13,7 +13,7 @@ from moeaccel.hdl.array.multiplier import Multiplier
 from moeaccel.hdl.array.normaliser import any_of, shift_right
 from moeaccel.hdl.pipeline import Pipeline
 
-__all__ = ["SUM_BITS", "RowSums", "stripe", "stripe_address", "sums_word"]
+__all__ = ["SUM_BITS", "RowSums", "part_word", "stripe", "stripe_address", "sums_word"]
 
 SUM_BITS = 48
 TERM_LIMIT = 43
@@ -23,8 +23,15 @@ LEFT = 10
 
 
 def sums_word(config: AcceleratorConfig) -> data.ArrayLayout:
-    """Return a word of one core's y buffer."""
-    return data.ArrayLayout(signed(SUM_BITS), max(1, config.quantiser_lanes // config.channels))
+    """Return a word of one core's y buffer: in each cycle as many sums are added as are rounded."""
+    return data.ArrayLayout(signed(SUM_BITS), max(
+        config.results_per_cycle, config.quantiser_lanes // config.channels))
+
+
+def part_word(config: AcceleratorConfig) -> data.ArrayLayout:
+    """Return what one RowSums has of a core's word: of n results per cycle each nth sum."""
+    return data.ArrayLayout(
+        signed(SUM_BITS), sums_word(config).length // config.results_per_cycle)
 
 
 def stripe(config: AcceleratorConfig) -> data.ArrayLayout:
@@ -57,7 +64,8 @@ class RowSums(wiring.Component):
     bank of the buffer belongs to the Combiner, which has the same words of all cores side by side.
     No element of that bank comes or is under way then, for the Sequencer hands it over: to the
     Combiner after ``o_pass_done``, back when the drain is acknowledged, until which no step of down
-    starts whose sums are in it.
+    starts whose sums are in it. With several results per cycle there are as many of these, each
+    with every so manieth row; rows are counted by each for itself.
 
     Latency LATENCY_CYCLES from an element to its place in the buffer; throughput one per cycle.
     Reset forgets everything under way.
@@ -96,7 +104,7 @@ class RowSums(wiring.Component):
             raise TypeError(f"config must be an AcceleratorConfig, not {config!r}")
         self._config = config
         self._family = family
-        word = sums_word(config)
+        word = part_word(config)
         super().__init__({
             "i_grid_exponent": In(signed(8)),
             "i_valid": In(1),
@@ -119,7 +127,7 @@ class RowSums(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         config = self._config
-        lanes = sums_word(config).length
+        lanes = part_word(config).length
         lanes_log2 = exact_log2(lanes)
         address = stripe_address(config)
         # A sum is not needed in the cycle in which it is written. A memory for each lane: that one
@@ -186,7 +194,7 @@ class RowSums(wiring.Component):
             s, overflow=s.overflow, underflow=s.underflow, term=s.term))
         held = []
         for bank, ports in enumerate(banks):
-            word = Signal(sums_word(config), name=f"held{bank}", reset_less=True)
+            word = Signal(part_word(config), name=f"held{bank}", reset_less=True)
             m.d.sync += word.eq(Cat(read.data for _, read in ports))
             held.append(word)
         m.d.comb += self.r_data.eq(held[0])

@@ -45,6 +45,9 @@ class _Wires:
         self.passed = Signal()
         self.x_bank = Signal()
         self.x_bank_free = Signal()
+        self.told = Signal()  # the pass's weights and sections are somebody else's now
+        self.teller_free = Signal()
+        self.no_more = Signal()  # no pass of the command comes any more
 
 
 class Dispatcher(wiring.Component):
@@ -69,6 +72,11 @@ class Dispatcher(wiring.Component):
     over the very same tokens keep x and y on the chip (``same``). A pass is begun when fewer than
     ``slot_banks`` are handed out and not retired, so that nobody reads the bank of the slot table
     that it fills; its x is asked for when nobody needs that of the set of tokens before the last.
+
+    With several banks, sections are announced while slot tables are filled and x is loaded. With
+    two banks of h, passes overlap: the last section of an expert with two is announced, as the
+    Sequencer runs it, behind the first one of the pass after, ahead of a pass with a single one, or
+    when no pass comes any more.
 
     Counting begins when all ids have come, the first slot table when all weights have, and a
     command is done when both have. All else that goes out is a stream.
@@ -98,8 +106,8 @@ class Dispatcher(wiring.Component):
         A token without any expert.
     i_retired : :py:`In(1)`
         Pulse: the oldest pass has left the machine; its slot table may be overwritten.
-    i_x_free : :py:`In(1)`
-        Pulse, once for each pass, in their order: it needs its x no more.
+    i_x_free : :py:`In(range(3))`
+        So many passes need their x no more, in their order; each counts once.
     slot_w_en, slot_w_address, slot_w_data
         Write port of the slot table; address {bank, slot}.
     o_assignments : :py:`Out(1)`
@@ -127,7 +135,7 @@ class Dispatcher(wiring.Component):
                 "o_pass": Out(stream.Signature(pass_descriptor(config))),
                 "o_zero": Out(stream.Signature(layouts.token_bits(config))),
                 "i_retired": In(1),
-                "i_x_free": In(1),
+                "i_x_free": In(range(3)),
                 "slot_w_en": Out(1),
                 "slot_w_address": Out(layouts.slot_address_bits(config)),
                 "slot_w_data": Out(layouts.slot(config)),
@@ -152,6 +160,8 @@ class Dispatcher(wiring.Component):
         self._experts(m, wires)
         self._passes(m, wires)
         self._sequence(m, wires)
+        if self._config.slot_banks > 2:
+            self._announce(m, wires)
         return m
 
     def _job(self, m, w):
@@ -168,7 +178,8 @@ class Dispatcher(wiring.Component):
             w.filler.i_clear.eq(w.accepted),
         ]
         with m.If(w.accepted):
-            m.d.sync += [w.job.eq(self.i_job.payload), w.running.eq(1), self.o_bad.eq(0)]
+            m.d.sync += [w.job.eq(self.i_job.payload), w.running.eq(1), self.o_bad.eq(0),
+                         w.no_more.eq(0)]
 
     def _fetch(self, m, w):
         """Fetch ids, then weights, then entries."""
@@ -238,8 +249,6 @@ class Dispatcher(wiring.Component):
             self.o_assignments.eq(filler.o_assignments),
             self.o_nonfinite.eq(filler.o_nonfinite),
             self.o_nonfinite_token.eq(filler.o_nonfinite_token),
-            self.o_weights.p.address.eq(expert.image_address),
-            self.o_weights.p.words.eq(expert.words),
             self.o_load.p.bank.eq(w.x_bank),
             self.o_load.p.slot_bank.eq(slot_bank),
             self.o_load.p.count.eq(w.slots),
@@ -267,7 +276,11 @@ class Dispatcher(wiring.Component):
                 slot_bank.eq(slot_bank + 1),
             ]
         if config.slot_banks == 2:
-            m.d.comb += w.x_bank_free.eq(1)  # all but one have retired when a pass is begun
+            m.d.comb += [
+                w.x_bank_free.eq(1),  # all but one have retired when a pass is begun
+                self.o_weights.p.address.eq(expert.image_address),
+                self.o_weights.p.words.eq(expert.words),
+            ]
         else:
             # Those that still need their x are the last to be handed out. When the next set of
             # tokens comes, all of them must be of the last one: the other bank is free then.
@@ -319,6 +332,7 @@ class Dispatcher(wiring.Component):
                     m.next = "EXPERT"
             with m.State("EXPERT"):
                 with m.If(w.remaining == 0):
+                    m.d.sync += w.no_more.eq(1)
                     with m.If(w.weights_arrived):  # also if no pair needs them: not in the next job
                         m.d.sync += w.running.eq(0)
                         m.next = "IDLE"
@@ -330,26 +344,36 @@ class Dispatcher(wiring.Component):
                     with m.If(expert.p.bad):
                         m.next = "BAD"
             with m.State("BAD"):
-                m.d.sync += self.o_bad.eq(1)
+                m.d.sync += [self.o_bad.eq(1), w.no_more.eq(1)]
                 with m.If((w.ahead == 0) & w.table.o_quiet):
                     m.d.sync += w.running.eq(0)
                     m.next = "IDLE"
             with m.State("PASS"):  # weights are asked for at once
-                m.d.comb += self.o_weights.valid.eq(w.ahead < config.slot_banks)
                 m.d.sync += w.slots.eq(Mux(w.left > capacity, capacity, w.left))
-                with m.If(self.o_weights.valid & self.o_weights.ready):
-                    m.next = "SECTION_0"
-            for i, section in enumerate(w.expert.work.sections):
-                with m.State(f"SECTION_{i}"):
-                    m.d.comb += [
-                        self.o_section.valid.eq(1), self.o_section.payload.eq(section.dims)]
-                    last = 1 if i == SECTIONS_MAX - 1 else w.expert.work.single
-                    with m.If(self.o_section.ready):
-                        m.d.comb += filler.i_start.eq(last)
-                        m.next = "FILL"
-                        if i < SECTIONS_MAX - 1:
-                            with m.If(~last):
-                                m.next = f"SECTION_{i + 1}"
+                if config.slot_banks > 2:
+                    m.d.comb += w.told.eq(w.teller_free & (w.ahead < config.slot_banks))
+                    with m.If(w.told):
+                        m.next = "TOLD"
+                else:
+                    m.d.comb += self.o_weights.valid.eq(w.ahead < config.slot_banks)
+                    with m.If(self.o_weights.valid & self.o_weights.ready):
+                        m.next = "SECTION_0"
+            if config.slot_banks > 2:
+                with m.State("TOLD"):
+                    m.d.comb += filler.i_start.eq(1)
+                    m.next = "FILL"
+            else:
+                for i, section in enumerate(w.expert.work.sections):
+                    with m.State(f"SECTION_{i}"):
+                        m.d.comb += [
+                            self.o_section.valid.eq(1), self.o_section.payload.eq(section.dims)]
+                        last = 1 if i == SECTIONS_MAX - 1 else w.expert.work.single
+                        with m.If(self.o_section.ready):
+                            m.d.comb += filler.i_start.eq(last)
+                            m.next = "FILL"
+                            if i < SECTIONS_MAX - 1:
+                                with m.If(~last):
+                                    m.next = f"SECTION_{i + 1}"
             with m.State("FILL"):
                 with m.If(filler.o_done):
                     m.next = "PASS_OUT"
@@ -369,6 +393,81 @@ class Dispatcher(wiring.Component):
                 m.next = "PASS"
                 with m.If(w.expert_ends):
                     m.next = "EXPERT"
+
+    def _announce(self, m, w):
+        """Ask for the weights of each pass and announce its sections, while it is prepared.
+
+        With two banks of h a section may be owed, until it is its turn.
+        """
+        overlaps = self._config.hidden_banks > 1
+        expert = Signal(layouts.expert(self._config), reset_less=True)
+        work = expert.work
+        owed = Signal()  # the section behind ``rest``
+        rest = Signal(weight_request(self._config), reset_less=True)
+        rest_dims = Signal(layouts.section(self._config), reset_less=True)
+        second = Signal()  # what is announced is owed
+        pending = Signal()  # there is a pass behind the one that owes it: that of ``expert``
+        m.d.comb += [
+            self.o_weights.p.address.eq(expert.image_address),
+            self.o_weights.p.words.eq(expert.words),
+            self.o_section.payload.eq(work.sections[0].dims),
+        ]
+        if overlaps:
+            m.d.comb += self.o_weights.p.words.eq(
+                Mux(work.single, expert.words, expert.first_words))
+            with m.If(second):
+                m.d.comb += [self.o_weights.payload.eq(rest), self.o_section.payload.eq(rest_dims)]
+
+        def owe():
+            """The second section of this expert comes when it is its turn."""
+            word_log2 = exact_log2(self._config.word_bytes)
+            return [
+                owed.eq(1), rest_dims.eq(work.sections[1].dims),
+                rest.address.eq(expert.image_address + (expert.first_words << word_log2)),
+                rest.words.eq(expert.words - expert.first_words)]
+
+        with m.FSM(name="announce"):
+            with m.State("IDLE"):
+                m.d.comb += w.teller_free.eq(~w.no_more)
+                m.d.sync += [expert.eq(w.expert), second.eq(0), pending.eq(w.told)]
+                with m.If(w.told):
+                    m.next = "WEIGHTS"
+                    with m.If(w.expert.work.single & owed):
+                        m.d.sync += second.eq(1)
+                with m.Elif(w.no_more & owed):
+                    m.d.sync += second.eq(1)
+                    m.next = "WEIGHTS"
+            with m.State("WEIGHTS"):
+                m.d.comb += self.o_weights.valid.eq(1)
+                with m.If(self.o_weights.ready):
+                    m.next = "SECTION"
+            with m.State("SECTION"):
+                m.d.comb += self.o_section.valid.eq(1)
+                with m.If(self.o_section.ready):
+                    m.next = "IDLE"
+                    if overlaps:
+                        m.d.sync += second.eq(0)
+                        with m.If(second):
+                            m.d.sync += owed.eq(0)
+                            with m.If(pending & work.single):  # its only one comes behind this
+                                m.next = "WEIGHTS"
+                            with m.Elif(pending):  # its first one went ahead
+                                m.d.sync += owe()
+                        with m.Elif(~work.single):
+                            with m.If(owed):
+                                m.d.sync += second.eq(1)
+                                m.next = "WEIGHTS"
+                            with m.Else():
+                                m.d.sync += owe()
+                    else:
+                        with m.If(~work.single):
+                            m.next = "SECOND"
+            if not overlaps:
+                with m.State("SECOND"):
+                    m.d.comb += [self.o_section.valid.eq(1),
+                                 self.o_section.payload.eq(work.sections[1].dims)]
+                    with m.If(self.o_section.ready):
+                        m.next = "IDLE"
 
 
 def weight_request(config: AcceleratorConfig) -> data.StructLayout:

@@ -240,6 +240,8 @@ class ExpertTable(wiring.Component):
                     m.next = "COMPARE"
             with m.State("COMPARE"):
                 m.d.sync += total.eq(total + sizes.o_words)
+                with m.If(~second):
+                    m.d.sync += expert.p.first_words.eq(sizes.o_words)
                 for i in range(SECTIONS_MAX):
                     with m.If(second == i):
                         section = work.sections[i]

@@ -44,6 +44,11 @@ class Sequencer(wiring.Component):
     A section has an operand (x or h) and a sink (the activation, or y): what it waits for follows
     from these, and from its shape what it starts.
 
+    With two banks of h, passes overlap. The last section of an expert with two is *owed* while its
+    h is quantised; it follows the first section of the next pass, goes ahead of a pass with a
+    single section, or comes when no pass comes any more. h is begun when the section owed before
+    has been issued, a first section when all elements of h before have come.
+
     Nothing relies on how fast others are. ``i_loaded``, ``i_result`` and ``i_down_done`` are
     counted: loads not yet taken, results under way, passes whose outputs are in the y buffer.
     ``i_drained`` answers what is waited for. Neither it nor ``i_down_done`` comes within the two
@@ -72,13 +77,15 @@ class Sequencer(wiring.Component):
     i_free : results that have a place behind the array
     i_result : pulse, a result has arrived there
     i_loaded : pulse, the x of a set of tokens is in the lane buffer
-    o_hidden_start, i_slots_ready
-        Quantiser of h.
+    o_hidden_start, i_slots_ready, i_hidden_complete
+        Quantiser of h; pulse, the last element of a pass's h has come.
+    o_form : :py:`Out(layouts.hidden_form(config))`
+        Of the pass whose rows of h are computed.
     i_down_done : pulse, the last output of a pass is in the y buffer
     o_drain, i_drained
         Y buffer.
     i_ended : level, no pass comes any more, be it that none was the last one
-    o_x_free : pulse, once for each pass, in their order: it needs its x no more
+    o_x_free : how many passes need their x no more, in their order; counts each once
     o_x_can_wait, o_y_can_wait : levels, there is work that needs neither the x that is being loaded
         nor the sums that leave
     o_retired : pulse, the pass has left the machine; its slot table is free
@@ -102,16 +109,18 @@ class Sequencer(wiring.Component):
                 "o_free": Out(1),
                 "o_step": Out(step(config)),
                 "o_tag": Out(layouts.result_tag(config)),
-                "i_free": In(4),
+                "i_free": In(range(config.result_places + 1)),
                 "i_result": In(1),
                 "i_loaded": In(1),
                 "o_hidden_start": Out(1),
+                "o_form": Out(layouts.hidden_form(config)),
                 "i_slots_ready": In(slots),
+                "i_hidden_complete": In(1),
                 "i_down_done": In(1),
                 "o_drain": Out(stream.Signature(drain_request(config))),
                 "i_drained": In(1),
                 "i_ended": In(1),
-                "o_x_free": Out(1),
+                "o_x_free": Out(range(3)),
                 "o_x_can_wait": Out(1),
                 "o_y_can_wait": Out(1),
                 "o_retired": Out(1),
@@ -130,9 +139,23 @@ class Sequencer(wiring.Component):
         count_shape = range(config.max_slots + 1)
 
         current = Signal(pass_descriptor(config))
-        fresh = Signal()  # the first pass over these tokens: y is stored, not added
         y_bank = Signal(layouts.y_bank_bits(config))  # of the pass
-        m.d.comb += self.o_pass.eq(current)
+        overlaps = config.hidden_banks > 1
+        owed = Signal()  # a section
+        owing = Signal(pass_descriptor(config), reset_less=True)  # the pass that owes it
+        owing_y_bank = Signal.like(y_bank, reset_less=True)
+        of_owing = Signal()  # what is under way is the section owed
+        begins_owed = Signal()  # in this cycle
+        now, starting = (Signal(pass_descriptor(config), name=name)
+                         for name in ("now", "starting"))  # of the section under way, of the next
+        now_y_bank = Signal.like(y_bank)
+        m.d.comb += [
+            self.o_pass.eq(current), now.eq(current), starting.eq(current), now_y_bank.eq(y_bank)]
+        if overlaps:
+            with m.If(of_owing):
+                m.d.comb += [now.eq(owing), now_y_bank.eq(owing_y_bank)]
+            with m.If(begins_owed):
+                m.d.comb += starting.eq(owing)
 
         # -- position: tile, group, step; whether it is the first or the last is in registers, too
         tiles_left = Signal((2 * config.max_dim).bit_length())
@@ -152,7 +175,7 @@ class Sequencer(wiring.Component):
         final = Signal()  # it is the pass's last
         in_section = Signal()
 
-        one_step, one_group = Signal(), Signal()  # of the section, of the pass
+        one_step, one_group = Signal(), Signal()  # of the section, of its pass
         first_step, last_step = Signal(), Signal()
         last_group, last_tile = Signal(), Signal()
         m.d.comb += per_group.eq(Mux(job.two_planes, lanes // 2, lanes))
@@ -180,7 +203,7 @@ class Sequencer(wiring.Component):
             in_section.eq(in_section_next),
             permitted.eq(in_section_next & operand_next & room_next),
         ]
-        all_ready = self.i_slots_ready == current.count
+        all_ready = self.i_slots_ready == now.count
         reached_now = all_ready | (self.i_slots_ready >= slots_through)
         # The next group's; that of the next tile has been used before.
         reached_then = last_group | all_ready | (self.i_slots_ready >= slots_then)
@@ -209,7 +232,7 @@ class Sequencer(wiring.Component):
             self.o_step.last.eq(last_step),
             self.o_step.format.eq(section.dims.format),
             self.o_step.hidden.eq(section.hidden),
-            self.o_step.x_bank.eq(current.x_bank),
+            self.o_step.x_bank.eq(now.x_bank),
             self.o_step.lane_address.eq(Cat(position[: ceil_log2(config.max_steps)], group)),
             self.o_tag.group.eq(group),
             self.o_tag.row.eq(row),
@@ -219,20 +242,23 @@ class Sequencer(wiring.Component):
             self.o_tag.combine.eq(section.combine),
             self.o_tag.two_planes.eq(job.two_planes),
             self.o_tag.missing.eq(missing),
-            self.o_tag.x_bank.eq(current.x_bank),
-            self.o_tag.slot_bank.eq(current.slot_bank),
-            self.o_tag.fresh.eq(fresh),
-            self.o_tag.y_bank.eq(y_bank),
+            self.o_tag.x_bank.eq(now.x_bank),
+            self.o_tag.slot_bank.eq(now.slot_bank),
+            self.o_tag.fresh.eq(~now.same),
+            self.o_tag.y_bank.eq(now_y_bank),
             self.o_tag.last.eq(last_group & last_tile),
             self.o_tag.row_order.eq(order),
         ]
         if config.bias:
             m.d.comb += self.o_tag.biased.eq(section.dims.biased)
         section_end = Signal()
-        first_group = [
-            group.eq(0), slots_left.eq(current.count), slots_through.eq(per_group),
-            slots_then.eq(per_group << 1), last_group.eq(one_group),
-        ]
+
+        def first_group(count, single):
+            return [
+                group.eq(0), slots_left.eq(count), slots_through.eq(per_group),
+                slots_then.eq(per_group << 1), last_group.eq(single),
+            ]
+
         with m.If(self.o_take):
             m.d.sync += [
                 position.eq(position + 1), steps_left.eq(steps_left - 1),
@@ -252,7 +278,7 @@ class Sequencer(wiring.Component):
                 ]
                 with m.If(last_group):
                     m.d.sync += [
-                        *first_group,
+                        *first_group(now.count, one_group),
                         tiles_left.eq(tiles_left - 1),
                         last_tile.eq(tiles_left == 2),
                         row.eq(row + tile_rows),
@@ -283,13 +309,16 @@ class Sequencer(wiring.Component):
         m.d.comb += coming.eq(current.work.sections[0])
         with m.If(begin):
             one = coming.dims.steps == 1
+            single = starting.count <= per_group
             m.d.comb += [
                 in_section_next.eq(1),
                 operand_next.eq(~coming.hidden & (~coming.combine | y_free)),
                 room_next.eq(in_flight < self.i_free),
             ]
             m.d.sync += [
-                *first_group,
+                *first_group(starting.count, single),
+                one_group.eq(single),
+                of_owing.eq(begins_owed),
                 section.eq(coming),
                 order.eq(layouts.row_order(config, coming.dims.format)),
                 lacking.eq(lacking_of(coming.dims.format)),
@@ -311,53 +340,91 @@ class Sequencer(wiring.Component):
         m.d.sync += [loads.eq(loads_next), x_there.eq(current.same | (loads_next != 0)),
                      Assert(~self.i_loaded | (loads != 3), "loads must not be lost")]
         finished = Signal()  # the last step of a pass has started
+        # Behind a section that was owed comes h of ``current``, whose first section went ahead, or
+        # ``current``, which is single, or nothing.
+        current_owes, current_waits = Signal(), Signal()
+        with m.If(begin & ~begins_owed):
+            m.d.sync += [current_owes.eq(~current.work.single), current_waits.eq(0)]
+        # Elements of h that belong to steps which have started have not all come.
+        elements_due = Signal()
+        with m.If(self.i_hidden_complete):
+            m.d.sync += elements_due.eq(0)
         with m.FSM(name="issue") as issue:
             with m.State("PASS"):
                 m.d.comb += self.i_pass.ready.eq(1)
                 m.d.sync += [
                     current.eq(self.i_pass.payload),
-                    one_group.eq(self.i_pass.p.count <= per_group),
                     x_there.eq(self.i_pass.p.same | (loads_next != 0)),
                 ]
                 with m.If(self.i_pass.valid):
+                    m.d.sync += [current_waits.eq(1), current_owes.eq(0)]
                     m.next = "X"
+                    if overlaps:
+                        with m.If(owed & self.i_pass.p.work.single):
+                            m.next = "OWED"
+                if overlaps:
+                    with m.Elif(owed & (owing.last | self.i_ended)):
+                        m.next = "OWED"
             with m.State("X"):
                 m.d.comb += waiting_x.eq(1)
-                with m.If(x_there):
+                with m.If(x_there & ~(elements_due if overlaps else C(0))):
                     m.d.comb += [
                         taken_load.eq(~current.same), self.o_pass_start.eq(1), begin.eq(1)]
-                    m.d.sync += [fresh.eq(~current.same), final.eq(current.work.single),
+                    m.d.sync += [final.eq(current.work.single),
                                  y_bank.eq(y_bank + ~current.same)]
+                    with m.If(~current.work.single):
+                        m.d.sync += [self.o_form.eq(current.work.form), elements_due.eq(1)]
                     m.next = "SECTION"
             with m.State("SECTION"):
                 with m.If(section_end):
                     m.d.comb += in_section_next.eq(0)
                     m.next = "HIDDEN"
+                    if overlaps:
+                        with m.If(owed & ~final):
+                            m.next = "OWED"
                     with m.If(final):
                         m.d.comb += finished.eq(1)
                         m.next = "PASS"
+                        if overlaps:
+                            with m.If(of_owing & current_owes):
+                                m.next = "HIDDEN"
+                            with m.Elif(of_owing & current_waits):
+                                m.next = "X"
             with m.State("HIDDEN"):
+                m.d.sync += current_owes.eq(0)
                 m.d.comb += [self.o_hidden_start.eq(1), waiting_x.eq(1)]
-                m.next = "HIDDEN_STARTED"
-            with m.State("HIDDEN_STARTED"):  # i_slots_ready is of this pass from the next cycle on
-                m.d.comb += [
-                    waiting_x.eq(1), begin.eq(1), coming.eq(current.work.sections[1])]
-                m.d.sync += final.eq(1)
-                m.next = "SECTION"
-
+                if overlaps:
+                    m.d.sync += [owed.eq(1), owing.eq(current), owing_y_bank.eq(y_bank)]
+                    m.next = "PASS"
+                else:
+                    m.next = "HIDDEN_STARTED"
+            if overlaps:
+                with m.State("OWED"):
+                    m.d.comb += [waiting_x.eq(1), begin.eq(1), begins_owed.eq(1),
+                                 coming.eq(owing.work.sections[1])]
+                    m.d.sync += [final.eq(1), owed.eq(0)]
+                    m.next = "SECTION"
+            else:
+                with m.State("HIDDEN_STARTED"):  # i_slots_ready is of this pass from then on
+                    m.d.comb += [
+                        waiting_x.eq(1), begin.eq(1), coming.eq(current.work.sections[1])]
+                    m.d.sync += final.eq(1)
+                    m.next = "SECTION"
         m.d.sync += [
             self.o_x_can_wait.eq(~issue.ongoing("PASS") & ~issue.ongoing("X")),
             self.o_y_can_wait.eq(in_section & operand),
         ]
 
         # -- retiring: one pass after another; behind the one that does another may wait
-        left = Signal()  # a cycle later, while ``current`` is still the pass that finished
+        left = Signal()  # a cycle later
         leaving, behind = (Signal(_leaving(config), name=name) for name in ("leaving", "behind"))
         behind_valid = Signal()
-        new = Signal(_leaving(config))
+        new = Signal(_leaving(config))  # the latest that finished
+        with m.If(finished):
+            m.d.sync += [
+                new.slot_bank.eq(now.slot_bank), new.y_bank.eq(now_y_bank),
+                new.count.eq(now.count), new.last.eq(now.last)]
         m.d.comb += [
-            new.slot_bank.eq(current.slot_bank), new.y_bank.eq(y_bank), new.count.eq(current.count),
-            new.last.eq(current.last),
             self.o_drain.p.slot_bank.eq(leaving.slot_bank),
             self.o_drain.p.y_bank.eq(leaving.y_bank),
             self.o_drain.p.count.eq(leaving.count),
@@ -365,9 +432,10 @@ class Sequencer(wiring.Component):
         # Whether a pass has the tokens of the one before, once for each that has one before it.
         accepted = Signal()
         decided = Signal()
-        undecided = Signal(range(config.y_banks + 2))  # passes that were accepted
-        same_next = Signal(config.y_banks + 1)  # of those that follow them, from bit 0 on
-        known = Signal(range(config.y_banks + 2))
+        most = config.y_banks + config.hidden_banks
+        undecided = Signal(range(most + 1))  # passes that were accepted
+        same_next = Signal(most)  # of those that follow them, from bit 0 on
+        known = Signal(range(most + 1))
         followed = Signal()
         has_next, next_same = Signal(), Signal()
         m.d.comb += [
@@ -382,7 +450,7 @@ class Sequencer(wiring.Component):
             left.eq(finished),
             undecided.eq(undecided + accepted - decided),
             known.eq(known + followed - taken),
-            Assert(~accepted | decided | (undecided != config.y_banks + 1), "too many passes"),
+            Assert(~accepted | decided | (undecided != most), "too many passes"),
         ]
         for i in range(len(same_next)):
             shifted = same_next[i + 1] if i + 1 < len(same_next) else C(0)
@@ -393,16 +461,16 @@ class Sequencer(wiring.Component):
         done = Signal(range(config.y_banks + 1))
         consumed = Signal()
         drains = Signal()  # the pass that retires
-        m.d.comb += self.o_x_free.eq(self.i_down_done)
+        self._free_x(m, finished, now.work.single)
         m.d.sync += [
             done.eq(done + self.i_down_done - consumed),
             unretired.eq(unretired + finished - self.o_retired),
-            sets_open.eq(sets_open + (finished & ~current.same) - (self.o_retired & drains)),
+            sets_open.eq(sets_open + (finished & ~now.same) - (self.o_retired & drains)),
         ]
         all_retired = (unretired == 0) | ((unretired == 1) & self.o_retired)
         m.d.comb += y_free.eq(all_retired)
         if config.y_banks > 1:
-            with m.If(~current.same):
+            with m.If(~Mux(begin, starting.same, now.same)):
                 m.d.comb += y_free.eq((sets_open != config.y_banks) | (self.o_retired & drains))
         with m.FSM(name="retire") as retire:
             with m.State("IDLE"):
@@ -446,6 +514,23 @@ class Sequencer(wiring.Component):
             Assert(~self.i_down_done | (unretired != 0), "no pass waits for i_down_done"),
         ]
         return m
+
+    def _free_x(self, m, finished, single):
+        """Tell when a pass needs its x no more: its first section's results have all come."""
+        config = self._config
+        if config.hidden_banks == 1:
+            m.d.comb += self.o_x_free.eq(self.i_down_done)
+            return
+        # Whether the passes whose outputs come next have a single section.
+        kinds = Signal(config.y_banks)
+        waiting = Signal(range(config.y_banks + 1))
+        m.d.comb += self.o_x_free.eq(self.i_hidden_complete + (self.i_down_done & kinds[0]))
+        m.d.sync += waiting.eq(waiting + finished - self.i_down_done)
+        for i in range(config.y_banks):
+            after = kinds[i + 1] if i + 1 < config.y_banks else C(0)
+            m.d.sync += kinds[i].eq(Mux(
+                finished & (waiting == i + self.i_down_done), single,
+                Mux(self.i_down_done, after, kinds[i])))
 
 
 def _leaving(config):

@@ -5,11 +5,14 @@ from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import exact_log2
 
-from moeaccel.config import AcceleratorConfig
+from moeaccel.config import TOP_K_MAX, AcceleratorConfig
 from moeaccel.hdl import layouts
 from moeaccel.interface.commands import ENTRY_BYTES
 
 __all__ = ["PAIRS", "PairWriter"]
+
+_ONE = 0x3F800000
+"""1 as float32."""
 
 PAIRS = ENTRY_BYTES // 4
 """Pairs that are collected: their ids, and their weights, fill 64 bytes."""
@@ -18,9 +21,9 @@ PAIRS = ENTRY_BYTES // 4
 class PairWriter(wiring.Component):
     """Write the ids and the weights of pairs, 64 bytes of each at a time.
 
-    The last 64 bytes are filled up with ids of -1 and weights of 0. Throughput: one pair a cycle
-    while 16 are collected, then two writes, one after the other. Reset: idle; the memory port is
-    flushed with it.
+    Behind a token's pairs come those of the shared experts, with weight 1. The last 64 bytes are
+    with ids of -1 and weights of 0. Throughput: one pair a cycle while 16 are collected, then two
+    writes, one after the other. Reset: idle; the memory port is flushed with it.
 
     Parameters
     ----------
@@ -32,6 +35,8 @@ class PairWriter(wiring.Component):
         Pulse. Not before ``o_idle``.
     i_tokens, i_ids_address, i_weights_address : :py:`In`
         Taken with ``i_start``.
+    i_shared, i_experts : :py:`In`
+        Shared experts, and the first of them; hold until ``o_idle``.
     i_pair : :py:`In(stream.Signature(layouts.routed_pair(config)))`
     o_idle : :py:`Out(1)`
         Everything is written and acknowledged.
@@ -47,6 +52,8 @@ class PairWriter(wiring.Component):
             "i_tokens": In(config.max_tokens.bit_length()),
             "i_ids_address": In(config.address_bits),
             "i_weights_address": In(config.address_bits),
+            "i_shared": In(range(TOP_K_MAX)),
+            "i_experts": In(config.max_experts.bit_length()),
             "i_pair": In(stream.Signature(layouts.routed_pair(config))),
             "o_idle": Out(1),
             "writer": Out(layouts.WriteClientSignature(config)),
@@ -65,7 +72,10 @@ class PairWriter(wiring.Component):
         units = [Signal(config.address_bits - low, name=f"{name}_unit")
                  for name in ("ids", "weights")]
         pair = self.i_pair.payload
-        push = Signal()
+        push, own = Signal(), Signal()
+        shared = Signal.like(self.i_shared)  # of this token, still to come
+        there, number, weight = Signal(), Signal(32), Signal(32)
+        last = Signal()
         m.d.comb += [
             self.writer.request.p.address.eq(
                 Cat(C(0, low), Mux(of_weights, units[1], units[0]))),
@@ -75,9 +85,20 @@ class PairWriter(wiring.Component):
         with m.If(push):
             m.d.sync += [
                 count.eq(count + 1),
-                ids.eq(Cat(ids[32:], Mux(left.any() & pair.some, pair.id, C(-1, 32)))),
-                weights.eq(Cat(weights[32:], Mux(left.any(), pair.weight, 0))),
+                ids.eq(Cat(ids[32:], number)), weights.eq(Cat(weights[32:], weight)),
             ]
+        m.d.comb += [
+            there.eq(left.any()), own.eq(there & (shared == 0)),
+            number.eq(C(-1, 32)),
+            last.eq(Mux(own, pair.last & (self.i_shared == 0), shared == 1)),
+        ]
+        with m.If(there & ~own):
+            m.d.comb += [number.eq(self.i_experts + (self.i_shared - shared)[:4]),
+                         weight.eq(_ONE)]
+        with m.Elif(there):
+            m.d.comb += weight.eq(pair.weight)
+            with m.If(pair.some):
+                m.d.comb += number.eq(pair.id)
         with m.FSM():
             with m.State("IDLE"):
                 m.d.comb += self.o_idle.eq(1)
@@ -88,13 +109,18 @@ class PairWriter(wiring.Component):
                     m.next = "COLLECT"
             with m.State("COLLECT"):
                 # Behind the last pair, what fills up.
-                m.d.comb += [self.i_pair.ready.eq(left.any()),
-                             push.eq(Mux(left.any(), self.i_pair.valid, count != 0))]
-                with m.If(push & left.any() & pair.last):
-                    m.d.sync += left.eq(left - 1)
+                m.d.comb += [
+                    self.i_pair.ready.eq(own),
+                    push.eq(Mux(own, self.i_pair.valid, there | (count != 0)))]
+                with m.If(push & there):
+                    m.d.sync += left.eq(left - last)
+                    with m.If(~own):
+                        m.d.sync += shared.eq(shared - 1)
+                    with m.Elif(pair.last):
+                        m.d.sync += shared.eq(self.i_shared)
                 with m.If(push & (count == PAIRS - 1)):
                     m.next = "REQUEST"
-                with m.Elif(~left.any() & (count == 0)):
+                with m.Elif(~there & (count == 0)):
                     m.next = "IDLE"
             with m.State("REQUEST"):
                 m.d.comb += self.writer.request.valid.eq(1)

@@ -86,6 +86,7 @@ class RouteUnit(wiring.Component):
         m.d.comb += [
             router.i_form.eq(job.form),
             pairs.i_start.eq(self.i_start), pairs.i_tokens.eq(job.tokens),
+            pairs.i_shared.eq(job.form.shared), pairs.i_experts.eq(job.num_experts),
             pairs.i_ids_address.eq(job.ids_address),
             pairs.i_weights_address.eq(job.weights_address),
             units.i_start.eq(self.i_start), units.i_a.eq(job.tokens), units.i_b.eq(job.steps_in),

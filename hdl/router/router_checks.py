@@ -39,7 +39,8 @@ def router_fields(entry, job, groups):
         job.steps_out.eq(1),
         form.tables.eq(router["tables"][0]),
         form.experts.eq(router["num_experts"]),
-        form.top_k.eq(job.top_k),
+        form.top_k.eq(Mux(router["shared"] < job.top_k, job.top_k - router["shared"], 0)),
+        form.shared.eq(router["shared"]),
         form.by_logits.eq(router["selection"] != Selection.BIASED_SCORE),
         form.grouped.eq(grouped),
         form.top2.eq(grouped & (router["group_score"] == GroupScore.TOP2_SUM)),
@@ -64,7 +65,7 @@ class RouterChecks(wiring.Component):
     i_form : :py:`In(layouts.router_form(config))`
     i_groups : :py:`In(range(GROUPS_MAX + 1))`
     o_bad_top_k : :py:`Out(1)`
-        The groups kept have fewer experts than are to be chosen.
+        None is to be chosen, or more than the groups kept, or the router, have.
     o_bad, o_word : :py:`Out(1)`, :py:`Out(range(ENTRY_BYTES // 4))`
         The descriptor's 32-bit word that is wrong.
     """
@@ -74,6 +75,7 @@ class RouterChecks(wiring.Component):
     def __init__(self, config):
         if not isinstance(config, AcceleratorConfig):
             raise TypeError(f"config must be an AcceleratorConfig, not {config!r}")
+        self._config = config
         super().__init__({
             "i_form": In(layouts.router_form(config)),
             "i_groups": In(range(GROUPS_MAX + 1)),
@@ -91,7 +93,8 @@ class RouterChecks(wiring.Component):
                      kept.eq(_product(form.group_size, form.keep_groups))]
         bad_groups = experts != form.experts
         m.d.sync += [
-            self.o_bad_top_k.eq(form.top_k > kept),
+            self.o_bad_top_k.eq((form.top_k == 0) | (form.top_k > kept)
+                                | (form.top_k > self._config.router_top_k)),
             self.o_bad.eq(bad_groups | (form.keep_groups > self.i_groups)),
             self.o_word.eq(Mux(bad_groups, field_of(ROUTER, "groups").word,
                                field_of(ROUTER, "keep_groups").word)),

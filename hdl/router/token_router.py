@@ -27,7 +27,7 @@ _MOST = (1 << (WORD_BITS - 1)) - 1
 DIVIDE_CYCLES = Leading.LATENCY_CYCLES + LineTable.LATENCY_CYCLES + 1
 """From a sum to its reciprocal."""
 
-SETTLE_CYCLES = 5
+SETTLE_CYCLES = 6
 """From the last score of a pass to the selector's last key, and one more."""
 
 
@@ -216,12 +216,14 @@ class TokenRouter(wiring.Component):
         s = pipe.stage(total=total, beyond=s.beyond, index=s.index, bank=s.bank, first=s.first,
                        last=s.last)
         high, low = s.total > _MOST, s.total < _LEAST
-        value = Signal(signed(WORD_BITS))
+        s = pipe.stage(value=Mux(high, _MOST, Mux(low, _LEAST, s.total))[:WORD_BITS].as_signed(),
+                       beyond=s.beyond | high | low, index=s.index, bank=s.bank, first=s.first,
+                       last=s.last)
+        value = s.value
         m.d.comb += [
-            value.eq(Mux(high, _MOST, Mux(low, _LEAST, s.total))),
             write.en.eq(pipe.valid), write.addr.eq(Cat(s.index, s.bank)), write.data.eq(value),
             read.addr.eq(Cat(w.read_address, w.bank)), w.read_data.eq(read.data),
-            self.o_saturated.eq(pipe.valid & (s.beyond | high | low)),
+            self.o_saturated.eq(pipe.valid & s.beyond),
         ]
         with m.If(pipe.valid):
             with m.If(s.first | (value > w.most[s.bank])):
@@ -303,10 +305,10 @@ class TokenRouter(wiring.Component):
             form.tables, read.data, 0)
         s = pipe.stage(key=key, never=form.tables & (read.data == _LEAST),
                        id=Mux(w.direct, w.fed.id, behind_tag.id))
-        clipped = Signal(signed(WORD_BITS + 1))
-        m.d.comb += clipped.eq(Mux(s.never | (s.key < _LEAST), _LEAST,
-                                   Mux(s.key > _MOST, _MOST, s.key)))
-        valid = pipe.valid
+        s = pipe.stage(
+            key=Mux(s.never | (s.key < _LEAST), _LEAST, Mux(s.key > _MOST, _MOST, s.key))[
+                :WORD_BITS].as_signed(), never=s.never, id=s.id)
+        clipped, valid = s.key, pipe.valid
 
         # Groups: their best two keys, in order of their members.
         in_group, group = Signal.like(form.group_size), Signal(range(GROUPS_MAX))

@@ -20,7 +20,7 @@ from moeaccel.host.demo.evaluate import MAX_ANSWER_TOKENS
 from moeaccel.host.demo.tasks import TASKS, check_prompt, held_out_examples
 from moeaccel.image import ExpertShape
 
-__all__ = ["DemoResult", "demo_prompts", "run"]
+__all__ = ["DemoResult", "demo_prompts", "generate", "run"]
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ def demo_prompts(per_task: int, seed: int = 0) -> tuple[list[str], list[str]]:
     return [e.prompt for e in examples], [e.answer for e in examples]
 
 
-def _generate(model: Any, tokenizer: Any, prompts: Sequence[str]) -> tuple[list[str], torch.Tensor]:
+def generate(model: Any, tokenizer: Any, prompts: Sequence[str]) -> tuple[list[str], torch.Tensor]:
+    """Return the model's answers, and all their logits."""
     batch = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left",
                       return_token_type_ids=False)
     with torch.inference_mode():
@@ -133,7 +134,7 @@ def run(prompts: Sequence[str], *, right_answers: Sequence[str] | None = None, d
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
     progress("answering in float, without the accelerator")
     model: Any = AutoModelForCausalLM.from_pretrained(CHECKPOINT)
-    float_answers, _ = _generate(model, tokenizer, prompts)
+    float_answers, _ = generate(model, tokenizer, prompts)
 
     model = AutoModelForCausalLM.from_pretrained(CHECKPOINT, experts_implementation="moeaccel")
     check_model(model)
@@ -151,7 +152,7 @@ def run(prompts: Sequence[str], *, right_answers: Sequence[str] | None = None, d
             progress(f"generating on {what}")
             before = opened.counters()
             begin = time.perf_counter()
-            outcome[spec] = _generate(model, tokenizer, prompts)
+            outcome[spec] = generate(model, tokenizer, prompts)
             seconds = time.perf_counter() - begin
             after = opened.counters()
             counters = {name: after[name] - before[name] for name in after}

@@ -1,7 +1,8 @@
 """Weights as integers and scales, on their way from one format into another.
 
 What a device format can hold is taken over as it is, group by group: integers that the format has,
-a scale of at most its significand's bits, and, of each row, scales within the format's range. Other
+a scale of at most its significand's bits, and, of each row, scales within the format's range. Where
+only the scale has more bits, it is rounded to the significand's, and counted as coarsened. Other
 groups are quantised again, and what comes of that is counted and measured.
 """
 
@@ -170,6 +171,9 @@ def convert(matrix: Matrix, name: str | WeightFormat, *, exact: bool = False,
         If there is no such format or quantiser.
     """
     fmt = weight_format(name)
+    if fmt.parts > 1:
+        raise FormatError(f"weight_format of an import must have no pattern, not {fmt.name}; load "
+                          "float weights with prune='magnitude' (Device.load_experts)")
     if quantiser not in IMPORT_QUANTISERS:
         raise FormatError(
             f"quantiser of an import must be {' or '.join(IMPORT_QUANTISERS)}, not {quantiser!r}; "
@@ -234,14 +238,14 @@ def _recode(coded: Coded, fmt: WeightFormat, exact: bool, quantiser: str, what: 
     there = _any(grouped) & (scales > 0)
     scales = np.where(there, scales, 0)
     significand, exponent = split_scales(fmt, scales)
+    bits = (f"scales of at most {SIGNIFICAND_BITS} bits" if fmt.real_scale
+            else "powers of two for scales")
     reasons = {
         "no minimum": np.full(there.shape, coded.minimum is None),
         f"integers that {fmt.name} has": _known(grouped, fmt),
         "integers of one zero point in a group": fmt.whole_groups(grouped),
         f"one scale for each {fmt.group} weights": one_scale,
-        f"scales of at most {SIGNIFICAND_BITS} bits" if fmt.real_scale
-        else "powers of two for scales":
-            np.ldexp(significand.astype(np.float64), exponent.astype(np.int32)) == scales}
+        bits: np.ldexp(significand.astype(np.float64), exponent.astype(np.int32)) == scales}
     zeros = ~there & one_scale & reasons["no minimum"]  # whatever integers or scale say
     fits = np.logical_and.reduce(list(reasons.values())) | zeros
     if exact and not fits.all():
@@ -251,8 +255,15 @@ def _recode(coded: Coded, fmt: WeightFormat, exact: bool, quantiser: str, what: 
             f"{what} must have {why} to become {fmt.name} exactly, but row {first + row}, group "
             f"{group} has not; leave exact out, or take another weight_format")
     weights: NDArray[np.float32] | None = None
+    rounded = np.zeros_like(fits)  # integers stay, the scale loses bits
+    if fmt.real_scale and not fits.all():
+        rounded = ~fits & np.logical_and.reduce(
+            [good for reason, good in reasons.items() if reason != bits])
+        fits = fits | rounded
+        if rounded.any():
+            weights = coded.floats()
     if not fits.all():
-        weights = coded.floats()
+        weights = coded.floats() if weights is None else weights
         again = _quantise(weights, fmt, quantiser, what)
         if not fits.any():
             return again, Fit(fits.size, fits.size, again.coarsened, *_squares(again, weights))
@@ -270,6 +281,7 @@ def _recode(coded: Coded, fmt: WeightFormat, exact: bool, quantiser: str, what: 
             f"{group} has not; leave exact out")
     integers = grouped * there[:, :, None]
     anew = ~fits | coarsened
+    coarsened = coarsened | rounded
     if anew.any():
         weights = coded.floats() if weights is None else weights
         rows, columns = np.nonzero(anew)

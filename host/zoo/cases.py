@@ -99,6 +99,7 @@ class Case:
     x : float32 array, (T, H)
     router : :class:`RouterWeights`
     logits : float32 array, (T, N)
+        Without bias.
     routes : :class:`Routes`
     gate_up, down : float32 array, (E, rows, H), (E, H, I)
         Sinks are the last experts.
@@ -185,7 +186,7 @@ def case(model: Model, config: AcceleratorConfig, *, seed: int = 0) -> Case:
     if kind.logits == "mlp":  # they come from a network that is the host's, whatever it computes
         found = bfloat16(size.tokens, size.outputs, deviation=1.5)
     else:
-        found = logits(kind, torch.from_numpy(x), router)
+        found = logits(kind, torch.from_numpy(x), replace(router, bias=None))
     experts, expert = size.experts + size.sinks, model.expert
     deviation = 4.0 if expert.limit is not None else 1.5
     rows_of_h = expert.matrices - 1
@@ -194,5 +195,5 @@ def case(model: Model, config: AcceleratorConfig, *, seed: int = 0) -> Case:
     biased = (expert.bias is not None, expert.bias == "both")
     biases = [bfloat16(*shape, deviation=0.5).numpy() if there else None for there, shape in zip(
         biased, (gate_up.shape[:2], down.shape[:2]), strict=True)]
-    return Case(model, size, x, router, found.numpy(), route(kind, size.top_k, found, router),
-                gate_up, down, *biases)
+    routes = route(kind, size.top_k, found if router.bias is None else found + router.bias, router)
+    return Case(model, size, x, router, found.numpy(), routes, gate_up, down, *biases)

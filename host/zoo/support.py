@@ -10,18 +10,20 @@ from typing import Any
 import numpy as np
 
 from moeaccel.activations import activation
-from moeaccel.config import DIM_MAX, EXPERTS_MAX, AcceleratorConfig, preset
+from moeaccel.config import DIM_MAX, EXPERTS_MAX, TOP_K_MAX, AcceleratorConfig, preset
 from moeaccel.errors import MoeAccelError
 from moeaccel.formats import BLOCK
 from moeaccel.host.device import Device
-from moeaccel.host.errors import UnsupportedExperts
+from moeaccel.host.errors import LimitExceeded, UnsupportedExperts
 from moeaccel.host.opening import open_device
+from moeaccel.host.routing import check_router
+from moeaccel.router.choices import Score
 from moeaccel.router.settings import RouterError
 from moeaccel.zoo.routers import settings_of
 from moeaccel.zoo.schema import ExpertKind, Model
 
-__all__ = ["Support", "Supports", "expert_options", "expert_refusal", "known", "largest",
-           "routing_refusal"]
+__all__ = ["Support", "Supports", "equipped", "expert_options", "expert_refusal", "known",
+           "largest", "routing_refusal"]
 
 _MEMORY_BYTES = 1 << 24
 
@@ -41,7 +43,7 @@ class Support:
 
     @property
     def runs(self) -> str:
-        """``yes``; ``experts``: the host routes; ``no``."""
+        """``yes``: the device routes and has the experts; ``experts``: the host routes; ``no``."""
         if self.experts:
             return "no"
         return "experts" if self.router else "yes"
@@ -50,6 +52,15 @@ class Support:
     def reason(self) -> str:
         """What is missing, empty where nothing is."""
         return "; ".join(filter(None, (self.experts, self.router)))
+
+
+def equipped(config: str | AcceleratorConfig) -> AcceleratorConfig:
+    """Return a configuration with a router, of every score, where it has none."""
+    chosen = preset(config)
+    if chosen.router:
+        return chosen
+    return chosen.replace(name=f"{chosen.name} with a router",
+                          router=tuple(score.key for score in Score), router_top_k=TOP_K_MAX)
 
 
 def largest(config: str | AcceleratorConfig, dim: int) -> AcceleratorConfig:
@@ -91,7 +102,7 @@ class Supports:
     """
 
     def __init__(self, config: str | AcceleratorConfig = "wide512") -> None:
-        self._config = largest(config, DIM_MAX)
+        self._config = equipped(largest(config, DIM_MAX))
         self._device = open_device("golden", config=self._config, memory_bytes=_MEMORY_BYTES)
         self._experts: dict[str, str] = {}
 
@@ -106,7 +117,7 @@ class Supports:
         text = model.expert.text
         if text not in self._experts:
             self._experts[text] = expert_refusal(self._device, model.expert)
-        return Support(router=routing_refusal(self._device, model),
+        return Support(router=routing_refusal(self._config, model),
                        experts=self._experts[text] or _too_large(self._config, model))
 
 
@@ -146,15 +157,21 @@ def known(device: Device, options: dict[str, Any]) -> None:
             f"{', '.join(lacking)}")
 
 
-def routing_refusal(device: Device, model: Model) -> str:
-    """Return why a device does not route as a model does; empty if it does."""
+def routing_refusal(config: AcceleratorConfig, model: Model, size: tuple[int, int] | None = None
+                    ) -> str:
+    """Return why a device of that configuration does not route as a model does; empty if it does.
+
+    Parameters
+    ----------
+    size : (int, int), optional
+        Outputs of the router, and of them chosen, where they are not the model's own.
+    """
+    outputs, top_k = size or (
+        (model.n_experts or 16) + model.router.identity_experts, model.top_k or 2)
     try:
-        settings_of(model, experts=(model.n_experts or 16) + model.router.identity_experts,
-                    top_k=model.top_k or 2)
-    except RouterError as error:
-        return f"router: {error}"
-    if not hasattr(device, "load_moe"):
-        return "router: the device does not route, the host does"
+        check_router(config, settings_of(model, experts=outputs, top_k=top_k))
+    except (RouterError, LimitExceeded) as error:
+        return f"router: {model.router.flavour}: {error}"
     return ""
 
 

@@ -120,11 +120,17 @@ def _drawn(rng: np.random.Generator, kind: ExpertKind, d_in: int, d_expert: int)
     UnsupportedExperts
         For parts that are not drawn here.
     """
-    if kind.bias or kind.form not in ("glu", "mlp"):
-        raise UnsupportedExperts(f"experts must be matrices alone at true size, not {kind.text}")
-    return Expert(
-        _matrix(rng, (2 if kind.gated else 1) * d_expert, d_in, 4.0 if kind.limit else 1.5),
-        _matrix(rng, d_in, d_expert, 1.0), activation=kind.activation, limit=kind.limit)
+    if kind.form not in ("glu", "mlp"):
+        raise UnsupportedExperts(
+            f"experts must be of two or three matrices at true size, not {kind.text}")
+    rows = (2 if kind.gated else 1) * d_expert
+    gate_up = _matrix(rng, rows, d_in, 4.0 if kind.limit else 1.5)
+    down = _matrix(rng, d_in, d_expert, 1.0)
+    if kind.bias is not None:
+        gate_up = gate_up.with_bias(rng.standard_normal(rows, np.float32))
+    if kind.bias == "both":
+        down = down.with_bias(rng.standard_normal(d_in, np.float32))
+    return Expert(gate_up, down, activation=kind.activation, limit=kind.limit)
 
 
 def _matrix(rng: np.random.Generator, rows: int, columns: int, deviation: float) -> QuantisedMatrix:
@@ -141,11 +147,11 @@ def _matrix(rng: np.random.Generator, rows: int, columns: int, deviation: float)
 
 def _exact(expert: Expert, x: NDArray[np.float32]) -> NDArray[np.float64]:
     """Return the expert's output in float64, (1, d_in)."""
-    rows = _product(expert.gate_up, x.astype(np.float64))
+    rows = _product(expert.gate_up, x.astype(np.float64)) + expert.gate_up.bias_values
     if expert.gated:
         rows = np.concatenate([rows[:, 0::2], rows[:, 1::2]], axis=1)
     h = hidden(rows, expert.down.integers.shape[1], expert.activation, expert.limit)
-    return _product(expert.down, h)
+    return _product(expert.down, h) + expert.down.bias_values
 
 
 def _product(matrix: QuantisedMatrix, x: NDArray[np.float64]) -> NDArray[np.float64]:

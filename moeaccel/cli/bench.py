@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moeaccel.cli import policies, quality
+from moeaccel.cli import calls, policies, quality
 from moeaccel.cli.output import Status, print_json
 from moeaccel.config import MEMORY_LATENCY_CYCLES
 from moeaccel.formats import ALL_FORMATS
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Measure layers of real size on the RTL or its model.")
 
 app.command("policies")(policies.compare)
+app.command("call")(calls.call)
 app.command("quality")(quality.quality)
 
 
@@ -148,12 +149,41 @@ def gemm(
 ) -> None:
     """Run one matrix product, for comparison with other accelerators."""
     from moeaccel.host.benchmark import bench_gemm
+    from moeaccel.host.benchmark_checks import check_product
 
     setting = _Setting(
         weight_format=weight_format, device=device, config=_config(config, channels),
         activation_bits=int(activation_bits), io=io, latency=latency, memory=memory, seed=seed)
+    check_product(setting.config, weight_format_name=weight_format, m=m, k=k, n=n)
     with Status(as_json) as status, setting.opened(status) as bench:
         result = bench_gemm(bench, m=m, k=k, n=n)
+    _print([result.as_dict()], as_json)
+
+
+@app.command(name="edge-moe")
+def edge_moe(
+    results_per_cycle: Annotated[int, typer.Option(
+        min=1, max=2, help="Outputs that are rounded in a cycle.")] = 2,
+    device: Device = DeviceKind.RTL,
+    io: Io = IoKind.BFLOAT16,
+    latency: Latency = MEMORY_LATENCY_CYCLES,
+    memory: Memory = MemoryKind.IDEAL,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Run a layer of small experts, Edge-MoE's: the rounding of results is the limit.
+
+    129 tokens, d 192, 16 experts with 384 hidden elements, top-2, GELU, biases, without the
+    router, in mxint8 and a8 on 256 multipliers behind 32 bytes a cycle.
+    """
+    from moeaccel.host.benchmark import EDGE_MOE, bench_edge_moe
+
+    setting = _Setting(
+        weight_format="mxint8", device=device,
+        config=EDGE_MOE.replace(results_per_cycle=results_per_cycle), activation_bits=8, io=io,
+        latency=latency, memory=memory, seed=seed)
+    with Status(as_json) as status, setting.opened(status) as bench:
+        result = bench_edge_moe(bench)
     _print([result.as_dict()], as_json)
 
 
@@ -299,9 +329,12 @@ class _Setting:
 def _experts(what: str, model: str, setting: _Setting, *, layers: int, tokens: int, routing: str,
              as_json: bool) -> None:
     from moeaccel.host.benchmark import bench_experts
+    from moeaccel.host.benchmark_checks import check_experts
     from moeaccel.zoo import model as find_model
 
     found = find_model(model)
+    check_experts(found, setting.config, weight_format_name=setting.weight_format, tokens=tokens,
+                  kind=routing)
     results = []
     with Status(as_json) as status, setting.opened(status) as bench:
         for layer in range(layers):

@@ -77,8 +77,8 @@ def _print_models(rows: "list[tuple[Model, Support]]") -> None:
     console.print(table)
     console.print(
         "width x h: input and hidden width of a routed expert; E/k: experts, and chosen of them; "
-        "router: flavour, groups kept, scale (docs/models.md); runs: yes, or experts, where the "
-        "host routes.")
+        "router: flavour, groups kept, scale (docs/models.md); runs: yes, where the device "
+        "routes and computes the experts; experts, where the host routes.")
     for reason, keys in missing.items():
         console.print(f"{', '.join(keys) if len(keys) < len(rows) else 'all'}: {reason}",
                       markup=False)
@@ -92,7 +92,8 @@ def verify(
     survey: Annotated[bool, typer.Option("--survey", help=(
         "Only the 25 models of the survey, and one expert of each at its true size, too: minutes."
         ))] = False,
-    config: Annotated[str, typer.Option(help="Preset for reduced sizes.")] = "small",
+    config: Annotated[
+        str, typer.Option(help="Preset for reduced sizes; it gets a router.")] = "small",
     seed: Annotated[int, typer.Option(min=0, help="Of weights and x.")] = 0,
     as_json: Json = False,
 ) -> None:
@@ -101,6 +102,7 @@ def verify(
     Exit status 1 if one is not whole on the device, or anything differs.
     """
     from moeaccel.host import open_device
+    from moeaccel.host.zoo.support import equipped
     from moeaccel.host.zoo.verify import MEMORY_BYTES, verify as run
     from moeaccel.zoo import model, models, of_survey
 
@@ -110,8 +112,9 @@ def verify(
     verdicts = []
     with Status(as_json) as status:
         status("building the RTL")
-        with (open_device("golden", config=config, memory_bytes=MEMORY_BYTES) as golden,
-              open_device("rtl", config=config, memory_bytes=MEMORY_BYTES) as rtl):
+        chip = equipped(config)
+        with (open_device("golden", config=chip, memory_bytes=MEMORY_BYTES) as golden,
+              open_device("rtl", config=chip, memory_bytes=MEMORY_BYTES) as rtl):
             for m in chosen:
                 status(f"{len(verdicts) + 1} of {len(chosen)}: {m.key}")
                 verdicts.append(run(m, golden, rtl, seed=seed))

@@ -39,18 +39,13 @@ from moeaccel.cycles.commands import (
 from moeaccel.cycles.hidden_buffer import ACTIVATION_CYCLES, QUANTISER_CYCLES
 from moeaccel.cycles.memory_port import READ_CYCLES, WRITE_CYCLES
 from moeaccel.cycles.prediction import Prediction
-from moeaccel.cycles.result_serialiser import (
-    ADDER_CYCLES,
-    RESULTS,
-    SERIALISER_CYCLES,
-    element_cycles,
-)
+from moeaccel.cycles.result_serialiser import ADDER_CYCLES, SERIALISER_CYCLES, element_cycles
 from moeaccel.cycles.sequencer import ARRAY_CYCLES
 from moeaccel.cycles.tile_buffer import ROW_EXPONENTS
 from moeaccel.cycles.weight_streamer import CREDIT_CYCLES, GRANT_CYCLES
 
 __all__ = [
     "ACTIVATION_CYCLES", "ADDER_CYCLES", "ARRAY_CYCLES", "COMBINER_CYCLES", "CREDIT_CYCLES",
-    "FLOAT_CYCLES", "GRANT_CYCLES", "QUANTISER_CYCLES", "READ_CYCLES", "RESULTS", "ROW_EXPONENTS",
+    "FLOAT_CYCLES", "GRANT_CYCLES", "QUANTISER_CYCLES", "READ_CYCLES", "ROW_EXPONENTS",
     "SERIALISER_CYCLES", "SUMS_READ_CYCLES", "WRITE_CYCLES", "Prediction", "element_cycles",
     "expert_cycles", "linear_cycles", "predict_command", "predict_experts", "predict_linear"]

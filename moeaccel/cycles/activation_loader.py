@@ -38,10 +38,10 @@ class ActivationLoader:
         job, config = self._job, self._job.config
         beats = job.beats(job.d_in, job.x_type.bytes)
         groups = max(beats, job.d_in // config.quantiser_lanes)
-        tree = 2 + (config.port_bytes // 4).bit_length() - 1
+        tree = 2 + (config.port_bytes // 2).bit_length() - 1
         count = len(job.passes[n].tokens)
         rows: list[Read] = []
-        before = self._job.events[n - 1].issued if n and config.y_banks > 1 else None
+        awaited = job.events[n].awaited if n and config.y_banks > 1 else None
         left = -1  # last group of the row that left last
         lookup = cycle + 1
         for row in range(count + 2):
@@ -51,9 +51,9 @@ class ActivationLoader:
             if row < count:
                 token = max(lookup + 1, left + 1)
                 request = token + 2 + job.steps_in.bit_length()
-                if row and before is not None:
+                if row and awaited is not None:
                     turn = lookup + PACE * beats
-                    while request < turn and before.cycle + 1 > request:
+                    while request < turn and awaited.cycle + 2 > request:
                         yield request
                         request = min(request + POLL_CYCLES, turn)
                 yield request

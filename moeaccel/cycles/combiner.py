@@ -27,8 +27,8 @@ class Combiner:
     job : :class:`Job`
     schedule : :class:`Schedule`
     port : :class:`MemoryPort`
-    stands : callable
-        Of the sequencer, see :class:`~moeaccel.cycles.sequencer.Sequencer`.
+    waiting : callable
+        Of the sequencer, :meth:`~moeaccel.cycles.sequencer.Sequencer.waiting`.
 
     Attributes
     ----------
@@ -37,11 +37,11 @@ class Combiner:
     """
 
     def __init__(self, job: Job, schedule: Schedule, port: MemoryPort,
-                 stands: Callable[[], tuple[int, int] | None]) -> None:
+                 waiting: Callable[[int], bool]) -> None:
         self._job = job
         self._schedule = schedule
         self._port = port
-        self._stands = stands
+        self._waiting = waiting
         self.free = 0
 
     def start(self) -> None:
@@ -80,11 +80,8 @@ class Combiner:
         self._schedule.set(events[n].retired, cycle)
 
     def _can_wait(self, n: int, cycle: int) -> bool:
-        """Return whether the array works and needs not what leaves behind pass ``n``."""
-        stands = self._stands()
-        if stands is not None and stands[0] == n and cycle > stands[1]:
-            return False
-        return any(after.handed.cycle < cycle <= after.issued.cycle
+        """Return whether the array works while sums leave behind pass ``n``."""
+        return not self._waiting(cycle) and any(after.handed.cycle < cycle <= after.issued.cycle
                    for after in self._job.events[n + 1 : n + 3])
 
     def _drain(self, n: int, cycle: int) -> Process:

@@ -12,6 +12,10 @@ from moeaccel.cycles.memory_port import MemoryPort
 from moeaccel.cycles.schedule import Event, Process, Read, Schedule
 from moeaccel.cycles.tile_buffer import TileBuffer
 from moeaccel.cycles.weight_streamer import WeightStreamer
+from moeaccel.image import Section
+
+POLL_CYCLES = 2
+"""How often it is looked whether a request can be made."""
 
 
 class Dispatcher:
@@ -39,6 +43,7 @@ class Dispatcher:
         self._loader = loader
         self._combiner = combiner
         self._table = table
+        self._announced = [Event() for _ in job.events]  # the last section of a pass's turn
         self.finished = 0
 
     def run(self, start: int) -> Process:
@@ -60,6 +65,8 @@ class Dispatcher:
         cycle = self._sort(cycle)
 
         banks = job.config.slot_banks
+        if banks > 2:
+            self._schedule.start(start, self._announce())
         last_load: Event | None = None
         resident: tuple[int, ...] = ()
         for n, (now, events) in enumerate(zip(job.passes, job.events, strict=True)):
@@ -73,16 +80,21 @@ class Dispatcher:
                 retired = job.events[n - banks].retired
                 yield retired
                 cycle = max(cycle, retired.cycle + 1)
-            yield cycle
-            sections = job.experts[now.expert]
-            self._streamer.request(cycle, sum(section.words for section in sections))
-            for section in sections:  # one waits in the tile buffer while one is parsed
+            if banks > 2:
+                if n:
+                    yield self._announced[n - 1]
+                    cycle = max(cycle, self._announced[n - 1].cycle + 1)
+                yield cycle
+                self._schedule.set(events.told, cycle)
                 cycle += 1
-                if self._tiles.sections:
-                    loaded = self._tiles.sections[-1].loaded
-                    yield loaded
-                    cycle = max(cycle, loaded.cycle + 1)
-                self._tiles.announce(section, cycle)
+            else:
+                yield cycle
+                sections = job.experts[now.expert]
+                self._streamer.request(cycle, sum(section.words for section in sections))
+                for section in sections:
+                    cycle += 1
+                    yield from self._section(section, cycle)
+                    cycle = self._tiles.sections[-1].accepted
             cycle += 1 + _compare_cycles(now.tokens, resident)
             resident = now.tokens
             if weights is not None:
@@ -95,17 +107,16 @@ class Dispatcher:
                     cycle = max(cycle, last_load.cycle)
                 user = job.x_user(n)
                 if user is not None and banks > 2:  # of what was in the bank of x
-                    yield job.events[user].in_y
-                    cycle = max(cycle, job.events[user].in_y.cycle + 2)
+                    yield job.events[user].x_free
+                    cycle = max(cycle, job.events[user].x_free.cycle + 2)
                 yield cycle
                 last_load = events.x_loaded
                 self._schedule.start(cycle, self._loader.load(n, cycle))
                 cycle += 1
             self._schedule.set(events.offered, cycle)
             if n:
-                issued = job.events[n - 1].issued
-                yield issued
-                cycle = max(cycle, issued.cycle + 1)
+                yield events.awaited
+                cycle = max(cycle, events.awaited.cycle)
             self._schedule.set(events.handed, cycle)
             cycle += 2
         if job.events:
@@ -117,6 +128,60 @@ class Dispatcher:
             cycle = max(cycle, weights.last + 1)
         # The engine sees that all is idle and pulses its done; the completion starts.
         self.finished = max(cycle + 1, self._combiner.free) + 3
+
+    def _section(self, section: Section, cycle: int) -> Process:
+        """Announce a section from ``cycle`` on; one waits while the tile buffer parses one."""
+        if self._tiles.sections:
+            loaded = self._tiles.sections[-1].loaded
+            yield loaded
+            cycle = max(cycle, loaded.cycle + 1)
+        self._tiles.announce(section, cycle)
+
+    def _announce(self) -> Process:
+        """Ask for weights and announce sections while passes are prepared, in their order.
+
+        With two banks of h each section is asked for by itself; what is owed at the end comes when
+        the last pass has been handed out.
+        """
+        job, order = self._job, self._job.order
+        apart = job.config.hidden_banks > 1
+        at = cycle = 0
+        for n, (events, announced) in enumerate(zip(job.events, self._announced, strict=True)):
+            yield events.told
+            cycle = max(cycle, events.told.cycle)
+            begin = at
+            while at < len(order) and order[at][0] <= n and (not apart or order[at] != (n, 1)):
+                at += 1
+            yield from self._tell(order[begin:at], cycle, apart)
+            cycle = self._tiles.sections[-1].accepted + 1
+            self._schedule.set(announced, cycle - 1)
+        if at < len(order):
+            yield job.events[-1].handed
+            yield from self._tell(order[at:], max(cycle, job.events[-1].handed.cycle + 3), apart)
+
+    def _tell(self, items: tuple[tuple[int, int], ...], cycle: int, apart: bool) -> Process:
+        """Ask for the weights of sections and announce them, from the cycle after that on."""
+        job, streamer = self._job, self._streamer
+        sections = [job.experts[job.passes[n].expert][part] for n, part in items]
+        for i, section in enumerate(sections):
+            if apart or not i:
+                cycle += 1
+                before = streamer.requests
+                yield cycle
+                poll = cycle
+                while len(streamer.loaded) < before:  # another request waits
+                    poll += POLL_CYCLES
+                    yield poll
+                if before:
+                    cycle = max(cycle, streamer.loaded[before - 1] + 1)
+                if apart:
+                    first = job.experts[job.passes[items[i][0]].expert][0]
+                    streamer.request(cycle, section.words, first.words * items[i][1])
+                else:
+                    streamer.request(cycle, sum(section.words for section in sections))
+            cycle += 1
+            yield from self._section(section, cycle)
+            cycle = self._tiles.sections[-1].accepted
 
     def _sort(self, cycle: int) -> int:
         """Return when a counting sort is over: 3 cycles for each pair, 2 an expert, 4, 3 a pair.

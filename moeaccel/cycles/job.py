@@ -24,18 +24,25 @@ class PassEvents:
 
     Attributes
     ----------
-    offered, handed : :class:`Event`
-        The dispatcher has prepared it; the sequencer has taken it.
+    told : :class:`Event`
+        Its sections are to be announced.
+    offered, awaited, handed : :class:`Event`
+        The dispatcher has prepared it; the sequencer can take it; it has.
     x_loaded : :class:`Event`
         If it has tokens of its own.
+    x_free : :class:`Event`
+        It needs its x no more.
     issued, in_y : :class:`Event`
         Its last step has started; its last output is in the y buffer.
     retired : :class:`Event`
     """
 
+    told: Event = field(default_factory=Event)
     offered: Event = field(default_factory=Event)
+    awaited: Event = field(default_factory=Event)
     handed: Event = field(default_factory=Event)
     x_loaded: Event = field(default_factory=Event)
+    x_free: Event = field(default_factory=Event)
     issued: Event = field(default_factory=Event)
     in_y: Event = field(default_factory=Event)
     retired: Event = field(default_factory=Event)
@@ -95,6 +102,27 @@ class Job:
                 before = n - 1
             found.append(before)
         return tuple(found)
+
+    @cached_property
+    def order(self) -> tuple[tuple[int, int], ...]:
+        """Sections in the order in which they run: pass, and which section of it.
+
+        With two banks of h the second section of a pass follows the first one of the next, but goes
+        ahead of a pass with one section.
+        """
+        found: list[tuple[int, int]] = []
+        owed: list[tuple[int, int]] = []
+        for n, now in enumerate(self.passes):
+            single = len(self.experts[now.expert]) == 1
+            if single:
+                found += [*owed, (n, 0)]
+                owed = []
+            elif self.config.hidden_banks == 1:
+                found += [(n, 0), (n, 1)]
+            else:
+                found += [(n, 0), *owed]
+                owed = [(n, 1)]
+        return tuple(found + owed)
 
     def x_user(self, n: int) -> int | None:
         """Return the last pass of the set before the one before that of pass ``n``, if any.

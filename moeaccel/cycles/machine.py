@@ -33,7 +33,7 @@ class Machine:
         self._tiles = TileBuffer(job.config, schedule, self._streamer)
         self._sequencer = Sequencer(job, schedule, self._tiles)
         self._combiner = Combiner(
-            job, schedule, port, lambda: self._sequencer.stands)
+            job, schedule, port, self._sequencer.waiting)
         self._dispatcher = Dispatcher(
             job, schedule, port, self._streamer, self._tiles,
             ActivationLoader(job, schedule, port), self._combiner,

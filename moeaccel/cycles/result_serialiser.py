@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from moeaccel.config import AcceleratorConfig
 
-RESULTS = 4
-"""ResultSerialiser: results that may be under way or waiting behind the array."""
 SERIALISER_CYCLES = 6
 """ResultSerialiser: from a result to its first element, but for the normaliser."""
 
@@ -30,9 +28,9 @@ class Results:
     ``biased``: those went through the adder.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, config: AcceleratorConfig) -> None:
         self.end = 0
-        self.history = [-1] * RESULTS
+        self.history = [-1] * config.result_places
         self.biased = False
 
     @property

@@ -16,7 +16,7 @@ _QUEUED = 16
 """Pairs that may wait when a token's weights are made."""
 
 _FETCH, _START, _TABLE, _FIRST, _LOADED, _FREED, _WEIGHTS, _PAIR, _WRITE, _END = (
-    11, 6, 2, 5, 3, 1, 15, 2, 9, 2)
+    11, 6, 2, 5, 4, 1, 15, 2, 9, 2)
 
 
 def route_cycles(config: AcceleratorConfig, settings: RouterSettings, tokens: int, *, biased: bool,

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from moeaccel.cycles.combiner import COMBINER_CYCLES
-from moeaccel.cycles.hidden_buffer import ready_cycles
+from moeaccel.cycles.hidden_buffer import elements_cycle, ready_cycles
 from moeaccel.cycles.job import Job
-from moeaccel.cycles.result_serialiser import ADDER_CYCLES, RESULTS, Results, element_cycles
-from moeaccel.cycles.schedule import Schedule
+from moeaccel.cycles.result_serialiser import ADDER_CYCLES, Results, element_cycles
+from moeaccel.cycles.schedule import NEVER, Event, Schedule
 from moeaccel.cycles.tile_buffer import TileBuffer, Words
 
 ARRAY_CYCLES = 17
@@ -31,65 +31,131 @@ class Sequencer:
     Attributes
     ----------
     busy, starved_weights, starved_activations, stalled_output : :class:`int`
-    stands : tuple of int, optional
-        It waits for sums of that pass to leave, from that cycle on.
+    waits : list of (int, int)
+        From which cycle to which one x, h or room for sums was waited for; the last wait may be one
+        that has no end yet.
     """
 
     def __init__(self, job: Job, schedule: Schedule, tiles: TileBuffer) -> None:
         self._job = job
         self._schedule = schedule
         self._tiles = tiles
-        self.stands: tuple[int, int] | None = None
+        self.waits: list[tuple[int, int]] = []
         self.busy = self.starved_weights = self.starved_activations = self.stalled_output = 0
 
     def run(self) -> Iterator[None]:
         """Run the sections of each pass; yields where something is not known yet."""
         job, config = self._job, self._job.config
-        per_group = job.per_group
-        results = Results()
-        index = 0
-        for n, (now, events) in enumerate(zip(job.passes, job.events, strict=True)):
-            while not events.handed.known:
-                yield
+        per_group, overlaps = job.per_group, config.hidden_banks > 1
+        results = Results(config)
+        groups = []
+        for now in job.passes:
             count = len(now.tokens)
-            through = [min(count, begin + per_group) for begin in range(0, count, per_group)]
-            slots = np.diff([0, *through]).tolist()
-            cycle = events.handed.cycle + 1
-            if not now.same:
-                while not events.x_loaded.known:
-                    yield
-                cycle = max(cycle, events.x_loaded.cycle + 1)
-            self.starved_activations += cycle - events.handed.cycle
-            results.end = cycle
+            groups.append([
+                min(count, begin + per_group) for begin in range(0, count, per_group)])
+        h_there = [0] * len(job.passes)  # all elements of h have come, and h may be quantised
+        elements_there = 0  # of the latest pass
+        for index, (n, part) in enumerate(job.order):
+            now, events, through = job.passes[n], job.events[n], groups[n]
             sections = job.experts[now.expert]
-            for down, section in enumerate(sections, start=2 - len(sections)):
-                ready = [0] * len(slots)
-                if down:
-                    free = 0
-                    before = self._in_y_bank(n)
-                    if before is not None:
-                        retired = job.events[before].retired
-                        while not retired.known:
-                            self.stands = before, results.end
-                            yield
-                        self.stands = None
-                        free = retired.cycle + 1
-                    ready = [free] * len(slots)
-                    if len(sections) > 1:
-                        hidden = ready_cycles(config, results.taken, section.k, through,
-                                              biased=results.biased)
-                        ready = [max(free, cycle) for cycle in hidden]
-                        results.end += 2  # the hidden buffer is started
-                        self.starved_activations += 2
-                words = self._tiles.sections[index]
-                index += 1
-                yield from self._section(words, results, slots, ready)
-            self._schedule.set(events.issued, results.end)
-            self._schedule.set(
-                events.in_y, results.taken + COMBINER_CYCLES - 1
-                + element_cycles(config, biased=results.biased))
+            slots = np.diff([0, *through]).tolist()
+            ready = [0] * len(slots)
+            last = part + 1 == len(sections)
+            if not part:  # the pass begins, unless it has been taken ahead of what was owed
+                while not events.handed.known:
+                    yield
+                cycle = max(events.handed.cycle + 1, results.end + 1)
+                if not now.same:
+                    yield from self._wait_for(events.x_loaded, cycle)
+                    cycle = max(cycle, events.x_loaded.cycle + 1)
+                if overlaps:
+                    cycle = max(cycle, elements_there)
+                self.starved_activations += cycle - max(events.handed.cycle, results.end)
+                results.end = cycle
+            else:
+                if (single := self._single_behind(index)) is not None:  # it is taken before
+                    while not job.events[single].handed.known:
+                        yield
+                    results.end = max(results.end, job.events[single].handed.cycle)
+                elif overlaps and index + 1 == len(job.order):
+                    results.end += 1  # no pass comes any more
+                wait = 1 if overlaps else 2  # until it is begun, or the hidden buffer and it
+                results.end += wait
+                self.starved_activations += wait
+            if last:
+                free = 0
+                before = self._in_y_bank(n)
+                if before is not None:
+                    retired = job.events[before].retired
+                    yield from self._wait_for(retired, results.end)
+                    free = retired.cycle + 1
+                ready = [free] * len(slots)
+                if part:
+                    hidden = ready_cycles(config, h_there[n], sections[part].k, through)
+                    ready = [max(free, cycle) for cycle in hidden]
+            yield from self._section(self._tiles.sections[index], results, slots, ready)
+            if last:
+                self._schedule.set(events.issued, results.end)
+                self._schedule.set(
+                    events.in_y, results.taken + COMBINER_CYCLES - 1
+                    + element_cycles(config, biased=results.biased))
+                if not part or not overlaps:
+                    self._schedule.set(events.x_free, events.in_y.cycle)
+            else:
+                elements_there = h_there[n] = elements_cycle(
+                    config, results.taken, biased=results.biased)
+                self._schedule.set(events.x_free, elements_there - 1)
+            self._await(index, results, h_there)
         while True:
             yield
+
+    def _wait_for(self, event: Event, cycle: int) -> Iterator[None]:
+        """Wait until it is known when something happens that is needed from ``cycle`` on."""
+        if not event.known:
+            self.waits.append((cycle, NEVER))
+            while not event.known:
+                yield
+            self.waits.pop()
+        if event.cycle > cycle:
+            self.waits.append((cycle, event.cycle))
+
+    def waiting(self, cycle: int) -> bool:
+        """Return whether steps wait for x, h or room for sums, as far as it is known."""
+        return any(begin < cycle <= end for begin, end in self.waits[-8:])
+
+    def _single_behind(self, index: int) -> int | None:
+        """Return the pass with one section that follows a section which was owed, if one does."""
+        order, job = self._job.order, self._job
+        if job.config.hidden_banks == 1 or not order[index][1] or index + 1 == len(order):
+            return None
+        n = order[index + 1][0]
+        return n if len(job.experts[job.passes[n].expert]) == 1 else None
+
+    def _await(self, index: int, results: Results, h_there: list[int]) -> None:
+        """Tell when the next pass can be taken, if it can be behind this section."""
+        job = self._job
+        n, part = job.order[index]
+        after = job.order[index + 1] if index + 1 < len(job.order) else None
+        single = len(job.experts[job.passes[n].expert]) == 1
+        cycle = results.end + 1
+        if job.config.hidden_banks == 1:
+            if not single and not part:
+                return
+            ready = n + 1
+        else:
+            if after is not None and after[1] and not part and after[0] < n:
+                return  # what is owed comes first
+            # h of the latest pass with two sections is quantised from now on.
+            ready = max(m for m, _ in job.order[: index + 1]) + 1
+            latest = ready - 1
+            owes = len(job.experts[job.passes[latest].expert]) == 2
+            if owes and (latest, 1) not in job.order[: index + 1]:
+                h_there[latest] = max(h_there[latest], cycle + 1)
+                cycle += 1
+            elif self._single_behind(index) is not None:
+                return  # it has been taken
+        if ready < len(job.events) and not job.events[ready].awaited.known:
+            self._schedule.set(job.events[ready].awaited, cycle)
 
     def _in_y_bank(self, n: int) -> int | None:
         """Return the pass that must have retired before sums of pass ``n`` come, if any."""
@@ -106,14 +172,16 @@ class Sequencer:
         """
         steps, tiles, rows = words.steps, words.tiles, words.section.tile_rows
         short = tiles * rows - words.section.channel_rows  # rows that the last tile has not
-        count, most = len(slots), rows * max(slots)
+        at_once = self._job.config.results_per_cycle
+        places = self._job.config.result_places
+        count, most = len(slots), -(-rows // at_once) * max(slots)
         # Results leave as fast as they come and there is always room for them; at first, results
         # of the section before may be in the way.
-        free_running = steps >= most and (RESULTS - 1) * steps > ARRAY_CYCLES + 1 + most
+        free_running = steps >= most and (places - 1) * steps > ARRAY_CYCLES + 1 + most
         words.busy = steps * count
-        words.settled = min(tiles, -(-RESULTS // count)) if free_running else tiles
+        words.settled = min(tiles, -(-places // count)) if free_running else tiles
         arrived, began, ended = words.arrived, words.began, words.ended
-        taken = deque(results.history, RESULTS)
+        taken = deque(results.history, places)
         end = results.end
         # Rows without biases wait until the adder is empty.
         passes = results.taken + ADDER_CYCLES if results.biased and not words.section.biased else -1
@@ -121,10 +189,12 @@ class Sequencer:
             while len(arrived) <= tile:
                 yield
             for group, slot_count in enumerate(slots):
-                size = slot_count * (rows - short if tile + 1 == tiles else rows)
+                size = slot_count * -(
+                    -(rows - short if tile + 1 == tiles else rows) // at_once)
                 start = end + 1
                 if tile == 0 and ready[group] > start:
                     self.starved_activations += ready[group] - start
+                    self.waits.append((start - 1, ready[group]))
                     start = ready[group]
                 if group == 0 and began[tile] >= start:
                     self.starved_weights += began[tile] + 1 - start
@@ -148,12 +218,12 @@ class Sequencer:
             end = max(max(ended[-1], began[tile]) + steps, arrived[tile] + 1) + later_groups
             ended.append(end)
             left = rows - short if tile + 1 == tiles else rows
-            words.taken.append(end + 1 + ARRAY_CYCLES + slots[-1] * left)
+            words.taken.append(end + 1 + ARRAY_CYCLES + slots[-1] * -(-left // at_once))
         end = ended[-1]
         self.busy += words.busy * tiles
         if tiles > words.settled:
             self.starved_weights += end - settled_end - words.busy * (tiles - words.settled)
-            taken.extend(words.taken[-1] - i * steps for i in reversed(range(RESULTS)))
+            taken.extend(words.taken[-1] - i * steps for i in reversed(range(places)))
         results.end = end
         results.history = list(taken)
         results.biased = words.section.biased

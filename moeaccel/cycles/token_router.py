@@ -13,7 +13,7 @@ _EXPONENTIAL = 10
 _SCORE = {Score.SOFTMAX: 20, Score.SIGMOID: 20, Score.SQRT_SOFTPLUS: 34, Score.IDENTITY: 0}
 _DIVIDE = 11
 _WEIGHT = 13
-_SETTLE = 5
+_SETTLE = 6
 
 
 def token_cycles(config: AcceleratorConfig, settings: RouterSettings, *, biased: bool) -> int:

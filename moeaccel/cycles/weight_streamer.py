@@ -35,6 +35,10 @@ class WeightStreamer:
     ----------
     beats : :class:`int`
         Requested so far.
+    requests : :class:`int`
+        So far.
+    loaded : list of int
+        Cycles in which requests were taken up; until then the next one is not accepted.
     moves_on : callable
         Of the tile buffer, see :meth:`TileBuffer.moves_on`.
     """
@@ -47,15 +51,18 @@ class WeightStreamer:
         self._reach = config.read_ahead_beats + config.max_burst_beats
         self.beats = 0
         self.moves_on: Callable[[int], int] = lambda word: NEVER
-        self._requests: deque[tuple[int, int]] = deque()
+        self._requests: deque[tuple[int, int, int]] = deque()
+        self.requests = 0
+        self.loaded: list[int] = []
         self._left = self._room = 0  # beats of the request, of its burst
         self._request_beat = 0  # its first
         self._grant = -GRANT_CYCLES
         self._credit = Place()
 
-    def request(self, cycle: int, words: int) -> None:
-        """Ask for the words of an image; the request is accepted in ``cycle``."""
-        self._requests.append((cycle, words * self._spacing))
+    def request(self, cycle: int, words: int, begin: int = 0) -> None:
+        """Ask for words of an image from word ``begin`` on; it is accepted in ``cycle``."""
+        self.requests += 1
+        self._requests.append((cycle, words * self._spacing, begin * self._spacing))
 
     def grant(self) -> int:
         """Return the cycle of the next burst's grant, or NEVER if something must happen first."""
@@ -63,12 +70,13 @@ class WeightStreamer:
             if not self._requests:
                 return NEVER
             # Four cycles to take up a request, unless one is under way.
-            accepted, self._left = self._requests.popleft()
+            accepted, self._left, begin = self._requests.popleft()
             self._request_beat = self.beats
+            self.loaded.append(max(self._grant, accepted + 1))
             self._grant = max(self._grant, accepted + 4 - GRANT_CYCLES)
             burst = self._config.max_burst_beats
             header = max(HEADER_BYTES, self._config.word_bytes)
-            self._room = burst - header // self._config.port_bytes % burst
+            self._room = burst - (header // self._config.port_bytes + begin) % burst
         cycle = self._grant + GRANT_CYCLES
         # Room in the FIFO for all of the burst: once the beat in the way of its last has left.
         beat = self.beats + min(self._left, self._room) - self._config.read_ahead_beats - 1

@@ -55,8 +55,8 @@ class WeightFormat(ABC):
     weight_bits : :class:`int`
         4 (two rows share a multiplier) or 8.
     group : :class:`int`
-        Weights along K that share a scale, a power of two from 32 on; the last group of a row may
-        be short.
+        Weights along K that share a scale, a power of two from 32 on; 16, too, in 4-bit formats
+        without zero points or pattern. The last group of a row may be short.
     real_scale : :class:`bool`
         A scale is a significand and a shift (16 stored bits: significand in bits 0 to 10, shift in
         bits 11 to 15), else a power of two (8 stored bits: the shift).
@@ -100,8 +100,10 @@ class WeightFormat(ABC):
 
         require("code", 0 <= self.code < 256, "from 0 to 255")
         require("weight_bits", self.weight_bits in (4, 8), "4 or 8")
-        require("group", self.group >= BLOCK and self.group & (self.group - 1) == 0,
-                f"a power of two from {BLOCK} on")
+        halves = self.packed and self.nonzeros == QUAD and not self.zero_point
+        least = BLOCK // 2 if halves else BLOCK
+        require("group", self.group >= least and self.group & (self.group - 1) == 0,
+                f"a power of two from {least} on")
         require("nonzeros", self.nonzeros in (1, 2, QUAD), f"1, 2 or {QUAD}")
         require("zero_point", not self.zero_point or (self.packed and self.real_scale),
                 "false but for 4-bit weights with real scales")

@@ -13,10 +13,21 @@ from numpy.typing import NDArray
 
 from moeaccel.formats.base import BLOCK, WeightFormat
 
-__all__ = ["FORMATS"]
+__all__ = ["E2M1_DOUBLED", "FORMATS", "nearest_e2m1"]
 
-_E2M1_DOUBLED = (0, 1, 2, 3, 4, 6, 8, 12)
+E2M1_DOUBLED = (0, 1, 2, 3, 4, 6, 8, 12)
 """Twice the magnitudes of FP4 E2M1 by code: integers."""
+
+
+def nearest_e2m1(scaled: NDArray[np.floating]) -> NDArray[np.floating]:
+    """Round to doubled E2M1 numbers in place, as if they went on beyond 12."""
+    # Codes are 1 apart up to 4, then 2 up to 8, then 4: in these units a tie between two codes
+    # goes to the even one as a tie between two integers does.
+    magnitude = np.abs(scaled)
+    step = np.add(magnitude >= 4, 1, dtype=scaled.dtype)
+    step += 2 * (magnitude >= 8)
+    np.rint(np.divide(scaled, step, out=scaled), out=scaled)
+    return np.multiply(scaled, step, out=scaled)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,13 +52,7 @@ class Microscaled(WeightFormat):
     def nearest(self, scaled: NDArray[np.floating]) -> NDArray[np.floating]:
         if self.table is None:
             return super().nearest(scaled)
-        # Codes are 1 apart up to 4, then 2 up to 8, then 4: in these units a tie between two codes
-        # goes to the even one as a tie between two integers does.
-        magnitude = np.abs(scaled)
-        step = np.add(magnitude >= 4, 1, dtype=scaled.dtype)
-        step += 2 * (magnitude >= 8)
-        np.rint(np.divide(scaled, step, out=scaled), out=scaled)
-        return np.clip(np.multiply(scaled, step, out=scaled), self.low, self.high, out=scaled)
+        return np.clip(nearest_e2m1(scaled), self.low, self.high, out=scaled)
 
 
 FORMATS = (
@@ -57,5 +62,5 @@ FORMATS = (
     # E2M1: emax 2, and integers are doubled. The high bit of a code is its sign.
     Microscaled(name="mxfp4", code=3, weight_bits=4, group=BLOCK, real_scale=False, low=-12,
                 high=12, max_shift=15, unit_exponent=-3,
-                table=(*_E2M1_DOUBLED, *(-value for value in _E2M1_DOUBLED))),
+                table=(*E2M1_DOUBLED, *(-value for value in E2M1_DOUBLED))),
 )

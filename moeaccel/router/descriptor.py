@@ -15,8 +15,8 @@ from moeaccel.router.tables import KEY_BITS, LOGIT_BITS, NEVER, SCORE_BITS, fixe
 __all__ = ["descriptor", "settings_of", "table_words"]
 
 
-def descriptor(settings: RouterSettings, *, biased: bool, tables: bool, table_address: int
-               ) -> dict[str, int]:
+def descriptor(settings: RouterSettings, *, biased: bool, tables: bool, table_address: int,
+               shared: int = 0) -> dict[str, int]:
     """Return the fields of :data:`moeaccel.interface.commands.ROUTER`.
 
     Parameters
@@ -25,6 +25,8 @@ def descriptor(settings: RouterSettings, *, biased: bool, tables: bool, table_ad
         It has a selection bias.
     tables : :class:`bool`
         Its table, at that address, is to be read.
+    shared : :class:`int`
+        Experts behind those routed to that every token goes to.
     """
     selection = Selection.LOGIT
     if biased:
@@ -40,6 +42,7 @@ def descriptor(settings: RouterSettings, *, biased: bool, tables: bool, table_ad
         "group_size": settings.experts // settings.groups if grouped else settings.experts,
         "keep_groups": settings.keep_groups if grouped else 1,
         "tables": int(tables),
+        "shared": shared,
         "scale": int(np.float32(settings.scale).view(np.uint32)),
         "epsilon": round(settings.epsilon * 2**SCORE_BITS),
         "table_address": table_address if tables else 0,
@@ -47,9 +50,16 @@ def descriptor(settings: RouterSettings, *, biased: bool, tables: bool, table_ad
 
 
 def settings_of(fields: Mapping[str, int], top_k: int) -> RouterSettings:
-    """Return the settings of a descriptor whose fields are good, alone and together."""
+    """Return the settings of a descriptor whose fields are good, alone and together.
+
+    Parameters
+    ----------
+    top_k : :class:`int`
+        Of the submission, with shared experts.
+    """
     return RouterSettings(
-        experts=fields["num_experts"], top_k=top_k, score=Score(fields["score"]).key,
+        experts=fields["num_experts"], top_k=top_k - fields["shared"],
+        score=Score(fields["score"]).key,
         renormalize=Renormalize(fields["renormalize"]).key,
         epsilon=fields["epsilon"] / 2**SCORE_BITS,
         scale=float(np.uint32(fields["scale"]).view(np.float32)), groups=fields["groups"],

@@ -44,6 +44,9 @@ ORIGINS: dict[str, str] = {
 }
 """Where a row's sizes are from."""
 
+_ACTS = {"gpt_oss": "gpt_oss_swiglu(alpha=1.702)"}
+"""Activations whose limit belongs to them."""
+
 _LOGITS = ("linear", "over_deviation", "attention", "mlp", "product_keys")
 
 
@@ -344,8 +347,11 @@ class Model:
 
     @property
     def act(self) -> str:
-        """Activation."""
-        return self.expert.activation
+        """Activation with its constants, as one name: ``silu``, ``silu_clamped(10)``, ..."""
+        activation, limit = self.expert.activation, self.expert.limit
+        if activation in _ACTS:
+            return _ACTS[activation]
+        return activation if limit is None else f"{activation}_clamped({limit:g})"
 
     @property
     def ffn(self) -> str:

@@ -1,12 +1,22 @@
 """Figures of a benchmark, and what it refuses."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from moeaccel.config import PRESETS
 from moeaccel.host import open_device
-from moeaccel.host.benchmark import Bench, BenchmarkError, bench_gemm, memory_share, routing
+from moeaccel.host.benchmark import (
+    Bench,
+    BenchmarkError,
+    bench_experts,
+    bench_gemm,
+    memory_share,
+    routing,
+)
 from moeaccel.host.demo.run import run
+from moeaccel.zoo import model as find_model
 
 TINY = PRESETS["tiny"]
 
@@ -33,6 +43,32 @@ def test_a_measurement_is_of_the_whole_machine():
     assert result.memory_share == round(result.stored_bytes / (2 * 8 * result.cycles), 5)
     assert 0 < result.memory_share < 1
     assert said == ["quantising and loading", "running"]
+
+
+@pytest.mark.parametrize("name", ["gpt-oss-20b", "nllb-moe-54b", "deepseek-v4-flash"])
+def test_experts_of_every_kind(name):
+    """Biases, gpt-oss's gate, a limit, no up rows: measured, and checked against float64."""
+    model = find_model(name)
+    small = replace(model, d_model=96, n_experts=4, top_k=2,
+                    expert=replace(model.expert, d_expert=64))
+    with open_device("golden", config=TINY, memory_bytes=1 << 22, timing=True,
+                     latency=9) as device:
+        bench = Bench(device=device, device_name="golden", memory="ideal", latency=9,
+                      weight_format="mxint8", activation_bits=16)
+        result = bench_experts(bench, small, tokens=3)
+    assert result.matches_golden and result.cycles == result.cycle_model_cycles
+    assert result.rel_err_float < 0.02  # 8-bit weights
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("inkling-2-small", "one of the activations silu, .*, not 'Inkling-2-Small'"),
+    ("openmoe-8b", "two or three matrices"), ("swin-moe-s-32e", "one size for all of its layers")])
+def test_experts_that_the_device_has_not(name, message):
+    with open_device("golden", config=TINY, memory_bytes=1 << 22) as device:
+        bench = Bench(device=device, device_name="golden", memory="", latency=9,
+                      weight_format="mxint8", activation_bits=16)
+        with pytest.raises(BenchmarkError, match=message):
+            bench_experts(bench, find_model(name), tokens=1)
 
 
 def test_the_demo_counts_channels():

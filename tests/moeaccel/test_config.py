@@ -12,7 +12,7 @@ from moeaccel.formats import ALL_FORMATS, FORMATS
 @pytest.mark.parametrize("name", PRESETS)
 def test_accumulator_holds_the_largest_sum(name):
     config = PRESETS[name]
-    for fmt in FORMATS.values():
+    for fmt in config.weight_formats:
         scale = (2047 if fmt.real_scale else 1) << fmt.max_shift
         largest = config.max_steps * 32 * 128 * fmt.max_integer * scale << 11
         assert largest < 1 << (config.accumulator_bits - 1)
@@ -34,8 +34,12 @@ def test_widths_close_at_the_largest_dimension():
         ("max_dim", 100, "a multiple of 32 from 64 to 32768"),
         ("quantiser_lanes", 32, "a power of two from 1 to 4"),
         ("y_banks", 4, "a power of two from 1 to 2"),
+        ("results_per_cycle", 3, "a power of two from 1 to 2"),
         ("tile_words", 4, "a power of two from 16"),
         ("address_bits", 8, "from 16 to 64"),
+        ("router", ("tanh",), "a tuple of different ones of softmax, sigmoid, sqrt_softplus"),
+        ("router", ("softmax", "softmax"), "a tuple of different ones of softmax"),
+        ("router_top_k", 17, "from 1 to 16"),
         ("formats", (), "a tuple of different ones of mxint8"),
         ("formats", ("int4_g32", "int4_g32"), "a tuple of different ones of mxint8"),
         ("formats", ("int5",), "a tuple of different ones of mxint8"),
@@ -50,7 +54,8 @@ def test_bad_field_is_named(field, value, expected):
 
 def test_unknown_preset_lists_the_known_ones():
     with pytest.raises(
-        ConfigurationError, match="tiny, small, ulx3s, wide512, hbm32, peer256, not 'huge'"
+        ConfigurationError,
+        match="tiny, small, ulx3s, wide512, hbm32, peer256, wide512-sparse, not 'huge'",
     ):
         preset("huge")
 
@@ -74,6 +79,7 @@ def test_digest_depends_on_every_field_but_the_name():
         "address_bits": 32,
         "formats": ("mxfp4",),
         "y_banks": 2,
+        "results_per_cycle": 2,
     }
     digests = {config.replace(**{field: value}).digest for field, value in changed.items()}
     assert len(digests) == len(changed) and config.digest not in digests
@@ -111,3 +117,15 @@ def test_a_configuration_survives_json():
     config = PRESETS["tiny"]
     again = AcceleratorConfig(**json.loads(json.dumps(dataclasses.asdict(config))))
     assert again == config and again.digest == config.digest
+
+
+def test_a_router_is_part_of_the_device_if_it_is_there():
+    tiny = PRESETS["tiny"]
+    assert tiny.replace(router_top_k=8).digest == tiny.digest  # of nothing
+    digests = {tiny.digest} | {
+        tiny.replace(router=scores, router_top_k=k).digest
+        for scores in (("softmax",), ("softmax", "sigmoid")) for k in (8, 16)}
+    assert len(digests) == 5
+    config = tiny.replace(router=["sigmoid", "softmax"])  # as JSON has it
+    assert [score.key for score in config.router_scores] == ["softmax", "sigmoid"]
+    assert config.router_codes == (0, 1)

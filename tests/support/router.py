@@ -20,6 +20,6 @@ def form_of(settings, selection_bias=None):
         "renormalize": settings.renormalize_kind,
         "epsilon": round(settings.epsilon * 2**SCORE_BITS),
         "scale": scale, "scale_exponent": exponent,
-        "tables": True,
+        "tables": True, "shared": 0,
     }
 

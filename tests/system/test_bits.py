@@ -397,6 +397,8 @@ VARIANTS = {
     "32-byte port, eight rows": {"port_bytes": 32, "row_multipliers": 8, "quantiser_lanes": 4},
     "two banks of y": {"y_banks": 2},
     "wide quantiser, two banks of y": {"port_bytes": 16, "quantiser_lanes": 8, "y_banks": 2},
+    "two results a cycle": {"results_per_cycle": 2, "channels": 2, "quantiser_lanes": 4},
+    "passes overlap": {"results_per_cycle": 2, "y_banks": 2, "hidden_banks": 2},
 }
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 
 from moeaccel.config import PRESETS
-from moeaccel.formats import FORMATS
+from moeaccel.formats import ALL_FORMATS, FORMATS
 from moeaccel.host import errors
 from moeaccel.interface.commands import Status
 from moeaccel.sim import MemoryModel, StallModel
@@ -87,6 +87,23 @@ def test_every_format(pair_of, name, bits):
             pair.same(experts)
             pair.same(linear)
             pair.check()
+
+
+@pytest.mark.slow  # a model of its own
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", [n for n in ALL_FORMATS if n not in FORMATS])
+def test_formats_that_presets_have_not(pair_of, name):
+    """Rows that share a multiplier, and a pattern, are others than on one channel."""
+    with pair_of(TWO.replace(name="two channels, all formats", formats=tuple(ALL_FORMATS)),
+                 memory=random_memory(1)) as pair:
+        for bits in (8, 16):
+            def experts(device, bits=bits):
+                with device.load_experts(*WEIGHTS, weight_format=name, activation_bits=bits,
+                                         prune="magnitude") as loaded:
+                    return loaded(*CALL)
+
+            pair.same(experts)
+        pair.check()
 
 
 @property_of(15)

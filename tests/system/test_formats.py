@@ -36,9 +36,11 @@ def test_every_format(every, name, bits):
     scores = rng.standard_normal(ids.shape).astype(np.float32)
     every.reset()
     options = {"weight_format": name, "activation_bits": bits, "prune": "magnitude"}
+    biases = {"gate_up_bias": rng.standard_normal((3, 2 * D_EXPERT), np.float32),
+              "down_bias": rng.standard_normal((3, D_MODEL), np.float32)} if bits == 8 else {}
 
     def experts(device):
-        with device.load_experts(*weights, grid_exponent=-28, **options) as loaded:
+        with device.load_experts(*weights, grid_exponent=-28, **options, **biases) as loaded:
             return loaded(x, ids, scores)
 
     def linear(device):
@@ -46,8 +48,9 @@ def test_every_format(every, name, bits):
             return loaded(np.resize(x, (5, D_EXPERT)))
 
     found = every.same(experts)
-    layer = [Expert.quantise(gate_up, down, name, prune="magnitude")
-             for gate_up, down in zip(*weights, strict=True)]
+    layer = [Expert.quantise(gate_up, down, name, prune="magnitude",
+                             **{kind: bias[e] for kind, bias in biases.items()})
+             for e, (gate_up, down) in enumerate(zip(*weights, strict=True))]
     assert_same_bits(found, golden.experts(x, ids, scores, layer, planes=bits // 8).y)
     every.same(linear)
     every.check()

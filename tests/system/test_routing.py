@@ -21,6 +21,10 @@ CONFIG = preset("tiny").replace(
     max_experts=64)
 
 
+SIGMOID = {"score": "sigmoid", "renormalize": "sum", "groups": 4, "keep_groups": 2,
+           "group_score": "top2_sum"}
+
+
 @pytest.fixture(scope="module")
 def pair(pair_of):
     with pair_of(CONFIG) as pair:
@@ -82,11 +86,36 @@ def test_cycles(pair):
         router = drawn(rng, experts)
         settings = router.settings
         biased = router.selection_bias is not None
-        pair.rtl.route(router, rng.standard_normal((tokens, experts)).astype(np.float32))
+        logits = rng.standard_normal((tokens, experts)).astype(np.float32)
+        for device in pair.devices:
+            device.route(router, logits)
         want = route_cycles(
             CONFIG, settings, tokens, biased=biased and settings.biases_scores,
             tables=biased or router.bias is not None)
         assert abs(pair.rtl.last_cycles - want) <= max(16, 0.01 * want), (settings, tokens)
+
+
+@pytest.mark.parametrize(("settings", "shared"), [
+    ({"top_k": 3}, False), ({"top_k": 2, **SIGMOID}, True)])
+def test_whole_layers(pair, settings, shared):
+    """The router's product, ROUTE and the experts, each from what the one before has left."""
+    rng = np.random.default_rng(12)
+
+    def draw(*shape):
+        return (rng.standard_normal(shape) / 8).astype(np.float32)
+
+    router = Router(draw(16, 64) * 8, **settings,
+                    selection_bias=draw(16) if "score" in settings else None)
+    gate_up, down, more = draw(16, 64, 64), draw(16, 64, 32), (draw(2, 128, 64), draw(2, 64, 64))
+    x = draw(21, 64) * 8
+
+    def script(device):
+        with device.load_moe(router, gate_up, down, shared=more if shared else None) as moe:
+            ids, weights = moe.route(x)
+            return np.concatenate([moe(x), ids.astype(np.float32), weights], axis=1)
+
+    assert pair.same(script).any()
+    pair.check()
 
 
 def test_slow_memory(pair_of):
@@ -137,6 +166,8 @@ GOOD = descriptor(RouterSettings(experts=16, top_k=2, groups=4, keep_groups=2), 
     ({"tables": 1, "table_address": (1 << 40) - 64}, Status.BAD_ROUTER, "table_address"),
     ({"top_k": 9}, Status.BAD_FIELD, "top_k"),
     ({"num_experts": 4, "group_size": 1, "top_k": 3}, Status.BAD_FIELD, "top_k"),
+    ({"shared": 2}, Status.BAD_FIELD, "top_k"),
+    ({"shared": 16}, Status.BAD_ROUTER, "shared"),
     ({"x_type": 1}, Status.BAD_FIELD, "x_type"),
     ({"ids_address": (1 << 40) - 64}, Status.OK, ""),
     ({"weights_address": (1 << 40) - 64, "tokens": 9}, Status.BAD_FIELD, "weights_address"),

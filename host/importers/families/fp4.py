@@ -1,8 +1,8 @@
 """FP4 E2M1 with scales for blocks: MXFP4, as gpt-oss and compressed-tensors have it, and NVFP4.
 
 MXFP4 is exact in ``mxfp4``: E2M1 values, and scales that are powers of two (E8M0). NVFP4 has a
-scale for each 16 weights, FP8 E4M3 times one float32 for the matrix: no format here has such
-groups, so that it is quantised again.
+scale for each 16 weights, FP8 E4M3 times one float32 for the matrix: in ``nvfp4`` exact where that
+number has at most 7 significant bits; otherwise codes stay and each scale is rounded to 11 bits.
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@
 MXFP4      exact in ``mxfp4``
 Q4_0       16 levels from -8 to 7 times a float16 of any sign: in ``int4_g32`` the blocks with a
            positive scale are exact; where it is negative, and a weight has the level -8, that would
-           be +8, which INT4 has not, and the block is quantised again
-Q8_0       a float16 times -127 to 127: in ``mxint8`` exact where it is a power of two
+           be +8, which INT4 has not, and the block is quantised again; exact in ``int4_g32_zp``
+Q8_0       a float16 times -127 to 127: in ``mxint8`` exact where it is a power of two, in
+           ``int8_g32`` where a row's scales, as integers of one unit, have at most 13 bits
 Q4_1       has a minimum, which no format here has: quantised again
 the rest   dequantised by the package gguf, and quantised again
 =========  ==============================================================================

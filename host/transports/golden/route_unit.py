@@ -67,7 +67,7 @@ class RouteUnit:
         sizes = self._sizes(submission, router)
         top = 1 << self._config.address_bits
         kept = router["keep_groups"] * router["group_size"]
-        if submission["top_k"] > kept:
+        if not 1 <= submission["top_k"] - router["shared"] <= min(kept, self._config.router_top_k):
             raise Fault(Status.BAD_FIELD, detail=field_of(SUBMISSION, "top_k").word)
         # Of y and workspace there is a block for each token, as of any command.
         y_bytes = 4 * BLOCK * submission["tokens"]
@@ -112,8 +112,11 @@ class RouteUnit:
         routed = route_words(
             logits, settings, biased=router["selection"] == Selection.BIASED_SCORE,
             bias=words[:, 0], extra=words[:, 1])
-        self._write(ids, routed.ids, sizes.pairs, NONE)
-        self._write(weights, routed.weights, sizes.pairs, 0)
+        shared = tokens, router["shared"]
+        behind = np.broadcast_to(experts + np.arange(router["shared"], dtype=np.int32), shared)
+        self._write(ids, np.concatenate([routed.ids, behind], axis=1), sizes.pairs, NONE)
+        self._write(weights, np.concatenate([routed.weights, np.ones(shared, np.float32)], axis=1),
+                    sizes.pairs, 0)
         self._registers.count(
             bytes_read_other=table + sizes.logits, bytes_written=2 * sizes.pairs, tokens=tokens,
             overflows=routed.saturated)

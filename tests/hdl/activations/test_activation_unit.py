@@ -23,8 +23,8 @@ def extreme(rng, n):
     return normalise(integer, exponent.astype(np.int64))
 
 
-def run(gates, ups, rng, stall, *, activation="silu", paired=True, limit=None):
-    config = preset("tiny")
+def run(gates, ups, rng, stall, *, activation="silu", paired=True, limit=None, at_once=False):
+    config = preset("tiny").replace(results_per_cycle=1 + at_once)
     dut = ActivationUnit(config)
     n = len(gates.mantissa)
     act = ACTIVATIONS[activation]
@@ -39,7 +39,10 @@ def run(gates, ups, rng, stall, *, activation="silu", paired=True, limit=None):
         ctx.set(dut.i_form, {
             "activation": act.code, "paired": paired, "limit": limit_bits(limit)})
         for i, (slot, index, last) in enumerate(meta):
-            for odd, value in enumerate((gates, ups) if paired else (gates,)):
+            if at_once:
+                ctx.set(dut.i_up, {
+                    "mantissa": int(ups.mantissa[i]), "exponent": int(ups.exponent[i])})
+            for odd, value in enumerate((gates, ups) if paired and not at_once else (gates,)):
                 while rng.random() < stall:  # nothing, or an element to be combined
                     ctx.set(port.valid, int(rng.integers(2)))
                     ctx.set(port.payload, {"combine": 1, "row": int(rng.integers(2)), "value": {
@@ -48,7 +51,7 @@ def run(gates, ups, rng, stall, *, activation="silu", paired=True, limit=None):
                 ctx.set(port.valid, 1)
                 ctx.set(port.payload, {
                     "slot": slot, "row": 2 * index + odd if paired else index,
-                    "last": last & odd if paired else last, "value": {
+                    "last": last & odd if paired and not at_once else last, "value": {
                         "mantissa": int(value.mantissa[i]), "exponent": int(value.exponent[i])}})
                 await ctx.tick()
         ctx.set(port.valid, 0)
@@ -75,7 +78,7 @@ def run(gates, ups, rng, stall, *, activation="silu", paired=True, limit=None):
         *expected, meta, strict=True)]
     assert got == want
     if not stall:
-        apart = 2 if paired else 1
+        apart = 2 if paired and not at_once else 1
         assert cycles == [apart - 1 + dut.LATENCY_CYCLES + apart * i for i in range(n)]
 
 
@@ -90,6 +93,12 @@ def test_bits(activation, stall, limit, paired):
     ups = extreme(rng, 150)
     order = rng.permutation(150)
     run(gates, ups[order], rng, stall, activation=activation, limit=limit, paired=paired)
+
+
+@pytest.mark.parametrize("paired", [True, False], ids=["gated", "ungated"])
+def test_gate_and_up_come_at_once(paired):
+    rng = np.random.default_rng(8)
+    run(extreme(rng, 60), extreme(rng, 60), rng, 0.0, paired=paired, at_once=True)
 
 
 def test_an_offset_that_nearly_cancels():

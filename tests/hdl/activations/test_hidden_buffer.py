@@ -12,6 +12,7 @@ WIDE = AcceleratorConfig(
     read_ahead_beats=128)
 SEVERAL = [preset("tiny").replace(channels=2), preset("tiny").replace(channels=32),
            WIDE.replace(channels=4)]
+TWO_RESULTS = [WIDE.replace(channels=channels, results_per_cycle=2) for channels in (1, 4)]
 NARROW = WIDE.replace(name="narrow", quantiser_lanes=1, token_groups=1, max_dim=96)
 
 
@@ -31,46 +32,52 @@ class Bench:
         self.lanes, self.bases = {}, {}
 
     def elements(self, h, slot, index):
-        """Return the elements that come with an index, one of each core."""
+        """Return the elements that come with an index, as many of each core as results."""
         significand, exponent = h
         first = index * self.config.channels
-        return [hidden(significand[slot, i], exponent[slot, i])
-                for i in range(first, first + self.config.channels)]
+        return [hidden(significand[slot, i % significand.shape[1]],
+                       exponent[slot, i % significand.shape[1]])
+                for i in range(first, first + self.config.channels * self.config.results_per_cycle)]
 
-    async def send(self, ctx, h, planes, rows):
-        """Send h as tiles of ``rows`` elements, groups of slots, slots."""
+    async def send(self, ctx, h, planes, rows, bank=0):
+        """Send h as tiles of ``rows`` elements, groups of slots, slots.
+
+        Where several results come in a cycle, they do so for all of a tile or one after another.
+        """
         port, cores = self.dut.i_elements, self.config.channels
         count, dim = h[0].shape
         per_group = self.config.token_lanes // planes
         for first in range(0, dim, rows):
             for group in range(0, count, per_group):
                 for slot in range(group, min(count, group + per_group)):
-                    for index in range(first // cores, (first + rows) // cores):
+                    full = bool(self.config.results_per_cycle > 1 and self.rng.integers(2))
+                    for index in range(first // cores, (first + rows) // cores, 1 + full):
                         while self.rng.random() < self.stall:
                             await ctx.tick()
                         ctx.set(port.valid, 1)
                         ctx.set(port.payload, {
                             "slot": slot, "index": index,
-                            "value": self.elements(h, slot, index),
-                            "last": slot + 1 == count and cores * (index + 1) == dim})
+                            "value": self.elements(h, slot, index), "full": full, "bank": bank,
+                            "last": slot + 1 == count and cores * (index + 1 + full) == dim})
                         await ctx.tick()
                         ctx.set(port.valid, 0)
                         for _ in range(1, self.apart):
                             await ctx.tick()
 
-    async def start(self, ctx, count, planes, steps):
+    async def start(self, ctx, count, planes, steps, bank=0):
         dut = self.dut
         ctx.set(dut.i_start, 1)
         ctx.set(dut.i_count, count)
         ctx.set(dut.i_two_planes, planes - 1)
         ctx.set(dut.i_steps, steps)
+        ctx.set(dut.i_bank, bank)
         await ctx.tick()
         ctx.set(dut.i_start, 0)
         ctx.set(dut.i_count, 0)
         ctx.set(dut.i_steps, 0)
         assert ctx.get(dut.o_slots_ready) == 0
 
-    async def finish(self, ctx, blocks, count):
+    async def finish(self, ctx, blocks, count, bank=0):
         """Wait until all is ready; return the cycles to each slot."""
         dut, at = self.dut, []
         expected = lane_writes(self.config, blocks, range(count))
@@ -85,7 +92,7 @@ class Bench:
                 break
             await ctx.tick()
         assert self.lanes == expected
-        assert self.bases == {(0, slot): blocks.base[slot] for slot in range(count)}
+        assert self.bases == {(bank, slot): blocks.base[slot] for slot in range(count)}
         self.lanes.clear()
         self.bases.clear()
         return at
@@ -101,7 +108,7 @@ class Bench:
 
 @pytest.mark.parametrize(("stall", "apart"), [(0.0, 2), (0.3, 2), (0.0, 1)])
 @pytest.mark.parametrize("planes", [1, 2])
-@pytest.mark.parametrize("config", [preset("tiny"), WIDE, NARROW, *SEVERAL])
+@pytest.mark.parametrize("config", [preset("tiny"), WIDE, NARROW, *SEVERAL, *TWO_RESULTS])
 def test_bits(config, planes, stall, apart):
     bench = Bench(config, planes, stall, apart)
     most = config.max_slots // planes
@@ -158,6 +165,35 @@ def test_start_before_the_last_element(config):
             assert np.diff(at).tolist() == [row] * (count - 1)
 
     bench.run(testbench)
+
+
+def test_elements_of_the_next_pass_come_while_h_is_quantised():
+    config = WIDE.replace(y_banks=2, hidden_banks=2)
+    bench = Bench(config, 6, apart=1)
+    count, steps = config.max_slots, config.max_steps
+    passes = [hidden_rows(bench.rng, count, BLOCK * steps) for _ in range(4)]
+    sent = []
+
+    async def testbench(ctx):
+        for turn, h in enumerate(passes):
+            while len(sent) <= turn:
+                await ctx.tick()
+            await bench.start(ctx, count, 1, steps, turn % 2)
+            await bench.finish(ctx, quantise_elements(*h, 1), count, turn % 2)
+
+    async def elements(ctx):
+        for turn, h in enumerate(passes):
+            await bench.send(ctx, h, 1, 2, turn % 2)
+            sent.append(turn)
+            await ctx.tick().repeat(20)  # it is started before more comes
+
+    sim = Simulator(bench.dut)
+    sim.add_clock(1e-8)
+    sim.add_testbench(
+        monitor_lanes(bench.dut, config, bench.lanes, bench.bases), background=True)
+    sim.add_testbench(elements, background=True)
+    sim.add_testbench(testbench)
+    sim.run()
 
 
 def test_config_is_checked():

@@ -33,7 +33,9 @@ class Step:
         self.fmt, self.first, self.last = fmt, first, last
         self.zeros = np.zeros(len(weights), int) if zeros is None else zeros
         self.weights, self.mantissas = weights, mantissas
-        self.significand, self.row_shift, self.lane_shift = significand, row_shift, lane_shift
+        self.significand, self.row_shift = (  # (rows, scales of a block)
+            a.reshape(len(weights), -1) for a in (significand, row_shift))
+        self.lane_shift = lane_shift
         self.used = range(len(mantissas))
 
     @classmethod
@@ -50,8 +52,9 @@ class Step:
         if fmt.zero_point:
             zeros = rng.integers(0, 16, rows)
             weights = rng.integers(0, 16, (rows, BLOCK)) - zeros[:, None]
-        significand = rng.integers(0, 2048, rows) if fmt.real_scale else np.ones(rows, int)
-        row_shift = rng.integers(0, fmt.max_shift + 1, rows)
+        scales = rows, fmt.scales_per_step
+        significand = rng.integers(0, 2048, scales) if fmt.real_scale else np.ones(scales, int)
+        row_shift = rng.integers(0, fmt.max_shift + 1, scales)
         mantissas = rng.integers(-128, 128, (lanes, BLOCK))
         lane_shift = rng.integers(0, ACTIVATION_SHIFT_MAX + 1, lanes)
         if extreme is not None:
@@ -60,18 +63,22 @@ class Step:
             zeros = np.full(rows, 15 if weight < 0 else 0) if fmt.zero_point else None
             weights *= np.arange(BLOCK) % 4 < fmt.nonzeros
             mantissas = np.full_like(mantissas, mantissa)
-            significand = np.full(rows, 2047) if fmt.real_scale else significand
-            row_shift = np.full(rows, fmt.max_shift)
+            significand = np.full(scales, 2047) if fmt.real_scale else significand
+            row_shift = np.full(scales, fmt.max_shift)
             lane_shift = np.full(lanes, ACTIVATION_SHIFT_MAX)
         return cls(fmt, weights, significand, row_shift, mantissas, lane_shift,
                    first=first, last=last, zeros=zeros)
 
     def sums(self):
         """Return the step's contribution, (rows, lanes), as Python integers."""
-        dot = self.weights.astype(np.int64) @ self.mantissas.T.astype(np.int64)
-        shift = self.row_shift[:, None] + self.lane_shift[None, :]
-        return [[int(dot[r, t]) * int(self.significand[r]) << int(shift[r, t])
-                 for t in range(dot.shape[1])] for r in range(dot.shape[0])]
+        per_step = self.significand.shape[1]
+        parts = [np.split(a.astype(np.int64), per_step, axis=1)
+                 for a in (self.weights, self.mantissas)]
+        dots = [w @ x.T for w, x in zip(*parts, strict=True)]
+        return [[sum(int(dot[r, t]) * int(self.significand[r, i])
+                     << int(self.row_shift[r, i] + self.lane_shift[t])
+                     for i, dot in enumerate(dots))
+                 for t in range(len(self.mantissas))] for r in range(len(self.weights))]
 
     def inputs(self, config):
         """Return the step as port values: codes, scales, lanes, zero points, pattern."""
@@ -92,8 +99,8 @@ class Step:
             value = int.from_bytes(mantissas.astype(np.int8).tobytes(), "little")
             lanes |= (value | int(self.lane_shift[t]) << 8 * BLOCK) << t * width
         scales = scale_entries(config, self.fmt, [
-            [int(s) | int(h) << 11]
-            for s, h in zip(self.significand, self.row_shift, strict=True)])
+            [int(s) | int(h) << 11 for s, h in zip(*row, strict=True)]
+            for row in zip(self.significand, self.row_shift, strict=True)])
         return (int.from_bytes(codes.astype(np.uint8).tobytes(), "little"), bits(scales, 16), lanes,
                 bits(self.zeros, 4), selects)
 
@@ -246,7 +253,8 @@ def test_golden_matvec(name, planes):
     steps, tile_rows = [], fmt.rows(config.row_multipliers)
     for tile in range(0, rows, tile_rows):
         for i in range(k // BLOCK):
-            group = i // fmt.steps_per_group
+            group = slice(first := i // fmt.steps_per_group * fmt.scales_per_step,
+                          first + fmt.scales_per_step)
             block = slice(i * BLOCK, (i + 1) * BLOCK)
             some = slice(tile, tile + tile_rows)
             zeros = None

@@ -96,9 +96,10 @@ def sums_of(rng, config):
 class Bench:
     """Plays sequencer and array: tiles times groups, one result each, as credits allow."""
 
-    def __init__(self, config, sections, *, seed=0, stall=0.0):
+    def __init__(self, config, sections, *, seed=0, stall=0.0, part=0):
         self.config = config
-        self.dut = ResultSerialiser(config)
+        self.part = part
+        self.dut = ResultSerialiser(config, part)
         self.rng = np.random.default_rng(seed)
         self.stalls = random.Random(seed)
         self.stall = stall
@@ -120,9 +121,10 @@ class Bench:
         for tile in range(tiles):
             rows = tile_rows - (short if tile + 1 == tiles else 0)
             exponents = self.rng.integers(-200, 100, config.rows).tolist()
-            self.row_exponents.append(exponents)
+            parts = config.results_per_cycle
+            self.row_exponents.append(exponents[self.part::parts])
             biases = self.biases(exponents)
-            self.row_biases.append(biases.tolist())
+            self.row_biases.append(biases.tolist()[self.part::parts])
             for group in range(groups):
                 slots = min(per_group, count - group * per_group)
                 last_group = group + 1 == groups
@@ -135,9 +137,12 @@ class Bench:
                     "row_order": layouts.row_orders(config).index((fmt.packed, fmt.parts)),
                 }
                 sums = sums_of(self.rng, config)
-                self.results.append((sums, {k: int(v) for k, v in tag.items()}))
+                own = sums if parts == 1 else np.reshape(sums, (config.rows, -1))[[
+                    sum_entry(config, fmt, r) % config.rows
+                    for r in range(self.part, config.rows, parts)]].ravel().tolist()
+                self.results.append((own, {k: int(v) for k, v in tag.items()}))
                 for j in range(slots):
-                    for r in range(rows):
+                    for r in range(self.part, rows, parts):
                         at = sum_entry(config, fmt, r) * config.token_lanes
                         value = sums[at + j]
                         if two:
@@ -147,7 +152,8 @@ class Bench:
                         e = normalise(np.array([value]), base + exponents[r])
                         if biased:
                             e = add(e, bfloat16_to_internal(biases[r:r + 1]))
-                        last = tag["last"] and j + 1 == slots and r + 1 == rows
+                        last = tag["last"] and j + 1 == slots and (
+                            r // parts == (rows - 1) // parts)
                         self.expected.append((
                             slot, tile * tile_rows + r, int(e.mantissa[0]), int(e.exponent[0]),
                             combine, int(last), bank ^ 1, fresh))
@@ -203,7 +209,7 @@ class Bench:
         assert self.got == self.expected
         await ctx.tick().repeat(30)
         assert not ctx.get(port.valid)
-        assert ctx.get(self.dut.o_free) == self.dut.FIFO_DEPTH
+        assert ctx.get(self.dut.o_free) == self.dut.config.result_places
         self.cycles = cycles
 
     def run(self):
@@ -232,6 +238,12 @@ def sections(config):
     ]
 
 
+def mixed(config):
+    """Return these with and without biases."""
+    return [{**section, "biased": biased} for i, section in enumerate(sections(config))
+            for biased in ((1, 0), (0, 1), (1,))[i % 3]]
+
+
 @pytest.mark.parametrize("stall", [0.0, 0.6])
 @pytest.mark.parametrize("config", [preset("tiny"), SINGLE, WIDE.replace(bias=False)])
 def test_bits_and_order(config, stall):
@@ -242,8 +254,14 @@ def test_bits_and_order(config, stall):
 @pytest.mark.parametrize("config", [preset("tiny"), WIDE])
 def test_biases(config, stall):
     """With and without in turn: results that pass by the adder do not overtake those in it."""
-    Bench(config, [{**section, "biased": biased} for i, section in enumerate(sections(config))
-                   for biased in ((1, 0), (0, 1), (1,))[i % 3]], stall=stall).run()
+    Bench(config, mixed(config), stall=stall).run()
+
+
+@pytest.mark.parametrize("part", [0, 1])
+@pytest.mark.parametrize("config", [preset("tiny"), WIDE])
+def test_two_results_a_cycle(config, part):
+    config = config.replace(results_per_cycle=2)
+    Bench(config, mixed(config), part=part).run()
 
 
 def test_one_element_per_cycle():

@@ -128,8 +128,10 @@ def run(ids, weights, *, num_experts, two_planes, seed, routed=True, delay=0, mo
             if waiting and waiting[0] == 0:
                 waiting.pop(0)
                 ctx.set(dut.i_retired, 1)
+                ctx.set(dut.i_x_free, 1)
                 await ctx.tick()
                 ctx.set(dut.i_retired, 0)
+                ctx.set(dut.i_x_free, 0)
             elif waiting:
                 waiting[0] -= 1
 
@@ -320,3 +322,32 @@ def test_a_bad_first_entry_leaves_none_under_way(monkeypatch):
     passes, *_ = run(ids, weights, num_experts=24, two_planes=0, seed=0, bad=[0],
                      more=[weights])
     assert len(passes) == 48
+
+
+@pytest.mark.parametrize("changes", [{"y_banks": 2}, {"y_banks": 2, "hidden_banks": 2}])
+@pytest.mark.parametrize("seed", range(3))
+def test_sections_are_announced_while_passes_are_prepared(monkeypatch, changes, seed):
+    """With two banks of h, down rows of a pass come behind gate and up rows of the next one."""
+    monkeypatch.setattr(sys.modules[__name__], "CONFIG", CONFIG.replace(**changes))
+    ids = np.random.default_rng(seed).integers(0, 5, (11, 3))
+    passes, _, requests, sections, loads = run(
+        ids, np.ones(ids.shape, np.float32), num_experts=5, two_planes=0, seed=seed)
+    expected = plan(ids, 5, CONFIG.max_slots)
+    assert [p[0] for p in passes] == [len(now.pairs) for now in expected.passes]
+    assert sum(load[2] for load in loads) == len(expected.loads)
+    order = [(now.expert, part) for now in expected.passes for part in range(2)]
+    if "hidden_banks" in changes:
+        first, second = order[::2], order[1::2]
+        order = [first[0]]
+        for i in range(1, len(first)):
+            order += [first[i], second[i - 1]]
+        order.append(second[-1])
+    shapes = [(shape_of(expert).sections[part], expert, part) for expert, part in order]
+    assert sections == [(s.format.code, s.steps, s.tiles) for s, *_ in shapes]
+    if "hidden_banks" in changes:
+        begins = [image_of(expert) + part * CONFIG.word_bytes * shape_of(expert).sections[0].words
+                  for _, expert, part in shapes]
+        assert requests == [(at, s.words) for at, (s, *_) in zip(begins, shapes, strict=True)]
+    else:
+        assert requests == [(image_of(now.expert), sum(
+            s.words for s in shape_of(now.expert).sections)) for now in expected.passes]

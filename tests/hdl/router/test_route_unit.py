@@ -96,8 +96,9 @@ def test_words_come_in_order_and_fit(port_bytes):
     assert got == words.tolist()
 
 
-@pytest.mark.parametrize(("tokens", "top_k"), [(1, 1), (4, 4), (5, 7), (2, 8)])
-def test_pairs_are_written_and_filled_up(tokens, top_k):
+@pytest.mark.parametrize(("tokens", "top_k", "shared"), [
+    (1, 1, 0), (4, 4, 0), (5, 7, 0), (2, 8, 0), (2, 6, 2), (5, 3, 1), (1, 1, 15)])
+def test_pairs_are_written_and_filled_up(tokens, top_k, shared):
     rng = np.random.default_rng(3)
     dut = PairWriter(CONFIG)
     ids = rng.integers(-1, 16, tokens * top_k)
@@ -125,6 +126,8 @@ def test_pairs_are_written_and_filled_up(tokens, top_k):
 
     async def testbench(ctx):
         ctx.set(dut.i_tokens, tokens)
+        ctx.set(dut.i_shared, shared)
+        ctx.set(dut.i_experts, 16)
         ctx.set(dut.i_ids_address, 0x100000)
         ctx.set(dut.i_weights_address, 0x200000)
         ctx.set(dut.i_start, 1)
@@ -143,7 +146,11 @@ def test_pairs_are_written_and_filled_up(tokens, top_k):
         await ctx.tick().until(dut.o_idle)
 
     simulate(dut, testbench, port)
-    pairs = tokens * top_k
+    ids = np.concatenate(
+        [ids.reshape(tokens, top_k), np.tile(16 + np.arange(shared), (tokens, 1))], 1).reshape(-1)
+    weights = np.concatenate(
+        [weights.reshape(tokens, top_k), np.full((tokens, shared), 0x3F800000)], 1).reshape(-1)
+    pairs = tokens * (top_k + shared)
     whole = -(-pairs // 16) * 16
     for base, values, rest in ((0x100000, ids, -1), (0x200000, weights, 0)):
         want = np.concatenate([values, np.full(whole - pairs, rest)]).astype(np.uint32)
@@ -160,6 +167,7 @@ def test_groups_are_those_of_the_experts():
         for groups, changes, bad_top_k, bad in (
                 (4, {}, False, None), (3, {}, False, "groups"), (4, {"top_k": 7}, True, None),
                 (4, {"keep_groups": 5}, False, "keep_groups"), (4, {"top_k": 6}, False, None),
+                (4, {"top_k": 0}, True, None),
                 (4, {"experts": 13}, False, "groups")):
             ctx.set(dut.i_groups, groups)
             ctx.set(dut.i_form, form | changes)

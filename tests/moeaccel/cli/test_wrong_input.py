@@ -71,6 +71,11 @@ REFUSED = [
     ([*CHECKPOINT, "--output", "t", "--exact"], "must be integers and scales"),
     # models
     (["models", "a", "b"], "unexpected extra argument"),
+    (["models", "--tree"], "No such option"),
+    (["models", "verify", "olmo-1b"], "did you mean olmoe-1b-7b"),
+    (["models", "verify", "gpt-oss-20b", "--survey"], "model must be one of the survey's"),
+    (["models", "verify", "dbrx", "--config", "huge"], "config must be one of"),
+    (["models", "verify", "dbrx", "--seed", "-1"], "--seed"),
     # verilog
     (["verilog", "--config", "huge"], "config must be one of"),
     (["verilog", "--config", "tiny", "--output", NO_PLACE], f"not '{NO_PLACE}/moeaccel.v'"),

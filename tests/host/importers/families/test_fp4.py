@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from moeaccel.formats import check_matrix
 from moeaccel.host.errors import UnsupportedExperts
 from moeaccel.host.importers import ForeignCheckpoint, InexactWeights, open_checkpoint
 from moeaccel.host.importers.families.fp4 import e4m3, power_of_two
@@ -71,15 +72,17 @@ def test_ends_of_e8m0(tmp_path, code, dtype):
             checkpoint.matrices(7, 1)
 
 
-@pytest.mark.parametrize("writer", ["modelopt", "compressed-tensors"])
-def test_nvfp4(tmp_path, writer):
+@pytest.mark.parametrize(("writer", "exact"), [
+    ("modelopt", False), ("compressed-tensors", False), ("modelopt", True)])
+def test_nvfp4(tmp_path, writer, exact):
+    """Exact where the matrix's number is a power of two; otherwise scales are rounded once."""
     rng = np.random.default_rng(0)
     tensors, floats = {}, {}
     for part, e, stem in expert_stems(E):
         n, k = shapes(H, I)[part]
         pairs = rng.integers(0, 256, (n, k // 2), dtype=np.uint8)
         scales = torch.from_numpy(rng.uniform(0.1, 400, (n, k // 16))).to(torch.float8_e4m3fn)
-        whole = np.float32(rng.uniform(1e-5, 1e-4))
+        whole = np.float32(2.0**-15 if exact else rng.uniform(1e-5, 1e-4))
         mark = "weight" if writer == "modelopt" else "weight_packed"
         tensors |= {f"{stem}.{mark}": pairs, f"{stem}.weight_scale": scales}
         if writer == "modelopt":
@@ -88,6 +91,7 @@ def test_nvfp4(tmp_path, writer):
             tensors[f"{stem}.weight_global_scale"] = torch.tensor([1 / whole])
             whole = 1 / (np.float32(1) / whole).astype(np.float64)
         values = np.stack([E2M1[pairs & 15], E2M1[pairs >> 4]], axis=-1).reshape(n, k)
+        floats[part, e + E] = scales.float().numpy() * float(whole) / 2
         floats[part, e] = values * np.repeat(scales.float().numpy(), 16, axis=1) * float(whole)
     with open_checkpoint(write_safetensors(tmp_path, tensors)) as checkpoint:
         for e in range(E):
@@ -95,6 +99,20 @@ def test_nvfp4(tmp_path, writer):
                 assert np.allclose(matrix.floats(), floats[part, e], rtol=1e-6)
         (_, fit), *_ = checkpoint.experts(0, "int4_g32")
         assert fit.requantised == fit.groups and fit.relative_error < 0.11
+        for e, (expert, fit) in enumerate(checkpoint.experts(0, "nvfp4", exact=exact)):
+            assert fit.requantised == 0 and fit.exact == exact
+            found = {"gate": expert.gate_up[0::2], "up": expert.gate_up[1::2], "down": expert.down}
+            check_matrix(expert.gate_up)
+            for part, matrix in found.items():
+                there = matrix.significand > 0
+                codes = floats[part, e] / np.repeat(floats[part, e + E], 16, axis=1)
+                assert np.array_equal(matrix.integers, np.rint(codes))
+                assert there.mean() > 0.99
+                error = np.linalg.norm(matrix.dequantise() - floats[part, e])
+                assert error <= (0 if exact else 2**-11) * np.linalg.norm(floats[part, e])
+        if not exact:
+            with pytest.raises(InexactWeights, match="must have scales of at most 11 bits"):
+                list(checkpoint.experts(0, "nvfp4", exact=True))
 
 
 def test_compressed_tensors_mxfp4_is_exact(tmp_path):

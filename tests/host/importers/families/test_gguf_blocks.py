@@ -85,6 +85,26 @@ def test_q4_0_is_exact_where_its_scale_is_positive(tmp_path):
         list(checkpoint.experts(0, "int4_g32", exact=True))
 
 
+def test_q4_0_is_exact_with_zero_points(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", float_experts(E, H, I), Kind.Q4_0)
+    expected = reference(path)
+    with open_checkpoint(path) as checkpoint:
+        for e, (expert, fit) in enumerate(checkpoint.experts(0, "int4_g32_zp")):
+            assert fit.requantised == 0 and fit.coarsened < 0.02 * fit.groups
+            assert fit.relative_error < 1e-4
+            assert np.allclose(expert.down.dequantise(), expected["down"][e], atol=1e-4)
+
+
+def test_q8_0_in_int8_with_real_scales(tmp_path):
+    """Scales of a row span few powers of two: integers stay, most scales, too."""
+    path = write_gguf(tmp_path / "m.gguf", float_experts(1, H, I), Kind.Q8_0)
+    with open_checkpoint(path) as checkpoint:
+        (expert, fit), = checkpoint.experts(0, "int8_g32")
+    check_matrix(expert.down)
+    assert fit.requantised == 0 and fit.coarsened < 0.01 * fit.groups
+    assert fit.relative_error < 1e-4
+
+
 @pytest.mark.parametrize(("kind", "name", "error"), [
     (Kind.Q8_0, "mxint8", 0.0087), (Kind.Q4_1, "int4_g32", 0.087), (Kind.Q8_0, "int4_g32", 0.09)])
 def test_what_is_quantised_again_costs_what_is_stated(tmp_path, kind, name, error):

@@ -1,0 +1,68 @@
+"""What a benchmark would refuse after minutes of building and drawing, refused at once."""
+
+from __future__ import annotations
+
+from moeaccel.config import AcceleratorConfig
+from moeaccel.formats import weight_format
+from moeaccel.host.benchmark import BenchmarkError, routing
+from moeaccel.host.limits import check_layer
+from moeaccel.image import ExpertShape, LinearShape
+from moeaccel.zoo import Model
+
+__all__ = ["MOST_BYTES", "check_experts", "check_product"]
+
+MOST_BYTES = 1 << 32
+"""Most bytes of x, and of a product's weights, in float32: what a benchmark draws."""
+
+
+def check_experts(model: Model, config: AcceleratorConfig, *, weight_format_name: str,
+                  tokens: int, kind: str) -> None:
+    """Refuse a layer of a model that cannot be measured on a configuration.
+
+    Parameters
+    ----------
+    tokens : :class:`int`
+    kind : :class:`str`
+        Of the routing.
+
+    Raises
+    ------
+    BenchmarkError
+        For sizes that were not published, a routing that there is not, and too many tokens.
+    LimitExceeded, FormatError
+        For what the configuration does not do.
+    """
+    routing(1, 2, 1, kind=kind, seed=0)
+    widths = model.expert_widths
+    if not (model.n_experts and model.top_k and len(widths) == 1):
+        what = ("are of several kinds" if len(widths) > 1 else "were not published")
+        raise BenchmarkError(f"model must have layers of one known size, but those of "
+                             f"{model.key} {what}; use another one of `moeaccel models`")
+    d_in, d_expert = widths[0]
+    shape = ExpertShape(weight_format(weight_format_name), d_in, d_expert, config.row_multipliers,
+                        config.channels, gated=model.expert.gated)
+    check_layer(config, [shape] * model.n_experts)
+    _check_bytes("tokens", tokens, 4 * tokens * d_in, "x")
+
+
+def check_product(config: AcceleratorConfig, *, weight_format_name: str, m: int, k: int, n: int
+                  ) -> None:
+    """Refuse a product ``y = x W^T``, x (m, k), W (n, k), that cannot be measured.
+
+    Raises
+    ------
+    BenchmarkError
+        If it is too large to be drawn.
+    LimitExceeded, FormatError
+        For what the configuration does not do.
+    """
+    check_layer(config, [LinearShape(weight_format(weight_format_name), n, k,
+                                     config.row_multipliers, config.channels)])
+    _check_bytes("m", m, 4 * m * k, "x")
+    _check_bytes("n", n, 4 * n * k, "weights")
+
+
+def _check_bytes(name: str, value: int, size: int, what: str) -> None:
+    if size > MOST_BYTES:
+        raise BenchmarkError(f"{name} must be such that {what} take at most {MOST_BYTES >> 30} GiB "
+                             f"in float32, not {value}: {size:,} bytes")

@@ -1,0 +1,195 @@
+"""A layer that routes on the device: the golden device against float models."""
+
+import numpy as np
+import pytest
+import torch
+
+from moeaccel.config import preset
+from moeaccel.golden.reference import experts_float64
+from moeaccel.golden.router_reference import route_float
+from moeaccel.host import Router, open_device
+from moeaccel.host.errors import (
+    DeviceClosed,
+    InvalidOption,
+    InvalidTensor,
+    LimitExceeded,
+    NonFiniteInput,
+)
+from moeaccel.router.settings import RouterError
+
+CONFIG = preset("tiny").replace(
+    router=("softmax", "sigmoid", "identity"), router_top_k=8, max_experts=64)
+E_, H, I = 16, 64, 32
+
+
+@pytest.fixture(scope="module")
+def device():
+    with open_device("golden", config=CONFIG, memory_bytes=1 << 26) as device:
+        yield device
+
+
+@pytest.fixture
+def layer():
+    rng = np.random.default_rng(1)
+
+    def draw(*shape):
+        return (rng.standard_normal(shape) / np.sqrt(shape[-1])).astype(np.float32)
+
+    return {"weight": draw(E_, H) * 3, "gate_up": draw(E_, 2 * I, H), "down": draw(E_, H, I),
+            "shared": (draw(4 * I, H), draw(H, 2 * I)),
+            "x": rng.standard_normal((100, H)).astype(np.float32)}
+
+
+SETTINGS = [
+    {"top_k": 4}, {"top_k": 2, "renormalize": "sum"},
+    {"top_k": 3, "score": "identity", "renormalize": "softmax_top_k"},
+    {"top_k": 4, "score": "sigmoid", "renormalize": "sum_eps", "epsilon": 1e-20, "groups": 4,
+     "keep_groups": 2, "group_score": "top2_sum", "scale": 2.5}]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("shared", [False, True])
+def test_it_is_the_float_layer(device, layer, settings, shared):
+    router = Router(layer["weight"], **settings, selection_bias=(
+        np.linspace(-0.1, 0.1, E_) if "groups" in settings else None))
+    x = layer["x"]
+    with device.load_moe(router, layer["gate_up"], layer["down"], weight_format="mxint8",
+                         shared=layer["shared"] if shared else None) as moe:
+        y = moe(x)
+        ids, weights = moe.route(x)
+    logits = torch.from_numpy(x.astype(np.float64) @ layer["weight"].T.astype(np.float64))
+    want_ids, want = route_float(logits, router.settings, selection_bias=(
+        None if router.selection_bias is None else torch.from_numpy(router.selection_bias)))
+    same = (ids == want_ids.numpy()).all(1)
+    assert same.mean() > 0.97
+    np.testing.assert_allclose(weights[same], want.numpy()[same], rtol=2e-3)
+    gate_up, down = list(layer["gate_up"]), list(layer["down"])
+    if shared:
+        gate_up, down = [*gate_up, layer["shared"][0]], [*down, layer["shared"][1]]
+        ids = np.concatenate([ids, np.full((len(x), 1), E_)], axis=1)
+        weights = np.concatenate([weights, np.ones((len(x), 1))], axis=1)
+    exact = experts_float64(x, ids, weights, gate_up, down)
+    assert np.linalg.norm(y - exact) / np.linalg.norm(exact) < 0.02
+
+
+def check_selection(device, experts, top_k, tokens, narrow):
+    """Count tokens that a float32 router sends elsewhere: logits are within 2**-17 of theirs."""
+    rng = np.random.default_rng(experts)
+    weight = torch.from_numpy(rng.standard_normal((experts, 256)) / 16).float()
+    weight = weight.bfloat16().float() if narrow else weight
+    router = Router(weight, top_k=top_k)
+    zeros = torch.zeros(1, 1)
+    different = 0
+    with device.load_moe(router, zeros.expand(experts, 64, 256), zeros.expand(experts, 256, 32)
+                         ) as moe:
+        for first in range(0, tokens, 2000):
+            x = torch.from_numpy(rng.standard_normal((min(2000, tokens - first), 256))).float()
+            x = x.bfloat16().float() if narrow else x
+            ids, _ = moe.route(x)
+            want, _ = route_float(x @ weight.T, router.settings)
+            different += int((ids.sort(1).values != want.sort(1).values).any(1).sum())
+    assert different <= (0.001 if narrow else 0.002) * tokens
+
+
+def test_selection_is_that_of_float32(device):
+    check_selection(device, 64, 8, 2000, True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("experts", "top_k"), [(8, 2), (64, 8), (256, 8), (512, 10)])
+@pytest.mark.parametrize("narrow", [True, False], ids=["bf16", "float32"])
+def test_selection_of_many_tokens_is_that_of_float32(experts, top_k, narrow):
+    config = CONFIG.replace(max_experts=512, max_dim=512, max_tokens=2048,
+                            max_assignments=32768, router_top_k=16)
+    with open_device("golden", config=config, memory_bytes=1 << 30) as device:
+        check_selection(device, experts, top_k, 100_000, narrow)
+
+
+def test_torch_and_bfloat16(device, layer):
+    router = Router(torch.from_numpy(layer["weight"]), top_k=2)
+    x = torch.from_numpy(layer["x"])
+    with device.load_moe(router, layer["gate_up"], layer["down"]) as moe:
+        y = moe(x)
+        narrow = moe(x.bfloat16())
+        ids, weights = moe.route(x)
+        assert y.dtype == torch.float32
+        assert narrow.dtype == torch.bfloat16
+        assert (y - narrow).norm() / y.norm() < 0.03
+        assert ids.dtype == torch.int64
+        assert weights.shape == (100, 2)
+        assert moe(x[:0]).shape == (0, H)
+        assert (moe(x[:3]) == y[:3]).all()
+
+
+def test_weights_on_the_input(device, layer):
+    """Llama 4: the expert sees x times the weight, the shared one x."""
+    router = Router(layer["weight"], top_k=1, score="sigmoid", weight_on="input")
+    x = layer["x"]
+    with device.load_moe(router, layer["gate_up"], layer["down"], weight_format="mxint8",
+                         shared=layer["shared"]) as moe:
+        y, (ids, weights) = moe(x), moe.route(x)
+        narrow = moe(torch.from_numpy(x).bfloat16())
+    one = np.ones((len(x), 1))
+    exact = experts_float64(x * weights, ids, one, list(layer["gate_up"]), list(layer["down"]))
+    exact += experts_float64(x, 0 * ids, one, [layer["shared"][0]], [layer["shared"][1]])
+    assert np.linalg.norm(y - exact) / np.linalg.norm(exact) < 0.02
+    assert narrow.dtype == torch.bfloat16
+
+
+def test_the_golden_device_says_how_long_it_takes(layer):
+    with open_device("golden", config=CONFIG, memory_bytes=1 << 26, timing=True) as device:
+        with device.load_moe(Router(layer["weight"], top_k=2), layer["gate_up"], layer["down"]
+                             ) as moe:
+            moe.route(layer["x"])
+            routing = device.last_cycles
+            moe(layer["x"])
+            assert device.last_cycles > routing > 5000
+
+
+def test_memory_is_given_back(device, layer):
+    free = device.memory.free_bytes
+    with device.load_moe(Router(layer["weight"], top_k=2, bias=np.ones(E_)), layer["gate_up"],
+                         layer["down"]) as moe:
+        inside = device.memory.free_bytes
+        moe(layer["x"])
+        assert device.memory.free_bytes == inside
+    assert device.memory.free_bytes == free
+    moe.close()
+    with pytest.raises(DeviceClosed, match="layer must not be used after it was closed"):
+        moe(layer["x"])
+
+
+def test_bad_input_is_named(device, layer):
+    router = Router(layer["weight"], top_k=2)
+    experts = layer["gate_up"], layer["down"]
+    free = device.memory.free_bytes
+    with pytest.raises(InvalidOption, match=r"router must have a weight, \(E, H\)"):
+        device.load_moe(Router(experts=E_, top_k=2), *experts)
+    with pytest.raises(InvalidTensor, match="down must have E = 16 experts, the router's, not 15"):
+        device.load_moe(router, experts[0][1:], experts[1][1:])
+    with pytest.raises(InvalidTensor, match=r"weight must have the shape \(16, 64\) of a router"):
+        device.load_moe(Router(layer["weight"][:, 1:], top_k=2), *experts)
+    with pytest.raises(InvalidTensor, match=r"shared must be a pair \(gate_up, down\) of"):
+        device.load_moe(router, *experts, shared=(*layer["shared"], layer["x"][:1]))
+    with pytest.raises(LimitExceeded, match="top_k must be 1 with weights on the input"):
+        device.load_moe(Router(layer["weight"], top_k=2, weight_on="input"), *experts)
+    with pytest.raises(LimitExceeded, match="threshold must be None, a mode of the host's routers"):
+        device.load_moe(Router(layer["weight"], top_k=2, threshold=0.5), *experts)
+    with pytest.raises(RouterError, match="experts must be 16, the rows of weight, not 8"):
+        Router(layer["weight"], experts=8, top_k=2)
+    assert device.memory.free_bytes == free
+    with device.load_moe(router, *experts) as moe:
+        with pytest.raises(InvalidTensor, match=r"x must have the shape \(T, 64\) of this layer"):
+            moe(layer["x"][:, 1:])
+        x = layer["x"].copy()
+        x[70, 3] = np.nan
+        with pytest.raises(NonFiniteInput, match="x must be finite, but token 70 holds NaN"):
+            moe(x)
+        moe(layer["x"])
+
+
+def test_a_device_without_a_router_says_so(layer):
+    with open_device("golden", config="tiny") as device, pytest.raises(
+            LimitExceeded, match="there is no router in config 'tiny'; make a configuration"):
+        device.load_moe(Router(layer["weight"], top_k=2), layer["gate_up"], layer["down"])
