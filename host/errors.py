@@ -23,7 +23,7 @@ __all__ = [
     "NonFiniteInput", "GridOverflow", "LogitOverflow", "CommandAborted",
     "CompletionLost", "WatchdogExpired", "LOST", "command_error",
     "UnsupportedExperts", "ExpertsIgnored", "TrainingUnsupported", "GraphCaptureUnsupported",
-]
+           "WeightsGivenUp"]
 
 
 class HostError(MoeAccelError):
