@@ -6,6 +6,7 @@ import contextlib
 import gc
 import logging
 import threading
+import time
 import weakref
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -42,12 +43,17 @@ logger = logging.getLogger(__name__)
 
 _SPURIOUS_INTERRUPTS = 64
 
+_LOOKS_A_CHECK, _EAGER_LOOKS, _PAUSE_S = 64, 1000, 2e-5
+"""When polling: how often errors are looked for, and pauses of what takes longer than some looks,
+a millisecond on a card."""
+
 
 class Device(Bound, Inherited):
     """An accelerator behind a transport; see :func:`moeaccel.host.open_device`.
 
     Every method may be called from several threads: a lock lets one at a time through. A thread
-    that waits for a result holds the lock; the device executes commands in order anyway.
+    that waits for a result does not hold it, so that others submit meanwhile; but where the
+    transport serves one thread at a time (:attr:`Transport.waits_beside`) it does, unless it polls.
 
     Every method may be interrupted by an exception (Ctrl-C, a signal's handler, a callback) at any
     moment: the next call works, and nothing is lost but the interrupted call's own result. A
@@ -65,6 +71,9 @@ class Device(Bound, Inherited):
         log2 of the entries of the command rings, 1 to 8: all but one may be in flight.
     watchdog_cycles : :class:`int`
         Cycles without progress until the device ends a command by itself; 0: never.
+    polling : :class:`bool`
+        Ask the device again and again whether a command has completed, instead of waiting for its
+        interrupt: some microseconds sooner, and a core is busy with it.
 
     Raises
     ------
@@ -75,7 +84,9 @@ class Device(Bound, Inherited):
     """
 
     def __init__(self, transport: Transport, config: AcceleratorConfig, *, timeout_s: float = 30.0,
-                 ring_log2: int = 4, watchdog_cycles: int = 1 << 24) -> None:
+                 ring_log2: int = 4, watchdog_cycles: int = 1 << 24, polling: bool = False) -> None:
+        if not isinstance(polling, bool):
+            raise InvalidOption(f"polling must be True or False, not {polling!r}")
         if not (timeout_s := seconds("timeout_s", timeout_s)):
             raise InvalidOption("timeout_s must be more than 0 seconds, not 0; a single sync() may "
                                 "have 0, not to wait")
@@ -90,6 +101,7 @@ class Device(Bound, Inherited):
         self._config = config
         self._timeout_s = timeout_s
         self._watchdog_cycles = watchdog_cycles
+        self._polling, self._waits_beside = polling, transport.waits_beside
         self._registers = RegisterAccess(transport)
         self._lock = threading.RLock()
         self._handles: weakref.WeakSet[Handle] = weakref.WeakSet()
@@ -104,7 +116,8 @@ class Device(Bound, Inherited):
         self._residents = Residents(
             transport, [config.device_address(channel, 0) for channel in range(config.channels)])
         self._memory = Allocator(PAGE, size, before_use=self._forget, make_room=self._make_room)
-        self._rings = CommandRings(transport, self._memory, entries_log2=ring_log2)
+        self._rings = CommandRings(transport, self._memory, entries_log2=ring_log2,
+                                   polling=polling)
         self.reset()
         Inherited.__init__(self)
 
@@ -176,7 +189,8 @@ class Device(Bound, Inherited):
                      calibration: tuple[Tensor, Tensor] | None = None,
                      prune: str | None = None, row_blocks: int = 1,
                      gate_up_bias: Stack | None = None, down_bias: Stack | None = None,
-                     shared: Shared | None = None, shared_format: Format | None = None) -> Experts:
+                     shared: Shared | None = None, shared_format: Format | None = None,
+                     identity: int = 0) -> Experts:
         """Quantise the experts of one layer and put them into the device's memory.
 
         Parameters
@@ -238,6 +252,10 @@ class Device(Bound, Inherited):
             token's 16 places.
         shared_format : :class:`str`, optional
             Its weight format, where it is not that of the experts.
+        identity : :class:`int`
+            So many identity experts: ids from E on add their weight times x, as the device has
+            quantised it (``activation_bits``). They are one matrix, of H times H / 2 bytes in
+            ``mxfp4``, which is read for as many tokens as a pass takes.
 
         Raises
         ------
@@ -261,12 +279,12 @@ class Device(Bound, Inherited):
             activation_bits=activation_bits, grid_exponent=grid_exponent, x_rms=x_rms,
             progress=progress, quantiser=quantiser, calibration=calibration, prune=prune,
             row_blocks=row_blocks, gate_up_bias=gate_up_bias, down_bias=down_bias, shared=shared,
-            shared_format=shared_format)
+            shared_format=shared_format, identity=identity)
 
     def load_quantised(self, experts: Sequence[Expert], *, activation: str | None = None,
                        activation_bits: int = 16, grid_exponent: int | None = None,
                        x_rms: float = 1.0, progress: Progress | None = None,
-                       shared: Sequence[Expert] = ()) -> Experts:
+                       shared: Sequence[Expert] = (), identity: int = 0) -> Experts:
         """Put experts that are quantised already into memory.
 
         Parameters
@@ -279,6 +297,8 @@ class Device(Bound, Inherited):
             Of all experts, instead of their own.
         shared : sequence of :class:`moeaccel.image.Expert`
             Every token goes through them, with weight 1.
+        identity : :class:`int`
+            As in :meth:`load_experts`.
 
         See :meth:`load_experts` for the rest; the grid is chosen from the quantised weights.
 
@@ -290,7 +310,8 @@ class Device(Bound, Inherited):
         """
         return weights.load_quantised(
             self, experts, activation=activation, activation_bits=activation_bits,
-            grid_exponent=grid_exponent, x_rms=x_rms, progress=progress, shared=shared)
+            grid_exponent=grid_exponent, x_rms=x_rms, progress=progress, shared=shared,
+            identity=identity)
 
     def load_linear(self, weight: Tensor, *, weight_format: str = "int4_g32",
                     activation_bits: int = 16, grid_exponent: int | None = None,
@@ -320,19 +341,14 @@ class Device(Bound, Inherited):
         Returns
         -------
         (ids, weights)
-            (T, K) int64, in the order in which they were chosen, -1 where there was none to choose;
-            and (T, K), in the type of the logits, 0 there.
+            (T, K) int64, in the order of choice, -1 where there was none; (T, K), as the logits, 0
+            there.
 
         Raises
         ------
-        LimitExceeded
-            If the device's configuration has no such router.
-        InvalidTensor
-            For shapes and types.
-        NonFiniteInput
-            If a logit is NaN or infinite; it names the token.
-        LogitOverflow
-            If a logit, with its bias, is 2048 or more in magnitude.
+        LimitExceeded, InvalidTensor, NonFiniteInput, LogitOverflow
+            If the device has no such router; for shapes and types; if a logit is not finite, or
+            with its bias 2048 or more: it names the token.
         """
         return routing.route(self, router, logits, resident=resident)
 
@@ -342,16 +358,13 @@ class Device(Bound, Inherited):
 
         Parameters
         ----------
-        router : :class:`moeaccel.host.Router`
-            With a weight, (E, H).
-        gate_up, down, shared, **options
-            As in :meth:`load_experts`.
+        router, gate_up, down, shared, **options
+            A :class:`moeaccel.host.Router` with a weight, (E, H); as in :meth:`load_experts`.
 
         Raises
         ------
         LimitExceeded
-            If the device's configuration has no such router, or top_k and shared experts are more
-            than 16.
+            If the device has no such router, or top_k and shared experts are more than 16.
         """
         return moe.load_moe(self, router, gate_up, down, shared=shared, **options)
 
@@ -376,13 +389,18 @@ class Device(Bound, Inherited):
             If no room comes.
         """
         with self._lock:
-            self._check_ready()
-            while self._rings.full:
-                if not self._take():
-                    self._wait_for_progress(f"room in the submission ring for {command.name}",
-                                            self._timeout_s)
-            self._rings.submit(values, command)
+            self._room(command.name).submit(values, command)
             return command
+
+    def _room(self, name: str) -> CommandRings:
+        """Return the rings, ready, when they have room for a command."""
+        if self._transport is None or self._resetting:
+            self._check_ready()
+        while self._rings.full:
+            if not self._take():
+                self._wait_for_progress(f"room in the submission ring for {name}",
+                                        self._timeout_s)
+        return self._rings
 
     def wait(self, command: Command, *, timeout_s: float | None = None) -> Completion:
         """Wait until a command has completed, whatever its status.
@@ -403,12 +421,14 @@ class Device(Bound, Inherited):
             If ``timeout_s`` is no such number.
         """
         timeout_s = self._timeout_s if timeout_s is None else seconds("timeout_s", timeout_s)
-        with self._lock:
-            if command.completion is None:
-                self._take()
-            while command.completion is None:
-                self._wait_for_progress(f"completion of {command.name}", timeout_s)
-            return command.completion
+        if command.completion is None:
+            with self._lock:
+                self._check_ready()
+                if command.completion is None and not self._rings.announced:
+                    self._take()
+        while command.completion is None:
+            self._wait_for_progress(f"completion of {command.name}", timeout_s, command)
+        return command.completion
 
     def fence(self) -> None:
         """Wait until everything submitted before has completed."""
@@ -437,22 +457,55 @@ class Device(Bound, Inherited):
             gc.collect()  # what was dropped may hold itself
             return self._memory.free_bytes > free
 
-    def _wait_for_progress(self, what: str, timeout_s: float) -> None:
-        """Wait for at least one completion."""
-        for _ in range(_SPURIOUS_INTERRUPTS):
-            if not self.transport.wait_interrupt(timeout_s):
-                break
-            # Clear first, look second: what completes in between raises the interrupt again.
-            self._registers.write("IRQ_STATUS", mask("IRQ_STATUS", "completion"))
-            if self._take():
+    def _wait_for_progress(self, what: str, timeout_s: float,
+                           command: Command | None = None) -> None:
+        """Wait for at least one completion, or that of a command."""
+        if self._polling:
+            if self._polled(timeout_s, command):
                 return
+        else:
+            for _ in range(_SPURIOUS_INTERRUPTS):
+                if not self._interrupted(timeout_s):
+                    break
+                with self._lock:
+                    if command is not None and command.completion is not None:
+                        return  # another thread took it
+                    self._check_ready()
+                    # Clear first, look second: what completes in between raises it again.
+                    if self._rings.interrupted():
+                        return
+                    self._check_running()
+        with self._lock:
+            if self._take() or (command is not None and command.completion is not None):
+                return  # completed, but the interrupt got lost
             self._check_running()
-        if self._take():  # completed, but the interrupt got lost
-            return
-        self._check_running()
-        raise DeviceTimeout(
-            f"{what} must come within {timeout_s:g} s, but did not; {self._state()}; call "
-            "device.reset(), or open the device with a larger timeout_s")
+            raise DeviceTimeout(
+                f"{what} must come within {timeout_s:g} s, but did not; {self._state()}; call "
+                "device.reset(), or open the device with a larger timeout_s")
+
+    def _interrupted(self, timeout_s: float) -> bool:
+        """Wait for the interrupt; without the lock where the transport allows it."""
+        transport = self._check_open()
+        if self._waits_beside:
+            return transport.wait_interrupt(timeout_s)
+        with self._lock:
+            return self._check_open().wait_interrupt(timeout_s)
+
+    def _polled(self, timeout_s: float, command: Command | None) -> bool:
+        """Ask until something has completed and return True, or False when the time is over."""
+        end = time.monotonic() + timeout_s
+        looks = 0
+        while True:
+            with self._lock:
+                if self._take() or (command is not None and command.completion is not None):
+                    return True
+                looks += 1
+                if not looks % _LOOKS_A_CHECK:
+                    self._check_running()
+            if time.monotonic() >= end:
+                return False
+            if looks > _EAGER_LOOKS:
+                time.sleep(_PAUSE_S)
 
     def _check_running(self) -> None:
         if value := self._registers.read("ERROR_STATUS"):
@@ -514,7 +567,8 @@ class Device(Bound, Inherited):
             registers.write("WATCHDOG", self._watchdog_cycles)
             registers.write("IRQ_STATUS", everything)
             registers.write("ERROR_STATUS", mask("ERROR_STATUS"))
-            registers.write("IRQ_ENABLE", mask("IRQ_ENABLE", "completion"))
+            registers.write("IRQ_ENABLE",
+                            0 if self._polling else mask("IRQ_ENABLE", "completion"))
             registers.write("ERROR_ENABLE", mask("ERROR_ENABLE"))
             registers.write("ENABLE", 1)
             self._resetting = False

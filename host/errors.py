@@ -23,7 +23,7 @@ __all__ = [
     "NonFiniteInput", "GridOverflow", "LogitOverflow", "CommandAborted",
     "CompletionLost", "WatchdogExpired", "LOST", "command_error",
     "UnsupportedExperts", "ExpertsIgnored", "TrainingUnsupported", "GraphCaptureUnsupported",
-]
+           "WeightsGivenUp"]
 
 
 class HostError(MoeAccelError):
@@ -300,6 +300,10 @@ class ExpertsIgnored(HostError):
 
 class TrainingUnsupported(HostError, NotImplementedError):
     """The device computes no gradients."""
+
+
+class WeightsGivenUp(HostError, RuntimeError):
+    """Weights have to be uploaded again of which the host kept no copy."""
 
 
 class GraphCaptureUnsupported(HostError, NotImplementedError):

@@ -19,8 +19,8 @@ __all__ = ["open_device"]
 
 def open_device(spec: str | Transport, config: str | AcceleratorConfig | None = None, *,
                 memory_bytes: int | None = None, timeout_s: float = 30.0, ring_log2: int = 4,
-                watchdog_cycles: int = 1 << 24, record: str | Path | None = None,
-                **options: Any) -> Device:
+                watchdog_cycles: int = 1 << 24, polling: bool = False,
+                record: str | Path | None = None, **options: Any) -> Device:
     """Open a device.
 
     Parameters
@@ -37,7 +37,7 @@ def open_device(spec: str | Transport, config: str | AcceleratorConfig | None = 
         Size of the memory on each channel. A model's costs only what is used; 4 GiB when left out.
         A PCIe card's is that of an Alveo U55C when left out. A board at a serial port or a
         recording says itself how much it has.
-    timeout_s, ring_log2, watchdog_cycles
+    timeout_s, ring_log2, watchdog_cycles, polling
         See :class:`Device`.
     record : path, optional
         File to which the session is recorded, for ``"replay:FILE"``.
@@ -64,7 +64,7 @@ def open_device(spec: str | Transport, config: str | AcceleratorConfig | None = 
         if record is not None:
             transport = RecordTransport(transport, record, chosen)
         return Device(transport, chosen, timeout_s=timeout_s, ring_log2=ring_log2,
-                      watchdog_cycles=watchdog_cycles)
+                      watchdog_cycles=watchdog_cycles, polling=polling)
     except BaseException:
         transport.close()
         raise

@@ -14,7 +14,6 @@ Nothing here changes a bit. What the numbers say:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -156,10 +155,14 @@ class ActivationReport:
                 "quantised, next to larger ones of their block or token")
 
 
-def sample_rows(x: NDArray[Any]) -> tuple[int, NDArray[Any]]:
-    """Return (step, a copy of every step-th token), at most 16 of them: what a call keeps of x."""
-    step = max(1, -(-len(x) // SAMPLED_TOKENS))
-    return step, x[::step].copy()
+SAMPLED_BYTES = 64 << 10
+"""And so many bytes of it: more take longer to copy than all else in a call."""
+
+
+def sampling_step(tokens: int, row_bytes: int) -> int:
+    """Return n where a call keeps every n-th token of x."""
+    most = min(SAMPLED_TOKENS, max(1, SAMPLED_BYTES // row_bytes))
+    return max(1, -(-tokens // most))
 
 
 def measure_activations(x: NDArray[np.float32], planes: int, *, step: int = 1) -> ActivationReport:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +15,8 @@ from moeaccel.interface.commands import ElementType
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Like", "Tensor", "element_type", "elements", "float32", "indices", "is_torch",
-           "shape_of"]
+__all__ = ["Like", "Target", "Tensor", "element_type", "elements", "float32", "indices",
+           "io_type", "is_torch", "put_floats", "put_indices", "shape_of"]
 
 _INTEGERS = ("int64", "int32", "int16", "int8", "uint8", "uint16", "uint32", "uint64")
 
@@ -27,10 +27,18 @@ else:
 """A torch tensor or a NumPy array."""
 
 
+_torch_types: set[type] = set()  # seen so far
+
+
 def is_torch(value: object) -> TypeGuard[torch.Tensor]:
     """Return whether a value is a torch tensor, without importing torch."""
+    if type(value) in _torch_types:
+        return True
     torch = sys.modules.get("torch")
-    return torch is not None and isinstance(value, torch.Tensor)
+    found = torch is not None and isinstance(value, torch.Tensor)
+    if found:
+        _torch_types.add(type(value))
+    return found
 
 
 def shape_of(name: str, value: Tensor, *dims: str) -> tuple[int, ...]:
@@ -41,13 +49,13 @@ def shape_of(name: str, value: Tensor, *dims: str) -> tuple[int, ...]:
     InvalidTensor
         Unless it is a tensor with so many dimensions.
     """
-    if not (is_torch(value) or isinstance(value, np.ndarray)):
+    if not (isinstance(value, np.ndarray) or is_torch(value)):
         raise InvalidTensor(
             f"{name} must be a torch.Tensor or a numpy.ndarray, not {type(value).__name__}")
-    if len(value.shape) != len(dims):
-        raise InvalidTensor(
-            f"{name} must have the shape ({', '.join(dims)}), not {tuple(value.shape)}")
-    return tuple(value.shape)
+    shape = tuple(value.shape)
+    if len(shape) != len(dims):
+        raise InvalidTensor(f"{name} must have the shape ({', '.join(dims)}), not {shape}")
+    return shape
 
 
 def float32(name: str, value: Tensor) -> NDArray[np.float32]:
@@ -72,6 +80,14 @@ def float32(name: str, value: Tensor) -> NDArray[np.float32]:
         return np.ascontiguousarray(given, np.float32)
 
 
+def io_type(value: Tensor) -> ElementType:
+    """Return what a tensor's elements are on their way to the device: bfloat16 of torch stays what
+    it is, all else is float32."""
+    if is_torch(value) and value.dtype is sys.modules["torch"].bfloat16:
+        return ElementType.BFLOAT16
+    return ElementType.FLOAT32
+
+
 def elements(name: str, value: Tensor) -> NDArray[np.float32] | NDArray[np.uint16]:
     """Return a floating-point tensor as the device takes x, contiguous and in this process.
 
@@ -82,18 +98,30 @@ def elements(name: str, value: Tensor) -> NDArray[np.float32] | NDArray[np.uint1
     InvalidTensor
         If its elements are not floating-point numbers.
     """
-    if is_torch(value):
-        import torch
+    if io_type(value) is ElementType.FLOAT32:
+        return float32(name, value)
+    import torch
 
-        if value.dtype == torch.bfloat16:
-            stored = value.detach().to(device="cpu").contiguous()
-            return stored.view(torch.int16).numpy().view(np.uint16)
-    return float32(name, value)
+    stored = value.detach().to(device="cpu").contiguous()
+    return stored.view(torch.int16).numpy().view(np.uint16)
 
 
 def element_type(array: NDArray[Any]) -> ElementType:
     """Return what the elements of an array are, from :func:`elements`."""
-    return ElementType.BFLOAT16 if array.dtype == np.uint16 else ElementType.FLOAT32
+    return ElementType.BFLOAT16 if array.itemsize == 2 else ElementType.FLOAT32
+
+
+@functools.lru_cache(maxsize=64)
+def _is_integer(dtype: Any) -> bool:
+    return str(dtype).removeprefix("torch.") in _INTEGERS
+
+
+def _integers(name: str, value: Tensor) -> NDArray[Any]:
+    if not _is_integer(value.dtype):
+        raise InvalidTensor(f"{name} must be integers (int64 or int32), not {value.dtype}")
+    if isinstance(value, np.ndarray):
+        return value
+    return value.numpy() if value.is_cpu else value.cpu().numpy()
 
 
 def indices(name: str, value: Tensor, limit: int) -> NDArray[np.int32]:
@@ -104,14 +132,78 @@ def indices(name: str, value: Tensor, limit: int) -> NDArray[np.int32]:
     InvalidTensor
         If its elements are not integers.
     """
-    if str(value.dtype).removeprefix("torch.") not in _INTEGERS:
-        raise InvalidTensor(f"{name} must be integers (int64 or int32), not {value.dtype}")
-    array: NDArray[Any] = value.detach().cpu().numpy() if is_torch(value) else np.asarray(value)
+    array = _integers(name, value)
     return np.where((array >= 0) & (array < limit), array, -1).astype(np.int32)
 
 
-@dataclass(frozen=True)
-class Like:
+class Target:
+    """An array of this process into which tensors are converted.
+
+    Parameters
+    ----------
+    array : array
+        bfloat16 as uint16.
+    """
+
+    __slots__ = ("_torch", "array")
+
+    def __init__(self, array: NDArray[Any]) -> None:
+        self.array = array
+        self._torch: torch.Tensor | None = None
+
+    @property
+    def torch(self) -> torch.Tensor:
+        """The same memory for torch."""
+        if self._torch is None:
+            import torch
+
+            if element_type(self.array) is ElementType.BFLOAT16:
+                self._torch = torch.from_numpy(self.array.view(np.int16)).view(torch.bfloat16)
+            else:
+                self._torch = torch.from_numpy(self.array)
+        return self._torch
+
+
+def put_floats(name: str, value: Tensor, target: Target) -> None:
+    """Convert a floating-point tensor of the target's shape into it.
+
+    Raises
+    ------
+    InvalidTensor
+        If its elements are not floating-point numbers.
+    """
+    if isinstance(value, np.ndarray):
+        if value.dtype.kind != "f":
+            float32(name, value)  # refuses it
+        if value.dtype.itemsize > 4:
+            with np.errstate(over="ignore"):  # the device reports infinities, and where they are
+                np.copyto(target.array, value, casting="same_kind")
+        else:
+            np.copyto(target.array, value)
+        return
+    if not value.dtype.is_floating_point:
+        float32(name, value)
+    target.torch.copy_(value.detach() if value.requires_grad else value)
+
+
+def put_indices(name: str, value: Tensor, limit: int, target: Target) -> None:
+    """Convert an integer tensor of the target's shape into it; what is outside [0, limit) is so
+    in the target, too.
+
+    Raises
+    ------
+    InvalidTensor
+        If its elements are not integers.
+    """
+    array = _integers(name, value)
+    np.copyto(target.array, array, casting="unsafe")
+    wraps = array.itemsize > 4 or (array.itemsize == 4 and array.dtype.kind == "u")
+    if wraps and np.count_nonzero(target.array != array):
+        np.copyto(target.array, np.where((array >= 0) & (array < limit), array, -1),
+                  casting="unsafe")
+
+
+class Like(NamedTuple):
     """Where a result goes: the kind, type and place of the tensor it answers."""
 
     torch_device: Any
@@ -131,7 +223,8 @@ class Like:
                 return result.astype(self.dtype, copy=False)
         import torch
 
-        if element_type(result) is ElementType.BFLOAT16:
-            return torch.from_numpy(result.view(np.int16)).view(torch.bfloat16).to(
-                device=self.torch_device)
+        if result.itemsize == 2:  # is bfloat16
+            stored = torch.from_numpy(result.view(np.int16)).view(torch.bfloat16)
+            device = self.torch_device
+            return stored if device.type == "cpu" else stored.to(device=device)
         return torch.from_numpy(result).to(device=self.torch_device, dtype=self.dtype)

@@ -19,8 +19,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moeaccel.config import AcceleratorConfig
 from moeaccel.formats import (
+    BLOCK,
     PRUNINGS,
+    QuantisedMatrix,
     WeightFormat,
     check_matrix,
     prune as pruned,
@@ -108,7 +111,8 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
                  quantiser: str, calibration: tuple[Tensor, Tensor] | None,
                  prune: str | None, row_blocks: int = 1,
                  gate_up_bias: Stack | None = None, down_bias: Stack | None = None,
-                 shared: Shared | None = None, shared_format: Format | None = None) -> Experts:
+                 shared: Shared | None = None, shared_format: Format | None = None,
+                 identity: int = 0) -> Experts:
     """Quantise the experts of one layer and put them into a device's memory."""
     experts, rows, d_model = _stack_shape("gate_up", gate_up, "2 I", "H")
     shape = _stack_shape("down", down, "H", "I")
@@ -173,7 +177,7 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
     return _load_experts(
         device, quantised(), [*(shapes[fmt] for fmt in formats), *extra],
         activation_bits=activation_bits, grid_exponent=grid_exponent, x_rms=x_rms,
-        progress=progress, shared=len(extra), row_blocks=row_blocks)
+        progress=progress, shared=len(extra), row_blocks=row_blocks, identity=identity)
 
 
 def _shared_format(given: Format | None, weight_format: Formats) -> WeightFormat:
@@ -255,7 +259,8 @@ class _RowBlocks(Sequence[Tensor]):
 
 def load_quantised(device: Device, experts: Sequence[Expert], *, activation: str | None,
                    activation_bits: int, grid_exponent: int | None, x_rms: float,
-                   progress: Progress | None, shared: Sequence[Expert] = ()) -> Experts:
+                   progress: Progress | None, shared: Sequence[Expert] = (), identity: int = 0
+                   ) -> Experts:
     """Put experts that are quantised already into a device's memory."""
     if not len(experts):
         raise InvalidTensor("experts must be at least one, not none")
@@ -281,7 +286,7 @@ def load_quantised(device: Device, experts: Sequence[Expert], *, activation: str
 
     return _load_experts(
         device, measured(), shapes, activation_bits=activation_bits, grid_exponent=grid_exponent,
-        x_rms=x_rms, progress=progress, shared=len(shared))
+        x_rms=x_rms, progress=progress, shared=len(shared), identity=identity)
 
 
 def _checked_shape(device: Device, e: int, expert: Expert, activation: str | None) -> ExpertShape:
@@ -370,12 +375,18 @@ def load_router_weight(device: Device, weight: Tensor, *, grid_exponent: int) ->
 
 def _load_experts(device: Device, experts: Iterable[_Measured], shapes: Sequence[ExpertShape], *,
                   activation_bits: int, grid_exponent: int | None, x_rms: float,
-                  progress: Progress | None, shared: int = 0,
-                  row_blocks: int = 1) -> Experts:
+                  progress: Progress | None, shared: int = 0, row_blocks: int = 1,
+                  identity: int = 0) -> Experts:
     planes = _check_options(activation_bits, grid_exponent, x_rms)
     config = device.config
-    check_layer(config, shapes)
-    images, addresses = _allocate(device, shapes)
+    if not isinstance(identity, int) or identity < 0:
+        raise InvalidOption(f"identity must be a number of experts, 0 or more, not {identity!r}")
+    one = _identity(config, shapes[0].d_model) if identity else None
+    entries = [*shapes, *(
+        [] if one is None else [LinearShape(one.format, *one.integers.shape, config.row_multipliers,
+                                            config.channels)])]
+    check_layer(config, entries)
+    images, addresses = _allocate(device, entries)
     with _freed_on_error(images):
         errors = WeightErrors(", ".join(dict.fromkeys(
             section.format.name for shape in shapes for section in shape.sections)))
@@ -395,13 +406,31 @@ def _load_experts(device: Device, experts: Iterable[_Measured], shapes: Sequence
                        coarsened=expert.gate_up.coarsened + expert.down.coarsened)
             if progress is not None:
                 progress(e + 1, len(shapes))
+        if one is not None:
+            _upload(device, addresses[-1], [
+                build_linear_image(one, config.row_multipliers, channel=channel,
+                                   channels=config.channels)
+                for channel in range(config.channels)], "the identity")
         # The grid is that of all experts: only now are they all seen.
         if grid_exponent is None:
             grid_exponent = choose_grid(outputs)
-        descriptor = _describe(device, planes, grid_exponent, shapes, addresses)
-    return Experts(
-        device, shapes, images, descriptor, planes, grid_exponent, _report(errors), shared,
-        row_blocks)
+        descriptor = _describe(device, planes, grid_exponent, entries, addresses)
+    return Experts(device, shapes, images, descriptor, planes, grid_exponent, _report(errors),
+                   shared, row_blocks, identity)
+
+
+def _identity(config: AcceleratorConfig, d_model: int) -> QuantisedMatrix:
+    """Return the identity in the shortest format of the hardware that holds it exactly: its
+    products are x as the device has quantised it."""
+    small = np.eye(BLOCK, dtype=np.float32)
+    holding = [fmt for fmt in config.weight_formats if fmt.parts == 1 and np.array_equal(
+        quantise(small, fmt, quantiser="amax").dequantise(), small)]
+    if not holding:
+        raise InvalidOption(
+            f"identity must be 0 in config {config.name!r}, none of whose formats, "
+            f"{', '.join(config.formats)}, holds 1 exactly; take one with mxint8 or mxfp4")
+    fmt = min(holding, key=lambda fmt: fmt.bits_per_weight())
+    return quantise(np.eye(d_model, dtype=np.float32), fmt, quantiser="amax")
 
 
 def _report(errors: WeightErrors) -> WeightReport:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from moeaccel.cycles import expert_cycles
 from moeaccel.host.compress.layer import FloatExpert, MoELayer
 from moeaccel.host.errors import InvalidOption
 
-__all__ = ["Method", "Report", "count_of", "method", "methods", "report"]
+__all__ = ["Method", "Report", "count_of", "method", "methods", "report", "with_formats"]
 
 Tokens = NDArray[np.float32]
 Apply = Callable[..., "list[MoELayer]"]
@@ -113,6 +113,15 @@ def count_of(share: float, layer: MoELayer) -> int:
     return max(1, round(share * len(layer.experts)))
 
 
+def with_formats(config: AcceleratorConfig, names: Iterable[str]) -> AcceleratorConfig:
+    """Return a configuration that reads these formats, too."""
+    missing = sorted(set(names) - set(config.formats))
+    if not missing:
+        return config
+    return config.replace(name=f"{config.name}, {', '.join(missing)}",
+                          formats=(*config.formats, *missing))
+
+
 @dataclass(frozen=True)
 class Report:
     """What a pass changed in a layer, or in several.
@@ -193,6 +202,7 @@ def _costs(layer: MoELayer, x: Tokens, config: AcceleratorConfig) -> tuple[int, 
     """Return stored bytes, and cycles of a token."""
     shapes = [expert.shape(config.row_multipliers, config.channels)
               for expert in layer.quantised()]
+    config = with_formats(config, layer.weight_formats)
     ids = layer.route(x[:: max(1, len(x) // CYCLE_TOKENS)][:CYCLE_TOKENS]).ids
     cycles = [expert_cycles(config, shapes, token[None], len(shapes), planes=2) for token in ids]
     return sum(shape.stored_bytes for shape in shapes), float(np.mean(cycles))

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeaccel.activations import hidden
-from moeaccel.formats import WeightFormat, weight_format
+from moeaccel.formats import ALL_FORMATS, WeightFormat, weight_format
 from moeaccel.host.compress.layer import FloatExpert, MoELayer
 from moeaccel.host.compress.method import Method, Tokens
 from moeaccel.host.errors import InvalidOption
@@ -105,10 +105,11 @@ def input_norms(x: NDArray[np.floating], ids: NDArray[np.integer], weights: NDAr
 
 
 def pruned(expert: FloatExpert, fmt: WeightFormat, pattern: tuple[int, int],
-           norms: tuple[Any, Any] = (None, None)) -> FloatExpert:
+           norms: tuple[Any, Any] = (None, None), channels: int = 1) -> FloatExpert:
     """Return an expert with zeros where a pattern has no weights.
 
-    Rows that share a multiplier share a pattern: a gate row and its up row, and two rows of down.
+    Rows that share a multiplier share a pattern: a gate row and its up row, and otherwise rows r
+    and r + channels, as they are dealt (:mod:`moeaccel.formats.patterns`).
     """
     rows = 2 if fmt.packed else 1
     gate_up, down = expert.gate_up, expert.down
@@ -116,13 +117,25 @@ def pruned(expert: FloatExpert, fmt: WeightFormat, pattern: tuple[int, int],
         pairs = kept(interleave_gate_up(gate_up), pattern, norms=norms[0], rows=rows)
         stays = np.concatenate([pairs[0::2], pairs[1::2]])
     else:
-        stays = kept(gate_up, pattern, norms=norms[0], rows=rows)
+        stays = _dealt(gate_up, pattern, norms[0], rows, channels)
     return replace(expert, gate_up=gate_up * stays,
-                   down=down * kept(down, pattern, norms=norms[1], rows=rows))
+                   down=down * _dealt(down, pattern, norms[1], rows, channels))
+
+
+def _dealt(weights: NDArray[np.float32], pattern: tuple[int, int], norms: Any, rows: int,
+           channels: int) -> NDArray[np.bool_]:
+    """Return which weights stay of rows that are dealt to channels one by one."""
+    row = np.arange(len(weights))
+    order = np.lexsort((row // channels % rows, row % channels, row // (rows * channels)))
+    stays = np.empty(weights.shape, bool)
+    stays[order] = kept(weights[order], pattern, norms=norms, rows=rows)
+    return stays
 
 
 def prune(layer: MoELayer, x: Tokens, pattern: str, criterion: str) -> MoELayer:
-    """Return the layer with N of M weights.
+    """Return the layer with N of M weights, for a device of one channel.
+
+    Where there is a format with the pattern, weights are stored in it.
 
     Raises
     ------
@@ -141,7 +154,9 @@ def prune(layer: MoELayer, x: Tokens, pattern: str, criterion: str) -> MoELayer:
             x, routing.ids, routing.weights, e, expert.gate_up, expert.down.shape[1],
             expert.activation, expert.limit)
         experts.append(pruned(expert, weight_format(name), (int(found[1]), int(found[2])), norms))
-    return replace(layer, experts=tuple(experts))
+    return replace(layer, experts=tuple(experts), weight_formats=tuple(
+        thin if (thin := f"{name}+{pattern}") in ALL_FORMATS else name
+        for name in layer.weight_formats))
 
 
 METHODS = tuple(

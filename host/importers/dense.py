@@ -60,6 +60,9 @@ class _Dense:
                  "self_attn.k_proj": "num_key_value_heads"}.get(part)
         if heads is None:
             return values
+        if values.ndim != 2 or len(values) % (2 * self.config[heads]):
+            raise ForeignCheckpoint(f"rows of {part} of layer {layer} must be a multiple of twice "
+                                    f"{heads}, {self.config[heads]}, not {values.shape}")
         # llama.cpp rotates neighbours, transformers halves: rows of each head are sorted back.
         pairs = values.reshape(self.config[heads], -1, 2, values.shape[1])
         return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(values.shape)
@@ -98,8 +101,14 @@ def _dense(checkpoint: Checkpoint) -> _Dense:
             f"{checkpoint.path} must be a model of the type llama with SiLU and without biases, "
             f"not {found.get('model_type')!r}")
     for name in _GGUF_CONFIG:
-        if name != "rope_theta" and not found.get(name):
+        if name == "rope_theta":
+            continue
+        value, kinds = found.get(name), int | float if name == "rms_norm_eps" else int
+        if not value:
             raise ForeignCheckpoint(f"{name} must be in the configuration of {checkpoint.path}")
+        if not isinstance(value, kinds) or isinstance(value, bool) or not 0 < value < 1 << 32:
+            raise ForeignCheckpoint(f"{name} in the configuration of {checkpoint.path} must be a "
+                                    f"positive number, not {value!r}")
     return _Dense(contents, gguf, found)
 
 

@@ -2,7 +2,7 @@
 
 from moeaccel.host.errors import HostError
 
-__all__ = ["BudgetTooSmall", "PolicyError", "PolicyFailed", "UnknownPolicy"]
+__all__ = ["BudgetTooSmall", "PolicyError", "PolicyFailed", "UnknownPolicy", "UnsupportedPolicy"]
 
 
 class PolicyError(HostError):
@@ -19,3 +19,7 @@ class BudgetTooSmall(PolicyError, ValueError):
 
 class PolicyFailed(PolicyError, RuntimeError):
     """A policy raised, or gave what cannot be done; the layer, and what it gave, are named."""
+
+
+class UnsupportedPolicy(PolicyError, ValueError):
+    """A policy that knows what comes, or changes routes, where a model really runs."""

@@ -57,6 +57,9 @@ def experts_modules(model: torch.nn.Module) -> list[tuple[torch.nn.Module, Weigh
             weights, reason = look(module)
             if weights is None:
                 raise UnsupportedExperts(str(reason))
+            if weights.gate_up_bias is not None or weights.down_bias is not None:
+                raise UnsupportedExperts(f"{type(module).__name__} must have no biases to be "
+                                         "studied or compressed; the device itself takes them")
             found.append((module, weights))
     if not found:
         raise UnsupportedExperts(f"{type(model).__name__} must have experts behind transformers' "

@@ -18,6 +18,7 @@ from moeaccel.formats import weight_format
 from moeaccel.host.calibration import Calibration
 from moeaccel.host.compress.layer import FloatExpert
 from moeaccel.host.compress.mc_moe import FORMATS, allocate, importance
+from moeaccel.host.compress.method import with_formats
 from moeaccel.host.compress.moe_pruner import input_norms, pruned
 from moeaccel.host.errors import InvalidOption
 from moeaccel.host.quality.experts import (
@@ -191,10 +192,11 @@ class Study:
             if variant.criterion == "activation" and seen is not None:
                 norms = input_norms(seen.x, seen.ids, seen.weights, e, gate_up, d_expert,
                                     expert.activation, expert.limit)
-            thin = pruned(expert, weight_format(variant.base), variant.pattern, norms)
+            thin = pruned(expert, weight_format(variant.base), variant.pattern, norms,
+                          channels=self.config.channels)
             gate_up, down = thin.gate_up, thin.down
         return Expert.quantise(
-            gate_up, down, variant.base, activation=expert.activation, limit=expert.limit,
+            gate_up, down, variant.stored, activation=expert.activation, limit=expert.limit,
             quantiser=variant.quantiser, moments=moments)
 
     def _mixed(self, experts: list[FloatExpert], variant: Variant, bits: float,
@@ -254,6 +256,7 @@ class Study:
         """Return the cycles of all layers' experts for one token: for the first, or the mean of
         some where experts differ."""
         total = 0.0
+        config = with_formats(self.config, _names(layers))
         for experts, routes in zip(layers, self._routes, strict=True):
             shapes = [expert.shape(self.config.row_multipliers, self.config.channels)
                       for expert in experts]
@@ -263,7 +266,7 @@ class Study:
                 key = tuple(shapes), tuple(ids.tolist()), planes
                 if key not in self._cycles:
                     self._cycles[key] = expert_cycles(
-                        self.config, shapes, ids[None], len(experts), planes=planes)
+                        config, shapes, ids[None], len(experts), planes=planes)
                 cycles.append(self._cycles[key])
             total += sum(cycles) / len(cycles)
         return round(total)
@@ -277,7 +280,8 @@ class Study:
         size = sum(expert.shape(self.config.row_multipliers, self.config.channels).memory_bytes
                    for experts in layers for expert in experts)
         memory = 1 << (2 * size + (1 << 27)).bit_length()
-        with open_device("golden", config=self.config, memory_bytes=memory) as device:
+        config = with_formats(self.config, _names(layers))
+        with open_device("golden", config=config, memory_bytes=memory) as device:
             loaded = [device.load_quantised(experts, activation_bits=variant.activation_bits)
                       for experts in layers]
             found = self.read(loaded, self.tokens[:1, :count])
@@ -285,6 +289,12 @@ class Study:
         return {"golden_tokens": count,
                 "golden_perplexity": float(found.loss.mean().exp()),
                 "fast_perplexity": float(fast.loss[: count - 1].mean().exp())}
+
+
+def _names(layers: list[list[Expert]]) -> set[str]:
+    """Return the formats of all experts."""
+    return {matrix.format.name for experts in layers for expert in experts
+            for matrix in (expert.gate_up, expert.down)}
 
 
 def _error(expert: Expert, exact: FloatExpert) -> tuple[float, float]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from moeaccel.formats import FORMATS, QUANTISERS, weight_format
+from moeaccel.formats import ALL_FORMATS, FORMATS, QUANTISERS, weight_format
 from moeaccel.host.compress.moe_pruner import CRITERIA
 from moeaccel.host.errors import InvalidOption
 
@@ -67,6 +67,12 @@ class Variant:
     def base(self) -> str:
         """The format without the pattern."""
         return self.weight_format.partition("+")[0]
+
+    @property
+    def stored(self) -> str:
+        """The format in which the device has the weights: without the pattern where no format has
+        that, so that zeros are stored."""
+        return self.weight_format if self.weight_format in ALL_FORMATS else self.base
 
     @property
     def pattern(self) -> tuple[int, int] | None:
@@ -131,6 +137,8 @@ def variants_of(formats: Iterable[str], activation_bits: Iterable[int],
 def every_variant() -> list[Variant]:
     """Return what ``moeaccel bench quality`` measures when it is not told what."""
     found = variants_of(FORMATS, _ACTIVATION_BITS)
+    found += variants_of([name for name, fmt in ALL_FORMATS.items()
+                          if name not in FORMATS and fmt.parts == 1], (16,))
     for base in ("int4_g32", "int4_g128"):
         found += [Variant(base, 16, "search", calibrated=True), Variant(base, 16, "gptq", True)]
     for base in ("mxint8", "int4_g32"):

@@ -68,7 +68,7 @@ class ChatResult:
 
 def chat(prompt: str, *, device: str = "rtl", config: str | AcceleratorConfig = "small",
          weight_format: str = "int4_g32", activation_bits: int = 16, new_tokens: int = 64,
-         compare: bool = True, say: Callable[[str], None] = lambda _: None,
+         compare: bool = True, continued: bool = False, say: Callable[[str], None] = lambda _: None,
          progress: Callable[[str], None] = lambda _: None) -> ChatResult:
     """Answer a prompt with the likeliest tokens.
 
@@ -83,6 +83,9 @@ def chat(prompt: str, *, device: str = "rtl", config: str | AcceleratorConfig = 
         At most so many; the answer's end token ends it, too.
     compare : :class:`bool`
         Answer on the golden model, too, and compare the logits.
+    continued : :class:`bool`
+        Go on with the prompt as it is, and do not take it for a question: a few tokens instead of
+        some thirty.
     say : callable
         Given the answer's text as it comes.
     progress : callable
@@ -108,9 +111,12 @@ def chat(prompt: str, *, device: str = "rtl", config: str | AcceleratorConfig = 
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="moeaccel")
     check_model(model)
-    inputs = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt",
-        return_dict=True)
+    if continued:
+        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    else:
+        inputs = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt",
+            return_dict=True)
 
     class Streamer(TextStreamer):
         """Says text as it comes, and reads the device's clock at every token."""

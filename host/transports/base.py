@@ -73,6 +73,17 @@ class Transport(Bound, ABC):
         """Bring a lost connection back and return True, or False if none was lost."""
         return False
 
+    @property
+    def verb_bytes(self) -> int:
+        """Bytes that take as long to move as a call of :meth:`memory_read` or :meth:`memory_write`
+        takes by itself: what may be moved in vain to save one."""
+        return 4096
+
+    @property
+    def waits_beside(self) -> bool:
+        """Whether :meth:`wait_interrupt` may run while other threads use the other verbs."""
+        return False
+
     @abstractmethod
     def close(self) -> None:
         """Let the device go; a second call does nothing."""

@@ -1,11 +1,11 @@
 """Record what a driver asks of a device and what it gets; ``replay.py`` answers from it.
 
 A recording is a text file of JSON lines. The first line says what it is: ``{"format":
-"moeaccel recording", "version": 1, "config": ..., "digest": ..., "memory_bytes": ...}``. Each
-further line is a call, ``{"call": verb, argument: value, ..., "result": value}``, or ``"error"``
-and ``"message"`` in place of the result. Memory that was read is base64 of its zlib-compressed
-bytes; of memory that was written the number of bytes and their BLAKE2b digest are kept, which
-tells a difference, and a recording of weights stays small.
+"moeaccel recording", "version": 2, "config": ..., "digest": ..., "memory_bytes": ..., "verb_bytes":
+...}``. Each further line is a call, ``{"call": verb, argument: value, ..., "result": value}``, or
+``"error"`` and ``"message"`` in place of the result. Memory that was read is base64 of its
+zlib-compressed bytes; of memory that was written the number of bytes and their BLAKE2b digest are
+kept, which tells a difference, and a recording of weights stays small.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from moeaccel.host.transports.base import Bytes, Transport
 __all__ = ["FORMAT", "VERSION", "RecordTransport", "written"]
 
 FORMAT = "moeaccel recording"
-VERSION = 1
+VERSION = 2
 _DIGEST_BYTES = 16
 
 _Result = TypeVar("_Result")
@@ -74,7 +74,8 @@ class RecordTransport(Transport):
                 f"record must name a file that can be written, not {str(path)!r}: {error}"
             ) from error
         self._put({"format": FORMAT, "version": VERSION, "config": config.name,
-                   "digest": config.digest, "memory_bytes": transport.memory_bytes})
+                   "digest": config.digest, "memory_bytes": transport.memory_bytes,
+                   "verb_bytes": transport.verb_bytes})
 
     def _put(self, line: dict[str, Any]) -> None:
         try:
@@ -96,6 +97,10 @@ class RecordTransport(Transport):
     @property
     def memory_bytes(self) -> int:
         return self._transport.memory_bytes
+
+    @property
+    def verb_bytes(self) -> int:
+        return self._transport.verb_bytes
 
     def register_read(self, address: int) -> int:
         return self._call({"call": "register_read", "address": address},

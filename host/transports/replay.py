@@ -26,6 +26,9 @@ from moeaccel.host.transports.record import FORMAT, VERSION, written
 __all__ = ["SCHEME", "ReplayTransport"]
 
 
+_HEAD = ("digest", "memory_bytes", "verb_bytes")
+
+
 class ReplayTransport(Transport):
     """Answer as a recorded device did, as long as the driver asks the same.
 
@@ -62,14 +65,15 @@ class ReplayTransport(Transport):
             raise RecordingError(
                 f"{str(path)!r} must begin as a recording of version {VERSION}, not with "
                 f"{lines[0][:60]!r}; record the session again with this version")
-        if not all(isinstance(head.get(name), int) for name in ("digest", "memory_bytes")):
-            raise RecordingError(f"head of {str(path)!r} must name digest and memory_bytes, not "
+        if not all(isinstance(head.get(name), int) for name in _HEAD):
+            raise RecordingError(f"head of {str(path)!r} must name {', '.join(_HEAD)}, not "
                                  f"{lines[0][:60]!r}; record the session again")
         if head["digest"] != config.digest:
             raise ConfigMismatch(
                 f"recording must be of config {config.name!r}, not {head.get('config')!r}; open it "
                 "with the config that it was recorded with")
         self._memory_bytes: int = head["memory_bytes"]
+        self._verb_bytes: int = head["verb_bytes"]
 
     def _next(self, asked: str) -> dict[str, Any]:
         if self._at == len(self._lines):
@@ -111,6 +115,10 @@ class ReplayTransport(Transport):
     @property
     def memory_bytes(self) -> int:
         return self._memory_bytes
+
+    @property
+    def verb_bytes(self) -> int:
+        return self._verb_bytes
 
     def register_read(self, address: int) -> int:
         return self._call(call="register_read", address=address)

@@ -122,6 +122,10 @@ def _open_port(name: str, baud: int) -> Any:
     return port
 
 
+_VERB_BYTES = 128
+"""What a line of a megabaud moves in the millisecond after which an adapter answers."""
+
+
 class SerialTransport(Transport):
     """The five verbs over a serial line.
 
@@ -160,6 +164,10 @@ class SerialTransport(Transport):
         self._connect()
 
     # -- the five verbs ----------------------------------------------------------------------------
+    @property
+    def verb_bytes(self) -> int:
+        return _VERB_BYTES
+
     @property
     def memory_bytes(self) -> int:
         return self._memory_bytes

@@ -43,8 +43,7 @@ class Support:
 
     @property
     def runs(self) -> str:
-        """``yes``: the device routes, from logits, and has the experts; ``experts``: the host
-        routes; ``no``."""
+        """``yes``: the device routes and has the experts; ``experts``: the host routes; ``no``."""
         if self.experts:
             return "no"
         return "experts" if self.router else "yes"

@@ -47,7 +47,7 @@ class Verdict:
     name : :class:`str`
         Key of the model.
     ok : :class:`bool`
-        The device routes, from logits, and has the experts, and everything is as it should be.
+        The device routes and has the experts, and everything is as it should be.
     router, expert : :class:`str`
         What they are.
     selection_differences : :class:`int`, optional
@@ -94,6 +94,8 @@ def verify(model: Model, golden: Device, rtl: Device, *, seed: int = 0) -> Verdi
     size = drawn.size
     refusal = routing_refusal(config, drawn.model, (size.experts + size.identities, size.top_k))
     problems += [refusal] if refusal else []
+    if not refusal and _is_whole(drawn):
+        return _whole(drawn, golden, rtl, verdict)
     reference = drawn.routes.ids.numpy(), drawn.routes.weights.numpy()
     taken = reference
     try:
@@ -106,8 +108,7 @@ def verify(model: Model, golden: Device, rtl: Device, *, seed: int = 0) -> Verdi
         others = int((~routed.same).sum())
         verdict = replace(verdict, selection_differences=others)
         if others and not _ties(drawn, routed):
-            problems.append(f"router: {others} of {drawn.size.tokens} tokens are routed otherwise "
-                            "than by the float router, and not for a tie")
+            problems.append(_routed_otherwise(others, size.tokens))
     except RouterError:
         assert problems  # said already
     try:
@@ -120,6 +121,49 @@ def verify(model: Model, golden: Device, rtl: Device, *, seed: int = 0) -> Verdi
     except MoeAccelError as failure:
         problems.insert(0, f"experts: {model.expert.text}: {failure}")
     return replace(verdict, ok=not problems, reason="; ".join(problems))
+
+
+def _is_whole(drawn: Case) -> bool:
+    """Return whether the device does all of the layer: logits, too, and nothing but experts."""
+    size = drawn.size
+    return drawn.model.router.logits == "linear" and not size.identities and not size.sinks
+
+
+def _whole(drawn: Case, golden: Device, rtl: Device, verdict: Verdict) -> Verdict:
+    """Return the verdict of a layer that goes from x to y on the device."""
+    problems: list[str] = []
+    router = Router(weight=drawn.router.weight.numpy(), **asdict(drawn.settings), **_tables(drawn))
+    options, down = _options(drawn), _down(drawn)
+    made = []
+    try:
+        for device in (golden, rtl):
+            known(device, options)
+            with device.load_moe(router, drawn.gate_up, down, weight_format="mxint8",
+                                 quantiser="amax", **options) as moe:
+                made.append((*moe.route(drawn.x), moe(drawn.x)))
+    except MoeAccelError as failure:
+        return replace(verdict, reason=f"experts: {drawn.model.expert.text}: {failure}")
+    (ids, weights, expected), (rtl_ids, rtl_weights, found) = made
+    other = (ids != rtl_ids) | (weights.view(np.uint32) != rtl_weights.view(np.uint32))
+    if other.any():
+        problems.append(f"router: the RTL routes {int(other.any(axis=1).sum())} of {len(ids)} "
+                        "tokens otherwise than the golden model")
+    same = np.sort(ids, axis=1) == np.sort(drawn.routes.ids.numpy(), axis=1)
+    routed = _Routed(ids, weights, same.all(axis=1))
+    others = int((~routed.same).sum())
+    if others and not _ties(drawn, routed):
+        problems.append(_routed_otherwise(others, len(ids)))
+    y, exact = found[routed.same], drawn.y[routed.same]
+    error = float(np.linalg.norm(y - exact) / np.linalg.norm(exact)) if len(y) else np.inf
+    differ = int((expected.view(np.uint32) != found.view(np.uint32)).sum())
+    problems += wrong("layer", differ, error)
+    return replace(verdict, ok=not problems, selection_differences=others, relative_error=error,
+                   reason="; ".join(problems))
+
+
+def _routed_otherwise(others: int, tokens: int) -> str:
+    return (f"router: {others} of {tokens} tokens are routed otherwise than by the float router, "
+            "and not for a tie")
 
 
 @dataclass(frozen=True)
@@ -144,7 +188,7 @@ def _route(drawn: Case) -> _Routed:
     return _Routed(found.ids, found.weights, same.all(axis=1))
 
 
-def _tables(drawn: Case) -> dict[str, _Floats | None]:
+def _tables(drawn: Case) -> dict[str, Any]:
     """Return what is added to logits, and to what is compared."""
     tables = {"bias": drawn.router.bias, "selection_bias": drawn.router.selection_bias}
     return {name: None if table is None else table.numpy() for name, table in tables.items()}
@@ -185,18 +229,28 @@ def wrong(what: str, differ: int, error: float) -> list[str]:
     return problems
 
 
-def _run(device: Device, drawn: Case, ids: NDArray[np.integer], weights: _Floats) -> _Floats:
-    """Return y, (T, H); what no expert computes the host does, as an engine would."""
+def _options(drawn: Case) -> dict[str, Any]:
+    """Return the arguments of ``load_experts`` that say what experts are, with their biases."""
     options = expert_options(drawn.model.expert)
+    scale = drawn.router.expert_scale
     for name in ("gate_up_bias", "down_bias"):
         if name in options:
             options[name] = getattr(drawn, name)
+    if scale is not None and "down_bias" in options:
+        options["down_bias"] = options["down_bias"] * scale.numpy()[:, None]
+    return options
+
+
+def _down(drawn: Case) -> _Floats:
+    """Return the last matrices; an expert's own factor is one of its last matrix."""
+    scale = drawn.router.expert_scale
+    return drawn.down if scale is None else drawn.down * scale.numpy()[:, None, None]
+
+
+def _run(device: Device, drawn: Case, ids: NDArray[np.integer], weights: _Floats) -> _Floats:
+    """Return y, (T, H); what no expert computes the host does, as an engine would."""
+    options, x, down = _options(drawn), drawn.x, _down(drawn)
     known(device, options)
-    x, down = drawn.x, drawn.down
-    if drawn.router.expert_scale is not None:  # a factor of an expert is one of its last matrix
-        down = down * drawn.router.expert_scale.numpy()[: len(down), None, None]
-        if "down_bias" in options:
-            options["down_bias"] = options["down_bias"] * drawn.router.expert_scale.numpy()[:, None]
     with device.load_experts(drawn.gate_up, down, weight_format="mxint8", quantiser="amax",
                              **options) as experts:
         if drawn.model.router.weight_on == "input":

@@ -23,8 +23,8 @@ from moeaccel.errors import MoeAccelError
 __all__ = ["COMMANDS", "app", "main"]
 
 COMMANDS = (
-    "run", "import", "bench", "soak", "models", "trace", "policies", "verilog", "bitstream",
-    "board", "doctor")
+    "run", "import", "compress", "bench", "soak", "models", "trace", "policies", "verilog",
+    "bitstream", "board", "doctor")
 
 
 class _Group(TyperGroup):

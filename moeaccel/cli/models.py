@@ -78,7 +78,7 @@ def _print_models(rows: "list[tuple[Model, Support]]") -> None:
     console.print(
         "width x h: input and hidden width of a routed expert; E/k: experts, and chosen of them; "
         "router: flavour, groups kept, scale (docs/models.md); runs: yes, where the device "
-        "computes the experts and routes, from logits; experts, where the host routes.")
+        "routes and computes the experts; experts, where the host routes.")
     for reason, keys in missing.items():
         console.print(f"{', '.join(keys) if len(keys) < len(rows) else 'all'}: {reason}",
                       markup=False)

@@ -25,6 +25,8 @@ def command(
     activation_bits: Annotated[int, typer.Option(help="Activation bits: 16 or 8.")] = 16,
     new_tokens: Annotated[int, typer.Option(
         help="With smollm2: tokens of an answer, at most.", min=1, max=4096)] = 64,
+    continued: Annotated[bool, typer.Option(
+        "--continue", help="With smollm2: go on with the prompt, which is no question.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Generate text with every expert computed by the accelerator's RTL.
@@ -39,7 +41,7 @@ def command(
         if demo or not prompt:
             raise typer.BadParameter("give --prompt TEXT with --model smollm2")
         _chat(prompt, as_json, device=device, config=config, weight_format=weight_format,
-              activation_bits=activation_bits, new_tokens=new_tokens)
+              activation_bits=activation_bits, new_tokens=new_tokens, continued=continued)
     if model != "demo":
         raise typer.BadParameter(f"model must be one of demo, smollm2, not {model!r}")
     from moeaccel.host.demo.run import demo_prompts, run

@@ -62,6 +62,11 @@ class Combiner:
         return np.nonzero(self._nonfinite)[0].tolist()
 
     @property
+    def sums(self) -> NDArray[np.int64]:
+        """The sums, (tokens, d_out), in units of the grid."""
+        return self._sums
+
+    @property
     def y(self) -> NDArray[np.float32]:
         """The sums, (tokens, d_out), of ``y_type``."""
         return grid_to_float32(self._sums, self._grid_exponent, self._bits)

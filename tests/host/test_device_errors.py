@@ -115,13 +115,13 @@ def test_linear_weights_are_checked(device):
 def test_lack_of_device_memory_leaves_the_device_usable():
     with open_device("golden", config="tiny", memory_bytes=1 << 17) as device:
         rng = np.random.default_rng(0)
-        loaded = device.load_experts(*draw_weights(rng, 2))
+        loaded = device.load_experts(*draw_weights(rng, 2, d_model=224, d_expert=32))
         with pytest.raises(errors.OutOfDeviceMemory, match="memory_bytes"):
             device.load_experts(*draw_weights(rng, 16))
-        call = draw_call(rng, 2, experts=2)
+        call = draw_call(rng, 2, experts=2, d_model=224)  # no row of it fits beside the rings
         expected = loaded(*call)
         taken = [device.memory.allocate(64) for _ in range(device.memory.free_bytes // 64 - 8)]
-        with pytest.raises(errors.OutOfDeviceMemory, match="allocation of 1,152 bytes"):
+        with pytest.raises(errors.OutOfDeviceMemory, match="allocation of 3,712 bytes"):
             loaded(*call)
         with pytest.raises(errors.OutOfDeviceMemory):
             loaded.submit(*call)

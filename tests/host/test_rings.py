@@ -68,6 +68,14 @@ def rings_on(endpoint, entries_log2):
     return rings
 
 
+def goes_on(rings, endpoint):
+    """Check that every entry of the completion ring comes back before it is needed."""
+    for _ in range(2 * rings.entries):
+        tag = rings.submit({})
+        endpoint.complete(tag)
+        assert [c.tag for c in rings.take()] == [tag]
+
+
 @settings(deadline=None)
 @given(st.integers(1, 4), st.lists(st.integers(0, 3), max_size=150), st.randoms())
 def test_what_goes_in_comes_out_once(entries_log2, script, random):
@@ -134,7 +142,8 @@ def test_a_completion_that_was_not_written_does_not_hide_others(caplog):
     endpoint.complete(lost, written=0)
     endpoint.complete(tag)
     assert [c.tag for c in rings.take()] == [lost, tag]
-    assert rings.in_flight == 0 and endpoint.registers["CQ_HEAD"] == 2
+    assert rings.in_flight == 0
+    goes_on(rings, endpoint)
     assert "completion 0, of tag 0, was not written" in caplog.text
 
 
@@ -160,4 +169,4 @@ def test_completions_of_strangers_are_dropped(caplog):
     endpoint.complete(tag)
     assert [c.tag for c in rings.take()] == [tag]
     assert "unknown tag 777" in caplog.text
-    assert endpoint.registers["CQ_HEAD"] == 2
+    goes_on(rings, endpoint)

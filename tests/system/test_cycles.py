@@ -264,6 +264,18 @@ def test_the_model_predicts_the_rtl_in_many_cases(pair_of, config, latency, coun
     compare_small(pair_of, config, latency, count=150, seed=1000 + latency)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("latency", [1, 40, 100])
+@pytest.mark.parametrize("changes", [
+    {"y_banks": 2}, {"y_banks": 2, "hidden_banks": 2, "results_per_cycle": 2}],
+    ids=["two banks of y", "passes overlap"])
+def test_the_model_predicts_passes_side_by_side(pair_of, changes, latency):
+    config = preset("tiny").replace(**changes)
+    compare(pair_of, config, latency, count=12, seed=latency, most_cycles=40_000)
+    compare_small(pair_of, config, latency, count=40, seed=latency)
+
+
 @pytest.mark.parametrize("config", PRESETS.values(), ids=list(PRESETS))
 def test_constants_are_the_blocks_own(config):
     assert cycles.ARRAY_CYCLES == DotArray.LATENCY_CYCLES

@@ -77,3 +77,22 @@ def test_a_mixed_layer_costs_what_its_parts_cost(tiny, one, other, tokens):
 
     alone = sum(cycles([part] * 4) for part in parts)
     assert 2 * cycles(parts * 2) <= 1.002 * alone + 64
+
+
+def test_shared_and_identity_experts(tiny):
+    """They are entries of the table: an expert of another width, and a matrix behind all."""
+    rng = np.random.default_rng(4)
+    gate_up, down = draw_experts(rng, 3, D_MODEL, 64)
+    shared = tuple(part[0] for part in draw_experts(rng, 1, D_MODEL, 160))
+    x = rng.standard_normal((7, D_MODEL), np.float32)
+    ids, scores = rng.integers(-1, 6, (7, 2)), rng.standard_normal((7, 2)).astype(np.float32)
+    tiny.reset()
+
+    def script(device):
+        with device.load_experts(gate_up, down, activation="gpt_oss", limit=7.0, shared=shared,
+                                 identity=2, grid_exponent=-24) as loaded:
+            return loaded(x, ids, scores)
+
+    y = tiny.same(script)
+    assert y.any(axis=1).all()
+    tiny.check()

@@ -27,7 +27,7 @@ from moeaccel.host.errors import (
 from moeaccel.host.plugins.transformers.choice import LayerDims
 from moeaccel.host.plugins.transformers.modules import Weights, look
 from moeaccel.host.plugins.transformers.session import check_limits, option, session_for
-from moeaccel.host.plugins.transformers.uploads import experts_of
+from moeaccel.host.plugins.transformers.split import run
 
 __all__ = ["NAME", "Call", "experts_forward", "probed", "register", "warn_once", "why_refused"]
 
@@ -54,7 +54,7 @@ def _experts(x: torch.Tensor, ids: torch.Tensor, routing: torch.Tensor,
         raise GraphCaptureUnsupported(
             "experts must not be called while a CUDA graph is captured: a replay would not ask the "
             "device again; capture what lies around the call, or use torch.compile, which does so")
-    return experts_of(Weights(*weights))(x, ids, routing)
+    return run(Weights(*weights), x, ids, routing)
 
 
 @_experts.register_fake

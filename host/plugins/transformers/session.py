@@ -7,7 +7,7 @@ import logging
 import os
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from moeaccel.config import PRESETS, AcceleratorConfig, preset
@@ -15,6 +15,8 @@ from moeaccel.errors import FormatError
 from moeaccel.formats import ALL_FORMATS
 from moeaccel.host.device import Device
 from moeaccel.host.errors import InvalidOption, OutOfDeviceMemory, UnsupportedExperts
+from moeaccel.host.hybrid import Hybrid, ResidentMath
+from moeaccel.host.importers.coded import IMPORT_QUANTISERS
 from moeaccel.host.limits import check_layer
 from moeaccel.host.opening import open_device
 from moeaccel.host.plugins.transformers.choice import (
@@ -24,6 +26,7 @@ from moeaccel.host.plugins.transformers.choice import (
     choose,
     memory_size,
 )
+from moeaccel.host.policies.systems import System
 from moeaccel.host.process import Lock
 from moeaccel.host.transports.base import Transport
 
@@ -40,7 +43,8 @@ Unsupported = Literal["refuse", "eager"]
 
 _SIMULATED = ("golden", "rtl")
 _ENVIRONMENT = {"weight_format": "MOEACCEL_WEIGHT_FORMAT",
-                "activation_bits": "MOEACCEL_ACTIVATION_BITS"}
+                "activation_bits": "MOEACCEL_ACTIVATION_BITS",
+                "quantiser": "MOEACCEL_QUANTISER"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +62,15 @@ class _Options:
     grid_exponent: int | None = None
     verify: Verify = "sampled"
     unsupported: Unsupported = "refuse"
+    quantiser: str = "search"
+    keep_host_weights: bool = True
+    hybrid: Hybrid | None = field(default=None, compare=False)  # what is uploaded stays so
 
     def __post_init__(self) -> None:
         choices: dict[str, Sequence[object]] = {
             "weight_format": list(ALL_FORMATS), "activation_bits": (8, 16),
-            "verify": get_args(Verify), "unsupported": get_args(Unsupported)}
+            "verify": get_args(Verify), "unsupported": get_args(Unsupported),
+            "quantiser": IMPORT_QUANTISERS, "keep_host_weights": (True, False)}
         for name, possible in choices.items():
             value = getattr(self, name)
             if not isinstance(value, str | int) or value not in possible:
@@ -90,7 +98,10 @@ _chosen: frozenset[str] = frozenset()  # what the plug-in chose for it: "config"
 
 def use_device(device: Device | None, *, weight_format: str | None = None,
                activation_bits: int | None = None, grid_exponent: int | None = None,
-               verify: Verify = "sampled", unsupported: Unsupported = "refuse") -> None:
+               verify: Verify = "sampled", unsupported: Unsupported = "refuse",
+               quantiser: str | None = None, keep_host_weights: bool = True,
+               policy: str | System | None = None, gpu_bytes: int | str = 0,
+               resident_math: ResidentMath = "bf16", **hybrid: Any) -> None:
     """Set the device for every model from now on; layers move to it on their next call.
 
     Parameters
@@ -106,19 +117,43 @@ def use_device(device: Device | None, *, weight_format: str | None = None,
     unsupported : ``"refuse"`` or ``"eager"``
         What happens to a layer that the device does not support: an error, or transformers' own
         code and one warning.
+    quantiser : :class:`str`, optional
+        ``"search"`` or ``"amax"``, see :meth:`Device.load_experts`; left out: of the environment.
+    keep_host_weights : :class:`bool`
+        False: once a layer is in device memory its parameters give up their memory; what is left
+        of them are shapes, and NaN. Such a model runs on this device only: it cannot be saved,
+        moved to another device or another format, nor can :func:`release` be taken back.
+    policy : :class:`str` or :class:`System`, optional
+        Which experts are computed where the rest of the model is: see
+        :class:`moeaccel.host.hybrid.Hybrid`. When left out, all on the device. What is uploaded
+        stays where it is when only the policy changes.
+    gpu_bytes : :class:`int` or :class:`str`
+        Memory there for experts, as 2GiB.
+    resident_math : ``"bf16"`` or ``"exact"``
+    **hybrid
+        Further options of :class:`moeaccel.host.hybrid.Hybrid`.
 
     Raises
     ------
     InvalidOption
         If an argument is not among the possible values.
+    PolicyError
+        If there is no such policy, or none that a model can run with.
     """
     global _session, _options, _chosen
     if not isinstance(device, Device | None):
         raise InvalidOption("device must be a Device, from open_device(), or None, not "
                             f"{type(device).__name__}")
-    given = {"weight_format": weight_format, "activation_bits": activation_bits}
+    given = {"weight_format": weight_format, "activation_bits": activation_bits,
+             "quantiser": quantiser}
     options = {name: value for name, value in given.items() if value is not None}
-    options |= {"grid_exponent": grid_exponent, "verify": verify, "unsupported": unsupported}
+    options |= {"grid_exponent": grid_exponent, "verify": verify, "unsupported": unsupported,
+                "keep_host_weights": keep_host_weights}
+    if policy is not None:
+        size = memory_size("gpu_bytes", gpu_bytes) if isinstance(gpu_bytes, str) else gpu_bytes
+        options["hybrid"] = Hybrid(policy, gpu_bytes=size, resident_math=resident_math, **hybrid)
+    elif gpu_bytes or hybrid:
+        raise InvalidOption("policy must be given with gpu_bytes and options of a hybrid, not None")
     _Options(**options)
     with lock.held:
         _options, _chosen = options, frozenset()

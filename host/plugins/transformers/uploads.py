@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from moeaccel.host.errors import WeightsGivenUp
 from moeaccel.host.layers import Experts
 from moeaccel.host.plugins.transformers.modules import Weights
 from moeaccel.host.plugins.transformers.session import (
@@ -29,7 +30,8 @@ class _Upload:
 
     experts: Experts
     session: Session
-    watches: list[Watch]
+    watches: list[Watch] | None
+    """None where the host gave its copy up, and nothing can change."""
     looks: int = 0
 
     @property
@@ -39,6 +41,8 @@ class _Upload:
 
     def holds(self, weights: Weights, *, everything: bool) -> bool:
         """Return whether it is what these weights would become."""
+        if self.watches is None:
+            return True
         parts = range(PARTS) if everything else (self.looks % PARTS,)
         self.looks += 1
         return len(self.watches) == len(weights.tensors) and all(
@@ -102,6 +106,11 @@ def experts_of(weights: Weights, *, everything: bool = False) -> Experts:
                 logger.info("weights of a layer changed: they are uploaded again")
             # Its memory is free for the new one, unless a call is under way.
             del place[key], found
+        if _is_given_up(weights):
+            raise WeightsGivenUp(
+                "weights of a layer must be on the host to be uploaded, but keep_host_weights=False"
+                " gave them up when they went to a device, a format or a session that is gone; "
+                "load the model again")
         session = session_for([weights.dims] * weights.layers, [weights.dims])
         # Watched first, read second: what changes in between is seen by the next call.
         watches = [Watch(tensor) for tensor in weights.tensors]
@@ -110,6 +119,21 @@ def experts_of(weights: Weights, *, everything: bool = False) -> Experts:
             *weights.stacks, activation=weights.activation, gated=weights.gated,
             limit=weights.limit, gate_up_bias=biases[0], down_bias=biases[1],
             weight_format=session.weight_format, activation_bits=session.activation_bits,
-            grid_exponent=session.grid_exponent)
-        place[key] = _Upload(experts, session, watches)
+            grid_exponent=session.grid_exponent, quantiser=session.quantiser)
+        if session.keep_host_weights:
+            place[key] = _Upload(experts, session, watches)
+        else:
+            _give_up(weights)  # the key is that of what is left
+            _place(weights)[_key(weights)] = _Upload(experts, session, None)
         return experts
+
+
+def _give_up(weights: Weights) -> None:
+    """Let parameters be views of one element each, which is no number."""
+    for tensor in weights.tensors:
+        one = torch.full((1,), torch.nan, dtype=torch.float32, device=tensor.device)
+        tensor.data = one.to(tensor.dtype).expand(tensor.shape)
+
+
+def _is_given_up(weights: Weights) -> bool:
+    return weights.down.numel() > 1 and not any(weights.down.stride())

@@ -1,9 +1,14 @@
+import json
+import shutil
+
 import gguf
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings, strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from moeaccel.errors import MoeAccelError
 from moeaccel.host.errors import InvalidOption, UnsupportedExperts
 from moeaccel.host.importers import ForeignCheckpoint, open_checkpoint
 from moeaccel.host.importers.dense import experts_of_dense
@@ -93,3 +98,39 @@ def test_other_models_are_refused(tmp_path, config, error, message):
     folder = write_safetensors(tmp_path / "x", {"a": np.ones(2, np.float32)}, config)
     with open_checkpoint(folder) as checkpoint, pytest.raises(error, match=message):
         experts_of_dense(checkpoint, tmp_path)
+
+
+VALUES = st.one_of(st.none(), st.booleans(), st.integers(-(1 << 40), 1 << 40), st.text(max_size=3),
+                   st.floats(allow_nan=True), st.lists(st.integers(0, 3), max_size=2))
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_damaged_models_are_errors_that_name_something(tmp_path, source, data):
+    """Bytes of the file, and numbers of the configuration, are anything."""
+    place = tmp_path / "damaged"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    if source.is_dir():
+        config = json.loads((source / "config.json").read_bytes())
+        for name in data.draw(st.lists(st.sampled_from(sorted(config)), max_size=2)):
+            config[name] = data.draw(VALUES)
+        (place / "config.json").write_text(json.dumps(config))
+        whole = (source / "model.safetensors").read_bytes()
+        target, opened = place / "model.safetensors", place
+    else:
+        whole = source.read_bytes()
+        target = opened = place / "dense.gguf"
+    damaged = bytearray(whole)
+    for _ in range(data.draw(st.integers(0, 2))):
+        # Most of it is weights: what is in front of them is damaged as often.
+        at = data.draw(st.one_of(st.integers(0, 4000), st.integers(0, len(whole) - 1)))
+        damaged[at] = data.draw(st.integers(0, 255))
+    target.write_bytes(damaged[: data.draw(st.sampled_from([len(whole), len(whole) * 2 // 3]))])
+    try:
+        with open_checkpoint(opened) as checkpoint:
+            experts_of_dense(checkpoint, place, blocks=4)
+    except MoeAccelError:
+        return
+    assert (place / "config.json").exists()

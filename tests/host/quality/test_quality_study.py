@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 
 from moeaccel.config import PRESETS
 from moeaccel.errors import FormatError
+from moeaccel.formats import ALL_FORMATS
 from moeaccel.host.errors import InvalidOption, UnsupportedExperts
 from moeaccel.host.quality import Study, Variant, every_variant, open_study
 from moeaccel.host.quality.experts import (
@@ -73,7 +74,9 @@ def test_what_formats_cost_and_give(study):
     assert int4.stored_bytes < int8.stored_bytes < reference.stored_bytes
     assert int4.decode_cycles is not None and int4.decode_cycles < int8.decode_cycles
     assert rows[0].decode_cycles is None
-    assert pareto(rows, "bytes") == [int4.variant, int8.variant]
+    assert sparse.stored_bytes < 0.7 * int4.stored_bytes and sparse.weight_format in ALL_FORMATS
+    assert sparse.decode_cycles is not None and sparse.decode_cycles < int4.decode_cycles
+    assert pareto(rows, "bytes") == [sparse.variant, int4.variant, int8.variant]
 
 
 def test_what_activations_cost(study):

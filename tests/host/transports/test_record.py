@@ -151,7 +151,7 @@ def test_errors_are_replayed(tmp_path):
 @pytest.mark.parametrize(("text", "kind", "message"), [
     ("", errors.ReplayMismatch, "ends after 0 lines"),
     ("hello\n", errors.RecordingError, "line 1 of .* must be a JSON object, not 'hello'"),
-    ("{}\n", errors.RecordingError, "must begin as a recording of version 1"),
+    ("{}\n", errors.RecordingError, "must begin as a recording of version 2"),
     ('{"format": "moeaccel recording", "version": 2}\n', errors.RecordingError, "record the"),
 ])
 def test_files_that_are_no_recordings(tmp_path, text, kind, message):

@@ -69,6 +69,14 @@ REFUSED = [
     ([*CHECKPOINT, "--output", "t", "--quantiser", "gptq"], "must be search or amax, not 'gptq'"),
     ([*CHECKPOINT, "--output", "t", "--layer", "7"], "0, 1, 2, not 7"),
     ([*CHECKPOINT, "--output", "t", "--exact"], "must be integers and scales"),
+    # compress
+    (["compress", "--method", "squeeze"], "squeeze"),
+    (["compress", "--method", "naee", "--option", "colour=1"], "colour"),
+    (["compress", "--weight-format", "int3"], "int3"),
+    (["compress", "--prompts", "0"], "--prompts"),
+    (["compress", "--calibration-texts", "0"], "--calibration-texts"),
+    (["compress", "--config", "huge"], "config must be one of"),
+    (["compress", "--seed", "-1"], "--seed"),
     # models
     (["models", "a", "b"], "unexpected extra argument"),
     (["models", "--tree"], "No such option"),

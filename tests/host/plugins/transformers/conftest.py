@@ -23,7 +23,8 @@ def device():
 @pytest.fixture
 def environment(monkeypatch):
     """Take the device from the environment, which says nothing; return monkeypatch."""
-    for name in ("DEVICE", "CONFIG", "MEMORY", "WEIGHT_FORMAT", "ACTIVATION_BITS"):
+    for name in ("DEVICE", "CONFIG", "MEMORY", "WEIGHT_FORMAT", "ACTIVATION_BITS",
+                 "QUANTISER"):
         monkeypatch.delenv(f"MOEACCEL_{name}", raising=False)
     plugin.use_device(None)
     yield monkeypatch

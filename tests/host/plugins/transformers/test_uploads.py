@@ -209,3 +209,35 @@ def test_threads_run_while_another_changes_weights(device):
         thread.join()
     assert failed == []
     assert torch.equal(module(*CALL), expected[-2])
+
+
+@torch.no_grad()
+def test_weights_that_the_host_gives_up(device):
+    module = toy()
+    expected = module(*CALL)
+    size = sum(p.untyped_storage().nbytes() for p in module.parameters())
+    plugin.use_device(device, weight_format="mxint8", keep_host_weights=False)
+    assert torch.equal(module(*CALL), expected) and torch.equal(module(*CALL), expected)
+    left = sum(p.untyped_storage().nbytes() for p in module.parameters())
+    assert left <= 16 < size and all(p.isnan().all() for p in module.parameters())
+    gc.collect()
+    assert torch.equal(module(*CALL), expected)  # the upload outlives the weights it was made from
+    other = toy()
+    plugin.use_device(device, weight_format="int4_g32", keep_host_weights=True)
+    with pytest.raises(errors.WeightsGivenUp, match="load the model again"):
+        module(*CALL)
+    assert not torch.equal(other(*CALL), expected)
+
+
+@torch.no_grad()
+def test_the_quantiser_is_chosen(device):
+    module = toy()
+    plugin.use_device(device, weight_format="int4_g32")
+    found = module(*CALL)
+    plugin.use_device(device, weight_format="int4_g32", quantiser="amax")
+    largest = module(*CALL)
+    assert relative(found, eager(module)) < relative(largest, eager(module))
+    with pytest.raises(errors.InvalidOption, match="quantiser must be one of search, amax"):
+        plugin.use_device(device, quantiser="gptq")
+    with pytest.raises(errors.InvalidOption, match="keep_host_weights must be one of True, False"):
+        plugin.use_device(device, keep_host_weights="no")

@@ -1,0 +1,21 @@
+"""The call of a layer: on the device, or on both sides where a policy was set."""
+
+from __future__ import annotations
+
+import torch
+
+from moeaccel.host.plugins.transformers.modules import Weights
+from moeaccel.host.plugins.transformers.session import open_session
+from moeaccel.host.plugins.transformers.uploads import experts_of
+
+__all__ = ["run"]
+
+
+def run(weights: Weights, x: torch.Tensor, ids: torch.Tensor, routing: torch.Tensor
+        ) -> torch.Tensor:
+    """Return y of a layer, (T, H), like x; see :func:`experts_forward` for the arguments."""
+    experts = experts_of(weights)
+    session = open_session()
+    if session is None or session.hybrid is None:
+        return experts(x, ids, routing)
+    return session.hybrid(experts, x, ids, routing, layers=weights.layers)
