@@ -70,6 +70,9 @@ def load_moe(device: Device, router: Router, gate_up: Stack, down: Stack, *,
     loaded = device.load_experts(gate_up, down, shared=shared, **options)
     try:
         behind = len(loaded.shared_shapes)
+        if loaded._row_blocks > 1 or loaded._identity:
+            raise InvalidOption("row_blocks and identity experts must be left out where the device "
+                                "routes: its ids are entries of the table; route on the host")
         if settings.top_k + behind > TOP_K_MAX:
             raise LimitExceeded(f"top_k and shared experts must be at most {TOP_K_MAX} together, "
                                 f"not {settings.top_k} and {behind}")
@@ -159,19 +162,17 @@ class Moe:
         """
         ids, weights, _ = self._call(x, compute=False)
         rows = float32("x", x)
-        tokens, like = len(rows), Like.of(rows)
+        tokens = len(rows)
         if not self._shared:
             one = np.ones((tokens, 1), np.float32)
-            y = self.experts._call(self.experts._submit(
-                Opcode.EXPERTS, rows * weights, ids, one, like))
-            return Like.of(x)(y)
+            return Like.of(x)(self.experts(rows * weights, ids, one))
         # x times the weight goes to the one chosen, x itself to the shared ones.
         pairs = np.full((2 * tokens, self._shared), -1, np.int32)
         pairs[:tokens, :1] = ids
         pairs[tokens:] = self.router.settings.experts + np.arange(self._shared)
         y = self.experts._call(self.experts._submit(
-            Opcode.EXPERTS, np.concatenate([rows * weights, rows]), pairs,
-            np.ones(pairs.shape, np.float32), like))
+            np.concatenate([rows * weights, rows]), pairs, np.ones(pairs.shape, np.float32),
+            2 * tokens, self._shared))
         return Like.of(x)(y[:tokens] + y[tokens:])
 
     def close(self) -> None:
