@@ -170,7 +170,9 @@ class Handle(Bound):
             flags = rows.flags
             return self._like(rows if flags.carray else rows.copy())
         self._fetch()
-        return self._like(np.zeros(self._shape, self._dtype) if self._y is None else self._y)
+        y: NDArray[Any] = (
+            np.zeros(self._shape, self._dtype) if self._y is None else self._y)
+        return self._like(y)
 
     def _error(self) -> CommandFailed | None:
         """Return what went wrong first."""
@@ -365,13 +367,16 @@ class Layer(Bound):
             with self._device._lock:
                 while first < tokens:
                     count = min(most, tokens - first)
-                    call = x, ids, weights
+                    rows, pairs, scores = x, ids, weights
                     if count < tokens:
-                        call = tuple(None if value is None else value[first : first + count]
-                                     for value in call)
+                        part = slice(first, first + count)
+                        rows = x[part]
+                        pairs, scores = (None if value is None else value[part]
+                                         for value in (ids, weights))
                     try:
-                        if not self._send_beside(handle, first, count, top_k, io, *call):
-                            self._send(handle, first, *call)
+                        if not self._send_beside(handle, first, count, top_k, io, rows, pairs,
+                                                 scores):
+                            self._send(handle, first, rows, pairs, scores)
                     except OutOfDeviceMemory:
                         most = count // 2
                         if not most:

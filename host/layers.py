@@ -134,25 +134,23 @@ class Experts(Layer):
         found = shape_of("weights", weights, "T", "K")
         if found != shape:
             raise InvalidTensor(f"weights must have the shape of ids, {shape}, not {found}")
-        top_k, routed = shape[1], self.num_experts
-        identity = np.zeros(0, bool)
-        if self._row_blocks > 1 or shared or self._identity:
-            ids = indices("ids", ids, routed + self._identity)
-            identity, weights = ids >= routed, float32("weights", weights)
+        routed = self.num_experts
+        if self._row_blocks == 1 and not shared and not self._identity:
+            return self._submit(x, ids, weights, tokens, shape[1])
+        pairs, scores = indices("ids", ids, routed + self._identity), float32("weights", weights)
+        identity = pairs >= routed
         if self._row_blocks > 1:  # a block is an expert of the device
-            pieces = ids.astype(np.int64)[:, :, None] * self._row_blocks + np.arange(blocks)
-            pieces = np.where(((ids < 0) | identity)[:, :, None], -1, pieces)
-            ids = pieces.reshape(tokens, -1).astype(ids.dtype)
-            weights = np.repeat(weights, blocks, axis=1)
+            pieces = pairs[:, :, None] * self._row_blocks + np.arange(blocks, dtype=np.int32)
+            skipped = (pairs < 0) | identity
+            pairs = np.where(skipped[:, :, None], -1, pieces).reshape(tokens, -1)
+            scores = np.repeat(scores, blocks, axis=1)
             identity = (identity[:, :, None] & (np.arange(blocks) == 0)).reshape(tokens, -1)
-            top_k *= blocks
-        if self._identity:
-            ids[identity] = len(self._shapes) + shared
+        pairs = np.where(identity, len(self._shapes) + shared, pairs).astype(np.int32)
         if shared:
             always = np.arange(shared, dtype=np.int32) + len(self._shapes)
-            ids = np.hstack([ids, np.tile(always, (tokens, 1))])
-            weights = np.hstack([weights, np.ones((tokens, shared), np.float32)])
-        return self._submit(x, ids, weights, tokens, top_k + shared)
+            pairs = np.hstack([pairs, np.tile(always, (tokens, 1))])
+            scores = np.hstack([scores, np.ones((tokens, shared), np.float32)])
+        return self._submit(x, pairs, scores, tokens, pairs.shape[1])
 
 
 class Linear(Layer):

@@ -149,7 +149,7 @@ class Sides:
         self.submissions = self._inputs.address + self.side_bytes
         self.completions = self._outputs.address + self.side_bytes
         self.staging = _staging(2 * self.side_bytes + ring_bytes)
-        self._view = memoryview(self.staging)
+        self._view = self.staging.data
         self._front, self._back = Side(self, front=True), Side(self, front=False)
         # How far along the ring moving entries in vain is cheaper than another verb.
         self._far = transport.verb_bytes // ENTRY_BYTES

@@ -98,7 +98,7 @@ def elements(name: str, value: Tensor) -> NDArray[np.float32] | NDArray[np.uint1
     InvalidTensor
         If its elements are not floating-point numbers.
     """
-    if io_type(value) is ElementType.FLOAT32:
+    if io_type(value) is ElementType.FLOAT32 or not is_torch(value):
         return float32(name, value)
     import torch
 

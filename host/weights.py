@@ -382,9 +382,11 @@ def _load_experts(device: Device, experts: Iterable[_Measured], shapes: Sequence
     if not isinstance(identity, int) or identity < 0:
         raise InvalidOption(f"identity must be a number of experts, 0 or more, not {identity!r}")
     one = _identity(config, shapes[0].d_model) if identity else None
-    entries = [*shapes, *(
-        [] if one is None else [LinearShape(one.format, *one.integers.shape, config.row_multipliers,
-                                            config.channels)])]
+    entries: list[ExpertShape | LinearShape] = list(shapes)
+    if one is not None:
+        d_out, d_in = one.integers.shape
+        entries.append(
+            LinearShape(one.format, d_out, d_in, config.row_multipliers, config.channels))
     check_layer(config, entries)
     images, addresses = _allocate(device, entries)
     with _freed_on_error(images):

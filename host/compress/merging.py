@@ -51,8 +51,8 @@ def weighted_mean(experts: list[FloatExpert], frequencies: NDArray[np.floating])
     weights = frequencies if frequencies.any() else np.ones(len(experts))
     weights = weights / weights.sum()
     return replace(experts[0], **{
-        name: sum(w * getattr(e, name).astype(np.float64) for w, e in zip(
-            weights, experts, strict=True)).astype(np.float32)
+        name: np.sum([w * getattr(e, name).astype(np.float64) for w, e in zip(
+            weights, experts, strict=True)], axis=0).astype(np.float32)
         for name in ("gate_up", "down")})
 
 

@@ -83,7 +83,8 @@ class Exact:
         values, routing = float32("x", x), float32("weights", weights)
         filled = np.pad(values, ((0, 0), (0, -values.shape[1] % 32)))
         quantised, nonfinite = quantise_x(filled, self._planes)
-        sums = Combiner(*filled.shape, self._grid)
+        tokens, d_out = filled.shape
+        sums = Combiner(tokens, d_out, self._grid)
         used = np.zeros(len(filled), bool)
         for e in np.unique(ids[ids >= 0]).tolist():
             tokens, slots = np.nonzero(ids == e)

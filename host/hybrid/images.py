@@ -40,4 +40,5 @@ def read_expert(experts: Experts, expert: int) -> Expert:
                      for channel in range(shape.channels)]
         matrices.append(unpack_section(words, section, paired=shape.gated and not index))
         address += size
-    return Expert(*matrices, shape.activation, shape.limit)
+    gate_up, down = matrices
+    return Expert(gate_up, down, shape.activation, shape.limit)

@@ -334,13 +334,13 @@ class Hybrid:
         """Let an expert that has moved for the call stay, without moving it again."""
         if not layer.free:
             gone = np.nonzero((layer.slot >= 0) & ~wanted)[0]
-            if not len(gone):
-                if not isinstance(self._keep, LeastStale):
-                    return
+            if len(gone):
+                layer.free.append(int(layer.slot[gone[0]]))
+                layer.slot[gone[0]] = -1
+            elif isinstance(self._keep, LeastStale):
                 self._grow(layer)
-        if not layer.free:
-            layer.free.append(int(layer.slot[gone[0]]))
-            layer.slot[gone[0]] = -1
+            else:
+                return
         place = layer.free[-1]
         if isinstance(arrived, list):
             layer.held[place] = arrived[slot]

@@ -312,7 +312,8 @@ class Machine:
                 f"cards must hold {model.name}, {need:,} bytes as {fmt.name}, but {cards.count} x "
                 f"{cards.name} have {cards.count * cards.capacity_bytes:,} and "
                 f"{RESERVED:.0%} of that for buffers; use Machine.holding(), or a smaller format")
-        weights, row = model.expert_weights, model.d_model * ELEMENT_BYTES
+        d_model = _known(model, "d_model")
+        weights, row = model.expert_weights, d_model * ELEMENT_BYTES
         memory = cards.count * cards.memory_bytes_per_second
         macs = (cards.count * cards.clock_hz * cards.config.multipliers
                 * (2 if fmt.packed else 1) / (activation_bits // 8))
@@ -325,7 +326,7 @@ class Machine:
         down = row / torch.link_bytes_per_second + row / cards.link_bytes_per_second
         up = row / torch.link_bytes_per_second + row / cards.link_bytes_per_second
         resident = image if fused else weights * ELEMENT_BYTES
-        attention = 4 * model.d_model**2
+        attention = 4 * d_model**2
         return LayerCosts(
             n_experts=_known(model, "n_experts"), image_bytes=image,
             resident_bytes=resident,

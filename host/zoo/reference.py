@@ -112,6 +112,18 @@ def _kept_groups(kind: RouterKind, values: Tensor, score: Tensor) -> Tensor:
     return values.masked_fill(kept.repeat_interleave(size, dim=1) == 0, float("-inf"))
 
 
+def _bias(router: RouterWeights) -> Tensor:
+    """Return the selection bias of a router that has one."""
+    assert router.selection_bias is not None
+    return router.selection_bias
+
+
+def _epsilon(kind: RouterKind) -> float:
+    """Return the epsilon of a kind that has one."""
+    assert kind.epsilon is not None
+    return kind.epsilon
+
+
 def _grouped(kind: RouterKind, values: Tensor) -> Tensor:
     return values.reshape(len(values), kind.groups, -1)
 
@@ -125,10 +137,10 @@ def _r1(kind: RouterKind, k: int, s: Tensor, router: RouterWeights) -> _Found:
 
 def _r1b(kind: RouterKind, k: int, s: Tensor, router: RouterWeights) -> _Found:
     p = torch.softmax(s, dim=-1)
-    compared = p + router.selection_bias
+    compared = p + _bias(router)
     ids = _top(compared, k)
     w = p.gather(1, ids)
-    return ids, w / w.sum(-1, keepdim=True).clamp(min=kind.epsilon), compared
+    return ids, w / w.sum(-1, keepdim=True).clamp(min=_epsilon(kind)), compared
 
 
 def _r1g(kind: RouterKind, k: int, s: Tensor, router: RouterWeights) -> _Found:
@@ -136,7 +148,7 @@ def _r1g(kind: RouterKind, k: int, s: Tensor, router: RouterWeights) -> _Found:
     compared = _kept_groups(kind, p, _grouped(kind, p).topk(2, dim=-1).values.sum(-1))
     ids = _top(compared, k)
     w = p.gather(1, ids)
-    return ids, w / (w.sum(-1, keepdim=True) + kind.epsilon) * _scale(kind), compared
+    return ids, w / (w.sum(-1, keepdim=True) + _epsilon(kind)) * _scale(kind), compared
 
 
 def _r2(kind: RouterKind, k: int, s: Tensor, router: RouterWeights) -> _Found:
@@ -159,7 +171,7 @@ def _r4(kind: RouterKind, k: int, s: Tensor, router: RouterWeights) -> _Found:
 
 def _r5(kind: RouterKind, k: int, s: Tensor, router: RouterWeights) -> _Found:
     q = torch.sigmoid(s)
-    compared = q + router.selection_bias
+    compared = q + _bias(router)
     if kind.groups > 1:
         score = _grouped(kind, compared).topk(2, dim=-1).values.sum(-1)
         compared = _kept_groups(kind, compared, score)
@@ -182,15 +194,15 @@ def _r6l4(kind: RouterKind, k: int, s: Tensor, router: RouterWeights) -> _Found:
 
 def _r7(kind: RouterKind, k: int, s: Tensor, router: RouterWeights) -> _Found:
     q = functional.softplus(s).sqrt()
-    compared = q + router.selection_bias
+    compared = q + _bias(router)
     ids = _top(compared, k)
     w = q.gather(1, ids)
-    return ids, _scale(kind) * w / (w.sum(-1, keepdim=True) + kind.epsilon), compared
+    return ids, _scale(kind) * w / (w.sum(-1, keepdim=True) + _epsilon(kind)), compared
 
 
 def _r8(kind: RouterKind, k: int, s: Tensor, router: RouterWeights) -> _Found:
     p = torch.softmax(s, dim=-1)
-    compared = p + router.selection_bias
+    compared = p + _bias(router)
     ids = _top(compared, k)
     return ids, _scale(kind) * p.gather(1, ids), compared
 
@@ -238,7 +250,7 @@ def _r11n(kind: RouterKind, k: int, s: Tensor, router: RouterWeights) -> _Found:
     p = torch.softmax(s, dim=-1)
     ids = _top(p, k)
     w = p.gather(1, ids)
-    return ids, w / w.sum(-1, keepdim=True).clamp(min=kind.epsilon) * _scale(kind), p
+    return ids, w / w.sum(-1, keepdim=True).clamp(min=_epsilon(kind)) * _scale(kind), p
 
 
 def _r12i(kind: RouterKind, k: int, s: Tensor, router: RouterWeights) -> _Found:
@@ -253,7 +265,7 @@ def _r12i(kind: RouterKind, k: int, s: Tensor, router: RouterWeights) -> _Found:
 
 
 def _r12k(kind: RouterKind, k: int, s: Tensor, router: RouterWeights) -> _Found:
-    compared = s + router.selection_bias
+    compared = s + _bias(router)
     ids = _top(compared, k)
     return ids, torch.sigmoid(s.gather(1, ids)), compared
 

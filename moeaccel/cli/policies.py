@@ -111,6 +111,7 @@ def compare(
             status(f"generating routes of {found.key}")
             routes = generate(found.key, requests=requests, tokens=tokens, prompt=prompt,
                               batch=batch, seed=seed)
+        assert found.n_experts is not None and found.top_k is not None
         routes.expect(n_layers=found.n_moe_layers, n_experts=found.n_experts, top_k=found.top_k)
         counts = None
         if profile is not None:
