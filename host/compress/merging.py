@@ -50,10 +50,12 @@ def weighted_mean(experts: list[FloatExpert], frequencies: NDArray[np.floating])
         raise InvalidOption(f"experts to merge must be of one kind, not {sorted(map(str, kinds))}")
     weights = frequencies if frequencies.any() else np.ones(len(experts))
     weights = weights / weights.sum()
-    return replace(experts[0], **{
-        name: np.sum([w * getattr(e, name).astype(np.float64) for w, e in zip(
-            weights, experts, strict=True)], axis=0).astype(np.float32)
-        for name in ("gate_up", "down")})
+
+    def mean(name: str) -> NDArray[np.float32]:
+        stack = np.stack([getattr(e, name) for e in experts]).astype(np.float64)
+        return np.tensordot(weights, stack, 1).astype(np.float32)
+
+    return replace(experts[0], gate_up=mean("gate_up"), down=mean("down"))
 
 
 def _units(expert: FloatExpert) -> NDArray[np.float64]:
