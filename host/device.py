@@ -397,7 +397,8 @@ class Device(Bound, Inherited):
         if self._transport is None or self._resetting:
             self._check_ready()
         while self._rings.full:
-            if not self._take():
+            # Taking may also find that an interrupted submission never rang.
+            if not self._take() and self._rings.full:
                 self._wait_for_progress(f"room in the submission ring for {name}",
                                         self._timeout_s)
         return self._rings
