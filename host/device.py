@@ -335,8 +335,7 @@ class Device(Bound, Inherited):
         router : :class:`moeaccel.host.Router`
         logits : float tensor, (T, E)
             Any T, also 0; of the router's product with x, without bias.
-        resident : bool tensor, (E,), optional
-            Only these are chosen.
+        resident : bool tensor, (E,), optional; only these are chosen
 
         Returns
         -------
