@@ -30,7 +30,7 @@ from moeaccel.host.report import (
     measure_activations,
     sampling_step,
 )
-from moeaccel.host.rings import Command, Completion
+from moeaccel.host.rings import Command
 from moeaccel.host.staging import Layouts, offsets
 from moeaccel.host.tensors import (
     Like,
@@ -101,6 +101,22 @@ class _Part:
     fetched: bool = False
 
 
+@dataclass(slots=True)
+class _Cost:
+    """What the statistics of a call are made of, when somebody asks; it keeps nothing alive."""
+
+    parts: list[_Part]
+    tokens: int
+    sample: tuple[int, NDArray[Any], int] | None
+
+    @property
+    def statistics(self) -> CallStatistics:
+        done = [part.command.completion for part in self.parts
+                if part.command.completion is not None]
+        return CallStatistics(sum(c.cycles for c in done), len(self.parts), self.tokens,
+                              sum(c.underflows for c in done), self.sample)
+
+
 class Handle(Bound):
     """A call on its way, from ``submit``; ``sync`` takes its result, in any order.
 
@@ -132,13 +148,7 @@ class Handle(Bound):
     @property
     def statistics(self) -> CallStatistics:
         """What the call cost; complete after ``sync``."""
-        done = self._done()
-        return CallStatistics(sum(c.cycles for c in done), len(self._parts), self._shape[0],
-                              sum(c.underflows for c in done), self._sample)
-
-    def _done(self) -> list[Completion]:
-        return [part.command.completion for part in self._parts
-                if part.command.completion is not None]
+        return _Cost(self._parts, self._shape[0], self._sample).statistics
 
     def _fetch(self) -> None:
         """Take the rows of y that are there, and give their buffers back."""
@@ -208,7 +218,7 @@ class Layer(Bound):
                                 num_experts=num_experts)
         self._opcode, self._name, self._num_experts = opcode, opcode.name, num_experts
         self._calls, self._looks = 0, True
-        self._last: Handle | CallStatistics | None = None
+        self._last: _Cost | CallStatistics | None = None
 
     @property
     def device(self) -> Device:
@@ -239,7 +249,7 @@ class Layer(Bound):
     def last(self) -> CallStatistics | None:
         """What the call cost whose result was taken last."""
         last = self._last
-        if isinstance(last, Handle):
+        if isinstance(last, _Cost):
             last = self._last = last.statistics
         return last
 
@@ -288,7 +298,7 @@ class Layer(Bound):
                 raise HandleConsumed("handle must be used once; its result was already taken")
             error = handle._error()
             result = None if error else handle._result()
-            self._last = handle
+            self._last = _Cost(handle._parts, handle._shape[0], handle._sample)
             device._last_cycles = handle.cycles
             look = self._is_looked_at()
             handle._consumed = True

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import re
 import subprocess
 import sys
 
@@ -134,7 +135,11 @@ def generate(component, name, *, target=None, simulation=False):
         text = convert(component, name=name, platform=target, emit_src=False)
         for module, part in target.parts.items():
             text += convert(part, name=module, platform=target, emit_src=False)
-    return text + RAM_VERILOG
+    return _NOTHING.sub("", text) + RAM_VERILOG
+
+
+_NOTHING = re.compile(r"^ *(?:wire|reg) \[-1:0\] [^;]*;\n", re.MULTILINE)
+"""What Yosys declares of a signal of no bits: never used, and in Verilog a wire of two."""
 
 
 @contextlib.contextmanager

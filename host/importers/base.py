@@ -48,8 +48,10 @@ class Contents:
         try:
             return self.tensors[name]
         except KeyError:
-            raise ForeignCheckpoint(f"tensor {name!r} must be in the checkpoint, but is not"
-                                    ) from None
+            files = sorted({tensor.file.name for tensor in self.tensors.values()})
+            raise ForeignCheckpoint(
+                f"tensor {name!r} must be in the checkpoint, but is not in {', '.join(files)}"
+            ) from None
 
     def dtype(self, name: str) -> str:
         """Return a tensor's type, nothing where there is no such tensor."""

@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 
 from moeaccel import golden
 from moeaccel.formats import FORMATS, quantise
-from moeaccel.host import errors, layers, open_device
+from moeaccel.host import errors, layer, open_device
 from moeaccel.interface.registers import REGISTERS
 from tests.support.device import TINY, draw_call, draw_weights, expected_of, layer_of
 
@@ -282,7 +282,7 @@ def test_a_look_at_x_keeps_nobody_waiting(device, experts, monkeypatch):
         waited.append(thread.is_alive())
         return measure(*arguments, **options)
 
-    measure, waited = layers.measure_activations, []
-    monkeypatch.setattr(layers, "measure_activations", look)
+    measure, waited = layer.measure_activations, []
+    monkeypatch.setattr(layer, "measure_activations", look)
     experts(*draw_call(np.random.default_rng(0), 2))
     assert waited == [False]

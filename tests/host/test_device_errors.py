@@ -244,7 +244,8 @@ def test_bad_commands_are_rejected_and_the_next_one_runs(device, experts, change
 @pytest.mark.parametrize(("change", "fields", "message"), [
     ({"d_expert": 0}, ("d_expert",), "field d_expert must be a multiple of 32 from 32 to max_dim"),
     ({"words1": 7}, ("words1",), "field words1 must be what the other fields give"),
-    ({"format0": 77}, ("format0", "operand0", "sink0"), "format0 must be one of format_codes, op"),
+    ({"format0": 77}, ("format0", "operand0", "sink0", "bias0"),
+     "format0 must be one of format_codes, op"),
     ({"flags": 1}, ("sections", "activation", "flags"), "flags must be 0; y is undefined"),
     ({"image_address": (1 << 40) - 64}, ("image_address",), "max_address, where all that is there"),
 ])

@@ -259,7 +259,7 @@ def test_golden_matvec(name, planes):
             some = slice(tile, tile + tile_rows)
             zeros = None
             if fmt.zero_point:
-                zeros = fmt.zero_points(in_groups(weights.integers[some], fmt.group))[:, group]
+                zeros = fmt.zero_points(in_groups(weights.integers[some], fmt.group))[:, first]
             steps.append(Step(fmt, weights.integers[some, block], weights.significand[some, group],
                               weights.shift[some, group], lanes[:, block], lane_shift[:, i],
                               first=i == 0, last=i == k // BLOCK - 1, zeros=zeros))

@@ -70,7 +70,7 @@ def test_every_field_with_limits_was_tried():
             assert ("gated", field.name) in tried, field.name
     # Of a matrix all but those of h and the second section.
     assert {name for kind, name in tried if kind == "linear"} == {
-        "sections", "flags", "image_address", "format0", "operand0", "sink0"}
+        "sections", "flags", "image_address", "format0", "operand0", "sink0", "bias0"}
 
 
 @pytest.mark.parametrize("changes", [
