@@ -61,12 +61,12 @@ def left_in_order(pair):
 @contextlib.contextmanager
 def untouched(pair, *allowed):
     """Assert that the RTL writes nothing but its completion ring and what is allowed."""
-    simulation, rings = pair.simulation, pair.rtl._rings
+    simulation, sides = pair.simulation, pair.rtl._rings._sides
     before = simulation.mem_read(0, SIZE)
     yield
     changed = simulation.mem_view(0, SIZE) != before
-    for ring in (rings._submissions, rings._completions):  # the driver writes the first
-        changed[ring.address : ring.address + ring.size] = False
+    for ring in (sides.submissions, sides.completions):  # the driver writes the first
+        changed[ring : ring + sides.ring_bytes] = False
     for first, count in allowed:
         changed[first : first + count] = False
     assert not changed.any(), f"written at {np.flatnonzero(changed)[:8]}"

@@ -47,8 +47,10 @@ def moments(pair, count, seed):
 
 def buffer_ranges(handles):
     """Return where calls in flight may write; once complete, they have given it back."""
-    return [(part.command.buffers.address, part.command.buffers.size)
-            for handle in handles for part in handle._parts]
+    rings = handles[0]._layer.device._rings
+    beside = rings._sides._outputs, rings._sides._inputs, rings._sides._workspace
+    return [(where.address, where.size) for handle in handles for part in handle._parts
+            for where in ([part.command.buffers] if part.command.buffers else beside)]
 
 
 def test_abort(pair):

@@ -310,7 +310,9 @@ def test_rings_outside_the_window(pair):
     """Nothing is read or written; the device comes back with a reset."""
     for device in pair.devices:
         write_register(device, "WINDOW_LIMIT", 0)
-        with untouched(pair):
+        sides = pair.rtl._rings._sides  # the driver writes what is beside the rings
+        with untouched(pair, *((side.address, side.size)
+                               for side in (sides._inputs, sides._outputs))):
             handle = pair.layers[device].submit(*CALL)
             with pytest.raises(errors.DeviceStopped, match=r"0x8 \(completion_window\)"):
                 pair.layers[device].sync(handle)
@@ -344,7 +346,7 @@ def test_a_completion_that_cannot_be_written(pair, place, error):
                 write_register(device, "ERROR_STATUS", 0xFFFF_FFFF)
             with pytest.raises(errors.DeviceStopped):
                 device.wait(command)
-        write_register(device, "CQ_BASE", device._rings._completions.address)
+        write_register(device, "CQ_BASE", device._rings._sides.completions)
         write_register(device, "ERROR_STATUS", 0xFFFF_FFFF)
         assert device.wait(command).status == Status.OK
         assert read_register(device, "ERROR_STATUS") == 0
@@ -362,8 +364,8 @@ def test_a_completion_that_cannot_be_written(pair, place, error):
 def test_registers_that_describe_no_rings(pair, register, values, error):
     for device in pair.devices:
         rings = device._rings
-        good = {"RING_LOG2": 4, "SQ_BASE": rings._submissions.address,
-                "CQ_BASE": rings._completions.address}[register]
+        good = {"RING_LOG2": 4, "SQ_BASE": rings._sides.submissions,
+                "CQ_BASE": rings._sides.completions}[register]
         for value in values:
             write_register(device, register, value)
             handle = pair.layers[device].submit(*CALL)
@@ -506,9 +508,8 @@ def test_bus_errors(pair, what, response):
 def test_an_unreadable_submission(pair):
     """The device cannot know the tag: it says what happened all the same, and goes on."""
     device, simulation = pair.rtl, pair.simulation
-    ring = device._rings._submissions
-    simulation.inject_error(ring.address, 64, writes=False)
-    head = device._rings._completions.address
+    simulation.inject_error(device._rings._sides.submissions, 64, writes=False)
+    head = device._rings._sides.completions
     handle = pair.layers[device].submit(*CALL)
     simulation.run(20_000)
     assert simulation.mem_read(head, 64)[2] == Status.BUS_ERROR

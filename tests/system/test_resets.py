@@ -41,7 +41,8 @@ def late_memory(seed):
 
 @pytest.mark.timeout(900)  # the first run builds the model
 @pytest.mark.parametrize("memory", [False, True], ids=["memory goes on", "memory is reset"])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [
+    0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 @pytest.mark.parametrize("config", [PRESETS["tiny"], TWO], ids=["one channel", "two channels"])
 def test_reset_at_any_time(pair_of, config, seed, memory):
     with pair_of(config, memory=late_memory(seed), watchdog_cycles=0) as pair:

@@ -41,6 +41,7 @@ def golden():
         return {seed: answer(device, seed) for seed in range(3)}
 
 
+@pytest.mark.slow  # a minute of SDRAM; the noisy line below is one of the same boards
 def test_bits_equal_golden_and_the_sdram_keeps_its_rules(golden):
     with Board(CONFIG) as board:
         with open_device(f"serial:{board.port}", config=CONFIG) as device:
