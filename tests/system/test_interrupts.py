@@ -32,6 +32,6 @@ def test_a_call_interrupted_anywhere(pair_of):
             device.fence()
             assert device.memory.free_bytes == free, interrupter.where
             places.append(interrupter.where)
-        # Which side of the rings a call is on, and so its lines, differs: the last may be behind it.
+        # Which side of the rings a call is on, and so its lines, differs: the last may be behind.
         assert None not in places[:-1]
         assert_same_bits(experts(*call), expected)
