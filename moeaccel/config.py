@@ -391,6 +391,8 @@ PRESETS: dict[str, AcceleratorConfig] = {
         ),
         AcceleratorConfig(
             name="ulx3s",
+            # gpt-oss' gate would take a table and an adder of its own, and 25 MHz of the clock.
+            activations=("silu", "relu", "gelu", "gelu_tanh", "relu2"),
             port_bytes=8,
             token_groups=4,
             max_dim=2048,
