@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -149,11 +150,14 @@ class Cluster:
             """Load (shard, experts, block), all shards at a time, or nothing."""
             pieces = [Piece(shard, next(self._keys), tuple(experts), block)
                       for shard, experts, block in wanted if len(experts)]
+
+            def load(piece: Piece) -> Callable[[], None]:
+                gate_ups, downs = zip(*(part(e, piece.block) for e in piece.experts), strict=True)
+                return self._shards[piece.shard].load(piece.key, gate_ups, downs, given)
+
             try:
-                waits = [self._guarded(piece.shard, lambda piece=piece: self._shards[
-                    piece.shard].load(piece.key, *zip(*(
-                        part(e, piece.block) for e in piece.experts), strict=True), given))
-                    for piece in pieces]
+                waits = [self._guarded(piece.shard, functools.partial(load, piece))
+                         for piece in pieces]
                 for piece, wait in zip(pieces, waits, strict=True):
                     self._guarded(piece.shard, wait)
             except BaseException:

@@ -134,7 +134,7 @@ class ClusterExperts:
             raise DeviceClosed("layer must not be used after it was closed; load it again")
         given = elements("x", x)
         narrow = element_type(given) is ElementType.BFLOAT16
-        values = from_bfloat16(given) if narrow else given
+        values = from_bfloat16(given.view(np.uint16)) if narrow else given.view(np.float32)
         tokens, d_in = shape_of("x", x, "T", str(self.d_model))
         if d_in != self.d_model:
             raise InvalidTensor(f"x must have the shape (T, {self.d_model}) of this layer, not "

@@ -124,8 +124,9 @@ def use_device(device: Device | None, *, weight_format: str | None = None,
         ``"search"`` or ``"amax"``, see :meth:`Device.load_experts`; left out: of the environment.
     keep_host_weights : :class:`bool`
         False: once a layer is in device memory its parameters give up their memory; what is left
-        of them are shapes, and NaN. Such a model runs on this device only: it cannot be saved,
-        moved to another device or another format, nor can :func:`release` be taken back.
+        of them are shapes, and NaN. Such a model runs on this device only, and cannot be saved or
+        moved to another device or format, until :func:`release` gives it back what the device has:
+        its weights as they were quantised.
     policy : :class:`str` or :class:`System`, optional
         Which experts are computed where the rest of the model is: see
         :class:`moeaccel.host.hybrid.Hybrid`. When left out, all on the device. What is uploaded

@@ -21,4 +21,5 @@ def run(weights: Weights, x: torch.Tensor, ids: torch.Tensor, routing: torch.Ten
         ids, routing = session.routes.take(weights, ids, routing)
     if session is None or session.hybrid is None:
         return experts(x, ids, routing)
-    return session.hybrid(experts, x, ids, routing, layers=weights.layers)
+    return session.hybrid(experts, x, ids, routing, layers=weights.layers,
+                          shared=weights.shared)
