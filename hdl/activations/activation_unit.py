@@ -225,40 +225,44 @@ class ActivationUnit(wiring.Component):
         ramps = Cat(form.activation == a.code for a in plain if a.factor is Factor.RAMP).any()
 
         # -- 7: look it up -------------------------------------------------------------------------
-        m.submodules.table = table = memory.Memory(
-            shape=unsigned(VALUE_BITS + SLOPE_BITS + TABLE_EXPONENT_BITS),
-            depth=SEGMENTS * max(1, len(tables)),
-            init=[word for a in tables for word in activation_table(a).packed()])
-        rom = table.read_port()
-        which = Signal(range(max(2, len(tables))))
-        for i, chosen in enumerate(tables):
-            with m.If(form.activation == chosen.code):
-                m.d.comb += which.eq(i)
+        # A memory for each: together they would be cut into banks, with a selector behind them.
+        address = Signal(POSITION_BITS + 1 - FRACTION_BITS)
+        m.d.comb += address.eq(s.value[FRACTION_BITS:POSITION_BITS + 1] ^ (SEGMENTS // 2))
+        found = []
+        for act in tables:
+            words = activation_table(act).packed()
+            m.submodules[f"table_{act.name}"] = table = memory.Memory(
+                shape=unsigned(VALUE_BITS + SLOPE_BITS + TABLE_EXPONENT_BITS), depth=SEGMENTS,
+                init=words)
+            rom = table.read_port()
+            m.d.comb += [rom.en.eq(p.valid), rom.addr.eq(address)]
+            found.append(rom.data)
         beyond = s.value[POSITION_BITS:]  # all equal to the sign within the table
         negative = s.value[-1]
-        m.d.comb += [
-            rom.en.eq(p.valid),
-            rom.addr.eq(Cat(
-                s.value[FRACTION_BITS:POSITION_BITS + 1] ^ (SEGMENTS // 2), which)),
-        ]
         s = p.stage(
             above=~negative & (s.gate.magnitude != 0) & (s.over | beyond.any() | stepped),
             below=Mux(stepped, negative | (s.gate.magnitude == 0),
                       negative & (s.over | ~beyond.all())),
             fraction=s.value[:FRACTION_BITS], gate=s.gate, up=s.up, meta=s.meta)
         # Block RAM is slow to answer: a register behind it, ahead of everything else.
-        s = p.stage(**vars(s), entry=rom.data)
+        s = p.stage(**vars(s), found=found)
+        chosen = Signal(len(tables))
+        m.d.sync += chosen.eq(Cat(form.activation == act.code for act in tables))
+        entry = Signal(VALUE_BITS + SLOPE_BITS + TABLE_EXPONENT_BITS)
+        for i, word in enumerate(s.found):
+            with m.If(chosen[i]):
+                m.d.comb += entry.eq(word)
 
         # -- 9 to 12: interpolate ------------------------------------------------------------------
         m.submodules.interpolate = interpolate = Multiplier(
             SLOPE_BITS + 1, FRACTION_BITS + 1, family=self._family)
         m.d.comb += [
-            interpolate.i_a.eq(s.entry[VALUE_BITS:VALUE_BITS + SLOPE_BITS]),
+            interpolate.i_a.eq(entry[VALUE_BITS:VALUE_BITS + SLOPE_BITS]),
             interpolate.i_b.eq(s.fraction),
         ]
         s = p.delay(
-            Multiplier.LATENCY_CYCLES, value=s.entry[:VALUE_BITS],
-            exponent=s.entry[VALUE_BITS + SLOPE_BITS:], above=s.above, below=s.below,
+            Multiplier.LATENCY_CYCLES, value=entry[:VALUE_BITS],
+            exponent=entry[VALUE_BITS + SLOPE_BITS:], above=s.above, below=s.below,
             gate=s.gate, up=s.up, meta=s.meta)
         bits = VALUE_BITS + FRACTION_BITS + 1
         exact = Signal(bits)
