@@ -413,7 +413,7 @@ PRESETS: dict[str, AcceleratorConfig] = {
         ),
         AcceleratorConfig(
             name="ulx3s",
-            # gpt-oss' gate would take a table and an adder of its own: with it, 82 MHz were routed.
+            # gpt-oss' gate would take a table and an adder of its own.
             activations=("silu", "relu", "gelu", "gelu_tanh", "relu2"),
             port_bytes=8,
             token_groups=4,

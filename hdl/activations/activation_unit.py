@@ -265,8 +265,14 @@ class ActivationUnit(wiring.Component):
         tables, plain = (
             [a for a in config.expert_activations if (a.factor is Factor.TABLE) is tabulated]
             for tabulated in (True, False))
-        stepped = Cat(form.activation == a.code for a in plain).any()
-        ramps = Cat(form.activation == a.code for a in plain if a.factor is Factor.RAMP).any()
+        # What the form says holds for long: decoded a cycle before it is needed.
+        stepped, ramps, chosen = Signal(), Signal(), Signal(len(tables))
+        m.d.sync += [
+            stepped.eq(Cat(form.activation == a.code for a in plain).any()),
+            ramps.eq(Cat(form.activation == a.code
+                         for a in plain if a.factor is Factor.RAMP).any()),
+            chosen.eq(Cat(form.activation == a.code for a in tables)),
+        ]
 
         # -- 7: look it up -------------------------------------------------------------------------
         # A memory for each: together they would be cut into banks, with a selector behind them.
@@ -290,8 +296,6 @@ class ActivationUnit(wiring.Component):
             fraction=s.value[:FRACTION_BITS], gate=s.gate, up=s.up, meta=s.meta)
         # Block RAM is slow to answer: a register behind it, ahead of everything else.
         s = p.stage(**vars(s), found=found)
-        chosen = Signal(len(tables))
-        m.d.sync += chosen.eq(Cat(form.activation == act.code for act in tables))
         entry = Signal(VALUE_BITS + SLOPE_BITS + TABLE_EXPONENT_BITS)
         for i, word in enumerate(s.found):
             with m.If(chosen[i]):
