@@ -10,7 +10,7 @@ from moeaccel.host import Router
 from moeaccel.host.errors import CommandRejected, LogitOverflow, NonFiniteInput
 from moeaccel.host.rings import Command
 from moeaccel.interface.commands import ENTRY_BYTES, ROUTER, Opcode, Status, encode, field_of
-from moeaccel.router.choices import Score
+from moeaccel.router.choices import MODES, Score
 from moeaccel.router.descriptor import descriptor
 from moeaccel.router.settings import RouterSettings
 from moeaccel.sim import MemoryModel, StallModel
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.timeout(900)  # the first test builds a model
 
 CONFIG = preset("tiny").replace(
     name="tiny-router", router=tuple(score.key for score in Score), router_top_k=8,
-    max_experts=64)
+    router_modes=MODES, max_experts=64)
 
 
 SIGMOID = {"score": "sigmoid", "renormalize": "sum", "groups": 4, "keep_groups": 2,
@@ -33,8 +33,8 @@ def pair(pair_of):
         yield pair
 
 
-def drawn(rng, experts):
-    """Return a router, at random."""
+def drawn(rng, experts, **modes):
+    """Return a router, at random, but for its modes."""
     groups = int(rng.choice([g for g in (1, 2, 4, 8) if experts % g == 0]))
     keep = int(rng.integers(1, groups + 1))
     score = str(rng.choice([score.key for score in Score]))
@@ -49,7 +49,7 @@ def drawn(rng, experts):
         group_score=group_score, scale=float(rng.choice([1.0, 2.446, 16.0])),
         epsilon=1e-3 if renormalize in ("sum_eps", "clamp") else 0.0,
         bias=rng.standard_normal(experts) if rng.random() < 0.3 else None,
-        selection_bias=rng.standard_normal(experts) * 0.3 if biased else None)
+        selection_bias=rng.standard_normal(experts) * 0.3 if biased else None, **modes)
 
 
 def check(pair, router, logits, resident=None):
@@ -94,6 +94,42 @@ def test_cycles(pair):
         want = route_cycles(
             CONFIG, settings, tokens, biased=biased and settings.biases_scores,
             tables=biased or router.bias is not None)
+        assert abs(pair.rtl.last_cycles - want) <= max(16, 0.01 * want), (settings, tokens)
+
+
+MODE_SETTINGS = {
+    "threshold": {"threshold": 0.5}, "top_p": {"top_p": 0.7, "threshold": 0.1},
+    "prior": {"prior": 0.8, "prior_keep": 1}, "capacity": {"capacity": 4},
+    "all": {"capacity": 3, "capacity_order": "priority", "prior": 0.2, "threshold": 0.3},
+    "one": {"capacity": 1 << 30, "top_p": 2.0**-16}, "none": {"capacity": 1},
+}
+
+
+@pytest.mark.parametrize("name", MODE_SETTINGS)
+def test_modes(pair, name):
+    rng = np.random.default_rng(list(MODE_SETTINGS).index(name))
+    for experts, tokens in ((64, 31), (16, 12), (7, 1)):
+        router = drawn(rng, experts, **MODE_SETTINGS[name])
+        logits = (rng.standard_normal((tokens, experts)) * 2).astype(np.float32)
+        logits[: tokens // 4] = logits[tokens // 2 : tokens // 2 + tokens // 4]  # equal ones
+        check(pair, router, logits, rng.random(experts) < 0.4 if router.settings.prior else None)
+    pair.check()
+
+
+@pytest.mark.parametrize("name", MODE_SETTINGS)
+def test_cycles_of_modes(pair, name):
+    rng = np.random.default_rng(20)
+    for experts, tokens in ((64, 1), (64, 20), (7, 9), (40, 30)):
+        router = drawn(rng, experts, **MODE_SETTINGS[name])
+        settings = router.settings
+        biased = router.selection_bias is not None
+        resident = np.arange(experts) % 3 == 0 if settings.prior else None
+        logits = rng.standard_normal((tokens, experts)).astype(np.float32)
+        for device in pair.devices:
+            device.route(router, logits, resident=resident)
+        want = route_cycles(
+            CONFIG, settings, tokens, biased=biased and settings.biases_scores,
+            tables=biased or router.bias is not None, residents=resident is not None)
         assert abs(pair.rtl.last_cycles - want) <= max(16, 0.01 * want), (settings, tokens)
 
 
