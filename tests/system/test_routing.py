@@ -35,6 +35,9 @@ def pair(pair_of):
 
 def drawn(rng, experts, **modes):
     """Return a router, at random, but for its modes."""
+    if "mixer" in modes:
+        return Router(experts=experts, top_k=2, scale=float(rng.choice([1.0, 2.446])),
+                      bias=rng.standard_normal(experts) if rng.random() < 0.5 else None, **modes)
     groups = int(rng.choice([g for g in (1, 2, 4, 8) if experts % g == 0]))
     keep = int(rng.integers(1, groups + 1))
     score = str(rng.choice([score.key for score in Score]))
@@ -101,6 +104,7 @@ MODE_SETTINGS = {
     "threshold": {"threshold": 0.5}, "top_p": {"top_p": 0.7, "threshold": 0.1},
     "prior": {"prior": 0.8, "prior_keep": 1}, "capacity": {"capacity": 4},
     "all": {"capacity": 3, "capacity_order": "priority", "prior": 0.2, "threshold": 0.3},
+    "mixer": {"mixer": 0.02}, "mixer-far": {"mixer": 1.0},
     "one": {"capacity": 1 << 30, "top_p": 2.0**-16}, "none": {"capacity": 1},
 }
 
@@ -134,7 +138,8 @@ def test_cycles_of_modes(pair, name):
 
 
 @pytest.mark.parametrize(("settings", "shared"), [
-    ({"top_k": 3}, False), ({"top_k": 2, **SIGMOID}, True)])
+    ({"top_k": 3}, False), ({"top_k": 2, **SIGMOID}, True), ({"top_k": 2, "mixer": 0.05}, True),
+    ({"top_k": 2, "renormalize": "clamp", "epsilon": 1e-7, "capacity": 3}, True)])
 def test_whole_layers(pair, settings, shared):
     """The router's product, ROUTE and the experts, each from what the one before has left."""
     rng = np.random.default_rng(12)
@@ -164,6 +169,9 @@ def test_slow_memory(pair_of):
         for experts in (40, 64):
             check(pair, drawn(rng, experts),
                   rng.standard_normal((12, experts)).astype(np.float32))
+        for settings in ({"capacity": 2, "prior": 0.1}, {"mixer": 0.1}):
+            check(pair, drawn(rng, 40, **settings),
+                  rng.standard_normal((12, 40)).astype(np.float32), rng.random(40) < 0.4)
         pair.check()
 
 
@@ -207,6 +215,21 @@ GOOD = descriptor(RouterSettings(experts=16, top_k=2, groups=4, keep_groups=2), 
     ({"num_experts": 4, "group_size": 1, "top_k": 3}, Status.BAD_FIELD, "top_k"),
     ({"shared": 2}, Status.BAD_FIELD, "top_k"),
     ({"shared": 16}, Status.BAD_ROUTER, "shared"),
+    ({"threshold": 65537}, Status.BAD_ROUTER, "threshold"),
+    ({"prior_keep": 2}, Status.BAD_ROUTER, "prior_keep"),
+    ({"top_p": 65537}, Status.BAD_ROUTER, "top_p"),
+    ({"capacity_order": 2}, Status.BAD_ROUTER, "capacity_order"),
+    ({"prior": 1 << 31}, Status.BAD_ROUTER, "prior"),
+    ({"prior": 1, "table_address": (1 << 40) - 128}, Status.BAD_ROUTER, "table_address"),
+    ({"capacity": 1 << 31}, Status.BAD_ROUTER, "capacity"),
+    ({"mixer": (1 << 20) + 1}, Status.BAD_ROUTER, "mixer"),
+    ({"selection": 3, "renormalize": 1}, Status.BAD_ROUTER, "renormalize"),
+    ({"selection": 3}, Status.BAD_ROUTER, "groups"),
+    *(({"selection": 3, "groups": 1, "group_size": 16, "keep_groups": 1, name: 1},
+       Status.BAD_ROUTER, name)
+      for name in ("threshold", "prior_keep", "top_p", "prior", "capacity")),
+    ({"selection": 3, "groups": 1, "group_size": 16, "keep_groups": 1, "top_k": 3},
+     Status.BAD_FIELD, "top_k"),
     ({"x_type": 1}, Status.BAD_FIELD, "x_type"),
     ({"ids_address": (1 << 40) - 64}, Status.OK, ""),
     ({"weights_address": (1 << 40) - 64, "tokens": 9}, Status.BAD_FIELD, "weights_address"),

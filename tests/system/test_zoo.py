@@ -29,7 +29,7 @@ def check(verdict, support):
 
 def test_some_rows(pair_of):
     keys = ["grok-1", "llama-4-scout", "nemotron-3-nano-30b-a3b", "deepseek-v2",
-            "deepseek-v4-flash"]
+            "deepseek-v4-flash", "phi-3.5-moe", "switch-base-128", "swin-moe-s-32e"]
     with pair_of(ROUTER) as pair, Supports() as supports:
         for key in keys:
             check(verify(model(key), pair.golden, pair.rtl), supports(model(key)))
