@@ -364,26 +364,25 @@ ROUTER = (
              "selection bias, int32 in units of 2**-22 (of 2**-20 where selection is 2), the least "
              "number: never chosen. Behind the table, or alone, with prior: residents, a bit for "
              "each expert from bit 0 on. Both are filled up to a multiple of 64 bytes."),
-    _field("threshold", 10, 0, 24,
+    _field("threshold", 10, 0, 32,
            "In units of 2**-16: the chosen with a score below that part of the first's are "
            "dropped; 0: none.", Limit(low=0, high="threshold_max"), _WITHOUT_MIXER),
-    _field("prior_keep", 10, 24, 8,
-           "1: the expert of the largest logit is chosen in any case, and first.",
-           Limit(low=0, high="prior_keep_max"), _WITHOUT_MIXER),
-    _field("top_p", 11, 0, 24,
+    _field("top_p", 11, 0, 32,
            "In units of 2**-16: the chosen behind that share of the sum of their scores are "
            "dropped; 0: none.", Limit(low=0, high="top_p_max"), _WITHOUT_MIXER),
-    _field("capacity_order", 11, 24, 8, "Code of who is first where there is a capacity.",
-           Limit(low=0, high="capacity_order_max")),
     _field("prior", 12, 0, 32, "What is added to the keys of residents, in their units; 0: there "
            "are none.", Limit(low=0, high="prior_max"), _WITHOUT_MIXER),
-    _field("capacity", 13, 0, 32,
-           "Tokens of the command that an expert takes; 0: all. top_k is without shared experts.",
+    _field("capacity", 13, 0, 32, "Tokens of the command that an expert takes; 0: all.",
            Limit(low=0, high="capacity_max"), _WITHOUT_MIXER),
     _field("mixer", 14, 0, 32,
            "Where selection is 3, and top_k 2: how far a logit may be below the largest to share "
            "in the sum, as a part of the larger of both, in units of 2**-20.",
            Limit(low=0, high=1 << 20)),
+    _field("prior_keep", 15, 0, 8,
+           "1: the expert of the largest logit is chosen in any case, and first.",
+           Limit(low=0, high="prior_keep_max"), _WITHOUT_MIXER),
+    _field("capacity_order", 15, 8, 8, "Code of who is first where there is a capacity.",
+           Limit(low=0, high="capacity_order_max")),
 )
 
 STRUCTURES = {"submission": SUBMISSION, "layer descriptor": LAYER, "expert table entry": EXPERT,
