@@ -91,6 +91,9 @@ class AcceleratorConfig:
     bias : :class:`bool`
         Rows may have biases: an adder behind each channel's normaliser. Rows without them take no
         cycle more, with it or without.
+    second_up : :class:`bool`
+        Experts may have second up rows, h = activation(gate) * up * second up: one more multiplier
+        for each channel.
     results_per_cycle : :class:`int`
         Outputs of an array that are rounded in a cycle, 1 or 2: with few blocks along K an array
         makes more than one.
@@ -125,6 +128,7 @@ class AcceleratorConfig:
     router_modes: tuple[str, ...] = ()
     y_banks: int = 1
     bias: bool = True
+    second_up: bool = False
     results_per_cycle: int = 1
     hidden_banks: int = 1
 
@@ -145,7 +149,8 @@ class AcceleratorConfig:
                 f"a power of two from {low} to {high}",
             )
 
-        require("bias", isinstance(self.bias, bool), "true or false")
+        for name in ("bias", "second_up"):
+            require(name, isinstance(getattr(self, name), bool), "true or false")
         power("port_bytes", 8, 64)
         power("channels", 1, BLOCK)
         power("row_multipliers", 2, 16)
@@ -361,7 +366,22 @@ class AcceleratorConfig:
         """Largest code of a ``capacity_order``."""
         return self._of_mode("capacity", 1)
 
-    # -- biases
+    # -- experts
+    @property
+    def activation_sinks(self) -> tuple[int, ...]:
+        """What an entry of the expert table may say of rows that become h: codes of Sink."""
+        return (0, 2, 3) if self.second_up else (0, 2)
+
+    @property
+    def most_rows_of_h(self) -> int:
+        """Most rows of an image for an element of h: gate, up, and another two with second up."""
+        return 4 if self.second_up else 2
+
+    @property
+    def most_rows(self) -> int:
+        """Most rows of a section, on all channels."""
+        return self.most_rows_of_h * self.max_dim
+
     @property
     def bias_codes(self) -> tuple[int, ...]:
         """What an entry of the expert table may say of a section's biases: 1, that there are."""
@@ -414,6 +434,8 @@ class AcceleratorConfig:
             del fields["router"], fields["router_top_k"]
         if not self.router_modes:
             del fields["router_modes"]
+        if not self.second_up:
+            del fields["second_up"]
         return zlib.crc32(json.dumps(fields, sort_keys=True).encode())
 
 
