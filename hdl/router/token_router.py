@@ -35,7 +35,7 @@ from moeaccel.router.tables import (
 __all__ = ["DIVIDE_CYCLES", "SETTLE_CYCLES", "TokenRouter"]
 
 _ONE = int(exponential(np.array(0)).score)
-"""The score of a sparsemixer's choice, before it is divided."""
+"""The exponential of a sparsemixer's choice, which is the largest itself."""
 _FIRST = (1 << WORD_BITS) - 1
 """Above every key."""
 _LEAST = -(1 << (WORD_BITS - 1))
@@ -348,9 +348,8 @@ class TokenRouter(wiring.Component):
         ]
 
     def _prefer(self, m, w, pipe, s):
-        """Add what residents have before others; return the stage, and whether this is first."""
+        """Add the prior to keys of residents; return the stage, and whether its key is first."""
         form = self.i_form
-        # As many bits as ids have, so that any word of 32 is whole.
         write, read = unchecked_memory(m, "residents", 32, -(-self._config.max_experts // 32))
         m.d.comb += [
             write.en.eq(self.resident_w_en), write.addr.eq(self.resident_w_address),
@@ -539,6 +538,7 @@ class TokenRouter(wiring.Component):
         place, out = (Signal(max(1, ceil_log2(w.places)), name=name) for name in ("place", "out"))
         weighing = Pipeline(m, w.weighing, name="weigh")
         s = weighing.stage(left=left.bit_select(place, 1))
+        value = Mux(w.mixes, _ONE, scores.data)
         m.d.comb += [
             scores.addr.eq(place), w.room.eq(pairs.level <= TOP_K_MAX),
             weights.i_valid.eq(weighing.valid | w.inverted),
@@ -550,7 +550,8 @@ class TokenRouter(wiring.Component):
             with m.If(w.mixes):
                 m.d.sync += w.weighing.eq(0)
         with m.If(weighing.valid):
-            m.d.comb += weights.i_value.eq(Mux(s.left, Mux(w.mixes, _ONE, scores.data), 0))
+            # Where nothing is dropped, scores of none are 0.
+            m.d.comb += weights.i_value.eq(value if dropper is None else Mux(s.left, value, 0))
         if dropper is not None:
             with m.If(w.dropping):
                 m.d.comb += scores.addr.eq(dropper.score_address)
