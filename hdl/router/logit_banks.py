@@ -92,7 +92,9 @@ class LogitBanks(wiring.Component):
         pipe = Pipeline(m, take, name="load")
         s = pipe.stage(logit=self.i_logit.p.value, beyond=self.i_logit.p.beyond,
                        index=index[:id_bits], bank=bank, first=index == 0, last=last)
-        total = s.logit + Mux(form.tables, bias_read.data, 0)
+        # Block RAM is slow to answer: a register behind it, ahead of everything else.
+        s = pipe.stage(**vars(s), bias=bias_read.data)
+        total = s.logit + Mux(form.tables, s.bias, 0)
         s = pipe.stage(total=total, beyond=s.beyond, index=s.index, bank=s.bank, first=s.first,
                        last=s.last)
         high, low = s.total > _MOST, s.total < _LEAST
