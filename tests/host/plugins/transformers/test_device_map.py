@@ -70,10 +70,13 @@ def test_contents_are_compared_wherever_they_lie():
 def test_device_maps(device, ids, tmp_path, places, policy):
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     ids = ids % 40
+    # A grid on which float32 holds both sides' parts of sums.
+    stored = {"weight_format": "mxint8", "activation_bits": 16, "grid_exponent": -12}
+    plugin.use_device(device, **stored)
     plain = AutoModelForCausalLM.from_pretrained(
         CHECKPOINT, experts_implementation="moeaccel").eval()
     expected = plain(ids).logits
-    plugin.use_device(device, weight_format="mxint8", activation_bits=16, **policy)
+    plugin.use_device(device, **stored, **policy)
     model = AutoModelForCausalLM.from_pretrained(
         CHECKPOINT, experts_implementation="moeaccel", device_map=places,
         offload_folder=tmp_path).eval()
