@@ -10,14 +10,7 @@ from numpy.typing import NDArray
 
 from moeaccel.config import PRESETS, AcceleratorConfig
 from moeaccel.formats import whole_blocks
-from moeaccel.host.errors import (
-    CommandFailed,
-    GridOverflow,
-    InvalidTensor,
-    LimitExceeded,
-    LogitOverflow,
-    OutOfDeviceMemory,
-)
+from moeaccel.host.errors import InvalidTensor, LimitExceeded, OutOfDeviceMemory
 from moeaccel.host.memory import COMMAND_ALIGNMENT
 from moeaccel.host.rings import Command
 from moeaccel.host.tensors import Like, Tensor, float32, is_torch, shape_of
@@ -29,7 +22,7 @@ from moeaccel.router.settings import SELECTION_BIAS_MAX, RouterError, RouterSett
 if TYPE_CHECKING:
     from moeaccel.host.device import Device
 
-__all__ = ["Router", "check_router", "named", "route"]
+__all__ = ["Router", "check_router", "route"]
 
 
 class Router:
@@ -179,16 +172,6 @@ def route(device: Device, router: Router, logits: Tensor, *, resident: Tensor | 
     return places, like(weights)
 
 
-def named(error: CommandFailed, command: Command) -> CommandFailed:
-    """Return the error of a command: what overflows in ROUTE are logits."""
-    if not isinstance(error, GridOverflow) or command.name != Opcode.ROUTE.name:
-        return error
-    return LogitOverflow(
-        f"logits must be below 2048 in magnitude, but {error.overflows} were not, and counted as "
-        "that; scale the router's weights, or clamp its logits",
-        status=error.status, detail=error.detail, address=error.address)
-
-
 def _send(device: Device, settings: RouterSettings, biased: bool, words: NDArray[np.int32],
           rows: NDArray[np.float32], ids: NDArray[np.int32], weights: NDArray[np.float32],
           first: int) -> int:
@@ -213,7 +196,7 @@ def _send(device: Device, settings: RouterSettings, biased: bool, words: NDArray
             "ids_address": base + offsets[-2], "weights_address": base + offsets[-1]}, command)
         done = device.wait(command)
         if error := command.error():
-            raise named(error, command)
+            raise error
         raw = device.transport.memory_read(base + offsets[-2], end - offsets[-2])
         ids[:] = raw[: ids.nbytes].view("<i4").reshape(ids.shape)
         start = offsets[-1] - offsets[-2]

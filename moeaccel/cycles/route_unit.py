@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from moeaccel.config import BLOCK, MEMORY_LATENCY_CYCLES, AcceleratorConfig
+from moeaccel.cycles.command_processor import before_job
 from moeaccel.cycles.memory_port import READ_CYCLES, WRITE_CYCLES
+from moeaccel.cycles.prediction import Prediction
 from moeaccel.cycles.token_router import token_cycles
+from moeaccel.formats import whole_blocks
 from moeaccel.interface.commands import ENTRY_BYTES
 from moeaccel.router.settings import RouterSettings
 
-__all__ = ["route_cycles"]
+__all__ = ["predict_route", "route_cycles"]
 
 _UNIT = ENTRY_BYTES // 4
 """Words that are read, and pairs that are written, at once."""
 _QUEUED = 16
 """Pairs that may wait when a token's weights are made."""
 
-_FETCH, _START, _TABLE, _FIRST, _LOADED, _FREED, _WEIGHTS, _PAIR, _WRITE, _END = (
-    11, 6, 2, 5, 4, 1, 15, 2, 9, 2)
+_START, _TABLE, _FIRST, _LOADED, _FREED, _WEIGHTS, _PAIR, _WRITE, _END = (
+    9, 2, 5, 4, 1, 15, 2, 9, 2)
 
 
 def route_cycles(config: AcceleratorConfig, settings: RouterSettings, tokens: int, *, biased: bool,
-                 tables: bool, latency: int = MEMORY_LATENCY_CYCLES) -> int:
+                 tables: bool, shared: int = 0, latency: int = MEMORY_LATENCY_CYCLES) -> int:
     """Return the cycles of a ROUTE.
 
     Parameters
@@ -30,6 +33,8 @@ def route_cycles(config: AcceleratorConfig, settings: RouterSettings, tokens: in
         Keys are scores with a selection bias.
     tables : :class:`bool`
         There is a table.
+    shared : :class:`int`
+        Experts behind those chosen.
     latency : :class:`int`
         Of the ideal memory, reads and writes.
     """
@@ -38,9 +43,8 @@ def route_cycles(config: AcceleratorConfig, settings: RouterSettings, tokens: in
     experts, top_k = settings.experts, settings.top_k
     row = -(-experts // BLOCK) * BLOCK
     # Submission, router, checks; table; first logit.
-    largest = max(row // BLOCK, top_k)
-    now = _FETCH + 2 * (read + beats) + largest.bit_length()
-    now += _START
+    largest = max(row // BLOCK, top_k + shared)
+    now = before_job(config, largest, latency) + _START
     if tables:
         now += _TABLE + read + -(-2 * experts // _UNIT) * _UNIT
     else:  # how many units the logits are
@@ -70,7 +74,30 @@ def route_cycles(config: AcceleratorConfig, settings: RouterSettings, tokens: in
             collected += 1
             if collected == _UNIT:
                 free, collected = free + written, 0
+        for _ in range(shared):
+            free += 1
+            collected += 1
+            if collected == _UNIT:
+                free, collected = free + written, 0
         done = [done[1], end]
     if collected:
         free += _UNIT - collected + written
     return free + _END
+
+
+def predict_route(config: AcceleratorConfig, settings: RouterSettings, tokens: int, *,
+                  biased: bool, tables: bool, shared: int = 0,
+                  latency: int = MEMORY_LATENCY_CYCLES) -> Prediction:
+    """Predict ROUTE; parameters are those of :func:`route_cycles`."""
+    cycles = route_cycles(config, settings, tokens, biased=biased, tables=tables, shared=shared,
+                          latency=latency)
+
+    def whole(count: int) -> int:
+        return -(-count // ENTRY_BYTES) * ENTRY_BYTES
+
+    read = 4 * tokens * whole_blocks(settings.experts)
+    if tables:
+        read += whole(8 * settings.experts)
+    return Prediction(
+        cycles=cycles, idle=cycles, bytes_read_other=2 * ENTRY_BYTES + read,
+        bytes_written=2 * whole(4 * tokens * (settings.top_k + shared)) + ENTRY_BYTES)
