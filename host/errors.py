@@ -270,7 +270,8 @@ def command_error(status: int, detail: int, address: int, *, first_token: int = 
         case Status.OVERFLOW if address == Overflow.LOGIT:
             kind, text = LogitOverflow, (
                 f"logits must be below 2048 in magnitude, but {detail} were not (with outputs "
-                "beyond their grid), and counted as that; scale the router's weights, or clamp its logits")
+                "beyond their grid), and counted as that; scale the router's weights, or clamp its "
+                "logits")
         case Status.OVERFLOW:
             kind, text = GridOverflow, (
                 f"weighted outputs must fit the output grid, but {detail} did not; load the "

@@ -12,6 +12,7 @@ from moeaccel.hdl import layouts
 from moeaccel.hdl.control.command_wires import (
     ALIGNMENT_BITS,
     DRAIN_CYCLES,
+    FETCHING,
     RESTING,
     State,
     Wires,
@@ -542,7 +543,7 @@ class CommandProcessor(wiring.Component):
         m.d.comb += [
             self.busy.eq(~w.at(State.IDLE, State.RESET)),
             self.draining.eq(
-                draining | (w.stopping & ~w.is_layer & w.at(*_FETCHING, State.LIMIT))),
+                draining | (w.stopping & ~w.is_layer & w.at(*FETCHING, State.LIMIT))),
             self.flush.eq(w.holding),
             w.waited.eq(w.drained == DRAIN_CYCLES - 1),
         ]

@@ -11,7 +11,7 @@ from moeaccel.hdl.layouts import job
 from moeaccel.interface.commands import ENTRY_BYTES, MOE_BLOCK
 from moeaccel.router.choices import GROUPS_MAX
 
-__all__ = ["ALIGNMENT_BITS", "DRAIN_CYCLES", "RESTING", "State", "Wires"]
+__all__ = ["ALIGNMENT_BITS", "DRAIN_CYCLES", "FETCHING", "RESTING", "State", "Wires"]
 
 DRAIN_CYCLES = 16
 """Cycles for which the engine's reset and the port's flush are held at least."""
@@ -48,9 +48,9 @@ RESTING = (State.IDLE, State.WRITE, State.LOAD, State.SEND, State.ACKNOWLEDGE, S
            State.DRAIN, State.RESET)
 """Where abort and watchdog end nothing."""
 
-_FETCHING = (State.REQUEST, State.COLLECT)
+FETCHING = (State.REQUEST, State.COLLECT)
 
-_ENDED = (*_FETCHING, State.DECIDE, State.START, State.RUN, State.FINISH)
+_ENDED = (*FETCHING, State.DECIDE, State.START, State.RUN, State.FINISH)
 """Where they do; the others take a few cycles at most."""
 
 
@@ -119,5 +119,5 @@ class Wires:
             m.d.comb += following.eq(1 << s)
             yield lambda to: following.eq(1 << to)
             if s in _ENDED:  # once the submission's tag is known
-                with m.If(self.stopping & (self.is_layer if s in _FETCHING else 1)):
+                with m.If(self.stopping & (self.is_layer if s in FETCHING else 1)):
                     m.d.comb += following.eq(1 << State.DRAIN)
