@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,7 +51,7 @@ from moeaccel.router.descriptor import descriptor, table_words
 if TYPE_CHECKING:
     from moeaccel.host.device import Device
 
-__all__ = ["Moe", "load_moe"]
+__all__ = ["Moe", "Routes", "load_moe"]
 
 LOGIT_GRID = -30
 """Grid of the logits: what ROUTE takes reaches to 2**11, and has 20 bits behind the point."""
@@ -281,6 +281,52 @@ class Moe:
             part = raw[offsets[3] - begin : offsets[4] - begin].view(y.dtype)
             width = whole_blocks(y.shape[1])
             y[:] = part[: tokens * width].reshape(tokens, width)[:, : y.shape[1]]
+
+
+class Routes:
+    """What a device does that has a router; a base of :class:`moeaccel.host.device.Device`."""
+
+    def route(self, router: Router, logits: Tensor, *, resident: Tensor | None = None
+              ) -> tuple[Any, Any]:
+        """Choose experts by logits, bit for bit as :mod:`moeaccel.golden.router`.
+
+        Parameters
+        ----------
+        router : :class:`moeaccel.host.Router`
+        logits : float tensor, (T, E)
+            Any T, also 0; of the router's product with x, without bias.
+        resident : bool tensor, (E,), optional; only these are chosen
+
+        Returns
+        -------
+        (ids, weights)
+            (T, K) int64, in the order of choice, -1 where there was none; (T, K), as the logits, 0
+            there.
+
+        Raises
+        ------
+        LimitExceeded, InvalidTensor, NonFiniteInput, LogitOverflow
+            If the device has no such router; for shapes and types; if a logit is not finite, or
+            with its bias 2048 or more: it names the token.
+        """
+        return routing.route(cast("Device", self), router, logits, resident=resident)
+
+    def load_moe(self, router: Router, gate_up: Stack, down: Stack, *,
+                 shared: Shared | None = None, **options: Any) -> Moe:
+        """Put a layer with its router into memory: ``moe(x)`` routes and computes on the device.
+
+        Parameters
+        ----------
+        router, gate_up, down, shared, **options
+            A :class:`moeaccel.host.Router` with a weight, (E, H); as in :meth:`load_experts`.
+
+        Raises
+        ------
+        LimitExceeded
+            If the device has no such router, or top_k and shared experts are more than 16.
+        """
+        return load_moe(
+            cast("Device", self), router, gate_up, down, shared=shared, **options)
 
 
 def _offsets(sizes: list[int]) -> Iterator[int]:

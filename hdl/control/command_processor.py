@@ -473,7 +473,7 @@ class CommandProcessor(wiring.Component):
         m.d.comb += [
             self.writer.request.payload.address.eq(completion_address << ALIGNMENT_BITS),
             self.writer.request.payload.beats.eq(beats),
-            self.writer.data.payload.eq(w.entry[:8 * config.port_bytes]),
+            self.writer.data.payload.eq(w.front[:8 * config.port_bytes]),
         ]
         m.d.sync += [
             completion_address.eq(rings.o_completion),

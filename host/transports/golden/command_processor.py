@@ -150,23 +150,23 @@ class CommandProcessor:
                     raise Fault(Status.BAD_FIELD, detail=wrong[0].word)
                 result, predicted = self._run(submission)
                 status, detail, where = result.outcome
-                self._registers.count(tokens=submission["tokens"])
                 if not isinstance(result, RoutedTokens):
                     underflows = min(result.underflows, COUNT_MAX)
                 if self._timing is not None and predicted is not None:
                     cycles = self._timing.count(predicted)
         except Fault as fault:
             status, detail, where = fault.status, fault.detail, fault.address
-            if status is Status.BAD_EXPERT:  # it has run so far
-                self._registers.count(tokens=submission["tokens"])
         return {"tag": tag, "status": status, "detail": detail, "address": where, "cycles": cycles,
                 "underflows": underflows}
 
     def _run(self, submission: Mapping[str, int]
              ) -> tuple[DeviceResult | RoutedTokens | MoeResult, Prediction | None]:
         """Run a submission whose own fields are good."""
+        tokens = submission["tokens"]
         if submission["opcode"] in MOE_OPCODES:
-            return self._moe.run(submission)
+            descriptors = self._moe.check(submission)
+            self._registers.count(tokens=tokens)
+            return self._moe.run(submission, descriptors)
         routes = submission["opcode"] == Opcode.ROUTE
         where = submission["layer_address"]
         raw = self._port.load(where, ENTRY_BYTES).tobytes()
@@ -181,4 +181,5 @@ class CommandProcessor:
             if fault.status is not Status.BAD_FIELD:
                 fault.address = where
             raise
+        self._registers.count(tokens=tokens)
         return (self._routes if routes else self._engine).run(submission, layer)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -85,16 +85,16 @@ class Moe:
         self._routes = routes
         self._timing = timing
 
-    def run(self, submission: Mapping[str, int]) -> tuple[MoeResult, Prediction | None]:
-        """Check and run a command whose own fields are good; return its result, and with a cycle
-        model what that predicts.
+    def run(self, submission: Mapping[str, int], descriptors: Sequence[Mapping[str, int]]
+            ) -> tuple[MoeResult, Prediction | None]:
+        """Run a command; return its result, and with a cycle model what that predicts.
 
         Raises
         ------
         Fault
             If it ends early: of the first part that does.
         """
-        planes, router, experts = descriptors = self._checked(submission)
+        planes, router, experts = descriptors
         logits = submission["workspace_address"]
         try:
             product, first = self._engine.run({
@@ -114,8 +114,14 @@ class Moe:
                 submission, descriptors, [part for part in (first, second, third) if part])
         return MoeResult(product, routed, result), whole
 
-    def _checked(self, submission: Mapping[str, int]) -> tuple[dict[str, int], ...]:
-        """Return the three descriptors, each checked by itself and with those before it."""
+    def check(self, submission: Mapping[str, int]) -> list[dict[str, int]]:
+        """Return the three descriptors of a command, each checked by itself and with those before.
+
+        Raises
+        ------
+        Fault
+            Naming the first one that is wrong, by its address.
+        """
         base = submission["layer_address"]
         raw = self._port.load(base, ENTRY_BYTES * len(_DESCRIPTORS)).tobytes()
         found: list[dict[str, int]] = []
@@ -136,4 +142,4 @@ class Moe:
                     fault.address = base + at
                 raise
             found.append(values)
-        return tuple(found)
+        return found
