@@ -86,15 +86,16 @@ class Call:
 def three_commands(call):
     """Run a layer's parts as commands of their own."""
     device, moe, tokens = call.device, call.moe, len(call.x)
-    planes = device.memory.allocate(2 * 4 * 2 * tokens, alignment=64)
-    device.transport.memory_write(planes.address, np.concatenate([
-        np.tile(np.arange(2, dtype="<i4"), tokens).view(np.uint8),
-        np.ones(2 * tokens, "<f4").view(np.uint8)]))
+    room = -(-8 * tokens // 64) * 64
+    planes = device.memory.allocate(2 * room)
+    for at, values in ((0, np.tile(np.arange(2, dtype="<i4"), tokens)),
+                       (room, np.ones(2 * tokens, "<f4"))):
+        device.transport.memory_write(planes.address + at, values.view(np.uint8))
     block, logits = moe._block.address, call.addresses["workspace"]
     sums = device.memory.allocate(8 * tokens * 64)
     for changes in (
             {"opcode": Opcode.EXPERTS, "top_k": 2, "layer_address": block, "y_address": logits,
-             "ids_address": planes.address, "weights_address": planes.address + 8 * tokens,
+             "ids_address": planes.address, "weights_address": planes.address + room,
              "workspace_address": sums.address},
             {"opcode": Opcode.ROUTE, "layer_address": block + 64, "x_address": logits},
             {"opcode": Opcode.EXPERTS, "layer_address": block + 128,
