@@ -78,7 +78,7 @@ def expert_bits(config: AcceleratorConfig) -> int:
 
 def row_bits(config: AcceleratorConfig) -> int:
     """Return the bits of a row's index in a section of one channel."""
-    return ceil_log2(2 * config.max_dim // config.channels)
+    return ceil_log2(config.most_rows // config.channels)
 
 
 def channel_name(name: str, channel: int) -> str:
@@ -289,7 +289,7 @@ def section(config: AcceleratorConfig) -> data.StructLayout:
     return data.StructLayout({
         "format": config.format_bits,
         "steps": steps_bits(config),
-        "tiles": (2 * config.max_dim).bit_length(),
+        "tiles": config.most_rows.bit_length(),
         **has_bias(config),
     })
 
@@ -321,10 +321,18 @@ def expert_work(config: AcceleratorConfig) -> data.StructLayout:
 def hidden_form(config: AcceleratorConfig) -> data.StructLayout:
     """Return how rows become h.
 
-    ``paired``: gate and up rows in turn, else each row by itself. ``limit``: of gate and up, a
-    bfloat16; none where its exponent field is 0.
+    ``rows_log2``: of the rows of an element. ``limit``, ``gate_limit``: of up and of gate; none
+    where the exponent is 0.
     """
-    return data.StructLayout({"activation": config.activation_bits, "paired": 1, "limit": 16})
+    return data.StructLayout({
+        "activation": config.activation_bits,
+        "rows_log2": range(exact_log2(config.most_rows_of_h) + 1),
+        "limit": limit(7), "gate_limit": limit(MANTISSA_BITS - 1)})
+
+
+def limit(bits: int) -> data.StructLayout:
+    """Return the shape of a positive float32 with so many bits of its fraction."""
+    return data.StructLayout({"fraction": bits, "exponent": 8})
 
 
 def expert(config: AcceleratorConfig) -> data.StructLayout:

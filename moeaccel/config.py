@@ -89,6 +89,9 @@ class AcceleratorConfig:
     bias : :class:`bool`
         Rows may have biases: an adder behind each channel's normaliser. Rows without them take no
         cycle more, with it or without.
+    second_up : :class:`bool`
+        Experts may have second up rows, h = activation(gate) * up * second up: one more multiplier
+        for each channel.
     results_per_cycle : :class:`int`
         Outputs of an array that are rounded in a cycle, 1 or 2: with few blocks along K an array
         makes more than one.
@@ -122,6 +125,7 @@ class AcceleratorConfig:
     router_top_k: int = TOP_K_MAX
     y_banks: int = 1
     bias: bool = True
+    second_up: bool = False
     results_per_cycle: int = 1
     hidden_banks: int = 1
 
@@ -142,7 +146,8 @@ class AcceleratorConfig:
                 f"a power of two from {low} to {high}",
             )
 
-        require("bias", isinstance(self.bias, bool), "true or false")
+        for name in ("bias", "second_up"):
+            require(name, isinstance(getattr(self, name), bool), "true or false")
         power("port_bytes", 8, 64)
         power("channels", 1, BLOCK)
         power("row_multipliers", 2, 16)
@@ -309,7 +314,22 @@ class AcceleratorConfig:
         """Their codes."""
         return tuple(int(score) for score in self.router_scores)
 
-    # -- biases
+    # -- experts
+    @property
+    def activation_sinks(self) -> tuple[int, ...]:
+        """What an entry of the expert table may say of rows that become h: codes of Sink."""
+        return (0, 2, 3) if self.second_up else (0, 2)
+
+    @property
+    def most_rows_of_h(self) -> int:
+        """Most rows of an image for an element of h: gate, up, and another two with second up."""
+        return 4 if self.second_up else 2
+
+    @property
+    def most_rows(self) -> int:
+        """Most rows of a section, on all channels."""
+        return self.most_rows_of_h * self.max_dim
+
     @property
     def bias_codes(self) -> tuple[int, ...]:
         """What an entry of the expert table may say of a section's biases: 1, that there are."""
@@ -360,6 +380,8 @@ class AcceleratorConfig:
             for a in self.expert_activations]
         if not self.router:  # what is not there changes nothing
             del fields["router"], fields["router_top_k"]
+        if not self.second_up:
+            del fields["second_up"]
         return zlib.crc32(json.dumps(fields, sort_keys=True).encode())
 
 
@@ -393,7 +415,7 @@ PRESETS: dict[str, AcceleratorConfig] = {
         ),
         AcceleratorConfig(
             name="ulx3s",
-            # gpt-oss' gate would take a table and an adder of its own: with it, 82 MHz were routed.
+            # gpt-oss' gate would take a table and an adder of its own.
             activations=("silu", "relu", "gelu", "gelu_tanh", "relu2"),
             port_bytes=8,
             token_groups=4,

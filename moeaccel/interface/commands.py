@@ -170,6 +170,9 @@ class Sink(enum.IntEnum):
     """d_out rows: weighted, and added to the token's y."""
     ACTIVATION_ROWS = 2
     """Rows by themselves, d_expert: h = activation(row)."""
+    ACTIVATION_PRODUCT = 3
+    """Fours of rows, 4 * d_expert: h = activation(gate) * up * second up. The third is not looked
+    at: the order is gate, up, zeros, second up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,7 +312,7 @@ def _section(index: int) -> tuple[Field, ...]:
         here: tuple[str, int] | None = None
         follows = (
             Limit(values=(Sink.COMBINE,), when=("sections", 1)),
-            Limit(values=(Sink.ACTIVATION, Sink.ACTIVATION_ROWS), when=("sections", 2)))
+            Limit(values="activation_sinks", when=("sections", 2)))
     else:
         here = ("sections", 2)
         follows = (Limit(values=(Sink.COMBINE,), when=("sections", 2)),)
@@ -340,6 +343,10 @@ EXPERT = (
            "Most that gate rows may be, and how far from 0 up rows, at the activation: bfloat16; "
            "0, or a subnormal number: none.",
            Limit(low=0, high=0x7F7F, when=("sections", 2))),
+    _field("gate_limit", 11, 0, 32,
+           "Most that gate rows may be, where that is not the limit: float32 with at most 17 "
+           "significant bits; 0, or a subnormal number: the limit.",
+           Limit(low=0, high=0x7F7FFF80, multiple=1 << 7, when=("sections", 2))),
 )
 
 COMPLETION = (

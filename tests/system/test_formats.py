@@ -1,4 +1,5 @@
-"""Formats that presets have not: the golden model's bits, the predicted cycles, damaged images."""
+"""Formats, and second up rows, that presets have not: the golden model's bits, predicted cycles,
+damaged images."""
 
 from __future__ import annotations
 
@@ -58,7 +59,7 @@ def test_every_format(every, name, bits):
 
 @pytest.mark.parametrize("seed", range(2))
 def test_mixed_layers(every, seed):
-    """Experts of one layer in all formats, those of down in other ones."""
+    """Experts of one layer in all formats, those of down in other ones; some with second up."""
     rng = np.random.default_rng(seed)
     layer = []
     for e, (name, down) in enumerate(zip(rng.permutation(NAMES), rng.permutation(NAMES),
@@ -67,8 +68,11 @@ def test_mixed_layers(every, seed):
             break
         width = 32 * int(rng.integers(1, 4))
         gate_up, matrix = draw_experts(rng, 1, D_MODEL, width, spread=4)
-        layer.append(Expert.quantise(gate_up[0], matrix[0], str(name), down_format=str(down),
-                                     prune="magnitude"))
+        if (e + seed) % 3 == 0:
+            gate_up = np.concatenate([gate_up, gate_up[:, :width] + 1], axis=1)
+        layer.append(Expert.quantise(
+            gate_up[0], matrix[0], str(name), down_format=str(down), prune="magnitude",
+            limit=4.0 if e % 2 else None))
     x = rng.standard_normal((5, D_MODEL), np.float32)
     ids = np.stack([rng.permutation(len(layer))[:8] for _ in x])
     scores = rng.standard_normal(ids.shape).astype(np.float32)
