@@ -46,7 +46,7 @@ from moeaccel.interface.commands import (
     encode,
 )
 from moeaccel.router.choices import WeightOn
-from moeaccel.router.descriptor import descriptor, table_words
+from moeaccel.router.descriptor import descriptor, table_bytes, table_words
 
 if TYPE_CHECKING:
     from moeaccel.host.device import Device
@@ -68,6 +68,10 @@ def load_moe(device: Device, router: Router, gate_up: Stack, down: Stack, *,
     if settings.weight_on_kind is WeightOn.INPUT and settings.top_k > 1:
         raise LimitExceeded("top_k must be 1 with weights on the input, which the host multiplies "
                             f"x by, not {settings.top_k}")
+    if settings.prior:
+        raise LimitExceeded(
+            f"prior must be 0, not {settings.prior:g}: a layer has no residents; name them with "
+            "device.route, and compute with load_experts")
     if len(down) != settings.experts:
         raise InvalidTensor(f"down must have E = {settings.experts} experts, the router's, not "
                             f"{len(down)}")
@@ -115,17 +119,17 @@ class Moe:
         self._shared = shared
         words = table_words(router.settings, router.bias, router.selection_bias)
         tables = bool(words.any())
+        table = table_bytes(words if tables else None, None).tobytes()
         size = ENTRY_BYTES * len(MOE_BLOCK)
         self._block: Allocation | None = device.memory.allocate(
-            size + (words.nbytes if tables else 0), alignment=MOE_ALIGNMENT)
+            size + len(table), alignment=MOE_ALIGNMENT)
         fields = descriptor(
             router.settings, biased=router.selection_bias is not None, tables=tables,
             table_address=self._block.address + size, shared=shared)
         layers = [device.transport.memory_read(layer._descriptor.address, ENTRY_BYTES).tobytes()
                   for layer in (plane, experts)]
-        data = layers[0] + encode(ROUTER, fields) + layers[1]
         device.transport.memory_write(
-            self._block.address, data + (words.tobytes() if tables else b""))
+            self._block.address, layers[0] + encode(ROUTER, fields) + layers[1] + table)
 
     @property
     def device(self) -> Device:
@@ -216,6 +220,7 @@ class Moe:
         y: Any = np.zeros((tokens, d_model), values.dtype)
         config = self._device.config
         most = min(config.max_tokens, config.max_assignments // (top_k + self._shared))
+        routing.check_tokens(self.router.settings, tokens, most)
         first, cycles = 0, 0
         while first < tokens:
             part = slice(first, min(first + most, tokens))
@@ -224,7 +229,7 @@ class Moe:
                                      y[part] if compute else None, first)
             except OutOfDeviceMemory:
                 most = (part.stop - first) // 2
-                if not most:
+                if not most or self.router.settings.capacity is not None:
                     raise
             else:
                 first = part.stop

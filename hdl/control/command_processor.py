@@ -21,7 +21,7 @@ from moeaccel.hdl.control.field_checks import FieldChecks
 from moeaccel.hdl.control.job_sizes import JobSizes
 from moeaccel.hdl.control.rings import Rings
 from moeaccel.hdl.layouts import ReadClientSignature, WriteClientSignature, entry_fields, job
-from moeaccel.hdl.router.router_checks import RouterChecks, router_fields
+from moeaccel.hdl.router.router_checks import RouterChecks, router_fields, table_units
 from moeaccel.interface.commands import (
     COMPLETION,
     ENTRY_BYTES,
@@ -299,7 +299,7 @@ class CommandProcessor(wiring.Component):
                             w.steps_out.eq(layer["d_out"] // BLOCK),
                         ]
                     with m.If(w.routes):
-                        m.d.sync += router_fields(w.front, w.job, w.groups)
+                        m.d.sync += router_fields(self._config, w.front, w.job, w.groups)
 
         with m.If(w.state[State.LOAD] | Mux(
                 w.state[State.COLLECT], self.reader.valid,
@@ -335,7 +335,7 @@ class CommandProcessor(wiring.Component):
             m.d.sync += w.mismatch.eq(w.moe & ~w.product & (
                 w.job.steps_in != Mux(w.routes, w.steps_out, w.steps_in)))
             with m.If(w.routes):  # its table has 8 bytes an expert
-                m.d.comb += sizes.i_job.num_experts.eq((w.job.num_experts + 7) >> 3)
+                m.d.comb += sizes.i_job.num_experts.eq(sum(table_units(self._config, w.job)))
                 with m.If(w.moe):  # logits are within the workspace
                     m.d.comb += sizes.i_job.x_address.eq(0)
             with m.If(w.product):

@@ -17,7 +17,7 @@ from moeaccel.host.device import Device
 from moeaccel.host.errors import LimitExceeded, UnsupportedExperts
 from moeaccel.host.opening import open_device
 from moeaccel.host.routing import check_router
-from moeaccel.router.choices import Score
+from moeaccel.router.choices import MODES, Score
 from moeaccel.router.settings import RouterError
 from moeaccel.zoo.routers import settings_of
 from moeaccel.zoo.schema import ExpertKind, Model
@@ -55,11 +55,12 @@ class Support:
 
 
 def equipped(config: str | AcceleratorConfig) -> AcceleratorConfig:
-    """Return a configuration with second up rows, and with a router, of every score, where it has
-    none."""
+    """Return a configuration with second up rows, and with a router, of every score and mode, where
+    it has none."""
     chosen = preset(config)
     more: dict[str, Any] = {} if chosen.router else {
-        "router": tuple(score.key for score in Score), "router_top_k": TOP_K_MAX}
+        "router": tuple(score.key for score in Score), "router_top_k": TOP_K_MAX,
+        "router_modes": MODES}
     return chosen.replace(name=f"{chosen.name} with all for models", second_up=True, **more)
 
 

@@ -57,7 +57,7 @@ class Timing:
         return predict_route(
             self._config, settings_of(router, submission["top_k"]), submission["tokens"],
             biased=router["selection"] == Selection.BIASED_SCORE, tables=bool(router["tables"]),
-            shared=router["shared"], latency=self._latency)
+            residents=bool(router["prior"]), shared=router["shared"], latency=self._latency)
 
     def predict_moe(self, submission: Mapping[str, int], descriptors: Sequence[Mapping[str, int]],
                     parts: Sequence[Prediction]) -> Prediction:
