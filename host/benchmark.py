@@ -317,9 +317,8 @@ class _Layer:
                   for part, name in ((2, "gate_up_bias"), (3, "down_bias"))
                   if part < len(next(iter(floats.values())))}
         exact = experts_float64(
-            x, np.vectorize(order.get)(ids), weights, *(
-                [one[part] for one in floats.values()] for part in range(2)),
-            made.activation, made.limit, **biases)
+            x, np.vectorize(order.get)(ids), weights, [one[0] for one in floats.values()],
+            [one[1] for one in floats.values()], made.activation, made.limit, **biases)
         return _result(
             bench, run, what=what, model=self.model.name, tokens=len(x), assignments=ids.size,
             experts_used=len(order),

@@ -136,11 +136,11 @@ class CommandProcessor:
     # -- commands ----------------------------------------------------------------------------------
     def _execute(self, address: int) -> dict[str, int]:
         """Execute the submission at an address and return its completion, but for the phase."""
-        tag, cycles, status, detail, where, underflows = 0, 0, Status.OK, 0, 0, 0
+        tag, tokens, cycles, status, detail, where, underflows = 0, 0, 0, Status.OK, 0, 0, 0
         self._port.possible_faults = []
         try:
             submission = decode(SUBMISSION, self._port.load(address, ENTRY_BYTES).tobytes())
-            tag, opcode = submission["tag"], submission["opcode"]
+            tag, tokens, opcode = (submission[name] for name in ("tag", "tokens", "opcode"))
             if opcode not in list(Opcode) or (
                     opcode in ROUTER_OPCODES and not self._config.router):
                 raise Fault(Status.BAD_OPCODE, detail=opcode)
@@ -150,23 +150,23 @@ class CommandProcessor:
                     raise Fault(Status.BAD_FIELD, detail=wrong[0].word)
                 result, predicted = self._run(submission)
                 status, detail, where = result.outcome
+                self._registers.count(tokens=tokens)
                 if not isinstance(result, RoutedTokens):
                     underflows = min(result.underflows, COUNT_MAX)
                 if self._timing is not None and predicted is not None:
                     cycles = self._timing.count(predicted)
         except Fault as fault:
             status, detail, where = fault.status, fault.detail, fault.address
+            if status is Status.BAD_EXPERT:  # it has run so far
+                self._registers.count(tokens=tokens)
         return {"tag": tag, "status": status, "detail": detail, "address": where, "cycles": cycles,
                 "underflows": underflows}
 
     def _run(self, submission: Mapping[str, int]
              ) -> tuple[DeviceResult | RoutedTokens | MoeResult, Prediction | None]:
         """Run a submission whose own fields are good."""
-        tokens = submission["tokens"]
         if submission["opcode"] in MOE_OPCODES:
-            descriptors = self._moe.check(submission)
-            self._registers.count(tokens=tokens)
-            return self._moe.run(submission, descriptors)
+            return self._moe.run(submission, self._moe.check(submission))
         routes = submission["opcode"] == Opcode.ROUTE
         where = submission["layer_address"]
         raw = self._port.load(where, ENTRY_BYTES).tobytes()
@@ -181,5 +181,4 @@ class CommandProcessor:
             if fault.status is not Status.BAD_FIELD:
                 fault.address = where
             raise
-        self._registers.count(tokens=tokens)
         return (self._routes if routes else self._engine).run(submission, layer)
