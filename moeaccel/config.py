@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from moeaccel.activations import ACTIVATIONS, Activation
 from moeaccel.errors import ConfigurationError
 from moeaccel.formats import ALL_FORMATS, BLOCK, FORMATS, WeightFormat
-from moeaccel.router.choices import MODES, PART_BITS, Score
+from moeaccel.router.choices import MODES, PART_BITS, Gates, Score
 
 ACTIVATION_SHIFT_MAX = 11
 """Largest block shift of an activation: 10 below the token's largest, plus one for a raised
@@ -211,6 +211,8 @@ class AcceleratorConfig:
                 f"a tuple of different ones of {', '.join(MODES)}, or empty")
         require("router_modes", bool(self.router) or not self.router_modes,
                 "empty without a router")
+        require("router_modes", "gates" not in self.router_modes or "sigmoid" in self.router,
+                "without gates where router has no sigmoid, of which they are")
         require("router_top_k", "mixer" not in self.router_modes or self.router_top_k >= 2,
                 "at least 2 with the mode mixer")
         require("formats", any(f.packed for f in self.weight_formats),
@@ -337,6 +339,11 @@ class AcceleratorConfig:
 
     def _of_mode(self, mode: str, most: int) -> int:
         return most if mode in self.router_modes else 0
+
+    @property
+    def gates_max(self) -> int:
+        """Largest code of gates."""
+        return self._of_mode("gates", max(Gates))
 
     @property
     def threshold_max(self) -> int:
