@@ -25,7 +25,7 @@ __all__ = [
     "NonFiniteInput", "GridOverflow", "LogitOverflow", "CommandAborted",
     "CompletionLost", "WatchdogExpired", "LOST", "command_error",
     "UnsupportedExperts", "ExpertsIgnored", "TrainingUnsupported", "GraphCaptureUnsupported",
-           "WeightsGivenUp"]
+           "WeightsGivenUp", "ShardLost"]
 
 
 _WORDS = ENTRY_BYTES // 4
@@ -106,6 +106,21 @@ class DeviceStopped(HostError):
 
 class LinkLost(HostError, ConnectionError):
     """The line to the device broke; :meth:`Device.reset` connects again, weights stay."""
+
+
+class ShardLost(HostError, ConnectionError):
+    """A device of a cluster, or the process that owned it, is gone; ``shard`` says which.
+
+    Parameters
+    ----------
+    message : :class:`str`
+    shard : :class:`int`
+        Its number in the cluster.
+    """
+
+    def __init__(self, message: str, shard: int) -> None:
+        super().__init__(message)
+        self.shard = shard
 
 
 class AccessFailed(HostError):

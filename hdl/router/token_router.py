@@ -43,7 +43,7 @@ _MOST = (1 << (WORD_BITS - 1)) - 1
 DIVIDE_CYCLES = Leading.LATENCY_CYCLES + LineTable.LATENCY_CYCLES + 1
 """From a sum to its reciprocal."""
 
-SETTLE_CYCLES = 7
+SETTLE_CYCLES = 8
 """From the last score of a pass to the selector's last key, and one more; two more with a prior."""
 
 
