@@ -121,8 +121,8 @@ def _with_gates(router: Router, shared: GatedShared | None) -> tuple[Router, Sha
     d_model = shape_of("weight", router.weight, "E", "H")[1]  # type: ignore[arg-type]
     rows = [float32("shared gate", gate).reshape(-1) for gate in gates]
     if len(gates) != len(several) or any(len(row) != d_model for row in rows):
-        raise InvalidTensor(f"shared must have a gate of {d_model} elements for each expert, or none "
-                            "at all")
+        raise InvalidTensor(f"shared must have a gate of {d_model} elements for each expert, or "
+                            "none at all")
     if router.settings.shared:
         raise InvalidOption("shared must be pairs (gate_up, down) where router has gates")
     settings = replace(router.settings, gates="sigmoid", shared=len(gates))
