@@ -499,7 +499,7 @@ def router_form(config: AcceleratorConfig) -> data.StructLayout:
 
 def router_outputs(config: AcceleratorConfig, form: data.View) -> Value:
     """Return the logits of a token, of a router's form."""
-    return form.outputs if "gates" in config.router_modes else form.experts
+    return Value.cast(form.outputs if "gates" in config.router_modes else form.experts)
 
 
 def fixed_logit() -> data.StructLayout:

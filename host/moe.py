@@ -68,9 +68,12 @@ def load_moe(device: Device, router: Router, gate_up: Stack, down: Stack, *,
     if router.weight is None:
         raise InvalidOption("router must have a weight, (E, H), to route x; give it one, or route "
                             "by logits with device.route")
-    router, shared = _with_gates(router, shared)
+    router, weight, shared = _with_gates(router, router.weight, shared)
     settings = router.settings
     routing.check_router(device.config, settings)
+    if settings.weight_on_kind is WeightOn.INPUT and settings.shared:
+        raise LimitExceeded("gates must be none with weights on the input, which the host "
+                            f"multiplies x by, not {settings.gates!r}")
     if settings.weight_on_kind is WeightOn.INPUT and settings.top_k > 1:
         raise LimitExceeded("top_k must be 1 with weights on the input, which the host multiplies "
                             f"x by, not {settings.top_k}")
@@ -93,13 +96,13 @@ def load_moe(device: Device, router: Router, gate_up: Stack, down: Stack, *,
         if settings.top_k + behind > TOP_K_MAX:
             raise LimitExceeded(f"top_k and shared experts must be at most {TOP_K_MAX} together, "
                                 f"not {settings.top_k} and {behind}")
-        plane = loading.load_router_weight(device, router.weight, grid_exponent=LOGIT_GRID)
+        plane = loading.load_router_weight(device, weight, grid_exponent=LOGIT_GRID)
         try:
             if plane.shape.d_in != loaded.shapes[0].d_model:
                 d_model = loaded.shapes[0].d_model
                 raise InvalidTensor(
                     f"weight must have the shape ({settings.outputs}, {d_model}) of a router for "
-                    f"these experts, not {tuple(router.weight.shape)}")
+                    f"these experts, not {tuple(weight.shape)}")
             return Moe(device, router, plane, loaded, behind)
         except BaseException:
             plane.close()
@@ -109,16 +112,18 @@ def load_moe(device: Device, router: Router, gate_up: Stack, down: Stack, *,
         raise
 
 
-def _with_gates(router: Router, shared: GatedShared | None) -> tuple[Router, Shared | None]:
-    """Return the router with the gates of shared experts as rows of its own, and those without."""
+def _with_gates(router: Router, weight: Tensor, shared: GatedShared | None
+                ) -> tuple[Router, Tensor, Shared | None]:
+    """Return the router and its weight with the gates of shared experts as rows of its own, and the
+    experts without."""
     if shared is None:
-        return router, None
+        return router, weight, None
     single = isinstance(shared, Sequence) and all(len(getattr(one, "shape", ())) for one in shared)
     several: list[Any] = [shared] if single else list(shared)
     gates = [one[2] for one in several if isinstance(one, Sequence) and len(one) == 3]
     if not gates:
-        return router, shared  # type: ignore[return-value]
-    d_model = shape_of("weight", router.weight, "E", "H")[1]  # type: ignore[arg-type]
+        return router, weight, cast("Shared", shared)
+    d_model = shape_of("weight", weight, "E", "H")[1]
     rows = [float32("shared gate", gate).reshape(-1) for gate in gates]
     if len(gates) != len(several) or any(len(row) != d_model for row in rows):
         raise InvalidTensor(f"shared must have a gate of {d_model} elements for each expert, or "
@@ -126,9 +131,10 @@ def _with_gates(router: Router, shared: GatedShared | None) -> tuple[Router, Sha
     if router.settings.shared:
         raise InvalidOption("shared must be pairs (gate_up, down) where router has gates")
     settings = replace(router.settings, gates="sigmoid", shared=len(gates))
-    weight = np.concatenate([float32("weight", router.weight), np.stack(rows)])
-    return Router(weight, bias=router.bias, selection_bias=router.selection_bias,
-                  **asdict(settings)), [tuple(one[:2]) for one in several]
+    weight = np.concatenate([float32("weight", weight), np.stack(rows)])
+    gated = Router(weight, bias=router.bias, selection_bias=router.selection_bias,
+                   **asdict(settings))
+    return gated, weight, [(one[0], one[1]) for one in several]
 
 
 class Moe:

@@ -211,8 +211,6 @@ class AcceleratorConfig:
                 f"a tuple of different ones of {', '.join(MODES)}, or empty")
         require("router_modes", bool(self.router) or not self.router_modes,
                 "empty without a router")
-        require("router_modes", "gates" not in self.router_modes or "sigmoid" in self.router,
-                "without gates where router has no sigmoid, of which they are")
         require("router_top_k", "mixer" not in self.router_modes or self.router_top_k >= 2,
                 "at least 2 with the mode mixer")
         require("formats", any(f.packed for f in self.weight_formats),
