@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from moeaccel.activations import ACTIVATIONS, Activation
 from moeaccel.errors import ConfigurationError
 from moeaccel.formats import ALL_FORMATS, BLOCK, FORMATS, WeightFormat
-from moeaccel.router.choices import MODES, PART_BITS, Score
+from moeaccel.router.choices import MODES, PART_BITS, Gates, Score
 
 ACTIVATION_SHIFT_MAX = 11
 """Largest block shift of an activation: 10 below the token's largest, plus one for a raised
@@ -337,6 +337,11 @@ class AcceleratorConfig:
 
     def _of_mode(self, mode: str, most: int) -> int:
         return most if mode in self.router_modes else 0
+
+    @property
+    def gates_max(self) -> int:
+        """Largest code of gates."""
+        return self._of_mode("gates", max(Gates))
 
     @property
     def threshold_max(self) -> int:
