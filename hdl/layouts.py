@@ -11,7 +11,7 @@ from moeaccel.arithmetic import ELEMENT_BITS, MANTISSA_BITS
 from moeaccel.config import BLOCK, TOP_K_MAX, AcceleratorConfig
 from moeaccel.formats import WeightFormat
 from moeaccel.interface.commands import COUNT_MAX, ENTRY_BYTES, SECTIONS_MAX, Field, NonFinite
-from moeaccel.router.choices import PART_BITS, Renormalize, Score
+from moeaccel.router.choices import PART_BITS, Gates, Renormalize, Score
 from moeaccel.router.tables import LOGIT_BITS, SCORE_BITS, VALUE_BITS, WORD_BITS
 
 SCORE_WIDTH = SCORE_BITS + 6
@@ -467,7 +467,7 @@ def router_form(config: AcceleratorConfig) -> data.StructLayout:
     there is a table, else nothing is added. ``shared``: experts behind the others that every token
     goes to; ``top_k`` is without them. Of modes that the configuration has, what the descriptor
     has; ``capacity`` as much as there may be tokens, 0: none; ``mixer``: it is a sparsemixer, and
-    ``limit`` its.
+    ``limit`` its; ``outputs``: experts, and shared ones that have a logit.
     """
     experts = config.max_experts.bit_length()
     modes = {
@@ -476,6 +476,7 @@ def router_form(config: AcceleratorConfig) -> data.StructLayout:
         "prior": {"prior": WORD_BITS - 1, "prior_keep": 1},
         "capacity": {"capacity": config.max_tokens.bit_length(), "by_priority": 1},
         "mixer": {"mixer": 1, "limit": LOGIT_BITS + 1},
+        "gates": {"gates": range(len(Gates)), "outputs": experts + 1},
     }
     return data.StructLayout({
         "experts": experts,
@@ -494,6 +495,11 @@ def router_form(config: AcceleratorConfig) -> data.StructLayout:
         "shared": range(TOP_K_MAX),
         **{name: shape for mode in config.router_modes for name, shape in modes[mode].items()},
     })
+
+
+def router_outputs(config: AcceleratorConfig, form: data.View) -> Value:
+    """Return the logits of a token, of a router's form."""
+    return Value.cast(form.outputs if "gates" in config.router_modes else form.experts)
 
 
 def fixed_logit() -> data.StructLayout:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from moeaccel.activations import ACTIVATIONS, Activation
 from moeaccel.errors import ConfigurationError
 from moeaccel.formats import ALL_FORMATS, BLOCK, FORMATS, WeightFormat
-from moeaccel.router.choices import MODES, PART_BITS, Score
+from moeaccel.router.choices import MODES, PART_BITS, Gates, Score
 
 ACTIVATION_SHIFT_MAX = 11
 """Largest block shift of an activation: 10 below the token's largest, plus one for a raised
@@ -339,6 +339,11 @@ class AcceleratorConfig:
         return most if mode in self.router_modes else 0
 
     @property
+    def gates_max(self) -> int:
+        """Largest code of gates."""
+        return self._of_mode("gates", max(Gates))
+
+    @property
     def threshold_max(self) -> int:
         """Largest ``threshold``, in its units; 0, as of the others, without the mode."""
         return self._of_mode("threshold", 1 << PART_BITS)
@@ -441,6 +446,9 @@ class AcceleratorConfig:
         return zlib.crc32(json.dumps(fields, sort_keys=True).encode())
 
 
+ROUTER_SCORES = tuple(score.key for score in Score)
+"""Every score that a router may make of logits."""
+
 PRESETS: dict[str, AcceleratorConfig] = {
     config.name: config
     for config in (
@@ -468,11 +476,14 @@ PRESETS: dict[str, AcceleratorConfig] = {
             read_ahead_beats=256,
             tile_words=128,
             quantiser_lanes=8,
+            router=ROUTER_SCORES,
         ),
         AcceleratorConfig(
             name="ulx3s",
             # gpt-oss' gate would take a table and an adder of its own.
             activations=("silu", "relu", "gelu", "gelu_tanh", "relu2"),
+            router=("softmax", "sigmoid"),
+            router_top_k=8,
             port_bytes=8,
             token_groups=4,
             max_dim=2048,
@@ -495,6 +506,7 @@ PRESETS: dict[str, AcceleratorConfig] = {
             read_ahead_beats=512,
             tile_words=1024,
             quantiser_lanes=8,
+            router=ROUTER_SCORES,
         ),
         # An Alveo U55C: a channel for each pseudo-channel of the HBM. 4-bit weights arrive at half
         # the rate of an array, so two groups of tokens fill it; with four token lanes the arrays
@@ -512,6 +524,7 @@ PRESETS: dict[str, AcceleratorConfig] = {
             tile_words=1024,
             quantiser_lanes=8,
             address_bits=29,
+            router=ROUTER_SCORES,
         ),
         AcceleratorConfig(
             name="peer256",

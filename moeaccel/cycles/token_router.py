@@ -17,7 +17,7 @@ _DIVIDE = 11
 _WEIGHT = 13
 _SETTLE = 8
 _SELECT = 3
-_PRIOR = 2
+_PRIOR = 4
 _DROP = 5
 
 
@@ -55,11 +55,17 @@ def token_cycles(config: AcceleratorConfig, settings: RouterSettings, *, biased:
     if of_chosen:
         cycles += top_k + _READ + 1
     cycles += top_k + _READ + 1 + (_EXPONENTIAL if of_chosen else _SCORE[score])
-    cycles += drop_cycles(settings)
+    drops = drop_cycles(settings)
+    if settings.shared:
+        drops = max(settle, drops + 2) + settings.shared + _READ + _SCORE[Score.SIGMOID]
+    cycles += drops
     cycles += 1  # the divisor
     if settings.renormalize_kind is not Renormalize.NONE:
         cycles += _DIVIDE + 1 + _WEIGHT
-    return cycles + 1 + top_k + 1 + _WEIGHT
+    cycles += 1 + top_k + 1 + _WEIGHT
+    if settings.shared:
+        cycles += settings.shared + 1 + _WEIGHT
+    return cycles
 
 
 def _settle(config: AcceleratorConfig) -> int:
@@ -72,8 +78,8 @@ def _mixed_cycles(config: AcceleratorConfig, settings: RouterSettings) -> int:
     """Return the cycles of a sparsemixer."""
     cycles = 1 + settings.experts + _READ + _settle(config)
     for choice in range(settings.top_k):
-        cycles += choice + 2 + _READ + settings.experts + 1 + _READ + _EXPONENTIAL + 1
-        cycles += _DIVIDE + 1 + _WEIGHT + 1 + 1 + 1 + _WEIGHT
+        cycles += choice + 2 + _READ + settings.experts + 1 + _READ + _EXPONENTIAL
+        cycles += 1 + _DIVIDE + 1 + _WEIGHT + 3 + _WEIGHT
     return cycles
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from moeaccel.config import BLOCK, TOP_K_MAX, AcceleratorConfig
 from moeaccel.errors import CommandError
-from moeaccel.router.choices import GROUPS_MAX, GroupScore, Renormalize, Score
+from moeaccel.router.choices import GROUPS_MAX, Gates, GroupScore, Renormalize, Score
 
 ENTRY_BYTES = 64
 """Bytes of a submission, a completion, a layer descriptor and an entry of an expert table."""
@@ -393,8 +393,9 @@ ROUTER = (
            Limit(low=1, high="router_top_k")),
     _field("tables", 3, 16, 8, "1: there is a table; 0: nothing is added.", Limit(values=(0, 1))),
     _field("shared", 3, 24, 8,
-           "Experts behind those routed to that every token goes to as well, with weight 1: the "
-           "last of its top_k. The others are at most keep_groups * group_size and router_top_k.",
+           "Experts behind those routed to that every token goes to as well, the last of its "
+           "top_k; gates says with what weight. The others are at most keep_groups * group_size "
+           "and router_top_k.",
            Limit(low=0, high=TOP_K_MAX - 1)),
     _field("scale", 4, 0, 32, "What weights are multiplied with: float32, from 2**-20 to 2**20.",
            Limit(low=0x35800000, high=0x49800000)),
@@ -416,7 +417,8 @@ ROUTER = (
     _field("prior", 12, 0, 32, "What is added to the keys of residents, in their units; 0: there "
            "are none.", Limit(low=0, high="prior_max"), _WITHOUT_MIXER),
     _field("capacity", 13, 0, 32, "Tokens of the command that an expert takes; 0: all.",
-           Limit(low=0, high="capacity_max"), _WITHOUT_MIXER),
+           Limit(low=0, high="capacity_max"), _WITHOUT_MIXER,
+           *(Limit(values=(0,), when=("gates", gates)) for gates in Gates if gates)),
     _field("mixer", 14, 0, 32,
            "Where selection is 3, and top_k 2: how far a logit may be below the largest to share "
            "in the sum, as a part of the larger of both, in units of 2**-20.",
@@ -426,6 +428,10 @@ ROUTER = (
            Limit(low=0, high="prior_keep_max"), _WITHOUT_MIXER),
     _field("capacity_order", 15, 8, 8, "Code of who is first where there is a capacity.",
            Limit(low=0, high="capacity_order_max")),
+    _field("gates", 15, 16, 8,
+           "Code of what shared experts weigh; their logits, where that is not 1, are behind those "
+           "of the experts, together at most as many as those may be.",
+           Limit(low=0, high="gates_max"), _WITHOUT_MIXER),
 )
 
 MOE_BLOCK = (LAYER, ROUTER, LAYER)
