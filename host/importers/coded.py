@@ -213,8 +213,7 @@ def _stacked(parts: list[QuantisedMatrix]) -> QuantisedMatrix:
     if len(parts) == 1:
         return parts[0]
     return replace(parts[0], coarsened=sum(part.coarsened for part in parts), **{
-        name: np.concatenate([getattr(part, name) for part in parts])
-        for name in ("integers", "significand", "shift", "row_exponent")})
+        name: np.concatenate([getattr(part, name) for part in parts]) for name in parts[0].parts})
 
 
 def _grouped(values: NDArray[Any], group: int) -> NDArray[Any]:
@@ -376,4 +375,4 @@ def expert_rows(gate: QuantisedMatrix, up: QuantisedMatrix) -> QuantisedMatrix:
         return np.stack([a, b], axis=1).reshape(2 * len(a), *a.shape[1:])
 
     return replace(gate, coarsened=gate.coarsened + up.coarsened, **{
-        name: rows(name) for name in ("integers", "significand", "shift", "row_exponent")})
+        name: rows(name) for name in gate.parts})

@@ -22,8 +22,9 @@ def _tile_words(section: Section) -> tuple[list[int], list[int]]:
     tile = np.arange(section.tiles)
     rows = tile // section.tiles_per_row_word + 1
     per_word = section.entries_per_scale_word
-    first = rows + tile * section.groups // per_word + 1 + tile * section.steps
-    last = rows + ((tile + 1) * section.groups - 1) // per_word + (tile + 1) * section.steps
+    weights = section.weight_words
+    first = rows + tile * section.groups // per_word + 1 + tile * weights
+    last = rows + ((tile + 1) * section.groups - 1) // per_word + (tile + 1) * weights
     if section.pattern_words:
         first += tile * section.steps // STEPS_PER_PATTERN_WORD + 1
         last += ((tile + 1) * section.steps - 1) // STEPS_PER_PATTERN_WORD + 1
@@ -45,6 +46,8 @@ class Words:
     ----------
     first_word, first_step, first_tile : :class:`int`
         In the whole stream.
+    weights, held : :class:`int`
+        Weight words of a tile; cycles that the parser has each of them longer than others.
     period : :class:`int`
         After so many tiles row and scale words come at the same places again.
     settled : :class:`int`
@@ -68,6 +71,7 @@ class Words:
         self.section = section
         self.accepted = accepted
         self.steps, self.tiles = section.steps, section.tiles
+        self.weights, self.held = section.weight_words, section.format.steps_per_word - 1
         self.first, self.last = _tile_words(section)
         per_word = section.entries_per_scale_word
         self.period = math.lcm(
@@ -168,10 +172,11 @@ class TileBuffer:
         if at > first:
             into = (at - first) * (steps - 1) // max(1, last - first)
             room, there = self._ring_room(self._credit_ring, step + into, into, at - first)
-            there = max(there, cycle + (at - first) * spacing - waited)
+            there = max(there, cycle + (at - first) * spacing - waited,
+                        cycle + at - first + words.held * into // 2)
             cycle = max(there, room)
             waited = min(spacing - 1, cycle - there)
-        return cycle + spacing - 1 - waited
+        return cycle + max(words.held, spacing - 1 - waited)
 
     def _ring_room(self, place: Place, step: int, into: int = 0, span: int = 0
                    ) -> tuple[int, int]:
@@ -246,11 +251,13 @@ class TileBuffer:
     def accept(self) -> None:
         """Accept a tile: when its words are there, in turn, with room in ring and FIFO.
 
-        Words come at most one each ``beats_per_word`` cycles, and within a tile's last group the
-        array frees one a cycle: a tile's first and last step say it all.
+        Words come at most one each ``beats_per_word`` cycles, the parser has those of two steps for
+        two, and within a tile's last group the array frees one a cycle: a tile's first and last
+        step say it all.
         """
         place, spacing, delay = self._parser, self._spacing, self._delay
         words = self.sections[place.section]
+        held = words.held
         tile = place.tile
         first, last = words.first[tile], words.last[tile]
         steps = words.steps
@@ -266,16 +273,17 @@ class TileBuffer:
         waited = waited_first = min(spacing - 1, began - there)
         span = last - first
         arrived = began
-        if span:
+        if span or held:
             room, behind = self._ring_room(self._ring, step + steps - 1, steps - 1, span)
-            there = max(began + span * spacing - waited, behind,
-                        self._streamer.beat_cycle(place, beat + span * spacing) + delay)
+            follows = span * spacing - waited if span else 0
+            there = max(began + follows + held, began + span + held * words.weights, behind,
+                        self._streamer.beat_cycle(place, beat + span * spacing) + delay + held)
             arrived = max(there, room)
-            waited = min(spacing - 1, arrived - there)
+            waited = min(spacing - 1, arrived - there + held)
         self._arrived, self._before, self._waited = arrived, last, waited
         words.waited.append((waited_first, waited))
         words.began.append(began)
-        words.arrived.append(arrived)
+        words.arrived.append(arrived - held * (steps % 2))  # half of its last word is empty
         place.tile += 1
         if place.tile == words.tiles:
             place.section, place.tile = place.section + 1, 0
@@ -298,7 +306,8 @@ class TileBuffer:
             return
         beats = (words.first[tile] - words.first[tile - period]) * self._spacing
         length = words.ended[-1] - words.ended[-1 - period]
-        if length not in (beats, period * words.busy):
+        parsed = beats // self._spacing + words.held * words.weights * period
+        if length not in (max(beats, parsed), period * words.busy):
             return
         for cycles in (words.began, words.arrived, words.ended):
             last, middle, first = cycles[-1], cycles[-1 - period], cycles[-1 - 2 * period]
