@@ -56,9 +56,10 @@ class DotArray(wiring.Component):
         sum[r, t] += (sum over k of w[r, k] * x[t, k]) * significand[r] << (shift[r] +
         lane_shift[t])
 
-    where k runs over a block of 32; in formats with minima ``minimum[r] * (sum over k of x[t, k])
-    << lane_shift[t]`` is added, with a sum that is made once for a lane. In N:M formats multiplier k takes one of its four elements of
-    x instead of element k, which ``i_selects`` says, and its sum goes to the row of its part.
+    where k runs over a block of 32. Formats with minima add ``(minimum[r] * sum over k of x[t, k])
+    << lane_shift[t]``; that sum is made once for a lane. In N:M formats multiplier k takes one of
+    its four elements of x instead of element k, which ``i_selects`` says, and its sum goes to the
+    row of its part.
 
         codes -> decode -> [multiplier] -> split, trees --> [multiplier] -> shift ---> sum
            0      1, 2     [ 3, 4, 5  ]      6 to 10        [11, 12, 13]    14, 15     16

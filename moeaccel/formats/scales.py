@@ -11,6 +11,9 @@ __all__ = ["fit_minima", "fit_rows", "minimum_exponents", "split_scales"]
 
 Integers = NDArray[np.int64]
 
+_NEVER = np.int64(-(1 << 14))
+"""Exponent of a row in which there is nothing."""
+
 
 def split_scales(fmt: WeightFormat, scales: NDArray[np.float64]) -> tuple[Integers, Integers]:
     """Return (significand, exponent) of the nearest scales that a format has, whatever the row.
@@ -61,11 +64,10 @@ def fit_rows(
         Scales that are not what they were.
     """
     there = significand > 0
-    never = np.int64(-(1 << 14))
-    top = np.where(there, exponent, never).max(axis=1)
-    row_exponent = np.where(top == never, 0, top - fmt.max_shift)
+    row_exponent = np.where(there, exponent - fmt.max_shift, _NEVER).max(axis=1)
     if least is not None:
-        row_exponent = np.maximum(np.where(top == never, least, row_exponent), least)
+        row_exponent = np.maximum(row_exponent, least)
+    row_exponent = np.where(row_exponent == _NEVER, 0, row_exponent)
     shift = np.where(there, exponent - row_exponent[:, None], 0)
     below = np.clip(-shift, 0, 30)
     if fmt.real_scale:
@@ -85,7 +87,7 @@ def minimum_exponents(minima: NDArray[np.float64]) -> Integers:
     exponent = np.frexp(largest)[1].astype(np.int64)
     # What rounding to the significand makes the next power of two has an exponent more.
     exponent += np.ldexp(largest, -exponent) >= 1 - 2.0 ** -(SIGNIFICAND_BITS + 1)
-    return np.where(largest > 0, exponent - SIGNIFICAND_BITS - MINIMUM_SHIFT_MAX, -(1 << 14))
+    return np.where(largest > 0, exponent - SIGNIFICAND_BITS - MINIMUM_SHIFT_MAX, _NEVER)
 
 
 def fit_minima(minima: NDArray[np.float64], row_exponent: NDArray[np.int16]

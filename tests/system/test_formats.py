@@ -91,9 +91,10 @@ def test_the_model_predicts_the_rtl(pair_of, latency):
 
 
 @pytest.mark.parametrize("name", ["mxint8", "int4_g32_zp", "int8_g32", "int8_g32+2:4",
-                                  "mxfp4+1:4", "int4_g64+2:4"])
+                                  "mxfp4+1:4", "int4_g64+2:4", "int2_g32", "ternary_g256",
+                                  "int4_g32_min"])
 def test_damaged_images_are_read_as_golden_reads_them(every, name):
-    """Scales beyond their range, zero points, and patterns that name one place twice."""
+    """Scales and minima beyond their range, zero points, and patterns that name one place twice."""
     rng = np.random.default_rng(7)
     weights = draw_experts(rng, 2, D_MODEL, D_EXPERT)
     x = rng.standard_normal((3, D_MODEL), np.float32)
