@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from moeaccel import golden
+from moeaccel.config import PRESETS
 from moeaccel.formats import ALL_FORMATS
 from moeaccel.image import Expert
 from moeaccel.sim import MemoryModel
@@ -56,14 +57,13 @@ def test_every_format(every, name, bits):
     every.check()
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_mixed_layers(every, seed):
-    """Experts of one layer in all formats, those of down in other ones."""
+def hold_mixed(pair, seed, experts):
+    """Hold a layer to the golden model whose experts have all formats in turn, down other ones."""
     rng = np.random.default_rng(seed)
     layer = []
     for e, (name, down) in enumerate(zip(rng.permutation(NAMES), rng.permutation(NAMES),
                                          strict=True)):
-        if e == EVERY.max_experts:
+        if e == experts:
             break
         width = 32 * int(rng.integers(1, 4))
         gate_up, matrix = draw_experts(rng, 1, D_MODEL, width, spread=4)
@@ -72,15 +72,35 @@ def test_mixed_layers(every, seed):
     x = rng.standard_normal((5, D_MODEL), np.float32)
     ids = np.stack([rng.permutation(len(layer))[:8] for _ in x])
     scores = rng.standard_normal(ids.shape).astype(np.float32)
-    every.reset()
+    pair.reset()
 
     def script(device):
         with device.load_quantised(layer, grid_exponent=-24) as loaded:
             return loaded(x, ids, scores)
 
-    assert_same_bits(every.same(script), golden.experts(x, ids, scores, layer,
-                                                        grid_exponent=-24).y)
-    every.check()
+    assert_same_bits(pair.same(script), golden.experts(x, ids, scores, layer,
+                                                       grid_exponent=-24).y)
+    pair.check()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_mixed_layers(every, seed):
+    hold_mixed(every, seed, EVERY.max_experts)
+
+
+@pytest.mark.slow  # models of their own
+@pytest.mark.timeout(10_800)
+@pytest.mark.parametrize("config", [
+    PRESETS["wide512-sparse"],
+    EVERY.replace(name="every on eight channels", channels=8, quantiser_lanes=1)],
+    ids=lambda config: config.name)
+def test_mixed_layers_of_other_configurations(pair_of, config):
+    """Memory is random, and answers when it likes on each channel."""
+    for seed in range(2):
+        memory = MemoryModel.random(seed, size=MEMORY_BYTES)
+        with pair_of(config, memory=memory) as pair:
+            hold_mixed(pair, seed, len(NAMES) if config.max_experts >= len(NAMES)
+                       else config.max_experts)
 
 
 @pytest.mark.timeout(900)

@@ -81,5 +81,5 @@ def test_what_is_wrong_is_named():
         replay(trace_of(cyclic(4)), CALL, slots=1, gap=-1)
     with pytest.raises(InvalidOption, match="must have decode tokens"):
         replay(trace_of(cyclic(1)), CALL, slots=1)
-    with pytest.raises(ValueError, match="prediction must be one of|circular"):
+    with pytest.raises(ValueError, match="circular"):
         prediction("flame")
