@@ -11,8 +11,11 @@ from moeaccel.arithmetic import ELEMENT_BITS, MANTISSA_BITS
 from moeaccel.config import BLOCK, TOP_K_MAX, AcceleratorConfig
 from moeaccel.formats import WeightFormat
 from moeaccel.interface.commands import COUNT_MAX, ENTRY_BYTES, SECTIONS_MAX, Field, NonFinite
-from moeaccel.router.choices import Renormalize, Score
-from moeaccel.router.tables import SCORE_BITS, VALUE_BITS, WORD_BITS
+from moeaccel.router.choices import PART_BITS, Renormalize, Score
+from moeaccel.router.tables import LOGIT_BITS, SCORE_BITS, VALUE_BITS, WORD_BITS
+
+SCORE_WIDTH = SCORE_BITS + 6
+"""Bits of a score: sqrt(log(1 + exp(s))) is below 2**6."""
 
 EXPONENT_BITS = 12
 """Signed exponents of internal and block floats: no product of the chain leaves this range."""
@@ -78,7 +81,7 @@ def expert_bits(config: AcceleratorConfig) -> int:
 
 def row_bits(config: AcceleratorConfig) -> int:
     """Return the bits of a row's index in a section of one channel."""
-    return ceil_log2(2 * config.max_dim // config.channels)
+    return ceil_log2(config.most_rows // config.channels)
 
 
 def channel_name(name: str, channel: int) -> str:
@@ -287,7 +290,7 @@ def section(config: AcceleratorConfig) -> data.StructLayout:
     return data.StructLayout({
         "format": config.format_bits,
         "steps": steps_bits(config),
-        "tiles": (2 * config.max_dim).bit_length(),
+        "tiles": config.most_rows.bit_length(),
         **has_bias(config),
     })
 
@@ -319,10 +322,18 @@ def expert_work(config: AcceleratorConfig) -> data.StructLayout:
 def hidden_form(config: AcceleratorConfig) -> data.StructLayout:
     """Return how rows become h.
 
-    ``paired``: gate and up rows in turn, else each row by itself. ``limit``: of gate and up, a
-    bfloat16; none where its exponent field is 0.
+    ``rows_log2``: of the rows of an element. ``limit``, ``gate_limit``: of up and of gate; none
+    where the exponent is 0.
     """
-    return data.StructLayout({"activation": config.activation_bits, "paired": 1, "limit": 16})
+    return data.StructLayout({
+        "activation": config.activation_bits,
+        "rows_log2": range(exact_log2(config.most_rows_of_h) + 1),
+        "limit": limit(7), "gate_limit": limit(MANTISSA_BITS - 1)})
+
+
+def limit(bits: int) -> data.StructLayout:
+    """Return the shape of a positive float32 with so many bits of its fraction."""
+    return data.StructLayout({"fraction": bits, "exponent": 8})
 
 
 def expert(config: AcceleratorConfig) -> data.StructLayout:
@@ -452,9 +463,18 @@ def router_form(config: AcceleratorConfig) -> data.StructLayout:
     ``by_logits``: keys are logits, else scores. ``top2``: a group's score is the sum of its top
     two. ``scale``, ``scale_exponent``: 24 bits of it and the power of two behind them. ``tables``:
     there is a table, else nothing is added. ``shared``: experts behind the others that every token
-    goes to; ``top_k`` is without them.
+    goes to; ``top_k`` is without them. Of modes that the configuration has, what the descriptor
+    has; ``capacity`` as much as there may be tokens, 0: none; ``mixer``: it is a sparsemixer, and
+    ``limit`` its.
     """
     experts = config.max_experts.bit_length()
+    modes = {
+        "threshold": {"threshold": PART_BITS + 1},
+        "top_p": {"top_p": PART_BITS + 1},
+        "prior": {"prior": WORD_BITS - 1, "prior_keep": 1},
+        "capacity": {"capacity": config.max_tokens.bit_length(), "by_priority": 1},
+        "mixer": {"mixer": 1, "limit": LOGIT_BITS + 1},
+    }
     return data.StructLayout({
         "experts": experts,
         "top_k": range(TOP_K_MAX + 1),
@@ -470,6 +490,7 @@ def router_form(config: AcceleratorConfig) -> data.StructLayout:
         "scale_exponent": signed(8),
         "tables": 1,
         "shared": range(TOP_K_MAX),
+        **{name: shape for mode in config.router_modes for name, shape in modes[mode].items()},
     })
 
 
@@ -481,5 +502,7 @@ def fixed_logit() -> data.StructLayout:
 
 def routed_pair(config: AcceleratorConfig) -> data.StructLayout:
     """Return an expert that a token goes to: its id and weight; ``some``: there is one; ``last``:
-    of the token."""
-    return data.StructLayout({"id": expert_bits(config), "some": 1, "weight": 32, "last": 1})
+    of the token. Where there may be a capacity, ``priority`` is the token's."""
+    priority = {"priority": SCORE_WIDTH} if "capacity" in config.router_modes else {}
+    return data.StructLayout({
+        "id": expert_bits(config), "some": 1, "weight": 32, "last": 1, **priority})

@@ -62,7 +62,7 @@ class Calibration:
         return self._x[own]
 
     def moments(self, expert: int | None, gate_up: NDArray[np.float32], d_expert: int,
-                activation: str, limit: float | None, *, second: bool,
+                activation: str, limit: float | None, gate_limit: float | None, *, second: bool,
                 bias: NDArray[np.float32] | None = None
                 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return the moments of the inputs of an expert's two matrices.
@@ -71,9 +71,9 @@ class Calibration:
         ----------
         expert : :class:`int`, optional
             Left out for a shared one.
-        gate_up : float32 array, (2 I, H) or (I, H)
+        gate_up : float32 array, (2 I, H), (I, H) or (3 I, H)
             Its weights, gate rows, then up rows if there are any, for the inputs of down.
-        d_expert, activation, limit
+        d_expert, activation, limit, gate_limit
             I, and how rows become h (:func:`moeaccel.activations.hidden`).
         second : :class:`bool`
             Second moments, else mean squares.
@@ -88,7 +88,7 @@ class Calibration:
         x = self.tokens(expert).astype(np.float64)
         with np.errstate(over="ignore", invalid="ignore"):  # of weights that quantising refuses
             rows = x @ gate_up.T.astype(np.float64) + (0 if bias is None else bias)
-            hidden = hidden_of(rows, d_expert, activation, limit)
+            hidden = hidden_of(rows, d_expert, activation, limit, gate_limit)
         return _moments(x, second), _moments(hidden, second)
 
 

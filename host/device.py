@@ -183,6 +183,7 @@ class Device(Bound, Inherited):
     # -- weights -----------------------------------------------------------------------------------
     def load_experts(self, gate_up: Stack, down: Stack, *, activation: str = "silu",
                      gated: bool = True, limit: float | None = None,
+                     limit_behind: bool = False, second_up: bool = False,
                      weight_format: Formats = "int4_g32", activation_bits: int = 16,
                      grid_exponent: int | None = None, x_rms: float = 1.0,
                      progress: Progress | None = None, quantiser: str = "search",
@@ -207,7 +208,9 @@ class Device(Bound, Inherited):
             h = activation(gate) * up; else there are no up rows, and h = activation(gate).
         limit : :class:`float`, optional
             Gate rows are at most that before the activation, and up rows at most that far from 0;
-            a number with at most 8 significant bits.
+            a number with at most 8 significant bits. ``limit_behind``: not gate, its activation.
+        second_up : :class:`bool`
+            gate_up is (E, 3 I, H): h = activation(gate) * up * second up (OpenMoE).
         weight_format : :class:`str`, or a sequence of str
             One of :data:`moeaccel.formats.ALL_FORMATS`, or one for each expert. Where gate and up
             have another format than down, or experts other widths I, see :meth:`load_quantised`.
@@ -275,7 +278,7 @@ class Device(Bound, Inherited):
         """
         return weights.load_experts(
             self, gate_up, down, activation=activation, gated=gated, limit=limit,
-            weight_format=weight_format,
+            limit_behind=limit_behind, second_up=second_up, weight_format=weight_format,
             activation_bits=activation_bits, grid_exponent=grid_exponent, x_rms=x_rms,
             progress=progress, quantiser=quantiser, calibration=calibration, prune=prune,
             row_blocks=row_blocks, gate_up_bias=gate_up_bias, down_bias=down_bias, shared=shared,
@@ -340,14 +343,12 @@ class Device(Bound, Inherited):
         Returns
         -------
         (ids, weights)
-            (T, K) int64, in the order of choice, -1 where there was none; (T, K), as the logits, 0
-            there.
+            (T, K) int64, in order, -1 where there was none; (T, K), as the logits, 0 there.
 
         Raises
         ------
         LimitExceeded, InvalidTensor, NonFiniteInput, LogitOverflow
-            If the device has no such router; for shapes and types; if a logit is not finite, or
-            with its bias 2048 or more: it names the token.
+            No such router; shapes and types; a logit not finite, or too large with its bias.
         """
         return routing.route(self, router, logits, resident=resident)
 
@@ -362,8 +363,7 @@ class Device(Bound, Inherited):
 
         Raises
         ------
-        LimitExceeded
-            If the device has no such router, or top_k and shared experts are more than 16.
+        LimitExceeded: no such router, or top_k and shared experts are more than 16.
         """
         return moe.load_moe(self, router, gate_up, down, shared=shared, **options)
 

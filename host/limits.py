@@ -19,8 +19,8 @@ __all__ = ["check_layer"]
 
 _NAMES = {"format0": "weight_format", "format1": "weight_format of down",
           "num_experts": "number of experts"}
-_BIASES = {(ExpertShape, "bias0"): "gate_up_bias", (ExpertShape, "bias1"): "down_bias",
-           (LinearShape, "bias0"): "bias"}
+_OPTIONS = {(ExpertShape, "bias0"): "gate_up_bias", (ExpertShape, "bias1"): "down_bias",
+            (LinearShape, "bias0"): "bias", (ExpertShape, "sink0"): "second_up"}
 _REGISTRIES = {"format_codes": ALL_FORMATS, "activation_codes": ACTIVATIONS}
 
 
@@ -75,7 +75,7 @@ def check_layer(config: AcceleratorConfig, shapes: Sequence[ExpertShape | Linear
         names = {one.code: one.name for one in registry.values()}
         kind, shown = FormatError, repr(names[value])
         allowed = f"one of {', '.join(names[code] for code in codes)}"
-    elif name in _BIASES.values():
+    elif name in _OPTIONS.values():
         kind, allowed, shown = LimitExceeded, "left out", "given"
     else:
         kind, allowed = LimitExceeded, replace(limit, when=None).text(config)
@@ -100,5 +100,5 @@ def _given(name: str, shape: ExpertShape | LinearShape) -> tuple[str, int | None
     """Return how a caller calls a field, and the size that the caller gave."""
     if isinstance(shape, ExpertShape) and name in ("d_in", "d_out"):
         name = "d_model"
-    name = _BIASES.get((type(shape), name), name)
+    name = _OPTIONS.get((type(shape), name), name)
     return _NAMES.get(name, name), getattr(shape, name, None) if name.startswith("d_") else None

@@ -64,6 +64,10 @@ def load_moe(device: Device, router: Router, gate_up: Stack, down: Stack, *,
     if settings.weight_on_kind is WeightOn.INPUT and settings.top_k > 1:
         raise LimitExceeded("top_k must be 1 with weights on the input, which the host multiplies "
                             f"x by, not {settings.top_k}")
+    if settings.prior:
+        raise LimitExceeded(
+            f"prior must be 0, not {settings.prior:g}: a layer has no residents; name them with "
+            "device.route, and compute with load_experts")
     if len(down) != settings.experts:
         raise InvalidTensor(f"down must have E = {settings.experts} experts, the router's, not "
                             f"{len(down)}")
@@ -208,6 +212,7 @@ class Moe:
         y: Any = np.zeros((tokens, d_model), values.dtype)
         config = self._device.config
         most = min(config.max_tokens, config.max_assignments // max(_PLANES, top_k + self._shared))
+        routing.check_tokens(self.router.settings, tokens, most)
         first, cycles = 0, 0
         while first < tokens:
             part = slice(first, min(first + most, tokens))
@@ -216,7 +221,7 @@ class Moe:
                                      y[part] if compute else None, first)
             except OutOfDeviceMemory:
                 most = (part.stop - first) // 2
-                if not most:
+                if not most or self.router.settings.capacity is not None:
                     raise
             else:
                 first = part.stop

@@ -22,14 +22,14 @@ from moeaccel.host.memory import COMMAND_ALIGNMENT
 from moeaccel.host.rings import Command
 from moeaccel.host.tensors import Like, Tensor, float32, is_torch, shape_of
 from moeaccel.interface.commands import ENTRY_BYTES, ROUTER, Opcode, encode
-from moeaccel.router.choices import Renormalize, Score
-from moeaccel.router.descriptor import descriptor, table_words
+from moeaccel.router.choices import MODES, Renormalize, Score
+from moeaccel.router.descriptor import descriptor, table_bytes, table_words
 from moeaccel.router.settings import SELECTION_BIAS_MAX, RouterError, RouterSettings
 
 if TYPE_CHECKING:
     from moeaccel.host.device import Device
 
-__all__ = ["Router", "check_router", "named", "route"]
+__all__ = ["Router", "check_router", "check_tokens", "named", "route"]
 
 
 class Router:
@@ -126,11 +126,26 @@ def _refusal(config: AcceleratorConfig, settings: RouterSettings) -> str | None:
     if (settings.score_kind is Score.IDENTITY
             and settings.renormalize_kind is not Renormalize.SOFTMAX_TOP_K):
         return f"renormalize must be softmax_top_k with score identity, not {settings.renormalize}"
-    for name, off in (("threshold", None), ("top_p", None), ("capacity", None), ("mixer", None),
-                      ("prior", 0), ("prior_keep", 0)):
-        if (value := getattr(settings, name)) != off:
-            return f"{name} must be {off}, a mode of the host's routers only, not {value!r}"
+    for mode in MODES:
+        for name in ("prior", "prior_keep") if mode == "prior" else (mode,):
+            off = 0 if mode == "prior" else None
+            if mode not in config.router_modes and (value := getattr(settings, name)) != off:
+                return f"{name} must be {off} without {mode!r} in router_modes, not {value!r}"
     return None
+
+
+def check_tokens(settings: RouterSettings, tokens: int, most: int) -> None:
+    """Refuse a call that takes several commands where its tokens depend on each other.
+
+    Raises
+    ------
+    LimitExceeded
+        Naming the tokens, and how many a command has.
+    """
+    if settings.capacity is not None and tokens > most:
+        raise LimitExceeded(
+            f"tokens must be at most {most}, those of one command, with a capacity, not {tokens}; "
+            "split the call, or route on the host")
 
 
 def route(device: Device, router: Router, logits: Tensor, *, resident: Tensor | None = None
@@ -151,21 +166,25 @@ def route(device: Device, router: Router, logits: Tensor, *, resident: Tensor | 
                 else np.asarray(resident)).astype(bool)
     rows = np.zeros((tokens, whole_blocks(experts)), np.float32)
     rows[:, :experts] = float32("logits", logits)
-    words = table_words(settings, router.bias, router.selection_bias, mask)
-    biased = router.selection_bias is not None
+    preferred = mask if settings.prior else None
+    words = table_words(settings, router.bias, router.selection_bias,
+                        None if settings.prior else mask)
+    table = table_bytes(words if words.any() else None, preferred)
+    fields = descriptor(settings, biased=router.selection_bias is not None,
+                        tables=bool(words.any()), residents=preferred is not None, table_address=0)
     ids = np.zeros((tokens, settings.top_k), np.int32)
     weights = np.zeros((tokens, settings.top_k), np.float32)
     most = min(device.config.max_tokens, device.config.max_assignments // settings.top_k)
+    check_tokens(settings, tokens, most)
     first = 0
     cycles = 0
     while first < tokens:
         part = slice(first, min(first + most, tokens))
         try:
-            cycles += _send(device, settings, biased, words, rows[part], ids[part], weights[part],
-                            first)
+            cycles += _send(device, fields, table, rows[part], ids[part], weights[part], first)
         except OutOfDeviceMemory:
             most = (part.stop - first) // 2
-            if not most:
+            if not most or settings.capacity is not None:
                 raise
         else:
             first = part.stop
@@ -189,34 +208,32 @@ def named(error: CommandFailed, command: Command) -> CommandFailed:
         status=error.status, detail=error.detail, address=error.address)
 
 
-def _send(device: Device, settings: RouterSettings, biased: bool, words: NDArray[np.int32],
+def _send(device: Device, fields: dict[str, int], table: NDArray[np.uint8],
           rows: NDArray[np.float32], ids: NDArray[np.int32], weights: NDArray[np.float32],
           first: int) -> int:
     """Route one command's tokens, and return its cycles."""
-    arrays = [words, rows] if words.any() else [rows]
-    sizes = [ENTRY_BYTES, *(array.nbytes for array in arrays), ids.nbytes, weights.nbytes]
+    sizes = [ENTRY_BYTES, table.nbytes, rows.nbytes, ids.nbytes, weights.nbytes]
     *offsets, end = _offsets(sizes)
     buffers = device.memory.allocate(end, top=True)
     command = Command(Opcode.ROUTE.name, buffers=buffers, first_token=first)
     base = buffers.address
     try:
-        fields = descriptor(settings, biased=biased, tables=len(arrays) > 1,
-                            table_address=base + offsets[1])
-        data = np.zeros(offsets[-2], np.uint8)
-        data[:ENTRY_BYTES] = np.frombuffer(encode(ROUTER, fields), np.uint8)
-        for array, offset in zip(arrays, offsets[1:], strict=False):
+        here = {"table_address": base + offsets[1] if table.size else 0}
+        data = np.zeros(offsets[3], np.uint8)
+        data[:ENTRY_BYTES] = np.frombuffer(encode(ROUTER, fields | here), np.uint8)
+        for array, offset in ((table, offsets[1]), (rows, offsets[2])):
             data[offset : offset + array.nbytes] = array.reshape(-1).view(np.uint8)
         device.transport.memory_write(base, data)
         device.submit({
-            "opcode": int(Opcode.ROUTE), "tokens": len(rows), "top_k": settings.top_k,
-            "layer_address": base, "x_address": base + offsets[-3],
-            "ids_address": base + offsets[-2], "weights_address": base + offsets[-1]}, command)
+            "opcode": int(Opcode.ROUTE), "tokens": len(rows), "top_k": ids.shape[1],
+            "layer_address": base, "x_address": base + offsets[2],
+            "ids_address": base + offsets[3], "weights_address": base + offsets[4]}, command)
         done = device.wait(command)
         if error := command.error():
             raise named(error, command)
-        raw = device.transport.memory_read(base + offsets[-2], end - offsets[-2])
+        raw = device.transport.memory_read(base + offsets[3], end - offsets[3])
         ids[:] = raw[: ids.nbytes].view("<i4").reshape(ids.shape)
-        start = offsets[-1] - offsets[-2]
+        start = offsets[4] - offsets[3]
         weights[:] = raw[start : start + weights.nbytes].view("<f4").reshape(weights.shape)
         return done.cycles
     finally:

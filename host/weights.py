@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moeaccel.activations import limit_behind as limit_of_gate
 from moeaccel.config import AcceleratorConfig
 from moeaccel.formats import (
     BLOCK,
@@ -55,6 +56,7 @@ from moeaccel.image import (
     build_linear_image,
     expert_table,
     interleave_gate_up,
+    limit_bits,
 )
 from moeaccel.interface.commands import ENTRY_BYTES, GRID_EXPONENTS, LAYER, encode
 
@@ -106,9 +108,10 @@ def _freed_on_error(allocation: Allocation) -> Iterator[None]:
 
 
 def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str, gated: bool,
-                 limit: float | None, weight_format: Formats, activation_bits: int,
-                 grid_exponent: int | None, x_rms: float, progress: Progress | None,
-                 quantiser: str, calibration: tuple[Tensor, Tensor] | None,
+                 limit: float | None, limit_behind: bool, second_up: bool,
+                 weight_format: Formats, activation_bits: int, grid_exponent: int | None,
+                 x_rms: float, progress: Progress | None, quantiser: str,
+                 calibration: tuple[Tensor, Tensor] | None,
                  prune: str | None, row_blocks: int = 1,
                  gate_up_bias: Stack | None = None, down_bias: Stack | None = None,
                  shared: Shared | None = None, shared_format: Format | None = None,
@@ -116,13 +119,18 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
     """Quantise the experts of one layer and put them into a device's memory."""
     experts, rows, d_model = _stack_shape("gate_up", gate_up, "2 I", "H")
     shape = _stack_shape("down", down, "H", "I")
-    per_element = 2 if gated else 1
-    d_expert = rows // per_element
-    if shape != (experts, d_model, d_expert) or rows % per_element:
+    if (second_up and not gated) or (limit_behind and limit is None):
+        raise InvalidOption("second_up goes with gated=True, and limit_behind=True with a limit; "
+                            f"not with gated={gated!r}, limit={limit!r}")
+    parts = 3 if second_up else 2 if gated else 1
+    limit_bits(limit)
+    gate_limit = limit_of_gate(activation, limit) if limit is not None and limit_behind else None
+    d_expert = rows // parts
+    if shape != (experts, d_model, d_expert) or rows % parts:
         raise InvalidTensor(
             f"down must have the shape (E, H, I) = {(experts, d_model, d_expert)} for gate_up "
-            f"{(experts, rows, d_model)} = (E, {'2 ' if gated else ''}I, H), not {shape}; experts "
-            f"are {'gated unless gated=False' if gated else 'not gated'}")
+            f"{(experts, rows, d_model)} = (E, {_rows(parts)}, H), not {shape}; experts are "
+            f"{_KINDS[parts]}")
     formats = _formats(weight_format, experts)
     _check_prune(prune)
     if row_blocks != 1:
@@ -130,7 +138,7 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
                 or calibration is not None or gate_up_bias is not None or down_bias is not None):
             raise InvalidOption(f"row_blocks must divide I = {d_expert}, and be 1 with a "
                                 f"calibration or biases, not {row_blocks!r}")
-        gate_up, down = (_RowBlocks(name, stack, row_blocks, gated) for name, stack in
+        gate_up, down = (_RowBlocks(name, stack, row_blocks, parts) for name, stack in
                          (("gate_up", gate_up), ("down", down)))
         formats = [fmt for fmt in formats for _ in range(row_blocks)]
         experts, rows, d_expert = len(formats), rows // row_blocks, d_expert // row_blocks
@@ -138,28 +146,31 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
     array = device.config.row_multipliers, device.config.channels
     biases = (_Biases("gate_up_bias", gate_up_bias, experts, rows),
               _Biases("down_bias", down_bias, experts, d_model))
-    shapes = {fmt: ExpertShape(fmt, d_model, d_expert, *array, activation=activation, gated=gated,
-                               limit=limit, gate_up_biased=gate_up_bias is not None,
+    kind: dict[str, Any] = {
+        "activation": activation, "limit": limit, "gate_limit": gate_limit}
+    sizes = {**kind, "gated": gated, "second_up": second_up}
+    shapes = {fmt: ExpertShape(fmt, d_model, d_expert, *array, **sizes,
+                               gate_up_biased=gate_up_bias is not None,
                                down_biased=down_bias is not None)
               for fmt in dict.fromkeys(formats)}
     seen = calibrated(quantiser, calibration, d_model=d_model, num_experts=experts)
-    more = _shared_experts(shared, d_model, gated=gated)
+    more = _shared_experts(shared, d_model, parts)
     extra = [ExpertShape(_shared_format(shared_format, weight_format), d_model, down.shape[1],
-                         *array, activation=activation, gated=gated, limit=limit)
+                         *array, **sizes)
              for _, down in more]
 
     def made(e: int | None, matrices: _Matrices, shape: ExpertShape,
              biases: Sequence[NDArray[np.float32] | None]) -> _Measured:
         """Return an expert; shared ones have no number."""
         moments = (None, None) if seen is None else seen.moments(
-            e, matrices[0], shape.d_expert, activation, limit, second=quantiser == "gptq",
+            e, matrices[0], shape.d_expert, **kind, second=quantiser == "gptq",
             bias=biases[0])
         expert = Expert.quantise(
-            *matrices, shape.format, activation=activation, limit=limit, quantiser=quantiser,
+            *matrices, shape.format, **kind, quantiser=quantiser,
             moments=moments, gate_up_bias=biases[0], down_bias=biases[1], prune=prune,
             channels=device.config.channels)
         return expert, {"gate_up": squares(
-            expert.gate_up, interleave_gate_up(matrices[0]) if gated else matrices[0]),
+            expert.gate_up, interleave_gate_up(matrices[0], parts)),
                         "down": squares(expert.down, matrices[1])}
 
     def quantised() -> Iterator[_Measured]:
@@ -190,8 +201,16 @@ def _shared_format(given: Format | None, weight_format: Formats) -> WeightFormat
     return find_format(given)
 
 
-def _shared_experts(shared: Shared | None, d_model: int, *, gated: bool
-                    ) -> list[_Matrices]:
+def _rows(parts: int) -> str:
+    """Return the rows of gate_up as errors have them."""
+    return f"{parts} I" if parts > 1 else "I"
+
+
+_KINDS = {1: "not gated", 2: "gated unless gated=False", 3: "gated, with second up rows"}
+"""Experts by the parts of gate_up."""
+
+
+def _shared_experts(shared: Shared | None, d_model: int, parts: int) -> list[_Matrices]:
     """Return (gate_up, down) of each shared expert, whose widths are their own."""
     if shared is None:
         return []
@@ -203,12 +222,12 @@ def _shared_experts(shared: Shared | None, d_model: int, *, gated: bool
             raise InvalidTensor("shared must be a pair (gate_up, down) of matrices, or a sequence "
                                 f"of pairs, not {type(pair).__name__} in place {s}")
         gate_up, down = float32("shared gate_up", pair[0]), float32("shared down", pair[1])
-        rows = down.shape[-1] * (2 if gated else 1)
+        rows = down.shape[-1] * parts
         if down.shape[:-1] != (d_model,) or gate_up.shape != (rows, d_model):
             raise InvalidTensor(
-                f"shared expert {s} must have gate_up ({'2 ' if gated else ''}I, {d_model}) and "
-                f"down ({d_model}, I), not {gate_up.shape} and {down.shape}; experts are "
-                f"{'gated unless gated=False' if gated else 'not gated'}")
+                f"shared expert {s} must have gate_up ({_rows(parts)}, {d_model}) and down "
+                f"({d_model}, I), not {gate_up.shape} and {down.shape}; experts are "
+                f"{_KINDS[parts]}")
         found.append((gate_up, down))
     return found
 
@@ -241,9 +260,9 @@ class _Biases:
 class _RowBlocks(Sequence[Tensor]):
     """The matrices of experts, each cut along its hidden rows into ``blocks``, one at a time."""
 
-    def __init__(self, name: str, stack: Stack, blocks: int, gated: bool) -> None:
+    def __init__(self, name: str, stack: Stack, blocks: int, parts: int) -> None:
         self._name, self._stack, self._blocks = name, stack, blocks
-        self._parts = 2 if gated else 1
+        self._parts = parts
 
     def __len__(self) -> int:
         return len(self._stack) * self._blocks
@@ -295,10 +314,10 @@ def _checked_shape(device: Device, e: int, expert: Expert, activation: str | Non
     check_matrix(expert.down, f"down of expert {e}")
     rows, d_model = expert.gate_up.integers.shape
     found = expert.down.integers.shape
-    if found not in ((d_model, rows / 2), (d_model, rows)):
+    if found not in ((d_model, rows / 2), (d_model, rows), (d_model, rows / 4)):
         raise InvalidTensor(
-            f"down of expert {e} must have the shape {(d_model, rows // 2)}, or {(d_model, rows)} "
-            f"without up rows, not {found}")
+            f"down of expert {e} must have the shape {(d_model, rows // 2)}, {(d_model, rows)} "
+            f"without up rows, or {(d_model, rows // 4)} with second ones, not {found}")
     if activation is not None:
         expert = replace(expert, activation=activation)
     return expert.shape(device.config.row_multipliers, device.config.channels)
@@ -402,8 +421,9 @@ def _load_experts(device: Device, experts: Iterable[_Measured], shapes: Sequence
                          for channel in range(config.channels)]
                 previous = expert
             _upload(device, addresses[e], parts, f"expert {e}")
-            outputs.append(gated_output(found["gate_up"], found["down"], x_rms=x_rms,
-                                        activation=shapes[e].activation, limit=shapes[e].limit))
+            outputs.append(gated_output(
+                found["gate_up"], found["down"], x_rms=x_rms, activation=shapes[e].activation,
+                limit=shapes[e].limit, gate_limit=shapes[e].gate_limit))
             errors.add(e, found, groups=expert.gate_up.shift.size + expert.down.shift.size,
                        coarsened=expert.gate_up.coarsened + expert.down.coarsened)
             if progress is not None:

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from moeaccel.errors import FormatError
 
-__all__ = ["ACTIVATIONS", "Activation", "Factor", "activation", "exact_logistic", "hidden"]
+__all__ = ["ACTIVATIONS", "Activation", "Factor", "activation", "exact_logistic", "hidden",
+           "limit_behind"]
 
 Floats = NDArray[np.float64]
 
@@ -131,21 +132,42 @@ def activation(name: str | Activation) -> Activation:
             f"activation must be one of {', '.join(ACTIVATIONS)}, not {name!r}") from None
 
 
-def hidden(rows: Floats, d_expert: int, name: str | Activation, limit: float | None = None
-           ) -> Floats:
-    """Return h of an expert in float64, (n, d_expert): ``act(gate) * up``, or ``act(gate)``.
+def hidden(rows: Floats, d_expert: int, name: str | Activation, limit: float | None = None,
+           gate_limit: float | None = None) -> Floats:
+    """Return h of an expert in float64, (n, d_expert): ``act(gate)``, ``act(gate) * up``, or
+    ``act(gate) * up * second up``, which has no offset.
 
     Parameters
     ----------
-    rows : float64 array, (n, 2 d_expert) or (n, d_expert)
-        Gate, then up; or gate alone.
+    rows : float64 array, (n, d_expert), (n, 2 d_expert) or (n, 3 d_expert)
+        Gate; then up; then second up.
     limit : :class:`float`, optional
         Gate is at most that before the activation, and up at most that far from 0, before an
         offset.
+    gate_limit : :class:`float`, optional
+        Of the gate, where it is not ``limit``.
     """
-    gate, up = rows[:, :d_expert], rows[:, d_expert:]
-    if limit is not None:
-        gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
+    gate, *ups = (rows[:, first : first + d_expert] for first in range(0, rows.shape[1], d_expert))
     act = activation(name)
-    h = act(gate)
-    return h * (up + act.up_offset) if up.shape[1] else h
+    if limit is not None:
+        ups = [np.clip(up, -limit, limit) for up in ups]
+    if gate_limit is not None or limit is not None:
+        gate = np.minimum(gate, limit if gate_limit is None else gate_limit)
+    if len(ups) == 1:
+        ups = [ups[0] + act.up_offset]
+    return math.prod(ups, start=act(gate))
+
+
+def limit_behind(name: str | Activation, limit: float) -> float:
+    """Return the most that a gate may be, so that its activation is at most ``limit``.
+
+    ``min(act(g), limit)`` is ``act(min(g, limit_behind))``, for act grows where g does and is not
+    below 0. A number with 17 significant bits.
+    """
+    act = activation(name)
+    low, high = 0.0, max(2.0, 2 * limit)
+    while low < (middle := (low + high) / 2) < high:
+        below = act(np.array(middle)) <= limit
+        low, high = (middle, high) if below else (low, middle)
+    fraction, exponent = math.frexp(low)
+    return math.ldexp(round(fraction * 2**17), exponent - 17)

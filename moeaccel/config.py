@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from moeaccel.activations import ACTIVATIONS, Activation
 from moeaccel.errors import ConfigurationError
 from moeaccel.formats import ALL_FORMATS, BLOCK, FORMATS, WeightFormat
-from moeaccel.router.choices import Score
+from moeaccel.router.choices import MODES, PART_BITS, Score
 
 ACTIVATION_SHIFT_MAX = 11
 """Largest block shift of an activation: 10 below the token's largest, plus one for a raised
@@ -83,12 +83,17 @@ class AcceleratorConfig:
         any there is no router.
     router_top_k : :class:`int`
         Most experts that the router chooses for a token, 1 to 16.
+    router_modes : tuple of str
+        Modes that the router has beside, of :data:`moeaccel.router.choices.MODES`.
     y_banks : :class:`int`
         Banks of the y buffer, 1 or 2: with two, sums of one set of tokens leave while those of the
         next are computed.
     bias : :class:`bool`
         Rows may have biases: an adder behind each channel's normaliser. Rows without them take no
         cycle more, with it or without.
+    second_up : :class:`bool`
+        Experts may have second up rows, h = activation(gate) * up * second up: one more multiplier
+        for each channel.
     results_per_cycle : :class:`int`
         Outputs of an array that are rounded in a cycle, 1 or 2: with few blocks along K an array
         makes more than one.
@@ -120,13 +125,15 @@ class AcceleratorConfig:
     activations: tuple[str, ...] = field(default_factory=lambda: tuple(ACTIVATIONS))
     router: tuple[str, ...] = ()
     router_top_k: int = TOP_K_MAX
+    router_modes: tuple[str, ...] = ()
     y_banks: int = 1
     bias: bool = True
+    second_up: bool = False
     results_per_cycle: int = 1
     hidden_banks: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("formats", "activations", "router"):
+        for name in ("formats", "activations", "router", "router_modes"):
             if isinstance(getattr(self, name), list):  # as JSON has it
                 object.__setattr__(self, name, tuple(getattr(self, name)))
 
@@ -142,7 +149,8 @@ class AcceleratorConfig:
                 f"a power of two from {low} to {high}",
             )
 
-        require("bias", isinstance(self.bias, bool), "true or false")
+        for name in ("bias", "second_up"):
+            require(name, isinstance(getattr(self, name), bool), "true or false")
         power("port_bytes", 8, 64)
         power("channels", 1, BLOCK)
         power("row_multipliers", 2, 16)
@@ -195,6 +203,14 @@ class AcceleratorConfig:
                 f"a tuple of different ones of {', '.join(scores)}, or empty")
         require("router_top_k", isinstance(self.router_top_k, int)
                 and 1 <= self.router_top_k <= TOP_K_MAX, f"from 1 to {TOP_K_MAX}")
+        require("router_modes", isinstance(self.router_modes, tuple)
+                and len(set(self.router_modes)) == len(self.router_modes)
+                and all(one in MODES for one in self.router_modes),
+                f"a tuple of different ones of {', '.join(MODES)}, or empty")
+        require("router_modes", bool(self.router) or not self.router_modes,
+                "empty without a router")
+        require("router_top_k", "mixer" not in self.router_modes or self.router_top_k >= 2,
+                "at least 2 with the mode mixer")
         require("formats", any(f.packed for f in self.weight_formats),
                 "with a 4-bit format among them: an array joins the rows of two")
 
@@ -313,7 +329,65 @@ class AcceleratorConfig:
         """Their codes."""
         return tuple(int(score) for score in self.router_scores)
 
-    # -- biases
+    @property
+    def router_drops(self) -> bool:
+        """Whether the router has a mode that drops chosen experts."""
+        return any(mode in self.router_modes for mode in ("threshold", "top_p", "capacity"))
+
+    @property
+    def selection_codes(self) -> tuple[int, ...]:
+        """Codes of what orders a token's experts."""
+        return tuple(range(4 if "mixer" in self.router_modes else 3))
+
+    def _of_mode(self, mode: str, most: int) -> int:
+        return most if mode in self.router_modes else 0
+
+    @property
+    def threshold_max(self) -> int:
+        """Largest ``threshold``, in its units; 0, as of the others, without the mode."""
+        return self._of_mode("threshold", 1 << PART_BITS)
+
+    @property
+    def top_p_max(self) -> int:
+        """Largest ``top_p``, in its units."""
+        return self._of_mode("top_p", 1 << PART_BITS)
+
+    @property
+    def prior_max(self) -> int:
+        """Largest ``prior``, in units of keys."""
+        return self._of_mode("prior", (1 << 31) - 1)
+
+    @property
+    def prior_keep_max(self) -> int:
+        """Largest ``prior_keep``."""
+        return self._of_mode("prior", 1)
+
+    @property
+    def capacity_max(self) -> int:
+        """Largest ``capacity``."""
+        return self._of_mode("capacity", (1 << 31) - 1)
+
+    @property
+    def capacity_order_max(self) -> int:
+        """Largest code of a ``capacity_order``."""
+        return self._of_mode("capacity", 1)
+
+    # -- experts
+    @property
+    def activation_sinks(self) -> tuple[int, ...]:
+        """What an entry of the expert table may say of rows that become h: codes of Sink."""
+        return (0, 2, 3) if self.second_up else (0, 2)
+
+    @property
+    def most_rows_of_h(self) -> int:
+        """Most rows of an image for an element of h: gate, up, and another two with second up."""
+        return 4 if self.second_up else 2
+
+    @property
+    def most_rows(self) -> int:
+        """Most rows of a section, on all channels."""
+        return self.most_rows_of_h * self.max_dim
+
     @property
     def bias_codes(self) -> tuple[int, ...]:
         """What an entry of the expert table may say of a section's biases: 1, that there are."""
@@ -365,6 +439,10 @@ class AcceleratorConfig:
             for a in self.expert_activations]
         if not self.router:  # what is not there changes nothing
             del fields["router"], fields["router_top_k"]
+        if not self.router_modes:
+            del fields["router_modes"]
+        if not self.second_up:
+            del fields["second_up"]
         return zlib.crc32(json.dumps(fields, sort_keys=True).encode())
 
 
@@ -398,7 +476,7 @@ PRESETS: dict[str, AcceleratorConfig] = {
         ),
         AcceleratorConfig(
             name="ulx3s",
-            # gpt-oss' gate would take a table and an adder of its own: with it, 82 MHz were routed.
+            # gpt-oss' gate would take a table and an adder of its own.
             activations=("silu", "relu", "gelu", "gelu_tanh", "relu2"),
             port_bytes=8,
             token_groups=4,

@@ -108,28 +108,31 @@ def _gate_table(activation: Activation) -> Floats:
 
 
 def gated_output(gate_up: Squares, down: Squares, *, x_rms: float = 1.0,
-                 activation: str = "silu", limit: float | None = None) -> float:
+                 activation: str = "silu", limit: float | None = None,
+                 gate_limit: float | None = None) -> float:
     """Return the typical output of one expert, 0 for one that only gives zeros.
 
     Parameters
     ----------
     gate_up : :class:`Squares`
-        Rows alternate: g0, u0, g1, u1, ...; as many as columns of down where there are no up rows.
+        Rows in the order of images (:func:`moeaccel.image.interleave_gate_up`).
     down : :class:`Squares`
     x_rms : :class:`float`
         Root mean square of the elements of x.
-    activation, limit
+    activation, limit, gate_limit
         As in :class:`moeaccel.image.ExpertShape`; a limit bounds rows as it bounds their squares.
     """
     act = find_activation(activation)
     # What is beyond float64 is infinite, and gets the coarsest grid.
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
         rows = _with_bias(gate_up.rows * x_rms**2, gate_up)
-        if limit is not None:
-            rows = np.minimum(rows, limit**2)
-        gate, up = rows, np.ones_like(rows)
-        if len(rows) != len(down.columns):
-            gate, up = rows[0::2], rows[1::2] + act.up_offset
+        every = len(rows) // len(down.columns)
+        most = np.inf if limit is None else limit**2
+        gate = np.minimum(rows[0::every], most if gate_limit is None else gate_limit**2)
+        rows = np.minimum(rows, most)
+        up = rows[1::every] + act.up_offset if every == 2 else np.ones_like(gate)
+        if every == 4:
+            up = rows[1::4] * rows[3::4]
         if act.factor is Factor.RAMP:
             share = 1.5 * gate  # E[z**4] / 2 of a Gaussian, and no table goes far enough
         else:

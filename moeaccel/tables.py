@@ -129,15 +129,23 @@ def clamped(values: InternalFloat, limit: InternalFloat, *, below: bool) -> Inte
 
 
 def gated(g: InternalFloat, u: InternalFloat, act: Activation,
-          limit: InternalFloat | None = None) -> tuple[Ints, Ints]:
+          limit: InternalFloat | None = None, gate_limit: InternalFloat | None = None,
+          second: InternalFloat | None = None) -> tuple[Ints, Ints]:
     """Return ``h = act(g) * u`` (Shazeer, 2020): f, then two products, each rounded once. Of an
     activation with an offset u + 1, rounded once, is in the place of u.
 
     h is quantised next, so it keeps the quantiser's 24 bits: (significand, exponent). With a
-    ``limit`` g is at most that much, and u at most that far from 0.
+    ``limit`` g is at most that much (or ``gate_limit``), and u at most that far from 0. With
+    ``second`` up rows, v, u * v, rounded once, is in the place of u, and v is limited, too.
     """
+    if gate_limit is not None:
+        g = clamped(g, gate_limit, below=False)
+    elif limit is not None:
+        g = clamped(g, limit, below=False)
     if limit is not None:
-        g, u = clamped(g, limit, below=False), clamped(u, limit, below=True)
+        u = clamped(u, limit, below=True)
+    if second is not None:
+        u = multiply(u, second if limit is None else clamped(second, limit, below=True))
     if act.up_offset:
         u = add(u, InternalFloat(*(np.broadcast_to(part, u.mantissa.shape)
                                    for part in (ONE.mantissa, ONE.exponent))))

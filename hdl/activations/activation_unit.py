@@ -62,16 +62,18 @@ class ActivationUnit(wiring.Component):
              --> * gate --> round --> * up --> round --> h
                                         ^
         up --> clamp --> [FloatAdder] --+  of an activation with an offset: up + 1, rounded once
+        up, second --> clamp --> * -----+  with second up rows: their product, rounded once
 
-    Elements that are not to be combined are rows of h. In a ``paired`` form one of an even row is a
-    gate; the next one, of the odd row above it and the same slot, is its up. Other cycles may lie
-    between them. Else each is a gate, and up is 1. Latency LATENCY_CYCLES from the up element, or
-    the only one; one element per cycle in, one every two cycles out, or in each, never a stall.
-    Reset forgets what is under way.
+    Elements that are not to be combined are rows of h. Where two of them make an element of h, one
+    of an even row is a gate; the next one, of the odd row above it and the same slot, is its up.
+    Other cycles may lie between them. Where one does, each is a gate, and up is 1. Where four do
+    (``config.second_up``), up is the product of the second and the last, rounded once, and has no
+    offset; the third is not looked at. Latency LATENCY_CYCLES from the last element of an h; one
+    element per cycle in, never a stall. Reset forgets what is under way.
 
     With two results per cycle there are two units, one for even rows and one for odd ones. Gate and
     up come at once, the gate to the first unit, which has the up by ``i_up``; the other unit works
-    only where rows are not paired.
+    only where a row is an h.
 
     Parameters
     ----------
@@ -135,23 +137,25 @@ class ActivationUnit(wiring.Component):
         form = self.i_form
 
         # -- pairs ---------------------------------------------------------------------------------
+        paired = form.rows_log2 != 0
+        product = form.rows_log2 == 2 if config.second_up else C(0)
         arrives = self.i_element.valid & ~element.combine
         held = Signal(layouts.internal_float(), reset_less=True)
         if config.results_per_cycle == 1:
             with m.If(arrives & ~element.row[0]):
                 m.d.sync += held.eq(element.value)
         meta = Signal(data.StructLayout({
-            "slot": layouts.slot_bits(config), "index": layouts.row_bits(config) - 1, "last": 1,
-            "bank": layouts.hidden_bank_bits(config)}))
+            name: layouts.hidden_element(config)[name].shape
+            for name in ("slot", "index", "last", "bank")}))
         m.d.comb += [
             meta.slot.eq(element.slot),
-            meta.index.eq(Mux(form.paired, element.row >> 1, element.row)),
+            meta.index.eq(element.row >> form.rows_log2),
             meta.last.eq(element.last),
             meta.bank.eq(element.slot_bank),
         ]
         gate, up = (Signal(layouts.internal_float(), name=name) for name in ("gate_in", "up_in"))
         at_once = config.results_per_cycle > 1
-        with m.If(form.paired):
+        with m.If(paired):
             if at_once:
                 m.d.comb += [gate.eq(element.value), up.eq(self.i_up if not self._part else 0)]
             else:
@@ -160,42 +164,82 @@ class ActivationUnit(wiring.Component):
             m.d.comb += [gate.eq(element.value), up.mantissa.eq(1 << MANTISSA_BITS - 1),
                          up.exponent.eq(1 - MANTISSA_BITS)]
         complete = (C(1) if not self._part else C(0)) if at_once else element.row[0]
-        p = Pipeline(m, arrives & (complete | ~form.paired), "position")
-        s = p.stage(gate=_magnitude(m, gate, "gate"), up=_magnitude(m, up, "up"), meta=meta)
+        whole = complete | ~paired
+        inputs = {"gate": gate, "up": up}
+        limits = {"gate": form.gate_limit, "up": form.limit}
+        if config.second_up:
+            # Of four rows the first two wait for the others: in another tile, maybe.
+            pair = data.StructLayout({"gate": gate.shape(), "up": up.shape()})
+            m.submodules.pairs = pairs = memory.Memory(
+                shape=pair, depth=config.max_slots, init=[])
+            pairs_w, pairs_r = pairs.write_port(), pairs.read_port(domain="comb")
+            third_row = element.row[1]
+            m.d.comb += [
+                pairs_w.en.eq(arrives & whole & ~third_row), pairs_w.addr.eq(element.slot),
+                pairs_w.data.gate.eq(gate), pairs_w.data.up.eq(up),
+                pairs_r.addr.eq(element.slot),
+            ]
+            whole &= ~product | third_row
+            first = {name: Signal(layouts.internal_float(), name=f"{name}_first")
+                     for name in inputs}
+            for name, signal in first.items():
+                m.d.comb += signal.eq(Mux(product, pairs_r.data[name], inputs[name]))
+            inputs = {**first, "second": up}
+            limits["second"] = form.limit
+        p = Pipeline(m, arrives & whole, "position")
+        s = p.stage(**{name: _magnitude(m, v, name) for name, v in inputs.items()}, meta=meta)
 
         # -- 2, 3: no more than the limit, whose significand is made as long as a mantissa ---------
-        limited = Signal()
-        most = Signal(data.StructLayout({
-            "magnitude": MANTISSA_BITS, "exponent": signed(EXPONENT_BITS)}))
-        m.d.comb += [
-            limited.eq(form.limit[7:15] != 0),
-            most.magnitude.eq(Cat(C(0, MANTISSA_BITS - 8), form.limit[:7], C(1, 1))),
-            most.exponent.eq(form.limit[7:15] - (127 + MANTISSA_BITS - 1)),
-        ]
+        def beyond(value, limit):
+            exponent = (limit.exponent - (127 + MANTISSA_BITS - 1)).as_signed()
+            return (limit.exponent != 0) & (value.magnitude != 0) & (
+                (value.exponent > exponent)
+                | ((value.exponent == exponent) & (value.magnitude > significand(limit))))
 
-        def beyond_limit(value):
-            return limited & (value.magnitude != 0) & (
-                (value.exponent > most.exponent)
-                | ((value.exponent == most.exponent) & (value.magnitude > most.magnitude)))
+        def significand(limit):
+            return Cat(C(0, MANTISSA_BITS - 1 - len(limit.fraction)), limit.fraction, C(1, 1))
 
-        def clamp(value, beyond):
+        def clamp(value, limit, there):
             after = Signal.like(value)
             m.d.comb += after.eq(value)
-            with m.If(beyond):
-                m.d.comb += [
-                    after.magnitude.eq(most.magnitude), after.exponent.eq(most.exponent)]
+            with m.If(there):
+                m.d.comb += [after.magnitude.eq(significand(limit)),
+                             after.exponent.eq(limit.exponent - (127 + MANTISSA_BITS - 1))]
             return after
 
-        s = p.stage(
-            gate=s.gate, up=s.up, meta=s.meta, gate_beyond=beyond_limit(s.gate) & ~s.gate.sign,
-            up_beyond=beyond_limit(s.up) & form.paired)
-        s = p.stage(gate=clamp(s.gate, s.gate_beyond), up=clamp(s.up, s.up_beyond), meta=s.meta)
+        there = {f"{name}_there": beyond(getattr(s, name), limit) for name, limit in limits.items()}
+        there["gate_there"] &= ~s.gate.sign
+        there["up_there"] &= paired
+        s = p.stage(**vars(s), **there)
+        s = p.stage(**{name: clamp(getattr(s, name), limit, getattr(s, f"{name}_there"))
+                       for name, limit in limits.items()}, meta=s.meta)
+
+        def multiplied(name, valid, a, b, sign, exponent, tag, bits=MANTISSA_BITS):
+            """Multiply magnitudes, add the delay to the rest, round to ``bits``."""
+            multiplier = Multiplier(MANTISSA_BITS + 1, MANTISSA_BITS + 1, family=self._family)
+            m.submodules[name] = multiplier
+            m.d.comb += [multiplier.i_a.eq(a), multiplier.i_b.eq(b)]
+            q = Pipeline(m, valid, name)
+            s = q.delay(Multiplier.LATENCY_CYCLES, sign=sign, exponent=exponent, tag=tag)
+            rounder = Normaliser(
+                2 * MANTISSA_BITS, mantissa_bits=bits, exponent_bits=WIDE_EXPONENT_BITS,
+                max_leading_zeros=1, tag=tag.shape())
+            m.submodules[f"{name}_round"] = rounder
+            m.d.comb += [
+                rounder.i_valid.eq(q.valid),
+                rounder.i_sign.eq(s.sign),
+                rounder.i_magnitude.eq(multiplier.o_product),
+                rounder.i_exponent.eq(s.exponent),
+                rounder.i_tag.eq(s.tag),
+            ]
+            return rounder
 
         # -- up + 1, where the activation has it: it is there when f is rounded --------------------
         offset = [a for a in config.expert_activations if a.up_offset]
-        clamped_at, add_one = p.depth, FloatAdder()
+        clamped, clamped_valid, clamped_at = s, p.valid, p.depth
+        add_one = None
         if offset:
-            m.submodules.add_one = add_one
+            m.submodules.add_one = add_one = FloatAdder()
             m.d.comb += [
                 add_one.i_valid.eq(p.valid),
                 add_one.i_a.eq(s.up),
@@ -221,44 +265,52 @@ class ActivationUnit(wiring.Component):
         tables, plain = (
             [a for a in config.expert_activations if (a.factor is Factor.TABLE) is tabulated]
             for tabulated in (True, False))
-        stepped = Cat(form.activation == a.code for a in plain).any()
-        ramps = Cat(form.activation == a.code for a in plain if a.factor is Factor.RAMP).any()
+        # What the form says holds for long: decoded a cycle before it is needed.
+        stepped, ramps, chosen = Signal(), Signal(), Signal(len(tables))
+        m.d.sync += [
+            stepped.eq(Cat(form.activation == a.code for a in plain).any()),
+            ramps.eq(Cat(form.activation == a.code
+                         for a in plain if a.factor is Factor.RAMP).any()),
+            chosen.eq(Cat(form.activation == a.code for a in tables)),
+        ]
 
         # -- 7: look it up -------------------------------------------------------------------------
-        m.submodules.table = table = memory.Memory(
-            shape=unsigned(VALUE_BITS + SLOPE_BITS + TABLE_EXPONENT_BITS),
-            depth=SEGMENTS * max(1, len(tables)),
-            init=[word for a in tables for word in activation_table(a).packed()])
-        rom = table.read_port()
-        which = Signal(range(max(2, len(tables))))
-        for i, chosen in enumerate(tables):
-            with m.If(form.activation == chosen.code):
-                m.d.comb += which.eq(i)
+        # A memory for each: together they would be cut into banks, with a selector behind them.
+        address = Signal(POSITION_BITS + 1 - FRACTION_BITS)
+        m.d.comb += address.eq(s.value[FRACTION_BITS:POSITION_BITS + 1] ^ (SEGMENTS // 2))
+        found = []
+        for act in tables:
+            words = activation_table(act).packed()
+            m.submodules[f"table_{act.name}"] = table = memory.Memory(
+                shape=unsigned(VALUE_BITS + SLOPE_BITS + TABLE_EXPONENT_BITS), depth=SEGMENTS,
+                init=words)
+            rom = table.read_port()
+            m.d.comb += [rom.en.eq(p.valid), rom.addr.eq(address)]
+            found.append(rom.data)
         beyond = s.value[POSITION_BITS:]  # all equal to the sign within the table
         negative = s.value[-1]
-        m.d.comb += [
-            rom.en.eq(p.valid),
-            rom.addr.eq(Cat(
-                s.value[FRACTION_BITS:POSITION_BITS + 1] ^ (SEGMENTS // 2), which)),
-        ]
         s = p.stage(
             above=~negative & (s.gate.magnitude != 0) & (s.over | beyond.any() | stepped),
             below=Mux(stepped, negative | (s.gate.magnitude == 0),
                       negative & (s.over | ~beyond.all())),
             fraction=s.value[:FRACTION_BITS], gate=s.gate, up=s.up, meta=s.meta)
         # Block RAM is slow to answer: a register behind it, ahead of everything else.
-        s = p.stage(**vars(s), entry=rom.data)
+        s = p.stage(**vars(s), found=found)
+        entry = Signal(VALUE_BITS + SLOPE_BITS + TABLE_EXPONENT_BITS)
+        for i, word in enumerate(s.found):
+            with m.If(chosen[i]):
+                m.d.comb += entry.eq(word)
 
         # -- 9 to 12: interpolate ------------------------------------------------------------------
         m.submodules.interpolate = interpolate = Multiplier(
             SLOPE_BITS + 1, FRACTION_BITS + 1, family=self._family)
         m.d.comb += [
-            interpolate.i_a.eq(s.entry[VALUE_BITS:VALUE_BITS + SLOPE_BITS]),
+            interpolate.i_a.eq(entry[VALUE_BITS:VALUE_BITS + SLOPE_BITS]),
             interpolate.i_b.eq(s.fraction),
         ]
         s = p.delay(
-            Multiplier.LATENCY_CYCLES, value=s.entry[:VALUE_BITS],
-            exponent=s.entry[VALUE_BITS + SLOPE_BITS:], above=s.above, below=s.below,
+            Multiplier.LATENCY_CYCLES, value=entry[:VALUE_BITS],
+            exponent=entry[VALUE_BITS + SLOPE_BITS:], above=s.above, below=s.below,
             gate=s.gate, up=s.up, meta=s.meta)
         bits = VALUE_BITS + FRACTION_BITS + 1
         exact = Signal(bits)
@@ -291,37 +343,30 @@ class ActivationUnit(wiring.Component):
         with m.Elif(~round_f.o_tag.below):  # else 0
             m.d.comb += [factor.eq(round_f.o_magnitude), factor_exponent.eq(round_f.o_exponent)]
 
-        def product(name, valid, a, b, sign, exponent, tag, bits=MANTISSA_BITS):
-            """Multiply magnitudes, add the delay to the rest, round to ``bits``."""
-            multiplier = Multiplier(MANTISSA_BITS + 1, MANTISSA_BITS + 1, family=self._family)
-            m.submodules[name] = multiplier
-            m.d.comb += [multiplier.i_a.eq(a), multiplier.i_b.eq(b)]
-            q = Pipeline(m, valid, name)
-            s = q.delay(Multiplier.LATENCY_CYCLES, sign=sign, exponent=exponent, tag=tag)
-            rounder = Normaliser(
-                2 * MANTISSA_BITS, mantissa_bits=bits, exponent_bits=WIDE_EXPONENT_BITS,
-                max_leading_zeros=1, tag=tag.shape())
-            m.submodules[f"{name}_round"] = rounder
-            m.d.comb += [
-                rounder.i_valid.eq(q.valid),
-                rounder.i_sign.eq(s.sign),
-                rounder.i_magnitude.eq(multiplier.o_product),
-                rounder.i_exponent.eq(s.exponent),
-                rounder.i_tag.eq(s.tag),
-            ]
-            return rounder
-
         gate = round_f.o_tag.gate
         rest = Signal(data.StructLayout({"up": s.up.shape(), "meta": meta.shape()}))
         m.d.comb += [rest.up.eq(round_f.o_tag.up), rest.meta.eq(round_f.o_tag.meta)]
-        if offset:
-            assert p.depth + round_f.latency_cycles == clamped_at + FloatAdder.LATENCY_CYCLES
-            with m.If(form.paired & Cat(form.activation == a.code for a in offset).any()):
+        since = p.depth + round_f.latency_cycles - clamped_at
+        if add_one is not None:
+            assert since == FloatAdder.LATENCY_CYCLES
+            with m.If(paired & Cat(form.activation == a.code for a in offset).any()):
                 m.d.comb += rest.up.eq(add_one.o_sum)
-        act = product("activate", round_f.o_valid, gate.magnitude, factor, gate.sign,
+        if config.second_up:
+            ups = multiplied(
+                "ups", clamped_valid, clamped.up.magnitude, clamped.second.magnitude,
+                clamped.up.sign ^ clamped.second.sign,
+                clamped.up.exponent + clamped.second.exponent, C(0, 0))
+            late = Pipeline(m, ups.o_valid, "ups_late")
+            both = Signal(s.up.shape())
+            m.d.comb += [both.sign.eq(ups.o_sign), both.magnitude.eq(ups.o_magnitude),
+                         both.exponent.eq(ups.o_exponent)]
+            both = late.delay(since - Multiplier.LATENCY_CYCLES - ups.latency_cycles, up=both).up
+            with m.If(product):
+                m.d.comb += rest.up.eq(both)
+        act = multiplied("activate", round_f.o_valid, gate.magnitude, factor, gate.sign,
                       (gate.exponent + factor_exponent).as_signed(), rest)
         up = act.o_tag.up
-        hidden = product("gated", act.o_valid, act.o_magnitude, up.magnitude,
+        hidden = multiplied("gated", act.o_valid, act.o_magnitude, up.magnitude,
                          act.o_sign ^ up.sign, act.o_exponent + up.exponent, act.o_tag.meta,
                          ELEMENT_BITS)
 

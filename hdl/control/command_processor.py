@@ -16,7 +16,7 @@ from moeaccel.hdl.control.field_checks import FieldChecks
 from moeaccel.hdl.control.job_sizes import JobSizes
 from moeaccel.hdl.control.rings import Rings
 from moeaccel.hdl.layouts import ReadClientSignature, WriteClientSignature, entry_fields, job
-from moeaccel.hdl.router.router_checks import RouterChecks, router_fields
+from moeaccel.hdl.router.router_checks import RouterChecks, router_fields, table_units
 from moeaccel.interface.commands import (
     COMPLETION,
     ENTRY_BYTES,
@@ -345,7 +345,7 @@ class CommandProcessor(wiring.Component):
                 ]
                 if self._config.router:
                     with m.If(w.routes):
-                        m.d.sync += router_fields(w.entry, w.job, w.groups)
+                        m.d.sync += router_fields(self._config, w.entry, w.job, w.groups)
 
         with m.If(w.state[_State.LOAD] | Mux(
                 w.state[_State.COLLECT], self.reader.valid,
@@ -376,7 +376,7 @@ class CommandProcessor(wiring.Component):
                 w.bad_router.eq(w.routes & router.o_bad),
             ]
             with m.If(w.routes):  # its table has 8 bytes an expert
-                m.d.comb += sizes.i_job.num_experts.eq((w.job.num_experts + 7) >> 3)
+                m.d.comb += sizes.i_job.num_experts.eq(sum(table_units(self._config, w.job)))
             with m.If(w.measured & w.bad_top_k):
                 m.d.comb += w.bad_word.eq(field_of(SUBMISSION, "top_k").word)
             with m.Elif(w.measured & w.bad_router & ~sizes.o_bad_field):

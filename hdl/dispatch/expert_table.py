@@ -6,6 +6,7 @@ from amaranth.lib import data, memory, stream, wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import exact_log2
 
+from moeaccel.arithmetic import MANTISSA_BITS
 from moeaccel.config import BLOCK, AcceleratorConfig
 from moeaccel.hdl import layouts
 from moeaccel.hdl.control.field_checks import bad_words, lowest
@@ -16,6 +17,9 @@ from moeaccel.interface.commands import ENTRY_BYTES, EXPERT, SECTIONS_MAX, Sink,
 __all__ = ["ExpertTable"]
 
 _UNIT = exact_log2(ENTRY_BYTES)
+
+_FRACTION_BITS = 23
+"""Of a float32."""
 
 
 class ExpertTable(wiring.Component):
@@ -174,11 +178,18 @@ class ExpertTable(wiring.Component):
         p.stage()
         bad = bad_words(m, EXPERT, entry, config)
         kept = Signal(self._stored())
+        gate_limit = fields["gate_limit"][:31]
+        limit_bits = len(kept.form.gate_limit.fraction) - len(kept.form.limit.fraction)
         m.d.comb += [
             kept.single.eq(fields["sections"] == 1),
             kept.form.activation.eq(fields["activation"]),
-            kept.form.paired.eq(fields["sink0"] == Sink.ACTIVATION),
+            kept.form.rows_log2.eq(
+                Mux(fields["sink0"] == Sink.ACTIVATION_PRODUCT, 2,
+                    fields["sink0"] == Sink.ACTIVATION)),
             kept.form.limit.eq(fields["limit"]),
+            kept.form.gate_limit.eq(Mux(
+                gate_limit[_FRACTION_BITS:] == 0, Cat(C(0, limit_bits), fields["limit"]),
+                gate_limit[_FRACTION_BITS + 1 - MANTISSA_BITS:])),
             kept.steps_hidden.eq(fields["d_expert"] >> exact_log2(BLOCK)),
             kept.image_unit.eq(fields["image_address"] >> _UNIT),
             *(kept[f"{name}{i}"].eq(fields[f"{name}{i}"])
@@ -204,7 +215,7 @@ class ExpertTable(wiring.Component):
         total = Signal(32)
         last_unit = Signal(32 + words_log2)
         row_blocks = Mux(
-            second | held.single, job.steps_out, held.steps_hidden << held.form.paired)
+            second | held.single, job.steps_out, held.steps_hidden << held.form.rows_log2)
         m.d.comb += [
             sizes.i_format.eq(Mux(second, held.format1, held.format0)),
             sizes.i_steps.eq(Mux(second, held.steps_hidden, job.steps_in)),

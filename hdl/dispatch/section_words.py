@@ -33,11 +33,11 @@ class SectionWords(wiring.Component):
         Of the section; constant from ``i_start`` to ``o_done``, as are the next ones.
     i_biased : :py:`In(1)`
         Rows have biases.
-    i_row_blocks : :py:`In((2 * config.max_steps).bit_length())`
+    i_row_blocks : :py:`In((config.most_rows // BLOCK).bit_length())`
         Rows of the section on all channels, divided by 32; 1 or more.
     o_done : :py:`Out(1)`
     o_words : :py:`Out(32)`
-    o_tiles : :py:`Out((2 * config.max_dim).bit_length())`
+    o_tiles : :py:`Out(config.most_rows.bit_length())`
         Of each channel.
     o_short : :py:`Out(exact_log2(config.rows))`
         By how many rows those of a channel miss a multiple of the array's.
@@ -52,10 +52,10 @@ class SectionWords(wiring.Component):
             "i_format": In(config.format_bits),
             "i_steps": In(layouts.steps_bits(config)),
             "i_biased": In(1),
-            "i_row_blocks": In((2 * config.max_steps).bit_length()),
+            "i_row_blocks": In((config.most_rows // BLOCK).bit_length()),
             "o_done": Out(1),
             "o_words": Out(32),
-            "o_tiles": Out((2 * config.max_dim).bit_length()),
+            "o_tiles": Out(config.most_rows.bit_length()),
             "o_short": Out(exact_log2(config.rows)),
         })
 

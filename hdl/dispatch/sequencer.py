@@ -158,7 +158,7 @@ class Sequencer(wiring.Component):
                 m.d.comb += starting.eq(owing)
 
         # -- position: tile, group, step; whether it is the first or the last is in registers, too
-        tiles_left = Signal((2 * config.max_dim).bit_length())
+        tiles_left = Signal(config.most_rows.bit_length())
         group = Signal(range(max(2, config.token_groups)))
         steps_last = Signal(layouts.steps_bits(config))
         steps_left = Signal(layouts.steps_bits(config))  # behind this one
@@ -167,7 +167,7 @@ class Sequencer(wiring.Component):
         slots_through, slots_then = (  # slots up to the end of this group, of the next one
             Signal(range(config.max_slots + 2 * lanes + 1), name=f"slots_{name}")
             for name in ("through", "then"))
-        row = Signal(range(2 * config.max_dim + 1))
+        row = Signal(range(config.most_rows + 1))
         per_group = Signal(range(lanes + 1))
         section = Signal(layouts.section_work(config))  # under way
         order = Signal(range(max(2, len(layouts.row_orders(config)))))  # of its format's rows

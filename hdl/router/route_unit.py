@@ -6,7 +6,9 @@ from amaranth.lib.wiring import In, Out
 
 from moeaccel.config import AcceleratorConfig
 from moeaccel.hdl import layouts
+from moeaccel.hdl.router.capacity import Capacity
 from moeaccel.hdl.router.pair_writer import PairWriter
+from moeaccel.hdl.router.router_checks import table_units
 from moeaccel.hdl.router.to_fixed import ToFixed
 from moeaccel.hdl.router.token_router import TokenRouter
 from moeaccel.hdl.router.word_reader import WordReader
@@ -24,10 +26,13 @@ class RouteUnit(wiring.Component):
     ::
 
         reader --> WordReader --+--> tables of TokenRouter
-                                +--> ToFixed --> TokenRouter --> PairWriter --> writer
+                                +--> ToFixed --> TokenRouter --+--> PairWriter --> writer
+                                                      ^        |
+                                                      +----- Capacity
 
-    The router's table first, then the logits of all tokens. Cycles: ``moeaccel.cycles.route_unit``.
-    Reset: idle; the memory port is flushed with it.
+    The router's table first, then the logits of all tokens; with a capacity these once more: pairs
+    of the first sweep are counted, and only those of the second written. Cycles:
+    ``moeaccel.cycles.route_unit``. Reset: idle; the memory port is flushed with it.
 
     Parameters
     ----------
@@ -76,13 +81,15 @@ class RouteUnit(wiring.Component):
         m.submodules.to_fixed = to_fixed = ToFixed()
         wiring.connect(m, outside=wiring.flipped(self.reader), words=words.reader)
         wiring.connect(m, outside=wiring.flipped(self.writer), pairs=pairs.writer)
-        wiring.connect(m, router=router.o_pair, pairs=pairs.i_pair)
+        table, residents = table_units(config, job)
+        counting, counted = self._sweeps(m, router, pairs)
 
-        # Words are those of the table, in turn a bias and a selection bias, or logits.
+        # Words are those of the table, in turn a bias and a selection bias, residents, or logits.
         index = Signal(range(2 * config.max_experts + _WORDS + 1))
         in_table, reading = Signal(), Signal()
+        in_residents = Signal()  # behind the table
         expert = index >> 1
-        mine = Signal()
+        mine, early = Signal(), Signal()
         m.d.comb += [
             router.i_form.eq(job.form),
             pairs.i_start.eq(self.i_start), pairs.i_tokens.eq(job.tokens),
@@ -90,16 +97,26 @@ class RouteUnit(wiring.Component):
             pairs.i_ids_address.eq(job.ids_address),
             pairs.i_weights_address.eq(job.weights_address),
             units.i_start.eq(self.i_start), units.i_a.eq(job.tokens), units.i_b.eq(job.steps_in),
-            words.i_address.eq(Mux(in_table, job.table_address, job.x_address)),
-            words.i_count.eq(Mux(in_table, (job.num_experts + 7) >> 3, units.o_product << 1)),
+            words.i_address.eq(Mux(early, job.table_address, job.x_address)),
+            words.i_count.eq(Mux(early, Mux(in_table, table, 0) + residents, units.o_product << 1)),
+            early.eq(in_table | in_residents),
             mine.eq(Mux(in_table, expert < job.num_experts, index < job.num_experts)),
         ]
-        write = in_table & words.o_word.valid & words.o_word.ready & mine
+        taken = words.o_word.valid & words.o_word.ready
+        write = in_table & taken & mine
         for port, odd in (("bias", 0), ("extra", 1)):
             m.d.comb += [
                 getattr(router, f"{port}_w_en").eq(write & (index[0] == odd)),
                 getattr(router, f"{port}_w_address").eq(expert),
                 getattr(router, f"{port}_w_data").eq(words.o_word.payload),
+            ]
+
+        if "prior" in config.router_modes:
+            m.d.comb += [
+                router.resident_w_en.eq(
+                    in_residents & taken & (index < -(-config.max_experts // 32))),
+                router.resident_w_address.eq(index),
+                router.resident_w_data.eq(words.o_word.payload),
             ]
 
         # Logits that are on their way have a place.
@@ -108,13 +125,13 @@ class RouteUnit(wiring.Component):
             width=len(to_fixed.o_logit.as_value()), depth=depth)
         room = logits.level <= depth - 2 - ToFixed.LATENCY_CYCLES
         m.d.comb += [
-            words.o_word.ready.eq(Mux(in_table, 1, room)),
+            words.o_word.ready.eq(Mux(early, 1, room)),
             to_fixed.i_float.eq(words.o_word.payload),
-            to_fixed.i_valid.eq(words.o_word.valid & room & ~in_table & mine),
+            to_fixed.i_valid.eq(words.o_word.valid & room & ~early & mine),
             logits.w_en.eq(to_fixed.o_valid), logits.w_data.eq(to_fixed.o_logit),
             router.i_logit.valid.eq(logits.r_rdy), router.i_logit.payload.eq(logits.r_data),
             logits.r_en.eq(router.i_logit.ready),
-            self.o_saturated.eq(router.o_saturated),
+            self.o_saturated.eq(router.o_saturated & ~counting),
         ]
         done, token = Signal(range(config.max_experts + 1)), Signal(layouts.token_bits(config))
         with m.If(to_fixed.o_valid):
@@ -125,28 +142,65 @@ class RouteUnit(wiring.Component):
                 m.d.sync += [self.o_nonfinite.eq(1), self.o_token.eq(token)]
 
         row_last = Cat(C(31, 5), job.steps_in - 1)[:len(index)]
-        with m.If(words.o_word.valid & words.o_word.ready):
-            m.d.sync += index.eq(Mux(~in_table & (index == row_last), 0, index + 1))
+        table_ends = in_table & (index == Cat(C(_WORDS - 1, 4), table - 1))
+        with m.If(taken):
+            m.d.sync += index.eq(
+                Mux(table_ends | (~early & (index == row_last)), 0, index + 1))
+            with m.If(table_ends):
+                m.d.sync += [in_table.eq(0), in_residents.eq(residents != 0)]
         with m.FSM():
             with m.State("IDLE"):
                 m.d.comb += self.o_idle.eq(~self.i_start)
                 m.d.sync += index.eq(0)
                 with m.If(self.i_start):
-                    m.d.sync += [self.o_nonfinite.eq(0), token.eq(0), in_table.eq(1)]
+                    m.d.sync += [self.o_nonfinite.eq(0), in_table.eq(job.form.tables),
+                                 in_residents.eq(~job.form.tables & (residents != 0))]
                     m.next = "TABLE"
             with m.State("TABLE"):
-                m.d.comb += words.i_start.eq(job.form.tables)
+                m.d.comb += words.i_start.eq(early)
                 m.next = "TABLE_WORDS"
             with m.State("TABLE_WORDS"):
                 with m.If(units.o_done & words.o_idle & ~reading):
-                    m.d.sync += [in_table.eq(0), index.eq(0)]
+                    m.d.sync += [in_residents.eq(0), index.eq(0)]
                     m.next = "LOGITS"
             with m.State("LOGITS"):
                 m.d.comb += words.i_start.eq(1)
+                m.d.sync += token.eq(0)
                 m.next = "ROUTE"
             with m.State("ROUTE"):
+                with m.If(counted & words.o_idle & ~reading):
+                    m.d.sync += counting.eq(0)
+                    m.next = "LOGITS"
                 with m.If(pairs.o_idle):
                     m.next = "IDLE"
         # A read has begun by the cycle behind its start.
         m.d.sync += reading.eq(words.i_start)
         return m
+
+    def _sweeps(self, m, router, pairs):
+        """Hand pairs on; with a capacity, those of a first sweep to who counts them.
+
+        Return whether it is that sweep, and whether it has ended.
+        """
+        counting, counted = Signal(), Signal()
+        if "capacity" not in self._config.router_modes:
+            wiring.connect(m, router=router.o_pair, pairs=pairs.i_pair)
+            return counting, counted
+        job = self.i_job
+        m.submodules.capacity = capacity = Capacity(self._config)
+        capped = job.form.capacity != 0
+        m.d.comb += [
+            capacity.i_form.eq(job.form), capacity.i_tokens.eq(job.tokens),
+            capacity.i_experts.eq(job.num_experts), capacity.i_start.eq(self.i_start & capped),
+            capacity.i_pair.payload.eq(router.o_pair.payload),
+            pairs.i_pair.payload.eq(router.o_pair.payload),
+            capacity.i_pair.valid.eq(router.o_pair.valid & counting),
+            pairs.i_pair.valid.eq(router.o_pair.valid & ~counting),
+            router.o_pair.ready.eq(
+                Mux(counting, capacity.i_pair.ready, pairs.i_pair.ready)),
+            router.i_capped.eq(capped & ~counting), router.i_left.eq(capacity.o_left),
+            capacity.i_next.eq(router.o_next), counted.eq(counting & capacity.o_done),
+        ]
+        with m.If(self.i_start):
+            m.d.sync += counting.eq(capped)
+        return counting, counted

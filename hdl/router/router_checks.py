@@ -8,9 +8,9 @@ from amaranth.utils import ceil_log2
 from moeaccel.config import BLOCK, TOP_K_MAX, AcceleratorConfig
 from moeaccel.hdl import layouts
 from moeaccel.interface.commands import ENTRY_BYTES, ROUTER, Selection, field_of
-from moeaccel.router.choices import GROUPS_MAX, GroupScore
+from moeaccel.router.choices import GROUPS_MAX, CapacityOrder, GroupScore
 
-__all__ = ["RouterChecks", "router_fields"]
+__all__ = ["RouterChecks", "router_fields", "table_units"]
 
 
 def _product(a, b):
@@ -18,11 +18,36 @@ def _product(a, b):
     return sum(Mux(b[i], a << i, 0) for i in range(len(b)))
 
 
-def router_fields(entry, job, groups):
+def _of_modes(config, router, form):
+    """Return the statements for what modes have."""
+    names = {"threshold": ["threshold"], "top_p": ["top_p"], "prior": ["prior", "prior_keep"],
+             "capacity": [], "mixer": []}
+    taken = [form[name].eq(router[name]) for mode in config.router_modes for name in names[mode]]
+    if "capacity" in config.router_modes:
+        beyond = router["capacity"][len(form.capacity):].any()
+        taken += [form.capacity.eq(Mux(beyond, ~0, router["capacity"])),
+                  form.by_priority.eq(router["capacity_order"] == CapacityOrder.PRIORITY)]
+    if "mixer" in config.router_modes:
+        taken += [form.mixer.eq(router["selection"] == Selection.MIXER),
+                  form.limit.eq(router["mixer"])]
+    return taken
+
+
+def table_units(config, job):
+    """Return the units of 64 bytes of a router's table, and those of its residents, if any."""
+    table = (job.num_experts + 7) >> 3
+    residents = C(0)
+    if "prior" in config.router_modes:
+        residents = Mux(job.form.prior.any(), (job.num_experts + 511) >> 9, 0)
+    return table, residents
+
+
+def router_fields(config, entry, job, groups):
     """Return the statements that take what a job needs of a router's descriptor.
 
     Parameters
     ----------
+    config : :class:`AcceleratorConfig`
     entry : value
         Its 64 bytes.
     job : view of :func:`~moeaccel.hdl.layouts.job`
@@ -44,6 +69,7 @@ def router_fields(entry, job, groups):
         form.by_logits.eq(router["selection"] != Selection.BIASED_SCORE),
         form.grouped.eq(grouped),
         form.top2.eq(grouped & (router["group_score"] == GroupScore.TOP2_SUM)),
+        *_of_modes(config, router, form),
         form.scale.eq(Cat(router["scale"][:23], C(1, 1))),
         form.scale_exponent.eq(router["scale"][23:31] - 150),
         *(form[name].eq(router[name])
@@ -65,7 +91,8 @@ class RouterChecks(wiring.Component):
     i_form : :py:`In(layouts.router_form(config))`
     i_groups : :py:`In(range(GROUPS_MAX + 1))`
     o_bad_top_k : :py:`Out(1)`
-        None is to be chosen, or more than the groups kept, or the router, have.
+        None is to be chosen, or more than the groups kept, or the router, have; or not two by a
+        sparsemixer.
     o_bad, o_word : :py:`Out(1)`, :py:`Out(range(ENTRY_BYTES // 4))`
         The descriptor's 32-bit word that is wrong.
     """
@@ -92,8 +119,11 @@ class RouterChecks(wiring.Component):
         m.d.sync += [experts.eq(_product(form.group_size, self.i_groups)),
                      kept.eq(_product(form.group_size, form.keep_groups))]
         bad_groups = experts != form.experts
+        not_two = C(0)
+        if "mixer" in self._config.router_modes:
+            not_two = form.mixer & (form.top_k != 2)
         m.d.sync += [
-            self.o_bad_top_k.eq((form.top_k == 0) | (form.top_k > kept)
+            self.o_bad_top_k.eq((form.top_k == 0) | (form.top_k > kept) | not_two
                                 | (form.top_k > self._config.router_top_k)),
             self.o_bad.eq(bad_groups | (form.keep_groups > self.i_groups)),
             self.o_word.eq(Mux(bad_groups, field_of(ROUTER, "groups").word,

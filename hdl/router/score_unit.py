@@ -7,6 +7,7 @@ from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
 from moeaccel.hdl.array.normaliser import shift_right
+from moeaccel.hdl.layouts import SCORE_WIDTH
 from moeaccel.hdl.pipeline import Pipeline
 from moeaccel.hdl.router.leading import Leading
 from moeaccel.hdl.router.line_table import LineTable
@@ -26,10 +27,7 @@ from moeaccel.router.tables import (
     WORD_BITS,
 )
 
-__all__ = ["SCORE_WIDTH", "ScoreMode", "ScoreUnit"]
-
-SCORE_WIDTH = SCORE_BITS + 6
-"""Bits of a score: sqrt(log(1 + exp(s))) is below 2**6."""
+__all__ = ["ScoreMode", "ScoreUnit"]
 
 _POWER_FRACTION = 23
 _NEAR_BITS = EXPONENTIAL_LIMIT.bit_length() - 1

@@ -2,6 +2,7 @@
 
 import enum
 
+import numpy as np
 from amaranth import *
 from amaranth.lib import data, fifo, memory, stream, wiring
 from amaranth.lib.wiring import In, Out
@@ -9,18 +10,34 @@ from amaranth.utils import ceil_log2
 
 from moeaccel.config import TOP_K_MAX, AcceleratorConfig
 from moeaccel.hdl import layouts
+from moeaccel.hdl.layouts import SCORE_WIDTH
 from moeaccel.hdl.pipeline import Pipeline
+from moeaccel.hdl.router.dropper import Dropper
+from moeaccel.hdl.router.group_keys import GroupKeys
 from moeaccel.hdl.router.leading import WIDTH, Leading
 from moeaccel.hdl.router.line_table import LineTable
-from moeaccel.hdl.router.score_unit import SCORE_WIDTH, ScoreMode, ScoreUnit
+from moeaccel.hdl.router.logit_banks import LogitBanks
+from moeaccel.hdl.router.near_logits import NearLogits
+from moeaccel.hdl.router.score_unit import ScoreMode, ScoreUnit
 from moeaccel.hdl.router.top_selector import TopSelector
 from moeaccel.hdl.router.weight_unit import WeightUnit
 from moeaccel.hdl.unchecked_memory import unchecked_memory
 from moeaccel.router.choices import GROUPS_MAX, Renormalize, Score
-from moeaccel.router.tables import KEY_BITS, RECIPROCAL, SCORE_BITS, VALUE_BITS, WORD_BITS
+from moeaccel.router.tables import (
+    KEY_BITS,
+    RECIPROCAL,
+    SCORE_BITS,
+    VALUE_BITS,
+    WORD_BITS,
+    exponential,
+)
 
 __all__ = ["DIVIDE_CYCLES", "SETTLE_CYCLES", "TokenRouter"]
 
+_ONE = int(exponential(np.array(0)).score)
+"""The score of a sparsemixer's choice, before it is divided."""
+_FIRST = (1 << WORD_BITS) - 1
+"""Above every key."""
 _LEAST = -(1 << (WORD_BITS - 1))
 _MOST = (1 << (WORD_BITS - 1)) - 1
 
@@ -28,7 +45,7 @@ DIVIDE_CYCLES = Leading.LATENCY_CYCLES + LineTable.LATENCY_CYCLES + 1
 """From a sum to its reciprocal."""
 
 SETTLE_CYCLES = 6
-"""From the last score of a pass to the selector's last key, and one more."""
+"""From the last score of a pass to the selector's last key, and one more; two more with a prior."""
 
 
 class _Pass(enum.IntEnum):
@@ -44,6 +61,8 @@ class _Pass(enum.IntEnum):
     """Of the chosen: the largest logit."""
     CHOSEN = 4
     """Of the chosen: scores and their sum."""
+    MIX = 5
+    """Of a sparsemixer's choice: add up exponentials of the logits near it."""
 
 
 class _Wires:
@@ -53,11 +72,10 @@ class _Wires:
         id_bits = layouts.expert_bits(config)
         self.id_bits = id_bits
         self.places = max(config.router_top_k, 1)
-        # Two tokens' logits: one is loaded, one routed.
-        self.full = Signal(2)
-        self.claimed = Signal(2)
-        self.bank = Signal()
-        self.most = Array(Signal(signed(WORD_BITS), name=f"most{i}") for i in range(2))
+        # A token's logits.
+        self.full = Signal()
+        self.most = Signal(signed(WORD_BITS))
+        self.most_id = Signal(id_bits)
         self.freed = Signal()
         # A pass.
         self.kind = Signal(_Pass)
@@ -74,30 +92,40 @@ class _Wires:
         self.scored = Signal()  # this pass needs scores
         self.early_sum = Signal()
         self.softmax_of_chosen = Signal()
+        self.mixes = Signal()
+        self.added = Signal()  # what the table has for keys
+        # A sparsemixer.
+        self.second = Signal()  # of its choices
+        self.near = Signal()  # with the exponential of a logit: it is added
         # Selection.
         self.kept = Signal(GROUPS_MAX)
         self.inverted = Signal()  # the weight unit is given a reciprocal, to make a factor of it
         self.factoring = Signal()
         self.weighing = Signal()  # scores of the chosen go to the weight unit
         self.room = Signal()  # for the pairs of a token
+        self.pair_made = Signal()
         self.largest = Signal(signed(WORD_BITS))
+        self.first = Signal(SCORE_WIDTH)  # of the first chosen
+        self.drops, self.dropping = Signal(), Signal()
+        self.left = Signal(self.places)  # the chosen that are not dropped
 
 
 class TokenRouter(wiring.Component):
     """Turn the logits of tokens into experts and weights.
 
-    Golden model: ``moeaccel/golden/router.py``, without modes::
+    Golden model: ``moeaccel/golden/router.py``, with the modes that the configuration has::
 
         i_logit --> + bias --> [two tokens' logits] --> ScoreUnit --> + selection bias --> [groups]
                                        ^     |                              |                  |
                                        |     +---- (keys are logits) -------+---> TopSelector <+
                                        +------------------ the chosen --------------- |
                                                              |
-                                      o_pair <-- WeightUnit <+-- [sum, reciprocal]
+                             o_pair <-- WeightUnit <-- Dropper <-- [sum, reciprocal]
 
     A token's logits are read in passes: all of them once for the keys, once before that if scores
     need the sum of exponentials first, and once if groups leave experts out; then those of the
-    chosen. Meanwhile the next token's are loaded.
+    chosen. Meanwhile the next token's are loaded. A sparsemixer has one for each of its choices in
+    place of the last.
 
     Throughput: a token every ``moeaccel.cycles.token_router`` cycles; one logit a cycle comes in,
     and stalls while two tokens' are there. Pairs come one a cycle. Reset: empty.
@@ -117,6 +145,11 @@ class TokenRouter(wiring.Component):
         Write port of the selection bias, signed(32), in units of a logit or, where keys are scores,
         of 2**-22. The least number: this expert is never chosen. Between tokens. Neither memory is
         looked at where the form has no tables.
+    resident_w_en, resident_w_address, resident_w_data : :py:`In`
+        Write port of residents, 32 to a word; looked at where the form has a prior. With that mode.
+    i_capped, o_next, i_left : :py:`In(1)`, :py:`Out(1)`, :py:`In(1)`
+        Capacities count, between tokens; whether they leave the next pair, a cycle after it is
+        asked for. With that mode.
     i_logit : :py:`In(stream.Signature(layouts.fixed_logit()))`
         ``i_form.experts`` for each token.
     o_saturated : :py:`Out(1)`
@@ -138,6 +171,11 @@ class TokenRouter(wiring.Component):
             "bias_w_data": In(signed(WORD_BITS)),
             "extra_w_en": In(1), "extra_w_address": In(address),
             "extra_w_data": In(signed(WORD_BITS)),
+            **({"resident_w_en": In(1), "resident_w_address": In(ceil_log2(
+                -(-config.max_experts // 32))), "resident_w_data": In(32)}
+               if "prior" in config.router_modes else {}),
+            **({"i_capped": In(1), "o_next": Out(1), "i_left": In(1)}
+               if "capacity" in config.router_modes else {}),
             "i_logit": In(stream.Signature(layouts.fixed_logit())),
             "o_saturated": Out(1),
             "o_pair": Out(stream.Signature(layouts.routed_pair(config))),
@@ -158,8 +196,9 @@ class TokenRouter(wiring.Component):
         self._feed(m, w, unit, selector)
         self._select(m, w, unit, selector)
         scores = self._chosen(m, w, unit)
-        self._control(m, w, unit, selector, weights)
-        self._emit(m, w, selector, weights, scores)
+        dropper = self._drop(m, w, selector, scores) if self._config.router_drops else None
+        self._control(m, w, unit, selector, weights, dropper)
+        self._emit(m, w, selector, weights, scores, dropper)
         return m
 
     @staticmethod
@@ -174,9 +213,12 @@ class TokenRouter(wiring.Component):
         m.d.comb += [
             w.softmax_of_chosen.eq(form.renormalize == Renormalize.SOFTMAX_TOP_K),
             w.early_sum.eq(softmax & (~form.by_logits | (form.grouped & form.top2))),
+            w.added.eq(form.tables & ~w.mixes),
         ]
+        if "mixer" in self._config.router_modes:
+            m.d.comb += w.mixes.eq(form.mixer)
         with m.Switch(w.kind):
-            with m.Case(_Pass.SUM, _Pass.CHOSEN):
+            with m.Case(_Pass.SUM, _Pass.CHOSEN, _Pass.MIX):
                 m.d.comb += w.scored.eq(1)
             with m.Case(_Pass.GROUPS):
                 m.d.comb += [w.direct.eq(~group_scores), w.scored.eq(group_scores)]
@@ -184,67 +226,37 @@ class TokenRouter(wiring.Component):
                 m.d.comb += [
                     w.direct.eq(form.by_logits),
                     w.scored.eq(~form.by_logits
-                                | (softmax & ~w.early_sum & ~w.softmax_of_chosen))]
+                                | (softmax & ~w.early_sum & ~w.softmax_of_chosen & ~w.mixes))]
             with m.Case(_Pass.LARGEST):
                 m.d.comb += w.direct.eq(1)
 
     def _load(self, m, w):
-        """Take logits, add the bias, and keep the largest."""
-        config, form = self._config, self.i_form
-        write, read = unchecked_memory(
-            m, "logits", signed(WORD_BITS), 2 * (1 << w.id_bits))
-        bias_write, bias_read = unchecked_memory(
-            m, "bias", signed(WORD_BITS), 1 << w.id_bits)
-        bank, index = Signal(), Signal(range(config.max_experts + 1))
-        take, last = Signal(), Signal()
+        """Take logits, and keep them."""
+        m.submodules.banks = banks = LogitBanks(self._config)
+        for name in ("bias_w_en", "bias_w_address", "bias_w_data", "i_form"):
+            m.d.comb += getattr(banks, name).eq(getattr(self, name))
+        wiring.connect(m, outside=wiring.flipped(self.i_logit), banks=banks.i_logit)
         m.d.comb += [
-            bias_write.en.eq(self.bias_w_en), bias_write.addr.eq(self.bias_w_address),
-            bias_write.data.eq(self.bias_w_data),
-            bias_read.addr.eq(index),
-            self.i_logit.ready.eq(~w.claimed.bit_select(bank, 1)),
-            take.eq(self.i_logit.valid & self.i_logit.ready),
-            last.eq(index + 1 == form.experts),
+            banks.i_address.eq(w.read_address), w.read_data.eq(banks.o_logit),
+            banks.i_freed.eq(w.freed), w.full.eq(banks.o_full), w.most.eq(banks.o_most),
+            w.most_id.eq(banks.o_most_id),
+            self.o_saturated.eq(banks.o_saturated), self.o_idle.eq(banks.o_idle),
         ]
-        with m.If(take):
-            m.d.sync += index.eq(Mux(last, 0, index + 1))
-            with m.If(last):
-                m.d.sync += [bank.eq(~bank), w.claimed.bit_select(bank, 1).eq(1)]
-        pipe = Pipeline(m, take, name="load")
-        s = pipe.stage(logit=self.i_logit.p.value, beyond=self.i_logit.p.beyond,
-                       index=index[:w.id_bits], bank=bank, first=index == 0, last=last)
-        total = s.logit + Mux(form.tables, bias_read.data, 0)
-        s = pipe.stage(total=total, beyond=s.beyond, index=s.index, bank=s.bank, first=s.first,
-                       last=s.last)
-        high, low = s.total > _MOST, s.total < _LEAST
-        s = pipe.stage(value=Mux(high, _MOST, Mux(low, _LEAST, s.total))[:WORD_BITS].as_signed(),
-                       beyond=s.beyond | high | low, index=s.index, bank=s.bank, first=s.first,
-                       last=s.last)
-        value = s.value
-        m.d.comb += [
-            write.en.eq(pipe.valid), write.addr.eq(Cat(s.index, s.bank)), write.data.eq(value),
-            read.addr.eq(Cat(w.read_address, w.bank)), w.read_data.eq(read.data),
-            self.o_saturated.eq(pipe.valid & s.beyond),
-        ]
-        with m.If(pipe.valid):
-            with m.If(s.first | (value > w.most[s.bank])):
-                m.d.sync += w.most[s.bank].eq(value)
-            with m.If(s.last):
-                m.d.sync += w.full.bit_select(s.bank, 1).eq(1)
-        with m.If(w.freed):
-            m.d.sync += [w.full.bit_select(w.bank, 1).eq(0),
-                         w.claimed.bit_select(w.bank, 1).eq(0), w.bank.eq(~w.bank)]
-        m.d.comb += self.o_idle.eq(~w.claimed.any() & (index == 0))
 
     def _feed(self, m, w, unit, selector):
         """Read a pass's logits and give them to the score unit."""
         form = self.i_form
         of_chosen = (w.kind == _Pass.LARGEST) | (w.kind == _Pass.CHOSEN)
+        mixing = w.kind == _Pass.MIX
         some = Signal()
         place = w.at[:ceil_log2(w.places)] if w.places > 1 else C(0, 1)
         m.d.comb += [
-            w.at_last.eq(w.at + 1 == Mux(of_chosen, form.top_k, form.experts)),
+            # The largest logit that a sparsemixer looks for is that of its present choice.
+            w.at_last.eq(Mux(of_chosen & w.mixes, w.at == w.second,
+                             w.at + 1 == Mux(of_chosen, form.top_k, form.experts))),
             w.read_address.eq(Mux(of_chosen, selector.o_ids[place], w.at)),
-            some.eq(Mux(of_chosen, selector.o_some.bit_select(place, 1), 1)),
+            some.eq(Mux(of_chosen, selector.o_some.bit_select(place, 1),
+                        ~(w.mixes & w.second & (w.at == selector.o_ids[0])))),
         ]
         with m.If(w.feeding):
             m.d.sync += w.at.eq(Mux(w.at_last, 0, w.at + 1))
@@ -260,12 +272,12 @@ class TokenRouter(wiring.Component):
         m.d.comb += relative.eq(
             (w.kind == _Pass.SUM)
             | ((w.kind == _Pass.SELECT) & form.by_logits)
-            | ((w.kind == _Pass.CHOSEN) & w.softmax_of_chosen))
+            | ((w.kind == _Pass.CHOSEN) & w.softmax_of_chosen) | mixing)
         m.d.comb += [
             unit.i_valid.eq(pipe.valid & w.scored), unit.i_logit.eq(w.read_data),
             unit.i_tag.eq(tag),
-            unit.i_reference.eq(Mux((w.kind == _Pass.CHOSEN) & w.softmax_of_chosen,
-                                    w.largest, w.most[w.bank])),
+            unit.i_reference.eq(Mux(((w.kind == _Pass.CHOSEN) & w.softmax_of_chosen) | mixing,
+                                    w.largest, w.most)),
             unit.i_mode.eq(ScoreMode.EXPONENTIAL),
         ]
         with m.If(~relative):
@@ -277,10 +289,19 @@ class TokenRouter(wiring.Component):
                 with m.Case(Score.SQRT_SOFTPLUS):
                     m.d.comb += unit.i_mode.eq(ScoreMode.SQRT_SOFTPLUS)
 
-        with m.If(pipe.valid & s.some & (w.kind == _Pass.LARGEST) & (w.read_data > w.largest)):
+        with m.If(pipe.valid & s.some & (w.kind == _Pass.LARGEST)
+                  & (w.mixes | (w.read_data > w.largest))):
             m.d.sync += w.largest.eq(w.read_data)
-        with m.If((w.kind != _Pass.LARGEST) & (w.kind != _Pass.CHOSEN)):
+        with m.If(~of_chosen & ~mixing):
             m.d.sync += w.largest.eq(_LEAST)
+        m.d.comb += w.near.eq(1)
+        if "mixer" in self._config.router_modes:
+            m.submodules.nearness = nearness = NearLogits(
+                unit.latency_cycles(ScoreMode.EXPONENTIAL))
+            m.d.comb += [
+                nearness.i_limit.eq(form.limit), nearness.i_largest.eq(w.largest),
+                nearness.i_logit.eq(w.read_data), w.near.eq(~mixing | nearness.o_near),
+            ]
 
     def _select(self, m, w, unit, selector):
         """Make keys, of groups or of experts, and give them to the selector."""
@@ -302,45 +323,46 @@ class TokenRouter(wiring.Component):
         pipe = Pipeline(
             m, Mux(w.direct, w.fed_valid, score.valid) & selecting, name="key")
         key = Mux(w.direct, w.read_data, Cat(behind.value, C(0, 1)).as_signed()) + Mux(
-            form.tables, read.data, 0)
-        s = pipe.stage(key=key, never=form.tables & (read.data == _LEAST),
+            w.added, read.data, 0)
+        s = pipe.stage(key=key, never=w.added & (read.data == _LEAST),
                        id=Mux(w.direct, w.fed.id, behind_tag.id))
         s = pipe.stage(
             key=Mux(s.never | (s.key < _LEAST), _LEAST, Mux(s.key > _MOST, _MOST, s.key))[
                 :WORD_BITS].as_signed(), never=s.never, id=s.id)
-        clipped, valid = s.key, pipe.valid
-
-        # Groups: their best two keys, in order of their members.
-        in_group, group = Signal.like(form.group_size), Signal(range(GROUPS_MAX))
-        group_ends = in_group + 1 == form.group_size
-        best, second = (Signal(signed(WORD_BITS + 1), name=name) for name in ("best", "second"))
-        better, good = (Signal(signed(WORD_BITS + 1), name=name) for name in ("better", "good"))
-        fresh = in_group == 0
-        larger = fresh | (clipped > best)
-        m.d.comb += [
-            better.eq(Mux(larger, clipped, best)),
-            good.eq(Mux(larger, Mux(fresh, _LEAST, best), Mux(clipped > second, clipped, second))),
-        ]
+        first = C(0)
+        if "prior" in self._config.router_modes:
+            s, first = self._prefer(m, w, pipe, s)
         grouping = w.kind == _Pass.GROUPS
-        with m.If(valid):
-            m.d.sync += [best.eq(better), second.eq(good),
-                         in_group.eq(Mux(group_ends, 0, in_group + 1)),
-                         group.eq(group + group_ends)]
-        with m.If(w.settled):
-            m.d.sync += group.eq(0)
-        ends = Pipeline(m, valid & group_ends & grouping, name="group")
-        g = ends.stage(better=better, good=good, group=group)
-        g = ends.stage(key=Mux(form.top2, g.better + g.good, g.better)[:WORD_BITS + 1].as_signed(),
-                       group=g.group)
-
-        allowed = ~form.grouped | w.kept.bit_select(group, 1)
+        m.submodules.groups = groups = GroupKeys(self._config)
         m.d.comb += [
-            selector.i_valid.eq(Mux(grouping, ends.valid, valid & allowed & ~s.never)),
-            selector.i_key.eq(Mux(grouping, g.key, clipped)),
-            selector.i_id.eq(Mux(grouping, g.group, s.id)),
+            groups.i_form.eq(form), groups.i_clear.eq(w.settled),
+            groups.i_valid.eq(pipe.valid), groups.i_key.eq(s.key),
+        ]
+        allowed = first | ((~form.grouped | w.kept.bit_select(groups.o_at, 1)) & ~s.never)
+        m.d.comb += [
+            selector.i_valid.eq(Mux(grouping, groups.o_valid, pipe.valid & allowed)),
+            selector.i_key.eq(Mux(grouping, groups.o_key, Mux(first, _FIRST, s.key))),
+            selector.i_id.eq(Mux(grouping, groups.o_group, s.id)),
             w.over.eq(Mux(w.scored, unit.o_valid & scored.last,
                           w.fed_valid & w.fed.last)),
         ]
+
+    def _prefer(self, m, w, pipe, s):
+        """Add what residents have before others; return the stage, and whether this is first."""
+        form = self.i_form
+        # As many bits as ids have, so that any word of 32 is whole.
+        write, read = unchecked_memory(m, "residents", 32, -(-self._config.max_experts // 32))
+        m.d.comb += [
+            write.en.eq(self.resident_w_en), write.addr.eq(self.resident_w_address),
+            write.data.eq(self.resident_w_data), read.addr.eq(s.id >> 5),
+        ]
+        none = (w.kind == _Pass.GROUPS) & form.top2
+        s = pipe.stage(key=s.key, never=s.never, id=s.id)
+        resident = read.data.bit_select(s.id[:5], 1)
+        total = s.key + Mux(resident & ~none, form.prior, 0)
+        s = pipe.stage(key=Mux(total > _MOST, _MOST, total)[:WORD_BITS].as_signed(),
+                       never=s.never, id=s.id)
+        return s, form.prior_keep & (s.id == w.most_id)
 
     def _chosen(self, m, w, unit):
         """Add up scores, and keep those of the chosen; return their read port."""
@@ -349,7 +371,7 @@ class TokenRouter(wiring.Component):
         write, read = scores.write_port(), scores.read_port()
         tag = Signal(self._tag(w))
         place = Signal(len(write.addr))
-        value = Mux(tag.some, unit.o_score, 0)
+        value = Mux(tag.some & w.near, unit.o_score, 0)
         m.d.comb += [
             tag.eq(unit.o_tag),
             write.en.eq(unit.o_valid & (w.kind == _Pass.CHOSEN)), write.addr.eq(place),
@@ -359,9 +381,28 @@ class TokenRouter(wiring.Component):
             m.d.sync += w.total.eq(w.total + value)
             with m.If(w.kind == _Pass.CHOSEN):
                 m.d.sync += place.eq(Mux(tag.last, 0, place + 1))
+                with m.If(place == 0):
+                    m.d.sync += w.first.eq(value)
         return read
 
-    def _control(self, m, w, unit, selector, weights):
+    def _drop(self, m, w, selector, scores):
+        """Drop what modes drop of the chosen; return who does it."""
+        form, modes = self.i_form, self._config.router_modes
+        m.submodules.dropper = dropper = Dropper(self._config)
+        m.d.comb += [
+            dropper.i_form.eq(form), dropper.i_some.eq(selector.o_some),
+            dropper.i_first.eq(w.first), dropper.i_total.eq(w.total),
+            dropper.score_data.eq(scores.data),
+        ]
+        if "capacity" in modes:
+            m.d.comb += [dropper.i_capped.eq(self.i_capped), self.o_next.eq(dropper.o_next),
+                         dropper.i_left.eq(self.i_left)]
+        m.d.comb += w.drops.eq(
+            Cat(form[name].any() for name in ("threshold", "top_p") if name in modes).any()
+            | dropper.i_capped)
+        return dropper
+
+    def _control(self, m, w, unit, selector, weights, dropper):
         """Go through the passes of a token, then make its weights."""
         form = self.i_form
         m.submodules.leading = leading = Leading()
@@ -371,7 +412,8 @@ class TokenRouter(wiring.Component):
         m.d.comb += [weights.i_value.eq(reciprocal.o_value), leading.i_value.eq(divisor),
                      reciprocal.i_position.eq(leading.o_mantissa[:VALUE_BITS])]
         softmax = form.score == Score.SOFTMAX
-        longest = max(SETTLE_CYCLES + w.places, DIVIDE_CYCLES)
+        keys = SETTLE_CYCLES + (2 if "prior" in self._config.router_modes else 0)
+        longest = max(keys + w.places, DIVIDE_CYCLES)
         wait = Signal(range(longest + 1))
         place = Signal(range(max(TOP_K_MAX, GROUPS_MAX) + 1))
 
@@ -390,8 +432,8 @@ class TokenRouter(wiring.Component):
         m.d.sync += wait.eq(Mux(wait == 0, 0, wait - 1))
         with m.FSM():
             with m.State("IDLE"):
-                m.d.sync += [w.total.eq(0), w.kept.eq(0), place.eq(0)]
-                with m.If(w.full.bit_select(w.bank, 1)):
+                m.d.sync += [w.total.eq(0), w.kept.eq(0), place.eq(0), w.second.eq(0)]
+                with m.If(w.full):
                     with m.If(w.early_sum):
                         start(_Pass.SUM)
                     with m.Else():
@@ -404,9 +446,18 @@ class TokenRouter(wiring.Component):
                 m.d.sync += divisor.eq(w.total)
                 with m.Switch(w.kind):
                     with m.Case(_Pass.LARGEST):
-                        start(_Pass.CHOSEN)
-                    with m.Case(_Pass.CHOSEN):
+                        m.d.sync += w.total.eq(0)
+                        with m.If(w.mixes):
+                            start(_Pass.MIX)
+                        with m.Else():
+                            start(_Pass.CHOSEN)
+                    with m.Case(_Pass.CHOSEN, _Pass.MIX):
                         m.next = "DIVISOR"
+                        if dropper is not None:
+                            m.d.sync += w.left.eq(selector.o_some)
+                            with m.If(w.drops):
+                                m.d.comb += dropper.i_start.eq(1)
+                                m.next = "DROP"
                     with m.Default():
                         m.next = "SETTLE"
             with m.State("SETTLE"):
@@ -424,7 +475,7 @@ class TokenRouter(wiring.Component):
                         with m.Case(_Pass.GROUPS):
                             m.next = "KEEP"
                         with m.Default():
-                            with m.If(w.softmax_of_chosen):
+                            with m.If(w.softmax_of_chosen | w.mixes):
                                 start(_Pass.LARGEST)
                             with m.Else():
                                 start(_Pass.CHOSEN)
@@ -437,6 +488,12 @@ class TokenRouter(wiring.Component):
                     m.d.comb += selector.i_clear.eq(1)
                     m.d.sync += place.eq(0)
                     start(_Pass.SELECT)
+            if dropper is not None:
+                with m.State("DROP"):
+                    m.d.comb += w.dropping.eq(1)
+                    m.d.sync += [w.total.eq(dropper.o_total), w.left.eq(dropper.o_kept)]
+                    with m.If(dropper.o_done):
+                        m.next = "DIVISOR"
             with m.State("DIVISOR"):
                 smaller = w.total < form.epsilon
                 m.d.sync += [
@@ -447,7 +504,7 @@ class TokenRouter(wiring.Component):
                     factor.eq(form.scale), power.eq(form.scale_exponent - SCORE_BITS),
                 ]
                 m.next = "DIVIDE"
-                with m.If(form.renormalize == Renormalize.NONE):
+                with m.If((form.renormalize == Renormalize.NONE) & ~w.mixes):
                     m.next = "WEIGHTS"
             with m.State("DIVIDE"):
                 with m.If(wait == 0):
@@ -469,15 +526,19 @@ class TokenRouter(wiring.Component):
             with m.State("OUT"):
                 with m.If(w.freed):
                     m.next = "IDLE"
+                with m.Elif(w.mixes & w.pair_made):
+                    m.d.sync += w.second.eq(1)
+                    start(_Pass.LARGEST)
 
-    def _emit(self, m, w, selector, weights, scores):
+    def _emit(self, m, w, selector, weights, scores, dropper):
         """Make the weights of the chosen, and hand them on."""
         form = self.i_form
+        left = selector.o_some if dropper is None else w.left
         m.submodules.pairs = pairs = fifo.SyncFIFOBuffered(
             width=len(self.o_pair.payload.as_value()), depth=2 * TOP_K_MAX)
         place, out = (Signal(max(1, ceil_log2(w.places)), name=name) for name in ("place", "out"))
         weighing = Pipeline(m, w.weighing, name="weigh")
-        weighing.stage()
+        s = weighing.stage(left=left.bit_select(place, 1))
         m.d.comb += [
             scores.addr.eq(place), w.room.eq(pairs.level <= TOP_K_MAX),
             weights.i_valid.eq(weighing.valid | w.inverted),
@@ -486,15 +547,21 @@ class TokenRouter(wiring.Component):
             m.d.sync += place.eq(place + 1)
             with m.If(place + 1 == form.top_k):
                 m.d.sync += [place.eq(0), w.weighing.eq(0)]
+            with m.If(w.mixes):
+                m.d.sync += w.weighing.eq(0)
         with m.If(weighing.valid):
-            m.d.comb += weights.i_value.eq(scores.data)
+            m.d.comb += weights.i_value.eq(Mux(s.left, Mux(w.mixes, _ONE, scores.data), 0))
+        if dropper is not None:
+            with m.If(w.dropping):
+                m.d.comb += scores.addr.eq(dropper.score_address)
         pair = Signal(layouts.routed_pair(self._config))
-        valid = Signal()
+        valid = w.pair_made
         m.d.comb += [
             valid.eq(weights.o_valid & ~w.factoring),
-            pair.id.eq(selector.o_ids[out]), pair.some.eq(selector.o_some.bit_select(out, 1)),
+            pair.id.eq(selector.o_ids[out]), pair.some.eq(left.bit_select(out, 1)),
             pair.weight.eq(weights.o_weight), pair.last.eq(out + 1 == form.top_k),
             pairs.w_en.eq(valid), pairs.w_data.eq(pair),
+            *([pair.priority.eq(w.first)] if "capacity" in self._config.router_modes else []),
             w.freed.eq(valid & pair.last),
             self.o_pair.valid.eq(pairs.r_rdy), self.o_pair.payload.eq(pairs.r_data),
             pairs.r_en.eq(self.o_pair.ready),

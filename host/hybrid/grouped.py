@@ -63,7 +63,8 @@ class Grouped:
     Raises
     ------
     UnsupportedExperts
-        If experts differ in activation, limit or width, or have biases.
+        If experts differ in activation, limit or width, or have biases, second up rows, or limits
+        behind the activation.
     """
 
     def __init__(self, experts: Experts, device: torch.device) -> None:
@@ -72,10 +73,11 @@ class Grouped:
             raise UnsupportedExperts(
                 f"experts of a layer must be alike on the torch device, but are of {len(kinds)} "
                 "kinds of activation, limit and width; resident_math=\"exact\" takes them")
-        if any(s.gate_up_biased or s.down_biased for s in experts.shapes):
+        if any(s.gate_up_biased or s.down_biased or s.second_up or s.gate_limit
+               for s in experts.shapes):
             raise UnsupportedExperts(
-                "experts must have no biases on the torch device in bfloat16; "
-                "resident_math=\"exact\" takes them")
+                "experts must have no biases, second up rows, or limits behind the activation, on "
+                "the torch device in bfloat16; resident_math=\"exact\" takes them")
         activation, self._gated, self._limit, _ = kinds.pop()
         self._activation = ACTIVATIONS[activation]
         self._up_offset = activations.activation(activation).up_offset

@@ -38,7 +38,7 @@ def read_expert(experts: Experts, expert: int) -> Expert:
         with device._lock:
             words = [device.transport.memory_read(config.device_address(channel, address), size)
                      for channel in range(shape.channels)]
-        matrices.append(unpack_section(words, section, paired=shape.gated and not index))
+        matrices.append(unpack_section(words, section, together=1 if index else shape.rows_of_h))
         address += size
     gate_up, down = matrices
-    return Expert(gate_up, down, shape.activation, shape.limit)
+    return Expert(gate_up, down, shape.activation, shape.limit, shape.gate_limit)

@@ -188,7 +188,7 @@ def case(model: Model, config: AcceleratorConfig, *, seed: int = 0) -> Case:
     else:
         found = logits(kind, torch.from_numpy(x), replace(router, bias=None))
     experts, expert = size.experts + size.sinks, model.expert
-    deviation = 4.0 if expert.limit is not None else 1.5
+    deviation = 4.0 if expert.limit or expert.limit_behind else 1.5
     rows_of_h = expert.matrices - 1
     gate_up = whole((experts, rows_of_h * size.d_expert, size.d_in), deviation)
     down = whole((experts, size.d_in, size.d_expert), 1.0)

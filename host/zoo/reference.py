@@ -284,7 +284,7 @@ class ExpertWeights:
     Parameters
     ----------
     gate_up : float tensor, (2 I, H) or (I, H)
-        Gate rows, then up rows; (3 I, H) of an OpenMoE expert: a, b, up.
+        Gate rows, then up rows; (3 I, H) of an OpenMoE expert: b, a, up.
     down : float tensor, (H, I)
     gate_up_bias, down_bias : float tensor, optional
     """
@@ -332,9 +332,9 @@ def expert(kind: ExpertKind, x: Tensor, weights: ExpertWeights) -> Tensor:
     rows = x @ weights.gate_up.T
     if weights.gate_up_bias is not None:
         rows = rows + weights.gate_up_bias
-    if kind.form == "openmoe_glu":
-        a, b, up = rows.chunk(3, dim=-1)
-        h = a * (b * torch.sigmoid(b)) * up
+    if kind.second_up:
+        gate, up, second = rows.chunk(3, dim=-1)
+        h = _silu(gate, up) * second
     elif kind.form == "mlp" and kind.activation in _PLAIN:
         h = _PLAIN[kind.activation](rows)
     elif kind.form == "glu" and kind.activation in _GATED:
@@ -342,6 +342,9 @@ def expert(kind: ExpertKind, x: Tensor, weights: ExpertWeights) -> Tensor:
         if kind.limit is not None:
             gate, up = gate.clamp(max=kind.limit), up.clamp(-kind.limit, kind.limit)
         h = _GATED[kind.activation](gate, up)
+    elif (limit := kind.limit_behind) is not None:
+        gate, up = rows.chunk(2, dim=-1)
+        h = functional.silu(gate).clamp(max=limit) * up.clamp(-limit, limit)
     else:
         raise UnsupportedExperts(
             f"expert must be one with a float reference, not {kind.text}: its constants are not "

@@ -17,7 +17,7 @@ from moeaccel.host.device import Device
 from moeaccel.host.errors import LimitExceeded, UnsupportedExperts
 from moeaccel.host.opening import open_device
 from moeaccel.host.routing import check_router
-from moeaccel.router.choices import Score
+from moeaccel.router.choices import MODES, Score
 from moeaccel.router.settings import RouterError
 from moeaccel.zoo.routers import settings_of
 from moeaccel.zoo.schema import ExpertKind, Model
@@ -55,12 +55,13 @@ class Support:
 
 
 def equipped(config: str | AcceleratorConfig) -> AcceleratorConfig:
-    """Return a configuration with a router, of every score, where it has none."""
+    """Return a configuration with second up rows, and with a router, of every score and mode, where
+    it has none."""
     chosen = preset(config)
-    if chosen.router:
-        return chosen
-    return chosen.replace(name=f"{chosen.name} with a router",
-                          router=tuple(score.key for score in Score), router_top_k=TOP_K_MAX)
+    more: dict[str, Any] = {} if chosen.router else {
+        "router": tuple(score.key for score in Score), "router_top_k": TOP_K_MAX,
+        "router_modes": MODES}
+    return chosen.replace(name=f"{chosen.name} with all for models", second_up=True, **more)
 
 
 def largest(config: str | AcceleratorConfig, dim: int) -> AcceleratorConfig:
@@ -79,10 +80,14 @@ def expert_options(kind: ExpertKind) -> dict[str, Any]:
     Biases are True here, for the arrays of which only the caller knows.
     """
     options: dict[str, Any] = {
-        "activation": kind.activation if kind.form in ("glu", "mlp") else kind.form,
+        "activation": kind.form if kind.form == "embedding" else kind.activation,
         "gated": kind.gated}
+    if kind.second_up:
+        options["second_up"] = True
     if kind.limit is not None:
         options["limit"] = kind.limit
+    if kind.limit_behind is not None:
+        options |= {"activation": "silu", "limit": kind.limit_behind, "limit_behind": True}
     if kind.bias is not None:
         options["gate_up_bias"] = True
     if kind.bias is not None and kind.bias != "gate_up":

@@ -12,7 +12,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from moeaccel.activations import hidden
+from moeaccel.activations import hidden, limit_behind
 from moeaccel.config import AcceleratorConfig
 from moeaccel.errors import MoeAccelError
 from moeaccel.formats import QuantisedMatrix, weight_format
@@ -87,7 +87,7 @@ class TrueSizes:
         :class:`int`, :class:`float`
             Elements of y that differ between the devices, and y's relative error.
         """
-        golden, rtl = self._devices(max(d_in, d_expert))
+        golden, rtl = self._devices(max(d_in, d_expert), model.expert.second_up)
         known(golden, expert_options(model.expert))
         rng = np.random.default_rng([self._seed, zlib.crc32(model.key.encode()), d_in])
         expert = _drawn(rng, model.expert, d_in, d_expert)
@@ -101,9 +101,11 @@ class TrueSizes:
         differ = int((found[0].view(np.uint32) != found[1].view(np.uint32)).sum())
         return differ, float(np.linalg.norm(found[1] - exact) / np.linalg.norm(exact))
 
-    def _devices(self, dim: int) -> tuple[Device, Device]:
+    def _devices(self, dim: int, second_up: bool) -> tuple[Device, Device]:
         """Return open devices that are large enough, the RTL built once for each size."""
         config = largest(self._config, dim)
+        if second_up:
+            config = config.replace(name=f"{config.name} with second up", second_up=True)
         if config not in self._open:
             options: dict[str, Any] = {"config": config, "memory_bytes": 1 << 30}
             self._open[config] = (
@@ -120,17 +122,20 @@ def _drawn(rng: np.random.Generator, kind: ExpertKind, d_in: int, d_expert: int)
     UnsupportedExperts
         For parts that are not drawn here.
     """
-    if kind.form not in ("glu", "mlp"):
+    if kind.form == "embedding":
         raise UnsupportedExperts(
-            f"experts must be of two or three matrices at true size, not {kind.text}")
-    rows = (2 if kind.gated else 1) * d_expert
-    gate_up = _matrix(rng, rows, d_in, 4.0 if kind.limit else 1.5)
+            f"experts must be of two to four matrices at true size, not {kind.text}")
+    rows = (4 if kind.second_up else 2 if kind.gated else 1) * d_expert
+    gate_up = _matrix(rng, rows, d_in, 4.0 if kind.limit or kind.limit_behind else 1.5)
     down = _matrix(rng, d_in, d_expert, 1.0)
     if kind.bias is not None:
         gate_up = gate_up.with_bias(rng.standard_normal(rows, np.float32))
     if kind.bias == "both":
         down = down.with_bias(rng.standard_normal(d_in, np.float32))
-    return Expert(gate_up, down, activation=kind.activation, limit=kind.limit)
+    options = expert_options(kind)
+    name, limit = options["activation"], options.get("limit")
+    return Expert(gate_up, down, activation=name, limit=limit,
+                  gate_limit=None if kind.limit_behind is None else limit_behind(name, limit))
 
 
 def _matrix(rng: np.random.Generator, rows: int, columns: int, deviation: float) -> QuantisedMatrix:
@@ -148,9 +153,8 @@ def _matrix(rng: np.random.Generator, rows: int, columns: int, deviation: float)
 def _exact(expert: Expert, x: NDArray[np.float32]) -> NDArray[np.float64]:
     """Return the expert's output in float64, (1, d_in)."""
     rows = _product(expert.gate_up, x.astype(np.float64)) + expert.gate_up.bias_values
-    if expert.gated:
-        rows = np.concatenate([rows[:, 0::2], rows[:, 1::2]], axis=1)
-    h = hidden(rows, expert.down.integers.shape[1], expert.activation, expert.limit)
+    h = hidden(expert.parts(rows), expert.down.integers.shape[1], expert.activation, expert.limit,
+               expert.gate_limit)
     return _product(expert.down, h) + expert.down.bias_values
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from moeaccel.config import BLOCK, MEMORY_LATENCY_CYCLES, AcceleratorConfig
 from moeaccel.cycles.memory_port import READ_CYCLES, WRITE_CYCLES
-from moeaccel.cycles.token_router import token_cycles
+from moeaccel.cycles.token_router import drop_cycles, token_cycles
 from moeaccel.interface.commands import ENTRY_BYTES
+from moeaccel.router.choices import CapacityOrder
 from moeaccel.router.settings import RouterSettings
 
 __all__ = ["route_cycles"]
@@ -17,10 +20,13 @@ _QUEUED = 16
 
 _FETCH, _START, _TABLE, _FIRST, _LOADED, _FREED, _WEIGHTS, _PAIR, _WRITE, _END = (
     11, 6, 2, 5, 4, 1, 15, 2, 9, 2)
+_PLACE, _WALK, _AGAIN = 2, 6, 6
+"""Of a capacity: to put a token into its order, to count a pair, and to begin again."""
 
 
 def route_cycles(config: AcceleratorConfig, settings: RouterSettings, tokens: int, *, biased: bool,
-                 tables: bool, latency: int = MEMORY_LATENCY_CYCLES) -> int:
+                 tables: bool, residents: bool = False,
+                 latency: int = MEMORY_LATENCY_CYCLES) -> int:
     """Return the cycles of a ROUTE.
 
     Parameters
@@ -30,6 +36,8 @@ def route_cycles(config: AcceleratorConfig, settings: RouterSettings, tokens: in
         Keys are scores with a selection bias.
     tables : :class:`bool`
         There is a table.
+    residents : :class:`bool`
+        There are residents, in it or alone.
     latency : :class:`int`
         Of the ideal memory, reads and writes.
     """
@@ -41,18 +49,49 @@ def route_cycles(config: AcceleratorConfig, settings: RouterSettings, tokens: in
     largest = max(row // BLOCK, top_k)
     now = _FETCH + 2 * (read + beats) + largest.bit_length()
     now += _START
-    if tables:
-        now += _TABLE + read + -(-2 * experts // _UNIT) * _UNIT
+    early = -(-2 * experts // _UNIT) if tables else 0
+    early += -(-experts // (8 * ENTRY_BYTES)) if residents else 0
+    if early:
+        now += _TABLE + read + early * _UNIT
     else:  # how many units the logits are
         now += (row // BLOCK).bit_length() - 1
     first = now + _FIRST + read
     one = token_cycles(config, settings, biased=biased)
     written = 2 * (beats + latency + WRITE_CYCLES + _WRITE)
+    pairs = tokens * top_k
+    if settings.capacity is not None:
+        placing = settings.capacity_order_kind is CapacityOrder.PRIORITY
+        free = _sweep(settings, tokens, first, one, lambda pair: (
+            # Each has half of those before it behind it, of tokens in no order.
+            _PLACE + pair // top_k // 2 if placing and not (pair + 1) % top_k else 0))
+        first = free + _WALK * pairs + _AGAIN + read
+        one += drop_cycles(settings, capped=True) - drop_cycles(settings)
+    free = _sweep(settings, tokens, first, one,
+                  lambda pair: 0 if (pair + 1) % _UNIT else written)
+    if pairs % _UNIT:
+        free += _UNIT - pairs % _UNIT + written
+    return free + _END
 
+
+def _sweep(settings: RouterSettings, tokens: int, first: int, one: int,
+           busy: Callable[[int], int]) -> int:
+    """Return when all pairs have been taken by who takes them.
+
+    Parameters
+    ----------
+    first : :class:`int`
+        When the first logit is there.
+    one : :class:`int`
+        Cycles of a token.
+    busy : callable
+        Cycles that a pair takes who takes it, beyond one.
+    """
+    experts, top_k = settings.experts, settings.top_k
+    row = -(-experts // BLOCK) * BLOCK
     load = first
     done = [0, 0]
-    taken: list[int] = []  # cycle in which the writer takes each pair
-    free, collected = 0, 0  # when the writer is there again; what it has
+    taken: list[int] = []  # cycle in which each pair is taken
+    free = 0  # when who takes them is there again
     for token in range(tokens):
         # Two tokens' logits have room.
         load = max(load, done[0] + _FREED if token > 1 else 0)
@@ -67,10 +106,6 @@ def route_cycles(config: AcceleratorConfig, settings: RouterSettings, tokens: in
         for pair in range(top_k):
             free = max(free, weights + pair + _PAIR) + 1
             taken.append(free)
-            collected += 1
-            if collected == _UNIT:
-                free, collected = free + written, 0
+            free += busy(token * top_k + pair)
         done = [done[1], end]
-    if collected:
-        free += _UNIT - collected + written
-    return free + _END
+    return free

@@ -5,8 +5,9 @@ from __future__ import annotations
 from moeaccel.config import AcceleratorConfig
 from moeaccel.router.choices import GroupScore, Renormalize, Score
 from moeaccel.router.settings import RouterSettings
+from moeaccel.router.tables import part
 
-__all__ = ["token_cycles"]
+__all__ = ["drop_cycles", "token_cycles"]
 
 # Latencies of the blocks (tests/hdl/router).
 _EXPONENTIAL = 10
@@ -14,6 +15,8 @@ _SCORE = {Score.SOFTMAX: 20, Score.SIGMOID: 20, Score.SQRT_SOFTPLUS: 34, Score.I
 _DIVIDE = 11
 _WEIGHT = 13
 _SETTLE = 6
+_PRIOR = 2
+_DROP = 5
 
 
 def token_cycles(config: AcceleratorConfig, settings: RouterSettings, *, biased: bool) -> int:
@@ -26,13 +29,15 @@ def token_cycles(config: AcceleratorConfig, settings: RouterSettings, *, biased:
     biased : :class:`bool`
         Whether it has a selection bias.
     """
+    if settings.mixer is not None:
+        return _mixed_cycles(config, settings)
     experts, top_k, score = settings.experts, settings.top_k, settings.score_kind
     softmax = score is Score.SOFTMAX
     by_logits = not biased or settings.bias_logits or score is Score.IDENTITY
     top2 = settings.grouped and settings.group_score_kind is GroupScore.TOP2_SUM
     of_chosen = settings.renormalize_kind is Renormalize.SOFTMAX_TOP_K
     early_sum = softmax and (not by_logits or top2)
-    settle = 1 + max(_SETTLE + config.router_top_k, _DIVIDE)
+    settle = _settle(config)
 
     cycles = 1
     if early_sum:
@@ -48,7 +53,37 @@ def token_cycles(config: AcceleratorConfig, settings: RouterSettings, *, biased:
     if of_chosen:
         cycles += top_k + 2
     cycles += top_k + 2 + (_EXPONENTIAL if of_chosen else _SCORE[score])
+    cycles += drop_cycles(settings)
     cycles += 1  # the divisor
     if settings.renormalize_kind is not Renormalize.NONE:
         cycles += _DIVIDE + 1 + _WEIGHT
     return cycles + 1 + top_k + 1 + _WEIGHT
+
+
+def _settle(config: AcceleratorConfig) -> int:
+    """Return the cycles from the last key of a pass to the next one."""
+    keys = _SETTLE + (_PRIOR if "prior" in config.router_modes else 0)
+    return 1 + max(keys + config.router_top_k, _DIVIDE)
+
+
+def _mixed_cycles(config: AcceleratorConfig, settings: RouterSettings) -> int:
+    """Return the cycles of a sparsemixer."""
+    cycles = 1 + settings.experts + 1 + _settle(config)
+    for choice in range(settings.top_k):
+        cycles += choice + 3 + settings.experts + 2 + _EXPONENTIAL + 1 + _DIVIDE + 1 + _WEIGHT
+        cycles += 1 + 1 + 1 + _WEIGHT
+    return cycles
+
+
+def drop_cycles(settings: RouterSettings, *, capped: bool = False) -> int:
+    """Return the cycles in which a token's chosen are dropped.
+
+    Parameters
+    ----------
+    capped : :class:`bool`
+        A capacity counts.
+    """
+    factors = [part(value or 0) for value in (settings.threshold, settings.top_p)]
+    if not any(factors) and not capped:
+        return 0
+    return _DROP + max(factors).bit_length() + settings.top_k

@@ -125,7 +125,8 @@ def prune(weights: NDArray[np.floating], fmt: WeightFormat, how: str, *, togethe
     how : :class:`str`
         One of PRUNINGS.
     together, channels : :class:`int`
-        Rows that are dealt together (2: rows of gate and up in turn), and to how many channels.
+        Rows that are dealt together (of 2 or 4: rows of gate and up in turn), and to how many
+        channels.
 
     Raises
     ------
@@ -141,7 +142,7 @@ def prune(weights: NDArray[np.floating], fmt: WeightFormat, how: str, *, togethe
     weight = np.square(padded.astype(np.float64))
     if fmt.packed:
         row = np.arange(n)
-        apart = 1 if together == 2 else channels
+        apart = 1 if together > 1 else channels
         partner = np.where(row // apart % 2 == 0, row + apart, row - apart)
         weight = weight + np.where((partner < n)[:, None, None], weight[np.minimum(partner, n - 1)],
                                    0)

@@ -16,13 +16,17 @@ def hidden(rows: InternalFloat, expert: Expert) -> tuple[Ints, Ints]:
     Parameters
     ----------
     rows : :class:`InternalFloat`
-        (n, 2 d_expert), gate and up rows in turn, or (n, d_expert) of an expert that is not gated.
+        (n, rows_of_h * d_expert), in the order of images.
     expert : :class:`Expert`
-        Activation, whether it is gated, and limit.
+        Activation, limits, and how many rows become an element.
     """
     act = activation(expert.activation)
-    limit = None if expert.limit is None else float32_to_internal(
-        np.array(expert.limit, np.float32))
-    if expert.gated:
-        return gated(rows[:, 0::2], rows[:, 1::2], act, limit)
-    return ungated(rows, act, limit)
+    limit, gate_limit = (
+        None if number is None else float32_to_internal(np.array(number, np.float32))
+        for number in (expert.limit, expert.gate_limit))
+    every = expert.rows_of_h
+    gate = rows[:, 0::every]
+    if every == 1:
+        return ungated(gate, act, limit if gate_limit is None else gate_limit)
+    second = rows[:, 3::every] if every == 4 else None
+    return gated(gate, rows[:, 1::every], act, limit, gate_limit, second)

@@ -23,6 +23,7 @@ def experts_float64(
     down: Sequence[NDArray[np.floating]],
     activation: str | Sequence[str] = "silu",
     limit: float | None = None,
+    gate_limit: float | None = None,
     gate_up_bias: Sequence[NDArray[np.floating]] | None = None,
     down_bias: Sequence[NDArray[np.floating]] | None = None,
 ) -> Floats:
@@ -35,10 +36,11 @@ def experts_float64(
         Negative or ``>= len(down)``: skipped.
     weights : float array, (T, K)
     gate_up, down : sequence of float array
-        (2 I, H) as ``[gate; up]``, or (I, H), not gated; and (H, I). I may differ.
+        (2 I, H) as ``[gate; up]``, (I, H), not gated, or (3 I, H) with second up rows; and (H, I).
+        I may differ.
     activation : :class:`str` or sequence of str
         Of all, or of each.
-    limit : :class:`float`, optional
+    limit, gate_limit : :class:`float`, optional
         As in :class:`moeaccel.image.ExpertShape`.
     gate_up_bias, down_bias : sequence of float array, optional
         (2 I,) or (I,), and (H,).
@@ -52,7 +54,7 @@ def experts_float64(
         projected = x[tokens] @ np.asarray(gate_up[e], np.float64).T
         if gate_up_bias is not None:
             projected = projected + gate_up_bias[e]
-        hidden = hidden_of(projected, down[e].shape[1], names[int(e)], limit)
+        hidden = hidden_of(projected, down[e].shape[1], names[int(e)], limit, gate_limit)
         out = hidden @ np.asarray(down[e], np.float64).T
         if down_bias is not None:
             out = out + down_bias[e]
@@ -76,9 +78,8 @@ def quantised_float_experts(
         tokens, slots = np.nonzero(ids == e)
         projected = x_hat[tokens] @ layer[e].gate_up.dequantise().T + layer[e].gate_up.bias_values
         d_expert = layer[e].down.integers.shape[1]
-        if layer[e].gated:
-            projected = np.concatenate([projected[:, 0::2], projected[:, 1::2]], axis=1)
-        hidden = hidden_of(projected, d_expert, layer[e].activation, layer[e].limit)
+        hidden = hidden_of(layer[e].parts(projected), d_expert, layer[e].activation, layer[e].limit,
+                           layer[e].gate_limit)
         significand, exponent, _ = split_float32(hidden.astype(np.float32))
         h_hat = quantise_elements(significand, exponent, planes).to_float64()
         out = h_hat @ layer[e].down.dequantise().T + layer[e].down.bias_values

@@ -14,7 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeaccel.arithmetic import Ints
-from moeaccel.router.choices import CapacityOrder, GroupScore, Renormalize, Score
+from moeaccel.router.choices import (
+    PART_BITS,
+    CapacityOrder,
+    GroupScore,
+    Renormalize,
+    Score,
+)
 from moeaccel.router.settings import SELECTION_BIAS_MAX, RouterError, RouterSettings
 from moeaccel.router.tables import (
     KEY_BITS,
@@ -27,6 +33,7 @@ from moeaccel.router.tables import (
     exponential,
     fixed,
     leading,
+    part,
     quotient,
     sigmoid,
     significand,
@@ -45,8 +52,6 @@ _FIRST = 1 << 40
 """Above every key."""
 _LEAST = -(1 << (WORD_BITS - 1))
 _MOST = (1 << (WORD_BITS - 1)) - 1
-_PART_BITS = 16
-"""Fraction bits of threshold and top_p."""
 
 
 @dataclass(frozen=True)
@@ -241,11 +246,11 @@ def _weights(s: Ints, scores: Ints, chosen: Ints, settings: RouterSettings
     q = np.where(there, scores, 0)
     keep = there
     if settings.threshold is not None:
-        keep = keep & ((q << _PART_BITS) >= _part(settings.threshold) * q[:, :1])
+        keep = keep & ((q << PART_BITS) >= part(settings.threshold) * q[:, :1])
     if settings.top_p is not None:
         before = np.cumsum(q, axis=1) - q
-        keep = keep & ((before << _PART_BITS)
-                       < _part(settings.top_p) * q.sum(axis=1, keepdims=True))
+        keep = keep & ((before << PART_BITS)
+                       < part(settings.top_p) * q.sum(axis=1, keepdims=True))
     if settings.capacity is not None:
         keep = within_capacity(np.where(keep, chosen, NONE), settings.capacity,
                                q[:, 0] if settings.capacity_order_kind is CapacityOrder.PRIORITY
@@ -261,10 +266,6 @@ def _weights(s: Ints, scores: Ints, chosen: Ints, settings: RouterSettings
         case _:
             weights = _scaled(q, settings, total + epsilon)
     return np.where(keep, chosen, NONE), weights
-
-
-def _part(value: float) -> int:
-    return round(value * 2**_PART_BITS)
 
 
 def _scaled(q: Ints, settings: RouterSettings, divisor: Ints | None = None) -> NDArray[np.float32]:

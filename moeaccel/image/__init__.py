@@ -22,8 +22,8 @@ u1, ...), so that a pair is always in one tile. For each section::
 Where the device has several channels, an image has a part for each, a whole image with a header of
 its own, and all parts of an expert lie at the same address, each in its channel's memory. Rows are
 dealt one by one: row r of down is row ``r // channels`` of the part of channel ``r % channels``,
-and so it is with pairs of gate and up. A part's last tile is filled up with rows of zeros, for
-which the device has no output.
+and so it is with pairs of gate and up, or fours with second up rows. A part's last tile is filled
+up with rows of zeros, for which the device has no output.
 
 Inside a weight word, byte ``rm * 32 + k`` holds column k of row rm (8-bit), or of rows 2 rm (low
 nibble) and 2 rm + 1 (high nibble). In 2-bit formats a word has two steps, the first in the lower
@@ -40,6 +40,7 @@ from moeaccel.image.expert import (
     Expert,
     ExpertShape,
     LinearShape,
+    gate_limit_bits,
     interleave_gate_up,
     limit_bits,
 )
@@ -61,5 +62,5 @@ from moeaccel.image.table import expert_table, table_entry
 __all__ = [
     "ALIGNMENT", "HEADER_BYTES", "HEADER_USED", "STEPS_PER_PATTERN_WORD", "Expert", "ExpertShape",
     "LinearShape", "Section", "build_image", "build_linear_image", "check_image", "expert_table",
-    "interleave_gate_up", "limit_bits", "pack_section", "table_entry", "unpack_image",
-    "unpack_section"]
+    "gate_limit_bits", "interleave_gate_up", "limit_bits", "pack_section", "table_entry",
+    "unpack_image", "unpack_section"]

@@ -22,7 +22,7 @@ from moeaccel.formats import (
 from moeaccel.image.sections import Section, stored_bytes
 
 __all__ = ["ALIGNMENT", "HEADER_BYTES", "Expert", "ExpertShape", "ImageShape", "LinearShape",
-           "interleave_gate_up", "limit_bits"]
+           "gate_limit_bits", "interleave_gate_up", "limit_bits"]
 
 HEADER_BYTES = 64
 ALIGNMENT = 4096
@@ -74,14 +74,18 @@ class ExpertShape(ImageShape):
         h = activation(gate) * up; else there are no up rows, and h = activation(gate).
     limit : :class:`float`, optional
         Of the rows before the activation: gate is at most that, up at most that far from 0.
+    gate_limit : :class:`float`, optional
+        Of the gate, where it is not ``limit``.
+    second_up : :class:`bool`
+        Gated, with second up rows: h = activation(gate) * up * second up (OpenMoE).
     gate_up_biased, down_biased : :class:`bool`
         Whether the rows of either have biases.
 
     Raises
     ------
     FormatError
-        For a dimension below 1, an activation that there is not, and a limit that is no positive
-        bfloat16 number.
+        For a dimension below 1, an activation that there is not, a limit that is no positive
+        bfloat16 number, and second up rows without gate rows.
     """
 
     format: WeightFormat
@@ -94,6 +98,8 @@ class ExpertShape(ImageShape):
     activation: str = "silu"
     gated: bool = True
     limit: float | None = None
+    gate_limit: float | None = None
+    second_up: bool = False
     gate_up_biased: bool = False
     down_biased: bool = False
 
@@ -101,12 +107,15 @@ class ExpertShape(ImageShape):
         check_dims(d_model=self.d_model, d_expert=self.d_expert)
         activation(self.activation)
         limit_bits(self.limit)
+        gate_limit_bits(self.gate_limit)
+        if self.second_up and not self.gated:
+            raise FormatError("second_up must be False where experts are not gated, not True")
         if self.down_format == self.format:
             object.__setattr__(self, "down_format", None)
 
     @property
     def gate_up(self) -> Section:
-        """Rows g0, u0, g1, u1, ... of d_model inputs; g0, g1, ... where it is not gated."""
+        """Rows of d_model inputs, in the order of :func:`interleave_gate_up`."""
         return Section(
             self.format, self.rows_of_h * whole_blocks(self.d_expert), whole_blocks(self.d_model),
             self.row_multipliers, self.channels, self.gate_up_biased)
@@ -114,7 +123,7 @@ class ExpertShape(ImageShape):
     @property
     def rows_of_h(self) -> int:
         """Rows for each element of h."""
-        return 2 if self.gated else 1
+        return 4 if self.second_up else 2 if self.gated else 1
 
     @property
     def down(self) -> Section:
@@ -131,7 +140,8 @@ class ExpertShape(ImageShape):
     @property
     def stored_bytes(self) -> int:
         """Bytes of weights, scales, row exponents and biases without padding, in all parts."""
-        return (stored_bytes(self.format, self.rows_of_h * self.d_expert, self.d_model,
+        rows = self.rows_of_h - self.second_up  # of four there are three
+        return (stored_bytes(self.format, rows * self.d_expert, self.d_model,
                              biased=self.gate_up_biased)
                 + stored_bytes(self.down.format, self.d_model, self.d_expert,
                                biased=self.down_biased))
@@ -188,10 +198,34 @@ def limit_bits(limit: float | None) -> int:
     return bits >> 16
 
 
-def interleave_gate_up(gate_up: NDArray[np.floating]) -> NDArray[np.floating]:
-    """Reorder ``[gate; up]`` rows, (2 I, H), or their biases, (2 I,), to g0, u0, g1, u1, ..."""
-    half = gate_up.shape[0] // 2
-    return np.stack([gate_up[:half], gate_up[half:]], axis=1).reshape(gate_up.shape)
+def gate_limit_bits(limit: float | None) -> int:
+    """Return a limit of the gate as an expert table entry has it: a float32, 0 for none.
+
+    Raises
+    ------
+    FormatError
+        If it is not a positive number of 17 significant bits.
+    """
+    if limit is None:
+        return 0
+    number = isinstance(limit, int | float | np.number)
+    bits = int(np.float32(limit).view(np.uint32)) if number else 0
+    if not 1 << 23 <= bits <= 0x7F7FFF80 or bits & 0x7F or float(np.float32(limit)) != limit:
+        raise FormatError("gate_limit must be a positive number with at most 17 significant bits, "
+                          f"such as 7.0, not {limit!r}")
+    return bits
+
+
+def interleave_gate_up(gate_up: NDArray[np.floating], parts: int = 2) -> NDArray[np.floating]:
+    """Reorder rows, or their biases, (rows,) or (rows, H), to that of images.
+
+    That of 2 ``parts``, ``[gate; up]``, is g0, u0, g1, u1, ...; of 3, ``[gate; up; second up]``,
+    g0, u0, 0, v0, g1, u1, 0, v1, ...; of 1, gate alone, it is the same.
+    """
+    split = list(gate_up.reshape(parts, -1, *gate_up.shape[1:]))
+    if parts == 3:
+        split.insert(2, np.zeros_like(split[0]))
+    return np.stack(split, axis=1).reshape(-1, *gate_up.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -201,10 +235,11 @@ class Expert:
     Parameters
     ----------
     gate_up : :class:`QuantisedMatrix`
-        (2 d_expert, d_model), rows g0, u0, g1, u1, ...; or (d_expert, d_model), not gated.
+        (2 d_expert, d_model), rows in the order of :func:`interleave_gate_up`; (4 d_expert,
+        d_model) with second up rows; (d_expert, d_model), not gated.
     down : :class:`QuantisedMatrix`
         (d_model, d_expert); its format may be another one.
-    activation, limit
+    activation, limit, gate_limit
         As in :class:`ExpertShape`.
     """
 
@@ -212,24 +247,30 @@ class Expert:
     down: QuantisedMatrix
     activation: str = "silu"
     limit: float | None = None
+    gate_limit: float | None = None
+
+    @property
+    def rows_of_h(self) -> int:
+        """Rows for each element of h."""
+        return self.gate_up.integers.shape[0] // self.down.integers.shape[1]
 
     @property
     def gated(self) -> bool:
         """Whether there are up rows."""
-        return self.gate_up.integers.shape[0] != self.down.integers.shape[1]
+        return self.rows_of_h > 1
 
     @classmethod
     def quantise(
         cls, gate_up: NDArray[np.floating], down: NDArray[np.floating], name: str | WeightFormat,
         *, down_format: str | WeightFormat | None = None, activation: str = "silu",
-        limit: float | None = None, quantiser: str = "search",
+        limit: float | None = None, gate_limit: float | None = None, quantiser: str = "search",
         moments: tuple[NDArray[np.floating] | None, NDArray[np.floating] | None] = (None, None),
         prune: str | None = None, channels: int = 1,
         gate_up_bias: NDArray[np.floating] | None = None,
         down_bias: NDArray[np.floating] | None = None,
     ) -> Expert:
-        """Quantise float weights: ``gate_up`` (2 I, H) as ``[gate; up]``, or (I, H), ``down``
-        (H, I); biases, (2 I,) or (I,), and (H,), become bfloat16.
+        """Quantise float weights: ``gate_up`` (2 I, H) as ``[gate; up]``, (I, H), or (3 I, H) as
+        ``[gate; up; second up]``, ``down`` (H, I); biases, one a row, become bfloat16.
 
         ``quantiser`` and ``moments``, those of x and of h, as in :func:`moeaccel.formats.quantise`.
         ``prune`` makes the patterns of N:M formats (:func:`moeaccel.formats.prune`) for a device of
@@ -237,17 +278,26 @@ class Expert:
         """
         fmt = weight_format(name)
         other = fmt if down_format is None else weight_format(down_format)
-        gated = len(gate_up) != down.shape[1]
-        rows = interleave_gate_up(gate_up) if gated else gate_up
-        if gated and gate_up_bias is not None and gate_up_bias.shape == rows.shape[:1]:
-            gate_up_bias = interleave_gate_up(gate_up_bias)
+        parts = len(gate_up) // down.shape[1]
+        rows = interleave_gate_up(gate_up, parts)
+        if gate_up_bias is not None and gate_up_bias.shape == gate_up.shape[:1]:
+            gate_up_bias = interleave_gate_up(gate_up_bias, parts)
         if prune is not None:
-            rows = pruned(rows, fmt, prune, together=1 + gated, channels=channels)
+            rows = pruned(rows, fmt, prune, together=len(rows) // down.shape[1],
+                          channels=channels)
             down = pruned(down, other, prune, channels=channels)
         return cls(
             quantise(rows, fmt, quantiser=quantiser, moments=moments[0]).with_bias(gate_up_bias),
             quantise(down, other, quantiser=quantiser, moments=moments[1]).with_bias(down_bias),
-            activation, limit)
+            activation, limit, gate_limit)
+
+    def parts(self, rows: NDArray[np.floating]) -> NDArray[np.floating]:
+        """Return what rows give, (n, rows), in the order of floats: gate, up, second up."""
+        every = self.rows_of_h
+        found = [rows[:, first::every] for first in range(every)]
+        if every == 4:
+            del found[2]
+        return np.concatenate(found, axis=1)
 
     def shape(self, row_multipliers: int, channels: int = 1) -> ExpertShape:
         """Return its shape for a device with such arrays."""
@@ -255,12 +305,12 @@ class Expert:
         return ExpertShape(
             self.gate_up.format, d_model, d_expert, row_multipliers, channels,
             down_format=self.down.format, activation=self.activation, gated=self.gated,
-            limit=self.limit, gate_up_biased=self.gate_up.bias is not None,
+            limit=self.limit, gate_limit=self.gate_limit, second_up=self.rows_of_h == 4,
+            gate_up_biased=self.gate_up.bias is not None,
             down_biased=self.down.bias is not None)
 
     def filled(self) -> Expert:
         """Return what device memory holds: zeros behind rows and columns, up to whole blocks."""
         d_model, d_expert = (whole_blocks(dim) for dim in self.down.integers.shape)
-        rows = d_expert * (2 if self.gated else 1)
-        return replace(self, gate_up=self.gate_up.filled(rows, d_model),
+        return replace(self, gate_up=self.gate_up.filled(self.rows_of_h * d_expert, d_model),
                        down=self.down.filled(d_model, d_expert))

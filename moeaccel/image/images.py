@@ -47,8 +47,7 @@ def build_image(
     Parameters
     ----------
     gate_up : :class:`QuantisedMatrix`
-        (2 d_expert, d_model), rows interleaved (:func:`interleave_gate_up`); or (d_expert,
-        d_model), not gated.
+        As of an :class:`Expert`.
     down : :class:`QuantisedMatrix`
         (d_model, d_expert); its format may be another one.
     row_multipliers : :class:`int`
@@ -136,11 +135,13 @@ def check_image(image: Bytes, *, channel: int = 0) -> ExpertShape:
             "damaged, load it again"
         )
     shape = ExpertShape(fmt, d_model, d_expert, row_multipliers, last_channel + 1,
-                        down_format=down_format, gated=sink == Sink.ACTIVATION,
+                        down_format=down_format, gated=sink != Sink.ACTIVATION_ROWS,
+                        second_up=sink == Sink.ACTIVATION_PRODUCT,
                         gate_up_biased=bool(biased), down_biased=bool(down_biased))
     if (sink, last_sink) != sinks(shape):
-        raise ImageError(f"image sinks must be {[int(s) for s in sinks(shape)]}, or 2 in the first "
-                         f"place, not {[sink, last_sink]}; its header was damaged, load it again")
+        raise ImageError(f"image sinks must be {[int(s) for s in sinks(shape)]}, or 2 or 3 in the "
+                         f"first place, not {[sink, last_sink]}; its header was damaged, load it "
+                         "again")
     if biased > 1 or down_biased > 1:
         raise ImageError(f"image must say of biases that they are there, 1, or not, 0, not "
                          f"{[biased, down_biased]}; its header was damaged, load it again")
@@ -188,5 +189,5 @@ def unpack_image(*parts: Bytes) -> Expert:
     split = shape.header_bytes + shape.gate_up.words * shape.gate_up.word_bytes
     return Expert(
         unpack_section([p[shape.header_bytes : split] for p in parts], shape.gate_up,
-                       paired=shape.gated),
-        unpack_section([p[split : shape.image_bytes] for p in parts], shape.down, paired=False))
+                       together=shape.rows_of_h),
+        unpack_section([p[split : shape.image_bytes] for p in parts], shape.down))

@@ -274,7 +274,8 @@ def pack_section(matrix: QuantisedMatrix, row_multipliers: int) -> Bytes:
     return out.reshape(-1)
 
 
-def unpack_section(words: Sequence[Bytes], section: Section, *, paired: bool) -> QuantisedMatrix:
+def unpack_section(words: Sequence[Bytes], section: Section, *, together: int = 1
+                   ) -> QuantisedMatrix:
     """Return the matrix of a section from the words that each channel holds of it.
 
     What the words do not hold is not restored: ``coarsened`` is 0.
@@ -284,8 +285,8 @@ def unpack_section(words: Sequence[Bytes], section: Section, *, paired: bool) ->
     words : sequence of uint8 array
         One for each channel.
     section : :class:`Section`
-    paired : :class:`bool`
-        Rows are pairs of gate and up.
+    together : :class:`int`
+        Rows that stay together on a channel: those of an element of h.
 
     Raises
     ------
@@ -293,7 +294,7 @@ def unpack_section(words: Sequence[Bytes], section: Section, *, paired: bool) ->
         If the bytes are not as many as the section has.
     """
     parts = [_unpack_part(part, section) for part in words]
-    return parts[0] if section.channels == 1 else _gather(parts, section, 1 + paired)
+    return parts[0] if section.channels == 1 else _gather(parts, section, together)
 
 
 def _unpack_part(words: Bytes, section: Section) -> QuantisedMatrix:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moeaccel.activations import activation
-from moeaccel.image.expert import ExpertShape, LinearShape, limit_bits
+from moeaccel.image.expert import ExpertShape, LinearShape, gate_limit_bits, limit_bits
 from moeaccel.interface.commands import EXPERT, Operand, Sink, encode
 
 __all__ = ["expert_table", "sinks", "table_entry"]
@@ -15,7 +15,8 @@ def sinks(shape: ExpertShape | LinearShape) -> tuple[Sink, ...]:
     """Return where the results of each section go."""
     if isinstance(shape, LinearShape):
         return (Sink.COMBINE,)
-    return Sink.ACTIVATION if shape.gated else Sink.ACTIVATION_ROWS, Sink.COMBINE
+    return (Sink.ACTIVATION_PRODUCT if shape.second_up else
+            Sink.ACTIVATION if shape.gated else Sink.ACTIVATION_ROWS), Sink.COMBINE
 
 
 def table_entry(shape: ExpertShape | LinearShape, image_address: int) -> dict[str, int]:
@@ -31,7 +32,8 @@ def table_entry(shape: ExpertShape | LinearShape, image_address: int) -> dict[st
     entry = {"sections": len(sections), "image_address": image_address}
     if isinstance(shape, ExpertShape):
         entry |= {"activation": activation(shape.activation).code, "d_expert": shape.down.k,
-                  "limit": limit_bits(shape.limit)}
+                  "limit": limit_bits(shape.limit),
+                  "gate_limit": gate_limit_bits(shape.gate_limit)}
     for index, (section, sink) in enumerate(zip(sections, sinks(shape), strict=True)):
         entry |= {
             f"format{index}": section.format.code,

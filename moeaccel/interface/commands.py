@@ -118,6 +118,9 @@ class Selection(enum.IntEnum):
     """The score plus the selection bias."""
     BIASED_LOGIT = 2
     """The logit plus the selection bias."""
+    MIXER = 3
+    """The logit; weights are those of sparsemixer, and what is in the table of keys is not looked
+    at."""
 
 
 class Operand(enum.IntEnum):
@@ -138,6 +141,9 @@ class Sink(enum.IntEnum):
     """d_out rows: weighted, and added to the token's y."""
     ACTIVATION_ROWS = 2
     """Rows by themselves, d_expert: h = activation(row)."""
+    ACTIVATION_PRODUCT = 3
+    """Fours of rows, 4 * d_expert: h = activation(gate) * up * second up. The third is not looked
+    at: the order is gate, up, zeros, second up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,7 +279,7 @@ def _section(index: int) -> tuple[Field, ...]:
         here: tuple[str, int] | None = None
         follows = (
             Limit(values=(Sink.COMBINE,), when=("sections", 1)),
-            Limit(values=(Sink.ACTIVATION, Sink.ACTIVATION_ROWS), when=("sections", 2)))
+            Limit(values="activation_sinks", when=("sections", 2)))
     else:
         here = ("sections", 2)
         follows = (Limit(values=(Sink.COMBINE,), when=("sections", 2)),)
@@ -304,6 +310,10 @@ EXPERT = (
            "Most that gate rows may be, and how far from 0 up rows, at the activation: bfloat16; "
            "0, or a subnormal number: none.",
            Limit(low=0, high=0x7F7F, when=("sections", 2))),
+    _field("gate_limit", 11, 0, 32,
+           "Most that gate rows may be, where that is not the limit: float32 with at most 17 "
+           "significant bits; 0, or a subnormal number: the limit.",
+           Limit(low=0, high=0x7F7FFF80, multiple=1 << 7, when=("sections", 2))),
 )
 
 COMPLETION = (
@@ -319,21 +329,26 @@ COMPLETION = (
            "OVERFLOW."),
 )
 
+_MIXER = ("selection", Selection.MIXER)
+_WITHOUT_MIXER = Limit(values=(0,), when=_MIXER)
+
 ROUTER = (
     _field("score", 0, 0, 8, "Score code.", Limit(values="router_codes")),
     _field("renormalize", 0, 8, 8, "Renormalisation code.",
            Limit(values=tuple(map(int, Renormalize))),
-           Limit(values=(Renormalize.SOFTMAX_TOP_K,), when=("score", Score.IDENTITY))),
+           Limit(values=(Renormalize.SOFTMAX_TOP_K,), when=("score", Score.IDENTITY)),
+           Limit(values=(Renormalize.NONE,), when=_MIXER)),
     _field("group_score", 0, 16, 8, "Code of the groups' score.",
            Limit(values=tuple(map(int, GroupScore))),
            Limit(values=(GroupScore.MAX,), when=("score", Score.IDENTITY)),
            Limit(values=(GroupScore.MAX,), when=("selection", Selection.BIASED_LOGIT))),
     _field("selection", 0, 24, 8, "What orders the experts (Selection).",
-           Limit(values=tuple(Selection)),
+           Limit(values="selection_codes"),
            Limit(values=(Selection.LOGIT, Selection.BIASED_LOGIT),
                  when=("score", Score.IDENTITY))),
     _field("num_experts", 1, 0, 32, "Experts.", Limit(low=1, high="max_experts")),
-    _field("groups", 2, 0, 16, "Groups; 1: none.", Limit(low=1, high=GROUPS_MAX)),
+    _field("groups", 2, 0, 16, "Groups; 1: none.", Limit(low=1, high=GROUPS_MAX),
+           Limit(values=(1,), when=_MIXER)),
     _field("group_size", 2, 16, 16, "Experts of a group; groups * group_size is num_experts.",
            Limit(low=1, high="max_experts"),
            Limit(low=2, high="max_experts", when=("group_score", GroupScore.TOP2_SUM))),
@@ -354,7 +369,27 @@ ROUTER = (
     _address("table_address", 6,
              "8 bytes for each expert: what is added to its logit, int32 in units of 2**-20; its "
              "selection bias, int32 in units of 2**-22 (of 2**-20 where selection is 2), the least "
-             "number: never chosen."),
+             "number: never chosen. Behind the table, or alone, with prior: residents, a bit for "
+             "each expert from bit 0 on. Both are filled up to a multiple of 64 bytes."),
+    _field("threshold", 10, 0, 32,
+           "In units of 2**-16: the chosen with a score below that part of the first's are "
+           "dropped; 0: none.", Limit(low=0, high="threshold_max"), _WITHOUT_MIXER),
+    _field("top_p", 11, 0, 32,
+           "In units of 2**-16: the chosen behind that share of the sum of their scores are "
+           "dropped; 0: none.", Limit(low=0, high="top_p_max"), _WITHOUT_MIXER),
+    _field("prior", 12, 0, 32, "What is added to the keys of residents, in their units; 0: there "
+           "are none.", Limit(low=0, high="prior_max"), _WITHOUT_MIXER),
+    _field("capacity", 13, 0, 32, "Tokens of the command that an expert takes; 0: all.",
+           Limit(low=0, high="capacity_max"), _WITHOUT_MIXER),
+    _field("mixer", 14, 0, 32,
+           "Where selection is 3, and top_k 2: how far a logit may be below the largest to share "
+           "in the sum, as a part of the larger of both, in units of 2**-20.",
+           Limit(low=0, high=1 << 20)),
+    _field("prior_keep", 15, 0, 8,
+           "1: the expert of the largest logit is chosen in any case, and first.",
+           Limit(low=0, high="prior_keep_max"), _WITHOUT_MIXER),
+    _field("capacity_order", 15, 8, 8, "Code of who is first where there is a capacity.",
+           Limit(low=0, high="capacity_order_max")),
 )
 
 STRUCTURES = {"submission": SUBMISSION, "layer descriptor": LAYER, "expert table entry": EXPERT,

@@ -5,10 +5,18 @@ from __future__ import annotations
 import enum
 
 __all__ = [
-    "GROUPS_MAX", "CapacityOrder", "Choice", "GroupScore", "Renormalize", "Score", "WeightOn"]
+    "GROUPS_MAX", "MODES", "PART_BITS", "CapacityOrder", "Choice", "GroupScore", "Renormalize",
+    "Score", "WeightOn"]
 
 GROUPS_MAX = 64
 """Most groups of a router."""
+
+MODES = ("threshold", "top_p", "prior", "capacity", "mixer")
+"""Settings of a router that hardware has only where its configuration asks for them; ``prior`` is
+for ``prior_keep`` as well, ``capacity`` for ``capacity_order``."""
+
+PART_BITS = 16
+"""Fraction bits of ``threshold`` and ``top_p``."""
 
 
 class Choice(enum.IntEnum):

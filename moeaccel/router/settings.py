@@ -64,7 +64,7 @@ class RouterSettings:
         Of the chosen, in their order, only so many are kept that their scores are at least that
         share of the sum of all chosen.
     prior : :class:`float`
-        Added to the logits of residents, for selection only (cache prior); 0 to 1024.
+        Added to the logits of residents, for selection only (cache prior); 0 to 2048.
     prior_keep : :class:`int`
         0, or 1: the expert with the largest logit is chosen in any case, and first.
     capacity : :class:`int`, optional
@@ -152,7 +152,7 @@ class RouterSettings:
                 require(name, self.score_kind is not Score.IDENTITY
                         or self.renormalize_kind is Renormalize.SOFTMAX_TOP_K,
                         "None where weights are logits")
-        real("prior", 0, 1024)
+        real("prior", 0, 2048)
         whole("prior_keep", 0, 1)
         if self.capacity is not None:
             whole("capacity", 1, (1 << 31) - 1)
@@ -160,7 +160,8 @@ class RouterSettings:
             real("mixer", 0, 1)
             require("top_k", self.top_k == 2, "2 with mixer")
             for name, only in (("renormalize", "none"), ("groups", 1), ("threshold", None),
-                               ("top_p", None), ("prior", 0), ("prior_keep", 0)):
+                               ("top_p", None), ("prior", 0), ("prior_keep", 0),
+                               ("capacity", None)):
                 require(name, getattr(self, name) == only, f"{only} with mixer")
 
     def _kind(self, choices: type[_C], key: str) -> _C:

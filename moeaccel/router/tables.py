@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeaccel.arithmetic import Ints, bit_length, round_shift
+from moeaccel.router.choices import PART_BITS
 
 __all__ = [
     "EXP2",
@@ -34,6 +35,7 @@ __all__ = [
     "exponential",
     "fixed",
     "leading",
+    "part",
     "quotient",
     "sigmoid",
     "significand",
@@ -223,6 +225,11 @@ def sqrt_softplus(logit: Ints) -> Ints:
     root = SQRT((exponent & 1) << (VALUE_BITS - 1) | fraction)
     shift = SCORE_BITS - VALUE_BITS + 1 + (exponent >> 1)
     return np.where(mantissa == 0, 0, (root << np.maximum(shift, 0)) >> np.maximum(-shift, 0))
+
+
+def part(value: float) -> int:
+    """Return a share, 0 to 1, as routers compare with it."""
+    return round(value * 2**PART_BITS)
 
 
 def significand(value: float) -> tuple[int, int]:

@@ -211,7 +211,17 @@ class ExpertKind:
     @property
     def gated(self) -> bool:
         """Whether there are up rows beside the gate's."""
-        return self.form == "glu"
+        return self.form in ("glu", "openmoe_glu")
+
+    @property
+    def second_up(self) -> bool:
+        """Whether there are second up rows: a, where act(b) is of the gate."""
+        return self.form == "openmoe_glu"
+
+    @property
+    def limit_behind(self) -> float | None:
+        """Limit of the activation instead of the gate, and of up: the layer's own, 7 for all."""
+        return 7.0 if self.activation == "silu_clamped_behind" else None
 
     @property
     def matrices(self) -> int:

@@ -40,6 +40,8 @@ def test_widths_close_at_the_largest_dimension():
         ("router", ("tanh",), "a tuple of different ones of softmax, sigmoid, sqrt_softplus"),
         ("router", ("softmax", "softmax"), "a tuple of different ones of softmax"),
         ("router_top_k", 17, "from 1 to 16"),
+        ("router_modes", ("prior", "prior"), "a tuple of different ones of threshold, top_p"),
+        ("router_modes", ("prior",), "empty without a router"),
         ("formats", (), "a tuple of different ones of mxint8"),
         ("formats", ("int4_g32", "int4_g32"), "a tuple of different ones of mxint8"),
         ("formats", ("int5",), "a tuple of different ones of mxint8"),
@@ -129,3 +131,17 @@ def test_a_router_is_part_of_the_device_if_it_is_there():
     config = tiny.replace(router=["sigmoid", "softmax"])  # as JSON has it
     assert [score.key for score in config.router_scores] == ["softmax", "sigmoid"]
     assert config.router_codes == (0, 1)
+
+
+def test_modes_are_part_of_the_device_if_they_are_there():
+    routes = PRESETS["tiny"].replace(router=("softmax",))
+    digests = {routes.replace(router_modes=modes).digest
+               for modes in ((), ("threshold",), ("top_p",), ("threshold", "top_p"))}
+    assert len(digests) == 4 and routes.digest in digests
+    assert (routes.threshold_max, routes.selection_codes) == (0, (0, 1, 2))
+    config = routes.replace(router_modes=["threshold", "mixer"])  # as JSON has it
+    assert config.router_modes == ("threshold", "mixer")
+    assert (config.threshold_max, config.top_p_max, config.selection_codes) == (
+        65536, 0, (0, 1, 2, 3))
+    with pytest.raises(ConfigurationError, match="router_top_k must be at least 2 with the mode"):
+        config.replace(router_top_k=1)

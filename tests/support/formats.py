@@ -1,12 +1,12 @@
-"""Configurations with formats that presets have not."""
+"""Configurations with what presets have not."""
 
 import numpy as np
 
 from moeaccel.config import PRESETS
 from moeaccel.formats import ALL_FORMATS, MINIMUM_SHIFT_MAX
 
-EVERY = PRESETS["tiny"].replace(name="every", formats=tuple(ALL_FORMATS))
-"""``tiny`` with all formats."""
+EVERY = PRESETS["tiny"].replace(name="every", formats=tuple(ALL_FORMATS), second_up=True)
+"""``tiny`` with all formats, and with second up rows."""
 
 PRESET_AND_EVERY = {"tiny": PRESETS["tiny"], "every": EVERY}
 

@@ -1,4 +1,5 @@
-"""Formats that presets have not: the golden model's bits, the predicted cycles, damaged images."""
+"""Formats, and second up rows, that presets have not: the golden model's bits, predicted cycles,
+damaged images."""
 
 from __future__ import annotations
 
@@ -57,18 +58,23 @@ def test_every_format(every, name, bits):
     every.check()
 
 
-def hold_mixed(pair, seed, experts):
-    """Hold a layer to the golden model whose experts have all formats in turn, down other ones."""
+def hold_mixed(pair, seed):
+    """Hold a layer to the golden model whose experts have all formats in turn, down other ones;
+    some have second up rows."""
+    config = pair.rtl.config
     rng = np.random.default_rng(seed)
     layer = []
     for e, (name, down) in enumerate(zip(rng.permutation(NAMES), rng.permutation(NAMES),
                                          strict=True)):
-        if e == experts:
+        if e == config.max_experts:
             break
         width = 32 * int(rng.integers(1, 4))
         gate_up, matrix = draw_experts(rng, 1, D_MODEL, width, spread=4)
-        layer.append(Expert.quantise(gate_up[0], matrix[0], str(name), down_format=str(down),
-                                     prune="magnitude"))
+        if config.second_up and (e + seed) % 3 == 0:
+            gate_up = np.concatenate([gate_up, gate_up[:, :width] + 1], axis=1)
+        layer.append(Expert.quantise(
+            gate_up[0], matrix[0], str(name), down_format=str(down), prune="magnitude",
+            limit=4.0 if e % 2 else None))
     x = rng.standard_normal((5, D_MODEL), np.float32)
     ids = np.stack([rng.permutation(len(layer))[:8] for _ in x])
     scores = rng.standard_normal(ids.shape).astype(np.float32)
@@ -85,7 +91,7 @@ def hold_mixed(pair, seed, experts):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_mixed_layers(every, seed):
-    hold_mixed(every, seed, EVERY.max_experts)
+    hold_mixed(every, seed)
 
 
 @pytest.mark.slow  # models of their own
@@ -99,8 +105,7 @@ def test_mixed_layers_of_other_configurations(pair_of, config):
     for seed in range(2):
         memory = MemoryModel.random(seed, size=MEMORY_BYTES)
         with pair_of(config, memory=memory) as pair:
-            hold_mixed(pair, seed, len(NAMES) if config.max_experts >= len(NAMES)
-                       else config.max_experts)
+            hold_mixed(pair, seed)
 
 
 @pytest.mark.timeout(900)

@@ -15,12 +15,14 @@ WIDTHS = (32, 160, 64, 96, 256)
 NAMES = list(FORMATS)
 
 
-def draw_expert(rng, name, down, d_expert, activation, *, gated=True, limit=None, biases=0):
+def draw_expert(rng, name, down, d_expert, activation, *, gated=True, limit=None, gate_limit=None,
+                biases=0):
     """``biases``: 1 of gate and up rows, 2 of down rows, 3 of both."""
     gate_up, matrix = draw_experts(rng, 1, D_MODEL, d_expert, spread=6)
     rows = gate_up[0] if gated else gate_up[0][:d_expert]
     return Expert.quantise(
         rows, matrix[0], name, down_format=down, activation=activation, limit=limit,
+        gate_limit=gate_limit,
         gate_up_bias=rng.standard_normal(len(rows)) if biases & 1 else None,
         down_bias=rng.standard_normal(D_MODEL) if biases & 2 else None)
 
@@ -32,6 +34,7 @@ def draw_layer(seed):
     activations = np.roll(list(ACTIVATIONS), seed)[:len(NAMES)]
     return [draw_expert(rng, name, str(down), int(width), str(activation),
                         gated=bool((seed + e) & 1), limit=(None, 0.5, 7.0)[(seed + e) % 3],
+                        gate_limit=(None, 0.62345123291015625)[(seed + e) % 5 == 0],
                         biases=(seed + e) % 4)
             for e, (name, down, width, activation) in enumerate(
                 zip(NAMES, downs, widths, activations, strict=True))]

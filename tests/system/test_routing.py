@@ -10,7 +10,7 @@ from moeaccel.host import Router
 from moeaccel.host.errors import CommandRejected, LogitOverflow, NonFiniteInput
 from moeaccel.host.rings import Command
 from moeaccel.interface.commands import ENTRY_BYTES, ROUTER, Opcode, Status, encode, field_of
-from moeaccel.router.choices import Score
+from moeaccel.router.choices import MODES, Score
 from moeaccel.router.descriptor import descriptor
 from moeaccel.router.settings import RouterSettings
 from moeaccel.sim import MemoryModel, StallModel
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.timeout(900)  # the first test builds a model
 
 CONFIG = preset("tiny").replace(
     name="tiny-router", router=tuple(score.key for score in Score), router_top_k=8,
-    max_experts=64)
+    router_modes=MODES, max_experts=64)
 
 
 SIGMOID = {"score": "sigmoid", "renormalize": "sum", "groups": 4, "keep_groups": 2,
@@ -33,8 +33,11 @@ def pair(pair_of):
         yield pair
 
 
-def drawn(rng, experts):
-    """Return a router, at random."""
+def drawn(rng, experts, **modes):
+    """Return a router, at random, but for its modes."""
+    if "mixer" in modes:
+        return Router(experts=experts, top_k=2, scale=float(rng.choice([1.0, 2.446])),
+                      bias=rng.standard_normal(experts) if rng.random() < 0.5 else None, **modes)
     groups = int(rng.choice([g for g in (1, 2, 4, 8) if experts % g == 0]))
     keep = int(rng.integers(1, groups + 1))
     score = str(rng.choice([score.key for score in Score]))
@@ -49,7 +52,7 @@ def drawn(rng, experts):
         group_score=group_score, scale=float(rng.choice([1.0, 2.446, 16.0])),
         epsilon=1e-3 if renormalize in ("sum_eps", "clamp") else 0.0,
         bias=rng.standard_normal(experts) if rng.random() < 0.3 else None,
-        selection_bias=rng.standard_normal(experts) * 0.3 if biased else None)
+        selection_bias=rng.standard_normal(experts) * 0.3 if biased else None, **modes)
 
 
 def check(pair, router, logits, resident=None):
@@ -97,8 +100,46 @@ def test_cycles(pair):
         assert abs(pair.rtl.last_cycles - want) <= max(16, 0.01 * want), (settings, tokens)
 
 
+MODE_SETTINGS = {
+    "threshold": {"threshold": 0.5}, "top_p": {"top_p": 0.7, "threshold": 0.1},
+    "prior": {"prior": 0.8, "prior_keep": 1}, "capacity": {"capacity": 4},
+    "all": {"capacity": 3, "capacity_order": "priority", "prior": 0.2, "threshold": 0.3},
+    "mixer": {"mixer": 0.02}, "mixer-far": {"mixer": 1.0},
+    "one": {"capacity": 1 << 30, "top_p": 2.0**-16}, "none": {"capacity": 1},
+}
+
+
+@pytest.mark.parametrize("name", MODE_SETTINGS)
+def test_modes(pair, name):
+    rng = np.random.default_rng(list(MODE_SETTINGS).index(name))
+    for experts, tokens in ((64, 31), (16, 12), (7, 1)):
+        router = drawn(rng, experts, **MODE_SETTINGS[name])
+        logits = (rng.standard_normal((tokens, experts)) * 2).astype(np.float32)
+        logits[: tokens // 4] = logits[tokens // 2 : tokens // 2 + tokens // 4]  # equal ones
+        check(pair, router, logits, rng.random(experts) < 0.4 if router.settings.prior else None)
+    pair.check()
+
+
+@pytest.mark.parametrize("name", MODE_SETTINGS)
+def test_cycles_of_modes(pair, name):
+    rng = np.random.default_rng(20)
+    for experts, tokens in ((64, 1), (64, 20), (7, 9), (40, 30)):
+        router = drawn(rng, experts, **MODE_SETTINGS[name])
+        settings = router.settings
+        biased = router.selection_bias is not None
+        resident = np.arange(experts) % 3 == 0 if settings.prior else None
+        logits = rng.standard_normal((tokens, experts)).astype(np.float32)
+        for device in pair.devices:
+            device.route(router, logits, resident=resident)
+        want = route_cycles(
+            CONFIG, settings, tokens, biased=biased and settings.biases_scores,
+            tables=biased or router.bias is not None, residents=resident is not None)
+        assert abs(pair.rtl.last_cycles - want) <= max(16, 0.01 * want), (settings, tokens)
+
+
 @pytest.mark.parametrize(("settings", "shared"), [
-    ({"top_k": 3}, False), ({"top_k": 2, **SIGMOID}, True)])
+    ({"top_k": 3}, False), ({"top_k": 2, **SIGMOID}, True), ({"top_k": 2, "mixer": 0.05}, True),
+    ({"top_k": 2, "renormalize": "clamp", "epsilon": 1e-7, "capacity": 3}, True)])
 def test_whole_layers(pair, settings, shared):
     """The router's product, ROUTE and the experts, each from what the one before has left."""
     rng = np.random.default_rng(12)
@@ -128,6 +169,9 @@ def test_slow_memory(pair_of):
         for experts in (40, 64):
             check(pair, drawn(rng, experts),
                   rng.standard_normal((12, experts)).astype(np.float32))
+        for settings in ({"capacity": 2, "prior": 0.1}, {"mixer": 0.1}):
+            check(pair, drawn(rng, 40, **settings),
+                  rng.standard_normal((12, 40)).astype(np.float32), rng.random(40) < 0.4)
         pair.check()
 
 
@@ -152,7 +196,7 @@ GOOD = descriptor(RouterSettings(experts=16, top_k=2, groups=4, keep_groups=2), 
     ({"score": 9}, Status.BAD_ROUTER, "score"),
     ({"renormalize": 5}, Status.BAD_ROUTER, "renormalize"),
     ({"score": 3}, Status.BAD_ROUTER, "renormalize"),
-    ({"selection": 3}, Status.BAD_ROUTER, "selection"),
+    ({"selection": 4}, Status.BAD_ROUTER, "selection"),
     ({"group_score": 1, "selection": 2}, Status.BAD_ROUTER, "group_score"),
     ({"num_experts": 0}, Status.BAD_ROUTER, "num_experts"),
     ({"num_experts": 65}, Status.BAD_ROUTER, "num_experts"),
@@ -171,6 +215,21 @@ GOOD = descriptor(RouterSettings(experts=16, top_k=2, groups=4, keep_groups=2), 
     ({"num_experts": 4, "group_size": 1, "top_k": 3}, Status.BAD_FIELD, "top_k"),
     ({"shared": 2}, Status.BAD_FIELD, "top_k"),
     ({"shared": 16}, Status.BAD_ROUTER, "shared"),
+    ({"threshold": 65537}, Status.BAD_ROUTER, "threshold"),
+    ({"prior_keep": 2}, Status.BAD_ROUTER, "prior_keep"),
+    ({"top_p": 65537}, Status.BAD_ROUTER, "top_p"),
+    ({"capacity_order": 2}, Status.BAD_ROUTER, "capacity_order"),
+    ({"prior": 1 << 31}, Status.BAD_ROUTER, "prior"),
+    ({"prior": 1, "table_address": (1 << 40) - 128}, Status.BAD_ROUTER, "table_address"),
+    ({"capacity": 1 << 31}, Status.BAD_ROUTER, "capacity"),
+    ({"mixer": (1 << 20) + 1}, Status.BAD_ROUTER, "mixer"),
+    ({"selection": 3, "renormalize": 1}, Status.BAD_ROUTER, "renormalize"),
+    ({"selection": 3}, Status.BAD_ROUTER, "groups"),
+    *(({"selection": 3, "groups": 1, "group_size": 16, "keep_groups": 1, name: 1},
+       Status.BAD_ROUTER, name)
+      for name in ("threshold", "prior_keep", "top_p", "prior", "capacity")),
+    ({"selection": 3, "groups": 1, "group_size": 16, "keep_groups": 1, "top_k": 3},
+     Status.BAD_FIELD, "top_k"),
     ({"x_type": 1}, Status.BAD_FIELD, "x_type"),
     ({"ids_address": (1 << 40) - 64}, Status.OK, ""),
     ({"weights_address": (1 << 40) - 64, "tokens": 9}, Status.BAD_FIELD, "weights_address"),

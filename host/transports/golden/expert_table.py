@@ -30,6 +30,10 @@ AHEAD = 17
 checked."""
 
 
+_ROWS_OF_H = {Sink.ACTIVATION: 2, Sink.ACTIVATION_ROWS: 1, Sink.ACTIVATION_PRODUCT: 4}
+"""Rows of an element of h."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """A checked entry.
@@ -39,15 +43,16 @@ class Entry:
     image_address : :class:`int`
     sections : tuple of :class:`Section`
         Two of an expert; one of a matrix.
-    activation, gated, limit
+    activation, rows_of_h, limit, gate_limit
         Of an expert, as in :class:`moeaccel.image.ExpertShape`.
     """
 
     image_address: int
     sections: tuple[Section, ...]
     activation: str
-    gated: bool
+    rows_of_h: int
     limit: float | None
+    gate_limit: float | None
 
     @property
     def payload_bytes(self) -> int:
@@ -69,10 +74,9 @@ def check_entry(raw: bytes, d_in: int, d_out: int, config: AcceleratorConfig) ->
         return wrong[0].word
     sections = sections_of(values, d_in, d_out, config)
     activation = next((a.name for a in ACTIVATIONS.values() if a.code == values["activation"]), "")
-    limit = np.uint32(values["limit"] << 16).view(np.float32)
+    limits = (_number(values["limit"] << 16), _number(values["gate_limit"]))
     entry = Entry(
-        values["image_address"], sections, activation, values["sink0"] == Sink.ACTIVATION,
-        float(limit) if values["limit"] >> 7 else None)
+        values["image_address"], sections, activation, _ROWS_OF_H.get(values["sink0"], 1), *limits)
     if entry.image_address + entry.payload_bytes > 1 << config.address_bits:
         return field_of(EXPERT, "image_address").word
     for i, section in enumerate(sections):
@@ -86,13 +90,18 @@ def sections_of(values: Mapping[str, int], d_in: int, d_out: int, config: Accele
     """Return the sections of an entry whose fields are good."""
     formats = {f.code: f for f in ALL_FORMATS.values()}
     d_expert = values["d_expert"]
-    rows_of_h = 2 if values["sink0"] == Sink.ACTIVATION else 1
-    shapes = [(d_out, d_in)] if values["sections"] == 1 else [(rows_of_h * d_expert, d_in),
-                                                            (d_out, d_expert)]
+    shapes = [(d_out, d_in)]
+    if values["sections"] > 1:
+        shapes = [(_ROWS_OF_H[values["sink0"]] * d_expert, d_in), (d_out, d_expert)]
     return tuple(
         Section(formats[values[f"format{i}"]], rows, k, config.row_multipliers, config.channels,
                 bool(values[f"bias{i}"]))
         for i, (rows, k) in enumerate(shapes))
+
+
+def _number(bits: int) -> float | None:
+    """Return a limit; None where it is 0 or subnormal."""
+    return float(np.uint32(bits).view(np.float32)) if bits >> 23 else None
 
 
 class ExpertTable:

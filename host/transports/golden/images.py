@@ -26,7 +26,7 @@ class Images:
     def __init__(self, port: MemoryPort, cache_bytes: int) -> None:
         self._port = port
         self._most = cache_bytes
-        self._cache: OrderedDict[tuple[int, tuple[Section, ...], bool],
+        self._cache: OrderedDict[tuple[int, tuple[Section, ...], int],
                                  tuple[int, _Matrices, int]] = OrderedDict()
 
     def clear(self) -> None:
@@ -39,13 +39,13 @@ class Images:
         if len(matrices) == 1:
             return matrices[0]
         gate_up, down = matrices
-        return Expert(gate_up, down, entry.activation, entry.limit)
+        return Expert(gate_up, down, entry.activation, entry.limit, entry.gate_limit)
 
     def _matrices(self, entry: Entry) -> _Matrices:
         channels = self._port.channels
         address, sections = entry.image_address, entry.sections
         version = sum(memory.version(address, entry.payload_bytes) for memory in channels)
-        key = address, sections, entry.gated
+        key = address, sections, entry.rows_of_h
         found = self._cache.get(key)
         if found is not None and found[0] == version:
             self._cache.move_to_end(key)
@@ -54,8 +54,8 @@ class Images:
         for i, section in enumerate(sections):
             size = section.words * section.word_bytes
             words = [memory.view(address, size) for memory in channels]
-            matrices.append(unpack_section(
-                words, section, paired=entry.gated and i + 1 < len(sections)))
+            together = entry.rows_of_h if i + 1 < len(sections) else 1
+            matrices.append(unpack_section(words, section, together=together))
             address += size
         size = sum(matrix.integers.nbytes for matrix in matrices)
         self._cache[key] = version, tuple(matrices), size

@@ -35,6 +35,7 @@ class _Sizes:
     """Bytes of the arrays of a command, rounded up to what is read or written at once."""
 
     table: int
+    residents: int
     logits: int
     pairs: int
 
@@ -67,7 +68,9 @@ class RouteUnit:
         sizes = self._sizes(submission, router)
         top = 1 << self._config.address_bits
         kept = router["keep_groups"] * router["group_size"]
-        if not 1 <= submission["top_k"] - router["shared"] <= min(kept, self._config.router_top_k):
+        chosen = submission["top_k"] - router["shared"]
+        if (not 1 <= chosen <= min(kept, self._config.router_top_k)
+                or (router["selection"] == Selection.MIXER and chosen != 2)):
             raise Fault(Status.BAD_FIELD, detail=field_of(SUBMISSION, "top_k").word)
         # Of y and workspace there is a block for each token, as of any command.
         y_bytes = 4 * BLOCK * submission["tokens"]
@@ -79,7 +82,8 @@ class RouteUnit:
         for name, bad in (
                 ("groups", router["groups"] * router["group_size"] != router["num_experts"]),
                 ("keep_groups", router["keep_groups"] > router["groups"]),
-                ("table_address", router["table_address"] + sizes.table > top)):
+                ("table_address",
+                 router["table_address"] + sizes.table + sizes.residents > top)):
             if bad:
                 raise Fault(Status.BAD_ROUTER, detail=field_of(ROUTER, name).word)
 
@@ -97,36 +101,43 @@ class RouteUnit:
         ids, weights = submission["ids_address"], submission["weights_address"]
         faults, units = self._port.first_faults, range(0, sizes.pairs, ENTRY_BYTES)
         table = sizes.table if router["tables"] else 0
+        read = table + sizes.residents
+        # With a capacity the logits are read again, when it is known who is left.
+        sweeps = 2 if router["capacity"] else 1
+        logit_units = self._units(submission["x_address"], sizes.logits)
         self._port.raise_first(
-            faults(self._units(router["table_address"], table)),
-            faults(self._units(submission["x_address"], sizes.logits)),
+            faults(self._units(router["table_address"], read)), faults(logit_units * sweeps),
             faults(((base + unit, ENTRY_BYTES) for unit in units for base in (ids, weights)),
                    write=True))
         words = np.zeros((experts, 2), np.int64)
+        raw = self._port.ram.read(router["table_address"], read)
         if table:
-            raw = self._port.ram.read(router["table_address"], _TABLE_BYTES * experts)
-            words = raw.view("<i4").reshape(experts, 2).astype(np.int64)
+            words = raw[: _TABLE_BYTES * experts].view("<i4").reshape(experts, 2).astype(np.int64)
+        preferred = None
+        if router["prior"]:
+            preferred = np.unpackbits(raw[table:], count=experts, bitorder="little").astype(bool)
         row = sizes.logits // tokens // 4
         logits = self._port.floats(submission["x_address"], (tokens, row))[:, :experts]
         settings = settings_of(router, submission["top_k"])
         routed = route_words(
             logits, settings, biased=router["selection"] == Selection.BIASED_SCORE,
-            bias=words[:, 0], extra=words[:, 1])
+            bias=words[:, 0], extra=words[:, 1], preferred=preferred)
         shared = tokens, router["shared"]
         behind = np.broadcast_to(experts + np.arange(router["shared"], dtype=np.int32), shared)
         self._write(ids, np.concatenate([routed.ids, behind], axis=1), sizes.pairs, NONE)
         self._write(weights, np.concatenate([routed.weights, np.ones(shared, np.float32)], axis=1),
                     sizes.pairs, 0)
         self._registers.count(
-            bytes_read_other=table + sizes.logits, bytes_written=2 * sizes.pairs, tokens=tokens,
-            overflows=routed.saturated)
+            bytes_read_other=read + sweeps * sizes.logits, bytes_written=2 * sizes.pairs,
+            tokens=tokens, overflows=routed.saturated)
         cycles = 0 if self._timing is None else self._timing.count_route(submission, router)
         return _outcome(routed), cycles
 
     def _sizes(self, submission: Mapping[str, int], router: Mapping[str, int]) -> _Sizes:
         tokens, experts = submission["tokens"], router["num_experts"]
         return _Sizes(
-            _whole(_TABLE_BYTES * experts), 4 * tokens * -(-experts // BLOCK) * BLOCK,
+            _whole(_TABLE_BYTES * experts), _whole(-(-experts // 8)) if router["prior"] else 0,
+            4 * tokens * -(-experts // BLOCK) * BLOCK,
             _whole(4 * tokens * submission["top_k"]))
 
     @staticmethod

@@ -55,4 +55,4 @@ class Timing:
         return route_cycles(
             self._config, settings_of(router, submission["top_k"]), submission["tokens"],
             biased=router["selection"] == Selection.BIASED_SCORE, tables=bool(router["tables"]),
-            latency=self._latency)
+            residents=bool(router["prior"]), latency=self._latency)

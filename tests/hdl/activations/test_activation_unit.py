@@ -6,7 +6,7 @@ from moeaccel.activations import ACTIVATIONS, Factor
 from moeaccel.arithmetic import InternalFloat, float32_to_internal, normalise
 from moeaccel.config import preset
 from moeaccel.hdl.activations.activation_unit import ActivationUnit
-from moeaccel.image import limit_bits
+from moeaccel.image import gate_limit_bits, limit_bits
 from moeaccel.tables import gated, ungated
 
 
@@ -23,13 +23,20 @@ def extreme(rng, n):
     return normalise(integer, exponent.astype(np.int64))
 
 
-def run(gates, ups, rng, stall, *, activation="silu", paired=True, limit=None, at_once=False):
+def limit_form(bits, fraction):
+    return {"fraction": bits & (1 << fraction) - 1, "exponent": bits >> fraction}
+
+
+def run(gates, ups, rng, stall, *, activation="silu", paired=True, limit=None, gate_limit=None,
+        at_once=False):
     config = preset("tiny").replace(results_per_cycle=1 + at_once)
     dut = ActivationUnit(config)
     n = len(gates.mantissa)
     act = ACTIVATIONS[activation]
-    most = None if limit is None else float32_to_internal(np.float32(limit))
-    expected = gated(gates, ups, act, most) if paired else ungated(gates, act, most)
+    limits = [None if number is None else float32_to_internal(np.float32(number))
+              for number in (limit, gate_limit)]
+    expected = gated(gates, ups, act, *limits) if paired else ungated(
+        gates, act, limits[gate_limit is not None])
     meta = [(int(rng.integers(config.max_slots)), int(rng.integers(config.max_dim)),
              int(rng.integers(2))) for _ in range(n)]
     got, cycles = [], []
@@ -37,7 +44,9 @@ def run(gates, ups, rng, stall, *, activation="silu", paired=True, limit=None, a
     async def drive(ctx):
         port = dut.i_element
         ctx.set(dut.i_form, {
-            "activation": act.code, "paired": paired, "limit": limit_bits(limit)})
+            "activation": act.code, "rows_log2": paired, "limit": limit_form(limit_bits(limit), 7),
+            "gate_limit": limit_form(
+                gate_limit_bits(limit if gate_limit is None else gate_limit) >> 7, 16)})
         for i, (slot, index, last) in enumerate(meta):
             if at_once:
                 ctx.set(dut.i_up, {
@@ -93,6 +102,69 @@ def test_bits(activation, stall, limit, paired):
     ups = extreme(rng, 150)
     order = rng.permutation(150)
     run(gates, ups[order], rng, stall, activation=activation, limit=limit, paired=paired)
+
+
+@pytest.mark.parametrize("paired", [True, False], ids=["gated", "ungated"])
+@pytest.mark.parametrize("limit", [None, 0.5])
+def test_a_limit_of_the_gate_alone(limit, paired):
+    rng = np.random.default_rng(11)
+    run(extreme(rng, 60), extreme(rng, 60), rng, 0.0, limit=limit, gate_limit=7.00640869140625,
+        paired=paired)
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize("limit", [None, 4.0])
+def test_second_up_rows(limit, at_once):
+    """Rows of four: tiles end between the pairs of a slot, and others' pairs come between them."""
+    rng = np.random.default_rng(9)
+    config = preset("tiny").replace(results_per_cycle=1 + at_once, second_up=True)
+    dut = ActivationUnit(config)
+    slots, n = config.max_slots, 24
+    gates, ups, seconds = (extreme(rng, slots * n) for _ in range(3))
+    most = None if limit is None else float32_to_internal(np.float32(limit))
+    expected = gated(gates, ups, ACTIVATIONS["silu"], most, None, seconds)
+    got = []
+
+    async def drive(ctx):
+        port, bits = dut.i_element, limit_bits(limit)
+        ctx.set(dut.i_form, {
+            "activation": 0, "rows_log2": 2, "limit": limit_form(bits, 7),
+            "gate_limit": limit_form(bits << 9, 16)})
+
+        def number(values, at):
+            return {"mantissa": int(values.mantissa[at]), "exponent": int(values.exponent[at])}
+
+        ctx.set(port.valid, 1)
+        for index in range(n):
+            for second in range(2):
+                for slot in range(slots):
+                    at = index * slots + slot
+                    pair = number(seconds if second else gates, at), number(
+                        seconds if second else ups, at)
+                    row = 4 * index + 2 * second
+                    if at_once:
+                        ctx.set(dut.i_up, pair[1])
+                    for odd, value in enumerate(pair[:2 - at_once]):
+                        ctx.set(port.payload, {
+                            "slot": slot, "row": row + odd, "value": value})
+                        await ctx.tick()
+        ctx.set(port.valid, 0)
+
+    async def collect(ctx):
+        port = dut.o_element
+        while len(got) < slots * n:
+            *_, valid, e = await ctx.tick().sample(port.valid, port.payload)
+            if valid:
+                magnitude = -e.value.magnitude if e.value.sign else e.value.magnitude
+                got.append((magnitude, e.value.exponent, e.index * slots + e.slot))
+
+    sim = Simulator(dut)
+    sim.add_clock(1e-9)
+    sim.add_testbench(collect)
+    sim.add_testbench(drive, background=True)
+    sim.run_until(1e-6 * slots)
+    assert got == [(int(a), int(b), at) for at, (a, b) in enumerate(
+        zip(*expected, strict=True))]
 
 
 @pytest.mark.parametrize("paired", [True, False], ids=["gated", "ungated"])

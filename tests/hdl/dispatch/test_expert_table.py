@@ -10,7 +10,7 @@ from moeaccel.activations import ACTIVATIONS
 from moeaccel.config import PRESETS
 from moeaccel.formats import FORMATS
 from moeaccel.hdl.dispatch.expert_table import ExpertTable
-from moeaccel.image import ExpertShape, LinearShape, limit_bits, table_entry
+from moeaccel.image import ExpertShape, LinearShape, gate_limit_bits, limit_bits, table_entry
 from moeaccel.interface.commands import EXPERT, encode, field_of
 from tests.support.ports import serve_reads
 
@@ -26,10 +26,12 @@ def shape_of(rng):
     if rng.random() < 0.3:
         return LinearShape(
             rng.choice(formats), D_OUT, D_IN, biased=rng.random() < 0.5, **SHAPE)
+    gated = rng.random() < 0.5
     return ExpertShape(
         rng.choice(formats), D_IN, 32 * rng.randint(1, 8), down_format=rng.choice(formats),
-        activation=rng.choice(list(ACTIVATIONS)), gated=rng.random() < 0.5,
-        limit=rng.choice((None, 7.0)), gate_up_biased=rng.random() < 0.5,
+        activation=rng.choice(list(ACTIVATIONS)), gated=gated,
+        second_up=gated and rng.random() < 0.5, limit=rng.choice((None, 7.0)),
+        gate_limit=rng.choice((None, 0.0625, 6.98712158203125)), gate_up_biased=rng.random() < 0.5,
         down_biased=rng.random() < 0.5, **SHAPE)
 
 
@@ -87,7 +89,7 @@ def run(config, counts, entries, *, seed=0, stall=0.0, latency=5, take=1.0, expe
 @pytest.mark.parametrize("port_bytes", [8, 64])
 def test_experts_with_tokens_come_in_order_with_their_shapes(seed, port_bytes):
     rng = random.Random(seed)
-    config = TINY.replace(port_bytes=port_bytes, max_experts=64)
+    config = TINY.replace(port_bytes=port_bytes, max_experts=64, second_up=True)
     experts = rng.choice((1, 5, 64))
     counts = [rng.choice((0, 0, 1, rng.randint(1, 256))) for _ in range(experts)]
     shapes = [shape_of(rng) for _ in counts]
@@ -112,8 +114,12 @@ def test_experts_with_tokens_come_in_order_with_their_shapes(seed, port_bytes):
             assert work.short == -section.channel_rows % config.rows
         if isinstance(shape, ExpertShape):
             form = p.work.form
-            assert (form.activation, form.paired, form.limit) == (
-                ACTIVATIONS[shape.activation].code, shape.gated, limit_bits(shape.limit))
+            limit = limit_bits(shape.limit)
+            assert (form.activation, 1 << form.rows_log2) == (
+                ACTIVATIONS[shape.activation].code, shape.rows_of_h)
+            assert form.limit.exponent << 7 | form.limit.fraction == limit
+            assert form.gate_limit.exponent << 16 | form.gate_limit.fraction == (
+                gate_limit_bits(shape.gate_limit) >> 7 or limit << 9)
 
 
 def test_sixteen_entries_at_most_are_asked_for_ahead():

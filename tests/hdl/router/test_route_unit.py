@@ -5,12 +5,15 @@ import pytest
 from amaranth.sim import Simulator
 
 from moeaccel.config import preset
+from moeaccel.hdl.control.field_checks import FieldChecks
 from moeaccel.hdl.router.pair_writer import PairWriter
 from moeaccel.hdl.router.route_unit import RouteUnit
 from moeaccel.hdl.router.router_checks import RouterChecks
 from moeaccel.hdl.router.to_fixed import ToFixed
 from moeaccel.hdl.router.word_reader import WordReader
-from moeaccel.interface.commands import ROUTER, field_of
+from moeaccel.interface.commands import ROUTER, encode, field_of
+from moeaccel.router.choices import MODES
+from moeaccel.router.descriptor import descriptor
 from moeaccel.router.settings import RouterSettings
 from moeaccel.router.tables import LOGIT_BITS, fixed
 from tests.support.router import form_of
@@ -176,6 +179,31 @@ def test_groups_are_those_of_the_experts():
             assert ctx.get(dut.o_bad) == (bad is not None)
             if bad:
                 assert ctx.get(dut.o_word) == field_of(ROUTER, bad).word
+
+    simulate(dut, testbench)
+
+
+GOOD = descriptor(RouterSettings(experts=8, top_k=2), biased=False, tables=False, table_address=0)
+OF_MODES = {"threshold": ["threshold"], "top_p": ["top_p"], "prior": ["prior", "prior_keep"],
+            "capacity": ["capacity", "capacity_order"], "mixer": ["selection"]}
+
+
+@pytest.mark.parametrize("lacking", MODES)
+def test_fields_of_modes_that_are_not_there_are_named(lacking):
+    """Each is refused where its mode is not there, and by nobody else."""
+    dut = FieldChecks(CONFIG.replace(router_modes=tuple(m for m in MODES if m != lacking)))
+
+    async def testbench(ctx):
+        for mode, names in OF_MODES.items():
+            for name in names:
+                fields = GOOD | {name: 3 if name == "selection" else 1}
+                ctx.set(dut.i_entry, int.from_bytes(encode(ROUTER, fields), "little"))
+                ctx.set(dut.i_is_layer, 1)
+                ctx.set(dut.i_is_router, 1)
+                await ctx.tick().repeat(4)
+                assert ctx.get(dut.o_bad) == (mode == lacking)
+                if mode == lacking:
+                    assert ctx.get(dut.o_word) == field_of(ROUTER, name).word
 
     simulate(dut, testbench)
 

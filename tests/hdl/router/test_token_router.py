@@ -13,6 +13,7 @@ from tests.support.router import form_of
 
 CONFIG = preset("tiny").replace(
     router=("softmax", "sigmoid", "sqrt_softplus", "identity"), max_experts=32, router_top_k=8)
+MODES = CONFIG.replace(router_modes=("threshold", "top_p", "prior", "mixer"))
 
 ROUTERS = {
     "R1": {"renormalize": "sum"},
@@ -37,6 +38,31 @@ ROUTERS = {
     "one": {"experts": 1, "top_k": 1, "renormalize": "sum"},
 }
 
+WITH_MODES = {
+    "threshold": {"threshold": 0.4},
+    "threshold-sum": {"score": "sigmoid", "renormalize": "sum", "threshold": 0.999, "extra": True},
+    "top-p": {"top_p": 0.6, "renormalize": "sum_eps", "epsilon": 1e-3},
+    "top-p-1": {"top_p": 1.0, "score": "identity", "renormalize": "softmax_top_k"},
+    "both": {"top_p": 0.9, "threshold": 0.2, "renormalize": "softmax_top_k", "resident": 0.2},
+    "prior": {"prior": 0.7, "resident": 0.4},
+    "prior-keep": {"prior": 40.0, "prior_keep": 1, "resident": 0.1, "extra": True,
+                   "renormalize": "sum"},
+    "prior-groups": {"prior": 1.5, "prior_keep": 1, "groups": 4, "keep_groups": 2,
+                     "resident": 0.3, "extra": True, "bias_logits": True},
+    "prior-top2": {"prior": 0.5, "groups": 4, "keep_groups": 2, "group_score": "top2_sum",
+                   "resident": 0.5, "score": "sigmoid", "extra": True},
+    "prior-far": {"prior": 2048.0, "resident": 0.5},
+    "keep-alone": {"prior_keep": 1, "extra": True, "resident": 0.2, "threshold": 0.1},
+    "mixer": {"mixer": 0.02, "top_k": 2, "extra": True},
+    "mixer-all": {"mixer": 1.0, "top_k": 2, "scale": 2.5, "score": "sigmoid"},
+    "mixer-none": {"mixer": 0.0, "top_k": 2, "experts": 9},
+}
+DROPS = {"threshold", "top_p"}
+
+
+def config_of(name):
+    return MODES if name in WITH_MODES else CONFIG
+
 
 def logits_of(rng, tokens, experts):
     """Return logits of some sizes, with ties, far ones and ends."""
@@ -48,10 +74,12 @@ def logits_of(rng, tokens, experts):
     return logits.astype(np.float32)
 
 
-def run(settings, logits, tables, *, rng=None, stall=0.0):
+def run(settings, logits, tables, *, config=CONFIG, rng=None, stall=0.0):
     """Return ids, weights, how many logits were saturated, and when the last pair of each came."""
-    dut = TokenRouter(CONFIG)
-    bias, extra = table_words(settings, **tables).T
+    dut = TokenRouter(config)
+    mask = {} if settings.prior == 0 else {"resident": None}
+    bias, extra = table_words(settings, **tables | mask).T
+    residents = tables.get("resident") if settings.prior else None
     integers, beyond = fixed(logits, LOGIT_BITS)
     pairs, cycles, saturated = [], [], 0
 
@@ -63,6 +91,12 @@ def run(settings, logits, tables, *, rng=None, stall=0.0):
                 ctx.set(getattr(dut, f"{name}_w_data"), value)
                 await ctx.tick()
             ctx.set(getattr(dut, f"{name}_w_en"), 0)
+        if residents is not None:
+            ctx.set(dut.resident_w_en, 1)
+            ctx.set(dut.resident_w_data, int.from_bytes(
+                np.packbits(residents, bitorder="little").tobytes(), "little"))
+            await ctx.tick()
+            ctx.set(dut.resident_w_en, 0)
         for logit, far in zip(integers.reshape(-1).tolist(), beyond.reshape(-1).tolist(),
                               strict=True):
             while rng and rng.random() < stall:
@@ -76,7 +110,8 @@ def run(settings, logits, tables, *, rng=None, stall=0.0):
     async def collect(ctx):
         nonlocal saturated
         port, cycle = dut.o_pair, 0
-        ctx.set(dut.i_form, form_of(settings, tables.get("selection_bias")))
+        ctx.set(dut.i_form, form_of(settings, tables.get("selection_bias"),
+                                    modes=config.router_modes, residents=residents is not None))
         while len(pairs) < logits.shape[0] * settings.top_k:
             ctx.set(port.ready, not (rng and rng.random() < stall))
             *_, valid, ready, pair, lost = await ctx.tick().sample(
@@ -101,7 +136,7 @@ def run(settings, logits, tables, *, rng=None, stall=0.0):
 
 
 def case(name, rng):
-    settings = dict(ROUTERS[name])
+    settings = dict((ROUTERS | WITH_MODES)[name])
     extra, resident = settings.pop("extra", False), settings.pop("resident", None)
     settings = RouterSettings(**{"experts": 32, "top_k": 6, **settings})
     n = settings.experts
@@ -111,27 +146,30 @@ def case(name, rng):
     return settings, tables
 
 
-@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("name", [*ROUTERS, *WITH_MODES])
 def test_bits(name):
     rng = np.random.default_rng(7)
     settings, tables = case(name, rng)
     logits = logits_of(rng, 8, settings.experts)
-    ids, weights, saturated, _ = run(settings, logits, tables, rng=rng, stall=0.2)
+    ids, weights, saturated, _ = run(settings, logits, tables, config=config_of(name), rng=rng,
+                                     stall=0.2)
     want = route(logits, settings, **tables)
     assert ids.tolist() == want.ids.tolist()
     assert weights.view(np.uint32).tolist() == want.weights.view(np.uint32).tolist()
     assert saturated == want.saturated
-    if name == "few":
+    if name == "few" or DROPS & set(WITH_MODES.get(name, {})):
         assert (ids == -1).any()
 
 
-@pytest.mark.parametrize("name", ["R1", "R2", "R3", "R4", "R1b", "R1g", "R5", "R5s", "R7"])
+@pytest.mark.parametrize("name", ["R1", "R2", "R3", "R4", "R1b", "R1g", "R5", "R5s", "R7",
+                                  *WITH_MODES])
 def test_cycles(name):
     rng = np.random.default_rng(8)
     settings, tables = case(name, rng)
-    *_, cycles = run(settings, logits_of(rng, 4, settings.experts), tables)
+    config = config_of(name)
+    *_, cycles = run(settings, logits_of(rng, 4, settings.experts), tables, config=config)
     biased = tables["selection_bias"] is not None
-    assert np.diff(cycles).tolist() == [token_cycles(CONFIG, settings, biased=biased)] * 3
+    assert np.diff(cycles).tolist() == [token_cycles(config, settings, biased=biased)] * 3
 
 
 def test_parameters_are_checked():

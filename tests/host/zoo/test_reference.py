@@ -122,12 +122,14 @@ def test_experts_by_hand():
     assert one(gpt_oss, [1.0, 1.0], gate_up_bias=torch.tensor([1.0, 2.0]).double(),
                down_bias=torch.tensor([0.5]).double()) == pytest.approx(
                    4 * 2 / (1 + np.exp(-1.702 * 2)) + 0.5)
-    assert one(model("openmoe-8b").expert, [2.0, 3.0, 5.0]) == pytest.approx(
+    assert one(model("openmoe-8b").expert, [3.0, 2.0, 5.0]) == pytest.approx(
         2 * 3 / (1 + np.exp(-3)) * 5)
     assert one(model("inkling-2-small").expert, [8.0, 50.0]) == pytest.approx(
         4 * np.tanh(2) / (1 + np.exp(-4 * np.tanh(2))) * 25 * np.tanh(2))
     assert one(model("deepseek-v4-flash").expert, [20.0, -20.0]) == pytest.approx(
         -100 / (1 + np.exp(-10)))
+    assert one(model("step-3.7-flash").expert, [9.0, -8.0]) == -7 * 7
+    assert one(model("step-3.7-flash").expert, [7.0, 2.0]) == pytest.approx(14 / (1 + np.exp(-7)))
     with pytest.raises(UnsupportedExperts, match="not situ: its constants"):
         one(model("kimi-k3").expert, [1.0, 1.0])
 

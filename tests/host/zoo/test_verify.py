@@ -25,17 +25,22 @@ def golden():
 @pytest.mark.parametrize("key", [
     "deepseek-v2", "phi-3.5-moe", "longcat-flash", "llama-4-scout", "gemma-4-26b-a4b",
     "switch-base-128", "nemotron-3-nano-30b-a3b", "glm-5.3-flash", "kolibri-1", "gpt-oss-20b",
-    "nllb-moe-54b", "minimax-m3"])
+    "nllb-moe-54b", "minimax-m3", "swin-moe-s-32e"])
 def test_models_of_every_kind(golden, key):
     verdict = verify(model(key), golden, golden)
     assert verdict.selection_differences == 0
     assert 0 < verdict.relative_error < 1e-4
-    modes = {"phi-3.5-moe": "mixer", "switch-base-128": "capacity"}
-    if key in modes:
-        assert f"{modes[key]} must be None, a mode of the host's routers only" in verdict.reason
-    else:
-        assert verdict.reason == ""
-    assert verdict.ok is not bool(verdict.reason)
+    assert verdict.reason == ""
+    assert verdict.ok
+
+
+def test_a_router_without_modes():
+    config = equipped("small").replace(router_modes=())
+    with open_device("golden", config=config, memory_bytes=MEMORY_BYTES) as golden:
+        for key, mode in (("phi-3.5-moe", "mixer"), ("switch-base-128", "capacity")):
+            verdict = verify(model(key), golden, golden)
+            assert f"{mode} must be None without {mode!r} in router_modes" in verdict.reason
+            assert verdict.selection_differences == 0 and not verdict.ok
 
 
 def test_a_device_without_a_router():

@@ -45,7 +45,8 @@ def test_registers_and_commands():
 def test_limits_stand_beside_the_meaning():
     text = generated("submission") + generated("expert-table")
     assert "| `tokens` | Tokens. Allowed: from 1 to max_tokens. |" in text
-    assert "| `sink0` | Sink. Allowed: 1 where sections is 1; 0 or 2 where sections is 2. |" in text
+    assert ("| `sink0` | Sink. Allowed: 1 where sections is 1; one of activation_sinks where "
+            "sections is 2. |") in text
     assert "Allowed: from -100 to 60. Signed. |" in text
     assert "| `tag` | Returned in the completion. |" in text
 

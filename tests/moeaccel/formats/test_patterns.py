@@ -31,7 +31,7 @@ def test_sections_hold_pruned_matrices(name, row_multipliers, blocks, steps, see
     words = pack_section(matrix, row_multipliers)
     assert words.size == section.words * section.word_bytes
     if section.channel_rows % section.tile_rows == 0:
-        found = unpack_section([words], section, paired=False)
+        found = unpack_section([words], section)
         for part in ("integers", "significand", "shift", "row_exponent"):
             assert np.array_equal(getattr(found, part), getattr(matrix, part))
 

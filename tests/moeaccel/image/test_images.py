@@ -162,7 +162,7 @@ def test_unpacking_gives_back_what_was_packed(
     assert {len(part) for part in linear} == {shape.image_bytes}
     assert shape.image_bytes <= shape.memory_bytes
     down = image.unpack_section(
-        [part[shape.header_bytes :] for part in linear], shape.section, paired=False)
+        [part[shape.header_bytes :] for part in linear], shape.section)
     assert np.array_equal(down.dequantise(), before.down.dequantise())
     assert np.array_equal(down.bias_values, before.down.bias_values)
 
@@ -210,10 +210,10 @@ def test_rows_are_dealt_one_by_one():
     split = shape.header_bytes + shape.gate_up.words * shape.gate_up.word_bytes
     rows = np.arange(shape.gate_up.rows).reshape(-1, 4, 2)[:, 2].reshape(-1)
     own = image.Section(shape.format, len(rows), shape.d_model, 2)
-    part = image.unpack_section([parts[2][shape.header_bytes : split]], own, paired=True)
+    part = image.unpack_section([parts[2][shape.header_bytes : split]], own, together=2)
     assert np.array_equal(part.integers, e.gate_up.integers[rows])
     own = image.Section(shape.down.format, shape.d_model // 4, shape.d_expert, 2)
-    part = image.unpack_section([parts[2][split:]], own, paired=False)
+    part = image.unpack_section([parts[2][split:]], own)
     assert np.array_equal(part.integers, e.down.integers[2::4])
 
 

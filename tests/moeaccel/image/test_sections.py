@@ -30,4 +30,4 @@ def test_a_section_of_another_size_is_not_unpacked():
     words = image.pack_section(quantise(np.ones((64, 96)), "int4_g32"), 2)
     assert len(words) == section.words * section.word_bytes
     with pytest.raises(ImageError, match=f"section must be {len(words)} bytes, not 64"):
-        image.unpack_section([words[:64]], section, paired=False)
+        image.unpack_section([words[:64]], section)

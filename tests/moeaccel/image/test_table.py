@@ -17,19 +17,30 @@ TINY = PRESETS["tiny"]
 @pytest.mark.parametrize(("name", "down"), list(itertools.product(FORMATS, FORMATS)))
 def test_an_entry_of_an_expert(name, down, gated):
     shape = ExpertShape(FORMATS[name], 40, 50, 2, down_format=FORMATS[down], activation="relu",
-                        gated=gated, limit=7.0, gate_up_biased=gated, down_biased=True)
+                        gated=gated, limit=7.0, gate_limit=7.0625, gate_up_biased=gated,
+                        down_biased=True)
     entry = table_entry(shape, 0x2040)
     assert entry == {
         "sections": 2, "activation": ACTIVATIONS["relu"].code, "d_expert": 64,
         "image_address": 0x2040,
         "format0": FORMATS[name].code, "operand0": Operand.X,
         "sink0": Sink.ACTIVATION if gated else Sink.ACTIVATION_ROWS, "limit": 0x40E0,
+        "gate_limit": 0x40E20000,
         "words0": shape.gate_up.words, "bias0": int(gated), "bias1": 1,
         "format1": FORMATS[down].code, "operand1": Operand.HIDDEN, "sink1": Sink.COMBINE,
         "words1": shape.down.words}
     full = decode(EXPERT, expert_table([shape], [0x2040]))
     assert full == {field.name: entry.get(field.name, 0) for field in EXPERT}
     assert bad_field(EXPERT, full, TINY) is None
+
+
+def test_an_entry_with_second_up_rows():
+    shape = ExpertShape(FORMATS["mxint8"], 40, 50, 2, second_up=True)
+    full = decode(EXPERT, expert_table([shape], [0]))
+    assert full["sink0"] == Sink.ACTIVATION_PRODUCT and shape.gate_up.rows == 4 * 64
+    refused, _ = bad_field(EXPERT, full, TINY)
+    assert refused.name == "sink0"
+    assert bad_field(EXPERT, full, TINY.replace(second_up=True)) is None
 
 
 def test_an_entry_of_a_linear_layer():

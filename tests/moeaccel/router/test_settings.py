@@ -29,7 +29,7 @@ from moeaccel.router.settings import RouterError, RouterSettings
     ({"threshold": 1.5}, "threshold must be from 0 to 1, not 1.5"),
     ({"top_p": 0.0}, "top_p must be from .* to 1, not 0.0"),
     ({"score": "identity", "top_p": 0.5}, "top_p must be None where weights are logits, not 0.5"),
-    ({"prior": -1.0}, "prior must be from 0 to 1024, not -1.0"),
+    ({"prior": -1.0}, "prior must be from 0 to 2048, not -1.0"),
     ({"prior_keep": 2}, "prior_keep must be from 0 to 1, not 2"),
     ({"capacity": 0}, "capacity must be from 1 to 2147483647, not 0"),
     ({"mixer": 0.02}, "top_k must be 2 with mixer, not 8"),

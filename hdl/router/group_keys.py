@@ -1,0 +1,83 @@
+"""Scores of groups of experts."""
+
+from amaranth import *
+from amaranth.lib import wiring
+from amaranth.lib.wiring import In, Out
+
+from moeaccel.config import AcceleratorConfig
+from moeaccel.hdl import layouts
+from moeaccel.hdl.pipeline import Pipeline
+from moeaccel.router.choices import GROUPS_MAX
+from moeaccel.router.tables import WORD_BITS
+
+__all__ = ["GroupKeys"]
+
+_LEAST = -(1 << (WORD_BITS - 1))
+
+
+class GroupKeys(wiring.Component):
+    """Make a key of each group, of the keys of its experts: the largest, or the sum of two.
+
+    Golden model: `_select` of :mod:`moeaccel.golden.router`. Keys come in the order of the experts.
+
+    Latency: a group's key comes LATENCY_CYCLES behind its last expert's; one key a cycle, no flow
+    control. Reset, and ``i_clear``: the next key is that of expert 0.
+
+    Parameters
+    ----------
+    config : :class:`AcceleratorConfig`
+        With a router.
+
+    Members
+    -------
+    i_form : :py:`In(layouts.router_form(config))`
+    i_clear : :py:`In(1)`
+        After the last expert of a token.
+    i_valid, i_key : :py:`In(1)`, :py:`In(signed(32))`
+    o_at : :py:`Out(range(GROUPS_MAX))`
+        The group of the expert whose key comes in.
+    o_valid, o_key, o_group : :py:`Out(1)`, :py:`Out(signed(33))`, :py:`Out(range(GROUPS_MAX))`
+    """
+
+    LATENCY_CYCLES = 2
+
+    def __init__(self, config):
+        if not isinstance(config, AcceleratorConfig):
+            raise TypeError(f"config must be an AcceleratorConfig, not {config!r}")
+        super().__init__({
+            "i_form": In(layouts.router_form(config)),
+            "i_clear": In(1),
+            "i_valid": In(1),
+            "i_key": In(signed(WORD_BITS)),
+            "o_at": Out(range(GROUPS_MAX)),
+            "o_valid": Out(1),
+            "o_key": Out(signed(WORD_BITS + 1)),
+            "o_group": Out(range(GROUPS_MAX)),
+        })
+
+    def elaborate(self, platform):
+        m = Module()
+        form, key = self.i_form, self.i_key
+        in_group = Signal.like(form.group_size)
+        group_ends = in_group + 1 == form.group_size
+        best, second = (Signal(signed(WORD_BITS), name=name) for name in ("best", "second"))
+        better, good = (Signal(signed(WORD_BITS), name=name) for name in ("better", "good"))
+        fresh = in_group == 0
+        larger = fresh | (key > best)
+        m.d.comb += [
+            better.eq(Mux(larger, key, best)),
+            good.eq(Mux(larger, Mux(fresh, _LEAST, best), Mux(key > second, key, second))),
+        ]
+        with m.If(self.i_valid):
+            m.d.sync += [best.eq(better), second.eq(good),
+                         in_group.eq(Mux(group_ends, 0, in_group + 1)),
+                         self.o_at.eq(self.o_at + group_ends)]
+        with m.If(self.i_clear):
+            m.d.sync += self.o_at.eq(0)
+        pipe = Pipeline(m, self.i_valid & group_ends)
+        s = pipe.stage(better=better, good=good, group=self.o_at)
+        s = pipe.stage(key=Mux(form.top2, s.better + s.good, s.better)[:WORD_BITS + 1].as_signed(),
+                       group=s.group)
+        assert pipe.depth == self.LATENCY_CYCLES
+        m.d.comb += [self.o_valid.eq(pipe.valid), self.o_key.eq(s.key), self.o_group.eq(s.group)]
+        return m
