@@ -61,7 +61,7 @@ def test_every_format(every, name, bits):
 def hold_mixed(pair, seed):
     """Hold a layer to the golden model whose experts have all formats in turn, down other ones;
     some have second up rows."""
-    config = pair.rtl.config
+    config = pair.config
     rng = np.random.default_rng(seed)
     layer = []
     for e, (name, down) in enumerate(zip(rng.permutation(NAMES), rng.permutation(NAMES),
