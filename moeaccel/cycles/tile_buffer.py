@@ -58,8 +58,9 @@ class Words:
         The parser takes it up.
     turn : :class:`int`
         Cycle in which its first word may be accepted.
-    began, arrived : list of :class:`int`
-        Cycles in which a tile's first and last step are accepted.
+    began, arrived, parsed : list of :class:`int`
+        Cycles in which a tile's first and last step are accepted, and in which the parser is
+        through with its last word.
     waited : list of (int, int)
         How long these two waited, ``beats_per_word - 1`` cycles at most: meanwhile the next word is
         put together, which follows so much sooner.
@@ -88,6 +89,7 @@ class Words:
         self.turn = 0
         self.began: list[int] = []
         self.arrived: list[int] = []
+        self.parsed: list[int] = []
         self.waited: list[tuple[int, int]] = []
         self.ended: list[int] = []
         self.taken: list[int] = []
@@ -154,7 +156,7 @@ class TileBuffer:
         before, origin, waited = 0, words.turn, 0
         if tile:
             before, origin, waited = (
-                words.last[tile - 1], words.arrived[tile - 1], words.waited[tile - 1][1])
+                words.last[tile - 1], words.parsed[tile - 1], words.waited[tile - 1][1])
         first, last = words.first[tile], words.last[tile]
         ahead = min(at, first) - before
         if ahead:
@@ -168,24 +170,33 @@ class TileBuffer:
         else:  # the parser is in the middle of this tile
             cycle = max(origin, self._exponent_room(words.first_tile + tile - ROW_EXPONENTS),
                         self._ring_room(self._credit_ring, step)[0])
-            waited = min(spacing - 1, cycle - origin)
+            waited = min(self._most_waited(words), cycle - origin)
+        into = 0
         if at > first:
-            into = (at - first) * (steps - 1) // max(1, last - first)
-            room, there = self._ring_room(self._credit_ring, step + into, into, at - first)
+            into = (at - first) * (words.weights - 1) // max(1, last - first) * (words.held + 1)
+            room, there = self._ring_room(
+                self._credit_ring, step + into, into, at - first, words.held)
             there = max(there, cycle + (at - first) * spacing - waited,
                         cycle + at - first + words.held * into // 2)
             cycle = max(there, room)
-            waited = min(spacing - 1, cycle - there)
-        return cycle + max(words.held, spacing - 1 - waited)
+            waited = min(self._most_waited(words), cycle - there)
+        moves = cycle + max(words.held, spacing - 1 - waited)
+        if words.held and into + 1 < steps:  # its second step must have a place, too
+            moves = max(moves, self._ring_room(self._credit_ring, step + into + 1)[0])
+        return moves
 
-    def _ring_room(self, place: Place, step: int, into: int = 0, span: int = 0
+    def _most_waited(self, words: Words) -> int:
+        """Return how much sooner than others a word can follow one that waited."""
+        return max(0, self._spacing - 1 - words.held)
+
+    def _ring_room(self, place: Place, step: int, into: int = 0, span: int = 0, held: int = 0
                    ) -> tuple[int, int]:
         """Return the cycle from which a step's place in the ring is free, or NEVER, and one before
         which its word is not there.
 
         Places are freed one a cycle in the last group of a tile. Where another tile's begin among
         the ``into`` steps before this one, ``span`` words ago, they may be what this one waits
-        for.
+        for. With ``held`` a word has two steps.
         """
         if step < 0:
             return 0, 0
@@ -202,10 +213,13 @@ class TileBuffer:
             else:
                 break
         begin = words.ended[tile] - (steps - 1) + 3
-        if 0 < at <= into and at * span // into:
-            # The first of the words behind the one that waited was put together meanwhile.
-            there = begin + at * span // into * self._spacing - (self._spacing - 1)
-            return begin + at, there
+        if 0 < at <= into:
+            per_word, waits = held + 1, into - at
+            apart = (into // per_word - waits // per_word) * span // max(1, into // per_word)
+            if apart:
+                # The first of the words behind the one that waited was put together meanwhile.
+                there = begin + (apart - 1) * self._spacing + 1
+                return begin + at, there + held * (1 - waits % 2 + into % 2)
         return begin + at, 0
 
     def _exponent_room(self, tile: int) -> int:
@@ -270,20 +284,23 @@ class TileBuffer:
             there,
             self._exponent_room(words.first_tile + tile - ROW_EXPONENTS),
             self._ring_room(self._ring, step)[0])
-        waited = waited_first = min(spacing - 1, began - there)
-        span = last - first
+        waited = waited_first = min(self._most_waited(words), began - there)
+        span, blank = last - first, 0
         arrived = began
         if span or held:
-            room, behind = self._ring_room(self._ring, step + steps - 1, steps - 1, span)
+            blank = held * (steps % 2)  # half of the tile's last word is empty
+            room, behind = self._ring_room(
+                self._ring, step + steps - 1, steps - 1, span, held)
             follows = span * spacing - waited if span else 0
-            there = max(began + follows + held, began + span + held * words.weights, behind,
+            there = max(began + follows + held, began + span + held * words.weights, behind + blank,
                         self._streamer.beat_cycle(place, beat + span * spacing) + delay + held)
-            arrived = max(there, room)
-            waited = min(spacing - 1, arrived - there + held)
+            arrived = max(there, room + blank)
+            waited = min(spacing - 1, arrived - there + held + (0 if span else waited))
         self._arrived, self._before, self._waited = arrived, last, waited
         words.waited.append((waited_first, waited))
         words.began.append(began)
-        words.arrived.append(arrived - held * (steps % 2))  # half of its last word is empty
+        words.arrived.append(arrived - blank)
+        words.parsed.append(arrived)
         place.tile += 1
         if place.tile == words.tiles:
             place.section, place.tile = place.section + 1, 0
@@ -318,11 +335,11 @@ class TileBuffer:
                     self._streamer.repeats(begin, beats)) - 1
         if count < 1:
             return
-        for cycles in (words.began, words.arrived, words.ended, words.taken):
+        for cycles in (words.began, words.arrived, words.parsed, words.ended, words.taken):
             pattern = cycles[-period:]
             cycles.extend([cycle + i * length for i in range(1, count + 1) for cycle in pattern])
         words.waited.extend(words.waited[-period:] * count)
         place.tile += count * period
         self._before = words.last[place.tile - 1]
-        self._arrived = words.arrived[-1]
+        self._arrived = words.parsed[-1]
         self._streamer.skip(begin, count * beats, count * length)
