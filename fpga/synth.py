@@ -33,6 +33,7 @@ from moeaccel.hdl.memory.sdram import SdramTiming
 from moeaccel.hdl.memory.sdram_controller import SdramController
 from moeaccel.hdl.router.route_unit import RouteUnit
 from moeaccel.hdl.verilog.verilog_target import generate
+from moeaccel.router.choices import MODES
 
 __all__ = ["BLOCKS", "FOLDER", "Report", "block_build", "synthesise"]
 
@@ -81,6 +82,12 @@ def _route_unit(config: AcceleratorConfig) -> wiring.Component:
     return RouteUnit(config.replace(router=("softmax", "sigmoid"), router_top_k=8))
 
 
+def _route_modes(config: AcceleratorConfig) -> wiring.Component:
+    """Return that router with every mode."""
+    return RouteUnit(
+        config.replace(router=("softmax", "sigmoid"), router_top_k=8, router_modes=MODES))
+
+
 def _serial_link(config: AcceleratorConfig) -> wiring.Component:
     """Return the ULX3S's, whatever the configuration."""
     return SerialLink(baud_divisor=40, id_width=ID_BITS)
@@ -105,6 +112,7 @@ BLOCKS: dict[str, Block] = {
     "sdram_controller": _sdram_controller,
     "serial_link": _serial_link,
     "route_unit": _route_unit,
+    "route_modes": _route_modes,
     CORE: _block("top", "Accelerator", "ecp5"),
 }
 """Blocks by name, with how to make one."""

@@ -130,13 +130,25 @@ class Engine(wiring.Component):
             result.token.eq(Mux(
                 loader.o_nonfinite, loader.o_nonfinite_token, dispatcher.o_nonfinite_token)),
         ]
+        continues = C(0)
         if route is not None:
+            continues = self.i_job.p.continues
+            before = Signal.like(result)
+            with m.If(self.o_done):
+                m.d.sync += before.eq(result)
+            with m.If(begin & ~continues):
+                m.d.sync += before.nonfinite.eq(0)
             with m.If(self.i_job.p.route):  # what the others say is of the job before
                 m.d.sync += [
                     result.bad_expert.eq(0), result.nonfinite.eq(route.o_nonfinite),
                     result.what.eq(NonFinite.LOGIT), result.token.eq(route.o_token)]
+            with m.If(before.nonfinite):
+                m.d.sync += [result.nonfinite.eq(1), result.what.eq(before.what),
+                             result.token.eq(before.token)]
         with m.If(begin):
-            m.d.sync += [running.eq(1), result.overflows.eq(0), result.underflows.eq(0)]
+            m.d.sync += running.eq(1)
+            with m.If(~continues):
+                m.d.sync += [result.overflows.eq(0), result.underflows.eq(0)]
         with m.Else():
             with m.If(finished):
                 m.d.sync += running.eq(0)

@@ -219,12 +219,14 @@ class WriteClientSignature(wiring.Signature):
 def job(config: AcceleratorConfig) -> data.StructLayout:
     """Return a checked command with its layer, as the engine takes it.
 
-    ``routed``: ids and weights are in memory; else every token goes to expert 0 with weight 1.
+    ``routed``: ids and weights are in memory; else every token goes to experts 0 to ``top_k`` - 1,
+    those that there are, with weight 1.
     ``x_narrow``, ``y_narrow``: bfloat16 in memory, else float32. With a router, ``route``: x are
-    logits, ids and weights are written, by ``form``.
+    logits, ids and weights are written, by ``form``; ``continues``: what is counted, and what is
+    not finite, is that of the job before as well.
     """
     address = config.address_bits
-    router = {"route": 1, "form": router_form(config)} if config.router else {}
+    router = ({"route": 1, "continues": 1, "form": router_form(config)} if config.router else {})
     return data.StructLayout({
         "routed": 1,
         "two_planes": 1,

@@ -14,6 +14,7 @@ from moeaccel.activations import ACTIVATIONS
 from moeaccel.arithmetic import from_bfloat16, to_bfloat16
 from moeaccel.config import AcceleratorConfig
 from moeaccel.cycles import expert_cycles, linear_cycles
+from moeaccel.cycles.moe import predict_moe
 from moeaccel.errors import MoeAccelError
 from moeaccel.formats import QUAD, weight_format, whole_blocks
 from moeaccel.interface.commands import ElementType
@@ -23,6 +24,7 @@ from moeaccel.zoo.schema import ORIGINS
 if TYPE_CHECKING:
     from moeaccel.host.device import Device
     from moeaccel.host.layers import Experts, Linear
+    from moeaccel.image import Expert
 
 Progress = Callable[[str], None]
 
@@ -177,6 +179,15 @@ class _Run:
 
 def _run(bench: Bench, loaded: Experts | Linear, x: NDArray[np.float32], *routed: NDArray[Any]
          ) -> _Run:
+    def call(sent: Any) -> tuple[Any, int]:
+        handle = loaded.submit(sent, *routed)
+        return loaded.sync(handle), handle.cycles
+
+    return _measured(bench, x, call)
+
+
+def _measured(bench: Bench, x: NDArray[np.float32], call: Callable[[Any], tuple[Any, int]]) -> _Run:
+    """Measure what returns y and cycles."""
     narrow = bench.io is ElementType.BFLOAT16
     sent: Any = x
     if narrow:
@@ -186,11 +197,10 @@ def _run(bench: Bench, loaded: Experts | Linear, x: NDArray[np.float32], *routed
     bench.progress("running")
     before = bench.device.counters()
     begin = time.perf_counter()
-    handle = loaded.submit(sent, *routed)
-    y = loaded.sync(handle)
+    y, cycles = call(sent)
     wall = time.perf_counter() - begin
     after = bench.device.counters()
-    return _Run(y=y.float().numpy() if narrow else y, cycles=handle.cycles, wall_s=wall,
+    return _Run(y=y.float().numpy() if narrow else y, cycles=cycles, wall_s=wall,
                 counters={name: after[name] - before[name] for name in after})
 
 
@@ -216,19 +226,115 @@ def bench_experts(bench: Bench, model: Model, *, tokens: int, kind: str = "unifo
     BenchmarkError
         If the model's experts are of a kind that is not measured, or there is no such routing.
     """
-    from moeaccel import golden
-    from moeaccel.golden.reference import experts_float64
-    from moeaccel.image import Expert
-
-    d_model, d_expert, experts, top_k = _sizes_of(model)
-    made = model.expert
-    config, planes = bench.device.config, bench.planes
+    d_model, _, experts, top_k = _sizes_of(model)
     rng = np.random.default_rng(bench.seed)
-    fmt = weight_format(bench.weight_format)
     x = bench.draw_x(rng, tokens, d_model)
     ids = routing(tokens, experts, top_k, kind=kind, seed=bench.seed)
     weights = rng.random((tokens, top_k)).astype(np.float32)
     weights /= weights.sum(axis=1, keepdims=True)
+    layer = _draw_layer(bench, model, ids, rng)
+    loaded = bench.device.load_quantised(layer.experts, activation_bits=bench.activation_bits)
+    run = _run(bench, loaded, x, ids, weights)
+    return layer.result(
+        run, what=what, x=x, ids=ids, weights=weights, loaded=loaded,
+        predicted=expert_cycles(
+            bench.device.config, loaded.shape, ids, experts, planes=bench.planes,
+            latency=bench.latency, io=bench.io))
+
+
+def bench_moe(bench: Bench, model: Model, *, tokens: int) -> BenchmarkResult:
+    """Run one MoE layer of a model's size with its router, in one command a call; see
+    :func:`bench_experts`. Bytes are those of the router's planes, too.
+
+    Raises
+    ------
+    BenchmarkError
+        As there, and if its router's product is not a matrix.
+    """
+    from moeaccel import golden
+    from moeaccel.golden.router import route
+    from moeaccel.host.moe import LOGIT_GRID, Moe
+    from moeaccel.host.routing import Router
+    from moeaccel.host.weights import load_router_weight, router_planes
+    from moeaccel.interface.commands import MOE_PLANES
+    from moeaccel.zoo.routers import settings_of
+
+    d_model, _, experts, top_k = _sizes_of(model)
+    config, rng = bench.device.config, np.random.default_rng(bench.seed)
+    if model.router.logits != "linear":
+        raise BenchmarkError(f"model must have a router that is a matrix, not {model.name!r}")
+    x = bench.draw_x(rng, tokens, d_model)
+    weight = rng.standard_normal((experts, d_model), dtype=np.float32) / np.float32(
+        np.sqrt(d_model))
+    biased = rng.standard_normal(experts) / 8 if model.router.selection_bias else None
+    settings = settings_of(model, experts=experts, top_k=top_k, tokens=tokens)
+    router = Router(weight, selection_bias=biased, **asdict(settings))
+    every = np.tile(np.arange(MOE_PLANES), (tokens, 1))
+    logits = golden.experts(
+        _filled(x), every, np.ones(every.shape, np.float32),
+        [part.filled(whole_blocks(experts), whole_blocks(d_model))
+         for part in router_planes(config, weight)], grid_exponent=LOGIT_GRID)
+    routed = route(logits.y[:, :experts], settings, selection_bias=biased)
+    layer = _draw_layer(bench, model, routed.ids, rng)
+    loaded = bench.device.load_quantised(layer.experts, activation_bits=bench.activation_bits)
+    plane = load_router_weight(bench.device, weight, grid_exponent=LOGIT_GRID)
+    with Moe(bench.device, router, plane, loaded, 0) as moe:
+        run = _measured(bench, x, lambda sent: (moe(sent), bench.device.last_cycles))
+        predicted = predict_moe(
+            config, settings, plane.shape.section,
+            dict.fromkeys(range(experts), loaded.shape.sections), routed.ids, experts,
+            d_model=whole_blocks(d_model), planes=bench.planes, biased=biased is not None,
+            tables=biased is not None, latency=bench.latency, io=bench.io).cycles
+        return layer.result(
+            run, what="moe", x=x, ids=routed.ids, weights=routed.weights, loaded=loaded,
+            predicted=predicted, stored_bytes=MOE_PLANES * plane.shape.stored_bytes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Layer:
+    """A layer of a benchmark: its experts, and the floats of those that are used."""
+
+    bench: Bench
+    model: Model
+    experts: list[Expert]
+    floats: dict[int, list[NDArray[np.float32]]]
+
+    def result(self, run: _Run, *, what: str, x: NDArray[np.float32], ids: NDArray[np.integer],
+               weights: NDArray[np.float32], loaded: Experts, predicted: int,
+               stored_bytes: int = 0) -> BenchmarkResult:
+        """Check a run and return its figures; ``stored_bytes``: of what is beside the experts."""
+        from moeaccel import golden
+        from moeaccel.golden.reference import experts_float64
+
+        bench, made, floats = self.bench, self.model.expert, self.floats
+        d_model, d_expert, _, _ = _sizes_of(self.model)
+        bench.progress("checking against the golden model")
+        expected = golden.experts(
+            _filled(x), ids, weights, [expert.filled() for expert in self.experts],
+            planes=bench.planes, grid_exponent=loaded.grid_exponent, y_type=bench.io).y[:, :d_model]
+        order = {e: i for i, e in enumerate(floats)}
+        biases = {name: [one[part] for one in floats.values()]
+                  for part, name in ((2, "gate_up_bias"), (3, "down_bias"))
+                  if part < len(next(iter(floats.values())))}
+        exact = experts_float64(
+            x, np.vectorize(order.get)(ids), weights, [one[0] for one in floats.values()],
+            [one[1] for one in floats.values()], made.activation, made.limit, **biases)
+        return _result(
+            bench, run, what=what, model=self.model.name, tokens=len(x), assignments=ids.size,
+            experts_used=len(order),
+            stored_bytes=stored_bytes + len(order) * loaded.shape.stored_bytes,
+            useful=ids.size * made.matrices * d_model * d_expert * bench.planes,
+            predicted=predicted, expected=expected, exact=exact)
+
+
+def _draw_layer(bench: Bench, model: Model, ids: NDArray[np.integer], rng: np.random.Generator
+                ) -> _Layer:
+    """Draw the experts that are used; the others are the first of them."""
+    from moeaccel.image import Expert
+
+    d_model, d_expert, experts, _ = _sizes_of(model)
+    made, config = model.expert, bench.device.config
+    fmt = weight_format(bench.weight_format)
     used = np.unique(ids)
 
     bench.progress(f"drawing and quantising {len(used)} of {experts} experts")
@@ -249,35 +355,9 @@ def bench_experts(bench: Bench, model: Model, *, tokens: int, kind: str = "unifo
             gate_up, down, fmt, activation=made.activation, limit=made.limit, prune="magnitude",
             channels=config.channels,
             **dict(zip(("gate_up_bias", "down_bias"), floats[e][2:], strict=False)))
-    filler = layer[int(used[0])]
-    all_experts = [layer.get(e, filler) for e in range(experts)]
     bench.progress("loading the device")
-    loaded = bench.device.load_quantised(all_experts, activation_bits=bench.activation_bits)
-    run = _run(bench, loaded, x, ids, weights)
-    bench.progress("checking against the golden model")
-    expected = golden.experts(
-        _filled(x), ids, weights, [expert.filled() for expert in all_experts],
-        planes=planes, grid_exponent=loaded.grid_exponent, y_type=bench.io).y[:, :d_model]
-    order = {e: i for i, e in enumerate(used.tolist())}
-    exact = experts_float64(
-        x,
-        np.vectorize(order.get)(ids),
-        weights,
-        [floats[e][0] for e in order],
-        [floats[e][1] for e in order],
-        made.activation,
-        made.limit,
-        **{name: [floats[e][part] for e in order]
-           for part, name in ((2, "gate_up_bias"), (3, "down_bias"))
-           if part < len(floats[int(used[0])])},
-    )
-    return _result(
-        bench, run, what=what, model=model.name, tokens=tokens, assignments=ids.size,
-        experts_used=len(used), stored_bytes=len(used) * loaded.shape.stored_bytes,
-        useful=ids.size * made.matrices * d_model * d_expert * planes,
-        predicted=expert_cycles(
-            config, loaded.shape, ids, experts, planes=planes, latency=bench.latency, io=bench.io),
-        expected=expected, exact=exact)
+    return _Layer(bench=bench, model=model, floats=floats, experts=[
+        layer.get(e, layer[int(used[0])]) for e in range(experts)])
 
 
 EDGE_MOE = AcceleratorConfig(

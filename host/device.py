@@ -10,10 +10,10 @@ import time
 import weakref
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from moeaccel.config import AcceleratorConfig
-from moeaccel.host import moe, routing, weights
+from moeaccel.host import weights
 from moeaccel.host.errors import (
     DeviceClosed,
     DeviceStopped,
@@ -25,12 +25,12 @@ from moeaccel.host.errors import (
 from moeaccel.host.identity import check_config, check_version
 from moeaccel.host.layers import Experts, Handle, Linear
 from moeaccel.host.memory import COMMAND_ALIGNMENT, PAGE, Allocator
+from moeaccel.host.moe import Routes
 from moeaccel.host.options import seconds, whole
 from moeaccel.host.process import Bound, Inherited
 from moeaccel.host.registers import RegisterAccess, fields_of, mask
 from moeaccel.host.residents import Residents
 from moeaccel.host.rings import Command, CommandRings, Completion
-from moeaccel.host.routing import Router
 from moeaccel.host.tensors import Tensor
 from moeaccel.host.transports.base import Transport
 from moeaccel.host.weights import Format, Formats, Progress, Shared, Stack
@@ -48,7 +48,7 @@ _LOOKS_A_CHECK, _EAGER_LOOKS, _PAUSE_S = 64, 1000, 2e-5
 a millisecond on a card."""
 
 
-class Device(Bound, Inherited):
+class Device(Routes, Bound, Inherited):
     """An accelerator behind a transport; see :func:`moeaccel.host.open_device`.
 
     Every method may be called from several threads: a lock lets one at a time through. A thread
@@ -328,44 +328,6 @@ class Device(Bound, Inherited):
         return weights.load_linear(
             self, weight, weight_format=weight_format, activation_bits=activation_bits,
             grid_exponent=grid_exponent, x_rms=x_rms, quantiser=quantiser, prune=prune, bias=bias)
-
-    def route(self, router: Router, logits: Tensor, *, resident: Tensor | None = None
-              ) -> tuple[Any, Any]:
-        """Choose experts by logits, bit for bit as :mod:`moeaccel.golden.router`.
-
-        Parameters
-        ----------
-        router : :class:`moeaccel.host.Router`
-        logits : float tensor, (T, E)
-            Any T, also 0; of the router's product with x, without bias.
-        resident : bool tensor, (E,), optional; only these are chosen
-
-        Returns
-        -------
-        (ids, weights)
-            (T, K) int64, in order, -1 where there was none; (T, K), as the logits, 0 there.
-
-        Raises
-        ------
-        LimitExceeded, InvalidTensor, NonFiniteInput, LogitOverflow
-            No such router; shapes and types; a logit not finite, or too large with its bias.
-        """
-        return routing.route(self, router, logits, resident=resident)
-
-    def load_moe(self, router: Router, gate_up: Stack, down: Stack, *,
-                 shared: Shared | None = None, **options: Any) -> moe.Moe:
-        """Put a layer with its router into memory: ``moe(x)`` routes and computes on the device.
-
-        Parameters
-        ----------
-        router, gate_up, down, shared, **options
-            A :class:`moeaccel.host.Router` with a weight, (E, H); as in :meth:`load_experts`.
-
-        Raises
-        ------
-        LimitExceeded: no such router, or top_k and shared experts are more than 16.
-        """
-        return moe.load_moe(self, router, gate_up, down, shared=shared, **options)
 
     def _forget(self, address: int, size: int) -> None:
         with self._lock:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from moeaccel.errors import MoeAccelError
 from moeaccel.interface.commands import (
+    ENTRY_BYTES,
     EXPERT,
     LAYER,
     ROUTER,
     SUBMISSION,
     Field,
     NonFinite,
+    Overflow,
     Status,
 )
 
@@ -23,7 +25,11 @@ __all__ = [
     "NonFiniteInput", "GridOverflow", "LogitOverflow", "CommandAborted",
     "CompletionLost", "WatchdogExpired", "LOST", "command_error",
     "UnsupportedExperts", "ExpertsIgnored", "TrainingUnsupported", "GraphCaptureUnsupported",
-           "WeightsGivenUp"]
+           "WeightsGivenUp", "ShardLost"]
+
+
+_WORDS = ENTRY_BYTES // 4
+"""Of a structure in device memory."""
 
 
 class HostError(MoeAccelError):
@@ -102,6 +108,21 @@ class LinkLost(HostError, ConnectionError):
     """The line to the device broke; :meth:`Device.reset` connects again, weights stay."""
 
 
+class ShardLost(HostError, ConnectionError):
+    """A device of a cluster, or the process that owned it, is gone; ``shard`` says which.
+
+    Parameters
+    ----------
+    message : :class:`str`
+    shard : :class:`int`
+        Its number in the cluster.
+    """
+
+    def __init__(self, message: str, shard: int) -> None:
+        super().__init__(message)
+        self.shard = shard
+
+
 class AccessFailed(HostError):
     """The device's bus refused an access to a register or to memory, or did not answer it."""
 
@@ -119,7 +140,7 @@ class CommandFailed(HostError):
     status : :class:`Status`
     detail, address : :class:`int`
         Of the completion; for ``NONFINITE`` the detail counts from the first token of the call,
-        and the address is a :class:`NonFinite`.
+        and the address is a :class:`NonFinite`; for ``OVERFLOW`` it is an :class:`Overflow`.
     """
 
     def __init__(self, message: str, *, status: Status | int, detail: int, address: int) -> None:
@@ -144,7 +165,7 @@ class ExpertRejected(CommandRejected):
     @property
     def fields(self) -> tuple[str, ...]:
         """The field, or those that share its 32-bit word."""
-        return tuple(field.name for field in EXPERT if field.word == self.address)
+        return tuple(field.name for field in EXPERT if field.word == self.address % _WORDS)
 
 
 class WindowViolation(CommandFailed):
@@ -237,13 +258,17 @@ def command_error(status: int, detail: int, address: int, *, first_token: int = 
                 f"submission field {_field_at(SUBMISSION, detail)}; nothing was started")
         case Status.BAD_LAYER:
             kind, text = CommandRejected, (
-                f"layer descriptor field {_field_at(LAYER, detail)}; nothing was started")
+                f"layer descriptor field {_field_at(LAYER, detail)}, in that at {address:#x}; "
+                "nothing was started")
         case Status.BAD_ROUTER:
             kind, text = CommandRejected, (
-                f"router descriptor field {_field_at(ROUTER, detail)}; nothing was started")
+                f"router descriptor field {_field_at(ROUTER, detail)}, in that at {address:#x}; "
+                "nothing was started")
         case Status.BAD_EXPERT:
+            of_router, word = divmod(address, _WORDS)
             kind, text = ExpertRejected, (
-                f"expert table entry of expert {detail}: field {_field_at(EXPERT, address)}; y is "
+                f"{'router' if of_router else 'expert'} table entry of expert {detail}: field "
+                f"{_field_at(EXPERT, word)}; y is "
                 "undefined, load the layer again if something else wrote to the device's memory")
         case Status.WINDOW:
             kind, text = WindowViolation, (
@@ -257,6 +282,11 @@ def command_error(status: int, detail: int, address: int, *, first_token: int = 
             kind, text = NonFiniteInput, (
                 f"{_nonfinite(address)} must be finite, but token {detail} holds NaN or infinity; "
                 "find the layer that made it")
+        case Status.OVERFLOW if address == Overflow.LOGIT:
+            kind, text = LogitOverflow, (
+                f"logits must be below 2048 in magnitude, but {detail} were not (with outputs "
+                "beyond their grid), and counted as that; scale the router's weights, or clamp its "
+                "logits")
         case Status.OVERFLOW:
             kind, text = GridOverflow, (
                 f"weighted outputs must fit the output grid, but {detail} did not; load the "

@@ -1,14 +1,14 @@
 """A whole MoE layer on the device: it routes, and computes the experts it has chosen.
 
-A call is three commands, of which each finds in memory what the one before it has left: the
-router's product (EXPERTS, of two planes of weights), ROUTE, EXPERTS.
+A call is one command, MOE, for as many tokens as a command takes; where only ids and weights are
+asked for, MOE_ROUTE.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,20 +37,24 @@ from moeaccel.host.tensors import (
     shape_of,
 )
 from moeaccel.host.weights import Shared, Stack
-from moeaccel.interface.commands import ENTRY_BYTES, ROUTER, Opcode, encode
+from moeaccel.interface.commands import (
+    ENTRY_BYTES,
+    MOE_ALIGNMENT,
+    MOE_BLOCK,
+    ROUTER,
+    Opcode,
+    encode,
+)
 from moeaccel.router.choices import WeightOn
-from moeaccel.router.descriptor import descriptor, table_words
+from moeaccel.router.descriptor import descriptor, table_bytes, table_words
 
 if TYPE_CHECKING:
     from moeaccel.host.device import Device
 
-__all__ = ["Moe", "load_moe"]
+__all__ = ["Moe", "Routes", "load_moe"]
 
 LOGIT_GRID = -30
 """Grid of the logits: what ROUTE takes reaches to 2**11, and has 20 bits behind the point."""
-
-_PLANES = 2
-"""Matrices that a router's weights are."""
 
 
 def load_moe(device: Device, router: Router, gate_up: Stack, down: Stack, *,
@@ -115,13 +119,17 @@ class Moe:
         self._shared = shared
         words = table_words(router.settings, router.bias, router.selection_bias)
         tables = bool(words.any())
-        self._constants: Allocation | None = device.memory.allocate(
-            ENTRY_BYTES + (words.nbytes if tables else 0))
+        table = table_bytes(words if tables else None, None).tobytes()
+        size = ENTRY_BYTES * len(MOE_BLOCK)
+        self._block: Allocation | None = device.memory.allocate(
+            size + len(table), alignment=MOE_ALIGNMENT)
         fields = descriptor(
             router.settings, biased=router.selection_bias is not None, tables=tables,
-            table_address=self._constants.address + ENTRY_BYTES, shared=shared)
-        data = encode(ROUTER, fields) + (words.tobytes() if tables else b"")
-        device.transport.memory_write(self._constants.address, data)
+            table_address=self._block.address + size, shared=shared)
+        layers = [device.transport.memory_read(layer._descriptor.address, ENTRY_BYTES).tobytes()
+                  for layer in (plane, experts)]
+        device.transport.memory_write(
+            self._block.address, layers[0] + encode(ROUTER, fields) + layers[1] + table)
 
     @property
     def device(self) -> Device:
@@ -183,9 +191,9 @@ class Moe:
         """Free the device memory; a second call does nothing."""
         self.experts.close()
         self._plane.close()
-        if self._constants is not None and not self._device.closed:
-            self._constants.free()
-        self._constants = None
+        if self._block is not None and not self._device.closed:
+            self._block.free()
+        self._block = None
 
     def __enter__(self) -> Self:
         return self
@@ -197,7 +205,7 @@ class Moe:
     # -- commands ----------------------------------------------------------------------------------
     def _call(self, x: Tensor, *, compute: bool
               ) -> tuple[NDArray[np.int32], NDArray[np.float32], Any]:
-        if self._constants is None:
+        if self._block is None:
             raise DeviceClosed("layer must not be used after it was closed; load it again")
         d_model = self._plane.shape.d_in
         tokens, found = shape_of("x", x, "T", str(d_model))
@@ -211,7 +219,7 @@ class Moe:
         ids, weights = np.zeros((tokens, top_k), np.int32), np.zeros((tokens, top_k), np.float32)
         y: Any = np.zeros((tokens, d_model), values.dtype)
         config = self._device.config
-        most = min(config.max_tokens, config.max_assignments // max(_PLANES, top_k + self._shared))
+        most = min(config.max_tokens, config.max_assignments // (top_k + self._shared))
         routing.check_tokens(self.router.settings, tokens, most)
         first, cycles = 0, 0
         while first < tokens:
@@ -230,78 +238,100 @@ class Moe:
 
     def _send(self, x: NDArray[Any], ids: NDArray[np.int32], weights: NDArray[np.float32],
               y: NDArray[Any] | None, first: int) -> int:
-        """Send the commands of one part, take what they wrote, and return their cycles."""
-        device, constants = self._device, self._constants
-        assert constants is not None
-        tokens, width = len(x), whole_blocks(x.shape[1])
+        """Send the command of one part, take what it wrote, and return its cycles."""
+        device, block = self._device, self._block
+        assert block is not None
+        tokens, width = x.shape
         slots = self.router.settings.top_k + self._shared
-        planes = np.tile(np.arange(_PLANES, dtype=np.int32), (tokens, 1))
-        ones = np.ones((tokens, _PLANES), np.float32)
-        inputs = [x, planes, ones]
-        logits = 4 * tokens * whole_blocks(self.router.settings.experts)
-        sizes = [*(array.nbytes for array in inputs), logits, 2 * logits, 4 * tokens * slots,
-                 4 * tokens * slots, tokens * width * x.itemsize, 8 * tokens * width]
+        widest = max(width, whole_blocks(self.router.settings.experts))
+        sizes = [x.nbytes, 4 * tokens * slots, 4 * tokens * slots, x.nbytes, 8 * tokens * widest]
         *offsets, end = _offsets(sizes)
-        device._take()
         buffers = device.memory.allocate(end, top=True)
-        base = buffers.address
+        opcode = Opcode.MOE_ROUTE if y is None else Opcode.MOE
+        command = Command(opcode.name, (
+            block, *(part for layer in (self._plane, self.experts)
+                     for part in (layer._images, layer._descriptor))),
+            buffers=buffers, first_token=first)
+        addresses = dict(zip(("x_address", "ids_address", "weights_address", "y_address",
+                              "workspace_address"),
+                             (buffers.address + offset for offset in offsets), strict=True))
         kind = int(element_type(x))
-        chosen = {"ids_address": base + offsets[5], "weights_address": base + offsets[6]}
-        commands: list[tuple[dict[str, int], tuple[object, ...]]] = [
-            ({"opcode": int(Opcode.EXPERTS), "top_k": _PLANES, "x_type": kind,
-              "layer_address": self._plane._descriptor.address, "x_address": base,
-              "ids_address": base + offsets[1], "weights_address": base + offsets[2],
-              "y_address": base + offsets[3], "workspace_address": base + offsets[4]},
-             (self._plane._images, self._plane._descriptor)),
-            ({"opcode": int(Opcode.ROUTE), "top_k": slots, "layer_address": constants.address,
-              "x_address": base + offsets[3], **chosen}, (constants,)),
-        ]
-        if y is not None:
-            commands.append((
-                {"opcode": int(Opcode.EXPERTS), "top_k": slots, "x_type": kind, "y_type": kind,
-                 "layer_address": self.experts._descriptor.address, "x_address": base,
-                 "y_address": base + offsets[7], "workspace_address": base + offsets[8], **chosen},
-                (self.experts._images, self.experts._descriptor)))
-        sent: list[Command] = []
         try:
-            data = np.zeros(offsets[3], np.uint8)
-            for array, offset in zip(inputs, offsets, strict=False):
-                data[offset : offset + array.nbytes] = array.reshape(-1).view(np.uint8)
-            device.transport.memory_write(base, data)
-            for fields, keep in commands:
-                name = Opcode(fields["opcode"]).name
-                command = Command(name, (*keep, buffers), first_token=first)
-                device.submit({"tokens": tokens, **fields}, command)
-                sent.append(command)
-            cycles = sum(device.wait(command).cycles for command in sent)
-            for command in sent:
-                if error := command.error():
-                    raise routing.named(error, command)
-            self._take_results(base, offsets, ids, weights, y)
-            return cycles
+            device.transport.memory_write(
+                addresses["x_address"], np.ascontiguousarray(x).view(np.uint8).reshape(-1))
+            device.submit({
+                "opcode": int(opcode), "tokens": tokens, "top_k": slots, "x_type": kind,
+                "y_type": kind, "layer_address": block.address, **addresses}, command)
+            done = device.wait(command)
+            if error := command.error():
+                raise error
+            self._take_results(buffers.address, offsets, ids, weights, y)
+            return done.cycles
         finally:
-            # Whatever is still in flight keeps them alive.
-            if not any(buffers in command.keep for command in device.in_flight):
+            command.give_back()
+            if command.completion is None and command not in device.in_flight:
                 buffers.free()
 
     def _take_results(self, base: int, offsets: list[int], ids: NDArray[np.int32],
                       weights: NDArray[np.float32], y: NDArray[Any] | None) -> None:
-        """Read what the commands wrote, at once."""
-        stop = offsets[7] if y is None else offsets[8]
-        raw = self._device.transport.memory_read(base + offsets[5], stop - offsets[5])
+        """Read what the command wrote, at once."""
+        begin, stop = offsets[1], offsets[3] if y is None else offsets[4]
+        raw = self._device.transport.memory_read(base + begin, stop - begin)
         tokens, top_k = ids.shape
         slots = top_k + self._shared
-
-        def part(index: int, count: int) -> NDArray[np.uint8]:
-            start = offsets[index] - offsets[5]
-            return raw[start : start + count]
-
-        ids[:] = part(5, 4 * tokens * slots).view("<i4").reshape(tokens, slots)[:, :top_k]
-        weights[:] = part(6, 4 * tokens * slots).view("<f4").reshape(tokens, slots)[:, :top_k]
+        for index, values in ((1, ids), (2, weights)):
+            part = raw[offsets[index] - begin :][: 4 * tokens * slots].view(values.dtype)
+            values[:] = part.reshape(tokens, slots)[:, :top_k]
         if y is not None:
+            part = raw[offsets[3] - begin : offsets[4] - begin].view(y.dtype)
             width = whole_blocks(y.shape[1])
-            rows = part(7, tokens * width * y.itemsize).view(y.dtype).reshape(tokens, width)
-            y[:] = rows[:, : y.shape[1]]
+            y[:] = part[: tokens * width].reshape(tokens, width)[:, : y.shape[1]]
+
+
+class Routes:
+    """What a device does that has a router; a base of :class:`moeaccel.host.device.Device`."""
+
+    def route(self, router: Router, logits: Tensor, *, resident: Tensor | None = None
+              ) -> tuple[Any, Any]:
+        """Choose experts by logits, bit for bit as :mod:`moeaccel.golden.router`.
+
+        Parameters
+        ----------
+        router : :class:`moeaccel.host.Router`
+        logits : float tensor, (T, E)
+            Any T, also 0; of the router's product with x, without bias.
+        resident : bool tensor, (E,), optional; only these are chosen
+
+        Returns
+        -------
+        (ids, weights)
+            (T, K) int64, in the order of choice, -1 where there was none; (T, K), as the logits, 0
+            there.
+
+        Raises
+        ------
+        LimitExceeded, InvalidTensor, NonFiniteInput, LogitOverflow
+            If the device has no such router; for shapes and types; if a logit is not finite, or
+            with its bias 2048 or more: it names the token.
+        """
+        return routing.route(cast("Device", self), router, logits, resident=resident)
+
+    def load_moe(self, router: Router, gate_up: Stack, down: Stack, *,
+                 shared: Shared | None = None, **options: Any) -> Moe:
+        """Put a layer with its router into memory: ``moe(x)`` routes and computes on the device.
+
+        Parameters
+        ----------
+        router, gate_up, down, shared, **options
+            A :class:`moeaccel.host.Router` with a weight, (E, H); as in :meth:`load_experts`.
+
+        Raises
+        ------
+        LimitExceeded
+            If the device has no such router, or top_k and shared experts are more than 16.
+        """
+        return load_moe(
+            cast("Device", self), router, gate_up, down, shared=shared, **options)
 
 
 def _offsets(sizes: list[int]) -> Iterator[int]:

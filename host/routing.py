@@ -10,14 +10,7 @@ from numpy.typing import NDArray
 
 from moeaccel.config import PRESETS, AcceleratorConfig
 from moeaccel.formats import whole_blocks
-from moeaccel.host.errors import (
-    CommandFailed,
-    GridOverflow,
-    InvalidTensor,
-    LimitExceeded,
-    LogitOverflow,
-    OutOfDeviceMemory,
-)
+from moeaccel.host.errors import InvalidTensor, LimitExceeded, OutOfDeviceMemory
 from moeaccel.host.memory import COMMAND_ALIGNMENT
 from moeaccel.host.rings import Command
 from moeaccel.host.tensors import Like, Tensor, float32, is_torch, shape_of
@@ -29,7 +22,7 @@ from moeaccel.router.settings import SELECTION_BIAS_MAX, RouterError, RouterSett
 if TYPE_CHECKING:
     from moeaccel.host.device import Device
 
-__all__ = ["Router", "check_router", "check_tokens", "named", "route"]
+__all__ = ["Router", "check_router", "check_tokens", "route"]
 
 
 class Router:
@@ -198,16 +191,6 @@ def route(device: Device, router: Router, logits: Tensor, *, resident: Tensor | 
     return places, like(weights)
 
 
-def named(error: CommandFailed, command: Command) -> CommandFailed:
-    """Return the error of a command: what overflows in ROUTE are logits."""
-    if not isinstance(error, GridOverflow) or command.name != Opcode.ROUTE.name:
-        return error
-    return LogitOverflow(
-        f"logits must be below 2048 in magnitude, but {error.overflows} were not, and counted as "
-        "that; scale the router's weights, or clamp its logits",
-        status=error.status, detail=error.detail, address=error.address)
-
-
 def _send(device: Device, fields: dict[str, int], table: NDArray[np.uint8],
           rows: NDArray[np.float32], ids: NDArray[np.int32], weights: NDArray[np.float32],
           first: int) -> int:
@@ -230,7 +213,7 @@ def _send(device: Device, fields: dict[str, int], table: NDArray[np.uint8],
             "ids_address": base + offsets[3], "weights_address": base + offsets[4]}, command)
         done = device.wait(command)
         if error := command.error():
-            raise named(error, command)
+            raise error
         raw = device.transport.memory_read(base + offsets[3], end - offsets[3])
         ids[:] = raw[: ids.nbytes].view("<i4").reshape(ids.shape)
         start = offsets[4] - offsets[3]

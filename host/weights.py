@@ -355,6 +355,23 @@ def load_linear(device: Device, weight: Tensor, *, weight_format: str, activatio
     return Linear(device, shape, images, descriptor, planes, grid_exponent, _report(errors))
 
 
+def _plane_format(config: AcceleratorConfig) -> WeightFormat:
+    """Return the format of a router's planes."""
+    fmt = next((f for f in config.weight_formats if f.weight_bits == 8 and f.parts == 1), None)
+    if fmt is None:
+        raise LimitExceeded(f"formats must have one of 8 bits for a router's weights in config "
+                            f"{config.name!r}, not {', '.join(config.formats)}")
+    return fmt
+
+
+def router_planes(config: AcceleratorConfig, weight: Tensor
+                  ) -> tuple[QuantisedMatrix, QuantisedMatrix]:
+    """Return a router's matrix as two, of which the second holds what the first leaves."""
+    fmt, values = _plane_format(config), float32("weight", weight)
+    high = quantise(values, fmt)
+    return high, quantise(values - high.dequantise().astype(np.float32), fmt)
+
+
 def load_router_weight(device: Device, weight: Tensor, *, grid_exponent: int) -> Linear:
     """Put a router's matrix, (E, H), into a device's memory as two of 8 bits.
 
@@ -368,16 +385,11 @@ def load_router_weight(device: Device, weight: Tensor, *, grid_exponent: int) ->
     """
     config = device.config
     experts, d_model = shape_of("weight", weight, "E", "H")
-    fmt = next((f for f in config.weight_formats if f.weight_bits == 8 and f.parts == 1), None)
-    if fmt is None:
-        raise LimitExceeded(f"formats must have one of 8 bits for a router's weights in config "
-                            f"{config.name!r}, not {', '.join(config.formats)}")
+    fmt = _plane_format(config)
     shape = LinearShape(fmt, experts, d_model, config.row_multipliers, config.channels)
     check_layer(config, [shape, shape])
-    values = float32("weight", weight)
-    high = quantise(values, fmt)
-    rest = values - high.dequantise().astype(np.float32)
-    low = quantise(rest, fmt)
+    high, low = router_planes(config, weight)
+    rest = float32("weight", weight) - high.dequantise().astype(np.float32)
     found = replace(squares(high), error=squares(low, rest).error)
     errors = WeightErrors(fmt.name)
     errors.add(0, {"weight": found}, groups=high.shift.size, coarsened=high.coarsened)

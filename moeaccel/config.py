@@ -201,6 +201,8 @@ class AcceleratorConfig:
                 and len(set(self.router)) == len(self.router)
                 and all(one in scores for one in self.router),
                 f"a tuple of different ones of {', '.join(scores)}, or empty")
+        require("max_assignments", not self.router or self.max_assignments >= 2 * self.max_tokens,
+                f"{2 * self.max_tokens} or more with a router, of which a token takes two planes")
         require("router_top_k", isinstance(self.router_top_k, int)
                 and 1 <= self.router_top_k <= TOP_K_MAX, f"from 1 to {TOP_K_MAX}")
         require("router_modes", isinstance(self.router_modes, tuple)

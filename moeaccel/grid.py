@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeaccel.activations import Activation, Factor, activation as find_activation
-from moeaccel.arithmetic import TERM_BITS
+from moeaccel.arithmetic import TERM_BITS, from_bfloat16, to_bfloat16
 from moeaccel.formats import QuantisedMatrix
 from moeaccel.interface.commands import GRID_EXPONENTS
 
@@ -92,6 +92,24 @@ def squares(matrix: QuantisedMatrix, weights: NDArray[np.floating] | None = None
         columns += values.sum(axis=0)
     return Squares(rows, columns, None if weights is None else error,
                    None if matrix.bias is None else matrix.bias_values.astype(np.float64) ** 2)
+
+
+def squares_of(weights: NDArray[np.floating], bias: NDArray[np.floating] | None = None
+               ) -> Squares:
+    """Return the sums of squares of a float matrix, (n, K), and its biases: to the bit those that
+    :func:`squares` finds beside whatever it is quantised to, so that who has no device chooses the
+    same grid."""
+    n, k = weights.shape
+    rows, columns = np.empty(n), np.zeros(k)
+    step = max(1, _CHUNK_ELEMENTS // k)
+    for first in range(0, n, step):
+        values = weights[first : first + step].astype(np.float64)
+        values *= values
+        rows[first : first + step] = values.sum(axis=1)
+        columns += values.sum(axis=0)
+    if bias is not None:
+        bias = from_bfloat16(to_bfloat16(np.asarray(bias, np.float32))).astype(np.float64) ** 2
+    return Squares(rows, columns, None, bias)
 
 
 _DEVIATIONS_LOG2 = np.arange(-10.0, 10.25, 0.25)

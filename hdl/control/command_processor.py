@@ -1,17 +1,22 @@
 """Fetch, check, run and complete commands: the device's end of the two rings."""
 
-import enum
 import functools
 import operator
-from contextlib import contextmanager
 
 from amaranth import *
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
-from amaranth.utils import exact_log2
 
 from moeaccel.config import BLOCK, AcceleratorConfig
 from moeaccel.hdl import layouts
+from moeaccel.hdl.control.command_wires import (
+    ALIGNMENT_BITS,
+    DRAIN_CYCLES,
+    FETCHING,
+    RESTING,
+    State,
+    Wires,
+)
 from moeaccel.hdl.control.field_checks import FieldChecks
 from moeaccel.hdl.control.job_sizes import JobSizes
 from moeaccel.hdl.control.rings import Rings
@@ -21,108 +26,22 @@ from moeaccel.interface.commands import (
     COMPLETION,
     ENTRY_BYTES,
     LAYER,
+    MOE_BLOCK,
+    MOE_OPCODES,
+    MOE_PLANES,
+    ROUTER,
+    ROUTER_OPCODES,
     SUBMISSION,
     ElementType,
     Opcode,
     Status,
     field_of,
 )
-from moeaccel.router.choices import GROUPS_MAX
 
-DRAIN_CYCLES = 16
-"""Cycles for which the engine's reset and the port's flush are held at least."""
+__all__ = ["CommandProcessor"]
 
-_ALIGNMENT_BITS = exact_log2(ENTRY_BYTES)
-_CYCLES_BITS = 48
-
-
-class _State(enum.IntEnum):
-    """States, each a bit of its own: most of what a state does is one gate behind it."""
-
-    IDLE = 0
-    REQUEST = 1  # ask for the submission or the layer
-    COLLECT = 2  # its beats
-    LIMIT = 3  # what depends on another field
-    CHECK = 4  # every field, into one bit each
-    JOIN = 5  # the bits
-    DECIDE = 6
-    MEASURE = 7  # ends of everything in memory
-    START = 8  # hand over the job
-    RUN = 9
-    FINISH = 10
-    WRITE = 11  # announce the completion
-    LOAD = 12  # put it together
-    SEND = 13  # its beats
-    ACKNOWLEDGE = 14
-    STOPPED = 15  # the completion could not be written: wait for the host
-    DRAIN = 16  # abort, watchdog: then complete
-    RESET = 17  # soft reset: then forget
-
-
-_RESTING = (_State.IDLE, _State.WRITE, _State.LOAD, _State.SEND, _State.ACKNOWLEDGE, _State.STOPPED,
-            _State.DRAIN, _State.RESET)
-"""Where abort and watchdog end nothing."""
-
-_FETCHING = (_State.REQUEST, _State.COLLECT)
-
-_ENDED = (*_FETCHING, _State.DECIDE, _State.START, _State.RUN, _State.FINISH)
-"""Where they do; the others take a few cycles at most."""
-
-
-class _Wires:
-    """What the parts of a command processor tell each other."""
-
-    def __init__(self, config):
-        # States; the next one, by the one that it follows.
-        self.state = Signal(len(_State), init=1 << _State.IDLE)
-        self.following = {s: Signal(len(_State), name=f"after_{s.name.lower()}") for s in _State}
-
-        # The structure being read, and the completion being sent.
-        self.entry = Signal(8 * ENTRY_BYTES)
-        self.is_layer = Signal()
-        self.fetch_address = Signal(config.address_bits - _ALIGNMENT_BITS)
-        self.completion = Signal(8 * ENTRY_BYTES)
-
-        # The submission, and the job that becomes of it.
-        self.opcode = Signal(8)
-        self.tag = Signal(16)
-        self.work = Signal()
-        self.known = Signal()
-        self.routes = Signal()  # its layer is a router
-        self.groups = Signal(range(GROUPS_MAX + 1))
-        self.bad_router, self.bad_top_k = Signal(), Signal()
-        self.job = Signal(job(config))
-
-        # What has become of it.
-        self.status = Signal(8)
-        self.result = Signal(layouts.job_result(config))
-        self.ran = Signal()
-        self.measured = Signal()
-        self.bad_word = Signal(range(ENTRY_BYTES // 4))
-        self.again = Signal()  # the completion could not be written
-        self.cycles = Signal(_CYCLES_BITS)
-
-        # Abort and watchdog.
-        self.stopping = Signal()
-        self.holding = Signal()
-        self.drained = Signal(range(DRAIN_CYCLES))
-        self.waited = Signal()
-        self.bad_rings = Signal()
-
-    def at(self, *states):
-        """Return whether the state is one of some."""
-        return Cat(self.state[s] for s in states).any()
-
-    @contextmanager
-    def only(self, m, s):
-        """Open a block for one state, and yield what makes the statement to go to another."""
-        following = self.following[s]
-        with m.If(self.state[s]):
-            m.d.comb += following.eq(1 << s)
-            yield lambda to: following.eq(1 << to)
-            if s in _ENDED:  # once the submission's tag is known
-                with m.If(self.stopping & (self.is_layer if s in _FETCHING else 1)):
-                    m.d.comb += following.eq(1 << _State.DRAIN)
+_PRODUCT, _ROUTE, _EXPERTS = range(len(MOE_BLOCK))
+"""Parts of a MOE."""
 
 
 class CommandProcessor(wiring.Component):
@@ -143,6 +62,11 @@ class CommandProcessor(wiring.Component):
     layer's, and those before what only both together say; of each the lowest bad word is reported.
     Addresses are checked in every EXPERTS and GEMM, whether they are used or not. Fields of NOP and
     FENCE other than the opcode are ignored.
+
+    MOE: the three descriptors are read at once and checked one after the other, each with the sizes
+    of its own job; then their jobs run, one after the other, of which the second and the third
+    ``continues`` what the first one has counted. Logits are where the partial sums of their
+    product are: when a row of these is written, that of the token at half its index has been read.
 
     Statuses, the first that holds: ABORTED or WATCHDOG; WINDOW, BUS_ERROR (``fault_*``, cleared
     when a command starts); BAD_OPCODE, BAD_FIELD, BAD_LAYER; BAD_EXPERT; NONFINITE; OVERFLOW; OK.
@@ -248,7 +172,7 @@ class CommandProcessor(wiring.Component):
 
     def elaborate(self, platform):
         m = Module()
-        wires = _Wires(self._config)
+        wires = Wires(self._config)
         m.submodules.rings = rings = Rings(self._config)
         self._begin(m, wires, rings)
         self._fetch(m, wires, rings)
@@ -270,63 +194,88 @@ class CommandProcessor(wiring.Component):
         m.d.sync += [
             # Before IDLE the indices may be those of the last command; in the cycle of o_reset_done
             # the doorbells still hold what they held.
-            ready.eq(w.at(_State.IDLE) & rings.o_waiting & ~self.error & ~self.o_reset_done),
+            ready.eq(w.at(State.IDLE) & rings.o_waiting & ~self.error & ~self.o_reset_done),
             w.bad_rings.eq(rings.o_bad.any()),
             w.cycles.eq(w.cycles + 1),
             self.o_error.eq(Mux(self.enable | self.busy, rings.o_bad, 0)),
             self.clear_faults.eq(0),
         ]
-        with w.only(m, _State.IDLE) as go:
+        with w.only(m, State.IDLE) as go:
             m.d.sync += [
                 w.is_layer.eq(0),
                 w.ran.eq(0),
                 w.measured.eq(0),
                 w.again.eq(0),
                 w.stopping.eq(0),
+                w.checked.eq(0),
+                w.of_logits.eq(0),
                 w.cycles.eq(0),
                 w.fetch_address.eq(rings.o_submission),
             ]
             with m.If(ready):
-                m.d.comb += go(_State.REQUEST)
+                m.d.comb += go(State.REQUEST)
                 m.d.sync += self.clear_faults.eq(1)
 
     def _fetch(self, m, w, rings):
         """Read the submission, or the layer, and keep what of it the job needs."""
         beat_bits = 8 * self._config.port_bytes
-        submission, layer = entry_fields(SUBMISSION, w.entry), entry_fields(LAYER, w.entry)
+        beats = 8 * ENTRY_BYTES // beat_bits
+        submission, layer = entry_fields(SUBMISSION, w.front), entry_fields(LAYER, w.front)
+        block = w.moe & w.is_layer
         m.d.comb += [
-            self.reader.request.payload.address.eq(w.fetch_address << _ALIGNMENT_BITS),
-            self.reader.request.payload.beats.eq(8 * ENTRY_BYTES // beat_bits),
+            self.reader.request.payload.address.eq(w.fetch_address << ALIGNMENT_BITS),
+            self.reader.request.payload.beats.eq(Mux(block, len(MOE_BLOCK) * beats, beats)),
         ]
-        with w.only(m, _State.REQUEST) as go:
+        with w.only(m, State.REQUEST) as go:
             m.d.comb += self.reader.request.valid.eq(~w.holding)
             with m.If(self.reader.request.ready & ~w.holding):
-                m.d.comb += go(_State.COLLECT)
+                m.d.comb += go(State.COLLECT)
 
-        with w.only(m, _State.COLLECT) as go:
+        with w.only(m, State.COLLECT) as go:
             with m.If(self.reader.valid & self.reader.last):
-                m.d.comb += go(_State.LIMIT)
+                m.d.comb += go(State.LIMIT)
+                with m.If(block):
+                    m.d.comb += go(State.TURN)
 
-        with w.only(m, _State.LIMIT) as go:
-            m.d.comb += go(_State.CHECK)
+        if self._config.router:
+            part = Signal.like(w.part, name="next_part")
+            m.d.comb += [
+                part.eq(Mux(w.part == _EXPERTS, _PRODUCT, w.part + 1)),
+                w.product.eq(w.moe & (w.part == _PRODUCT)),
+            ]
+            with w.only(m, State.TURN) as go:
+                m.d.comb += go(State.LIMIT)
+                m.d.sync += [
+                    w.part.eq(part), w.measured.eq(0), w.routes.eq(part == _ROUTE),
+                    w.job.route.eq(part == _ROUTE), w.job.routed.eq(part == _EXPERTS),
+                    w.job.continues.eq(part != _PRODUCT),
+                ]
+
+        with w.only(m, State.LIMIT) as go:
+            m.d.comb += go(State.CHECK)
+            with m.If(w.checked):
+                m.d.comb += go(State.START)
             with m.If(~w.is_layer):
                 m.d.comb += rings.i_fetched.eq(1)
                 m.d.sync += [
                     w.opcode.eq(submission["opcode"]),
                     w.tag.eq(submission["tag"]),
-                    w.known.eq(Cat(submission["opcode"] == code for code in Opcode
-                                   if self._config.router or code != Opcode.ROUTE).any()),
+                    w.known.eq(Cat(
+                        submission["opcode"] == code for code in Opcode
+                        if self._config.router or code not in ROUTER_OPCODES).any()),
                     w.work.eq((submission["opcode"] == Opcode.EXPERTS)
                               | (submission["opcode"] == Opcode.GEMM)),
-                    w.fetch_address.eq(submission["layer_address"] >> _ALIGNMENT_BITS),
+                    w.fetch_address.eq(submission["layer_address"] >> ALIGNMENT_BITS),
                     w.job.routed.eq(submission["opcode"] == Opcode.EXPERTS),
                     w.job.x_narrow.eq(submission["x_type"] == ElementType.BFLOAT16),
                     w.job.y_narrow.eq(submission["y_type"] == ElementType.BFLOAT16),
                 ]
                 if self._config.router:
                     routes = submission["opcode"] == Opcode.ROUTE
-                    m.d.sync += [w.routes.eq(routes), w.job.route.eq(routes)]
-                    with m.If(routes):
+                    moe = Cat(submission["opcode"] == code for code in MOE_OPCODES).any()
+                    m.d.sync += [w.routes.eq(routes), w.job.route.eq(routes), w.moe.eq(moe),
+                                 w.job.continues.eq(0), w.part.eq(Mux(moe, -1, 0))]
+                    with m.If(routes | moe):
                         m.d.sync += w.work.eq(1)
                 m.d.sync += [
                     w.job[name].eq(submission[name])
@@ -344,26 +293,34 @@ class CommandProcessor(wiring.Component):
                     w.job.steps_out.eq(layer["d_out"] // BLOCK),
                 ]
                 if self._config.router:
+                    with m.If(w.product):
+                        m.d.sync += [
+                            w.steps_in.eq(layer["d_in"] // BLOCK),
+                            w.steps_out.eq(layer["d_out"] // BLOCK),
+                        ]
                     with m.If(w.routes):
-                        m.d.sync += router_fields(self._config, w.entry, w.job, w.groups)
+                        m.d.sync += router_fields(self._config, w.front, w.job, w.groups)
 
-        with m.If(w.state[_State.LOAD] | Mux(
-                w.state[_State.COLLECT], self.reader.valid,
-                w.state[_State.SEND] & self.writer.data.ready)):
+        with m.If(w.state[State.LOAD] | Mux(
+                w.state[State.COLLECT], self.reader.valid,
+                w.state[State.SEND] & self.writer.data.ready)):
             # Sent as it is received: by a shift.
             m.d.sync += w.entry.eq(Mux(
-                w.state[_State.LOAD], w.completion,
+                w.state[State.LOAD], Cat(w.entry[:-len(w.front)], w.completion),
                 Cat(w.entry, self.reader.data)[beat_bits:]))
+        if self._config.router:
+            with m.If(w.state[State.TURN]):
+                m.d.sync += w.entry.eq(w.entry.rotate_right(len(w.front)))
 
     def _check(self, m, w):
         """Look at every field; with the layer, at where everything in memory ends."""
         m.submodules.checks = checks = FieldChecks(self._config)
         m.submodules.sizes = sizes = JobSizes(self._config)
         m.d.comb += [
-            checks.i_entry.eq(w.entry),
+            checks.i_entry.eq(w.front),
             checks.i_is_layer.eq(w.is_layer),
             checks.i_is_router.eq(w.routes),
-            sizes.i_start.eq(w.state[_State.CHECK] & w.is_layer),
+            sizes.i_start.eq(w.state[State.CHECK] & w.is_layer),
             sizes.i_job.eq(w.job),
             w.bad_word.eq(Mux(w.measured, sizes.o_word, checks.o_word)),
         ]
@@ -375,20 +332,29 @@ class CommandProcessor(wiring.Component):
                 w.bad_top_k.eq(w.routes & router.o_bad_top_k),
                 w.bad_router.eq(w.routes & router.o_bad),
             ]
+            m.d.sync += w.mismatch.eq(w.moe & ~w.product & (
+                w.job.steps_in != Mux(w.routes, w.steps_out, w.steps_in)))
             with m.If(w.routes):  # its table has 8 bytes an expert
                 m.d.comb += sizes.i_job.num_experts.eq(sum(table_units(self._config, w.job)))
+                with m.If(w.moe):  # logits are within the workspace
+                    m.d.comb += sizes.i_job.x_address.eq(0)
+            with m.If(w.product):
+                m.d.comb += sizes.i_job.y_address.eq(0)
             with m.If(w.measured & w.bad_top_k):
                 m.d.comb += w.bad_word.eq(field_of(SUBMISSION, "top_k").word)
+            with m.Elif(w.measured & w.mismatch & ~sizes.o_bad_field):
+                m.d.comb += w.bad_word.eq(Mux(
+                    w.routes, field_of(ROUTER, "num_experts").word, field_of(LAYER, "d_in").word))
             with m.Elif(w.measured & w.bad_router & ~sizes.o_bad_field):
                 m.d.comb += w.bad_word.eq(router.o_word)
-        with w.only(m, _State.CHECK) as go:
-            m.d.comb += go(_State.JOIN)
+        with w.only(m, State.CHECK) as go:
+            m.d.comb += go(State.JOIN)
 
-        with w.only(m, _State.JOIN) as go:
-            m.d.comb += go(_State.DECIDE)
+        with w.only(m, State.JOIN) as go:
+            m.d.comb += go(State.DECIDE)
 
-        with w.only(m, _State.DECIDE) as go:
-            m.d.comb += go(_State.WRITE)
+        with w.only(m, State.DECIDE) as go:
+            m.d.comb += go(State.WRITE)
             with m.If(self.fault_window):
                 m.d.sync += w.status.eq(Status.WINDOW)
             with m.Elif(self.fault_bus):
@@ -400,44 +366,58 @@ class CommandProcessor(wiring.Component):
             with m.Elif(checks.o_bad):
                 m.d.sync += w.status.eq(Mux(w.is_layer, bad_layer, Status.BAD_FIELD))
             with m.Elif(~w.is_layer):
-                m.d.comb += go(_State.REQUEST)
+                m.d.comb += go(State.REQUEST)
                 m.d.sync += w.is_layer.eq(1)
             with m.Else():
-                m.d.comb += go(_State.MEASURE)
+                m.d.comb += go(State.MEASURE)
 
-        with w.only(m, _State.MEASURE) as go:
+        with w.only(m, State.MEASURE) as go:
             m.d.sync += [
                 w.measured.eq(1),
                 w.status.eq(
                     Mux(sizes.o_bad_field | w.bad_top_k, Status.BAD_FIELD, bad_layer)),
             ]
             with m.If(sizes.o_done):
-                m.d.comb += go(_State.START)
-                with m.If(sizes.o_bad_field | sizes.o_bad_layer | w.bad_top_k | w.bad_router):
-                    m.d.comb += go(_State.WRITE)
+                m.d.comb += go(State.START)
+                with m.If(w.moe):
+                    m.d.comb += go(State.TURN)
+                    m.d.sync += w.checked.eq(w.part == _EXPERTS)
+                with m.If(sizes.o_bad_field | sizes.o_bad_layer | w.bad_top_k | w.bad_router
+                          | w.mismatch):
+                    m.d.comb += go(State.WRITE)
 
     def _run(self, m, w):
         """Hand the job over, and judge what comes back."""
         m.d.comb += self.o_job.payload.eq(w.job)
-        with w.only(m, _State.START) as go:
+        job = self.o_job.p
+        with m.If(w.product):
+            m.d.comb += [job.top_k.eq(MOE_PLANES), job.y_narrow.eq(0),
+                         job.y_address.eq(w.job.workspace_address)]
+        with m.If(w.moe & w.routes):
+            m.d.comb += job.x_address.eq(w.job.workspace_address)
+        with w.only(m, State.START) as go:
             m.d.comb += self.o_job.valid.eq(1)
             with m.If(self.o_job.ready):
-                m.d.comb += go(_State.RUN)
+                m.d.comb += go(State.RUN)
 
-        with w.only(m, _State.RUN) as go:
+        with w.only(m, State.RUN) as go:
             m.d.sync += w.result.eq(self.i_result)
             with m.If(self.i_done):
-                m.d.comb += go(_State.FINISH)
+                m.d.comb += go(State.FINISH)
                 m.d.sync += w.ran.eq(1)
 
-        with w.only(m, _State.FINISH) as go:
-            m.d.comb += go(_State.WRITE)
+        with w.only(m, State.FINISH) as go:
+            m.d.comb += go(State.WRITE)
+            with m.If(w.product | w.routes):
+                m.d.sync += w.of_logits.eq(w.result.overflows != 0)
             with m.If(self.fault_window):
                 m.d.sync += w.status.eq(Status.WINDOW)
             with m.Elif(self.fault_bus):
                 m.d.sync += w.status.eq(Status.BUS_ERROR)
             with m.Elif(w.result.bad_expert):
                 m.d.sync += w.status.eq(Status.BAD_EXPERT)
+            with m.Elif(w.product | (w.moe & w.routes & (w.opcode == Opcode.MOE))):
+                m.d.comb += go(State.TURN)
             with m.Elif(w.result.nonfinite):
                 m.d.sync += w.status.eq(Status.NONFINITE)
             with m.Elif(w.result.overflows != 0):
@@ -459,7 +439,7 @@ class CommandProcessor(wiring.Component):
                   "address": about, "cycles": w.cycles, "underflows": underflows}
         m.d.comb += [
             w.completion[f.offset:f.offset + f.bits].eq(values[f.name]) for f in COMPLETION]
-        with m.If(w.state[_State.WRITE] & ~w.again):
+        with m.If(w.state[State.WRITE] & ~w.again):
             m.d.sync += [
                 detail.eq(0), about.eq(0),
                 underflows.eq(Mux(w.ran & ~self.fault_window & ~self.fault_bus & ~result.bad_expert,
@@ -470,14 +450,19 @@ class CommandProcessor(wiring.Component):
                     m.d.sync += about.eq(self.fault_address)
                 with m.Case(Status.BAD_OPCODE):
                     m.d.sync += detail.eq(w.opcode)
-                with m.Case(Status.BAD_FIELD, Status.BAD_LAYER, Status.BAD_ROUTER):
+                with m.Case(Status.BAD_FIELD):
                     m.d.sync += detail.eq(w.bad_word)
+                with m.Case(Status.BAD_LAYER, Status.BAD_ROUTER):
+                    where = Mux(w.moe, w.part, 0) | w.fetch_address  # a MOE's is a multiple of 4
+                    m.d.sync += [detail.eq(w.bad_word), about.eq(where << ALIGNMENT_BITS)]
                 with m.Case(Status.BAD_EXPERT):
-                    m.d.sync += [detail.eq(result.expert), about.eq(result.word)]
+                    m.d.sync += [
+                        detail.eq(result.expert), about.eq(Cat(result.word, w.product))]
                 with m.Case(Status.NONFINITE):
                     m.d.sync += [detail.eq(result.token), about.eq(result.what)]
                 with m.Case(Status.OVERFLOW):
-                    m.d.sync += detail.eq(layouts.limited_count(result.overflows))
+                    m.d.sync += [detail.eq(layouts.limited_count(result.overflows)),
+                                 about.eq(w.of_logits)]
 
     def _complete(self, m, w, rings):
         """Write the completion, and announce it when memory has it."""
@@ -486,9 +471,9 @@ class CommandProcessor(wiring.Component):
         completion_address = Signal.like(w.fetch_address)
         sent = Signal(range(max(beats, 2)))
         m.d.comb += [
-            self.writer.request.payload.address.eq(completion_address << _ALIGNMENT_BITS),
+            self.writer.request.payload.address.eq(completion_address << ALIGNMENT_BITS),
             self.writer.request.payload.beats.eq(beats),
-            self.writer.data.payload.eq(w.entry[:8 * config.port_bytes]),
+            self.writer.data.payload.eq(w.front[:8 * config.port_bytes]),
         ]
         m.d.sync += [
             completion_address.eq(rings.o_completion),
@@ -498,35 +483,35 @@ class CommandProcessor(wiring.Component):
             self.count_overflows.eq(0),
             self.count_underflows.eq(0),
         ]
-        with w.only(m, _State.WRITE) as go:
+        with w.only(m, State.WRITE) as go:
             m.d.comb += self.writer.request.valid.eq(~w.holding & ~w.bad_rings)
             m.d.sync += [w.cycles.eq(w.cycles), sent.eq(0)]
             with m.If(w.bad_rings):  # changed while the command ran
-                m.d.comb += go(_State.STOPPED)
+                m.d.comb += go(State.STOPPED)
             with m.Elif(self.writer.request.ready & ~w.holding):
-                m.d.comb += go(_State.LOAD)
+                m.d.comb += go(State.LOAD)
                 # From here on a fault is the completion's.
                 m.d.sync += self.clear_faults.eq(1)
 
-        with w.only(m, _State.LOAD) as go:
-            m.d.comb += go(_State.SEND)
+        with w.only(m, State.LOAD) as go:
+            m.d.comb += go(State.SEND)
             m.d.sync += w.cycles.eq(w.cycles)
 
-        with w.only(m, _State.SEND) as go:
+        with w.only(m, State.SEND) as go:
             m.d.comb += self.writer.data.valid.eq(1)
             m.d.sync += w.cycles.eq(w.cycles)
             with m.If(self.writer.data.ready):
                 m.d.sync += sent.eq(sent + 1)
                 with m.If(sent == beats - 1):
-                    m.d.comb += go(_State.ACKNOWLEDGE)
+                    m.d.comb += go(State.ACKNOWLEDGE)
 
-        with w.only(m, _State.ACKNOWLEDGE) as go:
+        with w.only(m, State.ACKNOWLEDGE) as go:
             m.d.sync += w.cycles.eq(w.cycles)
             with m.If(self.writer.done & (self.fault_window | self.fault_bus)):
-                m.d.comb += go(_State.STOPPED)
+                m.d.comb += go(State.STOPPED)
                 m.d.sync += self.o_error[3:].eq(Cat(self.fault_window, ~self.fault_window))
             with m.Elif(self.writer.done):
-                m.d.comb += [go(_State.IDLE), rings.i_completed.eq(1)]
+                m.d.comb += [go(State.IDLE), rings.i_completed.eq(1)]
                 m.d.sync += [
                     self.o_irq.eq(1),
                     self.count_commands.eq(1),
@@ -538,17 +523,17 @@ class CommandProcessor(wiring.Component):
                         self.count_underflows.eq(w.result.underflows),
                     ]
 
-        with w.only(m, _State.STOPPED) as go:
+        with w.only(m, State.STOPPED) as go:
             m.d.sync += [w.cycles.eq(w.cycles), w.again.eq(1)]
             with m.If(w.waited & ~self.error):
-                m.d.comb += go(_State.WRITE)
+                m.d.comb += go(State.WRITE)
 
     def _interrupt(self, m, w, rings):
         """End a command at an abort or the watchdog, forget it at a soft reset.
 
         The last of the parts: the soft reset wins over whatever the state does.
         """
-        draining = w.at(_State.DRAIN, _State.RESET)
+        draining = w.at(State.DRAIN, State.RESET)
         running = Signal()
         stop_status = Signal(8)
         timer = Signal(32)
@@ -556,9 +541,9 @@ class CommandProcessor(wiring.Component):
         aborted = Signal()
         restart = Signal()
         m.d.comb += [
-            self.busy.eq(~w.at(_State.IDLE, _State.RESET)),
+            self.busy.eq(~w.at(State.IDLE, State.RESET)),
             self.draining.eq(
-                draining | (w.stopping & ~w.is_layer & w.at(*_FETCHING, _State.LIMIT))),
+                draining | (w.stopping & ~w.is_layer & w.at(*FETCHING, State.LIMIT))),
             self.flush.eq(w.holding),
             w.waited.eq(w.drained == DRAIN_CYCLES - 1),
         ]
@@ -566,23 +551,23 @@ class CommandProcessor(wiring.Component):
             w.holding.eq(draining),
             self.o_engine_reset.eq(draining),
             self.o_reset_done.eq(0),
-            w.drained.eq(Mux(w.at(_State.DRAIN, _State.RESET, _State.STOPPED),
+            w.drained.eq(Mux(w.at(State.DRAIN, State.RESET, State.STOPPED),
                              w.drained + (w.drained != ~0), 0)),
-            running.eq(~w.at(*_RESTING)),
+            running.eq(~w.at(*RESTING)),
             aborted.eq(self.i_abort),
             restart.eq(self.progress | ~running),
             timer.eq(Mux(restart, self.watchdog, timer - 1)),
             expired.eq(~restart & (timer == 0) & (self.watchdog != 0)),
         ]
-        with w.only(m, _State.DRAIN) as go:
+        with w.only(m, State.DRAIN) as go:
             with m.If(w.waited & self.idle):
-                m.d.comb += go(_State.WRITE)
+                m.d.comb += go(State.WRITE)
                 m.d.sync += [w.status.eq(stop_status), w.ran.eq(0)]
 
-        with w.only(m, _State.RESET) as go:
+        with w.only(m, State.RESET) as go:
             m.d.sync += w.stopping.eq(0)
             with m.If(w.waited & self.idle):
-                m.d.comb += [go(_State.IDLE), rings.i_reset.eq(1)]
+                m.d.comb += [go(State.IDLE), rings.i_reset.eq(1)]
                 m.d.sync += self.o_reset_done.eq(1)
 
         with m.If(running & ~w.stopping & (aborted | expired)):
@@ -591,4 +576,4 @@ class CommandProcessor(wiring.Component):
                 stop_status.eq(Mux(aborted, Status.ABORTED, Status.WATCHDOG)),
             ]
         with m.If(self.i_soft_reset):
-            m.d.sync += [w.state.eq(1 << _State.RESET), w.drained.eq(0)]
+            m.d.sync += [w.state.eq(1 << State.RESET), w.drained.eq(0)]

@@ -82,7 +82,7 @@ class Dispatcher(wiring.Component):
     command is done when both have. All else that goes out is a stream.
 
     Cycles: those of PairSort, then about 6 for each slot of a pass. A job that is not ``routed``
-    needs no ids: every token goes to expert 0 with weight 1.
+    needs no ids: every token goes to experts 0 to ``top_k`` - 1 with weight 1.
 
     Parameters
     ----------

@@ -55,7 +55,7 @@ class PairSort(wiring.Component):
     The pairs are walked over twice: to count those of each expert, and, when each expert's place
     follows from the counts, to put them there. An id that is negative or not below ``num_experts``
     makes no pair; a token without any pair is announced on ``o_zero``, and counting waits until
-    that is taken. A job that is not ``routed`` has no ids: every pair is of expert 0.
+    that is taken. A job that is not ``routed`` has no ids: a token's pairs are of experts 0, 1, ...
 
     Cycles: from ``i_start`` to ``o_cleared``, 2 and 1 for each expert. From ``i_count`` to
     ``o_done``, 4 and 3 for each pair to count, 1 or more for each token without pairs, 2 for each
@@ -150,6 +150,7 @@ class PairSort(wiring.Component):
         valid_of_token = Signal(5, reset_less=True)
         zero_token = Signal(layouts.token_bits(config), reset_less=True)
         rewound = Signal(3)  # the first id: address, memory, register
+        expert = Mux(job.routed, raw_id, k)
         m.d.comb += [
             ids_w.en.eq(self.ids_w_en),
             ids_w.addr.eq(self.ids_w_address),
@@ -166,8 +167,8 @@ class PairSort(wiring.Component):
         m.d.sync += [
             rewound.eq(Cat(w.rewind, rewound)),
             id_word.eq(ids_r.data),
-            w.valid.eq(~job.routed | (raw_id < job.num_experts)),
-            w.expert.eq(Mux(job.routed, raw_id, 0)),
+            w.valid.eq(expert < job.num_experts),
+            w.expert.eq(expert),
             w.last_of_token.eq(k + 1 == job.top_k),
             w.last_pair.eq(w.index + 1 == self.i_pairs),
             w.no_expert.eq(w.counting & w.last_of_token & (valid_of_token == 0) & ~w.valid),

@@ -20,6 +20,9 @@ class GroupKeys(wiring.Component):
 
     Golden model: `_select` of :mod:`moeaccel.golden.router`. Keys come in the order of the experts.
 
+    A key is compared while the one before it is taken, with what will be the largest then, as by
+    :class:`~moeaccel.hdl.router.top_selector.TopSelector`.
+
     Latency: a group's key comes LATENCY_CYCLES behind its last expert's; one key a cycle, no flow
     control. Reset, and ``i_clear``: the next key is that of expert 0.
 
@@ -39,7 +42,7 @@ class GroupKeys(wiring.Component):
     o_valid, o_key, o_group : :py:`Out(1)`, :py:`Out(signed(33))`, :py:`Out(range(GROUPS_MAX))`
     """
 
-    LATENCY_CYCLES = 2
+    LATENCY_CYCLES = 3
 
     def __init__(self, config):
         if not isinstance(config, AcceleratorConfig):
@@ -60,24 +63,36 @@ class GroupKeys(wiring.Component):
         form, key = self.i_form, self.i_key
         in_group = Signal.like(form.group_size)
         group_ends = in_group + 1 == form.group_size
-        best, second = (Signal(signed(WORD_BITS), name=name) for name in ("best", "second"))
-        better, good = (Signal(signed(WORD_BITS), name=name) for name in ("better", "good"))
-        fresh = in_group == 0
-        larger = fresh | (key > best)
-        m.d.comb += [
-            better.eq(Mux(larger, key, best)),
-            good.eq(Mux(larger, Mux(fresh, _LEAST, best), Mux(key > second, key, second))),
-        ]
         with m.If(self.i_valid):
-            m.d.sync += [best.eq(better), second.eq(good),
-                         in_group.eq(Mux(group_ends, 0, in_group + 1)),
+            m.d.sync += [in_group.eq(Mux(group_ends, 0, in_group + 1)),
                          self.o_at.eq(self.o_at + group_ends)]
         with m.If(self.i_clear):
             m.d.sync += self.o_at.eq(0)
-        pipe = Pipeline(m, self.i_valid & group_ends)
-        s = pipe.stage(better=better, good=good, group=self.o_at)
+        best, second = (Signal(signed(WORD_BITS), name=name) for name in ("best", "second"))
+        better, good = (Signal(signed(WORD_BITS), name=name) for name in ("better", "good"))
+        pipe = Pipeline(m, self.i_valid, "due")
+        due = pipe.stage(key=key, fresh=in_group == 0, ends=group_ends, group=self.o_at)
+        # Of the key that is due: more than the best, and than the second.
+        more, some = Signal(), Signal()
+        takes, larger = pipe.valid, more | due.fresh
+        m.d.comb += [
+            better.eq(Mux(larger, due.key, best)),
+            good.eq(Mux(larger, Mux(due.fresh, _LEAST, best), Mux(some, due.key, second))),
+        ]
+        with m.If(takes):
+            m.d.sync += [best.eq(better), second.eq(good)]
+        more_than = {"due": key > due.key, "best": key > best, "second": key > second}
+        m.d.sync += [
+            more.eq(Mux(takes & larger, more_than["due"], more_than["best"])),
+            # What is least of all may count as more than that.
+            some.eq(Mux(takes, Mux(larger, due.fresh | more_than["best"],
+                                   Mux(some, more_than["due"], more_than["second"])),
+                        more_than["second"])),
+        ]
+        pipe = Pipeline(m, takes & due.ends, "group")
+        s = pipe.stage(better=better, good=good, group=due.group)
         s = pipe.stage(key=Mux(form.top2, s.better + s.good, s.better)[:WORD_BITS + 1].as_signed(),
                        group=s.group)
-        assert pipe.depth == self.LATENCY_CYCLES
+        assert pipe.depth + 1 == self.LATENCY_CYCLES
         m.d.comb += [self.o_valid.eq(pipe.valid), self.o_key.eq(s.key), self.o_group.eq(s.group)]
         return m

@@ -123,7 +123,8 @@ class RouteUnit(wiring.Component):
         depth = 16
         m.submodules.logits = logits = fifo.SyncFIFOBuffered(
             width=len(to_fixed.o_logit.as_value()), depth=depth)
-        room = logits.level <= depth - 2 - ToFixed.LATENCY_CYCLES
+        room = Signal()  # of the cycle before, in which one more may have come
+        m.d.sync += room.eq(logits.level <= depth - 3 - ToFixed.LATENCY_CYCLES)
         m.d.comb += [
             words.o_word.ready.eq(Mux(early, 1, room)),
             to_fixed.i_float.eq(words.o_word.payload),

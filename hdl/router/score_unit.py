@@ -91,6 +91,7 @@ class ScoreUnit(wiring.Component):
     """
 
     _EXPONENTIAL_CYCLES = 4 + LineTable.LATENCY_CYCLES + 2
+    _OUT_CYCLES = 1
     _OTHER_CYCLES = _EXPONENTIAL_CYCLES + LineTable.LATENCY_CYCLES + Product.LATENCY_CYCLES + 3
     _SQRT_CYCLES = (_OTHER_CYCLES + 1 + Leading.LATENCY_CYCLES + 1 + LineTable.LATENCY_CYCLES + 2)
 
@@ -115,10 +116,10 @@ class ScoreUnit(wiring.Component):
         """Return the cycles from a logit to its score."""
         match mode:
             case ScoreMode.EXPONENTIAL:
-                return self._EXPONENTIAL_CYCLES
+                return self._EXPONENTIAL_CYCLES + self._OUT_CYCLES
             case ScoreMode.SQRT_SOFTPLUS:
-                return self._SQRT_CYCLES
-        return self._OTHER_CYCLES
+                return self._SQRT_CYCLES + self._OUT_CYCLES
+        return self._OTHER_CYCLES + self._OUT_CYCLES
 
     def elaborate(self, platform):
         m = Module()
@@ -195,15 +196,19 @@ class ScoreUnit(wiring.Component):
         assert pipe.depth == self._OTHER_CYCLES
         score, valid, tag = s.value, pipe.valid, s.tag
 
-        m.d.comb += [self.o_valid.eq(valid), self.o_score.eq(score), self.o_tag.eq(tag)]
+        # Which of them comes out holds for long.
+        out_valid, out_score, out_tag = Signal(), Signal(SCORE_WIDTH), Signal.like(self.o_tag)
+        m.d.comb += [out_valid.eq(valid), out_score.eq(score), out_tag.eq(tag)]
         with m.If(self.i_mode == ScoreMode.EXPONENTIAL):
-            m.d.comb += [self.o_valid.eq(exponential_valid), self.o_score.eq(exponential),
-                         self.o_tag.eq(exponential_tag)]
+            m.d.comb += [out_valid.eq(exponential_valid), out_score.eq(exponential),
+                         out_tag.eq(exponential_tag)]
         if has_sqrt:
             root, root_valid, root_tag = self._root(m, pipe, s)
             with m.If(self.i_mode == ScoreMode.SQRT_SOFTPLUS):
-                m.d.comb += [self.o_valid.eq(root_valid), self.o_score.eq(root),
-                             self.o_tag.eq(root_tag)]
+                m.d.comb += [out_valid.eq(root_valid), out_score.eq(root), out_tag.eq(root_tag)]
+        out = Pipeline(m, out_valid, "out")
+        s = out.stage(score=out_score, tag=out_tag)
+        m.d.comb += [self.o_valid.eq(out.valid), self.o_score.eq(s.score), self.o_tag.eq(s.tag)]
         return m
 
     def _root(self, m, pipe, s):

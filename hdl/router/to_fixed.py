@@ -31,7 +31,7 @@ class ToFixed(wiring.Component):
         It is NaN or infinite, and has become the least there is.
     """
 
-    LATENCY_CYCLES = 4
+    LATENCY_CYCLES = 5
 
     def __init__(self):
         super().__init__({"i_valid": In(1), "i_float": In(32), "o_valid": Out(1),
@@ -40,7 +40,9 @@ class ToFixed(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         pipe = Pipeline(m, self.i_valid)
-        fraction, field, sign = self.i_float[:23], self.i_float[23:31], self.i_float[31]
+        # It comes out of a memory, which is slow to answer.
+        s = pipe.stage(float=self.i_float)
+        fraction, field, sign = s.float[:23], s.float[23:31], s.float[31]
         distance = Signal(9)
         m.d.comb += distance.eq(_TOP - 1 - field)
         far = field >= _TOP

@@ -35,7 +35,7 @@ from moeaccel.router.tables import (
 __all__ = ["DIVIDE_CYCLES", "SETTLE_CYCLES", "TokenRouter"]
 
 _ONE = int(exponential(np.array(0)).score)
-"""The score of a sparsemixer's choice, before it is divided."""
+"""The exponential of a sparsemixer's choice, which is the largest itself."""
 _FIRST = (1 << WORD_BITS) - 1
 """Above every key."""
 _LEAST = -(1 << (WORD_BITS - 1))
@@ -44,7 +44,7 @@ _MOST = (1 << (WORD_BITS - 1)) - 1
 DIVIDE_CYCLES = Leading.LATENCY_CYCLES + LineTable.LATENCY_CYCLES + 1
 """From a sum to its reciprocal."""
 
-SETTLE_CYCLES = 6
+SETTLE_CYCLES = 8
 """From the last score of a pass to the selector's last key, and one more; two more with a prior."""
 
 
@@ -264,6 +264,9 @@ class TokenRouter(wiring.Component):
                 m.d.sync += w.feeding.eq(0)
         pipe = Pipeline(m, w.feeding, name="feed")
         s = pipe.stage(id=w.read_address, some=some, last=w.at_last)
+        w.read_id = s.id
+        # Block RAM is slow to answer: a register behind it, ahead of everything else.
+        s = pipe.stage(id=s.id, some=s.some, last=s.last, logit=w.read_data)
         w.fed_valid, w.fed = pipe.valid, s
         tag = Signal(self._tag(w))
         m.d.comb += [tag.id.eq(s.id), tag.some.eq(s.some), tag.last.eq(s.last)]
@@ -274,8 +277,9 @@ class TokenRouter(wiring.Component):
             | ((w.kind == _Pass.SELECT) & form.by_logits)
             | ((w.kind == _Pass.CHOSEN) & w.softmax_of_chosen) | mixing)
         m.d.comb += [
-            unit.i_valid.eq(pipe.valid & w.scored), unit.i_logit.eq(w.read_data),
-            unit.i_tag.eq(tag),
+            unit.i_valid.eq(pipe.valid & w.scored), unit.i_logit.eq(s.logit), unit.i_tag.eq(tag)]
+        # A pass's first logit comes two cycles after its kind.
+        m.d.sync += [
             unit.i_reference.eq(Mux(((w.kind == _Pass.CHOSEN) & w.softmax_of_chosen) | mixing,
                                     w.largest, w.most)),
             unit.i_mode.eq(ScoreMode.EXPONENTIAL),
@@ -283,15 +287,15 @@ class TokenRouter(wiring.Component):
         with m.If(~relative):
             with m.Switch(form.score):
                 with m.Case(Score.SOFTMAX):
-                    m.d.comb += unit.i_mode.eq(ScoreMode.QUOTIENT)
+                    m.d.sync += unit.i_mode.eq(ScoreMode.QUOTIENT)
                 with m.Case(Score.SIGMOID):
-                    m.d.comb += unit.i_mode.eq(ScoreMode.SIGMOID)
+                    m.d.sync += unit.i_mode.eq(ScoreMode.SIGMOID)
                 with m.Case(Score.SQRT_SOFTPLUS):
-                    m.d.comb += unit.i_mode.eq(ScoreMode.SQRT_SOFTPLUS)
+                    m.d.sync += unit.i_mode.eq(ScoreMode.SQRT_SOFTPLUS)
 
         with m.If(pipe.valid & s.some & (w.kind == _Pass.LARGEST)
-                  & (w.mixes | (w.read_data > w.largest))):
-            m.d.sync += w.largest.eq(w.read_data)
+                  & (w.mixes | (s.logit > w.largest))):
+            m.d.sync += w.largest.eq(s.logit)
         with m.If(~of_chosen & ~mixing):
             m.d.sync += w.largest.eq(_LEAST)
         m.d.comb += w.near.eq(1)
@@ -300,7 +304,7 @@ class TokenRouter(wiring.Component):
                 unit.latency_cycles(ScoreMode.EXPONENTIAL))
             m.d.comb += [
                 nearness.i_limit.eq(form.limit), nearness.i_largest.eq(w.largest),
-                nearness.i_logit.eq(w.read_data), w.near.eq(~mixing | nearness.o_near),
+                nearness.i_logit.eq(s.logit), w.near.eq(~mixing | nearness.o_near),
             ]
 
     def _select(self, m, w, unit, selector):
@@ -312,7 +316,7 @@ class TokenRouter(wiring.Component):
             write.en.eq(self.extra_w_en), write.addr.eq(self.extra_w_address),
             write.data.eq(self.extra_w_data),
             scored.eq(unit.o_tag),
-            read.addr.eq(Mux(w.direct, w.read_address, scored.id)),
+            read.addr.eq(Mux(w.direct, w.read_id, scored.id)),
         ]
         selecting = (w.kind == _Pass.GROUPS) | (w.kind == _Pass.SELECT)
         score = Pipeline(m, unit.o_valid, name="scored")
@@ -322,10 +326,11 @@ class TokenRouter(wiring.Component):
 
         pipe = Pipeline(
             m, Mux(w.direct, w.fed_valid, score.valid) & selecting, name="key")
-        key = Mux(w.direct, w.read_data, Cat(behind.value, C(0, 1)).as_signed()) + Mux(
-            w.added, read.data, 0)
-        s = pipe.stage(key=key, never=w.added & (read.data == _LEAST),
-                       id=Mux(w.direct, w.fed.id, behind_tag.id))
+        s = pipe.stage(
+            key=Mux(w.direct, w.fed.logit, Cat(behind.value, C(0, 1)).as_signed()),
+            extra=read.data, id=Mux(w.direct, w.fed.id, behind_tag.id))
+        s = pipe.stage(key=s.key + Mux(w.added, s.extra, 0),
+                       never=w.added & (s.extra == _LEAST), id=s.id)
         s = pipe.stage(
             key=Mux(s.never | (s.key < _LEAST), _LEAST, Mux(s.key > _MOST, _MOST, s.key))[
                 :WORD_BITS].as_signed(), never=s.never, id=s.id)
@@ -348,9 +353,8 @@ class TokenRouter(wiring.Component):
         ]
 
     def _prefer(self, m, w, pipe, s):
-        """Add what residents have before others; return the stage, and whether this is first."""
+        """Add the prior to keys of residents; return the stage, and whether its key is first."""
         form = self.i_form
-        # As many bits as ids have, so that any word of 32 is whole.
         write, read = unchecked_memory(m, "residents", 32, -(-self._config.max_experts // 32))
         m.d.comb += [
             write.en.eq(self.resident_w_en), write.addr.eq(self.resident_w_address),
@@ -413,7 +417,7 @@ class TokenRouter(wiring.Component):
                      reciprocal.i_position.eq(leading.o_mantissa[:VALUE_BITS])]
         softmax = form.score == Score.SOFTMAX
         keys = SETTLE_CYCLES + (2 if "prior" in self._config.router_modes else 0)
-        longest = max(keys + w.places, DIVIDE_CYCLES)
+        longest = max(keys + TopSelector.LATENCY_CYCLES, DIVIDE_CYCLES)
         wait = Signal(range(longest + 1))
         place = Signal(range(max(TOP_K_MAX, GROUPS_MAX) + 1))
 
@@ -539,6 +543,7 @@ class TokenRouter(wiring.Component):
         place, out = (Signal(max(1, ceil_log2(w.places)), name=name) for name in ("place", "out"))
         weighing = Pipeline(m, w.weighing, name="weigh")
         s = weighing.stage(left=left.bit_select(place, 1))
+        value = Mux(w.mixes, _ONE, scores.data)
         m.d.comb += [
             scores.addr.eq(place), w.room.eq(pairs.level <= TOP_K_MAX),
             weights.i_valid.eq(weighing.valid | w.inverted),
@@ -550,7 +555,8 @@ class TokenRouter(wiring.Component):
             with m.If(w.mixes):
                 m.d.sync += w.weighing.eq(0)
         with m.If(weighing.valid):
-            m.d.comb += weights.i_value.eq(Mux(s.left, Mux(w.mixes, _ONE, scores.data), 0))
+            # Where nothing is dropped, scores of none are 0.
+            m.d.comb += weights.i_value.eq(value if dropper is None else Mux(s.left, value, 0))
         if dropper is not None:
             with m.If(w.dropping):
                 m.d.comb += scores.addr.eq(dropper.score_address)

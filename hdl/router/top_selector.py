@@ -13,13 +13,14 @@ class TopSelector(wiring.Component):
     Golden model: `_top` of :mod:`moeaccel.golden.router`. Of equal keys, those that came first come
     first::
 
-        i_key --> [place 0] --> [place 1] --> ... --> [place n - 1] --> dropped
+        i_key --> [key] --> compared with all places --> [key, larger than which] --> places
 
-    Each place keeps the larger of its key and the one that comes, and hands on the other, which is
-    at least as large as all behind it if it was kept before: it is not compared again.
+    All places take a key at once: those with less move one place on. A key is compared with the
+    places while the one before it is put among them, so that it is known whether it is larger than
+    what a place is about to have: what it had, what the place before had, or that one.
 
-    Latency: a key has its place at most ``places`` cycles later. Throughput: one key a cycle, no
-    flow control. Reset, and ``i_clear``: empty, and what was under way is forgotten.
+    Latency: a key has its place LATENCY_CYCLES later. Throughput: one key a cycle, no flow control.
+    Reset, and ``i_clear``: empty, and what was under way is forgotten.
 
     Parameters
     ----------
@@ -33,6 +34,8 @@ class TopSelector(wiring.Component):
         Which places have a key.
     o_ids : :py:`Out(ArrayLayout(id_bits, places))`
     """
+
+    LATENCY_CYCLES = 3
 
     def __init__(self, places, *, key_bits, id_bits):
         for name, value in (("places", places), ("key_bits", key_bits), ("id_bits", id_bits)):
@@ -57,21 +60,35 @@ class TopSelector(wiring.Component):
 
     def elaborate(self, platform):
         m = Module()
-        valid, key, name = self.i_valid, self.i_key, self.i_id
-        kept = C(0)  # it was in the place before: no key behind it is larger
+        shape = signed(self._key_bits)
+        arrived, due = Signal(), Signal()
+        keys = [Signal(shape, name=name, reset_less=True) for name in ("arrived_key", "due_key")]
+        ids = [Signal(self._id_bits, name=name, reset_less=True)
+               for name in ("arrived_id", "due_id")]
+        m.d.sync += [
+            arrived.eq(self.i_valid), keys[0].eq(self.i_key), ids[0].eq(self.i_id),
+            due.eq(arrived), keys[1].eq(keys[0]), ids[1].eq(ids[0]),
+        ]
+        here = [Signal(shape, name=f"key{place}", reset_less=True) for place in range(self._places)]
+        larger = Signal(self._places)  # the key that is due, than that of each place
+        takes = Signal(self._places)
+        above = Signal(self._places)  # the key that has arrived, than that of each place
+        m.d.comb += [
+            takes.eq(Mux(due, larger, 0)),
+            *(above[place].eq(~self.o_some[place] | (keys[0] > key))
+              for place, key in enumerate(here)),
+        ]
+        above_due = keys[0] > keys[1]
         for place in range(self._places):
-            here = Signal(signed(self._key_bits), name=f"key{place}", reset_less=True)
-            on_valid, on_kept = Signal(name=f"on_valid{place}"), Signal(name=f"on_kept{place}")
-            on_key = Signal(signed(self._key_bits), name=f"on_key{place}", reset_less=True)
-            on_name = Signal(self._id_bits, name=f"on_id{place}", reset_less=True)
-            some, took = self.o_some[place], Signal(name=f"took{place}")
-            m.d.comb += took.eq(valid & (kept | ~some | (key > here)))
-            m.d.sync += [
-                on_valid.eq(valid & some), on_kept.eq(took),
-                on_key.eq(Mux(took, here, key)), on_name.eq(Mux(took, self.o_ids[place], name))]
-            with m.If(took):
-                m.d.sync += [some.eq(1), here.eq(key), self.o_ids[place].eq(name)]
-            with m.If(self.i_clear):
-                m.d.sync += [some.eq(0), on_valid.eq(0)]
-            valid, kept, key, name = on_valid, on_kept, on_key, on_name
+            moved = takes[place - 1] if place else C(0)  # what was in the place before comes here
+            m.d.sync += larger[place].eq(
+                Mux(takes[place], Mux(moved, above[place - 1], above_due), above[place]))
+            with m.If(takes[place]):
+                m.d.sync += [
+                    here[place].eq(Mux(moved, here[place - 1], keys[1])),
+                    self.o_ids[place].eq(Mux(moved, self.o_ids[place - 1], ids[1])),
+                    self.o_some[place].eq(Mux(moved, self.o_some[place - 1], 1)),
+                ]
+        with m.If(self.i_clear):
+            m.d.sync += [self.o_some.eq(0), arrived.eq(0), due.eq(0)]
         return m

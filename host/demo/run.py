@@ -6,6 +6,7 @@ golden model, and with every expert on the device. Logits of the last two must b
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from moeaccel.host.benchmark import memory_share
 from moeaccel.host.demo import CHECKPOINT
 from moeaccel.host.demo.evaluate import MAX_ANSWER_TOKENS
 from moeaccel.host.demo.tasks import TASKS, check_prompt, held_out_examples
+from moeaccel.host.errors import InvalidOption
 from moeaccel.image import ExpertShape
 
 __all__ = ["DemoResult", "demo_prompts", "generate", "run"]
@@ -102,7 +104,8 @@ def _hide_progress_bars() -> None:
 
 def run(prompts: Sequence[str], *, right_answers: Sequence[str] | None = None, device: str = "rtl",
         config: str | AcceleratorConfig = "small", weight_format: str = "int4_g32",
-        activation_bits: int = 16, progress: Callable[[str], None] = lambda _: None) -> DemoResult:
+        activation_bits: int = 16, routes: str | os.PathLike[str] | None = None,
+        progress: Callable[[str], None] = lambda _: None) -> DemoResult:
     """Answer prompts in float, on the golden model and on the device.
 
     Parameters
@@ -114,13 +117,17 @@ def run(prompts: Sequence[str], *, right_answers: Sequence[str] | None = None, d
         As for :func:`moeaccel.host.open_device`.
     config, weight_format, activation_bits
         See :func:`moeaccel.host.open_device` and :meth:`moeaccel.host.Device.load_experts`.
+    routes : path, optional
+        Trace whose routes golden model and device take instead of the model's own.
     progress : callable
         Told what is being done; nothing else shows it.
 
     Raises
     ------
     InvalidOption
-        If the model does not know a prompt's characters.
+        If the model does not know a prompt's characters, or there are several with ``routes``.
+    TraceError
+        If the trace is none, or of another model, or of fewer tokens.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -128,6 +135,9 @@ def run(prompts: Sequence[str], *, right_answers: Sequence[str] | None = None, d
     from moeaccel.host.transformers_plugin import check_model, release, use_device
 
     config = preset(config)
+    if routes is not None and len(prompts) != 1:
+        raise InvalidOption(f"prompts must be one with routes, which have no padding, not "
+                            f"{len(prompts)}")
     for prompt in prompts:
         check_prompt(prompt)
     _hide_progress_bars()
@@ -148,7 +158,8 @@ def run(prompts: Sequence[str], *, right_answers: Sequence[str] | None = None, d
         progress(f"opening {what}; a first build of the RTL takes a minute or two"
                  if spec == "rtl" else f"opening {what}")
         with open_device(spec, config=config, **options) as opened:
-            use_device(opened, weight_format=weight_format, activation_bits=activation_bits)
+            use_device(opened, weight_format=weight_format, activation_bits=activation_bits,
+                       routes=routes)
             progress(f"generating on {what}")
             before = opened.counters()
             begin = time.perf_counter()

@@ -40,19 +40,30 @@ class CudaLane:
     Parameters
     ----------
     device : :class:`torch.device`
+    cuda
+        What :mod:`torch.cuda` does.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream: Any = torch.cuda.Stream(device)
+    def __init__(self, device: torch.device, cuda: Any = torch.cuda) -> None:
+        self._device, self._cuda = device, cuda
+        self._stream: Any = cuda.Stream(device)
+        self._moved: Any = ()
 
     def move(self, work: Callable[[], _Result]) -> _Result:
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            return work()
+        self._stream.wait_stream(self._cuda.current_stream(self._device))
+        with self._cuda.stream(self._stream):
+            moved = work()
+        self._moved = moved
+        return moved
 
     def ready(self) -> None:
-        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        current = self._cuda.current_stream(self._device)
+        current.wait_stream(self._stream)
+        # Their memory is the other stream's: it must not be used again before this one has read it.
+        for one in self._moved:
+            if getattr(one, "is_cuda", False):
+                one.record_stream(current)
+        self._moved = ()
 
 
 def lane_for(device: torch.device) -> Lane:

@@ -141,7 +141,7 @@ class Hybrid:
         return [] if layer is None else np.nonzero(layer.slot >= 0)[0].tolist()
 
     def __call__(self, experts: Experts, x: torch.Tensor, ids: torch.Tensor,
-                 weights: torch.Tensor, *, layers: int) -> torch.Tensor:
+                 weights: torch.Tensor, *, layers: int, shared: int = 0) -> torch.Tensor:
         """Return y of a layer, (T, d_model), like x.
 
         Parameters
@@ -152,6 +152,9 @@ class Hybrid:
             As :meth:`Experts.submit` takes them.
         layers : :class:`int`
             How many layers the model has at most: what the memory is dealt to.
+        shared : :class:`int`
+            How many such experts the torch device computes for every token beside the call: work
+            that a plan has to count with.
 
         Raises
         ------
@@ -163,7 +166,7 @@ class Hybrid:
             For a layer of another model.
         """
         with self._lock:
-            layer = self._layer(experts, x, layers)
+            layer = self._layer(experts, x, layers, shared)
             return self._run(layer, experts, x, ids, weights)
 
     # -- a call ------------------------------------------------------------------------------------
@@ -360,7 +363,7 @@ class Hybrid:
         return 1 if per_step is None else max(1, per_step // len(self._slots))
 
     # -- layers ------------------------------------------------------------------------------------
-    def _layer(self, experts: Experts, x: torch.Tensor, layers: int) -> _Layer:
+    def _layer(self, experts: Experts, x: torch.Tensor, layers: int, shared: int) -> _Layer:
         """Return what a layer has, making it at its first call."""
         found = self._by_experts.get(experts)
         if found is not None:
@@ -371,7 +374,7 @@ class Hybrid:
                 f"needs, but {len(experts.shared_shapes)}; leave them to the torch device")
         shape = experts.num_experts, experts.shapes[0]
         if self._shape is None:
-            self._begin(experts, x.device, layers)
+            self._begin(experts, x.device, layers, shared)
         elif shape != self._shape:
             raise PolicyError(
                 f"layers of a hybrid model must be alike, {self._shape[0]} experts of "
@@ -394,7 +397,7 @@ class Hybrid:
         self._by_experts[experts] = made
         return made
 
-    def _begin(self, experts: Experts, device: torch.device, layers: int) -> None:
+    def _begin(self, experts: Experts, device: torch.device, layers: int, shared: int) -> None:
         """Make the policies, at the first call."""
         shape = experts.shapes[0]
         believed = self._on or machine("cpu" if device.type == "cpu" else "h100")
@@ -404,8 +407,8 @@ class Hybrid:
             n_experts=experts.num_experts, shared=None,
             expert=dataclasses.replace(known.expert, d_expert=shape.d_expert))
         name = shape.format.name
-        costs = believed.holding(this, name).layer(
-            this, weight_format_name=name, activation_bits=8 * experts._planes)
+        costs = dataclasses.replace(believed.holding(this, name).layer(
+            this, weight_format_name=name, activation_bits=8 * experts._planes), n_shared=shared)
         slots = slots_of(self.gpu_bytes, costs, layers)
         part = self.system.residency
         keep: Residency | None = None

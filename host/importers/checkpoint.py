@@ -14,10 +14,11 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moeaccel.formats import QuantisedMatrix, WeightFormat
 from moeaccel.host.errors import UnsupportedExperts
-from moeaccel.host.importers.base import Contents, Family
+from moeaccel.host.importers.base import Contents, Family, check_shape
 from moeaccel.host.importers.coded import Coded, Fit, Matrix, convert, expert_rows
 from moeaccel.host.importers.errors import (
     CheckpointError,
@@ -34,6 +35,8 @@ _PARTS = {
     "gate_proj": "gate", "w1": "gate", "gate": "gate", "up_proj": "up", "w3": "up", "up": "up",
     "down_proj": "down", "w2": "down", "down": "down", "gate_up_proj": "gate_up",
     "gate_up": "gate_up"}
+_BIASES = (".bias", "_bias")
+_Bias = NDArray[np.float32] | None
 _STEMS = tuple(re.compile(pattern) for pattern in (
     # One matrix for each expert: Qwen, OLMoE, DeepSeek; Mixtral.
     (r"(?:.*\.)?layers\.(?P<layer>\d{1,6})\.(?:.*\.)?experts\.(?P<expert>\d{1,6})\."
@@ -65,7 +68,9 @@ class ExpertLayer:
     families : tuple of :class:`str`
         How its weights are stored.
     biases : tuple of :class:`str`
-        Tensors of biases, which are not imported.
+        Tensors of biases.
+    activation, limit
+        As :class:`moeaccel.image.Expert` has them.
     """
 
     index: int
@@ -77,6 +82,16 @@ class ExpertLayer:
     _places: Mapping[tuple[str, int | None], _Place]
     _transposed: bool
     _interleaved: bool
+    activation: str = "silu"
+    limit: float | None = None
+
+    @property
+    def biased(self) -> dict[str, bool]:
+        """Whether gate and up, and down, have biases."""
+        down = {place.stem + end for (part, _), place in self._places.items() if part == "down"
+                for end in _BIASES}
+        return {"gate_up": not down.issuperset(self.biases),
+                "down": not down.isdisjoint(self.biases)}
 
 
 class Checkpoint:
@@ -111,6 +126,11 @@ class Checkpoint:
         CheckpointError
             Naming the tensor.
         """
+        return self._ordered(layer, expert)[0]
+
+    def _ordered(self, layer: int, expert: int
+                 ) -> tuple[tuple[Matrix, Matrix, Matrix], NDArray[np.integer] | None]:
+        """Return the matrices, and in which order the rows of gate and up are other than stored."""
         found = self.layers[layer]
 
         def read(part: str) -> Matrix | None:
@@ -136,10 +156,40 @@ class Checkpoint:
                 slice(half), slice(half, None))
             gate, up = both[rows[0]], both[rows[1]]
         assert gate is not None and up is not None and down is not None
-        if isinstance(down, Coded) and down.order is not None:
-            # Where the columns of down go, the rows of gate and up go, too: no output changes.
-            gate, up, down = gate[down.order], up[down.order], replace(down, order=None)
-        return gate, up, down
+        if not isinstance(down, Coded) or down.order is None:
+            return (gate, up, down), None
+        # Where the columns of down go, the rows of gate and up go, too: no output changes.
+        return (gate[down.order], up[down.order], replace(down, order=None)), down.order
+
+    def _biases(self, layer: int, expert: int, order: NDArray[np.integer] | None
+                ) -> tuple[_Bias, _Bias]:
+        """Return the biases of gate and up, (2 I,) in the order of images, and of down, (H,); None
+        where there are none."""
+        found = self.layers[layer]
+
+        def read(part: str, rows: int) -> _Bias:
+            stacked = found._places.get((part, None))
+            place = stacked or found._places.get((part, expert))
+            name = None if place is None else next(
+                (place.stem + end for end in _BIASES if place.stem + end in found.biases), None)
+            if name is None:
+                return None
+            tensor = self.contents.need(name)
+            check_shape(tensor, (found.num_experts, rows) if stacked else (rows,),
+                        f"for the rows of {part}")
+            return tensor.float32(expert if stacked else None)
+
+        i = found.d_expert
+        both = read("gate_up", 2 * i)
+        if both is not None:
+            pairs = both.reshape(i, 2) if found._interleaved else both.reshape(2, i).T
+        else:
+            each = [read(part, i) for part in ("gate", "up")]
+            pairs = None if each[0] is each[1] is None else np.stack(
+                [np.zeros(i, np.float32) if one is None else one for one in each], axis=1)
+        if pairs is not None and order is not None:
+            pairs = pairs[order]
+        return None if pairs is None else pairs.reshape(-1), read("down", found.d_model)
 
     def experts(self, layer: int, weight_format: str | WeightFormat = "int4_g32", *,
                 exact: bool = False, quantiser: str = "search", drop_biases: bool = False,
@@ -156,7 +206,7 @@ class Checkpoint:
         quantiser : :class:`str`
             For what is to be quantised: ``"search"`` or ``"amax"``.
         drop_biases : :class:`bool`
-            Take experts with biases, and leave these out.
+            Leave biases out, for hardware without.
         threads : :class:`int`
             Experts that are converted at once, and kept in memory.
 
@@ -164,27 +214,25 @@ class Checkpoint:
         ------
         CheckpointError
             Naming the tensor.
-        UnsupportedExperts
-            If there are biases, and they are not to be left out.
+        FormatError
+            If a bias is not finite.
         """
         found = self.layers[layer]
-        if found.biases and not drop_biases:
-            raise UnsupportedExperts(
-                f"experts of layer {layer} must have no bias, which importing does not take, but "
-                f"{found.biases[0]!r} is there; drop_biases=True leaves biases out, and "
-                "Device.load_experts takes them")
 
         def one(e: int) -> tuple[Expert, Fit]:
             names = (f"{part} of expert {e} of layer {layer} of {self.path}"
                      for part in ("gate", "up", "down"))
             matrices: list[QuantisedMatrix] = []
             fit = Fit()
-            for matrix, what in zip(self.matrices(layer, e), names, strict=True):
+            stored, order = self._ordered(layer, e)
+            for matrix, what in zip(stored, names, strict=True):
                 quantised, more = convert(matrix, weight_format, exact=exact, quantiser=quantiser,
                                           what=what)
                 matrices.append(quantised)
                 fit += more
-            return Expert(expert_rows(*matrices[:2]), matrices[2]), fit
+            biases = (None, None) if drop_biases else self._biases(layer, e, order)
+            return Expert(expert_rows(*matrices[:2]).with_bias(biases[0]),
+                          matrices[2].with_bias(biases[1]), found.activation, found.limit), fit
 
         with ThreadPoolExecutor(threads) as pool:
             waiting = [pool.submit(one, e) for e in range(min(threads, found.num_experts))]
@@ -349,9 +397,11 @@ def _layer(path: Path, contents: Contents, index: int,
                 f"{[k, n] if transposed else [n, k]} for {part} of expert {e or 0}, with H = "
                 f"{d_model} and I = {d_expert} by the others, not {list(place.shape[-2:])}")
     stems = {place.stem for place in places.values()}
-    biases = tuple(name for stem in sorted(stems) for end in (".bias", "_bias")
+    biases = tuple(name for stem in sorted(stems) for end in _BIASES
                    if (name := stem + end) in contents.tensors)
     used = tuple(dict.fromkeys(place.family.name for place in places.values()))
-    interleaved = "mxfp4" in used or contents.config.get("model_type") == "gpt_oss"
+    gpt_oss = contents.config.get("model_type") == "gpt_oss"
+    kind = ("gpt_oss", float(contents.config.get("swiglu_limit") or 7.0)) if gpt_oss else (
+        "silu", None)
     return ExpertLayer(index, experts, d_model, d_expert, used, biases, places, transposed,
-                       interleaved)
+                       "mxfp4" in used or gpt_oss, *kind)

@@ -1,10 +1,12 @@
 """Quantised experts in a file: imported once, loaded into devices of any configuration.
 
-A safetensors file. Its metadata says ``format`` (``moeaccel-experts``), ``version`` (``1``),
-``weight_format``, ``layers`` (a JSON list, one object a layer with ``index``, ``experts``,
-``d_model``, ``d_expert``, and how it fitted: ``groups``, ``requantised``, ``coarsened``,
-``relative_error``) and ``source``. Each layer has six tensors, ``layers.<index>.<matrix>.<part>``
-of the matrices ``gate_up``, (E, 2 I, H) with rows g0, u0, g1, u1, ..., and ``down``, (E, H, I):
+A safetensors file. Its metadata says ``format`` (``moeaccel-experts``), ``version`` (``2``; ``1``
+had neither biases nor activations), ``weight_format``, ``layers`` (a JSON list, one object a layer
+with ``index``, ``experts``, ``d_model``, ``d_expert``, ``activation``, ``limit``, which matrices
+have biases: ``gate_up_biased``, ``down_biased``, and how it fitted: ``groups``, ``requantised``,
+``coarsened``, ``relative_error``) and ``source``. Each layer has these tensors,
+``layers.<index>.<matrix>.<part>`` of the matrices ``gate_up``, (E, 2 I, H) with rows g0, u0, g1,
+u1, ..., and ``down``, (E, H, I):
 
 ``codes``
     uint8, (E, n, bytes): the format's code of each weight along K; of 4-bit formats two in a byte,
@@ -15,6 +17,8 @@ of the matrices ``gate_up``, (E, 2 I, H) with rows g0, u0, g1, u1, ..., and ``do
     shift.
 ``row_exponents``
     int16, (E, n).
+``biases``
+    uint16, (E, n), where the matrix has some: bfloat16.
 
 That is what expert images hold (:mod:`moeaccel.image`), in an order that no array has a say in.
 """
@@ -26,26 +30,28 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moeaccel.activations import activation as find_activation
 from moeaccel.errors import FormatError, OutputError
 from moeaccel.formats import QuantisedMatrix, WeightFormat, weight_format as find_format
-from moeaccel.host.importers.checkpoint import Checkpoint
+from moeaccel.host.importers.checkpoint import Checkpoint, ExpertLayer
 from moeaccel.host.importers.coded import Fit
 from moeaccel.host.importers.errors import DamagedCheckpoint, ForeignCheckpoint
 from moeaccel.host.importers.files import StoredTensor, read_safetensors
-from moeaccel.image import Expert
+from moeaccel.image import Expert, limit_bits
 
 __all__ = ["LayerSummary", "QuantisedExperts", "QuantisedFile", "import_checkpoint",
            "open_quantised"]
 
 FORMAT = "moeaccel-experts"
-VERSION = "1"
+VERSION = "2"
+_READ = ("1", VERSION)
 
 Progress = Callable[[int, int, int], None]
 """Called with (layer, experts written, experts in all)."""
@@ -58,6 +64,9 @@ class LayerSummary:
     Parameters
     ----------
     index, experts, d_model, d_expert : :class:`int`
+    activation, limit
+        As :class:`moeaccel.image.Expert` has them.
+    gate_up_biased, down_biased : :class:`bool`
     groups, requantised, coarsened, relative_error
         As :class:`Fit` has them.
     """
@@ -66,6 +75,10 @@ class LayerSummary:
     experts: int
     d_model: int
     d_expert: int
+    activation: str = "silu"
+    limit: float | None = None
+    gate_up_biased: bool = False
+    down_biased: bool = False
     groups: int = 0
     requantised: int = 0
     coarsened: int = 0
@@ -82,6 +95,8 @@ def _shapes(fmt: WeightFormat, layer: LayerSummary) -> dict[str, dict[str, tuple
             "scales": (f"U{fmt.scale_bits}",
                        [layer.experts, n, -(-k // fmt.group)]),
             "row_exponents": ("I16", [layer.experts, n])}
+        if getattr(layer, f"{matrix}_biased"):
+            found[matrix]["biases"] = "U16", [layer.experts, n]
     return found
 
 
@@ -95,9 +110,10 @@ def _parts(matrix: QuantisedMatrix) -> dict[str, NDArray[Any]]:
     in_byte = 8 // fmt.weight_bits
     codes = np.pad(codes, ((0, 0), (0, -codes.shape[1] % in_byte)))
     codes = np.bitwise_or.reduce(
-        [codes[:, i::in_byte] << fmt.weight_bits * i for i in range(in_byte)], axis=0)
-    return {"codes": codes, "scales": scales.astype(f"u{fmt.scale_bits // 8}"),
-            "row_exponents": matrix.row_exponent}
+        [codes[:, i::in_byte] << np.uint8(fmt.weight_bits * i) for i in range(in_byte)], axis=0)
+    found = {"codes": codes, "scales": scales.astype(f"u{fmt.scale_bits // 8}"),
+             "row_exponents": matrix.row_exponent}
+    return found if matrix.bias is None else found | {"biases": matrix.bias}
 
 
 def _matrix(fmt: WeightFormat, k: int, parts: dict[str, NDArray[Any]]) -> QuantisedMatrix:
@@ -106,8 +122,9 @@ def _matrix(fmt: WeightFormat, k: int, parts: dict[str, NDArray[Any]]) -> Quanti
     shifts = np.arange(0, 8, fmt.weight_bits, dtype=np.uint8)
     codes = codes[:, :, None] >> shifts & np.uint8((1 << fmt.weight_bits) - 1)
     codes = codes.reshape(len(codes), -1)[:, :k]
-    return fmt.restored(np.ascontiguousarray(codes), parts["scales"],
-                        parts["row_exponents"].astype(np.int16))
+    found = fmt.restored(np.ascontiguousarray(codes), parts["scales"],
+                         parts["row_exponents"].astype(np.int16))
+    return replace(found, bias=parts.get("biases"))
 
 
 class QuantisedExperts(Sequence[Expert]):
@@ -137,9 +154,10 @@ class QuantisedExperts(Sequence[Expert]):
         gate_up, down = (
             _matrix(self._format, k, {
                 part: self._tensors[f"layers.{layer.index}.{name}.{part}"].array(expert)
-                for part in ("codes", "scales", "row_exponents")})
-            for name, k in (("gate_up", layer.d_model), ("down", layer.d_expert)))
-        return Expert(gate_up, down)
+                for part in parts})
+            for (name, parts), k in zip(_shapes(self._format, layer).items(),
+                                        (layer.d_model, layer.d_expert), strict=True))
+        return Expert(gate_up, down, layer.activation, layer.limit)
 
 
 class QuantisedFile:
@@ -188,8 +206,9 @@ def open_quantised(path: str | os.PathLike[str]) -> QuantisedFile:
     file, tensors, metadata = read_safetensors(path)
     try:
         found = metadata.get("format"), metadata.get("version")
-        if found != (FORMAT, VERSION):
-            raise ForeignCheckpoint(f"{path} must be a file of {FORMAT!r}, version {VERSION}, not "
+        if found[0] != FORMAT or found[1] not in _READ:
+            raise ForeignCheckpoint(f"{path} must be a file of {FORMAT!r}, version "
+                                    f"{' or '.join(_READ)}, not "
                                     f"{found[0]!r}, {found[1]}; write it with `moeaccel import`")
         try:
             fmt = find_format(metadata["weight_format"])
@@ -203,6 +222,7 @@ def open_quantised(path: str | os.PathLike[str]) -> QuantisedFile:
             if not all(type(size) is int and size >= (i > 0) for i, size in enumerate(sizes)):
                 raise DamagedCheckpoint(f"layers in the metadata of {path} must have positive "
                                         f"dimensions, not {sizes}")
+            _check_kind(path, layer)
             for matrix, parts in _shapes(fmt, layer).items():
                 for part, (dtype, shape) in parts.items():
                     name = f"layers.{layer.index}.{matrix}.{part}"
@@ -216,6 +236,20 @@ def open_quantised(path: str | os.PathLike[str]) -> QuantisedFile:
     except BaseException:
         file.close()
         raise
+
+
+def _check_kind(path: Path, layer: LayerSummary) -> None:
+    """Make sure that a layer's activation, limit and biases are such."""
+    try:
+        find_activation(layer.activation)
+        limit_bits(layer.limit)
+    except (FormatError, TypeError, OverflowError) as error:
+        raise DamagedCheckpoint(f"layer {layer.index} in the metadata of {path}: {error}"
+                                ) from error
+    biased = layer.gate_up_biased, layer.down_biased
+    if not all(isinstance(flag, bool) for flag in biased):
+        raise DamagedCheckpoint(f"layer {layer.index} in the metadata of {path} must have biases, "
+                                f"true or false, not {biased}")
 
 
 def import_checkpoint(
@@ -254,8 +288,7 @@ def import_checkpoint(
     if not chosen:
         raise ForeignCheckpoint(f"{checkpoint.path} must have experts, but has none under a name "
                                 "that is known; is it a dense model?")
-    summaries = [LayerSummary(layer.index, layer.num_experts, layer.d_model, layer.d_expert)
-                 for layer in (checkpoint.layers[index] for index in chosen)]
+    summaries = [_summary(checkpoint.layers[index], drop_biases) for index in chosen]
     offsets, total = _layout(fmt, summaries)
     path = Path(path)
     part = path.with_name(path.name + ".part")
@@ -293,6 +326,15 @@ def import_checkpoint(
         with contextlib.suppress(OSError):
             part.unlink()
     return fits
+
+
+def _summary(layer: ExpertLayer, drop_biases: bool) -> LayerSummary:
+    """Return what a layer will be."""
+    biased = {} if drop_biases else layer.biased
+    return LayerSummary(
+        layer.index, layer.num_experts, layer.d_model, layer.d_expert, layer.activation,
+        layer.limit, gate_up_biased=biased.get("gate_up", False),
+        down_biased=biased.get("down", False))
 
 
 def _known(checkpoint: Checkpoint, index: int) -> int:
@@ -336,8 +378,10 @@ def _header(fmt: WeightFormat, layers: Sequence[LayerSummary],
         fit = fits.get(layer.index, Fit())
         summaries.append({
             "index": layer.index, "experts": layer.experts, "d_model": layer.d_model,
-            "d_expert": layer.d_expert, "groups": fit.groups, "requantised": fit.requantised,
-            "coarsened": fit.coarsened, "relative_error": fit.relative_error})
+            "d_expert": layer.d_expert, "activation": layer.activation, "limit": layer.limit,
+            "gate_up_biased": layer.gate_up_biased, "down_biased": layer.down_biased,
+            "groups": fit.groups, "requantised": fit.requantised, "coarsened": fit.coarsened,
+            "relative_error": fit.relative_error})
     metadata = {"format": FORMAT, "version": VERSION, "weight_format": fmt.name,
                 "source": source.name, "layers": json.dumps(summaries)}
     tensors = {name: {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}

@@ -26,6 +26,7 @@ from moeaccel.host.policies.placement import Plan, Work, chains, placement
 from moeaccel.host.policies.placement.measured import MeasuredScan
 from moeaccel.host.policies.placement.scan import best_split
 from moeaccel.host.policies.prefetch import Ahead, Prefetch, prefetch
+from moeaccel.host.policies.rerouting import Rerouting
 from moeaccel.host.policies.residency import (
     Belady,
     Pinned,
@@ -34,16 +35,13 @@ from moeaccel.host.policies.residency import (
     SecondMiss,
     residency,
 )
-from moeaccel.host.policies.routing import Call, Routed, Routing, routing
-from moeaccel.host.policies.routing.base import stand_in_logits
+from moeaccel.host.policies.routing import routing
 from moeaccel.host.policies.systems import System
 from moeaccel.host.traces import RoutingTrace, Step
 
 __all__ = ["Outcome", "replay", "slots_of"]
 
 _SAMPLED = 7  # one call in so many is compared with the optimum
-LOW_PRECISION = 0.5
-"""Bytes of a low-precision copy over those of the image."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,10 +188,8 @@ class _Totals:
     decode_steps: int = 0
     decode_seconds: float = 0.0
     seconds: float = 0.0
-    kept: float = 0.0
     sampled: float = 0.0
     optimum: float = 0.0
-    mass: float = 0.0
 
 
 class _Run:
@@ -215,13 +211,16 @@ class _Run:
         if system.prefetch is not None:
             self.guesser = prefetch(system.prefetch.name)(
                 **size, top_k=trace.top_k, seed=seed, **system.prefetch.options)
-        self.routing: Routing | None = None
+        self.routing: Rerouting | None = None
         if system.routing is not None:
-            self.routing = routing(system.routing.name)(n_layers=layers, **system.routing.options)
+            self.routing = Rerouting(
+                routing(system.routing.name)(n_layers=layers, **system.routing.options), experts,
+                self.random)
         self.link = Background()
         self.buffers = buffers
         self.staged = np.zeros((layers, experts), bool)
         self.pending = np.zeros((layers, experts), bool)  # promotions on their way
+        self.n_pending = [0] * layers
         self.coming = np.zeros((layers, experts), bool)  # guesses on their way
         self.n_staged = 0
         self.contending = self.last_seconds = 0.0
@@ -258,6 +257,9 @@ class _Run:
             self.keep.begin_request()
         if self.guesser is not None:
             self.guesser.begin_pass(new_request=new)
+            self.ahead = Ahead(uses.__getitem__, experts=_busiest(uses).__getitem__)
+        if self.routing is not None:
+            self.routing.begin_pass(step)
         self._earn()
         between = self.truth.between(tokens)
         seconds = 0.0
@@ -270,6 +272,8 @@ class _Run:
                     f"policies of {self.system.name} must plan layer {self.trace.layers[layer]} of "
                     f"step {step.index}, but raised {type(error).__name__}: {error}; use another "
                     "policy, or report the trace") from error
+        if self.routing is not None:
+            self.routing.end_pass()
         totals = self.totals
         totals.steps += 1
         if not prompt:
@@ -297,10 +301,12 @@ class _Run:
         routed = uses = of_pass[layer]
         resident = None
         if self.keep is not None:
-            resident = self.keep.resident[layer] & ~self.pending[layer]
+            resident = self.keep.resident[layer]
+            if self.n_pending[layer]:
+                resident = resident & ~self.pending[layer]
         weights = later = None
         if self.routing is not None:
-            uses, later, weights = self._reroute(layer, step, resident)
+            uses, later, weights = self.routing.route(layer, resident)
         available = resident if resident is not None else self.staged[layer]
         partial: list[Move] = []
         if self.guesser is not None:
@@ -330,10 +336,10 @@ class _Run:
             totals.waits[layer] += max(0.0, found.total - found.device)
         backlog = self._deferred(later, tokens, found.total + between)
         if self.guesser is not None:
-            self._guess(layer, of_pass)
+            self._guess(layer, routed)
         if self.keep is not None:
             self._admit(layer, step, routed if self.routing is not None
-                        and self.routing.within_residents else uses, work, plan)
+                        and self.routing.policy.within_residents else uses, work, plan)
         if self.n_staged:
             gone = np.count_nonzero(self.staged[layer])
             if gone:
@@ -352,30 +358,6 @@ class _Run:
         return found.total
 
     # -- parts of a layer --------------------------------------------------------------------------
-    def _reroute(self, layer: int, step: Step, resident: np.ndarray | None) -> tuple[
-            np.ndarray, np.ndarray | None, np.ndarray | None]:
-        """Return what is used now, what is used later, and bytes over those of the image."""
-        assert self.routing is not None
-        ids, experts = step.ids[:, layer], self.trace.n_experts
-        weights = (step.weights[:, layer].astype(np.float32) if step.weights is not None
-                   else np.full(ids.shape, 1 / ids.shape[1], np.float32))
-        logits = None
-        if self.routing.wants_logits:
-            logits = stand_in_logits(ids, weights, experts, self.random)
-        here = resident if resident is not None else np.zeros(experts, bool)
-        routed = self.routing.route(Call(layer, ids, weights, here, logits))
-        self.totals.mass += float(weights[ids >= 0].sum())
-        self.totals.kept += _kept(routed, ids, weights, logits)
-        now = routed.ids if routed.later is None else np.where(routed.later, -1, routed.ids)
-        uses = np.bincount(now[now >= 0], minlength=experts)
-        later = share = None
-        if routed.later is not None and routed.later.any():
-            later = np.bincount(routed.ids[routed.later], minlength=experts)
-        if routed.low is not None:
-            high = np.bincount(now[(now >= 0) & ~routed.low], minlength=experts)
-            share = np.where(high > 0, 1.0, LOW_PRECISION)
-        return uses, later, share
-
     @staticmethod
     def _share(work: Work, partial: list[Move], weights: np.ndarray | None) -> np.ndarray | None:
         if weights is None and not partial:
@@ -395,18 +377,18 @@ class _Run:
                 + float(device_of[later[later > 0]].sum()))
         return max(0.0, self.contending + work - seconds)
 
-    def _guess(self, layer: int, of_pass: np.ndarray) -> None:
+    def _guess(self, layer: int, uses: np.ndarray) -> None:
         assert self.guesser is not None
         guesses = self.link.guesses
-        coming = self.guesser.guess(layer, of_pass[layer], Ahead(of_pass.__getitem__))
+        coming = self.guesser.guess(layer, uses, self.ahead)
         room = self.buffers - len(guesses) - self.n_staged
         if room <= 0:
             return
         for at, experts in coming:
-            here = self.staged[at] | self.coming[at]
+            here = self.staged[at, experts] | self.coming[at, experts]
             if self.keep is not None:
-                here |= self.keep.resident[at]
-            new = experts[~here[experts]][:room]
+                here |= self.keep.resident[at, experts]
+            new = experts[~here][:room]
             self.coming[at, new] = True
             guesses += [Move(at, expert, guess=True) for expert in new.tolist()]
             room -= len(new)
@@ -432,6 +414,7 @@ class _Run:
         for expert in new.tolist():
             if not self.pending[layer, expert]:
                 self.pending[layer, expert] = True
+                self.n_pending[layer] += 1
                 self.link.promotions.append(Move(layer, expert, guess=False))
         self.credit[layer] -= len(new)
 
@@ -441,8 +424,12 @@ class _Run:
         assert self.keep is not None
         if self.keep.resident[move.layer, move.expert]:
             return True
-        self.pending[move.layer, move.expert] = False
+        self._no_longer_pending(move)
         return False
+
+    def _no_longer_pending(self, move: Move) -> None:
+        self.pending[move.layer, move.expert] = False
+        self.n_pending[move.layer] -= 1
 
     def _arrive(self, move: Move) -> None:
         if move.guess:
@@ -450,11 +437,11 @@ class _Run:
             self.coming[move.layer, move.expert] = False
             self.n_staged += 1
         elif move.expert >= 0:
-            self.pending[move.layer, move.expert] = False
+            self._no_longer_pending(move)
 
     def outcome(self) -> Outcome:
         """Return what was found."""
-        t = self.totals
+        t, routes = self.totals, self.routing
         return Outcome(
             system=self.system, tokens=len(self.trace), steps=t.steps,
             decode_steps=t.decode_steps, decode_seconds=t.decode_seconds,
@@ -462,16 +449,13 @@ class _Run:
             background=self.link.moved, wasted=self.link.wasted, layer_seconds=t.layer_seconds,
             waits=t.waits, seconds=t.seconds,
             to_optimum=t.sampled / t.optimum - 1 if t.optimum else 0.0,
-            mass=t.kept / t.mass if t.mass else 1.0, slots=self.total_slots,
+            mass=routes.kept / routes.mass if routes is not None and routes.mass else 1.0,
+            slots=self.total_slots,
             image_bytes=self.truth.image_bytes)
 
 
-def _kept(routed: Routed, ids: np.ndarray, weights: np.ndarray,
-          logits: np.ndarray | None) -> float:
-    """Return the routers' weight of what is computed."""
-    if logits is None:
-        return float(weights[routed.ids >= 0].sum())
-    rows = np.arange(len(ids))[:, None]
-    chosen = np.where(routed.ids >= 0, np.exp(logits[rows, routed.ids]), 0).sum(1)
-    before = np.where(ids >= 0, np.exp(logits[rows, ids]), 0).sum(1)
-    return float((weights.sum(1) * np.minimum(1, chosen / before)).sum())
+def _busiest(uses: np.ndarray) -> list[np.ndarray]:
+    """Return the experts of each layer that are used, those with the most tokens first."""
+    layers, experts = uses.nonzero()
+    experts = experts[np.lexsort((-uses[layers, experts], layers))]
+    return np.split(experts, np.searchsorted(layers, np.arange(1, len(uses))))

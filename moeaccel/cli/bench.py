@@ -94,15 +94,24 @@ def decode(
     io: Io = IoKind.FLOAT32,
     latency: Latency = MEMORY_LATENCY_CYCLES,
     memory: Memory = MemoryKind.IDEAL,
+    router: Annotated[bool, typer.Option(
+        "--router", help="With the model's router on the device, from x to y; a preset without a "
+                         "router gets the model's score.")] = False,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Run MoE layers for a few tokens: memory is the limit."""
+    chosen = _config(config, channels)
+    if router and not chosen.router:
+        from moeaccel.zoo import model as find_model
+
+        score = find_model(model).router.score
+        chosen = chosen.replace(name=f"{chosen.name}, {score} router", router=(score,))
     setting = _Setting(
-        weight_format=weight_format, device=device, config=_config(config, channels),
+        weight_format=weight_format, device=device, config=chosen,
         activation_bits=int(activation_bits), io=io, latency=latency, memory=memory, seed=seed)
-    _experts("decode", model, setting, layers=layers, tokens=tokens, routing="uniform",
-             as_json=as_json)
+    _experts("moe" if router else "decode", model, setting, layers=layers, tokens=tokens,
+             routing="uniform", as_json=as_json)
 
 
 @app.command()
@@ -329,7 +338,7 @@ class _Setting:
 
 def _experts(what: str, model: str, setting: _Setting, *, layers: int, tokens: int, routing: str,
              as_json: bool) -> None:
-    from moeaccel.host.benchmark import bench_experts
+    from moeaccel.host.benchmark import bench_experts, bench_moe
     from moeaccel.host.benchmark_checks import check_experts
     from moeaccel.zoo import model as find_model
 
@@ -342,8 +351,9 @@ def _experts(what: str, model: str, setting: _Setting, *, layers: int, tokens: i
             of_layer = replace(
                 bench, seed=setting.seed + layer,
                 progress=lambda text, layer=layer: status(f"layer {layer + 1} of {layers}: {text}"))
-            results.append(bench_experts(
-                of_layer, found, tokens=tokens, kind=routing, what=what).as_dict())
+            result = (bench_moe(of_layer, found, tokens=tokens) if what == "moe" else
+                      bench_experts(of_layer, found, tokens=tokens, kind=routing, what=what))
+            results.append(result.as_dict())
     _print(results, as_json)
 
 

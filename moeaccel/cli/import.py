@@ -22,7 +22,7 @@ def command(
         help="Layer, as the checkpoint counts; may be given several times. All when left out.")
     ] = None,
     drop_biases: Annotated[bool, typer.Option(
-        "--drop-biases", help="Leave out biases, which the device has not.")] = False,
+        "--drop-biases", help="Leave out biases, for a device that has none.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Bring the experts of a checkpoint into a weight format of the device, and write them down.

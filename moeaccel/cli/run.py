@@ -1,5 +1,6 @@
 """``moeaccel run``: text from the demo model, or from SmolLM2, through the accelerator."""
 
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -23,6 +24,9 @@ def command(
     config: Annotated[str, typer.Option(help="Preset of the accelerator.")] = "small",
     weight_format: Annotated[str, typer.Option(help="Weight format of the experts.")] = "int4_g32",
     activation_bits: Annotated[int, typer.Option(help="Activation bits: 16 or 8.")] = 16,
+    routes: Annotated[Path | None, typer.Option(
+        help="With the demo model and one prompt: trace (`moeaccel trace record`) whose routes are "
+             "taken.")] = None,
     new_tokens: Annotated[int, typer.Option(
         help="With smollm2: tokens of an answer, at most.", min=1, max=4096)] = 64,
     continued: Annotated[bool, typer.Option(
@@ -38,8 +42,9 @@ def command(
     SmolLM2's answer appears as it comes; its logits are compared with the golden model's, too.
     """
     if model == "smollm2":
-        if demo or not prompt:
-            raise typer.BadParameter("give --prompt TEXT with --model smollm2")
+        if demo or not prompt or routes:
+            raise typer.BadParameter("give --prompt TEXT, and no --demo or --routes, with --model "
+                                     "smollm2")
         _chat(prompt, as_json, device=device, config=config, weight_format=weight_format,
               activation_bits=activation_bits, new_tokens=new_tokens, continued=continued)
     if model != "demo":
@@ -52,7 +57,7 @@ def command(
     with Status(as_json) as status:
         result = run(prompts, right_answers=right, device=device, config=config,
                      weight_format=weight_format, activation_bits=activation_bits,
-                     progress=status)
+                     routes=routes, progress=status)
     if as_json:
         print_json(result.as_dict())
     else:

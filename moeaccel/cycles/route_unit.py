@@ -5,27 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from moeaccel.config import BLOCK, MEMORY_LATENCY_CYCLES, AcceleratorConfig
+from moeaccel.cycles.command_processor import before_job
 from moeaccel.cycles.memory_port import READ_CYCLES, WRITE_CYCLES
+from moeaccel.cycles.prediction import Prediction
 from moeaccel.cycles.token_router import drop_cycles, token_cycles
+from moeaccel.formats import whole_blocks
 from moeaccel.interface.commands import ENTRY_BYTES
 from moeaccel.router.choices import CapacityOrder
 from moeaccel.router.settings import RouterSettings
 
-__all__ = ["route_cycles"]
+__all__ = ["predict_route", "route_cycles"]
 
 _UNIT = ENTRY_BYTES // 4
 """Words that are read, and pairs that are written, at once."""
 _QUEUED = 16
 """Pairs that may wait when a token's weights are made."""
 
-_FETCH, _START, _TABLE, _FIRST, _LOADED, _FREED, _WEIGHTS, _PAIR, _WRITE, _END = (
-    11, 6, 2, 5, 4, 1, 15, 2, 9, 2)
+_START, _TABLE, _FIRST, _LOADED, _FREED, _WEIGHTS, _PAIR, _WRITE, _END = (
+    9, 2, 6, 5, 1, 15, 2, 9, 2)
 _PLACE, _WALK, _AGAIN = 2, 6, 6
 """Of a capacity: to put a token into its order, to count a pair, and to begin again."""
 
 
 def route_cycles(config: AcceleratorConfig, settings: RouterSettings, tokens: int, *, biased: bool,
-                 tables: bool, residents: bool = False,
+                 tables: bool, residents: bool = False, shared: int = 0,
                  latency: int = MEMORY_LATENCY_CYCLES) -> int:
     """Return the cycles of a ROUTE.
 
@@ -38,6 +41,8 @@ def route_cycles(config: AcceleratorConfig, settings: RouterSettings, tokens: in
         There is a table.
     residents : :class:`bool`
         There are residents, in it or alone.
+    shared : :class:`int`
+        Experts behind those chosen.
     latency : :class:`int`
         Of the ideal memory, reads and writes.
     """
@@ -46,9 +51,8 @@ def route_cycles(config: AcceleratorConfig, settings: RouterSettings, tokens: in
     experts, top_k = settings.experts, settings.top_k
     row = -(-experts // BLOCK) * BLOCK
     # Submission, router, checks; table; first logit.
-    largest = max(row // BLOCK, top_k)
-    now = _FETCH + 2 * (read + beats) + largest.bit_length()
-    now += _START
+    largest = max(row // BLOCK, top_k + shared)
+    now = before_job(config, largest, latency) + _START
     early = -(-2 * experts // _UNIT) if tables else 0
     early += -(-experts // (8 * ENTRY_BYTES)) if residents else 0
     if early:
@@ -66,10 +70,17 @@ def route_cycles(config: AcceleratorConfig, settings: RouterSettings, tokens: in
             _PLACE + pair // top_k // 2 if placing and not (pair + 1) % top_k else 0))
         first = free + _WALK * pairs + _AGAIN + read
         one += drop_cycles(settings, capped=True) - drop_cycles(settings)
-    free = _sweep(settings, tokens, first, one,
-                  lambda pair: 0 if (pair + 1) % _UNIT else written)
-    if pairs % _UNIT:
-        free += _UNIT - pairs % _UNIT + written
+    slots = top_k + shared
+
+    def write(pair: int) -> int:
+        """Behind a token's own pairs come those of shared experts; 16 are written at once."""
+        begin = pair // top_k * slots + pair % top_k
+        end = begin + (1 if (pair + 1) % top_k else 1 + shared)
+        return end - begin - 1 + (end // _UNIT - begin // _UNIT) * written
+
+    free = _sweep(settings, tokens, first, one, write)
+    if tokens * slots % _UNIT:
+        free += _UNIT - tokens * slots % _UNIT + written
     return free + _END
 
 
@@ -109,3 +120,23 @@ def _sweep(settings: RouterSettings, tokens: int, first: int, one: int,
             free += busy(token * top_k + pair)
         done = [done[1], end]
     return free
+
+
+def predict_route(config: AcceleratorConfig, settings: RouterSettings, tokens: int, *,
+                  biased: bool, tables: bool, residents: bool = False, shared: int = 0,
+                  latency: int = MEMORY_LATENCY_CYCLES) -> Prediction:
+    """Predict ROUTE; parameters are those of :func:`route_cycles`."""
+    cycles = route_cycles(config, settings, tokens, biased=biased, tables=tables,
+                          residents=residents, shared=shared, latency=latency)
+
+    def whole(count: int) -> int:
+        return -(-count // ENTRY_BYTES) * ENTRY_BYTES
+
+    read = 4 * tokens * whole_blocks(settings.experts) * (1 + (settings.capacity is not None))
+    if tables:
+        read += whole(8 * settings.experts)
+    if residents:
+        read += whole(-(-settings.experts // 8))
+    return Prediction(
+        cycles=cycles, idle=cycles, bytes_read_other=2 * ENTRY_BYTES + read,
+        bytes_written=2 * whole(4 * tokens * (settings.top_k + shared)) + ENTRY_BYTES)

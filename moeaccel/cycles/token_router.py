@@ -10,11 +10,13 @@ from moeaccel.router.tables import part
 __all__ = ["drop_cycles", "token_cycles"]
 
 # Latencies of the blocks (tests/hdl/router).
-_EXPONENTIAL = 10
-_SCORE = {Score.SOFTMAX: 20, Score.SIGMOID: 20, Score.SQRT_SOFTPLUS: 34, Score.IDENTITY: 0}
+_READ = 2
+_EXPONENTIAL = 11
+_SCORE = {Score.SOFTMAX: 21, Score.SIGMOID: 21, Score.SQRT_SOFTPLUS: 35, Score.IDENTITY: 0}
 _DIVIDE = 11
 _WEIGHT = 13
-_SETTLE = 6
+_SETTLE = 8
+_SELECT = 3
 _PRIOR = 2
 _DROP = 5
 
@@ -41,18 +43,18 @@ def token_cycles(config: AcceleratorConfig, settings: RouterSettings, *, biased:
 
     cycles = 1
     if early_sum:
-        cycles += experts + 1 + _EXPONENTIAL + settle
+        cycles += experts + _READ + _EXPONENTIAL + settle
     if settings.grouped:
         scored = not by_logits or top2
-        cycles += experts + 1 + (_SCORE[score] if scored else 0) + settle + settings.keep_groups
+        cycles += experts + _READ + (_SCORE[score] if scored else 0) + settle + settings.keep_groups
     if by_logits:
         select = _EXPONENTIAL if softmax and not early_sum and not of_chosen else 0
     else:
         select = _SCORE[score]
-    cycles += experts + 1 + select + settle
+    cycles += experts + _READ + select + settle
     if of_chosen:
-        cycles += top_k + 2
-    cycles += top_k + 2 + (_EXPONENTIAL if of_chosen else _SCORE[score])
+        cycles += top_k + _READ + 1
+    cycles += top_k + _READ + 1 + (_EXPONENTIAL if of_chosen else _SCORE[score])
     cycles += drop_cycles(settings)
     cycles += 1  # the divisor
     if settings.renormalize_kind is not Renormalize.NONE:
@@ -63,15 +65,15 @@ def token_cycles(config: AcceleratorConfig, settings: RouterSettings, *, biased:
 def _settle(config: AcceleratorConfig) -> int:
     """Return the cycles from the last key of a pass to the next one."""
     keys = _SETTLE + (_PRIOR if "prior" in config.router_modes else 0)
-    return 1 + max(keys + config.router_top_k, _DIVIDE)
+    return 1 + max(keys + _SELECT, _DIVIDE)
 
 
 def _mixed_cycles(config: AcceleratorConfig, settings: RouterSettings) -> int:
     """Return the cycles of a sparsemixer."""
-    cycles = 1 + settings.experts + 1 + _settle(config)
+    cycles = 1 + settings.experts + _READ + _settle(config)
     for choice in range(settings.top_k):
-        cycles += choice + 3 + settings.experts + 2 + _EXPONENTIAL + 1 + _DIVIDE + 1 + _WEIGHT
-        cycles += 1 + 1 + 1 + _WEIGHT
+        cycles += choice + 2 + _READ + settings.experts + 1 + _READ + _EXPONENTIAL + 1
+        cycles += _DIVIDE + 1 + _WEIGHT + 1 + 1 + 1 + _WEIGHT
     return cycles
 
 

@@ -13,6 +13,7 @@ from moeaccel.interface.commands import (
     NonFinite,
     Opcode,
     Operand,
+    Overflow,
     Selection,
     Sink,
     Status,
@@ -67,7 +68,8 @@ def completion() -> list[str]:
 
 def codes() -> list[str]:
     """Return opcodes and completion codes."""
-    return [line for kind in (Opcode, Status, NonFinite) for line in enumeration(kind)]
+    return [line for kind in (Opcode, Status, NonFinite, Overflow)
+            for line in enumeration(kind)]
 
 
 def expert_table() -> list[str]:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeaccel.arithmetic import Ints
+from moeaccel.interface.commands import COUNT_MAX, NonFinite, Overflow, Status
 from moeaccel.router.choices import (
     PART_BITS,
     CapacityOrder,
@@ -76,6 +77,15 @@ class RoutedTokens:
     logits: NDArray[np.float32]
     nonfinite_tokens: list[int]
     saturated: int
+
+    @property
+    def outcome(self) -> tuple[Status, int, int]:
+        """Status, detail and address of the completion."""
+        if self.nonfinite_tokens:
+            return Status.NONFINITE, self.nonfinite_tokens[0], NonFinite.LOGIT
+        if self.saturated:
+            return Status.OVERFLOW, min(self.saturated, COUNT_MAX), Overflow.LOGIT
+        return Status.OK, 0, 0
 
 
 def route(

@@ -225,7 +225,7 @@ def _in_words(codes: Bytes, section: Section) -> Bytes:
     """
     if section.format.steps_per_word > 1:
         codes = np.pad(codes, ((0, 0), (0, section.steps % 2), (0, 0)))
-        codes = codes[:, 0::2] | codes[:, 1::2] << 2
+        codes = codes[:, 0::2] | codes[:, 1::2] << np.uint8(2)
     return codes.reshape(-1, section.word_bytes)
 
 
@@ -234,7 +234,8 @@ def _from_words(words: Bytes, section: Section) -> Bytes:
     :func:`_in_words`."""
     if section.format.steps_per_word == 1:
         return words
-    steps = np.stack([words & 0x33, words >> 2 & 0x33], axis=1)
+    both = np.uint8(0x33)
+    steps = np.stack([words & both, words >> np.uint8(2) & both], axis=1)
     return steps.reshape(section.tiles, -1, section.word_bytes)[:, : section.steps].reshape(
         -1, section.word_bytes)
 

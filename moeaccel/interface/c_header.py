@@ -14,11 +14,13 @@ from moeaccel.config import AcceleratorConfig
 from moeaccel.formats import ALL_FORMATS
 from moeaccel.interface.commands import (
     ENTRY_BYTES,
+    MOE_ALIGNMENT,
     STRUCTURES,
     Field,
     NonFinite,
     Opcode,
     Operand,
+    Overflow,
     Selection,
     Sink,
     Status,
@@ -29,7 +31,7 @@ from moeaccel.router.choices import GroupScore, Renormalize, Score
 __all__ = ["c_header"]
 
 _ENUMS: tuple[type[enum.IntEnum], ...] = (
-    Opcode, Status, NonFinite, Operand, Sink, Selection, Score, Renormalize, GroupScore)
+    Opcode, Status, NonFinite, Overflow, Operand, Sink, Selection, Score, Renormalize, GroupScore)
 _CODES = {"format": ALL_FORMATS, "activation": ACTIVATIONS}
 
 
@@ -119,7 +121,8 @@ def c_header(config: AcceleratorConfig) -> str:
         _registers(),
         _enums(),
         ["/* Structures in device memory, little-endian, aligned to their size. */",
-         _define("ENTRY_BYTES", ENTRY_BYTES)],
+         _define("ENTRY_BYTES", ENTRY_BYTES),
+         _define("MOE_ALIGNMENT", MOE_ALIGNMENT, "of the three descriptors of a MOE")],
         *(_structure(name.replace(" ", "_"), fields) for name, fields in STRUCTURES.items()),
         ["#endif"],
     ]

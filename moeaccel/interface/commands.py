@@ -18,6 +18,12 @@ from moeaccel.router.choices import GROUPS_MAX, GroupScore, Renormalize, Score
 ENTRY_BYTES = 64
 """Bytes of a submission, a completion, a layer descriptor and an entry of an expert table."""
 
+MOE_ALIGNMENT = 256
+"""Of the three descriptors of a MOE: they end within the address space."""
+
+MOE_PLANES = 2
+"""Experts of a router's matrix that are added up to logits."""
+
 RING_LOG2_MAX = 8
 """log2 of the entries that a ring may have at most."""
 
@@ -41,6 +47,19 @@ class Opcode(enum.IntEnum):
     """Complete when every earlier command has completed."""
     ROUTE = 4
     """ids[t], weights[t] = router(logits[t]), both written; layer_address names a router."""
+    MOE = 5
+    """A whole layer in one command: logits[t] = matrix of the router * x[t]; ids[t], weights[t] =
+    router(logits[t]), both written; y[t] as EXPERTS. layer_address names three descriptors, one
+    behind the other: of the router's matrix, of the router, of the experts."""
+    MOE_ROUTE = 6
+    """As MOE, without its experts: ids and weights are written, y is not."""
+
+
+ROUTER_OPCODES = (Opcode.ROUTE, Opcode.MOE, Opcode.MOE_ROUTE)
+"""What only a device with a router knows."""
+
+MOE_OPCODES = (Opcode.MOE, Opcode.MOE_ROUTE)
+"""Those of which layer_address names three descriptors."""
 
 
 class Status(enum.IntEnum):
@@ -54,8 +73,9 @@ class Status(enum.IntEnum):
     workspace, used or not) that runs beyond the address space; detail is the index of its 32-bit
     word."""
     BAD_LAYER = 3
-    """A layer descriptor field out of range, or an expert table that runs beyond the address space;
-    detail is the index of its 32-bit word."""
+    """A layer descriptor field out of range, an expert table that runs beyond the address space, or
+    experts with another d_in than their router's matrix; detail is the index of its 32-bit word,
+    address that of the descriptor."""
     WINDOW = 4
     """A burst outside the memory window was suppressed; address is its first byte. Of one stream of
     a command (ids; weights; expert table; images; x; rows of zeros; partial sums read; rows and
@@ -68,7 +88,8 @@ class Status(enum.IntEnum):
     """NaN or infinity in what was computed with; detail is the token, address says what it is of
     (NonFinite): x before routing weights, then the lowest token."""
     OVERFLOW = 7
-    """Weighted outputs beyond the grid; detail is their number, at most COUNT_MAX."""
+    """Outputs beyond the grid; detail is their number, at most COUNT_MAX, address says of what
+    (Overflow)."""
     ABORTED = 8
     """Ended by ABORT or soft reset."""
     WATCHDOG = 9
@@ -76,12 +97,14 @@ class Status(enum.IntEnum):
     BAD_EXPERT = 10
     """An entry of the expert table, of an expert with tokens, has a field out of range, words that
     are not those of its sections, or an image that runs beyond the address space; detail is the
-    expert, address the index of the entry's 32-bit word. Of several such experts the first; y is
+    expert, address the index of the entry's 32-bit word, 16 more in the router's matrix of a MOE.
+    Of several such experts the first; y is
     undefined. Entries are read up to 17 experts ahead: where one of those behind it cannot be read,
     that may be named instead."""
     BAD_ROUTER = 11
-    """A router descriptor field out of range, groups that are not those of its experts, or a table
-    that runs beyond the address space; detail is the index of its 32-bit word."""
+    """A router descriptor field out of range, groups that are not those of its experts, experts
+    that are not those of its matrix, or a table that runs beyond the address space; detail is the
+    index of its 32-bit word, address that of the descriptor."""
 
 
 class NonFinite(enum.IntEnum):
@@ -93,6 +116,15 @@ class NonFinite(enum.IntEnum):
     """A weight of one of its pairs; weights of skipped ids are not looked at."""
     LOGIT = 2
     """One of its logits."""
+
+
+class Overflow(enum.IntEnum):
+    """What does not fit: the address of a completion with OVERFLOW."""
+
+    OUTPUT = 0
+    """Weighted outputs, and nothing else."""
+    LOGIT = 1
+    """Logits, and perhaps outputs."""
 
 
 class ElementType(enum.IntEnum):
@@ -232,8 +264,8 @@ def _field(name: str, word: int, bit: int, bits: int, text: str, *limits: Limit,
     return Field(name, 32 * word + bit, bits, text, limits, signed)
 
 
-def _address(name: str, word: int, text: str) -> Field:
-    return _field(name, word, 0, 64, text, Limit(high="max_address", multiple=ENTRY_BYTES))
+def _address(name: str, word: int, text: str, *limits: Limit) -> Field:
+    return _field(name, word, 0, 64, text, Limit(high="max_address", multiple=ENTRY_BYTES), *limits)
 
 
 _ELEMENT_TYPE = Limit(values=tuple(ElementType))
@@ -248,16 +280,20 @@ SUBMISSION = (
     _field("x_type", 3, 0, 8, "Elements of x (ElementType).", _ELEMENT_TYPE,
            Limit(values=(ElementType.FLOAT32,), when=("opcode", Opcode.ROUTE))),
     _field("y_type", 3, 8, 8, "Elements of y (ElementType).", _ELEMENT_TYPE),
-    _address("layer_address", 4, "Layer descriptor."),
+    _address("layer_address", 4, "Layer descriptor; ROUTE: router descriptor; MOE: three of them.",
+             *(Limit(high="max_address", multiple=MOE_ALIGNMENT, when=("opcode", opcode))
+               for opcode in MOE_OPCODES)),
     _address("x_address", 6, "(tokens, d_in) of x_type, rows contiguous. ROUTE: logits, a "
              "multiple of 32 in each row, those of no expert not looked at."),
     _address("ids_address", 8,
-             "int32 (tokens, top_k); negative or >= num_experts: skipped. GEMM: not read. ROUTE: "
-             "written, up to a multiple of 64 bytes; -1: no expert."),
+             "int32 (tokens, top_k); negative or >= num_experts: skipped. GEMM: not read. ROUTE, "
+             "MOE: written, up to a multiple of 64 bytes; -1: no expert."),
     _address("weights_address", 10,
-             "float32 (tokens, top_k). GEMM: not read. ROUTE: written, as ids."),
+             "float32 (tokens, top_k). GEMM: not read. ROUTE, MOE: written, as ids."),
     _address("y_address", 12, "(tokens, d_out) of y_type, written."),
-    _address("workspace_address", 14, "8 * tokens * d_out bytes for partial sums."),
+    _address("workspace_address", 14,
+             "8 * tokens * d_out bytes for partial sums; MOE: of the larger d_out, and logits are "
+             "left at its begin."),
 )
 
 LAYER = (
@@ -391,6 +427,11 @@ ROUTER = (
     _field("capacity_order", 15, 8, 8, "Code of who is first where there is a capacity.",
            Limit(low=0, high="capacity_order_max")),
 )
+
+MOE_BLOCK = (LAYER, ROUTER, LAYER)
+"""What layer_address names in a MOE: the layer of the router's matrix, whose outputs are logits and
+whose experts 0 and 1 are added up with weights of 1; the router; the experts. So three descriptors
+are read in the time of one."""
 
 STRUCTURES = {"submission": SUBMISSION, "layer descriptor": LAYER, "expert table entry": EXPERT,
               "completion": COMPLETION, "router descriptor": ROUTER}

@@ -12,6 +12,7 @@ from moeaccel.host.benchmark import (
     BenchmarkError,
     bench_experts,
     bench_gemm,
+    bench_moe,
     memory_share,
     routing,
 )
@@ -90,3 +91,23 @@ def test_ids_of_a_token_are_distinct():
     ids = routing(50, 8, 8, kind="zipf:2", seed=0)
     assert all(len(set(row)) == 8 for row in ids.tolist())
     assert np.array_equal(ids, routing(50, 8, 8, kind="zipf:2", seed=0))
+
+
+@pytest.mark.parametrize("name", ["olmoe-1b-7b", "deepseek-v3-r1"])
+def test_a_layer_with_its_router(name):
+    """Groups and a selection bias, too: one command, whose cycles the model knows."""
+    model = find_model(name)
+    small = replace(model, d_model=96, n_experts=16, top_k=2, expert=replace(
+        model.expert, d_expert=64))
+    config = TINY.replace(name="routes", router=("softmax", "sigmoid"))
+    with open_device("golden", config=config, memory_bytes=1 << 22, timing=True,
+                     latency=9) as device:
+        bench = Bench(device=device, device_name="golden", memory="ideal", latency=9,
+                      weight_format="mxint8", activation_bits=16)
+        result = bench_moe(bench, small, tokens=3)
+    assert result.matches_golden and result.cycles == result.cycle_model_cycles
+    assert result.counters["commands"] == 1
+    row = 1 + 1 / 32  # bytes of a weight with its scale, and 2 of each row
+    assert result.stored_bytes == row * (2 * 16 * 96 + result.experts_used * 3 * 64 * 96) + 2 * (
+        2 * 16 + result.experts_used * (2 * 64 + 96))
+    assert result.rel_err_float < 0.02

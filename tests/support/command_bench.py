@@ -10,6 +10,7 @@ from moeaccel.interface.commands import (
     COMPLETION,
     ENTRY_BYTES,
     LAYER,
+    MOE_BLOCK,
     SUBMISSION,
     ElementType,
     Opcode,
@@ -147,7 +148,7 @@ class Bench:
                 self.latch = dict.fromkeys(self.latch, 0)
             if v[0] and go[0] and not v[9]:
                 assert v[1] % ENTRY_BYTES == 0
-                assert v[2] * width == ENTRY_BYTES
+                assert v[2] * width in (ENTRY_BYTES, ENTRY_BYTES * len(MOE_BLOCK))
                 reads.append([self.latency, v[1], v[2], False])
                 if not self.window[0] <= v[1] < self.window[1]:
                     faults = "fault_window", v[1]

@@ -16,7 +16,7 @@ from moeaccel.zoo import model, models
 # That of tests/system/test_routing.py, so that both find one model in the cache.
 ROUTER = preset("tiny").replace(
     name="tiny-router", router=tuple(score.key for score in Score), router_top_k=8,
-    router_modes=MODES, max_experts=64)
+    router_modes=MODES, max_experts=64, second_up=True)
 ALL = list(models().values())
 
 
@@ -29,7 +29,7 @@ def check(verdict, support):
 
 def test_some_rows(pair_of):
     keys = ["grok-1", "llama-4-scout", "nemotron-3-nano-30b-a3b", "deepseek-v2",
-            "deepseek-v4-flash", "phi-3.5-moe", "switch-base-128", "swin-moe-s-32e"]
+            "deepseek-v4-flash", "phi-3.5-moe", "switch-base-128", "swin-moe-s-32e", "openmoe-8b"]
     with pair_of(ROUTER) as pair, Supports() as supports:
         for key in keys:
             check(verify(model(key), pair.golden, pair.rtl), supports(model(key)))

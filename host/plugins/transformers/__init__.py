@@ -6,6 +6,7 @@ documented name is :mod:`moeaccel.host.transformers_plugin`.
 ``choice`` picks a configuration and memory; ``session`` knows the device; ``modules`` what an
 experts module holds and whether the device does that; ``gates`` what it computes between its
 products; ``watch`` whether weights are what they were; ``uploads`` what is in device memory;
+``routes`` what takes the place of routers' choices;
 ``operator`` is the call; ``model`` looks at whole models.
 """
 

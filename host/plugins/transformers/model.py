@@ -52,7 +52,8 @@ def _weights_in(model: torch.nn.Module) -> list[Weights]:
 def release(model: torch.nn.Module | None = None) -> None:
     """Free the device memory of a model's experts, or of all; a later call uploads them again.
 
-    Calls that are under way in other threads end before it is free.
+    Calls that are under way in other threads end before it is free. Parameters that gave up their
+    memory (``keep_host_weights=False``) get back what the device has: quantised weights.
     """
     if model is None:
         uploads.drop_all()

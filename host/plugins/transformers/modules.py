@@ -22,6 +22,19 @@ def _layers_of(module: Any) -> int:
     return count if isinstance(count, int) and count > 0 else _LAYERS_IF_UNKNOWN
 
 
+def _shared_of(module: Any, d_expert: int) -> int:
+    """Return how many experts of this width a layer's shared experts are, which run on the host."""
+    config = getattr(module, "config", None)
+    width = getattr(config, "shared_expert_intermediate_size", None)
+    if not isinstance(width, int):
+        counts = (getattr(config, name, None) for name in ("n_shared_experts",
+                                                           "num_shared_experts"))
+        count = next((count for count in counts if isinstance(count, int)), 0)
+        each = getattr(config, "moe_intermediate_size", None)
+        width = count * (each if isinstance(each, int) else d_expert)
+    return -(-width // d_expert)
+
+
 class Weights(NamedTuple):
     """The parameters of an experts module, and how they lie in them.
 
@@ -44,6 +57,8 @@ class Weights(NamedTuple):
         See :meth:`moeaccel.host.Device.load_experts`.
     gate_up_bias, down_bias : tensor, optional
         (E, 2 I), or (E, I) where not ``gated``, and (E, H).
+    shared : :class:`int`
+        How many such experts the layer's shared ones are, which are not among these.
     """
 
     gate_up: torch.Tensor
@@ -59,22 +74,24 @@ class Weights(NamedTuple):
     limit: float | None = None
     gate_up_bias: torch.Tensor | None = None
     down_bias: torch.Tensor | None = None
+    shared: int = 0
 
     @classmethod
     def of(cls, module: Any, activation: str = "silu", limit: float | None = None) -> Self:
         """Return those of a module."""
         block = getattr(module, "block_size", None)
         gated = bool(getattr(module, "has_gate", True))
+        transposed = bool(getattr(module, "is_transposed", False))
         first = "gate_up_proj" if gated else "up_proj"
         return cls(getattr(module, first), module.down_proj,
                    getattr(module, f"{first}_scale_inv", None),
                    getattr(module, "down_proj_scale_inv", None),
-                   bool(getattr(module, "is_transposed", False)),
-                   gated and not getattr(module, "is_concatenated", True),
+                   transposed, gated and not getattr(module, "is_concatenated", True),
                    None if block is None else list(block), _layers_of(module),
                    activation, gated, limit, *(
                        getattr(module, f"{name}_bias") if getattr(module, "has_bias", False)
-                       else None for name in (first, "down_proj")))
+                       else None for name in (first, "down_proj")),
+                   _shared_of(module, module.down_proj.shape[1 if transposed else 2]))
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:

@@ -26,6 +26,7 @@ from moeaccel.host.plugins.transformers.choice import (
     choose,
     memory_size,
 )
+from moeaccel.host.plugins.transformers.routes import Routes
 from moeaccel.host.policies.systems import System
 from moeaccel.host.process import Lock
 from moeaccel.host.transports.base import Transport
@@ -64,7 +65,9 @@ class _Options:
     unsupported: Unsupported = "refuse"
     quantiser: str = "search"
     keep_host_weights: bool = True
-    hybrid: Hybrid | None = field(default=None, compare=False)  # what is uploaded stays so
+    # What is uploaded stays so, whoever computes it, and by which routes.
+    hybrid: Hybrid | None = field(default=None, compare=False)
+    routes: Routes | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         choices: dict[str, Sequence[object]] = {
@@ -101,7 +104,7 @@ def use_device(device: Device | None, *, weight_format: str | None = None,
                verify: Verify = "sampled", unsupported: Unsupported = "refuse",
                quantiser: str | None = None, keep_host_weights: bool = True,
                policy: str | System | None = None, gpu_bytes: int | str = 0,
-               resident_math: ResidentMath = "bf16", **hybrid: Any) -> None:
+               resident_math: ResidentMath = "bf16", routes: Any = None, **hybrid: Any) -> None:
     """Set the device for every model from now on; layers move to it on their next call.
 
     Parameters
@@ -121,8 +124,9 @@ def use_device(device: Device | None, *, weight_format: str | None = None,
         ``"search"`` or ``"amax"``, see :meth:`Device.load_experts`; left out: of the environment.
     keep_host_weights : :class:`bool`
         False: once a layer is in device memory its parameters give up their memory; what is left
-        of them are shapes, and NaN. Such a model runs on this device only: it cannot be saved,
-        moved to another device or another format, nor can :func:`release` be taken back.
+        of them are shapes, and NaN. Such a model runs on this device only, and cannot be saved or
+        moved to another device or format, until :func:`release` gives it back what the device has:
+        its weights as they were quantised.
     policy : :class:`str` or :class:`System`, optional
         Which experts are computed where the rest of the model is: see
         :class:`moeaccel.host.hybrid.Hybrid`. When left out, all on the device. What is uploaded
@@ -130,6 +134,9 @@ def use_device(device: Device | None, *, weight_format: str | None = None,
     gpu_bytes : :class:`int` or :class:`str`
         Memory there for experts, as 2GiB.
     resident_math : ``"bf16"`` or ``"exact"``
+    routes : :class:`moeaccel.host.traces.RoutingTrace`, path of one, or pair (ids, weights)
+        Take the place of the routers' own, pass by pass, in every layer; see
+        :class:`moeaccel.host.plugins.transformers.routes.Routes`. Given again, they begin again.
     **hybrid
         Further options of :class:`moeaccel.host.hybrid.Hybrid`.
 
@@ -139,6 +146,8 @@ def use_device(device: Device | None, *, weight_format: str | None = None,
         If an argument is not among the possible values.
     PolicyError
         If there is no such policy, or none that a model can run with.
+    TraceError
+        If routes are no trace.
     """
     global _session, _options, _chosen
     if not isinstance(device, Device | None):
@@ -154,6 +163,11 @@ def use_device(device: Device | None, *, weight_format: str | None = None,
         options["hybrid"] = Hybrid(policy, gpu_bytes=size, resident_math=resident_math, **hybrid)
     elif gpu_bytes or hybrid:
         raise InvalidOption("policy must be given with gpu_bytes and options of a hybrid, not None")
+    if routes is not None:
+        if unsupported == "eager":
+            raise InvalidOption("unsupported must be 'refuse' with routes, not 'eager': layers on "
+                                "the host would keep their routers' own")
+        options["routes"] = Routes(routes)
     _Options(**options)
     with lock.held:
         _options, _chosen = options, frozenset()

@@ -1,4 +1,5 @@
-"""The call of a layer: on the device, or on both sides where a policy was set."""
+"""The call of a layer: on the device, or on both sides where a policy was set, by its router's or
+by other routes."""
 
 from __future__ import annotations
 
@@ -16,6 +17,9 @@ def run(weights: Weights, x: torch.Tensor, ids: torch.Tensor, routing: torch.Ten
     """Return y of a layer, (T, H), like x; see :func:`experts_forward` for the arguments."""
     experts = experts_of(weights)
     session = open_session()
+    if session is not None and session.routes is not None:
+        ids, routing = session.routes.take(weights, ids, routing)
     if session is None or session.hybrid is None:
         return experts(x, ids, routing)
-    return session.hybrid(experts, x, ids, routing, layers=weights.layers)
+    return session.hybrid(experts, x, ids, routing, layers=weights.layers,
+                          shared=weights.shared)

@@ -10,6 +10,7 @@ import torch
 
 from moeaccel.host.errors import WeightsGivenUp
 from moeaccel.host.layers import Experts
+from moeaccel.host.plugins.transformers.given_up import GivenUp, is_given_up
 from moeaccel.host.plugins.transformers.modules import Weights
 from moeaccel.host.plugins.transformers.session import (
     Session,
@@ -32,12 +33,18 @@ class _Upload:
     session: Session
     watches: list[Watch] | None
     """None where the host gave its copy up, and nothing can change."""
+    given_up: GivenUp | None = None
     looks: int = 0
 
     @property
     def usable(self) -> bool:
         """Whether it is where experts go, and stored as they are to be."""
         return self.session == open_session() and not self.experts.closed
+
+    def restore(self) -> None:
+        """Give weights back to the host that it gave up."""
+        if self.given_up is not None:
+            self.given_up.restore(self.experts)
 
     def holds(self, weights: Weights, *, everything: bool) -> bool:
         """Return whether it is what these weights would become."""
@@ -75,14 +82,18 @@ def uploaded(weights: Weights) -> Experts | None:
 
 
 def drop(weights: Weights) -> None:
-    """Forget an upload; a later call makes another."""
+    """Forget an upload; a later call makes another. What the host gave up comes back before."""
     with lock.held:
-        _place(weights).pop(_key(weights), None)
+        found = _place(weights).pop(_key(weights), None)
+        if found is not None:
+            found.restore()
 
 
 def drop_all() -> None:
     """Forget every upload."""
     with lock.held:
+        for found in [one for place in list(_uploads.values()) for one in place.values()]:
+            found.restore()
         _uploads.clear()
 
 
@@ -106,11 +117,11 @@ def experts_of(weights: Weights, *, everything: bool = False) -> Experts:
                 logger.info("weights of a layer changed: they are uploaded again")
             # Its memory is free for the new one, unless a call is under way.
             del place[key], found
-        if _is_given_up(weights):
+        if is_given_up(weights):
             raise WeightsGivenUp(
                 "weights of a layer must be on the host to be uploaded, but keep_host_weights=False"
                 " gave them up when they went to a device, a format or a session that is gone; "
-                "load the model again")
+                "load the model again, or call release() before another device or format is set")
         session = session_for([weights.dims] * weights.layers, [weights.dims])
         # Watched first, read second: what changes in between is seen by the next call.
         watches = [Watch(tensor) for tensor in weights.tensors]
@@ -123,17 +134,6 @@ def experts_of(weights: Weights, *, everything: bool = False) -> Experts:
         if session.keep_host_weights:
             place[key] = _Upload(experts, session, watches)
         else:
-            _give_up(weights)  # the key is that of what is left
-            _place(weights)[_key(weights)] = _Upload(experts, session, None)
+            given_up = GivenUp(weights)  # the key is that of what is left
+            _place(weights)[_key(weights)] = _Upload(experts, session, None, given_up)
         return experts
-
-
-def _give_up(weights: Weights) -> None:
-    """Let parameters be views of one element each, which is no number."""
-    for tensor in weights.tensors:
-        one = torch.full((1,), torch.nan, dtype=torch.float32, device=tensor.device)
-        tensor.data = one.to(tensor.dtype).expand(tensor.shape)
-
-
-def _is_given_up(weights: Weights) -> bool:
-    return weights.down.numel() > 1 and not any(weights.down.stride())

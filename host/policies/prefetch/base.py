@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-__all__ = ["Ahead", "Guess", "Prefetch", "best", "blurred"]
+__all__ = ["Ahead", "Guess", "Prefetch", "best", "blurred", "busiest"]
 
 
 class Ahead(NamedTuple):
@@ -19,12 +19,22 @@ class Ahead(NamedTuple):
     uses : callable, optional
         In a replay: how many tokens each expert of a layer will have, integer (n_experts,). What
         stands in for a predictor of published accuracy, and what an oracle knows.
+    experts : callable, optional
+        In a replay: what :func:`busiest` returns of these, quicker.
     hidden : :class:`numpy.ndarray`, optional
         In a model: the states that the layer at hand gets, (tokens, d_model).
     """
 
     uses: Callable[[int], np.ndarray] | None = None
     hidden: np.ndarray | None = None
+    experts: Callable[[int], np.ndarray] | None = None
+
+    def busiest(self, layer: int) -> np.ndarray:
+        """Return the experts of a layer's route, busiest first; of a replay."""
+        if self.experts is not None:
+            return self.experts(layer)
+        assert self.uses is not None
+        return busiest(self.uses(layer))
 
 
 class Guess(NamedTuple):
@@ -78,14 +88,17 @@ def best(score: np.ndarray, count: int | None = None) -> np.ndarray:
     return places[(-score[places]).argsort(kind="stable")]
 
 
-def blurred(uses: np.ndarray, accuracy: float, random: np.random.Generator) -> np.ndarray:
-    """Return what a predictor of some accuracy would say: the experts of a route, each replaced by
-    any other with the chance that the accuracy leaves; busiest first."""
+def busiest(uses: np.ndarray) -> np.ndarray:
+    """Return the experts that are used, those with the most tokens first."""
     experts = uses.nonzero()[0]
-    if uses[uses.argmax()] > 1:
-        experts = experts[(-uses[experts]).argsort(kind="stable")]
-    wrong = (random.random(len(experts)) >= accuracy).nonzero()[0]
-    if len(wrong):
-        experts = experts.copy()
-        experts[wrong] = random.integers(0, len(uses), len(wrong))
+    return experts[(-uses[experts]).argsort(kind="stable")]
+
+
+def blurred(experts: np.ndarray, n_experts: int, accuracy: float, random: np.random.Generator
+            ) -> np.ndarray:
+    """Return what a predictor of some accuracy would say: the experts of a route, each replaced by
+    any other with the chance that the accuracy leaves."""
+    wrong = random.random(len(experts)) >= accuracy
+    if wrong.any():
+        return np.where(wrong, random.integers(0, n_experts, len(experts)), experts)
     return experts

@@ -54,7 +54,8 @@ class GateAhead(Prefetch):
                 counts = np.bincount(chosen.ravel(), minlength=self.n_experts)
                 experts = best(counts)
             elif ahead.uses is not None:
-                experts = blurred(ahead.uses(later), self.accuracy ** (later - layer), self.random)
+                experts = blurred(ahead.busiest(later), self.n_experts,
+                                  self.accuracy ** (later - layer), self.random)
             else:
                 break
             yield Guess(later, experts[: self.most])

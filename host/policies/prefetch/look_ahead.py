@@ -44,5 +44,6 @@ class LookAhead(Prefetch):
             return
         for later in range(layer + 1, min(layer + 1 + self.depth, self.n_layers)):
             if later not in self._plan:  # one that is planned is on its way already
-                self._plan[later] = blurred(ahead.uses(later), self.accuracy, self.random)
+                self._plan[later] = blurred(
+                    ahead.busiest(later), self.n_experts, self.accuracy, self.random)
                 yield Guess(later, self._plan[later])

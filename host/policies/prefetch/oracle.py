@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from moeaccel.host.policies.prefetch.base import Ahead, Guess, Prefetch, best
+from moeaccel.host.policies.prefetch.base import Ahead, Guess, Prefetch
 
 __all__ = ["Oracle"]
 
@@ -35,4 +35,4 @@ class Oracle(Prefetch):
         if ahead.uses is None:
             return
         for later in range(layer + 1, min(layer + 1 + self.depth, self.n_layers)):
-            yield Guess(later, best(ahead.uses(later)))
+            yield Guess(later, ahead.busiest(later))

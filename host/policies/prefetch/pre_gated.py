@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moeaccel.host.policies.prefetch.base import Ahead, Guess, Prefetch, best
+from moeaccel.host.policies.prefetch.base import Ahead, Guess, Prefetch
 
 __all__ = ["PreGated"]
 
@@ -23,4 +23,4 @@ class PreGated(Prefetch):
         """Return the route of the next layer; see :meth:`Prefetch.guess`."""
         if ahead.uses is None or layer + 1 >= self.n_layers:
             return []
-        return [Guess(layer + 1, best(ahead.uses(layer + 1)))]
+        return [Guess(layer + 1, ahead.busiest(layer + 1))]

@@ -22,6 +22,8 @@ class Call(NamedTuple):
     resident : bool, (n_experts,)
     logits : float32, (tokens, n_experts), optional
         Where the policy wants them, see :attr:`Routing.wants_logits`.
+    shares : float32, (tokens, top_k), optional
+        :func:`shares_of` the weights, where they are known.
     """
 
     layer: int
@@ -29,25 +31,47 @@ class Call(NamedTuple):
     weights: np.ndarray
     resident: np.ndarray
     logits: np.ndarray | None = None
+    shares: np.ndarray | None = None
+
+    def share(self) -> np.ndarray:
+        """Return the shares of a token's weight."""
+        return shares_of(self.weights) if self.shares is None else self.shares
 
 
-class Routed(NamedTuple):
+class Routed:
     """What is done in its place.
 
     Parameters
     ----------
-    ids, weights
+    ids : integer, (tokens, top_k)
         As in :class:`Call`.
+    given : float, (tokens, top_k)
+        Weights, or with ``logits`` what they are the exponentials of.
+    before : float, (tokens, top_k), optional
+        Weights whose sum is a token's sum still; as given when left out.
+    logits : :class:`bool`
     low : bool, (tokens, top_k), optional
         Slots that make do with the low-precision copy of an expert.
     later : bool, (tokens, top_k), optional
         Slots whose result may come one layer later.
     """
 
-    ids: np.ndarray
-    weights: np.ndarray
-    low: np.ndarray | None = None
-    later: np.ndarray | None = None
+    __slots__ = ("_before", "_given", "_logits", "ids", "later", "low")
+
+    def __init__(self, ids: np.ndarray, given: np.ndarray, *, before: np.ndarray | None = None,
+                 logits: bool = False, low: np.ndarray | None = None,
+                 later: np.ndarray | None = None) -> None:
+        self.ids, self.low, self.later = ids, low, later
+        self._given, self._before, self._logits = given, before, logits
+
+    @property
+    def weights(self) -> np.ndarray:
+        """Of each slot, float (tokens, top_k): computed when they are asked for, which a replay
+        does not."""
+        given = self._given
+        if self._logits:
+            given = np.exp(np.where(self.ids >= 0, given - given[:, :1], -np.inf))
+        return given if self._before is None else renormalised(self.ids, given, self._before)
 
 
 class Routing(ABC):
@@ -76,6 +100,11 @@ class Routing(ABC):
     @abstractmethod
     def route(self, call: Call) -> Routed:
         """Return the route to take."""
+
+
+def shares_of(weights: np.ndarray) -> np.ndarray:
+    """Return each slot's share of the weights of its token, along the last axis."""
+    return weights / np.maximum(weights.sum(-1, keepdims=True), 1e-9)
 
 
 def renormalised(ids: np.ndarray, weights: np.ndarray, before: np.ndarray) -> np.ndarray:

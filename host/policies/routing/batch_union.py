@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from moeaccel.host.errors import InvalidOption
-from moeaccel.host.policies.routing.base import Call, Routed, Routing, renormalised
+from moeaccel.host.policies.routing.base import Call, Routed, Routing
 
 __all__ = ["BatchUnion"]
 
@@ -58,6 +58,5 @@ class BatchUnion(Routing):
         masked = np.where(inside, logits, -np.inf)
         ids = (-masked).argsort(axis=1, kind="stable")[:, :k]
         chosen = masked[rows, ids]
-        weights = np.exp(chosen - chosen[:, :1])
-        return Routed(np.where(np.isfinite(chosen), ids, -1),
-                      renormalised(np.where(np.isfinite(chosen), ids, -1), weights, call.weights))
+        return Routed(np.where(np.isfinite(chosen), ids, -1), chosen, before=call.weights,
+                      logits=True)

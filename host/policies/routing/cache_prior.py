@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from moeaccel.host.errors import InvalidOption
-from moeaccel.host.policies.routing.base import Call, Routed, Routing, renormalised
+from moeaccel.host.policies.routing.base import Call, Routed, Routing
 
 __all__ = ["CachePrior"]
 
@@ -46,7 +46,7 @@ class CachePrior(Routing):
         count += tokens
         mean += (found - mean * tokens) / count
         self._spread[call.layer] = mean, count
-        pulled = logits + self.strength * mean * call.resident
+        pulled = logits + (self.strength * mean) * call.resident.astype(np.float32)
         first = call.ids[:, : self.keep]
         rows = np.arange(tokens)[:, None]
         pulled[rows, first] = np.inf
@@ -54,5 +54,4 @@ class CachePrior(Routing):
         chosen = logits[rows, ids]
         order = (-chosen).argsort(axis=1, kind="stable")
         ids, chosen = ids[rows, order], chosen[rows, order]
-        weights = np.exp(chosen - chosen[:, :1])
-        return Routed(ids, renormalised(ids, weights, call.weights))
+        return Routed(ids, chosen, before=call.weights, logits=True)

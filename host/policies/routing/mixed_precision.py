@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from moeaccel.host.errors import InvalidOption
-from moeaccel.host.policies.routing.base import Call, Routed, Routing, renormalised
+from moeaccel.host.policies.routing.base import Call, Routed, Routing
 
 __all__ = ["MixedPrecision"]
 
@@ -35,12 +35,11 @@ class MixedPrecision(Routing):
 
     def route(self, call: Call) -> Routed:
         """Return the route, and which slots of it are in low precision."""
-        shares = call.weights / np.maximum(call.weights.sum(1, keepdims=True), 1e-9)
+        shares = call.share()
         before = shares.cumsum(1) - shares
-        missing = (call.ids >= 0) & ~call.resident[call.ids]
-        light = missing & (before > self.high)
+        light = (before > self.high) & (call.ids >= 0) & ~call.resident[call.ids]
         skipped = light & (before > self.low)
         if not skipped.any():
             return Routed(call.ids, call.weights, low=light)
         ids = np.where(skipped, -1, call.ids)
-        return Routed(ids, renormalised(ids, call.weights, call.weights), low=light & ~skipped)
+        return Routed(ids, call.weights, before=call.weights, low=light & ~skipped)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from moeaccel.host.errors import InvalidOption
-from moeaccel.host.policies.routing.base import Call, Routed, Routing, renormalised
+from moeaccel.host.policies.routing.base import Call, Routed, Routing
 
 __all__ = ["RelativeThreshold"]
 
@@ -39,4 +39,4 @@ class RelativeThreshold(Routing):
         beta = self._beta[min(call.layer, len(self._beta) - 1)]
         light = call.weights < beta * call.weights[:, :1]
         ids = np.where(light, -1, call.ids)
-        return Routed(ids, renormalised(ids, call.weights, call.weights))
+        return Routed(ids, call.weights, before=call.weights)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moeaccel.host.policies.routing.base import Call, Routed, Routing, renormalised
+from moeaccel.host.policies.routing.base import Call, Routed, Routing
 
 __all__ = ["ResidentOnly"]
 
@@ -34,5 +34,4 @@ class ResidentOnly(Routing):
         ids = ids[rows, order]
         chosen = masked[rows, ids]
         ids = np.where(np.isfinite(chosen), ids, -1)
-        weights = np.exp(np.where(ids >= 0, chosen - chosen[:, :1], -np.inf))
-        return Routed(ids, renormalised(ids, weights, call.weights))
+        return Routed(ids, chosen, before=call.weights, logits=True)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from moeaccel.host.errors import InvalidOption
-from moeaccel.host.policies.routing.base import Call, Routed, Routing, renormalised
+from moeaccel.host.policies.routing.base import Call, Routed, Routing
 
 __all__ = ["SensitivitySkip"]
 
@@ -41,8 +41,8 @@ class SensitivitySkip(Routing):
 
     def route(self, call: Call) -> Routed:
         """Return the route without what the layer does not mind."""
-        shares = call.weights / np.maximum(call.weights.sum(1, keepdims=True), 1e-9)
+        shares = call.share()
         light = self.sensitivity[call.layer] * (shares * shares.shape[1]) ** 2 < self.threshold
         light[:, 0] = False
         ids = np.where(light, -1, call.ids)
-        return Routed(ids, renormalised(ids, call.weights, call.weights))
+        return Routed(ids, call.weights, before=call.weights)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from moeaccel.host.errors import InvalidOption
-from moeaccel.host.policies.routing.base import Call, Routed, Routing, renormalised
+from moeaccel.host.policies.routing.base import Call, Routed, Routing
 
 __all__ = ["TopP"]
 
@@ -34,7 +34,7 @@ class TopP(Routing):
 
     def route(self, call: Call) -> Routed:
         """Return the route up to p."""
-        shares = call.weights / np.maximum(call.weights.sum(1, keepdims=True), 1e-9)
+        shares = call.share()
         before = shares.cumsum(1) - shares
         ids = np.where(before < self.p - 1e-6, call.ids, -1)
-        return Routed(ids, renormalised(ids, call.weights, call.weights))
+        return Routed(ids, call.weights, before=call.weights)

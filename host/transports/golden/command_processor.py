@@ -4,33 +4,37 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from functools import lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from moeaccel.config import AcceleratorConfig
+from moeaccel.golden import DeviceResult
+from moeaccel.golden.router import RoutedTokens
+from moeaccel.host.transports.golden.checks import check_descriptor, check_layer
 from moeaccel.host.transports.golden.engine import Engine
 from moeaccel.host.transports.golden.memory_port import Fault, MemoryPort
+from moeaccel.host.transports.golden.moe import Moe, MoeResult
 from moeaccel.host.transports.golden.register_file import RegisterFile
 from moeaccel.host.transports.golden.route_unit import RouteUnit
+from moeaccel.host.transports.golden.timing import Timing
 from moeaccel.interface.commands import (
     COMPLETION,
     COUNT_MAX,
     ENTRY_BYTES,
-    LAYER,
+    MOE_OPCODES,
     RING_LOG2_MAX,
-    ROUTER,
+    ROUTER_OPCODES,
     SUBMISSION,
-    ElementType,
-    Field,
     Opcode,
     Status,
     bad_field,
     decode,
     encode,
-    field_of,
 )
+
+if TYPE_CHECKING:
+    from moeaccel.cycles.prediction import Prediction
 
 logger = logging.getLogger(__name__)
 
@@ -44,14 +48,6 @@ class _Done(NamedTuple):
     counters: dict[str, int]
 
 
-@lru_cache(maxsize=256)
-def _check_layer(raw: bytes, config: AcceleratorConfig) -> tuple[dict[str, int], Field | None]:
-    """Return the fields of a layer descriptor, and the bad one."""
-    values = decode(LAYER, raw)
-    wrong = bad_field(LAYER, values, config)
-    return values, wrong and wrong[0]
-
-
 class CommandProcessor:
     """Runs submissions one at a time, in order, and completes each.
 
@@ -62,15 +58,19 @@ class CommandProcessor:
     port : :class:`MemoryPort`
     engine : :class:`Engine`
     routes : :class:`RouteUnit`
+    timing : :class:`Timing`, optional
+        Says how long commands take.
     """
 
     def __init__(self, config: AcceleratorConfig, registers: RegisterFile, port: MemoryPort,
-                 engine: Engine, routes: RouteUnit) -> None:
+                 engine: Engine, routes: RouteUnit, timing: Timing | None) -> None:
         self._config = config
         self._registers = registers
         self._port = port
         self._engine = engine
         self._routes = routes
+        self._moe = Moe(config, port, engine, routes, timing)
+        self._timing = timing
         self._unwritten: _Done | None = None
 
     # -- rings -------------------------------------------------------------------------------------
@@ -136,61 +136,49 @@ class CommandProcessor:
     # -- commands ----------------------------------------------------------------------------------
     def _execute(self, address: int) -> dict[str, int]:
         """Execute the submission at an address and return its completion, but for the phase."""
-        tag, cycles, status, detail, where, underflows = 0, 0, Status.OK, 0, 0, 0
+        tag, tokens, cycles, status, detail, where, underflows = 0, 0, 0, Status.OK, 0, 0, 0
         self._port.possible_faults = []
         try:
             submission = decode(SUBMISSION, self._port.load(address, ENTRY_BYTES).tobytes())
-            tag = submission["tag"]
-            match submission["opcode"]:
-                case Opcode.NOP | Opcode.FENCE:
-                    pass
-                case Opcode.EXPERTS | Opcode.GEMM:
-                    layer = self._check(submission)
-                    result, cycles = self._engine.run(submission, layer)
-                    status, detail, where = result.outcome
+            tag, tokens, opcode = (submission[name] for name in ("tag", "tokens", "opcode"))
+            if opcode not in list(Opcode) or (
+                    opcode in ROUTER_OPCODES and not self._config.router):
+                raise Fault(Status.BAD_OPCODE, detail=opcode)
+            if opcode not in (Opcode.NOP, Opcode.FENCE):
+                wrong = bad_field(SUBMISSION, submission, self._config)
+                if wrong is not None:
+                    raise Fault(Status.BAD_FIELD, detail=wrong[0].word)
+                result, predicted = self._run(submission)
+                status, detail, where = result.outcome
+                self._registers.count(tokens=tokens)
+                if not isinstance(result, RoutedTokens):
                     underflows = min(result.underflows, COUNT_MAX)
-                case Opcode.ROUTE if self._config.router:
-                    router = self._check_router(submission)
-                    (status, detail, where), cycles = self._routes.run(submission, router)
-                case opcode:
-                    raise Fault(Status.BAD_OPCODE, detail=opcode)
+                if self._timing is not None and predicted is not None:
+                    cycles = self._timing.count(predicted)
         except Fault as fault:
             status, detail, where = fault.status, fault.detail, fault.address
+            if status is Status.BAD_EXPERT:  # it has run so far
+                self._registers.count(tokens=tokens)
         return {"tag": tag, "status": status, "detail": detail, "address": where, "cycles": cycles,
                 "underflows": underflows}
 
-    def _check_router(self, submission: Mapping[str, int]) -> dict[str, int]:
-        """Return the router of a submission, both checked."""
-        wrong = bad_field(SUBMISSION, submission, self._config)
-        if wrong is not None:
-            raise Fault(Status.BAD_FIELD, detail=wrong[0].word)
-        router = decode(
-            ROUTER, self._port.load(submission["layer_address"], ENTRY_BYTES).tobytes())
-        wrong = bad_field(ROUTER, router, self._config)
-        if wrong is not None:
-            raise Fault(Status.BAD_ROUTER, detail=wrong[0].word)
-        self._routes.check(submission, router)
-        return router
-
-    def _check(self, submission: Mapping[str, int]) -> dict[str, int]:
-        """Return the layer of a submission, both checked: each by itself, then what they touch."""
-        wrong = bad_field(SUBMISSION, submission, self._config)
-        if wrong is not None:
-            raise Fault(Status.BAD_FIELD, detail=wrong[0].word)
-        raw = self._port.load(submission["layer_address"], ENTRY_BYTES).tobytes()
-        layer, bad = _check_layer(raw, self._config)
-        if bad is not None:
-            raise Fault(Status.BAD_LAYER, detail=bad.word)
-        top = 1 << self._config.address_bits
-        tokens = submission["tokens"]
-        pairs = 4 * tokens * submission["top_k"]
-        x_bytes, y_bytes = (ElementType(submission[name]).bytes for name in ("x_type", "y_type"))
-        sizes = {"x_address": x_bytes * tokens * layer["d_in"], "ids_address": pairs,
-                 "weights_address": pairs, "y_address": y_bytes * tokens * layer["d_out"],
-                 "workspace_address": 8 * tokens * layer["d_out"]}
-        for name, size in sizes.items():
-            if submission[name] + size > top:
-                raise Fault(Status.BAD_FIELD, detail=field_of(SUBMISSION, name).word)
-        if layer["table_address"] + ENTRY_BYTES * layer["num_experts"] > top:
-            raise Fault(Status.BAD_LAYER, detail=field_of(LAYER, "table_address").word)
-        return layer
+    def _run(self, submission: Mapping[str, int]
+             ) -> tuple[DeviceResult | RoutedTokens | MoeResult, Prediction | None]:
+        """Run a submission whose own fields are good."""
+        if submission["opcode"] in MOE_OPCODES:
+            return self._moe.run(submission, self._moe.check(submission))
+        routes = submission["opcode"] == Opcode.ROUTE
+        where = submission["layer_address"]
+        raw = self._port.load(where, ENTRY_BYTES).tobytes()
+        try:
+            layer = check_descriptor(
+                Status.BAD_ROUTER if routes else Status.BAD_LAYER, raw, self._config)
+            if routes:
+                self._routes.check(submission, layer)
+            else:
+                check_layer(submission, layer, self._config)
+        except Fault as fault:
+            if fault.status is not Status.BAD_FIELD:
+                fault.address = where
+            raise
+        return (self._routes if routes else self._engine).run(submission, layer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,9 @@ from moeaccel.host.transports.golden.register_file import RegisterFile
 from moeaccel.host.transports.golden.timing import Timing
 from moeaccel.interface.commands import ElementType, Opcode
 from moeaccel.plan import Plan, plan
+
+if TYPE_CHECKING:
+    from moeaccel.cycles.prediction import Prediction
 
 
 def _row_bytes(submission: Mapping[str, int], layer: Mapping[str, int]) -> tuple[int, int, int]:
@@ -51,8 +55,8 @@ class Engine:
         self._timing = timing
 
     def run(self, submission: Mapping[str, int], layer: Mapping[str, int]
-            ) -> tuple[DeviceResult, int]:
-        """Run a command; return its result and its cycles.
+            ) -> tuple[DeviceResult, Prediction | None]:
+        """Run a command; return its result, and with a cycle model what that predicts.
 
         Raises
         ------
@@ -63,8 +67,8 @@ class Engine:
         tokens, top_k = submission["tokens"], submission["top_k"]
         gemm = submission["opcode"] == Opcode.GEMM
         if gemm:
-            ids = np.zeros((tokens, 1), np.int64)
-            weights = np.ones((tokens, 1), np.float32)
+            ids = np.tile(np.arange(top_k), (tokens, 1))
+            weights = np.ones((tokens, top_k), np.float32)
         else:
             raw = self._port.load(submission["ids_address"], 4 * tokens * top_k)
             ids = raw.view("<i4").reshape(tokens, top_k).astype(np.int64)
@@ -88,8 +92,8 @@ class Engine:
         y = to_bfloat16(result.y) if narrow else np.ascontiguousarray(result.y)
         self._port.ram.write(submission["y_address"], y.view(np.uint8).reshape(-1))
         if self._timing is None:
-            return result, 0
-        return result, self._timing.count(submission, layer, entries, ids)
+            return result, None
+        return result, self._timing.predict(submission, layer, entries, ids)
 
     def _compute(self, submission: Mapping[str, int], layer: Mapping[str, int], planned: Plan,
                  entries: Mapping[int, Entry], ids: NDArray[np.int64],
@@ -139,4 +143,4 @@ class Engine:
                              + sums_row * sum(not row.first for row in rows),
             bytes_written=y_row * len(planned.zeros)
                           + sum(y_row if row.last else sums_row for row in rows),
-            tokens=planned.tokens, expert_passes=len(planned.passes), assignments=planned.pairs)
+            expert_passes=len(planned.passes), assignments=planned.pairs)

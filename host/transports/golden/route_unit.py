@@ -4,26 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moeaccel.config import BLOCK, AcceleratorConfig
+from moeaccel.formats import whole_blocks
 from moeaccel.golden.router import NONE, RoutedTokens, route_words
 from moeaccel.host.transports.golden.memory_port import Fault, MemoryPort
 from moeaccel.host.transports.golden.register_file import RegisterFile
 from moeaccel.host.transports.golden.timing import Timing
 from moeaccel.interface.commands import (
-    COUNT_MAX,
     ENTRY_BYTES,
     ROUTER,
     SUBMISSION,
-    NonFinite,
+    ElementType,
     Selection,
     Status,
     field_of,
 )
 from moeaccel.router.descriptor import settings_of
+
+if TYPE_CHECKING:
+    from moeaccel.cycles.prediction import Prediction
 
 __all__ = ["RouteUnit"]
 
@@ -63,8 +67,15 @@ class RouteUnit:
         self._port = port
         self._timing = timing
 
-    def check(self, submission: Mapping[str, int], router: Mapping[str, int]) -> None:
-        """End the command if submission and router do not fit each other, or the address space."""
+    def check(self, submission: Mapping[str, int], router: Mapping[str, int], *,
+              logits: int | None = None) -> None:
+        """End the command if submission and router do not fit each other, or the address space.
+
+        Parameters
+        ----------
+        logits : :class:`int`, optional
+            Of a token, filled up, where it is not the host that says so.
+        """
         sizes = self._sizes(submission, router)
         top = 1 << self._config.address_bits
         kept = router["keep_groups"] * router["group_size"]
@@ -73,13 +84,15 @@ class RouteUnit:
                 or (router["selection"] == Selection.MIXER and chosen != 2)):
             raise Fault(Status.BAD_FIELD, detail=field_of(SUBMISSION, "top_k").word)
         # Of y and workspace there is a block for each token, as of any command.
-        y_bytes = 4 * BLOCK * submission["tokens"]
+        block = BLOCK * submission["tokens"]
+        y_bytes = ElementType(submission["y_type"]).bytes * block
         for name, size in (("x_address", sizes.logits), ("ids_address", sizes.pairs),
                            ("weights_address", sizes.pairs), ("y_address", y_bytes),
-                           ("workspace_address", 2 * y_bytes)):
+                           ("workspace_address", 8 * block)):
             if submission[name] + size > top:
                 raise Fault(Status.BAD_FIELD, detail=field_of(SUBMISSION, name).word)
         for name, bad in (
+                ("num_experts", logits not in (None, whole_blocks(router["num_experts"]))),
                 ("groups", router["groups"] * router["group_size"] != router["num_experts"]),
                 ("keep_groups", router["keep_groups"] > router["groups"]),
                 ("table_address",
@@ -88,8 +101,8 @@ class RouteUnit:
                 raise Fault(Status.BAD_ROUTER, detail=field_of(ROUTER, name).word)
 
     def run(self, submission: Mapping[str, int], router: Mapping[str, int]
-            ) -> tuple[tuple[Status, int, int], int]:
-        """Run a command; return status, detail and address of its completion, and its cycles.
+            ) -> tuple[RoutedTokens, Prediction | None]:
+        """Run a command; return its result, and with a cycle model what that predicts.
 
         Raises
         ------
@@ -129,15 +142,16 @@ class RouteUnit:
                     sizes.pairs, 0)
         self._registers.count(
             bytes_read_other=read + sweeps * sizes.logits, bytes_written=2 * sizes.pairs,
-            tokens=tokens, overflows=routed.saturated)
-        cycles = 0 if self._timing is None else self._timing.count_route(submission, router)
-        return _outcome(routed), cycles
+            overflows=routed.saturated)
+        if self._timing is None:
+            return routed, None
+        return routed, self._timing.predict_route(submission, router)
 
     def _sizes(self, submission: Mapping[str, int], router: Mapping[str, int]) -> _Sizes:
         tokens, experts = submission["tokens"], router["num_experts"]
         return _Sizes(
             _whole(_TABLE_BYTES * experts), _whole(-(-experts // 8)) if router["prior"] else 0,
-            4 * tokens * -(-experts // BLOCK) * BLOCK,
+            4 * tokens * whole_blocks(experts),
             _whole(4 * tokens * submission["top_k"]))
 
     @staticmethod
@@ -150,11 +164,3 @@ class RouteUnit:
         whole = np.full(size // 4, rest, values.dtype)
         whole[: values.size] = values.reshape(-1)
         self._port.ram.write(address, whole.view(np.uint8))
-
-
-def _outcome(routed: RoutedTokens) -> tuple[Status, int, int]:
-    if routed.nonfinite_tokens:
-        return Status.NONFINITE, routed.nonfinite_tokens[0], NonFinite.LOGIT
-    if routed.saturated:
-        return Status.OVERFLOW, min(routed.saturated, COUNT_MAX), 0
-    return Status.OK, 0, 0

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,9 @@ from moeaccel.config import AcceleratorConfig
 from moeaccel.host.transports.golden.expert_table import Entry
 from moeaccel.host.transports.golden.register_file import RegisterFile
 from moeaccel.interface.commands import ElementType, Opcode, Selection
+
+if TYPE_CHECKING:
+    from moeaccel.cycles.prediction import Prediction
 
 _COUNTED = ("busy", "starved_weights", "starved_activations", "stalled_output", "idle")
 
@@ -32,27 +36,40 @@ class Timing:
         self._registers = registers
         self._latency = latency
 
-    def count(self, submission: Mapping[str, int], layer: Mapping[str, int],
-              entries: Mapping[int, Entry], ids: NDArray[np.int64]) -> int:
-        """Return a command's cycles; the counters of time get theirs."""
+    def predict(self, submission: Mapping[str, int], layer: Mapping[str, int],
+                entries: Mapping[int, Entry], ids: NDArray[np.int64]) -> Prediction:
+        """Return what EXPERTS or GEMM is predicted to take."""
         from moeaccel.cycles import predict_command
 
-        found = predict_command(
+        return predict_command(
             self._config, {expert: entry.sections for expert, entry in entries.items()}, ids,
             layer["num_experts"], d_in=layer["d_in"], d_out=layer["d_out"],
             planes=layer["planes"], latency=self._latency,
             gemm=submission["opcode"] == Opcode.GEMM, x_type=ElementType(submission["x_type"]),
             y_type=ElementType(submission["y_type"]))
+
+    def predict_route(self, submission: Mapping[str, int], router: Mapping[str, int]
+                      ) -> Prediction:
+        """Return what a ROUTE is predicted to take."""
+        from moeaccel.cycles.route_unit import predict_route
+        from moeaccel.router.descriptor import settings_of
+
+        return predict_route(
+            self._config, settings_of(router, submission["top_k"]), submission["tokens"],
+            biased=router["selection"] == Selection.BIASED_SCORE, tables=bool(router["tables"]),
+            residents=bool(router["prior"]), shared=router["shared"], latency=self._latency)
+
+    def predict_moe(self, submission: Mapping[str, int], descriptors: Sequence[Mapping[str, int]],
+                    parts: Sequence[Prediction]) -> Prediction:
+        """Return what a MOE is predicted to take, of what its parts would alone."""
+        from moeaccel.cycles.moe import join
+
+        planes, _, experts = descriptors
+        return join(self._config, parts, d_in=planes["d_in"], logits=planes["d_out"],
+                    d_out=experts["d_out"], top_k=submission["top_k"], latency=self._latency)
+
+    def count(self, found: Prediction) -> int:
+        """Return a command's cycles; the counters of time get theirs."""
         values = asdict(found)
         self._registers.count(**{name: values[name] for name in _COUNTED})
         return found.cycles
-
-    def count_route(self, submission: Mapping[str, int], router: Mapping[str, int]) -> int:
-        """Return the cycles of a ROUTE."""
-        from moeaccel.cycles.route_unit import route_cycles
-        from moeaccel.router.descriptor import settings_of
-
-        return route_cycles(
-            self._config, settings_of(router, submission["top_k"]), submission["tokens"],
-            biased=router["selection"] == Selection.BIASED_SCORE, tables=bool(router["tables"]),
-            residents=bool(router["prior"]), latency=self._latency)

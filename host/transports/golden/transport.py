@@ -61,7 +61,8 @@ class GoldenTransport(Transport):
         times = Timing(config, self._registers, latency) if timing else None
         engine = Engine(config, self._registers, self._port, self._images, times)
         routes = RouteUnit(config, self._registers, self._port, times)
-        self._commands = CommandProcessor(config, self._registers, self._port, engine, routes)
+        self._commands = CommandProcessor(
+            config, self._registers, self._port, engine, routes, times)
 
     @property
     def memory_bytes(self) -> int:

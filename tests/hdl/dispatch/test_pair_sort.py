@@ -151,6 +151,15 @@ def test_what_is_not_routed_is_all_of_expert_0():
     assert counts == [5, 0, 0, 0] and not zeros and set(totals.values()) == {1}
 
 
+def test_what_is_not_routed_goes_to_the_first_experts():
+    """To as many as a token has pairs, and those that there are."""
+    rest, few = Bench([([[0, 0]] * 3, 4, 0), ([[0, 0, 0]] * 2, 2, 0)]).found
+    assert rest[0] == [(0, 0), (1, 2), (2, 4), (0, 1), (1, 3), (2, 5)]
+    assert rest[1] == [3, 3, 0, 0]
+    assert few[0] == [(0, 0), (1, 3), (0, 1), (1, 4)]
+    assert few[3] == {0: 2, 1: 2}
+
+
 def test_cycles_are_those_of_the_docstring():
     """Three for each pair, twice; two for each expert; one for a token without pairs."""
     for experts, ids in ((1, [[0]]), (5, [[0, 3], [-1, 9], [4, 4]])):

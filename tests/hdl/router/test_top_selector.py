@@ -29,7 +29,7 @@ def test_order(places, stall):
                 ctx.set(dut.i_id, i)
                 await ctx.tick()
             ctx.set(dut.i_valid, 0)
-            await ctx.tick().repeat(places)
+            await ctx.tick().repeat(dut.LATENCY_CYCLES)
             some = ctx.get(dut.o_some)
             got = [ctx.get(dut.o_ids[i]) for i in range(places) if some >> i & 1]
             assert some == (1 << min(count, places)) - 1

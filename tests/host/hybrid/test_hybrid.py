@@ -1,6 +1,7 @@
 """Hybrid layers on golden: the same bits, whoever computes what."""
 
 import json
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from moeaccel.host import errors, open_device
 from moeaccel.host.hybrid import Hybrid
 from moeaccel.host.hybrid.grouped import ACTIVATIONS
 from moeaccel.host.hybrid.images import read_expert
+from moeaccel.host.hybrid.lanes import CudaLane
 from moeaccel.host.policies.costs import machine
 from moeaccel.host.policies.errors import (
     BudgetTooSmall,
@@ -135,6 +137,86 @@ class Order:
 
     def ready(self):
         self.said.append("ready")
+
+
+class Stream:
+    """A stream of a stand-in for torch.cuda, which says what it is asked."""
+
+    def __init__(self, name, said):
+        self.name, self.said = name, said
+
+    def wait_stream(self, other):
+        self.said.append(f"{self.name} waits for {other.name}")
+
+
+class Cuda:
+    """The stand-in."""
+
+    def __init__(self):
+        self.said = []
+        self.main = self.current = Stream("main", self.said)
+
+    def Stream(self, device):
+        return Stream(f"lane of {device}", self.said)
+
+    def current_stream(self, device):
+        return self.current
+
+    @contextmanager
+    def stream(self, stream):
+        self.current, before = stream, self.current
+        yield
+        self.current = before
+
+
+class Remembered:
+    """A stand-in for a tensor on a GPU."""
+
+    is_cuda = True
+    by = None
+
+    def record_stream(self, stream):
+        self.by = stream
+
+
+def test_moves_run_on_a_stream_of_their_own():
+    cuda = Cuda()
+    lane = CudaLane("cuda:0", cuda)
+
+    def work():
+        cuda.said.append(f"move on {cuda.current.name}")
+        return [Remembered(), Remembered()]
+
+    moved = lane.move(work)
+    lane.ready()
+    assert cuda.said == ["lane of cuda:0 waits for main", "move on lane of cuda:0",
+                         "main waits for lane of cuda:0"]
+    assert [one.by for one in moved] == [cuda.main] * 2  # not free before main has read them
+
+
+def test_a_lane_gives_the_same_bits(loaded):
+    layers, alone_y = loaded
+    cuda = Cuda()
+    hybrid = Hybrid("mixtral-offloading", gpu_bytes=6 * RESIDENT, resident_math="exact",
+                    lane=lambda device: CudaLane(device, cuda))
+    for y, expected in zip(run(hybrid, layers), alone_y, strict=True):
+        assert torch.equal(y, expected)
+    waits = [said.split()[0] for said in cuda.said]
+    assert waits == ["lane", "main"] * (len(waits) // 2) and waits
+
+
+def test_shared_experts_are_work_of_the_torch_device(loaded):
+    """The more of it there is beside the call, the less of the call is left to the torch device."""
+    layers, alone_y = loaded
+    on_torch = []
+    for shared in (0, 1000):
+        hybrid = Hybrid("moeaccel", gpu_bytes=8 * RESIDENT, resident_math="exact",
+                        on=machine("h100"))
+        found = [hybrid(experts, *call, layers=2, shared=shared) for call in calls()
+                 for experts in layers]
+        assert all(map(torch.equal, found, alone_y))
+        on_torch.append(sum(c.on_torch for c in hybrid.counters))
+    assert on_torch[1] < on_torch[0]
 
 
 class Half(Scan):

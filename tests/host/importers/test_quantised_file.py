@@ -113,11 +113,17 @@ def written(folder, tmp_path):
     (lambda t, m: t.update({"layers.1.down.scales": t["layers.1.down.scales"][:, :, :0]}),
      DamagedCheckpoint, r"'layers.1.down.scales' \(U8 \[3, 96, 0\] at byte \d+ of .* must be U8"),
     (lambda t, m: m.update(format="other"), ForeignCheckpoint, "must be a file of 'moeaccel-exp"),
-    (lambda t, m: m.update(version="2"), ForeignCheckpoint, "version 1, not .*, 2;"),
+    (lambda t, m: m.update(version="3"), ForeignCheckpoint, "version 1 or 2, not .*, 3;"),
     (lambda t, m: m.update(weight_format="int3"), DamagedCheckpoint, "must be one of mxint8"),
     (lambda t, m: m.update(layers="[3]"), DamagedCheckpoint, "must have a weight_format and lay"),
     (lambda t, m: m.update(layers=json.dumps([json.loads(m["layers"])[0] | {"experts": 0}])),
      DamagedCheckpoint, "must have positive dimensions"),
+    (lambda t, m: m.update(layers=json.dumps([json.loads(m["layers"])[0] | {"activation": "x"}])),
+     DamagedCheckpoint, "layer 1 in the metadata of .*activation must be one of"),
+    (lambda t, m: m.update(layers=json.dumps([json.loads(m["layers"])[0] | {"limit": "7"}])),
+     DamagedCheckpoint, "layer 1 in the metadata of .*limit must be a positive number"),
+    (lambda t, m: m.update(layers=json.dumps([json.loads(m["layers"])[0] | {"down_biased": 1}])),
+     DamagedCheckpoint, "must have biases, true or false"),
 ])
 def test_other_files_are_refused(written, change, error, message):
     path, tensors, metadata = written

@@ -5,6 +5,8 @@ import json
 from typer.testing import CliRunner
 
 from moeaccel.cli import app
+from moeaccel.host.demo import CHECKPOINT
+from moeaccel.host.traces import RoutingTrace
 
 runner = CliRunner()
 
@@ -16,6 +18,22 @@ def test_run_answers_and_compares():
     report = json.loads(result.stdout.strip().splitlines()[-1])
     assert report["device_answers"] == ["112", "abc"] and report["logits_equal"]
     assert report["expert_passes"] > 0 and report["bytes_read"] > 0
+
+
+def test_run_by_a_recorded_trace(tmp_path):
+    trace = str(tmp_path / "trace.safetensors")
+    result = runner.invoke(app, ["trace", "record", str(CHECKPOINT), "--prompt", "27+85=",
+                                 "--new-tokens", "8", "--out", trace])
+    assert result.exit_code == 0, result.output
+    asked = ["run", "--device", "golden", "--json", "--routes", trace, "--prompt", "27+85="]
+    result = runner.invoke(app, asked)
+    report = json.loads(result.stdout.strip().splitlines()[-1])
+    assert report["device_answers"] == ["112"] and report["logits_equal"]
+    result = runner.invoke(app, [*asked, "--prompt", "1+1="])
+    assert result.exit_code == 2 and "prompts must be one with routes" in result.output
+    RoutingTrace.load(trace).select(layers=[0]).save(trace)
+    result = runner.invoke(app, asked)
+    assert result.exit_code == 2 and "routes must be of all layers" in result.output
 
 
 def test_run_needs_a_prompt():

@@ -3,10 +3,16 @@ import pytest
 import torch
 
 from moeaccel.formats import check_matrix
-from moeaccel.host.errors import UnsupportedExperts
-from moeaccel.host.importers import ForeignCheckpoint, InexactWeights, open_checkpoint
+from moeaccel.host import open_device
+from moeaccel.host.importers import (
+    ForeignCheckpoint,
+    InexactWeights,
+    import_checkpoint,
+    open_checkpoint,
+    open_quantised,
+)
 from moeaccel.host.importers.families.fp4 import e4m3, power_of_two
-from tests.support.checkpoints import expert_stems, shapes, write_safetensors
+from tests.support.checkpoints import expert_stems, float_experts, shapes, write_safetensors
 
 E, H, I = 2, 96, 64
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
@@ -47,15 +53,56 @@ def test_scales_beyond_16_powers_of_two_are_coarsened_or_refused(tmp_path):
             list(checkpoint.experts(7, "mxfp4", exact=True))
 
 
-def test_biases_are_refused_unless_they_are_to_be_left_out(tmp_path):
-    tensors, _ = gpt_oss()
-    name = "model.layers.7.mlp.experts.down_proj_bias"
-    tensors[name] = torch.ones(E, H, dtype=torch.bfloat16)
+@pytest.mark.parametrize("down_first", [False, True])
+def test_gpt_oss_is_imported_with_biases_activation_and_limit(tmp_path, down_first):
+    """Bits of the imported file are those of the floats that it means."""
+    tensors, floats = gpt_oss(low=122, high=124)
+    rng = np.random.default_rng(4)
+    stem = "model.layers.7.mlp.experts"
+    biases = {part: torch.from_numpy(rng.standard_normal((E, n), np.float32)).bfloat16()
+              for part, n in (("gate_up", 2 * I), ("down", H)) if part != "down" or down_first}
+    tensors |= {f"{stem}.{part}_proj_bias": bias for part, bias in biases.items()}
+    folder = write_safetensors(tmp_path / "model", tensors,
+                               {"model_type": "gpt_oss", "swiglu_limit": 7.0})
+    with open_checkpoint(folder) as checkpoint:
+        assert set(checkpoint.layers[7].biases) == {f"{stem}.{part}_proj_bias" for part in biases}
+        import_checkpoint(checkpoint, tmp_path / "file", "mxfp4", exact=True)
+        left_out, _ = next(checkpoint.experts(7, "mxfp4", drop_biases=True))
+        assert left_out.gate_up.bias is left_out.down.bias is None
+    call = (rng.standard_normal((9, H), np.float32), rng.integers(0, E, (9, 2)),
+            rng.random((9, 2), np.float32))
+    with open_quantised(tmp_path / "file") as file, open_device("golden", config="small") as device:
+        assert file.layers[7].summary.down_biased == down_first
+        loaded = device.load_quantised(file.layers[7])
+        gate_up = floats["gate_up"]
+        halves = np.concatenate([gate_up[:, 0::2], gate_up[:, 1::2]], axis=1).astype(np.float32)
+        rows = biases["gate_up"].float()
+        plain = device.load_experts(
+            halves, floats["down"].astype(np.float32), weight_format="mxfp4", activation="gpt_oss",
+            limit=7.0, gate_up_bias=torch.cat([rows[:, 0::2], rows[:, 1::2]], dim=1),
+            down_bias=biases["down"].float() if down_first else None, quantiser="amax",
+            grid_exponent=loaded.grid_exponent)
+        assert np.array_equal(loaded(*call), plain(*call))
+
+
+def test_biases_of_experts_that_are_no_stack(tmp_path):
+    stacks = float_experts(E, H, I)
+    tensors, rng = {}, np.random.default_rng(1)
+    for part, e, stem in expert_stems(E):
+        tensors[f"{stem}.weight"] = stacks[part][e]
+        if part != "gate":
+            tensors[f"{stem}.bias"] = rng.standard_normal(len(stacks[part][e])).astype(np.float32)
     with open_checkpoint(write_safetensors(tmp_path, tensors)) as checkpoint:
-        assert checkpoint.layers[7].biases == (name,)
-        with pytest.raises(UnsupportedExperts, match=f"'{name}' is there; drop_biases=True leaves"):
-            next(checkpoint.experts(7, "mxfp4"))
-        assert next(checkpoint.experts(7, "mxfp4", drop_biases=True))[1].exact
+        expert, _ = list(checkpoint.experts(0, "mxint8"))[1]
+        found = expert.gate_up.bias_values.reshape(I, 2)
+        up, down = (torch.from_numpy(tensors[f"model.layers.0.mlp.experts.1.{part}_proj.bias"])
+                    .bfloat16().float().numpy() for part in ("up", "down"))
+        assert not found[:, 0].any() and np.array_equal(found[:, 1], up)
+        assert np.array_equal(expert.down.bias_values, down)
+    tensors["model.layers.0.mlp.experts.1.up_proj.bias"] = np.ones(3, np.float32)
+    with open_checkpoint(write_safetensors(tmp_path, tensors)) as checkpoint, pytest.raises(
+            ForeignCheckpoint, match=r"up_proj.bias' .* must have the shape \[64\] for the rows"):
+        list(checkpoint.experts(0, "mxint8"))
 
 
 @pytest.mark.parametrize(("code", "dtype"), [(255, "nan"), (0, "2**-127")])

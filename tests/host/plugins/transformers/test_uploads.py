@@ -5,7 +5,9 @@ import pytest
 import torch
 
 import moeaccel.host.transformers_plugin as plugin
-from moeaccel.host import errors
+from moeaccel.host import errors, open_device
+from moeaccel.host.plugins.transformers import uploads
+from moeaccel.host.plugins.transformers.given_up import is_given_up
 from moeaccel.host.plugins.transformers.modules import Weights
 from moeaccel.host.plugins.transformers.uploads import uploaded
 from moeaccel.host.plugins.transformers.watch import PARTS
@@ -227,6 +229,56 @@ def test_weights_that_the_host_gives_up(device):
     with pytest.raises(errors.WeightsGivenUp, match="load the model again"):
         module(*CALL)
     assert not torch.equal(other(*CALL), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("everything", [False, True])
+def test_what_the_host_gave_up_comes_back_on_release(device, everything):
+    module = toy()
+    before = [p.detach().clone() for p in module.parameters()]
+    plugin.use_device(device, weight_format="mxint8", keep_host_weights=False)
+    expected = module(*CALL)
+    assert all(p.isnan().all() for p in module.parameters())
+    plugin.release(None if everything else module)
+    for parameter, was in zip(module.parameters(), before, strict=True):
+        assert 0 < (parameter - was).norm() < 0.02 * was.norm()  # as it was quantised
+        assert parameter.dtype == was.dtype and parameter.is_contiguous()
+    assert torch.equal(module(*CALL), expected)  # and given up again
+    plugin.release(module)
+    plugin.use_device(device, weight_format="int4_g32", keep_host_weights=True)
+    assert relative(module(*CALL), expected) < 0.2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", [
+    {"transposed": True}, {"interleaved": True}, {"transposed": True, "interleaved": True},
+    {"gated": False, "activation": "relu"}])
+def test_every_layout_comes_back(device, layout):
+    torch.manual_seed(2)
+    rows = 48 if layout.get("gated", True) else 24
+    shapes = [(3, rows, 40), (3, 40, 24)]
+    if layout.get("transposed"):
+        shapes = [(e, k, n) for e, n, k in shapes]
+    weights = Weights(*map(torch.randn, shapes), None, None, layers=1, block=None,
+                      **{"transposed": False, "interleaved": False} | layout)
+    before = [tensor.clone() for tensor in weights.tensors]
+    plugin.use_device(device, weight_format="mxint8", keep_host_weights=False)
+    uploads.experts_of(weights)
+    assert is_given_up(weights)
+    uploads.drop(weights)
+    for tensor, was in zip(weights.tensors, before, strict=True):
+        assert relative(tensor, was) < 0.02
+
+
+def test_weights_of_a_device_that_is_gone_stay_given_up(caplog):
+    module = toy()
+    with open_device("golden", config="small", memory_bytes=1 << 24) as other:
+        plugin.use_device(other, weight_format="mxint8", keep_host_weights=False)
+        with torch.no_grad():
+            module(*CALL)
+    plugin.release(module)
+    assert "stay given up: device must be open" in caplog.text
+    plugin.use_device(None)
 
 
 @torch.no_grad()

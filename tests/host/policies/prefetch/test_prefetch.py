@@ -5,7 +5,7 @@ from moeaccel.host.errors import InvalidOption
 from moeaccel.host.policies.errors import UnknownPolicy
 from moeaccel.host.policies.prefetch import PREFETCHES, Ahead, prefetch
 from moeaccel.host.policies.prefetch.activation_match import ActivationMatch
-from moeaccel.host.policies.prefetch.base import best, blurred
+from moeaccel.host.policies.prefetch.base import best, blurred, busiest
 from moeaccel.host.policies.prefetch.gate_ahead import GateAhead
 from moeaccel.host.policies.prefetch.hash_routes import HashRoutes
 from moeaccel.host.policies.prefetch.look_ahead import LookAhead
@@ -29,10 +29,10 @@ def test_best_and_blurred():
     assert best(np.array([0, 5, 2, 9]), 1).tolist() == [3]
     assert best(np.array([1.0, 2.0]), 5).tolist() == [1, 0]
     rng = np.random.default_rng(0)
-    uses = np.array([0, 1, 3, 0, 2])
-    assert blurred(uses, 1.0, rng).tolist() == [2, 4, 1]
-    right = np.mean([np.isin(blurred(np.r_[np.ones(4), np.zeros(396)], 0.7, rng), range(4)).mean()
-                     for _ in range(500)])
+    experts = busiest(np.array([0, 1, 3, 0, 2, 1]))
+    assert experts.tolist() == [2, 4, 1, 5]
+    assert blurred(experts, 6, 1.0, rng) is experts
+    right = np.mean([np.isin(blurred(experts, 400, 0.7, rng), experts).mean() for _ in range(500)])
     assert right == pytest.approx(0.7, abs=0.04)
 
 

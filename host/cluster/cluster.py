@@ -1,0 +1,284 @@
+"""Several devices as one: who has which expert, on one grid."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeaccel.grid import gated_output, grid_exponent as choose_grid, squares_of
+from moeaccel.host.cluster.layer import ClusterExperts, Piece
+from moeaccel.host.cluster.shard import Floats, LocalShard, Pairs, Shard
+from moeaccel.host.device import Device
+from moeaccel.host.errors import InvalidOption, InvalidTensor, ShardLost
+from moeaccel.host.options import whole
+from moeaccel.host.policies.sharding import Sharding, sharding as find_sharding
+from moeaccel.host.policies.sharding.row_split import RowSplit
+from moeaccel.host.tensors import Tensor, float32
+from moeaccel.image import interleave_gate_up
+
+__all__ = ["Cluster"]
+
+_Result = TypeVar("_Result")
+_Matrices = tuple[Floats, Floats]
+_Shares = NDArray[np.floating]
+
+
+class Cluster:
+    """Devices that have the experts of layers together.
+
+    Parameters
+    ----------
+    devices : sequence of :class:`Device` or :class:`Shard`
+        Devices of this process stay yours to close. :func:`moeaccel.host.cluster.ray_cluster` makes
+        a cluster of devices elsewhere.
+    on_loss : ``"error"`` or ``"reload"``
+        What happens when a device is lost: an error that names it, until :meth:`reload` is called;
+        or its experts are loaded on the others at once, and the call goes on.
+
+    Raises
+    ------
+    InvalidOption
+        If there is no device, or one twice.
+    """
+
+    def __init__(self, devices: Sequence[Device | Shard], *, on_loss: str = "error") -> None:
+        if not len(devices) or len({id(device) for device in devices}) < len(devices):
+            raise InvalidOption("devices of a cluster must be one or more, each once, not "
+                                f"{len(devices)}")
+        if on_loss not in ("error", "reload"):
+            raise InvalidOption(f"on_loss must be 'error' or 'reload', not {on_loss!r}")
+        self.on_loss_reload = on_loss == "reload"
+        self._shards: list[Shard] = [
+            LocalShard(device, number) if isinstance(device, Device) else device
+            for number, device in enumerate(devices)]
+        self._lost: set[int] = set()
+        self._keys = itertools.count()
+        self._layers: weakref.WeakSet[ClusterExperts] = weakref.WeakSet()
+
+    def __len__(self) -> int:
+        """Devices, lost ones included."""
+        return len(self._shards)
+
+    @property
+    def lost(self) -> frozenset[int]:
+        """Numbers of devices that are gone."""
+        return frozenset(self._lost)
+
+    def name(self, shard: int) -> str:
+        """Return what errors call a device."""
+        return self._shards[shard].name
+
+    def close(self) -> None:
+        """Free what layers have, and end actors; devices of this process stay open."""
+        for layer in list(self._layers):
+            layer.close()
+        for shard in self._shards:
+            shard.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
+                 traceback: TracebackType | None) -> None:
+        self.close()
+
+    # -- weights -----------------------------------------------------------------------------------
+    def load_experts(self, gate_up: Tensor | Sequence[Tensor], down: Tensor | Sequence[Tensor], *,
+                     share: str | Sharding | _Shares = "contiguous",
+                     routes: NDArray[np.integer] | None = None, keep_host_weights: bool = True,
+                     grid_exponent: int | None = None, coarser: int = 0, x_rms: float = 1.0,
+                     **options: Any) -> ClusterExperts:
+        """Deal the experts of a layer to the devices, and load them there.
+
+        Parameters
+        ----------
+        gate_up, down
+            See :meth:`Device.load_experts`.
+        share : :class:`str`, :class:`Sharding`, or float (devices, experts)
+            One of :data:`moeaccel.host.policies.sharding.SHARDINGS`, or a layer of
+            :attr:`moeaccel.host.policies.sharding.Shards.share`. An expert with several devices has
+            a replica on each. ``"row-split"``: a block of the rows of all experts on each.
+        routes : integer, (T, K), optional
+            Routes of this layer, for those that go by them.
+        keep_host_weights : :class:`bool`
+            Keep the weights, so that they can be loaded elsewhere when a device is lost.
+        grid_exponent, x_rms
+            Of all devices; chosen from all experts when left out.
+        coarser : :class:`int`
+            How many bits coarser than it was chosen: 6 leave parts of a sum up to 8 times the
+            typical output exact, and an absolute error of 2^-20 of it.
+        **options
+            Others of :meth:`Device.load_experts`: formats for all experts alike, activation, limit,
+            gated, activation_bits, quantiser.
+
+        Raises
+        ------
+        InvalidOption
+            If the share is not one of these devices and experts.
+        ShardLost
+            If a device is gone.
+        """
+        if unknown := options.keys() - _OPTIONS:
+            raise InvalidOption(f"options of a layer on a cluster must be among "
+                                f"{', '.join(sorted(_OPTIONS))}, not {', '.join(sorted(unknown))}")
+        coarser = whole("coarser", coarser, least=0)
+        count = len(gate_up)
+        if not count or len(down) != count:
+            raise InvalidTensor(f"gate_up and down must be of as many experts, one or more, not "
+                                f"{count} and {len(down)}")
+        gated = options.get("gated", True)
+        shares, blocks = self._shares(share, routes, count)
+
+        def part(expert: int, block: int) -> _Matrices:
+            return _cut(float32("gate_up", gate_up[expert]), float32("down", down[expert]),
+                        block, blocks, gated)
+
+        if grid_exponent is None:
+            grid_exponent = choose_grid(
+                _output(part(e, b), gated, x_rms, options) for e in range(count)
+                for b in range(blocks)) + coarser
+        given = options | {"grid_exponent": grid_exponent}
+
+        def loaded(wanted: Iterable[tuple[int, Sequence[int], int]]) -> list[Piece]:
+            """Load (shard, experts, block), all shards at a time, or nothing."""
+            pieces = [Piece(shard, next(self._keys), tuple(experts), block)
+                      for shard, experts, block in wanted if len(experts)]
+
+            def load(piece: Piece) -> Callable[[], None]:
+                gate_ups, downs = zip(*(part(e, piece.block) for e in piece.experts), strict=True)
+                return self._shards[piece.shard].load(piece.key, gate_ups, downs, given)
+
+            try:
+                waits = [self._guarded(piece.shard, functools.partial(load, piece))
+                         for piece in pieces]
+                for piece, wait in zip(pieces, waits, strict=True):
+                    self._guarded(piece.shard, wait)
+            except BaseException:
+                for piece in pieces:
+                    self.drop(piece)
+                raise
+            return pieces
+
+        def elsewhere(gone: Sequence[Piece]) -> list[Piece]:
+            left = [shard for shard in range(len(self)) if shard not in self._lost]
+            return loaded((shard, piece.experts[place :: len(left)], piece.block)
+                          for piece in gone for place, shard in enumerate(left))
+
+        d_model = part(0, 0)[1].shape[0]
+        layer = ClusterExperts(
+            self, loaded(_wanted(shares, blocks)), blocks=blocks, num_experts=count,
+            d_model=d_model, grid_exponent=grid_exponent,
+            reload=elsewhere if keep_host_weights else None)
+        self._layers.add(layer)
+        return layer
+
+    def _shares(self, share: str | Sharding | _Shares, routes: NDArray[np.integer] | None,
+                experts: int) -> tuple[_Shares, int]:
+        """Return which share of which expert each device has, and blocks of rows."""
+        if isinstance(share, str):
+            share = find_sharding(share)(n_devices=len(self))
+        if isinstance(share, Sharding):
+            if share.n_devices != len(self):
+                raise InvalidOption(f"share must be for the {len(self)} devices of this cluster, "
+                                    f"not for {share.n_devices}")
+            if isinstance(share, RowSplit):
+                return np.ones((len(self), experts)), len(self)
+            seen = np.arange(experts)[:, None] if routes is None else np.asarray(routes)
+            share = share.shard(seen[:, None, :], experts).share[0]
+        found = np.asarray(share, np.float64)
+        if found.shape != (len(self), experts) or not np.allclose(found.sum(0), 1):
+            raise InvalidOption(f"share must be ({len(self)} devices, {experts} experts) and add "
+                                f"up to 1 for each expert, not {found.shape}")
+        return found, 1
+
+    # -- what layers ask for -----------------------------------------------------------------------
+    def submit(self, piece: Piece, pairs: Pairs) -> Callable[[], Floats]:
+        """Send a part of a call to its shard."""
+        shard = self._shards[piece.shard]
+        return self._guarded(piece.shard, lambda: shard.submit(piece.key, pairs))
+
+    def answer(self, piece: Piece, wait: Callable[[], Floats]) -> Floats:
+        """Return what a shard answers."""
+        return self._guarded(piece.shard, wait)
+
+    def drop(self, piece: Piece) -> None:
+        """Free experts, where their shard is still there."""
+        if piece.shard in self._lost:
+            return
+        shard = self._shards[piece.shard]
+        try:
+            shard.drop(piece.key)
+        except shard.gone:
+            self._lost.add(piece.shard)
+
+    def _guarded(self, number: int, ask: Callable[[], _Result]) -> _Result:
+        """Ask a shard, and say so when it is gone."""
+        shard = self._shards[number]
+        if number in self._lost:
+            raise ShardLost(f"shard {shard.name} must answer, but was lost before; {_WAY_OUT}",
+                            number)
+        try:
+            return ask()
+        except shard.gone as error:
+            self._lost.add(number)
+            raise ShardLost(f"shard {shard.name} must answer, but is lost: {error}; {_WAY_OUT}",
+                            number) from error
+
+    def reload(self, shard: int) -> None:
+        """Load what all layers had on a device on the others, evenly.
+
+        It is not asked any more, lost or not.
+
+        Raises
+        ------
+        InvalidOption
+            If no other device is left.
+        ShardLost
+            If the weights of a layer were not kept, or another device is gone.
+        """
+        if not 0 <= shard < len(self):
+            raise InvalidOption(f"shard must be from 0 to {len(self) - 1}, not {shard!r}")
+        self._lost.add(shard)
+        if len(self._lost) == len(self):
+            raise ShardLost(f"shard {self.name(shard)} must not be the last, but all "
+                            f"{len(self)} are lost; open devices again", shard)
+        for layer in list(self._layers):
+            layer.move(shard)
+
+
+_OPTIONS = {"activation", "gated", "limit", "weight_format", "activation_bits", "quantiser",
+            "prune"}
+_WAY_OUT = "cluster.reload(shard) loads its experts elsewhere, and so does on_loss='reload'"
+
+
+def _wanted(shares: _Shares, blocks: int) -> list[tuple[int, list[int], int]]:
+    """Return shard, experts and block of each piece."""
+    return [(shard, np.nonzero(row > 0)[0].tolist(), shard if blocks > 1 else 0)
+            for shard, row in enumerate(shares)]
+
+
+def _cut(gate_up: Floats, down: Floats, block: int, blocks: int, gated: bool) -> _Matrices:
+    """Return a block of an expert's hidden rows."""
+    if blocks == 1:
+        return gate_up, down
+    if down.shape[1] % blocks:
+        raise InvalidOption(f"the {blocks} devices of a row split must divide I = "
+                            f"{down.shape[1]}")
+    each = gate_up.reshape(2 if gated else 1, blocks, -1, gate_up.shape[1])[:, block]
+    return (np.ascontiguousarray(each.reshape(-1, gate_up.shape[1])),
+            np.ascontiguousarray(np.split(down, blocks, axis=1)[block]))
+
+
+def _output(matrices: _Matrices, gated: bool, x_rms: float, options: dict[str, Any]) -> float:
+    """Return the typical output of an expert, as one device finds it."""
+    gate_up, down = matrices
+    return gated_output(
+        squares_of(interleave_gate_up(gate_up) if gated else gate_up), squares_of(down),
+        x_rms=x_rms, activation=options.get("activation", "silu"), limit=options.get("limit"))

@@ -1,0 +1,97 @@
+"""Cycles of MOE: those of its jobs, which run one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from moeaccel.config import BLOCK, MEMORY_LATENCY_CYCLES, AcceleratorConfig
+from moeaccel.cycles.command_processor import NEXT_CYCLES, before_job, before_moe
+from moeaccel.cycles.commands import predict_command
+from moeaccel.cycles.job import Pairs
+from moeaccel.cycles.prediction import Prediction
+from moeaccel.cycles.route_unit import predict_route
+from moeaccel.image import Section
+from moeaccel.interface.commands import ENTRY_BYTES, MOE_BLOCK, MOE_PLANES, ElementType
+from moeaccel.router.settings import RouterSettings
+
+__all__ = ["join", "predict_moe"]
+
+
+def join(config: AcceleratorConfig, parts: Sequence[Prediction], *, d_in: int, logits: int,
+         d_out: int, top_k: int, latency: int) -> Prediction:
+    """Return what a MOE takes, of what its parts would take as commands of their own.
+
+    Parameters
+    ----------
+    parts : sequence of :class:`Prediction`
+        Product, ROUTE and, unless it is a MOE_ROUTE, EXPERTS.
+    d_in, logits, d_out : :class:`int`
+        Elements of a row of x, of logits and of y.
+    top_k : :class:`int`
+        Of the submission, with shared experts.
+    latency : :class:`int`
+        Of the ideal memory.
+    """
+    alone = [max(d_in // BLOCK, logits // BLOCK, MOE_PLANES),
+             max(logits // BLOCK, top_k),
+             max(d_in // BLOCK, d_out // BLOCK, top_k)]
+    checked = (max(alone[0], top_k), *alone[1:])
+    cycles = before_moe(config, checked, latency) + NEXT_CYCLES * (len(parts) - 1)
+    cycles += sum(part.cycles - before_job(config, largest, latency)
+                  for part, largest in zip(parts, alone, strict=False))
+    whole = sum(parts, Prediction())
+    again = len(parts) - 1
+    return replace(
+        whole, cycles=cycles, idle=cycles - (whole.cycles - whole.idle),
+        bytes_read_other=(whole.bytes_read_other
+                          - ENTRY_BYTES * (2 * len(parts) - 1 - len(MOE_BLOCK))),
+        bytes_written=whole.bytes_written - ENTRY_BYTES * again)
+
+
+def predict_moe(
+    config: AcceleratorConfig,
+    settings: RouterSettings,
+    plane: Section,
+    experts: Mapping[int, tuple[Section, ...]],
+    ids: Pairs,
+    num_experts: int,
+    *,
+    d_model: int,
+    planes: int,
+    biased: bool = False,
+    tables: bool = False,
+    latency: int = MEMORY_LATENCY_CYCLES,
+    io: ElementType = ElementType.FLOAT32,
+) -> Prediction:
+    """Predict one MOE, within the limits of the configuration.
+
+    Parameters
+    ----------
+    settings : :class:`RouterSettings`
+    plane : :class:`Section`
+        Of each plane of the router's matrix, whose product is in ``a16``.
+    experts : mapping of int to tuple of :class:`Section`
+        What the images hold of the experts with tokens, shared ones included.
+    ids : integer array, (T, K)
+        That the router chooses, and behind them the shared experts.
+    num_experts, d_model, planes : :class:`int`
+        Of the experts.
+    biased, tables : :class:`bool`
+        As in :func:`moeaccel.cycles.route_unit.route_cycles`.
+    latency, io
+        As in :func:`moeaccel.cycles.predict_experts`.
+    """
+    tokens, top_k = ids.shape
+    product = predict_command(
+        config, dict.fromkeys(range(MOE_PLANES), (plane,)),
+        np.tile(np.arange(MOE_PLANES), (tokens, 1)), MOE_PLANES, d_in=d_model, d_out=plane.rows,
+        planes=2, latency=latency, gemm=True, x_type=io)
+    routed = predict_route(config, settings, tokens, biased=biased, tables=tables,
+                           shared=top_k - settings.top_k, latency=latency)
+    result = predict_command(config, experts, ids, num_experts, d_in=d_model, d_out=d_model,
+                             planes=planes, latency=latency, x_type=io, y_type=io)
+    return join(config, [product, routed, result], d_in=d_model, logits=plane.rows, d_out=d_model,
+                top_k=top_k, latency=latency)
