@@ -146,7 +146,7 @@ class Popularity(Prediction):
                   ) -> np.ndarray:
         """Return the most popular; see :meth:`Prediction.following`."""
         self._counts[layer] += uses
-        return _likeliest(self._counts[(layer + 1) % self.n_layers], np.count_nonzero(uses))
+        return _likeliest(self._counts[(layer + 1) % self.n_layers], int(np.count_nonzero(uses)))
 
 
 class Oracle(Prediction):

@@ -51,6 +51,10 @@ def expert_buffer(
     from moeaccel.zoo import model as find_model
 
     found, machine = find_model(model), preset(config)
+    if (found.d_model is None or found.d_expert is None or found.n_experts is None
+            or found.top_k is None):
+        raise ForeignTrace(f"a model must have experts of one width, all of them known, and "
+                           f"{found.key} has not")
     names = prediction or ["none", *PREDICTIONS]
     chosen = [None if name == "none" else find(name) for name in names]
     shape = ExpertShape(find_format(weight_format), found.d_model, found.d_expert,

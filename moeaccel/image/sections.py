@@ -254,7 +254,7 @@ def pack_section(matrix: QuantisedMatrix, row_multipliers: int) -> Bytes:
         patterns = _two_bits(_in_lanes(at, section, 1)[..., 0])
     codes = _in_lanes(codes, section, 2 if fmt.packed else 1)
     if fmt.packed:
-        codes = codes[..., 0] | codes[..., 1] << 4
+        codes = codes[..., 0] | codes[..., 1] << np.uint8(4)
     weights = _in_words(
         np.ascontiguousarray(codes).reshape(tiles, steps, section.word_bytes), section)
 

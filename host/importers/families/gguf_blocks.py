@@ -75,7 +75,8 @@ def _coded(kind: str, blocks: NDArray[np.uint8]) -> Coded:
         return Coded(codes.reshape(n, -1), half(0), 32)
     if kind == "TQ2_0":
         # Of 32 bytes all lowest 2 bits first, and so on.
-        fours = blocks[:, :, :64].reshape(n, -1, 1, 32) >> np.arange(0, 8, 2, np.uint8)[:, None] & 3
+        shifts = np.arange(0, 8, 2, dtype=np.uint8)[:, None]
+        fours = blocks[:, :, :64].reshape(n, -1, 1, 32) >> shifts & 3
         return Coded(fours.reshape(n, -1).view(np.int8) - np.int8(1), half(64), 256)
     # Low halves of the 16 bytes first, then the high ones.
     pairs = blocks[:, :, -16:]

@@ -65,7 +65,7 @@ def test_a_word_has_two_steps(fmt, k):
     assert (section.kinds() == 2).sum() == section.tiles * section.weight_words
     assert len(section.kinds()) == section.words
     words = pack_section(matrix, 2)
-    again = unpack_section([words], section, paired=False)
+    again = unpack_section([words], section)
     for part in matrix.parts:
         assert np.array_equal(getattr(again, part), getattr(matrix, part)), part
     first = words.reshape(-1, 64)[section.kinds() == 2][0]

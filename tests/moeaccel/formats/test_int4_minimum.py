@@ -44,7 +44,7 @@ def test_images_are_whole():
     from moeaccel.image.sections import deal
 
     parts = [pack_section(deal(matrix, 2, c, 2, 1), 2) for c in range(2)]
-    again = unpack_section(parts, section, paired=False)
+    again = unpack_section(parts, section)
     for part in matrix.parts:
         assert np.array_equal(getattr(again, part), getattr(matrix, part)), part
 
