@@ -250,7 +250,10 @@ def job(config: AcceleratorConfig) -> data.StructLayout:
 
 def output_count_bits(config: AcceleratorConfig) -> int:
     """Return the bits of a count of a command's weighted outputs."""
-    return (config.max_assignments * config.max_dim).bit_length()
+    of_outputs = config.max_assignments * config.max_dim
+    # A MOE counts those of its router's two matrices as well, and logits.
+    of_logits = 3 * config.max_tokens * config.max_experts if config.router else 0
+    return (of_outputs + of_logits).bit_length()
 
 
 def limited_count(count: Value) -> Value:
