@@ -56,9 +56,9 @@ class CommandProcessor(wiring.Component):
     good, the submission ring is not empty and the completion ring has room. Opcode and fields are
     checked against the texts of ``moeaccel.interface.commands`` and the limits of ``config``; for
     EXPERTS and GEMM the layer descriptor, for ROUTE that of a router, is fetched and checked too,
-    then that everything ends within the address space, and the job is offered on ``o_job``. After the engine's ``i_done``,
-    which comes when its last write is acknowledged, the completion is written; when that is
-    acknowledged, ``cq_tail`` advances and ``o_irq`` pulses. The submission's fields come before the
+    then that everything ends within the address space, and the job is offered on ``o_job``. After
+    the engine's ``i_done``, which comes when its last write is acknowledged, the completion is
+    written; when that is acknowledged, ``cq_tail`` advances and ``o_irq`` pulses. The submission's fields come before the
     layer's, and those before what only both together say; of each the lowest bad word is reported.
     Addresses are checked in every command that has a job, whether they are used or not. Fields of
     NOP and FENCE other than the opcode are ignored.
