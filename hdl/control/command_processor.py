@@ -58,10 +58,10 @@ class CommandProcessor(wiring.Component):
     EXPERTS and GEMM the layer descriptor, for ROUTE that of a router, is fetched and checked too,
     then that everything ends within the address space, and the job is offered on ``o_job``. After
     the engine's ``i_done``, which comes when its last write is acknowledged, the completion is
-    written; when that is acknowledged, ``cq_tail`` advances and ``o_irq`` pulses. The submission's fields come before the
-    layer's, and those before what only both together say; of each the lowest bad word is reported.
-    Addresses are checked in every command that has a job, whether they are used or not. Fields of
-    NOP and FENCE other than the opcode are ignored.
+    written; when that is acknowledged, ``cq_tail`` advances and ``o_irq`` pulses. The submission's
+    fields come before the layer's, and those before what only both together say; of each the lowest
+    bad word is reported. Addresses are checked in every command that has a job, whether they are
+    used or not. Fields of NOP and FENCE other than the opcode are ignored.
 
     MOE: the three descriptors are read at once and checked one after the other, each with the sizes
     of its own job; then their jobs run, one after the other, of which the second and the third
