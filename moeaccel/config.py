@@ -248,8 +248,14 @@ class AcceleratorConfig:
         return any(f.zero_point for f in self.weight_formats)
 
     @property
+    def minima(self) -> bool:
+        """Whether a format has minima."""
+        return any(f.minimum for f in self.weight_formats)
+
+    @property
     def word_bytes(self) -> int:
-        """Bytes of one array word: the weights of one tile for one block of 32, in any format."""
+        """Bytes of one array word: the weights of one tile for one block of 32, in any format; for
+        two in 2-bit formats."""
         return BLOCK * self.row_multipliers
 
     @property
@@ -432,7 +438,8 @@ class AcceleratorConfig:
         fields = dataclasses.asdict(self)
         del fields["name"]
         fields["formats"] = [
-            {a.name: getattr(f, a.name) for a in dataclasses.fields(WeightFormat)}
+            {a.name: value for a in dataclasses.fields(WeightFormat)
+             if (value := getattr(f, a.name)) or a.name != "minimum"}
             for f in self.weight_formats]
         fields["activations"] = [
             {"name": a.name, "code": a.code, "factor": a.factor.value, "up_offset": a.up_offset}

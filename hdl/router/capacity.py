@@ -23,7 +23,7 @@ class Capacity(wiring.Component):
                  +--> [order] ------+  +--> [counts of experts]
 
     By priority tokens are put into their order as they come, each from behind to its place: it
-    takes as many cycles as tokens are behind it. Cycles: to clear the counts, 1 for each expert;
+    takes two cycles for each token behind it. Cycles: to clear the counts, 1 for each expert;
     behind the last pair, WALK_CYCLES for each pair. Reset: idle.
 
     Parameters
@@ -46,7 +46,7 @@ class Capacity(wiring.Component):
         Asks for the next pair, from token 0's first on; the answer, a cycle later. With ``o_done``.
     """
 
-    WALK_CYCLES = 6
+    WALK_CYCLES = 7
 
     def __init__(self, config):
         if not isinstance(config, AcceleratorConfig) or "capacity" not in config.router_modes:
@@ -82,6 +82,8 @@ class Capacity(wiring.Component):
         expert = Signal(layouts.expert_bits(config) + 1)  # of those to clear
         new, at = Signal(place), Signal.like(token)  # what is being put into order, and where to
         walked, taken = Signal(choice), Signal()
+        # Block RAM is slow to answer: registers behind it, ahead of comparisons.
+        other, count = Signal(place), Signal.like(self.i_tokens)
         left = Signal()
         last_token = token + 1 == self.i_tokens
         m.d.comb += [
@@ -89,9 +91,10 @@ class Capacity(wiring.Component):
             pairs_w.addr.eq(index), pairs_w.data.id.eq(pair.id), pairs_w.data.some.eq(pair.some),
             order_r.addr.eq(token), order_w.addr.eq(at), order_w.data.eq(new),
             counts_r.addr.eq(walked.id), counts_w.addr.eq(walked.id),
-            counts_w.data.eq(counts_r.data + 1),
-            left.eq(walked.some & (counts_r.data < form.capacity)),
+            counts_w.data.eq(count + 1),
+            left.eq(walked.some & (count < form.capacity)),
         ]
+        m.d.sync += [other.eq(order_r.data), count.eq(counts_r.data)]
 
         def walk():
             m.d.sync += [token.eq(0), first.eq(0), rank.eq(0)]
@@ -127,12 +130,15 @@ class Capacity(wiring.Component):
                             walk()
             with m.State("PLACE"):  # that before its place is on its way
                 m.d.comb += order_r.addr.eq(at - 1)
+                m.next = "HELD"
+            with m.State("HELD"):
                 m.next = "COMPARE"
             with m.State("COMPARE"):
                 m.d.comb += [order_r.addr.eq(at - 2), order_w.en.eq(1)]
-                with m.If((at != 0) & (order_r.data.priority < new.priority)):
-                    m.d.comb += order_w.data.eq(order_r.data)
+                with m.If((at != 0) & (other.priority < new.priority)):
+                    m.d.comb += order_w.data.eq(other)
                     m.d.sync += at.eq(at - 1)
+                    m.next = "HELD"
                 with m.Else():
                     m.d.sync += token.eq(token + 1)
                     m.next = "TAKE"
@@ -149,6 +155,8 @@ class Capacity(wiring.Component):
                 m.d.sync += walked.eq(pairs_r.data)
                 m.next = "COUNT"
             with m.State("COUNT"):
+                m.next = "COUNTED"
+            with m.State("COUNTED"):
                 m.next = "DECIDE"
             with m.State("DECIDE"):
                 m.d.comb += [

@@ -33,7 +33,7 @@ class NearLogits(wiring.Component):
         Undefined of a logit above the largest.
     """
 
-    LEAST_CYCLES = 5
+    LEAST_CYCLES = 6
 
     def __init__(self, latency_cycles=LEAST_CYCLES):
         if not isinstance(latency_cycles, int) or latency_cycles < self.LEAST_CYCLES:
@@ -47,15 +47,20 @@ class NearLogits(wiring.Component):
 
     def elaborate(self, platform):
         m = Module()
-        half = WORD_BITS // 2
+        half, part = WORD_BITS // 2, LOGIT_BITS // 2
+        limit = [self.i_limit[:part], self.i_limit[part:]]
         pipe = Pipeline(m, C(1))
         s = pipe.stage(
             distance=(self.i_largest - self.i_logit)[:WORD_BITS],
             size=Mux(self.i_logit[-1], -self.i_logit, self.i_logit)[:WORD_BITS])
         larger = Mux(self.i_largest > s.size, self.i_largest[:WORD_BITS], s.size)
         s = pipe.stage(distance=s.distance, larger=larger)
-        s = pipe.stage(distance=s.distance, low=s.larger[:half] * self.i_limit,
-                       high=s.larger[half:] * self.i_limit)
+        # By four multipliers, each as small as a DSP slice.
+        s = pipe.stage(distance=s.distance,
+                       products=[s.larger[start:start + half] * factor
+                                 for start in (0, half) for factor in limit])
+        low, high = (s.products[i] + (s.products[i + 1] << part) for i in (0, 2))
+        s = pipe.stage(distance=s.distance, low=low, high=high)
         s = pipe.stage(distance=s.distance, product=s.low + (s.high << half))
         s = pipe.stage(near=(s.distance << LOGIT_BITS) <= s.product)
         assert pipe.depth == self.LEAST_CYCLES

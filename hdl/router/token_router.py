@@ -44,7 +44,7 @@ DIVIDE_CYCLES = Leading.LATENCY_CYCLES + LineTable.LATENCY_CYCLES + 1
 """From a sum to its reciprocal."""
 
 SETTLE_CYCLES = 8
-"""From the last score of a pass to the selector's last key, and one more; two more with a prior."""
+"""From the last score of a pass to the selector's last key, and one more; a prior takes four."""
 
 
 class TokenRouter(wiring.Component):
@@ -305,11 +305,12 @@ class TokenRouter(wiring.Component):
         ]
         none = (w.kind == Pass.GROUPS) & form.top2
         s = pipe.stage(key=s.key, never=s.never, id=s.id)
-        resident = read.data.bit_select(s.id[:5], 1)
-        total = s.key + Mux(resident & ~none, form.prior, 0)
-        s = pipe.stage(key=Mux(total > _MOST, _MOST, total)[:WORD_BITS].as_signed(),
-                       never=s.never, id=s.id)
-        return s, form.prior_keep & (s.id == w.most_id)
+        s = pipe.stage(**vars(s), prefer=read.data.bit_select(s.id[:5], 1) & ~none)
+        s = pipe.stage(key=s.key + Mux(s.prefer, form.prior, 0), never=s.never, id=s.id,
+                       first=form.prior_keep & (s.id == w.most_id))
+        s = pipe.stage(key=Mux(s.key > _MOST, _MOST, s.key)[:WORD_BITS].as_signed(),
+                       never=s.never, id=s.id, first=s.first)
+        return s, s.first
 
     def _chosen(self, m, w, unit):
         """Add up scores, and keep those of the chosen and of gates; return their read port."""
@@ -362,7 +363,7 @@ class TokenRouter(wiring.Component):
         m.d.comb += [weights.i_value.eq(reciprocal.o_value), leading.i_value.eq(divisor),
                      reciprocal.i_position.eq(leading.o_mantissa[:VALUE_BITS])]
         softmax = form.score == Score.SOFTMAX
-        keys = SETTLE_CYCLES + (2 if "prior" in self._config.router_modes else 0)
+        keys = SETTLE_CYCLES + (4 if "prior" in self._config.router_modes else 0)
         longest = max(keys + TopSelector.LATENCY_CYCLES, DIVIDE_CYCLES)
         wait = Signal(range(longest + 1))
         place = Signal(range(max(TOP_K_MAX, GROUPS_MAX) + 1))

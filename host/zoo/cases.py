@@ -181,8 +181,8 @@ def case(model: Model, config: AcceleratorConfig, *, seed: int = 0) -> Case:
         bfloat16(size.outputs, deviation=0.05) if kind.selection_bias else None,
         torch.from_numpy(np.ldexp(np.float32(1), rng.integers(-2, 3, size.outputs)))
         if kind.expert_scale else None)
-    if kind.capacity is not None:  # an expert that many want
-        x[:, 0] = router.weight[0, 0] = 2.0
+    if kind.capacity is not None:  # an expert that many want, by weights as large as the others
+        x[:, :16], router.weight[0, :16] = 1.0, 0.25
     if kind.logits == "mlp":  # they come from a network that is the host's, whatever it computes
         found = bfloat16(size.tokens, size.outputs, deviation=1.5)
     else:

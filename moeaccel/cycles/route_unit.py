@@ -23,7 +23,7 @@ _QUEUED = 16
 
 _START, _TABLE, _FIRST, _LOADED, _FREED, _WEIGHTS, _PAIR, _WRITE, _BEHIND, _END = (
     9, 2, 6, 5, 1, 15, 2, 9, 1, 2)
-_PLACE, _WALK, _AGAIN = 2, 6, 6
+_PLACE, _WALK, _AGAIN = 3, 7, 6
 """Of a capacity: to put a token into its order, to count a pair, and to begin again."""
 
 
@@ -66,8 +66,8 @@ def route_cycles(config: AcceleratorConfig, settings: RouterSettings, tokens: in
     if settings.capacity is not None:
         placing = settings.capacity_order_kind is CapacityOrder.PRIORITY
         free = _sweep(settings, tokens, first, one, lambda pair: (
-            # Each has half of those before it behind it, of tokens in no order.
-            _PLACE + pair // top_k // 2 if placing and not (pair + 1) % top_k else 0))
+            # Half of those before it are behind it, of tokens in no order: two cycles for each.
+            _PLACE + pair // top_k if placing and not (pair + 1) % top_k else 0))
         first = free + _WALK * pairs + _AGAIN + read
         one += drop_cycles(settings, capped=True) - drop_cycles(settings)
     slots = top_k + shared

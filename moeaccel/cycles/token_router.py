@@ -17,7 +17,7 @@ _DIVIDE = 11
 _WEIGHT = 13
 _SETTLE = 8
 _SELECT = 3
-_PRIOR = 2
+_PRIOR = 4
 _DROP = 5
 
 
@@ -78,8 +78,8 @@ def _mixed_cycles(config: AcceleratorConfig, settings: RouterSettings) -> int:
     """Return the cycles of a sparsemixer."""
     cycles = 1 + settings.experts + _READ + _settle(config)
     for choice in range(settings.top_k):
-        cycles += choice + 2 + _READ + settings.experts + 1 + _READ + _EXPONENTIAL + 1
-        cycles += _DIVIDE + 1 + _WEIGHT + 1 + 1 + 1 + _WEIGHT
+        cycles += choice + 2 + _READ + settings.experts + 1 + _READ + _EXPONENTIAL
+        cycles += 1 + _DIVIDE + 1 + _WEIGHT + 3 + _WEIGHT
     return cycles
 
 

@@ -41,5 +41,5 @@ def test_near_is_relative_to_the_larger(limit):
 
 
 def test_parameters_are_checked():
-    with pytest.raises(ValueError, match="latency_cycles must be 5 or more, not 4"):
-        NearLogits(4)
+    with pytest.raises(ValueError, match="latency_cycles must be 6 or more, not 5"):
+        NearLogits(5)
