@@ -207,7 +207,7 @@ class Layer(Bound):
                  d_out: int, planes: int, grid_exponent: int, report: WeightReport,
                  opcode: Opcode, num_experts: int) -> None:
         self._device = device
-        self._images: Allocation | None = images
+        self._images: Any = images  # an allocation, or what stands in its place; None when closed
         self._descriptor = descriptor
         self._d_in, self._d_out = d_in, d_out
         self._columns = str(d_in)

@@ -8,10 +8,11 @@ freed neighbours are merged at once: when everything is freed there is one free 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import weakref
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from moeaccel.host.errors import DeviceClosed, InvalidOption, OutOfDeviceMemory
@@ -49,6 +50,11 @@ class _Books(NamedTuple):
             (*self.starts[:block], *(low for low, _ in pieces), *self.starts[block + 1 :]),
             (*self.ends[:block], *(high for _, high in pieces), *self.ends[block + 1 :]),
             self.used | {address: claim})
+
+    def with_parts(self, claim: _Claim, parts: Sequence[_Claim]) -> _Books:
+        """Give the bytes of a claim to others that have them together."""
+        used = {address: one for address, one in self.used.items() if one is not claim}
+        return _Books(self.starts, self.ends, used | {part.address: part for part in parts})
 
     def place(self, size: int, alignment: int, top: bool) -> tuple[int, int] | None:
         """Return the first free block that has room, and the address in it."""
@@ -136,6 +142,26 @@ class Allocation(Bound):
     def free(self) -> None:
         """Give the bytes back; a second call does nothing."""
         self._allocator._release(self._claim)
+
+    def split(self, sizes: Sequence[int]) -> list[Allocation]:
+        """Return allocations of these sizes, multiples of 64, one behind the other, that have the
+        bytes instead of this one.
+
+        Raises
+        ------
+        DeviceClosed
+            If it was freed.
+        InvalidOption
+            If they are not all of its bytes.
+        """
+        if sum(sizes) != self.size or any(size < 1 or size % COMMAND_ALIGNMENT for size in sizes):
+            raise InvalidOption(f"sizes must be multiples of {COMMAND_ALIGNMENT} and add up to "
+                                f"{self.size}, not to {sum(sizes)}")
+        starts = itertools.accumulate(sizes[:-1], initial=self.address)
+        parts = [Allocation(self._allocator, start, size)
+                 for start, size in zip(starts, sizes, strict=True)]
+        self._allocator._split(self._claim, [part._claim for part in parts])
+        return parts
 
 
 class Allocator:
@@ -253,6 +279,11 @@ class Allocator:
         with self._lock.held:
             self._remove(claim)
             self._swept()
+
+    def _split(self, claim: _Claim, parts: Sequence[_Claim]) -> None:
+        with self._lock.held:
+            while not self._replace(books := self._books, books.with_parts(claim, parts)):
+                pass
 
     def _remove(self, claim: _Claim) -> None:
         while not self._replace(books := self._books, books.without_claim(claim)):

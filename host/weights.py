@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     from moeaccel.host.device import Device
 
 __all__ = ["Format", "Formats", "Progress", "Shared", "Stack", "load_experts", "load_linear",
-           "load_quantised", "load_router_weight"]
+           "load_quantised", "load_router_weight", "upload"]
 
 logger = logging.getLogger(__name__)
 
@@ -350,7 +350,7 @@ def load_linear(device: Device, weight: Tensor, *, weight_format: str, activatio
         parts = [build_linear_image(matrix, config.row_multipliers, channel=channel,
                                     channels=config.channels)
                  for channel in range(config.channels)]
-        _upload(device, images.address, parts, "the linear layer")
+        upload(device, images.address, parts, "the linear layer")
         descriptor = _describe(device, planes, grid_exponent, [shape], addresses)
     return Linear(device, shape, images, descriptor, planes, grid_exponent, _report(errors))
 
@@ -399,7 +399,7 @@ def load_router_weight(device: Device, weight: Tensor, *, grid_exponent: int) ->
             parts = [build_linear_image(matrix, config.row_multipliers, channel=channel,
                                         channels=config.channels)
                      for channel in range(config.channels)]
-            _upload(device, addresses[plane], parts, f"plane {plane} of the router")
+            upload(device, addresses[plane], parts, f"plane {plane} of the router")
         descriptor = _describe(device, 2, grid_exponent, [shape, shape], addresses)
     return Linear(device, shape, images, descriptor, 2, grid_exponent, _report(errors))
 
@@ -432,7 +432,7 @@ def _load_experts(device: Device, experts: Iterable[_Measured], shapes: Sequence
                                      channel=channel, channels=config.channels)
                          for channel in range(config.channels)]
                 previous = expert
-            _upload(device, addresses[e], parts, f"expert {e}")
+            upload(device, addresses[e], parts, f"expert {e}")
             outputs.append(gated_output(
                 found["gate_up"], found["down"], x_rms=x_rms, activation=shapes[e].activation,
                 limit=shapes[e].limit, gate_limit=shapes[e].gate_limit))
@@ -441,7 +441,7 @@ def _load_experts(device: Device, experts: Iterable[_Measured], shapes: Sequence
             if progress is not None:
                 progress(e + 1, len(shapes))
         if one is not None:
-            _upload(device, addresses[-1], [
+            upload(device, addresses[-1], [
                 build_linear_image(one, config.row_multipliers, channel=channel,
                                    channels=config.channels)
                 for channel in range(config.channels)], "the identity")
@@ -515,7 +515,7 @@ def _allocate(device: Device, shapes: Sequence[ExpertShape | LinearShape]
     return images, list(itertools.accumulate(sizes[:-1], initial=images.address))
 
 
-def _upload(device: Device, address: int, parts: Sequence[Bytes], what: str) -> None:
+def upload(device: Device, address: int, parts: Sequence[Bytes], what: str) -> None:
     """Write each channel's part of an image to the same address of its memory."""
     for channel, part in enumerate(parts):
         where = f" on channel {channel}" if len(parts) > 1 else ""

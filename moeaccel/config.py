@@ -441,6 +441,9 @@ class AcceleratorConfig:
         return zlib.crc32(json.dumps(fields, sort_keys=True).encode())
 
 
+ROUTER_SCORES = tuple(score.key for score in Score)
+"""Every score that a router may make of logits."""
+
 PRESETS: dict[str, AcceleratorConfig] = {
     config.name: config
     for config in (
@@ -468,11 +471,14 @@ PRESETS: dict[str, AcceleratorConfig] = {
             read_ahead_beats=256,
             tile_words=128,
             quantiser_lanes=8,
+            router=ROUTER_SCORES,
         ),
         AcceleratorConfig(
             name="ulx3s",
             # gpt-oss' gate would take a table and an adder of its own.
             activations=("silu", "relu", "gelu", "gelu_tanh", "relu2"),
+            router=("softmax", "sigmoid"),
+            router_top_k=8,
             port_bytes=8,
             token_groups=4,
             max_dim=2048,
@@ -495,6 +501,7 @@ PRESETS: dict[str, AcceleratorConfig] = {
             read_ahead_beats=512,
             tile_words=1024,
             quantiser_lanes=8,
+            router=ROUTER_SCORES,
         ),
         # An Alveo U55C: a channel for each pseudo-channel of the HBM. 4-bit weights arrive at half
         # the rate of an array, so two groups of tokens fill it; with four token lanes the arrays
@@ -512,6 +519,7 @@ PRESETS: dict[str, AcceleratorConfig] = {
             tile_words=1024,
             quantiser_lanes=8,
             address_bits=29,
+            router=ROUTER_SCORES,
         ),
         AcceleratorConfig(
             name="peer256",

@@ -109,11 +109,14 @@ class LogitBanks(wiring.Component):
             self.o_full.eq(full.bit_select(routed, 1)),
             self.o_most.eq(most[routed]), self.o_most_id.eq(most_id[routed]),
         ]
+        largest, largest_id = Signal(signed(WORD_BITS)), Signal(id_bits)  # so far
+        larger = s.first | (value > largest)
+        now, now_id = Mux(larger, value, largest), Mux(larger, s.index, largest_id)
         with m.If(pipe.valid):
-            with m.If(s.first | (value > most[s.bank])):
-                m.d.sync += [most[s.bank].eq(value), most_id[s.bank].eq(s.index)]
+            m.d.sync += [largest.eq(now), largest_id.eq(now_id)]
             with m.If(s.last):
-                m.d.sync += full.bit_select(s.bank, 1).eq(1)
+                m.d.sync += [most[s.bank].eq(now), most_id[s.bank].eq(now_id),
+                             full.bit_select(s.bank, 1).eq(1)]
         with m.If(self.i_freed):
             m.d.sync += [full.bit_select(routed, 1).eq(0), claimed.bit_select(routed, 1).eq(0),
                          routed.eq(~routed)]

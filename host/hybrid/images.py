@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-
-from moeaccel.host.errors import DeviceClosed
+from moeaccel.host.hybrid.places import image_parts
 from moeaccel.host.layers import Experts
 from moeaccel.image import Expert, unpack_section
 
@@ -25,20 +23,13 @@ def read_expert(experts: Experts, expert: int) -> Expert:
     DeviceClosed
         If the layer was closed.
     """
-    images = experts._images
-    if images is None:
-        raise DeviceClosed("layer must not be used after it was closed; load it again")
     shape = experts.shapes[expert]
-    address = images.address + shape.header_bytes + sum(
-        one.memory_bytes for one in itertools.islice(experts.shapes, expert))
-    config, device = experts.device.config, experts.device
-    matrices = []
+    parts = image_parts(experts, expert)
+    matrices, begin = [], shape.header_bytes
     for index, section in enumerate(shape.sections):
-        size = section.words * section.word_bytes
-        with device._lock:
-            words = [device.transport.memory_read(config.device_address(channel, address), size)
-                     for channel in range(shape.channels)]
-        matrices.append(unpack_section(words, section, together=1 if index else shape.rows_of_h))
-        address += size
+        end = begin + section.words * section.word_bytes
+        matrices.append(unpack_section([part[begin:end] for part in parts], section,
+                                       together=1 if index else shape.rows_of_h))
+        begin = end
     gate_up, down = matrices
     return Expert(gate_up, down, shape.activation, shape.limit, shape.gate_limit)

@@ -28,11 +28,12 @@ from moeaccel.host.hybrid.exact import Exact
 from moeaccel.host.hybrid.grouped import Grouped
 from moeaccel.host.hybrid.images import image_bytes, read_expert
 from moeaccel.host.hybrid.lanes import Lane, lane_for
+from moeaccel.host.hybrid.places import Places, bring_home
 from moeaccel.host.layers import Experts
 from moeaccel.host.policies.costs import LayerCosts, Machine, machine
 from moeaccel.host.policies.errors import PolicyError, PolicyFailed, UnsupportedPolicy
 from moeaccel.host.policies.placement import placement
-from moeaccel.host.policies.placement.base import Chains, Placement, Plan, Work
+from moeaccel.host.policies.placement.base import ALL, Chains, Placement, Plan, Work
 from moeaccel.host.policies.replay import slots_of
 from moeaccel.host.policies.residency import Residency, residency
 from moeaccel.host.policies.residency.belady import Belady
@@ -81,6 +82,11 @@ class Hybrid:
         (:mod:`moeaccel.host.hybrid.exact`).
     on : :class:`Machine`, optional
         What policies believe; a GPU or the CPU, whichever x is on, and Alveo U55Cs when left out.
+    single_copy : :class:`bool`
+        Residents have no image in the accelerator's memory, whose room is free for others, and all
+        of them are computed on the torch device: residency alone decides where an image lives. It
+        moves whole, as it is, and comes back when an expert leaves
+        (:mod:`moeaccel.host.hybrid.places`). Else the accelerator keeps every image.
     profile : (n_layers, n_experts), optional
         How popular experts are, for policies that pin them.
     lane : callable, optional
@@ -98,7 +104,7 @@ class Hybrid:
 
     def __init__(self, policy: str | System = "moeaccel", *, gpu_bytes: int = 0,
                  resident_math: ResidentMath = "bf16", on: Machine | None = None,
-                 profile: NDArray[Any] | None = None,
+                 profile: NDArray[Any] | None = None, single_copy: bool = False,
                  lane: Callable[[torch.device], Lane] = lane_for) -> None:
         self.system = policy if isinstance(policy, System) else system(policy)
         part = self.system.residency
@@ -113,6 +119,9 @@ class Hybrid:
         if resident_math not in get_args(ResidentMath):
             raise InvalidOption(f"resident_math must be one of {', '.join(_MATH)}, not "
                                 f"{resident_math!r}")
+        if not isinstance(single_copy, bool):
+            raise InvalidOption(f"single_copy must be True or False, not {single_copy!r}")
+        self.single_copy = single_copy
         self.gpu_bytes, self.resident_math = gpu_bytes, resident_math
         self._on, self._profile, self._lane_for = on, profile, lane
         self._lock = threading.RLock()
@@ -175,6 +184,7 @@ class Hybrid:
         assert self._place is not None and self._lane is not None
         chosen = indices("ids", ids, experts.num_experts)
         uses = np.bincount(chosen[chosen >= 0], minlength=experts.num_experts)
+        self._settle(layer, experts)
         self._fill(layer, experts)
         work, plan, on_torch, moved = self._plan(layer, uses, len(x))
         count = layer.counters
@@ -223,6 +233,8 @@ class Hybrid:
             plan = self._place.place(work)
             moved = np.asarray(work.other_experts[plan.moved])
             on_torch = np.zeros(len(uses), bool)
+            if self.single_copy:
+                plan = Plan(ALL, plan.moved)
             on_torch[work.resident_experts[plan.resident]] = True
             on_torch[moved] = True
         except HostError:
@@ -266,6 +278,18 @@ class Hybrid:
         return own
 
     # -- what is there -----------------------------------------------------------------------------
+    def _settle(self, layer: _Layer, experts: Experts) -> None:
+        """Where images have one copy: let residents be away from the accelerator, and no others."""
+        if not self.single_copy:
+            return
+        places = Places.of(experts)
+        places.settle(experts)
+        for expert in np.nonzero(layer.slot >= 0)[0].tolist():
+            places.take(experts, expert)
+        for expert in places.away:
+            if layer.slot[expert] < 0:
+                places.give_back(experts, expert)
+
     def _brought(self, layer: _Layer, experts: Experts, which: NDArray[np.int64]) -> Any:
         """Return room with some experts in it."""
         held = layer.math.hold(len(which))
@@ -282,14 +306,18 @@ class Hybrid:
         layer.counters.promoted += 1
         layer.slot[expert] = layer.free.pop()
 
+    def _leave(self, layer: _Layer, expert: int) -> None:
+        """Free the slot of a resident."""
+        layer.free.append(int(layer.slot[expert]))
+        layer.slot[expert] = -1
+
     def _fill(self, layer: _Layer, experts: Experts) -> None:
         """Make what is there what the residency policy says: leave first, then come in."""
         if self._keep is None:
             return
         wanted = self._keep.resident[layer.index]
         for expert in np.nonzero((layer.slot >= 0) & ~wanted)[0].tolist():
-            layer.free.append(int(layer.slot[expert]))
-            layer.slot[expert] = -1
+            self._leave(layer, expert)
         for expert in np.nonzero((layer.slot < 0) & wanted)[0].tolist():
             if not layer.free and isinstance(self._keep, LeastStale):
                 self._grow(layer)
@@ -299,6 +327,7 @@ class Hybrid:
                     f"{self._slots[layer.index]} experts of layer {layer.index}, but keep "
                     f"{int(wanted.sum())}; set another policy")
             self._admit(layer, experts, expert)
+        self._settle(layer, experts)
         layer.counters.residents = int((layer.slot >= 0).sum())
 
     @staticmethod
@@ -338,8 +367,7 @@ class Hybrid:
         if not layer.free:
             gone = np.nonzero((layer.slot >= 0) & ~wanted)[0]
             if len(gone):
-                layer.free.append(int(layer.slot[gone[0]]))
-                layer.slot[gone[0]] = -1
+                self._leave(layer, int(gone[0]))
             elif isinstance(self._keep, LeastStale):
                 self._grow(layer)
             else:
@@ -388,6 +416,7 @@ class Hybrid:
                 f"a model must have at most {len(self._slots)} layers of experts, as its "
                 "configuration says, but one more was called; call use_device() before another "
                 "model runs")
+        bring_home(experts)  # what another policy had away from the accelerator
         made = _Layer(index, experts, _MATH[self.resident_math](experts, x.device),
                       self._slots[index])
         if index == len(self._layers):

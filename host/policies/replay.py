@@ -14,6 +14,7 @@ has been computed. The policy's own time to decide is not in the figures.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -179,11 +180,11 @@ def replay(system: System, trace: RoutingTrace, costs: LayerCosts, *, gpu_bytes:
 
 @dataclass
 class _Totals:
-    hits: np.ndarray
-    uses: np.ndarray
-    moved: np.ndarray
-    layer_seconds: np.ndarray
-    waits: np.ndarray
+    hits: list[float]  # of each layer: quicker than arrays, one number at a time
+    uses: list[float]
+    moved: list[float]
+    layer_seconds: list[float]
+    waits: list[float]
     steps: int = 0
     decode_steps: int = 0
     decode_seconds: float = 0.0
@@ -221,13 +222,12 @@ class _Run:
         self.staged = np.zeros((layers, experts), bool)
         self.pending = np.zeros((layers, experts), bool)  # promotions on their way
         self.n_pending = [0] * layers
-        self.coming = np.zeros((layers, experts), bool)  # guesses on their way
+        self.early = np.zeros((layers, experts), bool)  # guesses on their way, or staged
         self.n_staged = 0
         self.contending = self.last_seconds = 0.0
         self.calls = 0
         self.credit = np.zeros(layers)
-        self.totals = _Totals(np.zeros(layers), np.zeros(layers), np.zeros(layers),
-                              np.zeros(layers), np.zeros(layers))
+        self.totals = _Totals(*([0.0] * layers for _ in range(5)))
 
     def _residency(self, size: dict[str, Any], costs: LayerCosts,
                    profile: np.ndarray | None) -> Residency | None:
@@ -312,7 +312,7 @@ class _Run:
         if self.guesser is not None:
             if self.link.guesses:
                 partial = self.link.take(layer, lambda expert: uses[expert] > 0)
-            self.coming[layer] = False
+            self.early[layer] = False
             if self.n_staged:
                 available = available | self.staged[layer]
         work = Work.of(uses, available, tokens)
@@ -363,8 +363,11 @@ class _Run:
         if weights is None and not partial:
             return None
         share = np.ones(len(work.other_experts)) if weights is None else weights[work.other_experts]
-        for move in partial:
-            share[work.other_experts == move.expert] = move.left
+        if partial:
+            others = work.other_experts.tolist()
+            for move in partial:
+                if move.expert in others:
+                    share[others.index(move.expert)] = move.left
         return share
 
     def _deferred(self, later: np.ndarray | None, tokens: int, seconds: float) -> float:
@@ -385,11 +388,11 @@ class _Run:
         if room <= 0:
             return
         for at, experts in coming:
-            here = self.staged[at, experts] | self.coming[at, experts]
+            here = self.early[at, experts]
             if self.keep is not None:
                 here |= self.keep.resident[at, experts]
             new = experts[~here][:room]
-            self.coming[at, new] = True
+            self.early[at, new] = True
             guesses += [Move(at, expert, guess=True) for expert in new.tolist()]
             room -= len(new)
             if room <= 0:
@@ -434,7 +437,6 @@ class _Run:
     def _arrive(self, move: Move) -> None:
         if move.guess:
             self.staged[move.layer, move.expert] = True
-            self.coming[move.layer, move.expert] = False
             self.n_staged += 1
         elif move.expert >= 0:
             self._no_longer_pending(move)
@@ -445,9 +447,9 @@ class _Run:
         return Outcome(
             system=self.system, tokens=len(self.trace), steps=t.steps,
             decode_steps=t.decode_steps, decode_seconds=t.decode_seconds,
-            hits=t.hits.astype(np.int64), uses=t.uses.astype(np.int64), moved=t.moved,
-            background=self.link.moved, wasted=self.link.wasted, layer_seconds=t.layer_seconds,
-            waits=t.waits, seconds=t.seconds,
+            hits=np.array(t.hits, np.int64), uses=np.array(t.uses, np.int64),
+            moved=np.array(t.moved), background=self.link.moved, wasted=self.link.wasted,
+            layer_seconds=np.array(t.layer_seconds), waits=np.array(t.waits), seconds=t.seconds,
             to_optimum=t.sampled / t.optimum - 1 if t.optimum else 0.0,
             mass=routes.kept / routes.mass if routes is not None and routes.mass else 1.0,
             slots=self.total_slots,
@@ -458,4 +460,5 @@ def _busiest(uses: np.ndarray) -> list[np.ndarray]:
     """Return the experts of each layer that are used, those with the most tokens first."""
     layers, experts = uses.nonzero()
     experts = experts[np.lexsort((-uses[layers, experts], layers))]
-    return np.split(experts, np.searchsorted(layers, np.arange(1, len(uses))))
+    ends = np.searchsorted(layers, np.arange(len(uses) + 1)).tolist()
+    return [experts[begin:end] for begin, end in itertools.pairwise(ends)]

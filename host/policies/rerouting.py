@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moeaccel.host.policies.routing import Call, Routing
-from moeaccel.host.policies.routing.base import shares_of, stand_in_logits
+from moeaccel.host.policies.routing.base import before_of, shares_of, stand_in_logits
 from moeaccel.host.traces import Step
 
 __all__ = ["LOW_PRECISION", "Rerouted", "Rerouting"]
@@ -67,6 +67,7 @@ class Rerouting:
         self._weights = (np.full(ids.shape, 1 / ids.shape[2], np.float32) if step.weights is None
                          else np.ascontiguousarray(step.weights.swapaxes(0, 1), np.float32))
         self._shares = shares_of(self._weights)
+        self._before = before_of(self._shares)
         self._found = np.full_like(ids, -1)
         self._first = 0
         self._nowhere = np.zeros(self._experts, bool)
@@ -83,7 +84,8 @@ class Rerouting:
         logits = None if self._logits is None else self._logits[layer - self._first]
         here = self._nowhere if resident is None else resident
         routed = self.policy.route(
-            Call(layer, ids, self._weights[layer], here, logits, self._shares[layer]))
+            Call(layer, ids, self._weights[layer], here, logits, self._shares[layer],
+                 self._before[layer]))
         found = self._found[layer] = routed.ids
         later = share = None
         if routed.later is not None and routed.later.any():

@@ -10,14 +10,21 @@ from typing import Any
 import numpy as np
 
 from moeaccel.activations import activation
-from moeaccel.config import DIM_MAX, EXPERTS_MAX, TOP_K_MAX, AcceleratorConfig, preset
+from moeaccel.config import (
+    DIM_MAX,
+    EXPERTS_MAX,
+    ROUTER_SCORES,
+    TOP_K_MAX,
+    AcceleratorConfig,
+    preset,
+)
 from moeaccel.errors import MoeAccelError
 from moeaccel.formats import BLOCK
 from moeaccel.host.device import Device
 from moeaccel.host.errors import LimitExceeded, UnsupportedExperts
 from moeaccel.host.opening import open_device
 from moeaccel.host.routing import check_router
-from moeaccel.router.choices import MODES, Score
+from moeaccel.router.choices import MODES
 from moeaccel.router.settings import RouterError
 from moeaccel.zoo.routers import settings_of
 from moeaccel.zoo.schema import ExpertKind, Model
@@ -55,13 +62,11 @@ class Support:
 
 
 def equipped(config: str | AcceleratorConfig) -> AcceleratorConfig:
-    """Return a configuration with second up rows, and with a router, of every score and mode, where
-    it has none."""
+    """Return a configuration with second up rows, and with a router of every score and mode."""
     chosen = preset(config)
-    more: dict[str, Any] = {} if chosen.router else {
-        "router": tuple(score.key for score in Score), "router_top_k": TOP_K_MAX,
-        "router_modes": MODES}
-    return chosen.replace(name=f"{chosen.name} with all for models", second_up=True, **more)
+    return chosen.replace(
+        name=f"{chosen.name} with all for models", second_up=True, router=ROUTER_SCORES,
+        router_top_k=TOP_K_MAX, router_modes=MODES)
 
 
 def largest(config: str | AcceleratorConfig, dim: int) -> AcceleratorConfig:

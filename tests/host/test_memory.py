@@ -158,3 +158,21 @@ def test_a_signal_handler_may_allocate_and_free_within_a_call():
         owned.clear()
         assert (allocator.free_bytes, allocator.free_blocks) == (SIZE, 1)
     assert lines > 20
+
+
+def test_an_allocation_is_split():
+    memory = Allocator(0, 1024)
+    whole = memory.allocate(512)
+    parts = whole.split([64, 384, 64])
+    assert [(part.address, part.size) for part in parts] == [(0, 64), (64, 384), (448, 64)]
+    assert not whole.live and memory.free_bytes == 512
+    whole.free()  # has nothing any more
+    assert memory.free_bytes == 512
+    parts[1].free()
+    assert memory.free_bytes == 896 and memory.allocate(384).address == 64
+    with pytest.raises(InvalidOption, match="add up to 64, not to 128"):
+        parts[0].split([64, 64])
+    with pytest.raises(DeviceClosed):
+        whole.split([64, 384, 64])
+    del parts
+    assert memory.free_bytes >= 640

@@ -191,5 +191,5 @@ def test_bad_input_is_named(device, layer):
 
 def test_a_device_without_a_router_says_so(layer):
     with open_device("golden", config="tiny") as device, pytest.raises(
-            LimitExceeded, match="there is no router in config 'tiny'; make a configuration"):
+            LimitExceeded, match="there is no router in config 'tiny'; presets that can: small, "):
         device.load_moe(Router(layer["weight"], top_k=2), layer["gate_up"], layer["down"])

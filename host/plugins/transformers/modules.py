@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Self, overload
 
@@ -12,7 +14,7 @@ from moeaccel.host.importers.fp8 import dequantise
 from moeaccel.host.plugins.transformers.choice import LayerDims
 from moeaccel.host.plugins.transformers.gates import gate_of
 
-__all__ = ["Weights", "look"]
+__all__ = ["Weights", "forget_with", "look"]
 
 _LAYERS_IF_UNKNOWN = 64
 
@@ -33,6 +35,27 @@ def _shared_of(module: Any, d_expert: int) -> int:
         each = getattr(config, "moe_intermediate_size", None)
         width = count * (each if isinstance(each, int) else d_expert)
     return -(-width // d_expert)
+
+
+_numbers: weakref.WeakKeyDictionary[torch.nn.Module, int] = weakref.WeakKeyDictionary()
+_count = itertools.count(1)
+
+
+@torch.compiler.assume_constant_result
+def _loader(module: Any) -> int:
+    """Return a number for a module whose parameters accelerate loads for each call, else 0."""
+    hook = module._hf_hook
+    hooks = getattr(hook, "hooks", (hook,))  # of a SequentialHook
+    if not any(getattr(one, "offload", False) for one in hooks):
+        return 0
+    return _numbers.setdefault(module, next(_count))
+
+
+def forget_with(number: int, entries: dict[int, Any]) -> None:
+    """Let an entry go with the module that has a number."""
+    for module, one in _numbers.items():
+        if one == number:
+            weakref.finalize(module, entries.pop, number, None)
 
 
 class Weights(NamedTuple):
@@ -59,6 +82,9 @@ class Weights(NamedTuple):
         (E, 2 I), or (E, I) where not ``gated``, and (E, H).
     shared : :class:`int`
         How many such experts the layer's shared ones are, which are not among these.
+    loaded_by : :class:`int`
+        A number of the module where its parameters are other tensors at each call, since
+        accelerate loads them for it (``device_map`` with offloading); else 0.
     """
 
     gate_up: torch.Tensor
@@ -75,6 +101,7 @@ class Weights(NamedTuple):
     gate_up_bias: torch.Tensor | None = None
     down_bias: torch.Tensor | None = None
     shared: int = 0
+    loaded_by: int = 0
 
     @classmethod
     def of(cls, module: Any, activation: str = "silu", limit: float | None = None) -> Self:
@@ -91,7 +118,8 @@ class Weights(NamedTuple):
                    activation, gated, limit, *(
                        getattr(module, f"{name}_bias") if getattr(module, "has_bias", False)
                        else None for name in (first, "down_proj")),
-                   _shared_of(module, module.down_proj.shape[1 if transposed else 2]))
+                   _shared_of(module, module.down_proj.shape[1 if transposed else 2]),
+                   0 if getattr(module, "_hf_hook", None) is None else _loader(module))
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:

@@ -48,7 +48,7 @@ _WAY_OUT = ("the device computes no gradients: evaluate under torch.no_grad() or
            "Tensor? gate_up_scale, Tensor? down_scale, bool transposed, bool interleaved, "
            "int[]? block, int layers, str activation='silu', bool gated=True, "
            "float? limit=None, Tensor? gate_up_bias=None, Tensor? down_bias=None, "
-           "int shared=0) -> Tensor")
+           "int shared=0, int loaded_by=0) -> Tensor")
 def _experts(x: torch.Tensor, ids: torch.Tensor, routing: torch.Tensor,
              *weights: Any) -> torch.Tensor:
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():

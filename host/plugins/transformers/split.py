@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 
+from moeaccel.host.hybrid.places import bring_home
 from moeaccel.host.plugins.transformers.modules import Weights
 from moeaccel.host.plugins.transformers.session import open_session
 from moeaccel.host.plugins.transformers.uploads import experts_of
@@ -20,6 +21,7 @@ def run(weights: Weights, x: torch.Tensor, ids: torch.Tensor, routing: torch.Ten
     if session is not None and session.routes is not None:
         ids, routing = session.routes.take(weights, ids, routing)
     if session is None or session.hybrid is None:
+        bring_home(experts)  # what a policy had away from the device before
         return experts(x, ids, routing)
     return session.hybrid(experts, x, ids, routing, layers=weights.layers,
                           shared=weights.shared)

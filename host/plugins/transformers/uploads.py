@@ -11,7 +11,7 @@ import torch
 from moeaccel.host.errors import WeightsGivenUp
 from moeaccel.host.layers import Experts
 from moeaccel.host.plugins.transformers.given_up import GivenUp, is_given_up
-from moeaccel.host.plugins.transformers.modules import Weights
+from moeaccel.host.plugins.transformers.modules import Weights, forget_with
 from moeaccel.host.plugins.transformers.session import (
     Session,
     lock,
@@ -53,7 +53,7 @@ class _Upload:
         parts = range(PARTS) if everything else (self.looks % PARTS,)
         self.looks += 1
         return len(self.watches) == len(weights.tensors) and all(
-            watch.same(tensor, parts)
+            (watch.holds if weights.loaded_by else watch.same)(tensor, parts)
             for watch, tensor in zip(self.watches, weights.tensors, strict=True))
 
 
@@ -64,13 +64,21 @@ _Key = tuple[object, ...]
 _uploads: weakref.WeakKeyDictionary[torch.UntypedStorage, dict[_Key, _Upload]] = (
     weakref.WeakKeyDictionary())
 
+# By their module where tensors come and go: they live as long as it does.
+_loaded: dict[int, dict[_Key, _Upload]] = {}
+
 
 def _key(weights: Weights) -> _Key:
-    return (*identity(weights.gate_up), weights.transposed, weights.interleaved,
+    which = identity(weights.gate_up)
+    return (*(which[1:] if weights.loaded_by else which), weights.transposed, weights.interleaved,
             tuple(weights.block or ()), weights.activation, weights.gated, weights.limit)
 
 
 def _place(weights: Weights) -> dict[_Key, _Upload]:
+    if weights.loaded_by:
+        if weights.loaded_by not in _loaded:
+            forget_with(weights.loaded_by, _loaded)
+        return _loaded.setdefault(weights.loaded_by, {})
     return _uploads.setdefault(weights.gate_up.untyped_storage(), {})
 
 
@@ -95,6 +103,7 @@ def drop_all() -> None:
         for found in [one for place in list(_uploads.values()) for one in place.values()]:
             found.restore()
         _uploads.clear()
+        _loaded.clear()
 
 
 def experts_of(weights: Weights, *, everything: bool = False) -> Experts:

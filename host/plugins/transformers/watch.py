@@ -120,6 +120,23 @@ class Watch:
         storage = self._storage()
         return self._bytes and storage and self._bytes.digest(storage, part)
 
+    def holds(self, tensor: torch.Tensor, parts: Iterable[int]) -> bool:
+        """Return whether another tensor is alike, and holds in some parts what this one did.
+
+        Parameters
+        ----------
+        tensor : :class:`torch.Tensor`
+        parts : iterable of :class:`int`
+        """
+        if identity(tensor)[1:] != self._identity[1:]:
+            return False
+        count = _span(tensor)
+        if not count:
+            return True
+        read = (_HostBytes if tensor.device.type == "cpu" else _TorchBytes)(tensor, count)
+        storage = tensor.untyped_storage()
+        return all(read.digest(storage, part) == self._digests[part] for part in parts)
+
     def same(self, tensor: torch.Tensor, parts: Iterable[int]) -> bool:
         """Return whether a tensor is the one that is watched, and holds in some parts what it did.
 

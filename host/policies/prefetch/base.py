@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -94,11 +95,12 @@ def busiest(uses: np.ndarray) -> np.ndarray:
     return experts[(-uses[experts]).argsort(kind="stable")]
 
 
-def blurred(experts: np.ndarray, n_experts: int, accuracy: float, random: np.random.Generator
-            ) -> np.ndarray:
-    """Return what a predictor of some accuracy would say: the experts of a route, each replaced by
-    any other with the chance that the accuracy leaves."""
-    wrong = random.random(len(experts)) >= accuracy
-    if wrong.any():
-        return np.where(wrong, random.integers(0, n_experts, len(experts)), experts)
-    return experts
+def blurred(routes: Sequence[np.ndarray], n_experts: int, accuracy: float,
+            random: np.random.Generator) -> list[np.ndarray]:
+    """Return what a predictor of some accuracy would say of layers: the experts of their routes,
+    each replaced by any other with the chance that the accuracy leaves."""
+    flat = np.concatenate(routes)
+    wrong = random.random(len(flat)) >= accuracy
+    found = np.where(wrong, random.integers(0, n_experts, len(flat)), flat)
+    ends = itertools.accumulate((len(route) for route in routes), initial=0)
+    return [found[begin:end] for begin, end in itertools.pairwise(ends)]  # np.split is slow

@@ -44,6 +44,11 @@ class GateAhead(Prefetch):
             raise InvalidOption(f"accuracy must be 0 to 1 and depth at least 1, not {accuracy!r} "
                                 f"and {depth!r}")
         self._gates, self.accuracy, self.depth, self.most = gates, accuracy, depth, most
+        self._plans: list[list[np.ndarray]] = []  # of a pass, for each depth
+
+    def begin_pass(self, *, new_request: bool) -> None:
+        """Forget what stands for the gates' choice in the pass before."""
+        self._plans = []
 
     def guess(self, layer: int, uses: np.ndarray, ahead: Ahead) -> Iterator[Guess]:
         """Yield the choice of the next gates; see :meth:`Prefetch.guess`."""
@@ -54,8 +59,11 @@ class GateAhead(Prefetch):
                 counts = np.bincount(chosen.ravel(), minlength=self.n_experts)
                 experts = best(counts)
             elif ahead.uses is not None:
-                experts = blurred(ahead.busiest(later), self.n_experts,
-                                  self.accuracy ** (later - layer), self.random)
+                if not self._plans:
+                    routes = [ahead.busiest(each) for each in range(self.n_layers)]
+                    self._plans = [blurred(routes, self.n_experts, self.accuracy ** (1 + d),
+                                           self.random) for d in range(self.depth)]
+                experts = self._plans[later - layer - 1][later]
             else:
                 break
             yield Guess(later, experts[: self.most])

@@ -32,18 +32,21 @@ class LookAhead(Prefetch):
     def __init__(self, *, accuracy: float = 0.92, depth: int = 4, **options: Any) -> None:
         super().__init__(**options)
         self.accuracy, self.depth = accuracy, depth
-        self._plan: dict[int, np.ndarray] = {}
+        self._plan: list[np.ndarray] | None = None
+        self._planned = 0  # layers that were moved for
 
     def begin_pass(self, *, new_request: bool) -> None:
         """Forget the plan of the pass before."""
-        self._plan.clear()
+        self._plan, self._planned = None, 0
 
     def guess(self, layer: int, uses: np.ndarray, ahead: Ahead) -> Iterator[Guess]:
         """Yield the plan of the next layers; see :meth:`Prefetch.guess`."""
         if ahead.uses is None:
             return
-        for later in range(layer + 1, min(layer + 1 + self.depth, self.n_layers)):
-            if later not in self._plan:  # one that is planned is on its way already
-                self._plan[later] = blurred(
-                    ahead.busiest(later), self.n_experts, self.accuracy, self.random)
-                yield Guess(later, self._plan[later])
+        if self._plan is None:
+            self._plan = blurred([ahead.busiest(each) for each in range(self.n_layers)],
+                                 self.n_experts, self.accuracy, self.random)
+        end = min(layer + 1 + self.depth, self.n_layers)
+        for later in range(max(layer + 1, self._planned), end):  # others are on their way already
+            self._planned = later + 1
+            yield Guess(later, self._plan[later])

@@ -153,17 +153,24 @@ class Residency(ABC):
             flags = here[new]
             came, moving = new[flags], new[~flags]
         if room is not None and len(moving) > room:
-            moving = (_NOTHING if not room
-                      else moving[(-score[moving]).argsort(kind="stable")[:room]])
+            values = score[moving]
+            moving = (_NOTHING if not room else moving[values.argmax()][None] if room == 1
+                      else moving[(-values).argsort(kind="stable")[:room]])
         return (np.concatenate((came, moving)) if len(came) else moving), moving
 
     def _exchange(self, resident: np.ndarray, score: np.ndarray, before: np.ndarray,
                   new: np.ndarray, free: int) -> None:
         """Fill free slots, then let the best newcomers take the places of the worst residents."""
+        values = score[before]
+        if len(new) == 1 and not free:  # one for one, as mostly in a decode step
+            worst = values.argmin()
+            if score[new[0]] > values[worst] * self.margin:
+                resident[before[worst]] = False
+                resident[new] = True
+            return
         gain = score[new]
         order = (-gain).argsort(kind="stable")
         new, gain = new[order], gain[order]
-        values = score[before]
         count = min(len(new) - free, len(before))
         worst = values.argsort(kind="stable")[:count]
         better = count

@@ -22,8 +22,8 @@ class Call(NamedTuple):
     resident : bool, (n_experts,)
     logits : float32, (tokens, n_experts), optional
         Where the policy wants them, see :attr:`Routing.wants_logits`.
-    shares : float32, (tokens, top_k), optional
-        :func:`shares_of` the weights, where they are known.
+    shares, before : float32, (tokens, top_k), optional
+        :func:`shares_of` the weights, and of the slots before each, where they are known.
     """
 
     layer: int
@@ -32,6 +32,11 @@ class Call(NamedTuple):
     resident: np.ndarray
     logits: np.ndarray | None = None
     shares: np.ndarray | None = None
+    before: np.ndarray | None = None
+
+    def share_before(self) -> np.ndarray:
+        """Return the share of a token's weight that the slots before each have."""
+        return before_of(self.share()) if self.before is None else self.before
 
     def share(self) -> np.ndarray:
         """Return the shares of a token's weight."""
@@ -105,6 +110,11 @@ class Routing(ABC):
 def shares_of(weights: np.ndarray) -> np.ndarray:
     """Return each slot's share of the weights of its token, along the last axis."""
     return weights / np.maximum(weights.sum(-1, keepdims=True), 1e-9)
+
+
+def before_of(shares: np.ndarray) -> np.ndarray:
+    """Return the sums of the shares of the slots before each, along the last axis."""
+    return shares.cumsum(-1) - shares
 
 
 def renormalised(ids: np.ndarray, weights: np.ndarray, before: np.ndarray) -> np.ndarray:

@@ -35,9 +35,10 @@ class MixedPrecision(Routing):
 
     def route(self, call: Call) -> Routed:
         """Return the route, and which slots of it are in low precision."""
-        shares = call.share()
-        before = shares.cumsum(1) - shares
+        before = call.share_before()
         light = (before > self.high) & (call.ids >= 0) & ~call.resident[call.ids]
+        if not light.any():
+            return Routed(call.ids, call.weights)
         skipped = light & (before > self.low)
         if not skipped.any():
             return Routed(call.ids, call.weights, low=light)

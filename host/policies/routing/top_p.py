@@ -34,7 +34,5 @@ class TopP(Routing):
 
     def route(self, call: Call) -> Routed:
         """Return the route up to p."""
-        shares = call.share()
-        before = shares.cumsum(1) - shares
-        ids = np.where(before < self.p - 1e-6, call.ids, -1)
+        ids = np.where(call.share_before() < self.p - 1e-6, call.ids, -1)
         return Routed(ids, call.weights, before=call.weights)

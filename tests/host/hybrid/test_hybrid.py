@@ -156,7 +156,7 @@ class Cuda:
         self.said = []
         self.main = self.current = Stream("main", self.said)
 
-    def Stream(self, device):  # noqa: N802
+    def Stream(self, device):
         return Stream(f"lane of {device}", self.said)
 
     def current_stream(self, device):
