@@ -175,7 +175,7 @@ class Core(wiring.Component):
             array.i_codes.eq(tiles.o_codes),
             array.i_scales.eq(tiles.o_scales),
             *(getattr(array, f"i_{name}").eq(getattr(tiles, f"o_{name}"))
-              for name in ("zeros", "selects") if hasattr(tiles, f"o_{name}")),
+              for name in ("zeros", "minima", "selects") if hasattr(tiles, f"o_{name}")),
             array.i_lanes.eq(Mux(of_hidden, h_lanes.r_data, x_lanes.r_data)),
             array.i_tag.eq(tag),
         ]

@@ -11,7 +11,7 @@ from moeaccel.arithmetic import ELEMENT_BITS, MANTISSA_BITS
 from moeaccel.config import BLOCK, TOP_K_MAX, AcceleratorConfig
 from moeaccel.formats import WeightFormat
 from moeaccel.interface.commands import COUNT_MAX, ENTRY_BYTES, SECTIONS_MAX, Field, NonFinite
-from moeaccel.router.choices import PART_BITS, Renormalize, Score
+from moeaccel.router.choices import PART_BITS, Gates, Renormalize, Score
 from moeaccel.router.tables import LOGIT_BITS, SCORE_BITS, VALUE_BITS, WORD_BITS
 
 SCORE_WIDTH = SCORE_BITS + 6
@@ -250,7 +250,10 @@ def job(config: AcceleratorConfig) -> data.StructLayout:
 
 def output_count_bits(config: AcceleratorConfig) -> int:
     """Return the bits of a count of a command's weighted outputs."""
-    return (config.max_assignments * config.max_dim).bit_length()
+    of_outputs = config.max_assignments * config.max_dim
+    # A MOE counts those of its router's two matrices as well, and logits.
+    of_logits = 3 * config.max_tokens * config.max_experts if config.router else 0
+    return (of_outputs + of_logits).bit_length()
 
 
 def limited_count(count: Value) -> Value:
@@ -467,7 +470,7 @@ def router_form(config: AcceleratorConfig) -> data.StructLayout:
     there is a table, else nothing is added. ``shared``: experts behind the others that every token
     goes to; ``top_k`` is without them. Of modes that the configuration has, what the descriptor
     has; ``capacity`` as much as there may be tokens, 0: none; ``mixer``: it is a sparsemixer, and
-    ``limit`` its.
+    ``limit`` its; ``outputs``: experts, and shared ones that have a logit.
     """
     experts = config.max_experts.bit_length()
     modes = {
@@ -476,6 +479,7 @@ def router_form(config: AcceleratorConfig) -> data.StructLayout:
         "prior": {"prior": WORD_BITS - 1, "prior_keep": 1},
         "capacity": {"capacity": config.max_tokens.bit_length(), "by_priority": 1},
         "mixer": {"mixer": 1, "limit": LOGIT_BITS + 1},
+        "gates": {"gates": range(len(Gates)), "outputs": experts + 1},
     }
     return data.StructLayout({
         "experts": experts,
@@ -494,6 +498,11 @@ def router_form(config: AcceleratorConfig) -> data.StructLayout:
         "shared": range(TOP_K_MAX),
         **{name: shape for mode in config.router_modes for name, shape in modes[mode].items()},
     })
+
+
+def router_outputs(config: AcceleratorConfig, form: data.View) -> Value:
+    """Return the logits of a token, of a router's form."""
+    return Value.cast(form.outputs if "gates" in config.router_modes else form.experts)
 
 
 def fixed_logit() -> data.StructLayout:

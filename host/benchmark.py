@@ -313,7 +313,7 @@ class _Layer:
             _filled(x), ids, weights, [expert.filled() for expert in self.experts],
             planes=bench.planes, grid_exponent=loaded.grid_exponent, y_type=bench.io).y[:, :d_model]
         order = {e: i for i, e in enumerate(floats)}
-        biases = {name: [one[part] for one in floats.values()]
+        biases: dict[str, Any] = {name: [one[part] for one in floats.values()]
                   for part, name in ((2, "gate_up_bias"), (3, "down_bias"))
                   if part < len(next(iter(floats.values())))}
         exact = experts_float64(

@@ -62,8 +62,8 @@ class Calibration:
         return self._x[own]
 
     def moments(self, expert: int | None, gate_up: NDArray[np.float32], d_expert: int,
-                activation: str, limit: float | None, gate_limit: float | None, *, second: bool,
-                bias: NDArray[np.float32] | None = None
+                activation: str, limit: float | None, gate_limit: float | None = None, *,
+                second: bool, bias: NDArray[np.float32] | None = None
                 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return the moments of the inputs of an expert's two matrices.
 

@@ -6,9 +6,10 @@ asked for, MOE_ROUTE.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +52,10 @@ from moeaccel.router.descriptor import descriptor, table_bytes, table_words
 if TYPE_CHECKING:
     from moeaccel.host.device import Device
 
+GatedShared: TypeAlias = (
+    Shared | tuple[Tensor, Tensor, Tensor] | Sequence[tuple[Tensor, Tensor, Tensor]])
+"""Shared experts, each with its gate behind its matrices, or none with one."""
+
 __all__ = ["Moe", "Routes", "load_moe"]
 
 LOGIT_GRID = -30
@@ -58,13 +63,17 @@ LOGIT_GRID = -30
 
 
 def load_moe(device: Device, router: Router, gate_up: Stack, down: Stack, *,
-             shared: Shared | None = None, **options: Any) -> Moe:
+             shared: GatedShared | None = None, **options: Any) -> Moe:
     """Put a layer into a device's memory; :meth:`moeaccel.host.Device.load_moe`."""
-    settings = router.settings
-    routing.check_router(device.config, settings)
     if router.weight is None:
         raise InvalidOption("router must have a weight, (E, H), to route x; give it one, or route "
                             "by logits with device.route")
+    router, weight, shared = _with_gates(router, router.weight, shared)
+    settings = router.settings
+    routing.check_router(device.config, settings)
+    if settings.weight_on_kind is WeightOn.INPUT and settings.shared:
+        raise LimitExceeded("gates must be none with weights on the input, which the host "
+                            f"multiplies x by, not {settings.gates!r}")
     if settings.weight_on_kind is WeightOn.INPUT and settings.top_k > 1:
         raise LimitExceeded("top_k must be 1 with weights on the input, which the host multiplies "
                             f"x by, not {settings.top_k}")
@@ -78,19 +87,22 @@ def load_moe(device: Device, router: Router, gate_up: Stack, down: Stack, *,
     loaded = device.load_experts(gate_up, down, shared=shared, **options)
     try:
         behind = len(loaded.shared_shapes)
+        if settings.shared not in (0, behind):
+            raise InvalidTensor(f"shared must have {settings.shared} experts, for which router has "
+                                f"gates, not {behind}")
         if loaded._row_blocks > 1 or loaded._identity:
             raise InvalidOption("row_blocks and identity experts must be left out where the device "
                                 "routes: its ids are entries of the table; route on the host")
         if settings.top_k + behind > TOP_K_MAX:
             raise LimitExceeded(f"top_k and shared experts must be at most {TOP_K_MAX} together, "
                                 f"not {settings.top_k} and {behind}")
-        plane = loading.load_router_weight(device, router.weight, grid_exponent=LOGIT_GRID)
+        plane = loading.load_router_weight(device, weight, grid_exponent=LOGIT_GRID)
         try:
             if plane.shape.d_in != loaded.shapes[0].d_model:
                 d_model = loaded.shapes[0].d_model
                 raise InvalidTensor(
-                    f"weight must have the shape ({settings.experts}, {d_model}) of a router for "
-                    f"these experts, not {tuple(router.weight.shape)}")
+                    f"weight must have the shape ({settings.outputs}, {d_model}) of a router for "
+                    f"these experts, not {tuple(weight.shape)}")
             return Moe(device, router, plane, loaded, behind)
         except BaseException:
             plane.close()
@@ -98,6 +110,31 @@ def load_moe(device: Device, router: Router, gate_up: Stack, down: Stack, *,
     except BaseException:
         loaded.close()
         raise
+
+
+def _with_gates(router: Router, weight: Tensor, shared: GatedShared | None
+                ) -> tuple[Router, Tensor, Shared | None]:
+    """Return the router and its weight with the gates of shared experts as rows of its own, and the
+    experts without."""
+    if shared is None:
+        return router, weight, None
+    single = isinstance(shared, Sequence) and all(len(getattr(one, "shape", ())) for one in shared)
+    several: list[Any] = [shared] if single else list(shared)
+    gates = [one[2] for one in several if isinstance(one, Sequence) and len(one) == 3]
+    if not gates:
+        return router, weight, cast("Shared", shared)
+    d_model = shape_of("weight", weight, "E", "H")[1]
+    rows = [float32("shared gate", gate).reshape(-1) for gate in gates]
+    if len(gates) != len(several) or any(len(row) != d_model for row in rows):
+        raise InvalidTensor(f"shared must have a gate of {d_model} elements for each expert, or "
+                            "none at all")
+    if router.settings.shared:
+        raise InvalidOption("shared must be pairs (gate_up, down) where router has gates")
+    settings = replace(router.settings, gates="sigmoid", shared=len(gates))
+    weight = np.concatenate([float32("weight", weight), np.stack(rows)])
+    gated = Router(weight, bias=router.bias, selection_bias=router.selection_bias,
+                   **asdict(settings))
+    return gated, weight, [(one[0], one[1]) for one in several]
 
 
 class Moe:
@@ -243,7 +280,7 @@ class Moe:
         assert block is not None
         tokens, width = x.shape
         slots = self.router.settings.top_k + self._shared
-        widest = max(width, whole_blocks(self.router.settings.experts))
+        widest = max(width, whole_blocks(self.router.settings.outputs))
         sizes = [x.nbytes, 4 * tokens * slots, 4 * tokens * slots, x.nbytes, 8 * tokens * widest]
         *offsets, end = _offsets(sizes)
         buffers = device.memory.allocate(end, top=True)
@@ -317,13 +354,15 @@ class Routes:
         return routing.route(cast("Device", self), router, logits, resident=resident)
 
     def load_moe(self, router: Router, gate_up: Stack, down: Stack, *,
-                 shared: Shared | None = None, **options: Any) -> Moe:
+                 shared: GatedShared | None = None, **options: Any) -> Moe:
         """Put a layer with its router into memory: ``moe(x)`` routes and computes on the device.
 
         Parameters
         ----------
         router, gate_up, down, shared, **options
-            A :class:`moeaccel.host.Router` with a weight, (E, H); as in :meth:`load_experts`.
+            A :class:`moeaccel.host.Router` with a weight, (E, H); as in :meth:`load_experts`, but
+            that a shared expert may have a gate, (H,), behind its two matrices: its weight is the
+            sigmoid of that times x.
 
         Raises
         ------

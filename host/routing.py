@@ -32,7 +32,7 @@ class Router:
     ----------
     weight : float tensor, (E, H), optional
         For :meth:`moeaccel.host.Device.load_moe`; :meth:`moeaccel.host.Device.route` is given
-        logits.
+        logits. With ``gates`` and ``shared``, the rows of gates behind those of the experts.
     bias : float tensor, (E,), optional
         Added to the logits.
     selection_bias : float tensor, (E,), optional
@@ -56,7 +56,9 @@ class Router:
                  bias: Tensor | None = None, selection_bias: Tensor | None = None,
                  **settings: Any) -> None:
         if weight is not None:
-            rows = shape_of("weight", weight, "E", "H")[0]
+            gates = settings.get("shared", 0)
+            rows = shape_of("weight", weight, "E", "H")[0] - (
+                gates if isinstance(gates, int) else 0)
             if experts not in (None, rows):
                 raise RouterError(f"experts must be {rows}, the rows of weight, not {experts!r}")
             experts = rows
@@ -112,8 +114,9 @@ def _refusal(config: AcceleratorConfig, settings: RouterSettings) -> str | None:
         return f"score must be one of {', '.join(config.router)}, not {settings.score!r}"
     if settings.top_k > config.router_top_k:
         return f"top_k must be at most {config.router_top_k}, not {settings.top_k}"
-    if settings.experts > config.max_experts:
-        return f"experts must be at most {config.max_experts}, not {settings.experts}"
+    if settings.outputs > config.max_experts:
+        what = "experts and gates" if settings.shared else "experts"
+        return f"{what} must be at most {config.max_experts}, not {settings.outputs}"
     if settings.grouped and settings.keep_groups > config.router_top_k:
         return f"keep_groups must be at most {config.router_top_k}, not {settings.keep_groups}"
     if (settings.score_kind is Score.IDENTITY
@@ -121,7 +124,7 @@ def _refusal(config: AcceleratorConfig, settings: RouterSettings) -> str | None:
         return f"renormalize must be softmax_top_k with score identity, not {settings.renormalize}"
     for mode in MODES:
         for name in ("prior", "prior_keep") if mode == "prior" else (mode,):
-            off = 0 if mode == "prior" else None
+            off = {"prior": 0, "gates": "none"}.get(mode)
             if mode not in config.router_modes and (value := getattr(settings, name)) != off:
                 return f"{name} must be {off} without {mode!r} in router_modes, not {value!r}"
     return None
@@ -146,10 +149,11 @@ def route(device: Device, router: Router, logits: Tensor, *, resident: Tensor | 
     """Route by logits; :meth:`moeaccel.host.Device.route`."""
     settings = router.settings
     check_router(device.config, settings)
-    tokens, experts = shape_of("logits", logits, "T", "E")
-    if experts != settings.experts:
-        raise InvalidTensor(f"logits must have the shape (T, {settings.experts}) of this router, "
+    tokens, outputs = shape_of("logits", logits, "T", "E")
+    if outputs != settings.outputs:
+        raise InvalidTensor(f"logits must have the shape (T, {settings.outputs}) of this router, "
                             f"not {tuple(logits.shape)}")
+    experts = settings.experts
     mask = None
     if resident is not None:
         if shape_of("resident", resident, "E") != (experts,):
@@ -157,17 +161,18 @@ def route(device: Device, router: Router, logits: Tensor, *, resident: Tensor | 
                 f"resident must have the shape ({experts},), not {tuple(resident.shape)}")
         mask = (resident.detach().cpu().numpy() if is_torch(resident)
                 else np.asarray(resident)).astype(bool)
-    rows = np.zeros((tokens, whole_blocks(experts)), np.float32)
-    rows[:, :experts] = float32("logits", logits)
+    rows = np.zeros((tokens, whole_blocks(outputs)), np.float32)
+    rows[:, :outputs] = float32("logits", logits)
     preferred = mask if settings.prior else None
     words = table_words(settings, router.bias, router.selection_bias,
                         None if settings.prior else mask)
     table = table_bytes(words if words.any() else None, preferred)
     fields = descriptor(settings, biased=router.selection_bias is not None,
                         tables=bool(words.any()), residents=preferred is not None, table_address=0)
-    ids = np.zeros((tokens, settings.top_k), np.int32)
-    weights = np.zeros((tokens, settings.top_k), np.float32)
-    most = min(device.config.max_tokens, device.config.max_assignments // settings.top_k)
+    slots = settings.top_k + settings.shared
+    ids = np.zeros((tokens, slots), np.int32)
+    weights = np.zeros((tokens, slots), np.float32)
+    most = min(device.config.max_tokens, device.config.max_assignments // slots)
     check_tokens(settings, tokens, most)
     first = 0
     cycles = 0

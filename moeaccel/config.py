@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from moeaccel.activations import ACTIVATIONS, Activation
 from moeaccel.errors import ConfigurationError
 from moeaccel.formats import ALL_FORMATS, BLOCK, FORMATS, WeightFormat
-from moeaccel.router.choices import MODES, PART_BITS, Score
+from moeaccel.router.choices import MODES, PART_BITS, Gates, Score
 
 ACTIVATION_SHIFT_MAX = 11
 """Largest block shift of an activation: 10 below the token's largest, plus one for a raised
@@ -173,6 +173,9 @@ class AcceleratorConfig:
             and 64 <= self.max_dim <= DIM_MAX,
             f"a multiple of 32 from 64 to {DIM_MAX}",
         )
+        require("max_experts", not self.router or self.max_experts <= self.max_dim,
+                f"at most max_dim = {self.max_dim} with a router, whose outputs are a token's "
+                "logits")
         power("tile_words", 16, 1 << 16)
         require(
             "tile_words",
@@ -248,8 +251,14 @@ class AcceleratorConfig:
         return any(f.zero_point for f in self.weight_formats)
 
     @property
+    def minima(self) -> bool:
+        """Whether a format has minima."""
+        return any(f.minimum for f in self.weight_formats)
+
+    @property
     def word_bytes(self) -> int:
-        """Bytes of one array word: the weights of one tile for one block of 32, in any format."""
+        """Bytes of one array word: the weights of one tile for one block of 32, in any format; for
+        two in 2-bit formats."""
         return BLOCK * self.row_multipliers
 
     @property
@@ -337,6 +346,11 @@ class AcceleratorConfig:
 
     def _of_mode(self, mode: str, most: int) -> int:
         return most if mode in self.router_modes else 0
+
+    @property
+    def gates_max(self) -> int:
+        """Largest code of gates."""
+        return self._of_mode("gates", max(Gates))
 
     @property
     def threshold_max(self) -> int:
@@ -427,7 +441,8 @@ class AcceleratorConfig:
         fields = dataclasses.asdict(self)
         del fields["name"]
         fields["formats"] = [
-            {a.name: getattr(f, a.name) for a in dataclasses.fields(WeightFormat)}
+            {a.name: value for a in dataclasses.fields(WeightFormat)
+             if (value := getattr(f, a.name)) or a.name != "minimum"}
             for f in self.weight_formats]
         fields["activations"] = [
             {"name": a.name, "code": a.code, "factor": a.factor.value, "up_offset": a.up_offset}

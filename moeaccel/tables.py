@@ -146,7 +146,7 @@ def gated(g: InternalFloat, u: InternalFloat, act: Activation,
         u = clamped(u, limit, below=True)
     if second is not None:
         u = multiply(u, second if limit is None else clamped(second, limit, below=True))
-    if act.up_offset:
+    elif act.up_offset:
         u = add(u, InternalFloat(*(np.broadcast_to(part, u.mantissa.shape)
                                    for part in (ONE.mantissa, ONE.exponent))))
     return multiply_to_element(multiply(g, factor(g, act)), u)

@@ -10,10 +10,21 @@ from amaranth.lib.wiring import In, Out
 from amaranth.utils import exact_log2
 
 from moeaccel.config import ACTIVATION_SHIFT_MAX, BLOCK, AcceleratorConfig
-from moeaccel.formats import QUAD, SHARED_FIELD_BITS, SIGNIFICAND_BITS, ZERO_POINT_BITS
+from moeaccel.formats import (
+    MINIMUM_SHIFT_MAX,
+    QUAD,
+    SHARED_FIELD_BITS,
+    SIGNIFICAND_BITS,
+    ZERO_POINT_BITS,
+)
 from moeaccel.hdl import layouts
 from moeaccel.hdl.array.multiplier import FAMILIES, Multiplier
-from moeaccel.hdl.weights.tile_buffer import scale_layout, select_bits, zero_layout
+from moeaccel.hdl.weights.tile_buffer import (
+    minimum_layout,
+    scale_layout,
+    select_bits,
+    zero_layout,
+)
 
 __all__ = ["DotArray", "sums_layout"]
 
@@ -45,8 +56,10 @@ class DotArray(wiring.Component):
         sum[r, t] += (sum over k of w[r, k] * x[t, k]) * significand[r] << (shift[r] +
         lane_shift[t])
 
-    where k runs over a block of 32. In N:M formats multiplier k takes one of its four elements of
-    x instead of element k, which ``i_selects`` says, and its sum goes to the row of its part.
+    where k runs over a block of 32. Formats with minima add ``(minimum[r] * sum over k of x[t, k])
+    << lane_shift[t]``; that sum is made once for a lane. In N:M formats multiplier k takes one of
+    its four elements of x instead of element k, which ``i_selects`` says, and its sum goes to the
+    row of its part.
 
         codes -> decode -> [multiplier] -> split, trees --> [multiplier] -> shift ---> sum
            0      1, 2     [ 3, 4, 5  ]      6 to 10        [11, 12, 13]    14, 15     16
@@ -87,7 +100,7 @@ class DotArray(wiring.Component):
     i_format : :py:`In(config.format_bits)`
     i_codes : :py:`In(8 * config.word_bytes)`
     i_scales : :py:`In(scale_layout(config))`
-    i_zeros, i_selects
+    i_zeros, i_minima, i_selects
         As from :class:`~moeaccel.hdl.weights.tile_buffer.TileBuffer`, where a format needs them.
     i_lanes : :py:`In(ArrayLayout(layouts.lane(config), config.token_lanes))`
         LANES_LATER_CYCLES after the rest of the step, so that they may be chosen meanwhile.
@@ -123,6 +136,7 @@ class DotArray(wiring.Component):
             "i_codes": In(8 * config.word_bytes),
             "i_scales": In(scale_layout(config)),
             **({"i_zeros": In(zero_layout(config))} if config.zero_points else {}),
+            **({"i_minima": In(minimum_layout(config))} if config.minima else {}),
             **({"i_selects": In(select_bits(config))} if config.parts > 1 else {}),
             "i_lanes": In(data.ArrayLayout(layouts.lane(config), config.token_lanes)),
             "i_tag": In(tag_width),
@@ -211,10 +225,10 @@ class DotArray(wiring.Component):
             (table, zero): self._copies(
                 register,
                 layouts.is_format(self.i_format, [
-                    f for f in packed_formats if (f.table, f.zero_point) == (table, zero)]),
+                    f for f in packed_formats if (f.nibbles, f.zero_point) == (table, zero)]),
                 f"table{i}")
             for i, (table, zero) in enumerate(
-                dict.fromkeys((f.table, f.zero_point) for f in packed_formats))}
+                dict.fromkeys((f.nibbles, f.zero_point) for f in packed_formats))}
         int8_copies = self._copies(
             register, ~layouts.is_packed(config, self.i_format), "int8")
         zeros = [register(0, ZERO_POINT_BITS, zero, f"zero{row}")
@@ -316,8 +330,22 @@ class DotArray(wiring.Component):
         # Every operand, -128 and an empty scale included, fits.
         scaled_bits = BLOCK_BITS + SIGNIFICAND_BITS
         coarse_bits = 3
-        shifted_bits = scaled_bits + (1 << coarse_bits) - 1
         addend_bits = config.accumulator_bits - (config.max_steps - 1).bit_length()
+
+        def shifted(scaled, row_shift, most, name, lane):
+            """Return a scaled sum after both of its shifts, at the input of the last register."""
+            amount = register(shift - 1, range(most + 1), row_shift + lane_shifts[lane],
+                              f"amount{name}", lane)
+            fine = register(shift, signed(len(scaled) + (1 << coarse_bits) - 1),
+                            scaled << amount[:coarse_bits], f"fine{name}", lane)
+            amount = register(shift, len(amount) - coarse_bits, amount[coarse_bits:],
+                              f"coarse_amount{name}", lane)
+            # Not shifted by a variable, which would make it wider than it can be.
+            for i, much in enumerate(amount):
+                fine = Mux(much, fine << (1 << coarse_bits + i), fine)[:addend_bits].as_signed()
+            return fine
+
+        minima = self._minima(register, delay, multiplier, mantissas, multiply, scale, shift)
         first = delay(0, accumulate - 1, self.i_first, "first")
         last = delay(0, accumulate - 1, self.i_last, "last")
         totals = {}
@@ -328,15 +356,13 @@ class DotArray(wiring.Component):
             m.d.comb += scaled.eq(multiplier(
                 f"scale{name}", scale, block, Cat(significands[entry], C(0, 1)).as_signed(),
                 BLOCK_BITS, SIGNIFICAND_BITS + 1, lane))
-            amount = register(shift - 1, range(self.max_shift + 1),
-                              row_shifts[entry] + lane_shifts[lane], f"amount{name}", lane)
-            fine = register(shift, signed(shifted_bits), scaled << amount[:coarse_bits],
-                            f"fine{name}", lane)
-            amount = register(shift, 2, amount[coarse_bits:], f"coarse_amount{name}", lane)
-            # Not shifted by a variable, which would make it wider than it can be.
-            for i, much in enumerate(amount):
-                fine = Mux(much, fine << (1 << coarse_bits + i), fine)[:addend_bits].as_signed()
-            addend = register(shift + 1, signed(addend_bits), fine, f"addend{name}", lane)
+            addend = shifted(scaled, row_shifts[entry], self.max_shift, name, lane)
+            if part == 0 and minima:
+                of_minimum, row_shift = minima[rm, field, lane]
+                addend = (addend + shifted(
+                    of_minimum, row_shift, MINIMUM_SHIFT_MAX + ACTIVATION_SHIFT_MAX,
+                    f"{name}_minimum", lane))[:addend_bits].as_signed()
+            addend = register(shift + 1, signed(addend_bits), addend, f"addend{name}", lane)
             total = Signal(signed(config.accumulator_bits), name=f"total{name}", reset_less=True)
             with m.If(used[accumulate][lane] if self._gated else valid[accumulate]):
                 m.d.sync += total.eq(Mux(first, 0, total) + addend)
@@ -363,6 +389,37 @@ class DotArray(wiring.Component):
         m.d.sync += self.o_valid.eq(valid[accumulate] & last)
         m.d.comb += self.o_tag.eq(delay(0, accumulate, self.i_tag, "tag"))
         return m
+
+    def _minima(self, register, delay, multiplier, mantissas, multiply, scale, shift):
+        """Return (minimum * sum of x before its shift, minimum's shift) by multiplier row, field
+        and lane, at the inputs of the stages behind the scales' multipliers; none without minima.
+
+        ``mantissas``, by lane, are at the input of stage ``multiply``, the first of the
+        multipliers; ``scale`` and ``shift`` are those of scales and shifts.
+        """
+        if not self._config.minima:
+            return {}
+        factors, row_shifts = [], []
+        for i, minimum in enumerate(self.i_minima):
+            minimum = register(0, len(minimum.as_value()), minimum.as_value(), f"minimum{i}")
+            size = minimum[:SIGNIFICAND_BITS]
+            factor = register(1, signed(SIGNIFICAND_BITS + 1), Mux(minimum[-1], -size, size),
+                              f"minimum_factor{i}")
+            factors.append(delay(2, scale - 1, factor, f"minimum_factor{i}"))
+            row_shifts.append(delay(1, shift - 2, minimum[SIGNIFICAND_BITS:-1],
+                                    f"minimum_shift{i}"))
+        found = {}
+        for lane, terms in enumerate(mantissas):
+            for level in range(TREE_LEVELS):
+                terms = [register(multiply + level, signed(9 + level), a + b,
+                                  f"x_sum{lane}_{i}", lane)
+                         for i, (a, b) in enumerate(zip(terms[0::2], terms[1::2], strict=True))]
+            total = delay(multiply + TREE_LEVELS, scale - 1, terms[0], f"x_total{lane}", lane)
+            for i, (factor, row_shift) in enumerate(zip(factors, row_shifts, strict=True)):
+                product = multiplier(f"minimum{i}_{lane}", scale, total, factor, len(total),
+                                     len(factor), lane)
+                found[i >> 1, i & 1, lane] = product, row_shift
+        return found
 
     def _copies(self, register, value, name):
         """Return the register of a bit as often as its many readers, all over the array, need it.

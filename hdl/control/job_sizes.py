@@ -92,12 +92,14 @@ class JobSizes(wiring.Component):
             """Return the last unit of twice as many."""
             return Cat(C(1, 1), last)
 
+        last_expert = Signal.like(job.num_experts)
+        m.d.sync += last_expert.eq(job.num_experts - 1)
         floats = _UNIT - 2
         last_units = {
             "x_address": Mux(job.x_narrow, x, twice(x)),
             "ids_address": pairs >> floats, "weights_address": pairs >> floats,
             "y_address": Mux(job.y_narrow, y, twice(y)), "workspace_address": twice(twice(y)),
-            "table_address": (job.num_experts - 1)[:len(job.num_experts)]}
+            "table_address": last_expert}
         beyond = {name: Signal(name=f"beyond_{name}") for name in last_units}
         for name, last in last_units.items():
             m.d.sync += beyond[name].eq(last > ~job[name][_UNIT:])

@@ -17,10 +17,10 @@ __all__ = ["SectionWords"]
 class SectionWords(wiring.Component):
     """Derive ``Section.words`` and ``Section.tiles`` of :mod:`moeaccel.image` from a shape.
 
-    Tiles times steps, and tiles times groups, are made by shifting and adding.
+    Tiles times a tile's weight words, and tiles times groups, are made by shifting and adding.
 
-    Latency: ``o_done`` is 1 from B + 3 cycles after ``i_start`` on, where B is the bits of
-    ``i_steps``, until the next start. Reset: not done.
+    Latency: ``o_done`` is 1 from B + 3 cycles after ``i_start`` on, where B is the bits of a tile's
+    weight words, until the next start. Reset: not done.
 
     Parameters
     ----------
@@ -66,7 +66,8 @@ class SectionWords(wiring.Component):
             f.code: Section(f, 2 * BLOCK, BLOCK, config.row_multipliers, config.channels)
             for f in config.weight_formats}
         rows = self.i_row_blocks << exact_log2(BLOCK)
-        tiles, groups = Signal.like(self.o_tiles), Signal.like(self.i_steps)
+        tiles = Signal.like(self.o_tiles)
+        tile_words, groups = Signal.like(self.i_steps), Signal.like(self.i_steps)
         row_words, scale_words, pattern_words = Signal(32), Signal(32), Signal(32)
         weights, entries = Signal(32), Signal(32)
 
@@ -76,13 +77,17 @@ class SectionWords(wiring.Component):
         with m.Switch(self.i_format):
             for code, section in constants.items():
                 with m.Case(code):
+                    fmt = section.format
+                    # Entries come together where a word's steps have one each.
+                    together = max(1, fmt.steps_per_word // fmt.steps_per_group)
                     m.d.comb += [
                         tiles.eq(up(rows, section.tile_rows * section.channels)),
-                        groups.eq(up(self.i_steps, section.format.steps_per_group)),
+                        tile_words.eq(up(self.i_steps, fmt.steps_per_word)),
+                        groups.eq(up(self.i_steps, together * fmt.steps_per_group)),
                     ]
                     m.d.sync += [
                         row_words.eq(up(self.o_tiles, section.tiles_per_row_word)),
-                        scale_words.eq(up(entries, section.entries_per_scale_word)),
+                        scale_words.eq(up(entries, section.entries_per_scale_word // together)),
                     ]
                     if config.bias:
                         with m.If(self.i_biased):
@@ -90,11 +95,11 @@ class SectionWords(wiring.Component):
                                 up(self.o_tiles, replace(section, biased=True).tiles_per_row_word))
                     if config.parts > 1:
                         m.d.sync += pattern_words.eq(
-                            0 if section.format.parts == 1
+                            0 if fmt.parts == 1
                             else up(weights, STEPS_PER_PATTERN_WORD))
         stepping, multiplied, rounded = Signal(), Signal(), Signal()
         multiplicand = Signal(32)
-        left_steps, left_groups = Signal.like(self.i_steps), Signal.like(self.i_steps)
+        left_words, left_groups = Signal.like(self.i_steps), Signal.like(self.i_steps)
         m.d.sync += [
             self.o_tiles.eq(tiles),
             self.o_short.eq(-(rows >> exact_log2(config.channels))),
@@ -106,17 +111,17 @@ class SectionWords(wiring.Component):
         with m.If(stepping):
             m.d.sync += [
                 multiplicand.eq(multiplicand << 1),
-                left_steps.eq(left_steps >> 1), left_groups.eq(left_groups >> 1),
+                left_words.eq(left_words >> 1), left_groups.eq(left_groups >> 1),
             ]
-            with m.If(left_steps[0]):
+            with m.If(left_words[0]):
                 m.d.sync += weights.eq(weights + multiplicand)
             with m.If(left_groups[0]):
                 m.d.sync += entries.eq(entries + multiplicand)
-            with m.If(~left_steps[1:].any()):  # groups never have more bits
+            with m.If(~left_words[1:].any()):  # groups never have more bits
                 m.d.sync += [stepping.eq(0), multiplied.eq(1)]
         with m.If(self.i_start):
             m.d.sync += [
-                stepping.eq(1), multiplicand.eq(tiles), left_steps.eq(self.i_steps),
+                stepping.eq(1), multiplicand.eq(tiles), left_words.eq(tile_words),
                 left_groups.eq(groups), weights.eq(0), entries.eq(0), self.o_done.eq(0),
                 multiplied.eq(0), rounded.eq(0),
             ]

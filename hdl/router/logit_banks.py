@@ -76,14 +76,15 @@ class LogitBanks(wiring.Component):
         most = Array(Signal(signed(WORD_BITS), name=f"most{i}") for i in range(2))
         most_id = Array(Signal(id_bits, name=f"most_id{i}") for i in range(2))
         bank, index = Signal(), Signal(range(config.max_experts + 1))
-        take, last = Signal(), Signal()
+        take, last, own = Signal(), Signal(), Signal()  # own: of an expert that may be chosen
         m.d.comb += [
             bias_write.en.eq(self.bias_w_en), bias_write.addr.eq(self.bias_w_address),
             bias_write.data.eq(self.bias_w_data),
             bias_read.addr.eq(index),
             self.i_logit.ready.eq(~claimed.bit_select(bank, 1)),
             take.eq(self.i_logit.valid & self.i_logit.ready),
-            last.eq(index + 1 == form.experts),
+            last.eq(index + 1 == layouts.router_outputs(config, form)),
+            own.eq((index < form.experts) if "gates" in config.router_modes else 1),
         ]
         with m.If(take):
             m.d.sync += index.eq(Mux(last, 0, index + 1))
@@ -91,16 +92,16 @@ class LogitBanks(wiring.Component):
                 m.d.sync += [bank.eq(~bank), claimed.bit_select(bank, 1).eq(1)]
         pipe = Pipeline(m, take, name="load")
         s = pipe.stage(logit=self.i_logit.p.value, beyond=self.i_logit.p.beyond,
-                       index=index[:id_bits], bank=bank, first=index == 0, last=last)
+                       index=index[:id_bits], bank=bank, first=index == 0, last=last, own=own)
         # Block RAM is slow to answer: a register behind it, ahead of everything else.
         s = pipe.stage(**vars(s), bias=bias_read.data)
-        total = s.logit + Mux(form.tables, s.bias, 0)
+        total = s.logit + Mux(form.tables & s.own, s.bias, 0)
         s = pipe.stage(total=total, beyond=s.beyond, index=s.index, bank=s.bank, first=s.first,
-                       last=s.last)
+                       last=s.last, own=s.own)
         high, low = s.total > _MOST, s.total < _LEAST
         s = pipe.stage(value=Mux(high, _MOST, Mux(low, _LEAST, s.total))[:WORD_BITS].as_signed(),
                        beyond=s.beyond | high | low, index=s.index, bank=s.bank, first=s.first,
-                       last=s.last)
+                       last=s.last, own=s.own)
         value = s.value
         m.d.comb += [
             write.en.eq(pipe.valid), write.addr.eq(Cat(s.index, s.bank)), write.data.eq(value),
@@ -110,7 +111,7 @@ class LogitBanks(wiring.Component):
             self.o_most.eq(most[routed]), self.o_most_id.eq(most_id[routed]),
         ]
         largest, largest_id = Signal(signed(WORD_BITS)), Signal(id_bits)  # so far
-        larger = s.first | (value > largest)
+        larger = s.first | (s.own & (value > largest))
         now, now_id = Mux(larger, value, largest), Mux(larger, s.index, largest_id)
         with m.If(pipe.valid):
             m.d.sync += [largest.eq(now), largest_id.eq(now_id)]

@@ -14,6 +14,7 @@ from moeaccel.hdl.router.token_router import TokenRouter
 from moeaccel.hdl.router.word_reader import WordReader
 from moeaccel.hdl.sequential_multiplier import SequentialMultiplier
 from moeaccel.interface.commands import ENTRY_BYTES
+from moeaccel.router.choices import Gates
 
 __all__ = ["RouteUnit"]
 
@@ -83,6 +84,9 @@ class RouteUnit(wiring.Component):
         wiring.connect(m, outside=wiring.flipped(self.writer), pairs=pairs.writer)
         table, residents = table_units(config, job)
         counting, counted = self._sweeps(m, router, pairs)
+        outputs, shared = layouts.router_outputs(config, job.form), job.form.shared
+        if "gates" in config.router_modes:  # then the router makes the pairs of shared experts
+            shared = Mux(job.form.gates == Gates.NONE, shared, 0)
 
         # Words are those of the table, in turn a bias and a selection bias, residents, or logits.
         index = Signal(range(2 * config.max_experts + _WORDS + 1))
@@ -93,14 +97,14 @@ class RouteUnit(wiring.Component):
         m.d.comb += [
             router.i_form.eq(job.form),
             pairs.i_start.eq(self.i_start), pairs.i_tokens.eq(job.tokens),
-            pairs.i_shared.eq(job.form.shared), pairs.i_experts.eq(job.num_experts),
+            pairs.i_shared.eq(shared), pairs.i_experts.eq(job.num_experts),
             pairs.i_ids_address.eq(job.ids_address),
             pairs.i_weights_address.eq(job.weights_address),
             units.i_start.eq(self.i_start), units.i_a.eq(job.tokens), units.i_b.eq(job.steps_in),
             words.i_address.eq(Mux(early, job.table_address, job.x_address)),
             words.i_count.eq(Mux(early, Mux(in_table, table, 0) + residents, units.o_product << 1)),
             early.eq(in_table | in_residents),
-            mine.eq(Mux(in_table, expert < job.num_experts, index < job.num_experts)),
+            mine.eq(Mux(in_table, expert < job.num_experts, index < outputs)),
         ]
         taken = words.o_word.valid & words.o_word.ready
         write = in_table & taken & mine
@@ -137,7 +141,7 @@ class RouteUnit(wiring.Component):
         done, token = Signal(range(config.max_experts + 1)), Signal(layouts.token_bits(config))
         with m.If(to_fixed.o_valid):
             m.d.sync += done.eq(done + 1)
-            with m.If(done + 1 == job.num_experts):
+            with m.If(done + 1 == outputs):
                 m.d.sync += [done.eq(0), token.eq(token + 1)]
             with m.If(to_fixed.o_nonfinite & ~self.o_nonfinite):
                 m.d.sync += [self.o_nonfinite.eq(1), self.o_token.eq(token)]

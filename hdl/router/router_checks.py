@@ -8,7 +8,7 @@ from amaranth.utils import ceil_log2
 from moeaccel.config import BLOCK, TOP_K_MAX, AcceleratorConfig
 from moeaccel.hdl import layouts
 from moeaccel.interface.commands import ENTRY_BYTES, ROUTER, Selection, field_of
-from moeaccel.router.choices import GROUPS_MAX, CapacityOrder, GroupScore
+from moeaccel.router.choices import GROUPS_MAX, CapacityOrder, Gates, GroupScore
 
 __all__ = ["RouterChecks", "router_fields", "table_units"]
 
@@ -21,7 +21,7 @@ def _product(a, b):
 def _of_modes(config, router, form):
     """Return the statements for what modes have."""
     names = {"threshold": ["threshold"], "top_p": ["top_p"], "prior": ["prior", "prior_keep"],
-             "capacity": [], "mixer": []}
+             "capacity": [], "mixer": [], "gates": ["gates"]}
     taken = [form[name].eq(router[name]) for mode in config.router_modes for name in names[mode]]
     if "capacity" in config.router_modes:
         beyond = router["capacity"][len(form.capacity):].any()
@@ -56,11 +56,14 @@ def router_fields(config, entry, job, groups):
     """
     router, form = layouts.entry_fields(ROUTER, entry), job.form
     grouped = router["keep_groups"] < router["groups"]
+    outputs = router["num_experts"]
+    if "gates" in config.router_modes:
+        outputs = outputs + Mux(router["gates"] != Gates.NONE, router["shared"], 0)
     return [
         groups.eq(router["groups"]),
         job.num_experts.eq(router["num_experts"]),
         job.table_address.eq(router["table_address"]),
-        job.steps_in.eq((router["num_experts"] + (BLOCK - 1)) // BLOCK),
+        job.steps_in.eq((outputs + (BLOCK - 1)) // BLOCK),
         job.steps_out.eq(1),
         form.tables.eq(router["tables"][0]),
         form.experts.eq(router["num_experts"]),
@@ -70,6 +73,7 @@ def router_fields(config, entry, job, groups):
         form.grouped.eq(grouped),
         form.top2.eq(grouped & (router["group_score"] == GroupScore.TOP2_SUM)),
         *_of_modes(config, router, form),
+        *([form.outputs.eq(outputs)] if "gates" in config.router_modes else []),
         form.scale.eq(Cat(router["scale"][:23], C(1, 1))),
         form.scale_exponent.eq(router["scale"][23:31] - 150),
         *(form[name].eq(router[name])
@@ -122,11 +126,13 @@ class RouterChecks(wiring.Component):
         not_two = C(0)
         if "mixer" in self._config.router_modes:
             not_two = form.mixer & (form.top_k != 2)
+        too_many = layouts.router_outputs(self._config, form) > self._config.max_experts
         m.d.sync += [
             self.o_bad_top_k.eq((form.top_k == 0) | (form.top_k > kept) | not_two
                                 | (form.top_k > self._config.router_top_k)),
-            self.o_bad.eq(bad_groups | (form.keep_groups > self.i_groups)),
-            self.o_word.eq(Mux(bad_groups, field_of(ROUTER, "groups").word,
-                               field_of(ROUTER, "keep_groups").word)),
+            self.o_bad.eq(too_many | bad_groups | (form.keep_groups > self.i_groups)),
+            self.o_word.eq(Mux(too_many, field_of(ROUTER, "num_experts").word, Mux(
+                bad_groups, field_of(ROUTER, "groups").word,
+                field_of(ROUTER, "keep_groups").word))),
         ]
         return m

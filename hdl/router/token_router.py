@@ -1,7 +1,5 @@
 """Routing of one token after another: logits in, experts and weights out."""
 
-import enum
-
 import numpy as np
 from amaranth import *
 from amaranth.lib import data, fifo, memory, stream, wiring
@@ -18,11 +16,12 @@ from moeaccel.hdl.router.leading import WIDTH, Leading
 from moeaccel.hdl.router.line_table import LineTable
 from moeaccel.hdl.router.logit_banks import LogitBanks
 from moeaccel.hdl.router.near_logits import NearLogits
+from moeaccel.hdl.router.router_wires import Pass, Wires
 from moeaccel.hdl.router.score_unit import ScoreMode, ScoreUnit
 from moeaccel.hdl.router.top_selector import TopSelector
 from moeaccel.hdl.router.weight_unit import WeightUnit
 from moeaccel.hdl.unchecked_memory import unchecked_memory
-from moeaccel.router.choices import GROUPS_MAX, Renormalize, Score
+from moeaccel.router.choices import GROUPS_MAX, Gates, Renormalize, Score
 from moeaccel.router.tables import (
     KEY_BITS,
     RECIPROCAL,
@@ -46,68 +45,6 @@ DIVIDE_CYCLES = Leading.LATENCY_CYCLES + LineTable.LATENCY_CYCLES + 1
 
 SETTLE_CYCLES = 8
 """From the last score of a pass to the selector's last key, and one more; a prior takes four."""
-
-
-class _Pass(enum.IntEnum):
-    """What is done with a token's logits, one a cycle."""
-
-    SUM = 0
-    """Add up exponentials: all scores need the sum."""
-    GROUPS = 1
-    """Find the best groups."""
-    SELECT = 2
-    """Find the best experts; add up exponentials if only weights need the sum."""
-    LARGEST = 3
-    """Of the chosen: the largest logit."""
-    CHOSEN = 4
-    """Of the chosen: scores and their sum."""
-    MIX = 5
-    """Of a sparsemixer's choice: add up exponentials of the logits near it."""
-
-
-class _Wires:
-    """What the parts of a router tell each other."""
-
-    def __init__(self, config):
-        id_bits = layouts.expert_bits(config)
-        self.id_bits = id_bits
-        self.places = max(config.router_top_k, 1)
-        # A token's logits.
-        self.full = Signal()
-        self.most = Signal(signed(WORD_BITS))
-        self.most_id = Signal(id_bits)
-        self.freed = Signal()
-        # A pass.
-        self.kind = Signal(_Pass)
-        self.feeding = Signal()
-        self.at = Signal(range(config.max_experts + 1))
-        self.at_last = Signal()
-        self.read_address = Signal(id_bits)
-        self.read_data = Signal(signed(WORD_BITS))
-        self.over = Signal()  # its last score or key
-        self.settled = Signal()  # and all that follows from it
-        self.total = Signal(WIDTH)
-        # Of the form.
-        self.direct = Signal()  # keys are the logits of this pass
-        self.scored = Signal()  # this pass needs scores
-        self.early_sum = Signal()
-        self.softmax_of_chosen = Signal()
-        self.mixes = Signal()
-        self.added = Signal()  # what the table has for keys
-        # A sparsemixer.
-        self.second = Signal()  # of its choices
-        self.near = Signal()  # with the exponential of a logit: it is added
-        # Selection.
-        self.kept = Signal(GROUPS_MAX)
-        self.inverted = Signal()  # the weight unit is given a reciprocal, to make a factor of it
-        self.factoring = Signal()
-        self.weighing = Signal()  # scores of the chosen go to the weight unit
-        self.room = Signal()  # for the pairs of a token
-        self.pair_made = Signal()
-        self.largest = Signal(signed(WORD_BITS))
-        self.first = Signal(SCORE_WIDTH)  # of the first chosen
-        self.drops, self.dropping = Signal(), Signal()
-        self.left = Signal(self.places)  # the chosen that are not dropped
 
 
 class TokenRouter(wiring.Component):
@@ -184,7 +121,7 @@ class TokenRouter(wiring.Component):
 
     def elaborate(self, platform):
         m = Module()
-        w = _Wires(self._config)
+        w = Wires(self._config)
         m.submodules.selector = selector = TopSelector(
             w.places, key_bits=WORD_BITS + 1, id_bits=max(w.id_bits, ceil_log2(GROUPS_MAX)))
         m.submodules.unit = unit = ScoreUnit(
@@ -217,17 +154,19 @@ class TokenRouter(wiring.Component):
         ]
         if "mixer" in self._config.router_modes:
             m.d.comb += w.mixes.eq(form.mixer)
+        if "gates" in self._config.router_modes:
+            m.d.comb += [w.gated.eq(form.gates != Gates.NONE), w.gates.eq(w.kind == Pass.GATES)]
         with m.Switch(w.kind):
-            with m.Case(_Pass.SUM, _Pass.CHOSEN, _Pass.MIX):
+            with m.Case(Pass.SUM, Pass.CHOSEN, Pass.MIX, Pass.GATES):
                 m.d.comb += w.scored.eq(1)
-            with m.Case(_Pass.GROUPS):
+            with m.Case(Pass.GROUPS):
                 m.d.comb += [w.direct.eq(~group_scores), w.scored.eq(group_scores)]
-            with m.Case(_Pass.SELECT):
+            with m.Case(Pass.SELECT):
                 m.d.comb += [
                     w.direct.eq(form.by_logits),
                     w.scored.eq(~form.by_logits
                                 | (softmax & ~w.early_sum & ~w.softmax_of_chosen & ~w.mixes))]
-            with m.Case(_Pass.LARGEST):
+            with m.Case(Pass.LARGEST):
                 m.d.comb += w.direct.eq(1)
 
     def _load(self, m, w):
@@ -246,15 +185,17 @@ class TokenRouter(wiring.Component):
     def _feed(self, m, w, unit, selector):
         """Read a pass's logits and give them to the score unit."""
         form = self.i_form
-        of_chosen = (w.kind == _Pass.LARGEST) | (w.kind == _Pass.CHOSEN)
-        mixing = w.kind == _Pass.MIX
+        of_chosen = (w.kind == Pass.LARGEST) | (w.kind == Pass.CHOSEN)
+        mixing = w.kind == Pass.MIX
         some = Signal()
         place = w.at[:ceil_log2(w.places)] if w.places > 1 else C(0, 1)
         m.d.comb += [
             # The largest logit that a sparsemixer looks for is that of its present choice.
             w.at_last.eq(Mux(of_chosen & w.mixes, w.at == w.second,
-                             w.at + 1 == Mux(of_chosen, form.top_k, form.experts))),
-            w.read_address.eq(Mux(of_chosen, selector.o_ids[place], w.at)),
+                             w.at + 1 == Mux(of_chosen, form.top_k,
+                                             Mux(w.gates, form.shared, form.experts)))),
+            w.read_address.eq(Mux(of_chosen, selector.o_ids[place],
+                                  w.at + Mux(w.gates, form.experts, 0))),
             some.eq(Mux(of_chosen, selector.o_some.bit_select(place, 1),
                         ~(w.mixes & w.second & (w.at == selector.o_ids[0])))),
         ]
@@ -273,14 +214,14 @@ class TokenRouter(wiring.Component):
 
         relative = Signal()
         m.d.comb += relative.eq(
-            (w.kind == _Pass.SUM)
-            | ((w.kind == _Pass.SELECT) & form.by_logits)
-            | ((w.kind == _Pass.CHOSEN) & w.softmax_of_chosen) | mixing)
+            (w.kind == Pass.SUM)
+            | ((w.kind == Pass.SELECT) & form.by_logits)
+            | ((w.kind == Pass.CHOSEN) & w.softmax_of_chosen) | mixing)
         m.d.comb += [
             unit.i_valid.eq(pipe.valid & w.scored), unit.i_logit.eq(s.logit), unit.i_tag.eq(tag)]
         # A pass's first logit comes two cycles after its kind.
         m.d.sync += [
-            unit.i_reference.eq(Mux(((w.kind == _Pass.CHOSEN) & w.softmax_of_chosen) | mixing,
+            unit.i_reference.eq(Mux(((w.kind == Pass.CHOSEN) & w.softmax_of_chosen) | mixing,
                                     w.largest, w.most)),
             unit.i_mode.eq(ScoreMode.EXPONENTIAL),
         ]
@@ -292,8 +233,10 @@ class TokenRouter(wiring.Component):
                     m.d.sync += unit.i_mode.eq(ScoreMode.SIGMOID)
                 with m.Case(Score.SQRT_SOFTPLUS):
                     m.d.sync += unit.i_mode.eq(ScoreMode.SQRT_SOFTPLUS)
+        with m.If(w.gates):
+            m.d.sync += unit.i_mode.eq(ScoreMode.SIGMOID)
 
-        with m.If(pipe.valid & s.some & (w.kind == _Pass.LARGEST)
+        with m.If(pipe.valid & s.some & (w.kind == Pass.LARGEST)
                   & (w.mixes | (s.logit > w.largest))):
             m.d.sync += w.largest.eq(s.logit)
         with m.If(~of_chosen & ~mixing):
@@ -318,7 +261,7 @@ class TokenRouter(wiring.Component):
             scored.eq(unit.o_tag),
             read.addr.eq(Mux(w.direct, w.read_id, scored.id)),
         ]
-        selecting = (w.kind == _Pass.GROUPS) | (w.kind == _Pass.SELECT)
+        selecting = (w.kind == Pass.GROUPS) | (w.kind == Pass.SELECT)
         score = Pipeline(m, unit.o_valid, name="scored")
         behind = score.stage(value=unit.o_score[SCORE_BITS - KEY_BITS:], tag=unit.o_tag)
         behind_tag = Signal(self._tag(w))
@@ -337,7 +280,7 @@ class TokenRouter(wiring.Component):
         first = C(0)
         if "prior" in self._config.router_modes:
             s, first = self._prefer(m, w, pipe, s)
-        grouping = w.kind == _Pass.GROUPS
+        grouping = w.kind == Pass.GROUPS
         m.submodules.groups = groups = GroupKeys(self._config)
         m.d.comb += [
             groups.i_form.eq(form), groups.i_clear.eq(w.settled),
@@ -360,7 +303,7 @@ class TokenRouter(wiring.Component):
             write.en.eq(self.resident_w_en), write.addr.eq(self.resident_w_address),
             write.data.eq(self.resident_w_data), read.addr.eq(s.id >> 5),
         ]
-        none = (w.kind == _Pass.GROUPS) & form.top2
+        none = (w.kind == Pass.GROUPS) & form.top2
         s = pipe.stage(key=s.key, never=s.never, id=s.id)
         s = pipe.stage(**vars(s), prefer=read.data.bit_select(s.id[:5], 1) & ~none)
         s = pipe.stage(key=s.key + Mux(s.prefer, form.prior, 0), never=s.never, id=s.id,
@@ -370,22 +313,25 @@ class TokenRouter(wiring.Component):
         return s, s.first
 
     def _chosen(self, m, w, unit):
-        """Add up scores, and keep those of the chosen; return their read port."""
+        """Add up scores, and keep those of the chosen and of gates; return their read port."""
+        modes = self._config.router_modes
         m.submodules.scores = scores = memory.Memory(
-            shape=SCORE_WIDTH, depth=1 << max(1, ceil_log2(w.places)), init=[])
+            shape=SCORE_WIDTH, depth=1 << max(1, ceil_log2(w.slots)), init=[])
         write, read = scores.write_port(), scores.read_port()
         tag = Signal(self._tag(w))
         place = Signal(len(write.addr))
         value = Mux(tag.some & w.near, unit.o_score, 0)
+        chosen = w.kind == Pass.CHOSEN
+        apart = w.gates & (self.i_form.gates == Gates.SIGMOID) if "gates" in modes else 0
         m.d.comb += [
             tag.eq(unit.o_tag),
-            write.en.eq(unit.o_valid & (w.kind == _Pass.CHOSEN)), write.addr.eq(place),
+            write.en.eq(unit.o_valid & (chosen | w.gates)), write.addr.eq(place),
             write.data.eq(value),
         ]
         with m.If(unit.o_valid):
-            m.d.sync += w.total.eq(w.total + value)
-            with m.If(w.kind == _Pass.CHOSEN):
-                m.d.sync += place.eq(Mux(tag.last, 0, place + 1))
+            m.d.sync += w.total.eq(w.total + Mux(apart, 0, value))
+            with m.If(chosen | w.gates):  # gates come behind
+                m.d.sync += place.eq(Mux(tag.last & ~(chosen & w.gated), 0, place + 1))
                 with m.If(place == 0):
                     m.d.sync += w.first.eq(value)
         return read
@@ -431,17 +377,24 @@ class TokenRouter(wiring.Component):
             """Begin with groups, or with experts."""
             m.d.comb += selector.i_clear.eq(1)
             with m.If(form.grouped):
-                start(_Pass.GROUPS)
+                start(Pass.GROUPS)
             with m.Else():
-                start(_Pass.SELECT)
+                start(Pass.SELECT)
+
+        def weigh():
+            """Go on with gates, or with what scores are divided by."""
+            m.next = "DIVISOR"
+            with m.If(w.gated):
+                m.next = "GATES"
 
         m.d.sync += wait.eq(Mux(wait == 0, 0, wait - 1))
         with m.FSM():
             with m.State("IDLE"):
-                m.d.sync += [w.total.eq(0), w.kept.eq(0), place.eq(0), w.second.eq(0)]
+                m.d.sync += [w.total.eq(0), w.kept.eq(0), place.eq(0), w.second.eq(0),
+                             w.gating.eq(0)]
                 with m.If(w.full):
                     with m.If(w.early_sum):
-                        start(_Pass.SUM)
+                        start(Pass.SUM)
                     with m.Else():
                         begin()
             with m.State("PASS"):
@@ -451,19 +404,21 @@ class TokenRouter(wiring.Component):
             with m.State("SUM_UP"):
                 m.d.sync += divisor.eq(w.total)
                 with m.Switch(w.kind):
-                    with m.Case(_Pass.LARGEST):
+                    with m.Case(Pass.LARGEST):
                         m.d.sync += w.total.eq(0)
                         with m.If(w.mixes):
-                            start(_Pass.MIX)
+                            start(Pass.MIX)
                         with m.Else():
-                            start(_Pass.CHOSEN)
-                    with m.Case(_Pass.CHOSEN, _Pass.MIX):
-                        m.next = "DIVISOR"
+                            start(Pass.CHOSEN)
+                    with m.Case(Pass.CHOSEN, Pass.MIX):
+                        weigh()
                         if dropper is not None:
                             m.d.sync += w.left.eq(selector.o_some)
                             with m.If(w.drops):
                                 m.d.comb += dropper.i_start.eq(1)
                                 m.next = "DROP"
+                    with m.Case(Pass.GATES):
+                        m.next = "DIVISOR"
                     with m.Default():
                         m.next = "SETTLE"
             with m.State("SETTLE"):
@@ -471,20 +426,20 @@ class TokenRouter(wiring.Component):
                 m.d.sync += w.total.eq(0)
                 with m.If(wait == 0):
                     m.d.comb += w.settled.eq(1)
-                    with m.If((w.kind == _Pass.SUM)
-                              | ((w.kind == _Pass.SELECT) & softmax & ~w.early_sum)):
+                    with m.If((w.kind == Pass.SUM)
+                              | ((w.kind == Pass.SELECT) & softmax & ~w.early_sum)):
                         m.d.sync += [unit.i_reciprocal.eq(reciprocal.o_value),
                                      unit.i_position.eq(leading.o_position)]
                     with m.Switch(w.kind):
-                        with m.Case(_Pass.SUM):
+                        with m.Case(Pass.SUM):
                             begin()
-                        with m.Case(_Pass.GROUPS):
+                        with m.Case(Pass.GROUPS):
                             m.next = "KEEP"
                         with m.Default():
                             with m.If(w.softmax_of_chosen | w.mixes):
-                                start(_Pass.LARGEST)
+                                start(Pass.LARGEST)
                             with m.Else():
-                                start(_Pass.CHOSEN)
+                                start(Pass.CHOSEN)
             with m.State("KEEP"):
                 index = place[:ceil_log2(w.places)] if w.places > 1 else C(0, 1)
                 m.d.sync += [
@@ -493,13 +448,18 @@ class TokenRouter(wiring.Component):
                 with m.If(place + 1 == form.keep_groups):
                     m.d.comb += selector.i_clear.eq(1)
                     m.d.sync += place.eq(0)
-                    start(_Pass.SELECT)
+                    start(Pass.SELECT)
             if dropper is not None:
                 with m.State("DROP"):
                     m.d.comb += w.dropping.eq(1)
                     m.d.sync += [w.total.eq(dropper.o_total), w.left.eq(dropper.o_kept)]
                     with m.If(dropper.o_done):
-                        m.next = "DIVISOR"
+                        weigh()
+            if "gates" in self._config.router_modes:
+                with m.State("GATES"):
+                    # Sigmoids take longer than exponentials: none of those is behind them any more.
+                    with m.If(wait == 0):
+                        start(Pass.GATES)
             with m.State("DIVISOR"):
                 smaller = w.total < form.epsilon
                 m.d.sync += [
@@ -534,7 +494,13 @@ class TokenRouter(wiring.Component):
                     m.next = "IDLE"
                 with m.Elif(w.mixes & w.pair_made):
                     m.d.sync += w.second.eq(1)
-                    start(_Pass.LARGEST)
+                    start(Pass.LARGEST)
+                if "gates" in self._config.router_modes:
+                    with m.Elif(w.gated & w.own_last):
+                        m.d.sync += [w.gating.eq(1), w.weighing.eq(1)]
+                        with m.If(form.gates == Gates.SIGMOID):  # as it is: times 1
+                            m.d.sync += [factor.eq(1 << (VALUE_BITS - 1)),
+                                         power.eq(1 - VALUE_BITS - SCORE_BITS)]
 
     def _emit(self, m, w, selector, weights, scores, dropper):
         """Make the weights of the chosen, and hand them on."""
@@ -542,9 +508,10 @@ class TokenRouter(wiring.Component):
         left = selector.o_some if dropper is None else w.left
         m.submodules.pairs = pairs = fifo.SyncFIFOBuffered(
             width=len(self.o_pair.payload.as_value()), depth=2 * TOP_K_MAX)
-        place, out = (Signal(max(1, ceil_log2(w.places)), name=name) for name in ("place", "out"))
+        place, out = (Signal(max(1, ceil_log2(w.slots)), name=name) for name in ("place", "out"))
+        slots = form.top_k + Mux(w.gated, form.shared, 0)
         weighing = Pipeline(m, w.weighing, name="weigh")
-        s = weighing.stage(left=left.bit_select(place, 1))
+        s = weighing.stage(left=left.bit_select(place, 1) | w.gating)
         value = Mux(w.mixes, _ONE, scores.data)
         m.d.comb += [
             scores.addr.eq(place), w.room.eq(pairs.level <= TOP_K_MAX),
@@ -552,8 +519,10 @@ class TokenRouter(wiring.Component):
         ]
         with m.If(w.weighing):
             m.d.sync += place.eq(place + 1)
-            with m.If(place + 1 == form.top_k):
-                m.d.sync += [place.eq(0), w.weighing.eq(0)]
+            with m.If(place + 1 == Mux(w.gating, slots, form.top_k)):
+                m.d.sync += w.weighing.eq(0)
+            with m.If(place + 1 == slots):
+                m.d.sync += place.eq(0)
             with m.If(w.mixes):
                 m.d.sync += w.weighing.eq(0)
         with m.If(weighing.valid):
@@ -566,8 +535,10 @@ class TokenRouter(wiring.Component):
         valid = w.pair_made
         m.d.comb += [
             valid.eq(weights.o_valid & ~w.factoring),
-            pair.id.eq(selector.o_ids[out]), pair.some.eq(left.bit_select(out, 1)),
-            pair.weight.eq(weights.o_weight), pair.last.eq(out + 1 == form.top_k),
+            w.own_last.eq(valid & (out + 1 == form.top_k) & ~w.gating),
+            pair.id.eq(Mux(w.gating, form.experts + out - form.top_k, selector.o_ids[out])),
+            pair.some.eq(left.bit_select(out, 1) | w.gating),
+            pair.weight.eq(weights.o_weight), pair.last.eq(out + 1 == slots),
             pairs.w_en.eq(valid), pairs.w_data.eq(pair),
             *([pair.priority.eq(w.first)] if "capacity" in self._config.router_modes else []),
             w.freed.eq(valid & pair.last),

@@ -10,10 +10,16 @@ from amaranth.lib.wiring import In, Out
 from amaranth.utils import exact_log2
 
 from moeaccel.config import BLOCK, AcceleratorConfig
-from moeaccel.formats import SHIFT_BITS, SIGNIFICAND_BITS, ZERO_POINT_BITS
+from moeaccel.formats import (
+    MINIMUM_SHIFT_BITS,
+    MINIMUM_SHIFT_MAX,
+    SHIFT_BITS,
+    SIGNIFICAND_BITS,
+    ZERO_POINT_BITS,
+)
 from moeaccel.hdl import layouts
 
-__all__ = ["TileBuffer", "scale_layout", "select_bits", "zero_layout"]
+__all__ = ["TileBuffer", "minimum_layout", "scale_layout", "select_bits", "zero_layout"]
 
 
 def scale_layout(config):
@@ -25,6 +31,14 @@ def scale_layout(config):
 def zero_layout(config):
     """Return a step's zero points: for each field of a multiplier row."""
     return data.ArrayLayout(ZERO_POINT_BITS, 2 * config.row_multipliers)
+
+
+def minimum_layout(config):
+    """Return a step's minima: for each field of a multiplier row a significand, a shift above it,
+    and above that whether it is negative."""
+    return data.ArrayLayout(
+        data.StructLayout({"significand": SIGNIFICAND_BITS, "shift": MINIMUM_SHIFT_BITS,
+                           "negative": 1}), 2 * config.row_multipliers)
 
 
 def select_bits(config):
@@ -43,11 +57,12 @@ class _Kind:
     real_scale: bool
     max_shift: int
     zero_point: bool
+    minimum: bool
 
 
 def _kind(fmt):
     return _Kind(fmt.packed, fmt.parts, fmt.scales_per_step, fmt.scale_bits, fmt.real_scale,
-                 fmt.max_shift, fmt.zero_point)
+                 fmt.max_shift, fmt.zero_point, fmt.minimum)
 
 
 def _entry_bytes(fmt):
@@ -97,8 +112,9 @@ class TileBuffer(wiring.Component):
     its rows, in one form for all formats: an 11-bit significand (1 in power-of-two formats) and a
     5-bit shift, at most the format's largest. They are in the order of the array
     (:func:`scale_layout`): both fields of an 8-bit weight have the row's, and parts that a format
-    has not have zeros. Zero points and patterns (which of its four elements of x each multiplier
-    takes) come with them.
+    has not have zeros. Zero points, minima and patterns (which of its four elements of x each
+    multiplier takes) come with them. The word of a 2-bit format becomes two steps, one a cycle; the
+    second of a tile with an odd number of steps is left out, in its cycle nothing enters.
 
     Write side: one word per cycle while the ring and the FIFO of row exponents have room, also
     across tiles; between sections one cycle is lost. Read side: when ``o_available``, the sequencer
@@ -135,8 +151,9 @@ class TileBuffer(wiring.Component):
         ``i_rewind``.
     o_codes : :py:`Out(8 * config.word_bytes)`
     o_scales : :py:`Out(scale_layout(config))`
-    o_zeros, o_selects : :py:`Out(zero_layout(config))`, :py:`Out(select_bits(config))`
-        Where the configuration has formats with zero points, with N:M patterns.
+    o_zeros, o_minima, o_selects : :py:`Out(zero_layout(config))`,
+            :py:`Out(minimum_layout(config))`, :py:`Out(select_bits(config))`
+        Where the configuration has formats with zero points, with minima, with N:M patterns.
     o_row_exponents : :py:`Out(stream.Signature(ArrayLayout(signed(16), config.rows)))`
         One element for each tile, in order.
     o_row_biases : :py:`Out(ArrayLayout(16, config.rows))`
@@ -166,6 +183,7 @@ class TileBuffer(wiring.Component):
             "o_codes": Out(8 * config.word_bytes),
             "o_scales": Out(scale_layout(config)),
             **({"o_zeros": Out(zero_layout(config))} if config.zero_points else {}),
+            **({"o_minima": Out(minimum_layout(config))} if config.minima else {}),
             **({"o_selects": Out(select_bits(config))} if config.parts > 1 else {}),
             "o_row_exponents": Out(stream.Signature(data.ArrayLayout(signed(16), config.rows))),
             **({"o_row_biases": Out(data.ArrayLayout(16, config.rows))} if config.bias else {}),
@@ -191,12 +209,13 @@ class TileBuffer(wiring.Component):
         # -- one word waits; that the parser accepts it in this cycle is known from a register -----
         word = Signal(word_bits, reset_less=True)
         word_valid, word_follows = Signal(), Signal()
-        accepted = Signal()
+        accepted = Signal()  # it, or the first of its two steps
+        word_used = Signal()
         incoming = Signal()
         m.d.comb += [
-            self.i_word.ready.eq(~word_valid | accepted),
+            self.i_word.ready.eq(~word_valid | word_used),
             incoming.eq(self.i_word.valid & self.i_word.ready),
-            word_follows.eq(incoming | (word_valid & ~accepted)),
+            word_follows.eq(incoming | (word_valid & ~word_used)),
         ]
         m.d.sync += word_valid.eq(word_follows)
         with m.If(incoming):
@@ -227,6 +246,7 @@ class TileBuffer(wiring.Component):
         # row. A word is used up when its position wraps; until then it is shifted, so that what is
         # needed next is at its low end.
         formats = config.weight_formats
+        halved = [f for f in formats if f.steps_per_word > 1]
         kinds = list(dict.fromkeys(_kind(f) for f in formats))
         kind = Signal(range(max(2, len(kinds))))
         sparse = Signal()
@@ -254,7 +274,11 @@ class TileBuffer(wiring.Component):
         rows_used, scales_used, patterns_used = Signal(), Signal(), Signal()
         others_used, two_next = Signal(), Signal()
         weight_accepted = Signal()
+        # Of a word with two steps: it is the second one's turn, which there is not.
+        two_steps, second, blank = Signal(), Signal(), Signal()
+        steps_before = Signal.like(steps_last)  # the last step, or half of a word
         m.d.comb += [
+            word_used.eq(accepted & ~(weight_next & two_steps & ~second)),
             weight_accepted.eq(accepted & weight_next),
             group_end.eq(tile_end | (group_step == group_last)),
             row_after.eq(row_position + row_stride),
@@ -289,7 +313,8 @@ class TileBuffer(wiring.Component):
                              pattern_position.eq(pattern_position + 1),
                              pattern_word.eq(pattern_word >> select_bits(config)),
                              steps_left.eq(steps_left - 1), tile_end.eq(steps_left == 1),
-                             step_first.eq(0), group_step.eq(group_step + 1)]
+                             step_first.eq(0), group_step.eq(group_step + 1),
+                             second.eq(two_steps & ~second)]
                 with m.If(group_end):
                     m.d.sync += [group_step.eq(0), scale_position.eq(scale_after),
                                  scale_wraps.eq(scale_after + scale_stride == 1 << 5),
@@ -305,12 +330,12 @@ class TileBuffer(wiring.Component):
         with m.If(load):
             m.d.sync += [
                 active.eq(1), waiting_valid.eq(0),
-                steps_last.eq(waiting.steps - 1), steps_left.eq(waiting.steps - 1),
-                one_step.eq(waiting.steps == 1), tile_end.eq(waiting.steps == 1),
+                steps_last.eq(steps_before), steps_left.eq(steps_before),
+                one_step.eq(steps_before == 0), tile_end.eq(steps_before == 0),
                 tiles_left.eq(waiting.tiles), tiles_end.eq(waiting.tiles == 1),
                 step_first.eq(1), group_step.eq(0),
                 row_position.eq(0), scale_position.eq(0), row_wraps.eq(0), scale_wraps.eq(0),
-                pattern_position.eq(0),
+                pattern_position.eq(0), second.eq(0),
                 row_next.eq(1), scale_next.eq(1), weight_next.eq(0),
             ]
             with m.Switch(waiting.format):
@@ -327,9 +352,26 @@ class TileBuffer(wiring.Component):
                             with m.If(waiting.biased):
                                 m.d.sync += [row_stride.eq(stride), row_wraps.eq(stride == 1 << 4)]
 
+        m.d.comb += steps_before.eq(waiting.steps - 1)
+        stored = weight_accepted
+        codes = word
+        if halved:
+            halves, odd = Signal(), Signal()
+            stored = Signal()
+            m.d.comb += [
+                halves.eq(layouts.is_format(waiting.format, halved)),
+                blank.eq(second & odd & tile_end), stored.eq(weight_accepted & ~blank),
+            ]
+            with m.If(halves):
+                m.d.comb += steps_before[0].eq(1)
+            with m.If(load):
+                m.d.sync += [two_steps.eq(halves), odd.eq(waiting.steps[0])]
+            codes = Cat(Cat(Mux(second, nibble[2:], nibble[:2]), nibble[2:]) for nibble in (
+                word.word_select(i, 4) for i in range(word_bits // 4)))
+
         # -- the step's scales, and the tile's row exponents --------------------------------------
         scales = Signal(scale_layout(config))
-        zeros = Signal(zero_layout(config))
+        zeros, minima = Signal(zero_layout(config)), Signal(minimum_layout(config))
         with m.Switch(kind):
             for number, one in enumerate(kinds):
                 with m.Case(number):
@@ -338,9 +380,18 @@ class TileBuffer(wiring.Component):
                     if one.zero_point:
                         for row in range(2 * multiplier_rows):
                             m.d.comb += zeros[row].eq(scale_word.word_select(row, 32)[16:])
-        step = [word, scales]
+                    if one.minimum:
+                        for row, minimum in enumerate(minima):
+                            m.d.comb += minimum.eq(scale_word.word_select(row, 32)[16:])
+        step = [codes, scales]
         if config.zero_points:
             step.append(zeros)
+        if config.minima:
+            step.append(Cat(Cat(
+                minimum.significand,
+                Mux(minimum.shift > MINIMUM_SHIFT_MAX, MINIMUM_SHIFT_MAX,
+                    minimum.shift)[:MINIMUM_SHIFT_BITS],
+                minimum.negative) for minimum in minima))
         if config.parts > 1:
             step.append(pattern_word[:select_bits(config)])
 
@@ -387,21 +438,21 @@ class TileBuffer(wiring.Component):
             fits_after.eq((rows_fit & room2) | others_used),
         ]
         m.d.sync += [
-            room1.eq(~Mux(weight_accepted, full1, full0)),
-            room2.eq(~Mux(weight_accepted, full1 | full2, full0 | full1)),
+            room1.eq(~Mux(stored, full1, full0)),
+            room2.eq(~Mux(stored, full1 | full2, full0 | full1)),
             rows_fit.eq(row_fifo.w_level < self._row_exponent_depth - self.ROWS_MARGIN),
             accepted.eq(word_follows & (
                 load | (active & ~section_end & Mux(weight_accepted, fits_after, fits)))),
         ]
         m.d.comb += [
             write.addr.eq(tail[:-1]), write.data.eq(Cat(*step)),
-            write.en.eq(weight_accepted),
+            write.en.eq(stored),
             read.addr.eq(head[:-1]), read.en.eq(self.i_take),
             Cat(self.o_codes, self.o_scales, *(
-                getattr(self, name) for name in ("o_zeros", "o_selects") if hasattr(self, name)
-            )).eq(read.data),
+                getattr(self, name) for name in ("o_zeros", "o_minima", "o_selects")
+                if hasattr(self, name))).eq(read.data),
         ]
-        with m.If(weight_accepted):
+        with m.If(stored):
             m.d.sync += [tail.eq(tail1), tail1.eq(tail2), tail2.eq(tail2 + 1)]
         rewind = Signal()
         m.d.comb += rewind.eq(self.i_tile_end & self.i_rewind)
@@ -410,12 +461,12 @@ class TileBuffer(wiring.Component):
                 head.eq(Mux(rewind, base, head1)),
                 head1.eq(Mux(rewind, base1, head1 + 1)),
                 # After a rewind there is always a word: that of the tile's first step.
-                self.o_available.eq(weight_accepted | rewind | (head1 != tail)),
+                self.o_available.eq(stored | rewind | (head1 != tail)),
                 Assert(self.o_available, "the step that was taken is not there"),
                 Assert(~(rewind & self.i_free), "a tile that is needed again must not be freed"),
             ]
             with m.If(self.i_free | (self.i_tile_end & ~self.i_rewind)):
                 m.d.sync += [base.eq(head1), base1.eq(head1 + 1)]
         with m.Else():
-            m.d.sync += self.o_available.eq(weight_accepted | (head != tail))
+            m.d.sync += self.o_available.eq(stored | (head != tail))
         return m

@@ -22,7 +22,7 @@ from moeaccel.formats import (
     quantise,
     weight_format,
 )
-from moeaccel.formats.scales import fit_rows, split_scales
+from moeaccel.formats.scales import fit_minima, fit_rows, minimum_exponents, split_scales
 from moeaccel.host.importers.errors import CheckpointError, ForeignCheckpoint, InexactWeights
 
 __all__ = ["Coded", "Fit", "Matrix", "convert", "expert_rows"]
@@ -213,8 +213,7 @@ def _stacked(parts: list[QuantisedMatrix]) -> QuantisedMatrix:
     if len(parts) == 1:
         return parts[0]
     return replace(parts[0], coarsened=sum(part.coarsened for part in parts), **{
-        name: np.concatenate([getattr(part, name) for part in parts])
-        for name in ("integers", "significand", "shift", "row_exponent")})
+        name: np.concatenate([getattr(part, name) for part in parts]) for name in parts[0].parts})
 
 
 def _grouped(values: NDArray[Any], group: int) -> NDArray[Any]:
@@ -230,7 +229,9 @@ def _recode(coded: Coded, fmt: WeightFormat, exact: bool, quantiser: str, what: 
     """Bring some rows, from row ``first`` on, into a format."""
     n, k = coded.integers.shape
     grouped = _grouped(coded.integers, fmt.group)
-    scales, one_scale = _regrouped(coded, fmt.group)
+    scales, one_scale = _regrouped(coded.scales, coded, fmt.group)
+    minimum, one_minimum = (np.zeros_like(scales), one_scale) if coded.minimum is None else (
+        _regrouped(coded.minimum, coded, fmt.group))
     flipped = scales < 0
     if flipped.any():
         scales = np.abs(scales)
@@ -240,13 +241,16 @@ def _recode(coded: Coded, fmt: WeightFormat, exact: bool, quantiser: str, what: 
     significand, exponent = split_scales(fmt, scales)
     bits = (f"scales of at most {SIGNIFICAND_BITS} bits" if fmt.real_scale
             else "powers of two for scales")
+    minima = (f"one minimum of at most {SIGNIFICAND_BITS} bits for each {fmt.group} weights"
+              if fmt.minimum else "no minimum")
     reasons = {
-        "no minimum": np.full(there.shape, coded.minimum is None),
+        minima: one_minimum & _short(minimum) if fmt.minimum else np.full(
+            there.shape, coded.minimum is None),
         f"integers that {fmt.name} has": _known(grouped, fmt),
         "integers of one zero point in a group": fmt.whole_groups(grouped),
         f"one scale for each {fmt.group} weights": one_scale,
         bits: np.ldexp(significand.astype(np.float64), exponent.astype(np.int32)) == scales}
-    zeros = ~there & one_scale & reasons["no minimum"]  # whatever integers or scale say
+    zeros = ~there & one_scale & reasons[minima]  # whatever integers or scale say
     fits = np.logical_and.reduce(list(reasons.values())) | zeros
     if exact and not fits.all():
         row, group = (int(i) for i in np.argwhere(~fits)[0])
@@ -272,14 +276,23 @@ def _recode(coded: Coded, fmt: WeightFormat, exact: bool, quantiser: str, what: 
         split = split_scales(fmt, scales)
         significand = np.where(fits, significand, split[0])
         exponent = np.where(fits, exponent, split[1])
-    stored, shift, row_exponent, coarsened = fit_rows(fmt, significand, exponent)
+        if again.minimum is not None:
+            minimum = np.where(fits, minimum, np.ldexp(
+                again.minimum.astype(np.float64), again.row_exponent[:, None].astype(np.int32)))
+    stored, shift, row_exponent, coarsened = fit_rows(
+        fmt, significand, exponent, minimum_exponents(minimum) if fmt.minimum else None)
+    fitted = None
+    if fmt.minimum:
+        fitted, rough = fit_minima(minimum, row_exponent)
+        minimum = np.ldexp(fitted.astype(np.float64), row_exponent[:, None].astype(np.int32))
+        coarsened = coarsened | rough
     if exact and coarsened.any():
         row, group = (int(i) for i in np.argwhere(coarsened)[0])
         raise InexactWeights(
-            f"{what} must have scales of each row within {fmt.max_shift} powers of two, and in the "
-            f"significand's bits below, to become {fmt.name} exactly, but row {first + row}, group "
-            f"{group} has not; leave exact out")
-    integers = grouped * there[:, :, None]
+            f"{what} must have scales{' and minima' * fmt.minimum} of each row within "
+            f"{fmt.max_shift} powers of two, and in the significand's bits below, to become "
+            f"{fmt.name} exactly, but row {first + row}, group {group} has not; leave exact out")
+    integers = np.where(there[:, :, None], grouped, np.int8(fmt.filler))
     anew = ~fits | coarsened
     coarsened = coarsened | rounded
     if anew.any():
@@ -289,16 +302,25 @@ def _recode(coded: Coded, fmt: WeightFormat, exact: bool, quantiser: str, what: 
                          shift[anew].astype(np.int32) + row_exponent[rows])
         inverse = np.divide(1.0, scale, out=np.zeros_like(scale), where=scale > 0)
         part = _grouped(weights, fmt.group)[rows, columns].astype(np.float64)
+        part -= minimum[anew][:, None]
         integers[rows, columns] = fmt.nearest_groups(part * inverse[:, None])
     quantised = QuantisedMatrix(
         fmt, np.ascontiguousarray(integers.reshape(n, -1)[:, :k]), stored, shift, row_exponent,
-        int(coarsened.sum()))
+        int(coarsened.sum()), minimum=fitted)
+    if weights is None and fmt.minimum:
+        weights = coded.floats()
     if weights is None:
         floats = integers.astype(np.float32)
         measured = 0.0, float(np.vdot(np.vecdot(floats, floats), scales * scales))
     else:
         measured = _squares(quantised, weights)
     return quantised, Fit(fits.size, int((~fits).sum()), int(coarsened.sum()), *measured)
+
+
+def _short(values: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Return which numbers have no more bits than a significand."""
+    scaled = np.ldexp(np.frexp(values)[0], SIGNIFICAND_BITS)
+    return scaled == np.rint(scaled)
 
 
 def _known(integers: NDArray[np.int8], fmt: WeightFormat) -> NDArray[np.bool_]:
@@ -316,11 +338,13 @@ def _any(integers: NDArray[np.int8]) -> NDArray[np.bool_]:
     return np.bitwise_or.reduce(integers.view(np.uint64), axis=2) != 0
 
 
-def _regrouped(coded: Coded, group: int) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Return the scales of groups of another size, (n, groups), and which groups have one scale."""
+def _regrouped(values: NDArray[np.floating], coded: Coded, group: int
+               ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Return the scales, or minima, of groups of another size, (n, groups), and which groups have
+    one."""
     n, k = coded.integers.shape
     groups = -(-k // group)
-    scales = coded.scales.astype(np.float64)
+    scales = values.astype(np.float64)
     if scales.shape[1] == 1:
         return np.repeat(scales, groups, axis=1), np.ones((n, groups), bool)
     if coded.group % group == 0:
@@ -338,20 +362,20 @@ def _squares(matrix: QuantisedMatrix, weights: NDArray[np.float32]) -> tuple[flo
     n, k = weights.shape
     group = matrix.format.group
     step = max(1, (1 << 17) // k)
-    scales = np.ldexp(matrix.significand.astype(np.float64),
-                      matrix.shift.astype(np.int32) + matrix.row_exponent[:, None])
+    terms = [np.ldexp(part, matrix.row_exponent[:, None].astype(np.int32))
+             for part in matrix.group_terms() if part is not None]
     # In units of the largest weight, whose square float32 may not have.
     unit = np.ldexp(1.0, int(np.frexp(max(float(weights.max()), -float(weights.min())))[1]))
-    scales = (scales / unit).astype(np.float32)
+    terms = [(part / unit).astype(np.float32) for part in terms]
     for first in range(0, n, step):
         part = slice(first, first + step)
         exact = weights[part] * np.float32(1 / unit) if 2**-126 < unit < 2**126 else (
             weights[part] / unit).astype(np.float32)
         found = matrix.integers[part].astype(np.float32)
-        if k % group:
-            found *= np.repeat(scales[part], group, axis=1)[:, :k]
-        else:
-            found.reshape(len(found), -1, group)[:] *= scales[part, :, None]
+        for change, term in zip((np.multiply, np.add), terms, strict=False):
+            each = np.repeat(term[part], group, axis=1)[:, :k] if k % group else term[part, :, None]
+            grouped = found if k % group else found.reshape(len(found), -1, group)
+            change(grouped, each, out=grouped)
         found -= exact
         error += float(np.vdot(found, found))
         total += float(np.vdot(exact, exact))
@@ -376,4 +400,4 @@ def expert_rows(gate: QuantisedMatrix, up: QuantisedMatrix) -> QuantisedMatrix:
         return np.stack([a, b], axis=1).reshape(2 * len(a), *a.shape[1:])
 
     return replace(gate, coarsened=gate.coarsened + up.coarsened, **{
-        name: rows(name) for name in ("integers", "significand", "shift", "row_exponent")})
+        name: rows(name) for name in gate.parts})

@@ -107,9 +107,10 @@ def _parts(matrix: QuantisedMatrix) -> dict[str, NDArray[Any]]:
     """Return what a file holds of a matrix."""
     fmt = matrix.format
     codes, scales = fmt.stored(matrix)
-    if fmt.packed:
-        codes = np.pad(codes, ((0, 0), (0, codes.shape[1] % 2)))
-        codes = codes[:, 0::2] | codes[:, 1::2] << 4
+    in_byte = 8 // fmt.weight_bits
+    codes = np.pad(codes, ((0, 0), (0, -codes.shape[1] % in_byte)))
+    codes = np.bitwise_or.reduce(
+        [codes[:, i::in_byte] << np.uint8(fmt.weight_bits * i) for i in range(in_byte)], axis=0)
     found = {"codes": codes, "scales": scales.astype(f"u{fmt.scale_bits // 8}"),
              "row_exponents": matrix.row_exponent}
     return found if matrix.bias is None else found | {"biases": matrix.bias}
@@ -118,9 +119,9 @@ def _parts(matrix: QuantisedMatrix) -> dict[str, NDArray[Any]]:
 def _matrix(fmt: WeightFormat, k: int, parts: dict[str, NDArray[Any]]) -> QuantisedMatrix:
     """Return the matrix that a file holds: the inverse of :func:`_parts`."""
     codes: NDArray[np.uint8] = parts["codes"]
-    if fmt.packed:
-        nibbles = np.stack([codes & 15, codes >> 4], axis=2).astype(np.uint8)
-        codes = nibbles.reshape(len(codes), -1)[:, :k]
+    shifts = np.arange(0, 8, fmt.weight_bits, dtype=np.uint8)
+    codes = codes[:, :, None] >> shifts & np.uint8((1 << fmt.weight_bits) - 1)
+    codes = codes.reshape(len(codes), -1)[:, :k]
     found = fmt.restored(np.ascontiguousarray(codes), parts["scales"],
                          parts["row_exponents"].astype(np.int16))
     return replace(found, bias=parts.get("biases"))

@@ -227,7 +227,8 @@ class _Run:
         self.contending = self.last_seconds = 0.0
         self.calls = 0
         self.credit = np.zeros(layers)
-        self.totals = _Totals(*([0.0] * layers for _ in range(5)))
+        self.totals = _Totals([0.0] * layers, [0.0] * layers, [0.0] * layers, [0.0] * layers,
+                              [0.0] * layers)
 
     def _residency(self, size: dict[str, Any], costs: LayerCosts,
                    profile: np.ndarray | None) -> Residency | None:

@@ -185,7 +185,7 @@ class Study:
             calibration = Calibration(seen.x, seen.ids, d_model=len(down),
                                       num_experts=int(seen.ids.max()) + 1 + e)
             moments = calibration.moments(
-                e, gate_up, d_expert, expert.activation, expert.limit,
+                e, gate_up, d_expert, expert.activation, expert.limit, None,
                 second=variant.quantiser == "gptq")
         if variant.pattern is not None:
             norms: tuple[Any, Any] = None, None

@@ -125,8 +125,7 @@ def verify(model: Model, golden: Device, rtl: Device, *, seed: int = 0) -> Verdi
 
 def _is_whole(drawn: Case) -> bool:
     """Return whether the device does all of the layer: logits, too, and nothing but experts."""
-    size = drawn.size
-    return drawn.model.router.logits == "linear" and not size.identities and not size.sinks
+    return drawn.model.router.logits == "linear" and not drawn.size.identities
 
 
 def _whole(drawn: Case, golden: Device, rtl: Device, verdict: Verdict) -> Verdict:
@@ -134,12 +133,15 @@ def _whole(drawn: Case, golden: Device, rtl: Device, verdict: Verdict) -> Verdic
     problems: list[str] = []
     router = Router(weight=drawn.router.weight.numpy(), **asdict(drawn.settings), **_tables(drawn))
     options, down = _options(drawn), _down(drawn)
+    experts = drawn.size.experts
+    shared = list(zip(drawn.gate_up[experts:], down[experts:], strict=True))  # always on
     made = []
     try:
         for device in (golden, rtl):
             known(device, options)
-            with device.load_moe(router, drawn.gate_up, down, weight_format="mxint8",
-                                 quantiser="amax", **options) as moe:
+            with device.load_moe(
+                    router, drawn.gate_up[:experts], down[:experts], shared=shared or None,
+                    weight_format="mxint8", quantiser="amax", **options) as moe:
                 made.append((*moe.route(drawn.x), moe(drawn.x)))
     except MoeAccelError as failure:
         return replace(verdict, reason=f"experts: {drawn.model.expert.text}: {failure}")
@@ -148,7 +150,8 @@ def _whole(drawn: Case, golden: Device, rtl: Device, verdict: Verdict) -> Verdic
     if other.any():
         problems.append(f"router: the RTL routes {int(other.any(axis=1).sum())} of {len(ids)} "
                         "tokens otherwise than the golden model")
-    same = np.sort(ids, axis=1) == np.sort(drawn.routes.ids.numpy(), axis=1)
+    reference = drawn.routes.ids.numpy()[:, : drawn.size.top_k]
+    same = np.sort(ids, axis=1) == np.sort(reference, axis=1)
     routed = _Routed(ids, weights, same.all(axis=1))
     others = int((~routed.same).sum())
     if others and not _ties(drawn, routed):
@@ -191,7 +194,9 @@ def _route(drawn: Case) -> _Routed:
 def _tables(drawn: Case) -> dict[str, Any]:
     """Return what is added to logits, and to what is compared."""
     tables = {"bias": drawn.router.bias, "selection_bias": drawn.router.selection_bias}
-    return {name: None if table is None else table.numpy() for name, table in tables.items()}
+    experts = drawn.size.experts + drawn.size.identities  # sinks are no choice
+    return {name: None if table is None else table.numpy()[:experts]
+            for name, table in tables.items()}
 
 
 def _devices_agree(drawn: Case, routed: _Routed, golden: Device, rtl: Device) -> list[str]:
@@ -209,7 +214,8 @@ def _devices_agree(drawn: Case, routed: _Routed, golden: Device, rtl: Device) ->
 
 def _ties(drawn: Case, routed: _Routed) -> bool:
     """Return whether what was compared is as good as equal wherever tokens went elsewhere."""
-    compared, reference = drawn.routes.compared.numpy(), drawn.routes.ids.numpy()
+    compared = drawn.routes.compared.numpy()
+    reference = drawn.routes.ids.numpy()[:, : routed.ids.shape[1]]  # without sinks
     for token in np.nonzero(~routed.same)[0]:
         either = set(routed.ids[token].tolist()) ^ set(reference[token].tolist())
         values = compared[token, [e for e in either if e >= 0]]

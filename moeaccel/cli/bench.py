@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moeaccel.cli import calls, policies, quality
+from moeaccel.cli import calls, expert_buffer, policies, quality
 from moeaccel.cli.output import Status, print_json
 from moeaccel.config import MEMORY_LATENCY_CYCLES
 from moeaccel.formats import ALL_FORMATS
@@ -21,6 +21,7 @@ app = typer.Typer(no_args_is_help=True, help="Measure layers of real size on the
 
 app.command("policies")(policies.compare)
 app.command("call")(calls.call)
+app.command("expert-buffer")(expert_buffer.expert_buffer)
 app.command("quality")(quality.quality)
 
 

@@ -74,5 +74,5 @@ class ExpertTable:
         self._schedule.set(self._checked[experts[i]], cycle)
         sections = self._job.experts[experts[i]]
         cycle += OFFER_CYCLES + sum(
-            CHECK_CYCLES + section.steps.bit_length() for section in sections)
+            CHECK_CYCLES + section.weight_words.bit_length() for section in sections)
         self._schedule.set(self.offered[experts[i]], cycle)

@@ -42,14 +42,14 @@ def route_cycles(config: AcceleratorConfig, settings: RouterSettings, tokens: in
     residents : :class:`bool`
         There are residents, in it or alone.
     shared : :class:`int`
-        Experts behind those chosen.
+        Experts behind those chosen, beside those that have gates.
     latency : :class:`int`
         Of the ideal memory, reads and writes.
     """
     beats = ENTRY_BYTES // config.port_bytes
     read = READ_CYCLES + latency
-    experts, top_k = settings.experts, settings.top_k
-    row = -(-experts // BLOCK) * BLOCK
+    experts, top_k = settings.experts, settings.top_k + settings.shared
+    row = -(-settings.outputs // BLOCK) * BLOCK
     # Submission, router, checks; table; first logit.
     largest = max(row // BLOCK, top_k + shared)
     now = before_job(config, largest, latency) + _START
@@ -97,8 +97,8 @@ def _sweep(settings: RouterSettings, tokens: int, first: int, one: int,
     busy : callable
         Cycles that a pair takes who takes it, beyond one.
     """
-    experts, top_k = settings.experts, settings.top_k
-    row = -(-experts // BLOCK) * BLOCK
+    top_k = settings.top_k + settings.shared
+    row = -(-settings.outputs // BLOCK) * BLOCK
     load = first
     done = [0, 0]
     taken: list[int] = []  # cycle in which each pair is taken
@@ -106,7 +106,7 @@ def _sweep(settings: RouterSettings, tokens: int, first: int, one: int,
     for token in range(tokens):
         # Two tokens' logits have room.
         load = max(load, done[0] + _FREED if token > 1 else 0)
-        loaded = load + experts + _LOADED
+        loaded = load + settings.outputs + _LOADED
         load += row
         begin = max(loaded, done[1])
         weights = begin + one - top_k
@@ -132,11 +132,12 @@ def predict_route(config: AcceleratorConfig, settings: RouterSettings, tokens: i
     def whole(count: int) -> int:
         return -(-count // ENTRY_BYTES) * ENTRY_BYTES
 
-    read = 4 * tokens * whole_blocks(settings.experts) * (1 + (settings.capacity is not None))
+    read = 4 * tokens * whole_blocks(settings.outputs) * (1 + (settings.capacity is not None))
     if tables:
         read += whole(8 * settings.experts)
     if residents:
         read += whole(-(-settings.experts // 8))
+    slots = settings.top_k + settings.shared + shared
     return Prediction(
         cycles=cycles, idle=cycles, bytes_read_other=2 * ENTRY_BYTES + read,
-        bytes_written=2 * whole(4 * tokens * (settings.top_k + shared)) + ENTRY_BYTES)
+        bytes_written=2 * whole(4 * tokens * slots) + ENTRY_BYTES)

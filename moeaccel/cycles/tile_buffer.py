@@ -22,8 +22,9 @@ def _tile_words(section: Section) -> tuple[list[int], list[int]]:
     tile = np.arange(section.tiles)
     rows = tile // section.tiles_per_row_word + 1
     per_word = section.entries_per_scale_word
-    first = rows + tile * section.groups // per_word + 1 + tile * section.steps
-    last = rows + ((tile + 1) * section.groups - 1) // per_word + (tile + 1) * section.steps
+    weights = section.weight_words
+    first = rows + tile * section.groups // per_word + 1 + tile * weights
+    last = rows + ((tile + 1) * section.groups - 1) // per_word + (tile + 1) * weights
     if section.pattern_words:
         first += tile * section.steps // STEPS_PER_PATTERN_WORD + 1
         last += ((tile + 1) * section.steps - 1) // STEPS_PER_PATTERN_WORD + 1
@@ -45,6 +46,8 @@ class Words:
     ----------
     first_word, first_step, first_tile : :class:`int`
         In the whole stream.
+    weights, held : :class:`int`
+        Weight words of a tile; cycles that the parser has each of them longer than others.
     period : :class:`int`
         After so many tiles row and scale words come at the same places again.
     settled : :class:`int`
@@ -55,8 +58,9 @@ class Words:
         The parser takes it up.
     turn : :class:`int`
         Cycle in which its first word may be accepted.
-    began, arrived : list of :class:`int`
-        Cycles in which a tile's first and last step are accepted.
+    began, arrived, parsed : list of :class:`int`
+        Cycles in which a tile's first and last step are accepted, and in which the parser is
+        through with its last word.
     waited : list of (int, int)
         How long these two waited, ``beats_per_word - 1`` cycles at most: meanwhile the next word is
         put together, which follows so much sooner.
@@ -68,6 +72,7 @@ class Words:
         self.section = section
         self.accepted = accepted
         self.steps, self.tiles = section.steps, section.tiles
+        self.weights, self.held = section.weight_words, section.format.steps_per_word - 1
         self.first, self.last = _tile_words(section)
         per_word = section.entries_per_scale_word
         self.period = math.lcm(
@@ -84,6 +89,7 @@ class Words:
         self.turn = 0
         self.began: list[int] = []
         self.arrived: list[int] = []
+        self.parsed: list[int] = []
         self.waited: list[tuple[int, int]] = []
         self.ended: list[int] = []
         self.taken: list[int] = []
@@ -150,7 +156,7 @@ class TileBuffer:
         before, origin, waited = 0, words.turn, 0
         if tile:
             before, origin, waited = (
-                words.last[tile - 1], words.arrived[tile - 1], words.waited[tile - 1][1])
+                words.last[tile - 1], words.parsed[tile - 1], words.waited[tile - 1][1])
         first, last = words.first[tile], words.last[tile]
         ahead = min(at, first) - before
         if ahead:
@@ -164,23 +170,33 @@ class TileBuffer:
         else:  # the parser is in the middle of this tile
             cycle = max(origin, self._exponent_room(words.first_tile + tile - ROW_EXPONENTS),
                         self._ring_room(self._credit_ring, step)[0])
-            waited = min(spacing - 1, cycle - origin)
+            waited = min(self._most_waited(words), cycle - origin)
+        into = 0
         if at > first:
-            into = (at - first) * (steps - 1) // max(1, last - first)
-            room, there = self._ring_room(self._credit_ring, step + into, into, at - first)
-            there = max(there, cycle + (at - first) * spacing - waited)
+            into = (at - first) * (words.weights - 1) // max(1, last - first) * (words.held + 1)
+            room, there = self._ring_room(
+                self._credit_ring, step + into, into, at - first, words.held)
+            there = max(there, cycle + (at - first) * spacing - waited,
+                        cycle + at - first + words.held * into // 2)
             cycle = max(there, room)
-            waited = min(spacing - 1, cycle - there)
-        return cycle + spacing - 1 - waited
+            waited = min(self._most_waited(words), cycle - there)
+        moves = cycle + max(words.held, spacing - 1 - waited)
+        if words.held and into + 1 < steps:  # its second step must have a place, too
+            moves = max(moves, self._ring_room(self._credit_ring, step + into + 1)[0])
+        return moves
 
-    def _ring_room(self, place: Place, step: int, into: int = 0, span: int = 0
+    def _most_waited(self, words: Words) -> int:
+        """Return how much sooner than others a word can follow one that waited."""
+        return max(0, self._spacing - 1 - words.held)
+
+    def _ring_room(self, place: Place, step: int, into: int = 0, span: int = 0, held: int = 0
                    ) -> tuple[int, int]:
         """Return the cycle from which a step's place in the ring is free, or NEVER, and one before
         which its word is not there.
 
         Places are freed one a cycle in the last group of a tile. Where another tile's begin among
         the ``into`` steps before this one, ``span`` words ago, they may be what this one waits
-        for.
+        for. With ``held`` a word has two steps.
         """
         if step < 0:
             return 0, 0
@@ -197,10 +213,13 @@ class TileBuffer:
             else:
                 break
         begin = words.ended[tile] - (steps - 1) + 3
-        if 0 < at <= into and at * span // into:
-            # The first of the words behind the one that waited was put together meanwhile.
-            there = begin + at * span // into * self._spacing - (self._spacing - 1)
-            return begin + at, there
+        if 0 < at <= into:
+            per_word, waits = held + 1, into - at
+            apart = (into // per_word - waits // per_word) * span // max(1, into // per_word)
+            if apart:
+                # The first of the words behind the one that waited was put together meanwhile.
+                there = begin + (apart - 1) * self._spacing + 1
+                return begin + at, there + held * (1 - waits % 2 + into % 2)
         return begin + at, 0
 
     def _exponent_room(self, tile: int) -> int:
@@ -246,11 +265,13 @@ class TileBuffer:
     def accept(self) -> None:
         """Accept a tile: when its words are there, in turn, with room in ring and FIFO.
 
-        Words come at most one each ``beats_per_word`` cycles, and within a tile's last group the
-        array frees one a cycle: a tile's first and last step say it all.
+        Words come at most one each ``beats_per_word`` cycles, the parser has those of two steps for
+        two, and within a tile's last group the array frees one a cycle: a tile's first and last
+        step say it all.
         """
         place, spacing, delay = self._parser, self._spacing, self._delay
         words = self.sections[place.section]
+        held = words.held
         tile = place.tile
         first, last = words.first[tile], words.last[tile]
         steps = words.steps
@@ -263,19 +284,23 @@ class TileBuffer:
             there,
             self._exponent_room(words.first_tile + tile - ROW_EXPONENTS),
             self._ring_room(self._ring, step)[0])
-        waited = waited_first = min(spacing - 1, began - there)
-        span = last - first
+        waited = waited_first = min(self._most_waited(words), began - there)
+        span, blank = last - first, 0
         arrived = began
-        if span:
-            room, behind = self._ring_room(self._ring, step + steps - 1, steps - 1, span)
-            there = max(began + span * spacing - waited, behind,
-                        self._streamer.beat_cycle(place, beat + span * spacing) + delay)
-            arrived = max(there, room)
-            waited = min(spacing - 1, arrived - there)
+        if span or held:
+            blank = held * (steps % 2)  # half of the tile's last word is empty
+            room, behind = self._ring_room(
+                self._ring, step + steps - 1, steps - 1, span, held)
+            follows = span * spacing - waited if span else 0
+            there = max(began + follows + held, began + span + held * words.weights, behind + blank,
+                        self._streamer.beat_cycle(place, beat + span * spacing) + delay + held)
+            arrived = max(there, room + blank)
+            waited = min(spacing - 1, arrived - there + held + (0 if span else waited))
         self._arrived, self._before, self._waited = arrived, last, waited
         words.waited.append((waited_first, waited))
         words.began.append(began)
-        words.arrived.append(arrived)
+        words.arrived.append(arrived - blank)
+        words.parsed.append(arrived)
         place.tile += 1
         if place.tile == words.tiles:
             place.section, place.tile = place.section + 1, 0
@@ -298,7 +323,8 @@ class TileBuffer:
             return
         beats = (words.first[tile] - words.first[tile - period]) * self._spacing
         length = words.ended[-1] - words.ended[-1 - period]
-        if length not in (beats, period * words.busy):
+        parsed = beats // self._spacing + words.held * words.weights * period
+        if length not in (max(beats, parsed), period * words.busy):
             return
         for cycles in (words.began, words.arrived, words.ended):
             last, middle, first = cycles[-1], cycles[-1 - period], cycles[-1 - 2 * period]
@@ -309,11 +335,11 @@ class TileBuffer:
                     self._streamer.repeats(begin, beats)) - 1
         if count < 1:
             return
-        for cycles in (words.began, words.arrived, words.ended, words.taken):
+        for cycles in (words.began, words.arrived, words.parsed, words.ended, words.taken):
             pattern = cycles[-period:]
             cycles.extend([cycle + i * length for i in range(1, count + 1) for cycle in pattern])
         words.waited.extend(words.waited[-period:] * count)
         place.tile += count * period
         self._before = words.last[place.tile - 1]
-        self._arrived = words.arrived[-1]
+        self._arrived = words.parsed[-1]
         self._streamer.skip(begin, count * beats, count * length)

@@ -55,11 +55,17 @@ def token_cycles(config: AcceleratorConfig, settings: RouterSettings, *, biased:
     if of_chosen:
         cycles += top_k + _READ + 1
     cycles += top_k + _READ + 1 + (_EXPONENTIAL if of_chosen else _SCORE[score])
-    cycles += drop_cycles(settings)
+    drops = drop_cycles(settings)
+    if settings.shared:
+        drops = max(settle, drops + 2) + settings.shared + _READ + _SCORE[Score.SIGMOID]
+    cycles += drops
     cycles += 1  # the divisor
     if settings.renormalize_kind is not Renormalize.NONE:
         cycles += _DIVIDE + 1 + _WEIGHT
-    return cycles + 1 + top_k + 1 + _WEIGHT
+    cycles += 1 + top_k + 1 + _WEIGHT
+    if settings.shared:
+        cycles += settings.shared + 1 + _WEIGHT
+    return cycles
 
 
 def _settle(config: AcceleratorConfig) -> int:

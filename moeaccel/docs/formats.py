@@ -17,13 +17,14 @@ _FACTORS = {Factor.TABLE: "table of linear segments", Factor.STEP: "1 where g is
             Factor.RAMP: "g where it is positive, else 0"}
 
 def _integers(fmt: WeightFormat) -> str:
-    if fmt.table is None or fmt.zero_point:
+    if fmt.table is None or fmt.zero_point or fmt.minimum:
         return f"{fmt.low} to {fmt.high}"
     return ", ".join(str(i) for i in sorted({abs(i) for i in fmt.table})) + ", either sign"
 
 
 def _scale(fmt: WeightFormat) -> str:
     return ("11 bits and a shift, zero point" if fmt.zero_point
+            else "11 bits and a shift, minimum" if fmt.minimum
             else "11 bits and a shift" if fmt.real_scale else "power of two")
 
 
@@ -62,7 +63,7 @@ def section_words() -> list[str]:
         section = Section(fmt, _ROWS, _K, _ROW_MULTIPLIERS)
         return (f"`{fmt.name}`", *map(str, (
             section.tile_rows, section.tiles, section.row_words, section.scale_words,
-            section.tiles * section.steps, section.words)))
+            section.tiles * section.weight_words, section.words)))
 
     example = (f"A section of {_ROWS} rows and {_K} columns, {_ROW_MULTIPLIERS} row multipliers, "
                f"one channel; words of {32 * _ROW_MULTIPLIERS} bytes:")

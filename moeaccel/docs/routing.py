@@ -6,6 +6,7 @@ from moeaccel.docs.markdown import table
 from moeaccel.router.choices import (
     CapacityOrder,
     Choice,
+    Gates,
     GroupScore,
     Renormalize,
     Score,
@@ -17,7 +18,7 @@ __all__ = ["flavours", "router_choices"]
 
 _SETTINGS: dict[str, type[Choice]] = {
     "score": Score, "renormalize": Renormalize, "group_score": GroupScore, "weight_on": WeightOn,
-    "capacity_order": CapacityOrder}
+    "capacity_order": CapacityOrder, "gates": Gates}
 
 
 def router_choices() -> list[str]:

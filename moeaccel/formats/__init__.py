@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from moeaccel.errors import FormatError
 from moeaccel.formats.base import (
     BLOCK,
+    MINIMUM_SHIFT_BITS,
+    MINIMUM_SHIFT_MAX,
     QUAD,
     SHARED_FIELD_BITS,
     SHIFT_BITS,
@@ -26,14 +28,16 @@ from moeaccel.formats.base import (
     QuantisedMatrix,
     WeightFormat,
     in_groups,
+    minima,
+    minimum_entries,
 )
 from moeaccel.formats.patterns import PRUNINGS, check_pattern, prune
 from moeaccel.formats.quantisers import QUANTISERS, quantise_matrix
 
-__all__ = ["ALL_FORMATS", "BLOCK", "FORMATS", "PRUNINGS", "QUAD", "QUANTISERS", "SHARED_FIELD_BITS",
-           "SHIFT_BITS", "SIGNIFICAND_BITS", "ZERO_POINT_BITS", "QuantisedMatrix", "WeightFormat",
-           "check_dims", "check_matrix", "check_pattern", "in_groups", "prune", "quantise",
-           "weight_format", "whole_blocks"]
+__all__ = ["ALL_FORMATS", "BLOCK", "FORMATS", "MINIMUM_SHIFT_BITS", "MINIMUM_SHIFT_MAX", "PRUNINGS",
+           "QUAD", "QUANTISERS", "SHARED_FIELD_BITS", "SHIFT_BITS", "SIGNIFICAND_BITS",
+           "ZERO_POINT_BITS", "QuantisedMatrix", "WeightFormat", "check_dims", "check_matrix",
+           "check_pattern", "in_groups", "prune", "quantise", "weight_format", "whole_blocks"]
 
 
 def _registry(*tuples: str) -> dict[str, WeightFormat]:
@@ -117,13 +121,17 @@ def check_matrix(matrix: QuantisedMatrix, what: str = "matrix") -> None:
     groups = shape[0], -(-shape[1] // fmt.group)
     for name, expected, dtype in (
             ("integers", shape, np.int8), ("significand", groups, np.int16),
-            ("shift", groups, np.int8), ("row_exponent", shape[:1], np.int16)):
+            ("shift", groups, np.int8), ("row_exponent", shape[:1], np.int16),
+            *([("minimum", groups, np.int32)] if fmt.minimum else [])):
         values = getattr(matrix, name)
         if not isinstance(values, np.ndarray) or values.dtype != dtype or values.shape != expected:
             found = (f"{values.dtype} of the shape {values.shape}"
                      if isinstance(values, np.ndarray) else type(values).__name__)
             raise FormatError(f"{what}: {name} must be an array, {np.dtype(dtype)} of the shape "
                               f"{expected}, not {found}")
+    if not fmt.minimum and matrix.minimum is not None:
+        raise FormatError(f"{what}: minimum must be None, as {fmt.name} has no minima, not an "
+                          "array; leave it out")
     bias = matrix.bias
     if bias is not None:
         if (not isinstance(bias, np.ndarray) or bias.dtype != np.uint16
@@ -147,6 +155,14 @@ def check_matrix(matrix: QuantisedMatrix, what: str = "matrix") -> None:
                   range(1 << SIGNIFICAND_BITS) if fmt.real_scale else range(1, 2))
     _check_values(what, matrix.shift, "shift", fmt.name, range(fmt.max_shift + 1))
     _check_values(what, matrix.row_exponent, "row_exponent", fmt.name, ROW_EXPONENTS)
+    if matrix.minimum is not None:
+        wrong = minima(minimum_entries(matrix.minimum)) != matrix.minimum
+        if wrong.any():
+            row, group = (int(i) for i in np.argwhere(wrong)[0])
+            raise FormatError(
+                f"{what}: minimum of {fmt.name} must be an integer of {SIGNIFICAND_BITS} bits with "
+                f"up to {MINIMUM_SHIFT_MAX} zeros behind them, but row {row}, group {group} holds "
+                f"{matrix.minimum[row, group]}")
     if not 0 <= matrix.coarsened <= groups[0] * groups[1]:
         raise FormatError(f"{what}: coarsened must be from 0 to its {groups[0] * groups[1]} "
                           f"groups, not {matrix.coarsened}")

@@ -37,6 +37,12 @@ SHARED_FIELD_BITS = 12
 ZERO_POINT_BITS = 4
 """Bits of a group's zero point."""
 
+MINIMUM_SHIFT_MAX = 8
+"""Largest shift of a group's minimum: 16 scales of the largest shift that its formats have."""
+
+MINIMUM_SHIFT_BITS = 4
+"""Stored bits of that shift."""
+
 SCALED_BLOCK_BITS = 32
 """Magnitude bits of a block's scaled sum: with them an accumulator closes at 53 bits and a sign for
 K = 32768."""
@@ -53,10 +59,10 @@ class WeightFormat(ABC):
     name, code : :class:`str`, :class:`int`
         Name for users; number in images, layer descriptors and hardware, 0 to 255.
     weight_bits : :class:`int`
-        4 (two rows share a multiplier) or 8.
+        2, 4 (two rows share a multiplier) or 8. With 2 bits a word has the weights of two steps.
     group : :class:`int`
         Weights along K that share a scale, a power of two from 32 on; 16, too, in 4-bit formats
-        without zero points or pattern. The last group of a row may be short.
+        without zero points, minima or pattern. The last group of a row may be short.
     real_scale : :class:`bool`
         A scale is a significand and a shift (16 stored bits: significand in bits 0 to 10, shift in
         bits 11 to 15), else a power of two (8 stored bits: the shift).
@@ -70,9 +76,13 @@ class WeightFormat(ABC):
         Each group has one, from 0 to 15, beside its scale (in bits 16 to 19 of 32): an integer is
         its stored code less the zero point. It follows from a group's integers
         (:meth:`zero_points`). 4-bit weights with real scales only.
+    minimum : :class:`bool`
+        Each group has one, which is added to each of its weights: 11 bits, a shift of at most
+        MINIMUM_SHIFT_MAX and a sign, in units of the row's exponent, in bits 16 to 31 beside the
+        scale (significand, shift, sign). 4-bit weights with real scales only.
     nonzeros : :class:`int`
         Of each QUAD consecutive weights of a row so many may differ from 0, and only these are
-        stored, with their places: 1, 2, or all of them.
+        stored, with their places: 1, 2, or all of them; in 2-bit formats, and with minima, all.
 
     Raises
     ------
@@ -90,6 +100,7 @@ class WeightFormat(ABC):
     max_shift: int
     table: tuple[int, ...] | None = None
     zero_point: bool = False
+    minimum: bool = False
     nonzeros: int = QUAD
 
     def __post_init__(self) -> None:
@@ -99,14 +110,20 @@ class WeightFormat(ABC):
                                   f"not {getattr(self, field)!r}")
 
         require("code", 0 <= self.code < 256, "from 0 to 255")
-        require("weight_bits", self.weight_bits in (4, 8), "4 or 8")
-        halves = self.packed and self.nonzeros == QUAD and not self.zero_point
+        require("weight_bits", self.weight_bits in (2, 4, 8), "2, 4 or 8")
+        halves = (self.weight_bits == 4 and self.nonzeros == QUAD
+                  and not (self.zero_point or self.minimum))
         least = BLOCK // 2 if halves else BLOCK
         require("group", self.group >= least and self.group & (self.group - 1) == 0,
                 f"a power of two from {least} on")
-        require("nonzeros", self.nonzeros in (1, 2, QUAD), f"1, 2 or {QUAD}")
-        require("zero_point", not self.zero_point or (self.packed and self.real_scale),
+        thin = self.weight_bits > 2 and not self.minimum
+        require("nonzeros", self.nonzeros == QUAD or (thin and self.nonzeros in (1, 2)),
+                f"1, 2 or {QUAD}" if thin else f"{QUAD} for 2-bit weights, and with minima")
+        may = self.weight_bits == 4 and self.real_scale
+        require("zero_point", may or not self.zero_point,
                 "false but for 4-bit weights with real scales")
+        require("minimum", (may and not self.zero_point) or not self.minimum,
+                "false but for 4-bit weights with real scales and without zero points")
         values = self.integers
         require("table", len(values) == 1 << self.weight_bits, "one integer for each code")
         least = int(values.min()) - ((1 << ZERO_POINT_BITS) - 1 if self.zero_point else 0)
@@ -122,7 +139,20 @@ class WeightFormat(ABC):
     @property
     def packed(self) -> bool:
         """Whether two rows share one multiplier."""
-        return self.weight_bits == 4
+        return self.weight_bits < 8
+
+    @property
+    def steps_per_word(self) -> int:
+        """Steps of the array whose weights share a word: blocks of 32 along K."""
+        return 4 // self.weight_bits or 1
+
+    @property
+    def nibbles(self) -> tuple[int, ...] | None:
+        """Integer of each 4 bits that the array decodes, where two rows share a multiplier; None:
+        they are two's complement. Of a 2-bit format the upper two say nothing."""
+        if self.steps_per_word == 1:
+            return self.table
+        return tuple(int(i) for i in self.integers) * (1 << 4 - self.weight_bits)
 
     @property
     def parts(self) -> int:
@@ -131,8 +161,8 @@ class WeightFormat(ABC):
 
     @property
     def scale_bits(self) -> int:
-        """Stored bits of a scale, its zero point with it."""
-        return 32 if self.zero_point else 16 if self.real_scale else 8
+        """Stored bits of a scale, its zero point or minimum with it."""
+        return 32 if self.zero_point or self.minimum else 16 if self.real_scale else 8
 
     @property
     def steps_per_group(self) -> int:
@@ -152,8 +182,11 @@ class WeightFormat(ABC):
     @property
     def scaled_block_bits(self) -> int:
         """Magnitude bits of a block's sum times its scale, before the activation's shift."""
-        scale = (1 << SIGNIFICAND_BITS) - 1 if self.real_scale else 1
-        return (BLOCK * 128 * self.max_integer * scale).bit_length() + self.max_shift
+        significand = (1 << SIGNIFICAND_BITS) - 1 if self.real_scale else 1
+        largest = self.max_integer * significand << self.max_shift
+        if self.minimum:
+            largest += significand << MINIMUM_SHIFT_MAX
+        return (BLOCK * 128 * largest).bit_length()
 
     def rows(self, row_multipliers: int) -> int:
         """Rows of one tile on an array with that many multiplier rows."""
@@ -202,6 +235,11 @@ class WeightFormat(ABC):
             return list(range(self.low, self.high + 1))
         return sorted({int(i) for i in self.integers if self.low <= i <= self.high})
 
+    @cached_property
+    def filler(self) -> int:
+        """Integer of weights that are not there: nothing they are multiplied with is not zero."""
+        return min(self.known, key=abs)
+
     def zero_points(self, grouped: NDArray[np.int8]) -> NDArray[np.int8]:
         """Return the zero point of each group, (n, groups), for integers (n, groups, group).
 
@@ -224,6 +262,8 @@ class WeightFormat(ABC):
         entries = matrix.shift.astype(np.uint32)
         if self.real_scale:
             entries = entries << SIGNIFICAND_BITS | matrix.significand.astype(np.uint32)
+        if matrix.minimum is not None:
+            entries = entries | minimum_entries(matrix.minimum) << 16
         if not self.zero_point:
             return self.encode(matrix.integers), entries.astype(np.uint32)
         zero = self.zero_points(in_groups(matrix.integers, self.group))
@@ -245,8 +285,8 @@ class WeightFormat(ABC):
         shift = entries >> SIGNIFICAND_BITS if self.real_scale else entries
         return QuantisedMatrix(
             self, integers, significand.astype(np.int16),
-            (shift & (1 << SHIFT_BITS) - 1 if self.zero_point else shift).astype(np.int8),
-            row_exponent, 0)
+            (shift & (1 << SHIFT_BITS) - 1 if self.scale_bits == 32 else shift).astype(np.int8),
+            row_exponent, 0, minimum=minima(entries >> 16) if self.minimum else None)
 
     # -- how a tensor becomes one ------------------------------------------------------------------
     @abstractmethod
@@ -281,6 +321,23 @@ def in_groups(values: NDArray[np.int8], group: int) -> NDArray[np.int8]:
     if missing:
         values = np.pad(values, ((0, 0), (0, missing)))
     return np.ascontiguousarray(values).reshape(len(values), -1, group)
+
+
+def minimum_entries(minimum: NDArray[np.int32]) -> NDArray[np.uint32]:
+    """Return what is stored of minima: significand, shift above it, sign above that."""
+    size = np.abs(minimum)
+    shift = np.maximum(np.frexp(size)[1] - SIGNIFICAND_BITS, 0)
+    entry = size >> shift | shift << SIGNIFICAND_BITS
+    return (entry | (minimum < 0) << SIGNIFICAND_BITS + MINIMUM_SHIFT_BITS).astype(np.uint32)
+
+
+def minima(entries: NDArray[np.integer]) -> NDArray[np.int32]:
+    """Return the minima of which that is stored, (n, groups); shifts count as the largest at
+    most."""
+    size = entries.astype(np.int32) & (1 << SIGNIFICAND_BITS) - 1
+    shift = entries.astype(np.int32) >> SIGNIFICAND_BITS & (1 << MINIMUM_SHIFT_BITS) - 1
+    size <<= np.minimum(shift, MINIMUM_SHIFT_MAX)
+    return np.where(entries >> SIGNIFICAND_BITS + MINIMUM_SHIFT_BITS & 1, -size, size)
 
 
 def bfloat16_bits(values: NDArray[np.float32], what: str) -> NDArray[np.uint16]:
@@ -319,6 +376,9 @@ class QuantisedMatrix:
         Groups whose scale the row's range clamped.
     bias : uint16 array, (n,), optional
         Added to each row's dot product: the bits of bfloat16 numbers.
+    minimum : int32 array, (n, groups), optional
+        Added to each weight of a group, in units of ``2**row_exponent``: at most 11 significant
+        bits and MINIMUM_SHIFT_MAX zeros below.
     """
 
     format: WeightFormat
@@ -328,6 +388,13 @@ class QuantisedMatrix:
     row_exponent: NDArray[np.int16]
     coarsened: int
     bias: NDArray[np.uint16] | None = None
+    minimum: NDArray[np.int32] | None = None
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the arrays that it has, each with an entry or a row for each row."""
+        return ("integers", "significand", "shift", "row_exponent",
+                *(name for name in ("bias", "minimum") if getattr(self, name) is not None))
 
     def with_bias(self, bias: NDArray[np.floating] | None) -> QuantisedMatrix:
         """Return the matrix with a bias for each row, (n,), rounded to bfloat16; None: without.
@@ -354,10 +421,7 @@ class QuantisedMatrix:
 
     def __getitem__(self, rows: slice) -> QuantisedMatrix:
         """Return some rows; ``coarsened`` stays that of the whole."""
-        return replace(
-            self, integers=self.integers[rows], significand=self.significand[rows],
-            shift=self.shift[rows], row_exponent=self.row_exponent[rows],
-            bias=None if self.bias is None else self.bias[rows])
+        return replace(self, **{name: getattr(self, name)[rows] for name in self.parts})
 
     def filled(self, rows: int, k: int) -> QuantisedMatrix:
         """Return the matrix with zeros behind its rows and columns, (rows, k)."""
@@ -369,21 +433,30 @@ class QuantisedMatrix:
         right = [(0, groups - self.significand.shape[1])]
         return replace(
             self,
-            integers=np.pad(self.integers, [*below, (0, k - columns)]),
+            integers=np.pad(self.integers, [*below, (0, k - columns)],
+                            constant_values=self.format.filler),
             significand=np.pad(self.significand, below + right,
                                constant_values=0 if self.format.real_scale else 1),
             shift=np.pad(self.shift, below + right),
             row_exponent=np.pad(self.row_exponent, below),
-            bias=None if self.bias is None else np.pad(self.bias, below))
+            bias=None if self.bias is None else np.pad(self.bias, below),
+            minimum=None if self.minimum is None else np.pad(self.minimum, below + right))
+
+    def group_terms(self) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+        """Return the scales and the minima of all groups, (n, groups), in units of
+        ``2**row_exponent``; None: there are none."""
+        return (self.significand.astype(np.float64) * 2.0**self.shift,
+                None if self.minimum is None else self.minimum.astype(np.float64))
 
     def dequantise(self) -> NDArray[np.float64]:
         """Return the exact weights, (n, K) float64."""
-        scale = np.ldexp(
-            self.significand.astype(np.float64),
-            self.shift.astype(np.int32) + self.row_exponent[:, None].astype(np.int32),
-        )
-        scales = np.repeat(scale, self.format.group, axis=1)[:, : self.integers.shape[1]]
-        return self.integers.astype(np.float64) * scales
+        def each(values: NDArray[np.float64]) -> NDArray[np.float64]:
+            exact = np.ldexp(values, self.row_exponent[:, None].astype(np.int32))
+            return np.repeat(exact, self.format.group, axis=1)[:, : self.integers.shape[1]]
+
+        scale, minimum = self.group_terms()
+        weights = self.integers.astype(np.float64) * each(scale)
+        return weights if minimum is None else weights + each(minimum)
 
     def relative_error(self, weights: NDArray[np.floating]) -> float:
         """Return the relative Frobenius error against the float weights it came from."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from moeaccel.formats.base import SIGNIFICAND_BITS, WeightFormat
+from moeaccel.formats.base import MINIMUM_SHIFT_MAX, SIGNIFICAND_BITS, WeightFormat
 
-__all__ = ["fit_rows", "split_scales"]
+__all__ = ["fit_minima", "fit_rows", "minimum_exponents", "split_scales"]
 
 Integers = NDArray[np.int64]
+
+_NEVER = np.int64(-(1 << 14))
+"""Exponent of a row in which there is nothing."""
 
 
 def split_scales(fmt: WeightFormat, scales: NDArray[np.float64]) -> tuple[Integers, Integers]:
@@ -36,7 +39,7 @@ def split_scales(fmt: WeightFormat, scales: NDArray[np.float64]) -> tuple[Intege
 
 
 def fit_rows(
-    fmt: WeightFormat, significand: Integers, exponent: Integers
+    fmt: WeightFormat, significand: Integers, exponent: Integers, least: Integers | None = None
 ) -> tuple[NDArray[np.int16], NDArray[np.int8], NDArray[np.int16], NDArray[np.bool_]]:
     """Give the scales of each row one range of shifts, which starts at its largest scale.
 
@@ -49,6 +52,8 @@ def fit_rows(
     fmt : :class:`WeightFormat`
     significand, exponent : int64 arrays, (n, groups)
         As :func:`split_scales` has them; a group of zeros has a significand of 0.
+    least : int64 array, (n,), optional
+        Least exponents of the rows, for what else they hold (:func:`minimum_exponents`).
 
     Returns
     -------
@@ -59,9 +64,10 @@ def fit_rows(
         Scales that are not what they were.
     """
     there = significand > 0
-    never = np.int64(-(1 << 14))
-    top = np.where(there, exponent, never).max(axis=1)
-    row_exponent = np.where(top == never, 0, top - fmt.max_shift)
+    row_exponent = np.where(there, exponent - fmt.max_shift, _NEVER).max(axis=1)
+    if least is not None:
+        row_exponent = np.maximum(row_exponent, least)
+    row_exponent = np.where(row_exponent == _NEVER, 0, row_exponent)
     shift = np.where(there, exponent - row_exponent[:, None], 0)
     below = np.clip(-shift, 0, 30)
     if fmt.real_scale:
@@ -72,3 +78,23 @@ def fit_rows(
         coarsened = below > 0
     return (stored.astype(np.int16), np.maximum(shift, 0).astype(np.int8),
             row_exponent.astype(np.int16), coarsened)
+
+
+def minimum_exponents(minima: NDArray[np.float64]) -> Integers:
+    """Return the least exponent of each row, (n,), with which its minima, (n, groups), are not
+    too large."""
+    largest = np.abs(minima).max(axis=1)
+    exponent = np.frexp(largest)[1].astype(np.int64)
+    # What rounding to the significand makes the next power of two has an exponent more.
+    exponent += np.ldexp(largest, -exponent) >= 1 - 2.0 ** -(SIGNIFICAND_BITS + 1)
+    return np.where(largest > 0, exponent - SIGNIFICAND_BITS - MINIMUM_SHIFT_MAX, _NEVER)
+
+
+def fit_minima(minima: NDArray[np.float64], row_exponent: NDArray[np.int16]
+               ) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    """Return minima, (n, groups), in units of their row's exponent, and which are not what they
+    were: rounded to the significand's bits, or to that unit."""
+    exact = np.ldexp(minima, -row_exponent[:, None].astype(np.int32))
+    unit = np.maximum(np.frexp(exact)[1] - SIGNIFICAND_BITS, 0)
+    stored = np.ldexp(np.rint(np.ldexp(exact, -unit)), unit)
+    return stored.astype(np.int32), stored != exact

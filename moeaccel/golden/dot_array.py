@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from moeaccel.arithmetic import (
     BlockFloat,
@@ -24,15 +25,17 @@ def matvec(x: BlockFloat, weights: QuantisedMatrix) -> InternalFloat:
     """Return ``x W^T``, plus the biases where there are some, as internal floats, (n, rows)."""
     fmt = weights.format
     unit = min(fmt.group, BLOCK)  # of K: one scale, and one of them for several units
-    scale = np.repeat(
-        weights.significand.astype(np.float64) * 2.0**weights.shift, fmt.group // unit, axis=1
-    )
-    scale = scale[:, : weights.integers.shape[1] // unit]
-    w = torch.from_numpy(
-        (weights.integers.reshape((*scale.shape, unit)) * scale[:, :, None]).reshape(
-            weights.integers.shape
-        )
-    )
+
+    def units(values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return what groups have for each unit, (rows, units, 1)."""
+        each = np.repeat(values, fmt.group // unit, axis=1)
+        return each[:, : weights.integers.shape[1] // unit, None]
+
+    scale, minimum = weights.group_terms()
+    integers = weights.integers.reshape(len(scale), -1, unit) * units(scale)
+    if minimum is not None:
+        integers += units(minimum)
+    w = torch.from_numpy(integers.reshape(weights.integers.shape))
     shift = np.repeat(2.0**x.shift, BLOCK, axis=1)
     total = np.zeros((x.mantissa.shape[0], w.shape[0]), np.int64)
     for plane in x.plane_mantissas():

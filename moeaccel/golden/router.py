@@ -18,6 +18,7 @@ from moeaccel.interface.commands import COUNT_MAX, NonFinite, Overflow, Status
 from moeaccel.router.choices import (
     PART_BITS,
     CapacityOrder,
+    Gates,
     GroupScore,
     Renormalize,
     Score,
@@ -102,6 +103,8 @@ def route(
     Parameters
     ----------
     logits : float32 array, (T, E)
+        Behind them, with gates, those of the shared experts, which then have the last ids and
+        weights.
     settings : :class:`RouterSettings`
     bias, selection_bias : float array, (E,), optional
         Added to the logits; added to the scores (or logits) for selection only.
@@ -116,8 +119,8 @@ def route(
         If an array has another shape or values that do not fit.
     """
     experts = settings.experts
-    if logits.ndim != 2 or logits.shape[1] != experts:
-        raise RouterError(f"logits must be (tokens, {experts}), not {logits.shape}")
+    if logits.ndim != 2 or logits.shape[1] != settings.outputs:
+        raise RouterError(f"logits must be (tokens, {settings.outputs}), not {logits.shape}")
     table = _table("bias", bias, experts)
     extra = _table("selection_bias", selection_bias, experts)
     biased = selection_bias is not None and settings.biases_scores
@@ -160,16 +163,18 @@ def route_words(
         Those that ``settings.prior`` is for.
     """
     rounded, beyond = fixed(logits, LOGIT_BITS)
-    added = rounded + bias
+    added = rounded + np.pad(bias, (0, settings.shared))
     s = _clipped(added)
+    own = s[:, : settings.experts]
     saturated = int((beyond | (s != added)).sum())
     if settings.mixer is not None:
-        chosen, weights = _mixed(s, settings)
+        chosen, weights = _mixed(own, settings)
     else:
-        scores = _scores(s, settings)
-        chosen = (_select(s, scores, settings, extra, biased, preferred)
+        scores = _scores(own, settings)
+        chosen = (_select(own, scores, settings, extra, biased, preferred)
                   if ids is None else _given(ids, settings, len(logits)))
-        chosen, weights = _weights(s, scores, chosen, settings)
+        gates = sigmoid(s[:, settings.experts :])
+        chosen, weights = _weights(own, scores, chosen, settings, gates)
     return RoutedTokens(
         chosen.astype(np.int32), weights,
         np.ldexp(s.astype(np.float64), -LOGIT_BITS).astype(np.float32),
@@ -243,9 +248,9 @@ def _select(s: Ints, scores: Ints, settings: RouterSettings, extra: Ints, biased
     return np.where(np.take_along_axis(keys, chosen, 1) == _OUT, NONE, chosen)
 
 
-def _weights(s: Ints, scores: Ints, chosen: Ints, settings: RouterSettings
+def _weights(s: Ints, scores: Ints, chosen: Ints, settings: RouterSettings, gates: Ints
              ) -> tuple[Ints, NDArray[np.float32]]:
-    """Return the chosen that are kept and their weights."""
+    """Return the chosen that are kept, and shared experts with gates, (T, S), and their weights."""
     there = chosen != NONE
     at = np.maximum(chosen, 0)
     if settings.renormalize_kind is Renormalize.SOFTMAX_TOP_K:
@@ -266,21 +271,26 @@ def _weights(s: Ints, scores: Ints, chosen: Ints, settings: RouterSettings
                                q[:, 0] if settings.capacity_order_kind is CapacityOrder.PRIORITY
                                else None)
     q = np.where(keep, q, 0)
+    if settings.gates_kind is Gates.SUM:
+        q = np.concatenate([q, gates], axis=1)
     epsilon = round(settings.epsilon * 2**SCORE_BITS)
     total = q.sum(axis=1, keepdims=True)
     match settings.renormalize_kind:
         case Renormalize.NONE:
-            weights = _scaled(q, settings)
+            weights = _scaled(q, settings.scale)
         case Renormalize.CLAMP:
-            weights = _scaled(q, settings, np.maximum(total, epsilon))
+            weights = _scaled(q, settings.scale, np.maximum(total, epsilon))
         case _:
-            weights = _scaled(q, settings, total + epsilon)
-    return np.where(keep, chosen, NONE), weights
+            weights = _scaled(q, settings.scale, total + epsilon)
+    if settings.gates_kind is Gates.SIGMOID:
+        weights = np.concatenate([weights, _scaled(gates, 1.0)], axis=1)
+    behind = np.broadcast_to(settings.experts + np.arange(settings.shared), gates.shape)
+    return np.concatenate([np.where(keep, chosen, NONE), behind], axis=1), weights
 
 
-def _scaled(q: Ints, settings: RouterSettings, divisor: Ints | None = None) -> NDArray[np.float32]:
-    """Return ``q / divisor * scale``, or ``q * scale``; 0 where the divisor is 0."""
-    scale, exponent = significand(settings.scale)
+def _scaled(q: Ints, factor_of: float, divisor: Ints | None = None) -> NDArray[np.float32]:
+    """Return ``q / divisor * factor_of``, or ``q * factor_of``; 0 where the divisor is 0."""
+    scale, exponent = significand(factor_of)
     factor, power = np.array(scale, np.int64), np.array(exponent, np.int64)
     if divisor is not None:
         mantissa, position = leading(divisor, VALUE_BITS + 1)
@@ -309,7 +319,7 @@ def _mixed(s: Ints, settings: RouterSettings) -> tuple[Ints, NDArray[np.float32]
         power = exponential(np.maximum(distance, 0)).score
         total = np.where(near, power, 0).sum(axis=1, keepdims=True)
         first = np.full(total.shape, int(exponential(np.array(0)).score))
-        weights.append(_scaled(first, settings, total))
+        weights.append(_scaled(first, settings.scale, total))
         chosen.append(best)
         np.put_along_axis(left, best, False, axis=1)
     return np.concatenate(chosen, axis=1), np.concatenate(weights, axis=1)

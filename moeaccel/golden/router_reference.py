@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from moeaccel.golden.router import within_capacity
-from moeaccel.router.choices import CapacityOrder, GroupScore, Renormalize, Score
+from moeaccel.router.choices import CapacityOrder, Gates, GroupScore, Renormalize, Score
 from moeaccel.router.settings import RouterSettings
 
 __all__ = ["route_float", "scores_float"]
@@ -29,6 +29,8 @@ def route_float(
     Arguments are those of :func:`moeaccel.golden.router.route`; ids are -1 where there is no
     expert.
     """
+    gates = torch.sigmoid(logits[:, settings.experts :])
+    logits = logits[:, : settings.experts]
     s = logits if bias is None else logits + bias
     if settings.mixer is not None:
         return _mixed(s, settings)
@@ -52,6 +54,8 @@ def route_float(
         keep = torch.from_numpy(within_capacity(
             ids.masked_fill(~keep, -1).numpy(), settings.capacity, priority))
     q = q * keep
+    if settings.gates_kind is Gates.SUM:
+        q = torch.cat([q, gates], 1)
     total = q.sum(1, keepdim=True)
     match settings.renormalize_kind:
         case Renormalize.NONE:
@@ -62,7 +66,11 @@ def route_float(
             weights = q / total.clamp(min=settings.epsilon)
         case Renormalize.SUM | Renormalize.SOFTMAX_TOP_K:
             weights = q / total
-    return ids.masked_fill(~keep, -1), weights.nan_to_num(0.0) * settings.scale
+    weights = weights.nan_to_num(0.0) * settings.scale
+    if settings.gates_kind is Gates.SIGMOID:
+        weights = torch.cat([weights, gates], 1)
+    behind = torch.arange(settings.experts, settings.outputs).expand(gates.shape)
+    return torch.cat([ids.masked_fill(~keep, -1), behind], 1), weights
 
 
 def scores_float(s: torch.Tensor, settings: RouterSettings) -> torch.Tensor:

@@ -26,11 +26,12 @@ and so it is with pairs of gate and up, or fours with second up rows. A part's l
 up with rows of zeros, for which the device has no output.
 
 Inside a weight word, byte ``rm * 32 + k`` holds column k of row rm (8-bit), or of rows 2 rm (low
-nibble) and 2 rm + 1 (high nibble). In N:M formats byte ``rm * 32 + 4 g + N p + j`` holds the j-th
-stored one of columns 4 g to 4 g + 3 of row, or pair of rows, ``4 / N * rm + p``; two bits at the
-same place of a step's quarter of a pattern word say which column. Entries of row and scale words
-are packed from the least significant bit, row 0 first; numbers are little-endian. Padding at the
-end of a section is zero.
+nibble) and 2 rm + 1 (high nibble). In 2-bit formats a word has two steps, the first in the lower
+halves of all nibbles; the last word of a tile may have one, and scales come in pairs. In N:M
+formats byte ``rm * 32 + 4 g + N p + j`` holds the j-th stored one of columns 4 g to 4 g + 3 of row,
+or pair of rows, ``4 / N * rm + p``; two bits at the same place of a step's quarter of a pattern
+word say which column. Entries of row and scale words are packed from the least significant bit, row
+0 first; numbers are little-endian. Padding at the end of a section is zero.
 """
 
 from moeaccel.image.expert import (

@@ -66,8 +66,13 @@ class Section:
 
     @property
     def steps(self) -> int:
-        """Weight words of a tile."""
+        """Steps of the array through a tile: blocks of 32 along K."""
         return self.k // BLOCK
+
+    @property
+    def weight_words(self) -> int:
+        """Weight words of a tile; where a word has two steps, the last may have one."""
+        return -(-self.steps // self.format.steps_per_word)
 
     @property
     def tiles_per_row_word(self) -> int:
@@ -82,8 +87,9 @@ class Section:
 
     @property
     def groups(self) -> int:
-        """Scale entries of a tile: for each group, or step that has several."""
-        return -(-self.steps // self.format.steps_per_group)
+        """Scale entries of a tile: for each group, or step that has several; whole weight words
+        have some."""
+        return -(-self.weight_words * self.format.steps_per_word // self.format.steps_per_group)
 
     @property
     def row_words(self) -> int:
@@ -105,7 +111,8 @@ class Section:
     @property
     def words(self) -> int:
         """Array words of the section."""
-        return self.row_words + self.scale_words + self.pattern_words + self.tiles * self.steps
+        return (self.row_words + self.scale_words + self.pattern_words
+                + self.tiles * self.weight_words)
 
     @property
     def stored_bytes(self) -> int:
@@ -114,16 +121,16 @@ class Section:
 
     def kinds(self) -> NDArray[np.uint8]:
         """Return the kind of each word in order: 0 row, 1 scale, 2 weight, 3 pattern."""
-        step = np.full((self.tiles, self.steps, 4), 255, np.uint8)
+        step = np.full((self.tiles, self.weight_words, 4), 255, np.uint8)
         step[:, :, 3] = 2
         if self.format.parts > 1:
             at = np.arange(self.tiles * self.steps) % STEPS_PER_PATTERN_WORD == 0
             step[:, :, 2] = np.where(at, 3, 255).reshape(self.tiles, self.steps)
         step[:: self.tiles_per_row_word, 0, 0] = 0
-        entry = np.arange(self.tiles * self.groups) % self.entries_per_scale_word == 0
-        step[:, :: self.format.steps_per_group, 1] = np.where(entry, 1, 255).reshape(
-            self.tiles, self.groups
-        )
+        # The first entry of a word is never that of a weight word's second step.
+        first = np.arange(0, self.tiles * self.groups, self.entries_per_scale_word)
+        at = first % self.groups * self.format.steps_per_group // self.format.steps_per_word
+        step[first // self.groups, at, 1] = 1
         flat = step.reshape(-1)
         return flat[flat != 255]
 
@@ -157,10 +164,7 @@ def deal(
     def part(values: NDArray[np.integer]) -> NDArray[np.integer]:
         return np.pad(values[chosen], [(0, padding)] + [(0, 0)] * (values.ndim - 1))
 
-    return replace(
-        matrix, integers=part(matrix.integers), significand=part(matrix.significand),
-        shift=part(matrix.shift), row_exponent=part(matrix.row_exponent),
-        bias=None if matrix.bias is None else part(matrix.bias))
+    return replace(matrix, **{name: part(getattr(matrix, name)) for name in matrix.parts})
 
 
 def _gather(parts: Sequence[QuantisedMatrix], section: Section, together: int) -> QuantisedMatrix:
@@ -171,8 +175,7 @@ def _gather(parts: Sequence[QuantisedMatrix], section: Section, together: int) -
         pieces = dealt.reshape(len(parts), -1, together, *dealt.shape[2:])
         return pieces.swapaxes(0, 1).reshape(section.rows, *dealt.shape[2:])
 
-    names = ["integers", "significand", "shift", "row_exponent", *["bias"] * section.biased]
-    return replace(parts[0], **{name: whole(name) for name in names})
+    return replace(parts[0], **{name: whole(name) for name in parts[0].parts})
 
 
 def _in_lanes(values: NDArray[np.uint8], section: Section, fields: int) -> NDArray[np.uint8]:
@@ -209,8 +212,32 @@ def _two_bits(values: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def _in_steps(scales: NDArray[np.uint32], section: Section) -> NDArray[np.uint32]:
     """Return scales, (n, groups), as entries of scale words, a row for each step that has some."""
     per_step = section.format.scales_per_step
+    scales = np.pad(scales, ((0, 0), (0, section.groups * per_step - scales.shape[1])))
     return scales.reshape(section.tiles, section.tile_rows, section.groups, per_step).transpose(
         0, 2, 1, 3).reshape(-1, section.tile_rows * per_step)
+
+
+def _in_words(codes: Bytes, section: Section) -> Bytes:
+    """Return the weight words, (n, word_bytes), of the codes of all steps, (tiles, steps,
+    word_bytes).
+
+    The second of two steps that share a word has the upper half of each 4 bits.
+    """
+    if section.format.steps_per_word > 1:
+        codes = np.pad(codes, ((0, 0), (0, section.steps % 2), (0, 0)))
+        codes = codes[:, 0::2] | codes[:, 1::2] << np.uint8(2)
+    return codes.reshape(-1, section.word_bytes)
+
+
+def _from_words(words: Bytes, section: Section) -> Bytes:
+    """Return the codes of all steps, (tiles * steps, word_bytes): the inverse of
+    :func:`_in_words`."""
+    if section.format.steps_per_word == 1:
+        return words
+    both = np.uint8(0x33)
+    steps = np.stack([words & both, words >> np.uint8(2) & both], axis=1)
+    return steps.reshape(section.tiles, -1, section.word_bytes)[:, : section.steps].reshape(
+        -1, section.word_bytes)
 
 
 def pack_section(matrix: QuantisedMatrix, row_multipliers: int) -> Bytes:
@@ -227,8 +254,9 @@ def pack_section(matrix: QuantisedMatrix, row_multipliers: int) -> Bytes:
         patterns = _two_bits(_in_lanes(at, section, 1)[..., 0])
     codes = _in_lanes(codes, section, 2 if fmt.packed else 1)
     if fmt.packed:
-        codes = codes[..., 0] | codes[..., 1] << 4
-    weights = np.ascontiguousarray(codes).reshape(tiles * steps, section.word_bytes)
+        codes = codes[..., 0] | codes[..., 1] << np.uint8(4)
+    weights = _in_words(
+        np.ascontiguousarray(codes).reshape(tiles, steps, section.word_bytes), section)
 
     scales = _in_steps(scales, section)
     rows = matrix.row_exponent.reshape(tiles, tile_rows).view(np.uint16)
@@ -287,8 +315,9 @@ def _unpack_part(words: Bytes, section: Section) -> QuantisedMatrix:
     scales = scales.reshape(-1, tile_rows * per_step)[: tiles * section.groups]
     scales = scales.reshape(tiles, section.groups, tile_rows, per_step).transpose(0, 2, 1, 3)
     scales = scales.reshape(tiles * tile_rows, section.groups * per_step)
+    scales = np.ascontiguousarray(scales[:, : -(-section.k // fmt.group)])
 
-    codes: Bytes = words[kinds == 2][..., None]
+    codes: Bytes = _from_words(words[kinds == 2], section)[..., None]
     if fmt.packed:
         codes = np.concatenate([codes & 15, codes >> 4], axis=2).astype(np.uint8)
     codes = _from_lanes(codes, section)

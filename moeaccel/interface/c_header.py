@@ -26,12 +26,13 @@ from moeaccel.interface.commands import (
     Status,
 )
 from moeaccel.interface.registers import REGISTERS, VERSION_VALUE
-from moeaccel.router.choices import GroupScore, Renormalize, Score
+from moeaccel.router.choices import Gates, GroupScore, Renormalize, Score
 
 __all__ = ["c_header"]
 
 _ENUMS: tuple[type[enum.IntEnum], ...] = (
-    Opcode, Status, NonFinite, Overflow, Operand, Sink, Selection, Score, Renormalize, GroupScore)
+    Opcode, Status, NonFinite, Overflow, Operand, Sink, Selection, Score, Renormalize, GroupScore,
+    Gates)
 _CODES = {"format": ALL_FORMATS, "activation": ACTIVATIONS}
 
 

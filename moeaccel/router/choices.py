@@ -5,13 +5,13 @@ from __future__ import annotations
 import enum
 
 __all__ = [
-    "GROUPS_MAX", "MODES", "PART_BITS", "CapacityOrder", "Choice", "GroupScore", "Renormalize",
-    "Score", "WeightOn"]
+    "GROUPS_MAX", "MODES", "PART_BITS", "CapacityOrder", "Choice", "Gates", "GroupScore",
+    "Renormalize", "Score", "WeightOn"]
 
 GROUPS_MAX = 64
 """Most groups of a router."""
 
-MODES = ("threshold", "top_p", "prior", "capacity", "mixer")
+MODES = ("threshold", "top_p", "prior", "capacity", "mixer", "gates")
 """Settings of a router that hardware has only where its configuration asks for them; ``prior`` is
 for ``prior_keep`` as well, ``capacity`` for ``capacity_order``."""
 
@@ -68,6 +68,14 @@ class WeightOn(Choice):
 
     OUTPUT = 0, "the expert's output"
     INPUT = 1, "x, before the expert (Llama 4)"
+
+
+class Gates(Choice):
+    """What a shared expert, to which every token goes, weighs."""
+
+    NONE = 0, "1"
+    SIGMOID = 1, "the sigmoid of a logit of its own, behind those of the experts"
+    SUM = 2, "that, renormalised and scaled as the scores of the chosen are, in one sum with them"
 
 
 class CapacityOrder(Choice):

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeaccel.interface.commands import ENTRY_BYTES, Selection
-from moeaccel.router.choices import PART_BITS, CapacityOrder, GroupScore, Renormalize, Score
+from moeaccel.router.choices import PART_BITS, CapacityOrder, Gates, GroupScore, Renormalize, Score
 from moeaccel.router.settings import RouterSettings
 from moeaccel.router.tables import (
     KEY_BITS,
@@ -33,7 +33,7 @@ def descriptor(settings: RouterSettings, *, biased: bool, tables: bool, table_ad
     tables : :class:`bool`
         Its table, at that address, is to be read.
     shared : :class:`int`
-        Experts behind those routed to that every token goes to.
+        Experts behind those routed to that every token goes to, where they have no gates.
     residents : :class:`bool`
         Those that ``settings.prior`` is for are in the table, or alone at its address.
     """
@@ -54,7 +54,7 @@ def descriptor(settings: RouterSettings, *, biased: bool, tables: bool, table_ad
         "group_size": settings.experts // settings.groups if grouped else settings.experts,
         "keep_groups": settings.keep_groups if grouped else 1,
         "tables": int(tables),
-        "shared": shared,
+        "shared": settings.shared or shared,
         "scale": int(np.float32(settings.scale).view(np.uint32)),
         "epsilon": round(settings.epsilon * 2**SCORE_BITS),
         "table_address": table_address if tables or residents else 0,
@@ -64,6 +64,7 @@ def descriptor(settings: RouterSettings, *, biased: bool, tables: bool, table_ad
         "capacity_order": settings.capacity_order_kind,
         "prior": prior if residents else 0,
         "capacity": settings.capacity or 0,
+        "gates": settings.gates_kind,
         "mixer": round((settings.mixer or 0) * 2**LOGIT_BITS),
     }
 
@@ -95,6 +96,7 @@ def settings_of(fields: Mapping[str, int], top_k: int) -> RouterSettings:
             KEY_BITS if fields["selection"] == Selection.BIASED_SCORE else LOGIT_BITS),
         prior_keep=fields["prior_keep"], capacity=fields["capacity"] or None,
         capacity_order=CapacityOrder(fields["capacity_order"]).key,
+        gates=Gates(fields["gates"]).key, shared=fields["shared"] if fields["gates"] else 0,
         mixer=(fields["mixer"] / 2**LOGIT_BITS if fields["selection"] == Selection.MIXER
                else None))
 

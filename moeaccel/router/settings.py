@@ -18,6 +18,7 @@ from moeaccel.router.choices import (
     GROUPS_MAX,
     CapacityOrder,
     Choice,
+    Gates,
     GroupScore,
     Renormalize,
     Score,
@@ -74,6 +75,11 @@ class RouterSettings:
         logits s with ``(largest - s) / max(|s|, largest) <= mixer``, of the second choice without
         the first.
 
+    gates : :class:`str`
+        What shared experts weigh: the name of a member of :class:`Gates`.
+    shared : :class:`int`
+        With gates, so many shared experts, whose logits are behind those of the experts.
+
     Raises
     ------
     RouterError
@@ -98,6 +104,8 @@ class RouterSettings:
     capacity: int | None = None
     capacity_order: str = "rank"
     mixer: float | None = None
+    gates: str = "none"
+    shared: int = 0
 
     def __post_init__(self) -> None:
         def require(name: str, ok: bool, what: str) -> None:
@@ -116,7 +124,7 @@ class RouterSettings:
 
         for name, choices in (("score", Score), ("renormalize", Renormalize),
                               ("group_score", GroupScore), ("weight_on", WeightOn),
-                              ("capacity_order", CapacityOrder)):
+                              ("capacity_order", CapacityOrder), ("gates", Gates)):
             names = [choice.key for choice in choices]
             require(name, getattr(self, name) in names, f"one of {', '.join(names)}")
         whole("experts", 1, EXPERTS_MAX)
@@ -164,6 +172,17 @@ class RouterSettings:
                                ("capacity", None)):
                 require(name, getattr(self, name) == only, f"{only} with mixer")
 
+        if self.gates_kind is Gates.NONE:
+            require("shared", self.shared == 0, "0 without gates: then it is the layer's affair")
+        else:
+            whole("shared", 1, TOP_K_MAX - self.top_k, ", the places that top_k leaves")
+            require("gates", self.mixer is None and self.capacity is None,
+                    "none with mixer and capacity")
+        if self.gates_kind is Gates.SUM:
+            require("score", self.score_kind is Score.SIGMOID, "sigmoid with gates in their sum")
+            require("renormalize", self.renormalize_kind is not Renormalize.SOFTMAX_TOP_K,
+                    "of scores with gates in their sum")
+
     def _kind(self, choices: type[_C], key: str) -> _C:
         return choices[key.upper()]
 
@@ -181,6 +200,16 @@ class RouterSettings:
     def group_score_kind(self) -> GroupScore:
         """The groups' score, as a member."""
         return self._kind(GroupScore, self.group_score)
+
+    @property
+    def gates_kind(self) -> Gates:
+        """What shared experts weigh, as a member."""
+        return self._kind(Gates, self.gates)
+
+    @property
+    def outputs(self) -> int:
+        """Logits of a token: of the experts, and of gates."""
+        return self.experts + self.shared
 
     @property
     def weight_on_kind(self) -> WeightOn:

@@ -15,7 +15,7 @@ def settings_of(model: Model, *, experts: int, top_k: int, tokens: int = 1) -> R
     ----------
     model : :class:`Model`
     experts, top_k : :class:`int`
-        Experts with identities, but without sinks, which are no choice.
+        Experts with identities, but without sinks, which are no choice: their gates are.
     tokens : :class:`int`
         Of the call, on which a capacity depends.
 
@@ -25,9 +25,6 @@ def settings_of(model: Model, *, experts: int, top_k: int, tokens: int = 1) -> R
         Naming the flavour, where the device's settings cannot say what the router does.
     """
     kind = model.router
-    if kind.sinks:
-        raise RouterError(f"router must weigh the chosen by themselves, but {kind.flavour} has "
-                          f"{kind.sinks} experts that are always on in their sum")
     if kind.logits == "product_keys":
         raise RouterError(f"router must have a logit for each expert, but {kind.flavour} looks "
                           "experts up by product keys")
@@ -36,5 +33,6 @@ def settings_of(model: Model, *, experts: int, top_k: int, tokens: int = 1) -> R
         epsilon=kind.epsilon or 0.0, scale=1.0 if kind.scale is None else kind.scale,
         groups=kind.groups, keep_groups=kind.keep_groups, group_score=kind.group_score,
         bias_logits=kind.selection_bias == "logits", weight_on=kind.weight_on, mixer=kind.mixer,
+        gates="sum" if kind.sinks else "none", shared=kind.sinks,
         capacity=kind.capacity and kind.capacity(tokens, experts, top_k),
         capacity_order=kind.capacity.order if kind.capacity else "rank")

@@ -18,7 +18,8 @@ from moeaccel.host.errors import (
 from moeaccel.router.settings import RouterError
 
 CONFIG = preset("tiny").replace(
-    router=("softmax", "sigmoid", "identity"), router_top_k=8, max_experts=64)
+    router=("softmax", "sigmoid", "identity"), router_top_k=8, max_experts=64,
+    router_modes=("gates",))
 E_, H, I = 16, 64, 32
 
 
@@ -69,6 +70,35 @@ def test_it_is_the_float_layer(device, layer, settings, shared):
         ids = np.concatenate([ids, np.full((len(x), 1), E_)], axis=1)
         weights = np.concatenate([weights, np.ones((len(x), 1))], axis=1)
     exact = experts_float64(x, ids, weights, gate_up, down)
+    assert np.linalg.norm(y - exact) / np.linalg.norm(exact) < 0.02
+
+
+@pytest.mark.parametrize("gates", ["sigmoid", "sum"])
+def test_gates_of_shared_experts(device, layer, gates):
+    """Qwen2-MoE: the sigmoid of one more row; Inkling: that in one sum with the chosen."""
+    x, rows = layer["x"], layer["weight"][:2]
+    shared = [layer["shared"], layer["shared"]]
+    if gates == "sigmoid":
+        router = Router(layer["weight"], top_k=3, renormalize="sum", scale=2.0)
+        shared = [(*pair, row) for pair, row in zip(shared, rows, strict=True)]
+    else:
+        router = Router(np.concatenate([layer["weight"], rows]), top_k=3, score="sigmoid",
+                        renormalize="sum", scale=2.0, gates="sum", shared=2)
+    with device.load_moe(router, layer["gate_up"], layer["down"], weight_format="mxint8",
+                         shared=shared) as moe:
+        y, (ids, weights) = moe(x), moe.route(x)
+    every = np.concatenate([layer["weight"], rows]).astype(np.float64)
+    logits = torch.from_numpy(x.astype(np.float64) @ every.T)
+    own = torch.sigmoid(logits[:, E_:]).numpy()
+    if gates == "sum":
+        chosen = torch.sigmoid(logits[:, :E_]).gather(1, torch.from_numpy(ids)).numpy()
+        total = chosen.sum(1, keepdims=True) + own.sum(1, keepdims=True)
+        np.testing.assert_allclose(weights, 2 * chosen / total, rtol=2e-3)
+        own = 2 * own / total
+    ids = np.concatenate([ids, np.tile([E_, E_ + 1], (len(x), 1))], axis=1)
+    exact = experts_float64(
+        x, ids, np.concatenate([weights, own], axis=1),
+        [*layer["gate_up"], *[layer["shared"][0]] * 2], [*layer["down"], *[layer["shared"][1]] * 2])
     assert np.linalg.norm(y - exact) / np.linalg.norm(exact) < 0.02
 
 
@@ -170,8 +200,11 @@ def test_bad_input_is_named(device, layer):
         device.load_moe(router, experts[0][1:], experts[1][1:])
     with pytest.raises(InvalidTensor, match=r"weight must have the shape \(16, 64\) of a router"):
         device.load_moe(Router(layer["weight"][:, 1:], top_k=2), *experts)
-    with pytest.raises(InvalidTensor, match=r"shared must be a pair \(gate_up, down\) of"):
-        device.load_moe(router, *experts, shared=(*layer["shared"], layer["x"][:1]))
+    with pytest.raises(InvalidTensor, match="shared must have a gate of 64 elements for each"):
+        device.load_moe(router, *experts, shared=(*layer["shared"], layer["x"][:2]))
+    with pytest.raises(InvalidTensor, match="shared must have 2 experts, for which router has ga"):
+        device.load_moe(Router(layer["weight"], top_k=2, gates="sigmoid", shared=2),
+                        experts[0][:14], experts[1][:14], shared=layer["shared"])
     with pytest.raises(LimitExceeded, match="top_k must be 1 with weights on the input"):
         device.load_moe(Router(layer["weight"], top_k=2, weight_on="input"), *experts)
     with pytest.raises(LimitExceeded, match="threshold must be None without 'threshold' in r"):

@@ -95,7 +95,14 @@ def test_bad_input_is_named(weights, name, message):
 
 @pytest.mark.parametrize(("change", "expected"), [
     ({"code": 256}, "code of weight format 'int4_g32' must be from 0 to 255, not 256"),
-    ({"weight_bits": 2}, "weight_bits of weight format 'int4_g32' must be 4 or 8, not 2"),
+    ({"weight_bits": 3}, "weight_bits of weight format 'int4_g32' must be 2, 4 or 8, not 3"),
+    ({"weight_bits": 2, "nonzeros": 2}, "nonzeros .* must be 4 for 2-bit weights, and with minima"),
+    ({"weight_bits": 2, "zero_point": True}, "zero_point .* must be false but for 4-bit"),
+    ({"minimum": True, "nonzeros": 1}, "nonzeros .* must be 4 for 2-bit weights, and with minima"),
+    ({"minimum": True, "group": 16}, "group .* must be a power of two from 32 on, not 16"),
+    ({"minimum": True, "weight_bits": 8}, "minimum .* must be false but for 4-bit"),
+    ({"minimum": True, "zero_point": True}, "minimum .* and without zero points"),
+    ({"minimum": True, "low": 0, "max_shift": 6}, "max_shift .* must be such that a scaled block"),
     ({"group": 8}, "group .* must be a power of two from 16 on, not 8"),
     ({"group": 16, "nonzeros": 2}, "group .* must be a power of two from 32 on, not 16"),
     ({"group": 16, "weight_bits": 8}, "group .* must be a power of two from 32 on, not 16"),

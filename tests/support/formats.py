@@ -1,7 +1,9 @@
 """Configurations with what presets have not."""
 
+import numpy as np
+
 from moeaccel.config import PRESETS
-from moeaccel.formats import ALL_FORMATS
+from moeaccel.formats import ALL_FORMATS, MINIMUM_SHIFT_MAX
 
 EVERY = PRESETS["tiny"].replace(name="every", formats=tuple(ALL_FORMATS), second_up=True)
 """``tiny`` with all formats, and with second up rows."""
@@ -36,6 +38,12 @@ def sum_entry(config, fmt, row):
     """Return which of the array's sums is that of a tile's row."""
     rm, part, field = place(config, fmt, row)
     return (rm * config.parts + part * config.parts // config.splits) * 2 + field
+
+
+def random_minima(rng, shape):
+    """Return minima of all sizes and either sign."""
+    shift = rng.integers(0, MINIMUM_SHIFT_MAX + 1, shape)
+    return (rng.integers(-2047, 2048, shape) << shift).astype(np.int32)
 
 
 def bits(values, width):

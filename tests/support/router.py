@@ -14,7 +14,8 @@ def form_of(settings, selection_bias=None, *, modes=(), residents=False):
         "threshold": {"threshold": fields["threshold"]}, "top_p": {"top_p": fields["top_p"]},
         "prior": {"prior": fields["prior"], "prior_keep": fields["prior_keep"]},
         "capacity": {"capacity": fields["capacity"], "by_priority": fields["capacity_order"]},
-        "mixer": {"mixer": fields["selection"] == Selection.MIXER, "limit": fields["mixer"]}}
+        "mixer": {"mixer": fields["selection"] == Selection.MIXER, "limit": fields["mixer"]},
+        "gates": {"gates": fields["gates"], "outputs": settings.outputs}}
     scale, exponent = significand(settings.scale)
     return {
         "experts": settings.experts, "top_k": settings.top_k, "score": settings.score_kind,
@@ -24,7 +25,7 @@ def form_of(settings, selection_bias=None, *, modes=(), residents=False):
         "renormalize": settings.renormalize_kind,
         "epsilon": round(settings.epsilon * 2**SCORE_BITS),
         "scale": scale, "scale_exponent": exponent,
-        "tables": True, "shared": 0,
+        "tables": True, "shared": settings.shared,
         **{name: value for mode in modes for name, value in of_modes[mode].items()},
     }
 

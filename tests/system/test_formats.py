@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from moeaccel import golden
+from moeaccel.config import PRESETS
 from moeaccel.formats import ALL_FORMATS
 from moeaccel.image import Expert
 from moeaccel.sim import MemoryModel
@@ -57,18 +58,19 @@ def test_every_format(every, name, bits):
     every.check()
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_mixed_layers(every, seed):
-    """Experts of one layer in all formats, those of down in other ones; some with second up."""
+def hold_mixed(pair, seed):
+    """Hold a layer to the golden model whose experts have all formats in turn, down other ones;
+    some have second up rows."""
+    config = pair.config
     rng = np.random.default_rng(seed)
     layer = []
     for e, (name, down) in enumerate(zip(rng.permutation(NAMES), rng.permutation(NAMES),
                                          strict=True)):
-        if e == EVERY.max_experts:
+        if e == config.max_experts:
             break
         width = 32 * int(rng.integers(1, 4))
         gate_up, matrix = draw_experts(rng, 1, D_MODEL, width, spread=4)
-        if (e + seed) % 3 == 0:
+        if config.second_up and (e + seed) % 3 == 0:
             gate_up = np.concatenate([gate_up, gate_up[:, :width] + 1], axis=1)
         layer.append(Expert.quantise(
             gate_up[0], matrix[0], str(name), down_format=str(down), prune="magnitude",
@@ -76,15 +78,34 @@ def test_mixed_layers(every, seed):
     x = rng.standard_normal((5, D_MODEL), np.float32)
     ids = np.stack([rng.permutation(len(layer))[:8] for _ in x])
     scores = rng.standard_normal(ids.shape).astype(np.float32)
-    every.reset()
+    pair.reset()
 
     def script(device):
         with device.load_quantised(layer, grid_exponent=-24) as loaded:
             return loaded(x, ids, scores)
 
-    assert_same_bits(every.same(script), golden.experts(x, ids, scores, layer,
-                                                        grid_exponent=-24).y)
-    every.check()
+    assert_same_bits(pair.same(script), golden.experts(x, ids, scores, layer,
+                                                       grid_exponent=-24).y)
+    pair.check()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_mixed_layers(every, seed):
+    hold_mixed(every, seed)
+
+
+@pytest.mark.slow  # models of their own
+@pytest.mark.timeout(10_800)
+@pytest.mark.parametrize("config", [
+    PRESETS["wide512-sparse"],
+    EVERY.replace(name="every on eight channels", channels=8, quantiser_lanes=1)],
+    ids=lambda config: config.name)
+def test_mixed_layers_of_other_configurations(pair_of, config):
+    """Memory is random, and answers when it likes on each channel."""
+    for seed in range(2):
+        memory = MemoryModel.random(seed, size=MEMORY_BYTES)
+        with pair_of(config, memory=memory) as pair:
+            hold_mixed(pair, seed)
 
 
 @pytest.mark.timeout(900)
@@ -95,9 +116,10 @@ def test_the_model_predicts_the_rtl(pair_of, latency):
 
 
 @pytest.mark.parametrize("name", ["mxint8", "int4_g32_zp", "int8_g32", "int8_g32+2:4",
-                                  "mxfp4+1:4", "int4_g64+2:4"])
+                                  "mxfp4+1:4", "int4_g64+2:4", "int2_g32", "ternary_g256",
+                                  "int4_g32_min"])
 def test_damaged_images_are_read_as_golden_reads_them(every, name):
-    """Scales beyond their range, zero points, and patterns that name one place twice."""
+    """Scales and minima beyond their range, zero points, and patterns that name one place twice."""
     rng = np.random.default_rng(7)
     weights = draw_experts(rng, 2, D_MODEL, D_EXPERT)
     x = rng.standard_normal((3, D_MODEL), np.float32)

@@ -42,9 +42,15 @@ def load(device, *, experts=16, d_model=64, shared=0, seed=1, **settings):
     """Return a layer, the same on every device."""
     rng = np.random.default_rng(seed)
     settings = {"top_k": 2} | settings
-    router = Router(draw(rng, experts, d_model) * 8, **settings,
+    apart, rows = settings.get("gates") == "sigmoid", experts
+    if apart:  # load_moe makes a router with them
+        del settings["gates"]
+    elif "gates" in settings:
+        settings["shared"], rows = shared, experts + shared
+    router = Router(draw(rng, rows, d_model) * 8, **settings,
                     selection_bias=draw(rng, experts) if "score" in settings else None)
-    more = [(draw(rng, 128, d_model), draw(rng, d_model, 64)) for _ in range(shared)]
+    more = [(draw(rng, 128, d_model), draw(rng, d_model, 64),
+             *([draw(rng, d_model) * 8] if apart else [])) for _ in range(shared)]
     return device.load_moe(router, draw(rng, experts, 64, d_model), draw(rng, experts, d_model, 32),
                            shared=more or None)
 
@@ -56,7 +62,7 @@ class Call:
         self.device, self.moe, self.x, self.opcode = device, moe, x, opcode
         tokens, d_model = x.shape
         self.slots = moe.router.settings.top_k + moe._shared
-        widest = max(whole_blocks(d_model), whole_blocks(moe.router.settings.experts))
+        widest = max(whole_blocks(d_model), whole_blocks(moe.router.settings.outputs))
         pairs = 4 * tokens * self.slots
         sizes = [x.nbytes, pairs, pairs, x.nbytes, 8 * tokens * widest]
         self.sizes = dict(zip(OPTIONS, (-(-size // 64) * 64 for size in sizes), strict=True))
@@ -118,8 +124,10 @@ def slow(pair_of):
         yield pair
 
 
+GATED = [
+    {"shared": 1, "gates": "sigmoid"}, {"shared": 2, "gates": "sum", **SIGMOID}]
 SHAPES = [
-    {}, {"shared": 2, **SIGMOID}, {"experts": 40, "d_model": 32, "top_k": 8},
+    {}, *GATED, {"shared": 2, **SIGMOID}, {"experts": 40, "d_model": 32, "top_k": 8},
     {"experts": 7, "top_k": 1, "d_model": 96}]
 
 

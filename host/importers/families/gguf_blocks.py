@@ -7,7 +7,9 @@ Q4_0       16 levels from -8 to 7 times a float16 of any sign: in ``int4_g32`` t
            be +8, which INT4 has not, and the block is quantised again; exact in ``int4_g32_zp``
 Q8_0       a float16 times -127 to 127: in ``mxint8`` exact where it is a power of two, in
            ``int8_g32`` where a row's scales, as integers of one unit, have at most 13 bits
-Q4_1       has a minimum, which no format here has: quantised again
+Q4_1       a float16 times 0 to 15, plus another: exact in ``int4_g32_min``, in others quantised
+           again
+TQ2_0      -1 to 1 times a float16 for each 256 weights: exact in ``ternary_g256``
 the rest   dequantised by the package gguf, and quantised again
 =========  ==============================================================================
 """
@@ -24,8 +26,8 @@ from moeaccel.host.importers.families.fp4 import E2M1_DOUBLED, power_of_two
 
 __all__ = ["FAMILIES"]
 
-_CODED = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34, "MXFP4": 17}
-"""Bytes of a block of 32."""
+_CODED = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34, "MXFP4": 17, "TQ2_0": 66}
+"""Bytes of a block of 32; of TQ2_0, of 256."""
 
 _BLOCKS = ("Q", "IQ", "TQ", "MXFP", "NVFP")
 """What the names of the types begin with that are no numbers on their own."""
@@ -62,7 +64,7 @@ class GgufBlocks(Family):
 
 
 def _coded(kind: str, blocks: NDArray[np.uint8]) -> Coded:
-    """Take blocks of 32 apart, (n, K / 32, bytes)."""
+    """Take blocks apart, (n, blocks, bytes)."""
     n = len(blocks)
 
     def half(offset: int) -> NDArray[np.floating]:
@@ -71,6 +73,11 @@ def _coded(kind: str, blocks: NDArray[np.uint8]) -> Coded:
     if kind == "Q8_0":
         codes = np.ascontiguousarray(blocks[:, :, 2:]).view(np.int8)
         return Coded(codes.reshape(n, -1), half(0), 32)
+    if kind == "TQ2_0":
+        # Of 32 bytes all lowest 2 bits first, and so on.
+        shifts = np.arange(0, 8, 2, dtype=np.uint8)[:, None]
+        fours = blocks[:, :, :64].reshape(n, -1, 1, 32) >> shifts & 3
+        return Coded(fours.reshape(n, -1).view(np.int8) - np.int8(1), half(64), 256)
     # Low halves of the 16 bytes first, then the high ones.
     pairs = blocks[:, :, -16:]
     codes = np.concatenate([pairs & 15, pairs >> 4], axis=2).reshape(n, -1)

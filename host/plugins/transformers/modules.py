@@ -110,14 +110,14 @@ class Weights(NamedTuple):
         gated = bool(getattr(module, "has_gate", True))
         transposed = bool(getattr(module, "is_transposed", False))
         first = "gate_up_proj" if gated else "up_proj"
+        biases = [getattr(module, f"{name}_bias") if getattr(module, "has_bias", False) else None
+                  for name in (first, "down_proj")]
         return cls(getattr(module, first), module.down_proj,
                    getattr(module, f"{first}_scale_inv", None),
                    getattr(module, "down_proj_scale_inv", None),
                    transposed, gated and not getattr(module, "is_concatenated", True),
                    None if block is None else list(block), _layers_of(module),
-                   activation, gated, limit, *(
-                       getattr(module, f"{name}_bias") if getattr(module, "has_bias", False)
-                       else None for name in (first, "down_proj")),
+                   activation, gated, limit, biases[0], biases[1],
                    _shared_of(module, module.down_proj.shape[1 if transposed else 2]),
                    0 if getattr(module, "_hf_hook", None) is None else _loader(module))
 

@@ -48,6 +48,11 @@ def _whole(count: int) -> int:
     return -(-count // ENTRY_BYTES) * ENTRY_BYTES
 
 
+def _outputs(router: Mapping[str, int]) -> int:
+    """Return the logits of a token."""
+    return router["num_experts"] + (router["shared"] if router["gates"] else 0)
+
+
 class RouteUnit:
     """Runs a checked ROUTE.
 
@@ -92,7 +97,8 @@ class RouteUnit:
             if submission[name] + size > top:
                 raise Fault(Status.BAD_FIELD, detail=field_of(SUBMISSION, name).word)
         for name, bad in (
-                ("num_experts", logits not in (None, whole_blocks(router["num_experts"]))),
+                ("num_experts", _outputs(router) > self._config.max_experts
+                 or logits not in (None, whole_blocks(_outputs(router)))),
                 ("groups", router["groups"] * router["group_size"] != router["num_experts"]),
                 ("keep_groups", router["keep_groups"] > router["groups"]),
                 ("table_address",
@@ -130,13 +136,14 @@ class RouteUnit:
         if router["prior"]:
             preferred = np.unpackbits(raw[table:], count=experts, bitorder="little").astype(bool)
         row = sizes.logits // tokens // 4
-        logits = self._port.floats(submission["x_address"], (tokens, row))[:, :experts]
         settings = settings_of(router, submission["top_k"])
+        logits = self._port.floats(
+            submission["x_address"], (tokens, row))[:, : settings.outputs]
         routed = route_words(
             logits, settings, biased=router["selection"] == Selection.BIASED_SCORE,
             bias=words[:, 0], extra=words[:, 1], preferred=preferred)
-        shared = tokens, router["shared"]
-        behind = np.broadcast_to(experts + np.arange(router["shared"], dtype=np.int32), shared)
+        shared = tokens, router["shared"] - settings.shared  # those without a gate
+        behind = np.broadcast_to(experts + np.arange(shared[1], dtype=np.int32), shared)
         self._write(ids, np.concatenate([routed.ids, behind], axis=1), sizes.pairs, NONE)
         self._write(weights, np.concatenate([routed.weights, np.ones(shared, np.float32)], axis=1),
                     sizes.pairs, 0)
@@ -149,9 +156,10 @@ class RouteUnit:
 
     def _sizes(self, submission: Mapping[str, int], router: Mapping[str, int]) -> _Sizes:
         tokens, experts = submission["tokens"], router["num_experts"]
+        outputs = _outputs(router)
         return _Sizes(
             _whole(_TABLE_BYTES * experts), _whole(-(-experts // 8)) if router["prior"] else 0,
-            4 * tokens * whole_blocks(experts),
+            4 * tokens * whole_blocks(outputs),
             _whole(4 * tokens * submission["top_k"]))
 
     @staticmethod

@@ -54,10 +54,12 @@ class Timing:
         from moeaccel.cycles.route_unit import predict_route
         from moeaccel.router.descriptor import settings_of
 
+        settings = settings_of(router, submission["top_k"])
         return predict_route(
-            self._config, settings_of(router, submission["top_k"]), submission["tokens"],
+            self._config, settings, submission["tokens"],
             biased=router["selection"] == Selection.BIASED_SCORE, tables=bool(router["tables"]),
-            residents=bool(router["prior"]), shared=router["shared"], latency=self._latency)
+            residents=bool(router["prior"]), shared=router["shared"] - settings.shared,
+            latency=self._latency)
 
     def predict_moe(self, submission: Mapping[str, int], descriptors: Sequence[Mapping[str, int]],
                     parts: Sequence[Prediction]) -> Prediction:

@@ -113,8 +113,9 @@ def test_a_limit_of_the_gate_alone(limit, paired):
 
 
 @pytest.mark.parametrize("at_once", [False, True])
-@pytest.mark.parametrize("limit", [None, 4.0])
-def test_second_up_rows(limit, at_once):
+@pytest.mark.parametrize(("activation", "limit"), [
+    ("silu", None), ("silu", 4.0), ("gpt_oss", None)])
+def test_second_up_rows(activation, limit, at_once):
     """Rows of four: tiles end between the pairs of a slot, and others' pairs come between them."""
     rng = np.random.default_rng(9)
     config = preset("tiny").replace(results_per_cycle=1 + at_once, second_up=True)
@@ -122,13 +123,14 @@ def test_second_up_rows(limit, at_once):
     slots, n = config.max_slots, 24
     gates, ups, seconds = (extreme(rng, slots * n) for _ in range(3))
     most = None if limit is None else float32_to_internal(np.float32(limit))
-    expected = gated(gates, ups, ACTIVATIONS["silu"], most, None, seconds)
+    act = ACTIVATIONS[activation]
+    expected = gated(gates, ups, act, most, None, seconds)
     got = []
 
     async def drive(ctx):
         port, bits = dut.i_element, limit_bits(limit)
         ctx.set(dut.i_form, {
-            "activation": 0, "rows_log2": 2, "limit": limit_form(bits, 7),
+            "activation": act.code, "rows_log2": 2, "limit": limit_form(bits, 7),
             "gate_limit": limit_form(bits << 9, 16)})
 
         def number(values, at):

@@ -9,12 +9,21 @@ from amaranth.sim import Simulator
 
 from moeaccel.arithmetic import normalise, quantise_float32
 from moeaccel.config import ACTIVATION_SHIFT_MAX, BLOCK, PRESETS
-from moeaccel.formats import ALL_FORMATS, FORMATS, SHARED_FIELD_BITS, in_groups, prune, quantise
+from moeaccel.formats import (
+    ALL_FORMATS,
+    FORMATS,
+    MINIMUM_SHIFT_MAX,
+    SHARED_FIELD_BITS,
+    in_groups,
+    prune,
+    quantise,
+)
+from moeaccel.formats.base import minimum_entries
 from moeaccel.formats.patterns import compressed, places
 from moeaccel.golden.dot_array import matvec
 from moeaccel.hdl.array.dot_array import DotArray
 from moeaccel.image.sections import Section, _in_lanes
-from tests.support.formats import EVERY, bits, scale_entries, sum_entry
+from tests.support.formats import EVERY, bits, random_minima, scale_entries, sum_entry
 
 TINY = PRESETS["tiny"]
 SHAPES = {
@@ -29,8 +38,9 @@ class Step:
     """Operands of one step: weights (rows, 32), scales (rows,), lanes (T, 32), shifts (T,)."""
 
     def __init__(self, fmt, weights, significand, row_shift, mantissas, lane_shift, *, first, last,
-                 zeros=None):
+                 zeros=None, minimum=None):
         self.fmt, self.first, self.last = fmt, first, last
+        self.minimum = np.zeros(len(weights), int) if minimum is None else minimum
         self.zeros = np.zeros(len(weights), int) if zeros is None else zeros
         self.weights, self.mantissas = weights, mantissas
         self.significand, self.row_shift = (  # (rows, scales of a block)
@@ -52,6 +62,7 @@ class Step:
         if fmt.zero_point:
             zeros = rng.integers(0, 16, rows)
             weights = rng.integers(0, 16, (rows, BLOCK)) - zeros[:, None]
+        minimum = random_minima(rng, rows) if fmt.minimum else None
         scales = rows, fmt.scales_per_step
         significand = rng.integers(0, 2048, scales) if fmt.real_scale else np.ones(scales, int)
         row_shift = rng.integers(0, fmt.max_shift + 1, scales)
@@ -66,8 +77,10 @@ class Step:
             significand = np.full(scales, 2047) if fmt.real_scale else significand
             row_shift = np.full(scales, fmt.max_shift)
             lane_shift = np.full(lanes, ACTIVATION_SHIFT_MAX)
+            if fmt.minimum:
+                minimum = np.full(rows, weight * 2047 << MINIMUM_SHIFT_MAX)
         return cls(fmt, weights, significand, row_shift, mantissas, lane_shift,
-                   first=first, last=last, zeros=zeros)
+                   first=first, last=last, zeros=zeros, minimum=minimum)
 
     def sums(self):
         """Return the step's contribution, (rows, lanes), as Python integers."""
@@ -75,14 +88,18 @@ class Step:
         parts = [np.split(a.astype(np.int64), per_step, axis=1)
                  for a in (self.weights, self.mantissas)]
         dots = [w @ x.T for w, x in zip(*parts, strict=True)]
+        total = self.mantissas.sum(axis=1)
         return [[sum(int(dot[r, t]) * int(self.significand[r, i])
                      << int(self.row_shift[r, i] + self.lane_shift[t])
                      for i, dot in enumerate(dots))
+                 + (int(self.minimum[r]) * int(total[t]) << int(self.lane_shift[t]))
                  for t in range(len(self.mantissas))] for r in range(len(self.weights))]
 
     def inputs(self, config):
-        """Return the step as port values: codes, scales, lanes, zero points, pattern."""
+        """Return the step as port values: codes, scales, lanes, zero points, minima, pattern."""
         codes = self.fmt.encode((self.weights + self.zeros[:, None]).astype(np.int8))
+        if self.fmt.weight_bits == 2:
+            codes |= ~codes << 2 & 12  # bits that say nothing
         selects = 0
         if self.fmt.parts > 1:
             at = places(self.weights, self.fmt)
@@ -102,7 +119,7 @@ class Step:
             [int(s) | int(h) << 11 for s, h in zip(*row, strict=True)]
             for row in zip(self.significand, self.row_shift, strict=True)])
         return (int.from_bytes(codes.astype(np.uint8).tobytes(), "little"), bits(scales, 16), lanes,
-                bits(self.zeros, 4), selects)
+                bits(self.zeros, 4), bits(minimum_entries(self.minimum), 16), selects)
 
 
 def run(config, steps, *, gap=0.0, seed=0, gated=True):
@@ -120,11 +137,13 @@ def run(config, steps, *, gap=0.0, seed=0, gated=True):
         while drain:
             if queue and rng.random() >= gap:
                 i, step = queue.pop(0)
-                codes, scales, lanes, zeros, selects = step.inputs(config)
+                codes, scales, lanes, zeros, minima, selects = step.inputs(config)
                 if config.parts > 1:
                     ctx.set(dut.i_selects, selects)
                 if config.zero_points:
                     ctx.set(dut.i_zeros.as_value(), zeros)
+                if config.minima:
+                    ctx.set(dut.i_minima.as_value(), minima)
                 ctx.set(dut.i_valid, 1)
                 ctx.set(dut.i_first, int(step.first))
                 ctx.set(dut.i_last, int(step.last))
@@ -260,9 +279,11 @@ def test_golden_matvec(name, planes):
             zeros = None
             if fmt.zero_point:
                 zeros = fmt.zero_points(in_groups(weights.integers[some], fmt.group))[:, first]
+            minimum = weights.minimum[some, first] if fmt.minimum else None
             steps.append(Step(fmt, weights.integers[some, block], weights.significand[some, group],
                               weights.shift[some, group], lanes[:, block], lane_shift[:, i],
-                              first=i == 0, last=i == k // BLOCK - 1, zeros=zeros))
+                              first=i == 0, last=i == k // BLOCK - 1, zeros=zeros,
+                              minimum=minimum))
     sums = np.concatenate([np.array(s[:tile_rows], dtype=np.int64)
                            for s, _, _ in run(config, steps)])
     joined = sums.reshape(rows, tokens, planes)

@@ -8,9 +8,10 @@ from amaranth.sim import Simulator
 from moeaccel.config import PRESETS
 from moeaccel.hdl.dispatch.section_words import SectionWords
 from moeaccel.image import Section
+from tests.support.formats import EVERY
 
 CONFIGS = [
-    PRESETS["tiny"], PRESETS["wide512"].replace(bias=False),
+    PRESETS["tiny"], EVERY, PRESETS["wide512"].replace(bias=False),
     PRESETS["tiny"].replace(channels=32, row_multipliers=16, tile_words=1024, max_dim=32768)]
 
 
@@ -39,7 +40,7 @@ def test_words_and_tiles_are_those_of_the_section(config):
             while not ctx.get(dut.o_done):
                 await ctx.tick()
                 cycles += 1
-            assert cycles == steps.bit_length() + 3
+            assert cycles == section.weight_words.bit_length() + 3
             assert ctx.get(dut.o_words) == section.words, section
             assert ctx.get(dut.o_tiles) == section.tiles, section
             assert ctx.get(dut.o_short) == -section.channel_rows % config.rows, section

@@ -13,7 +13,7 @@ from tests.support.router import form_of
 
 CONFIG = preset("tiny").replace(
     router=("softmax", "sigmoid", "sqrt_softplus", "identity"), max_experts=32, router_top_k=8)
-MODES = CONFIG.replace(router_modes=("threshold", "top_p", "prior", "mixer"))
+MODES = CONFIG.replace(router_modes=("threshold", "top_p", "prior", "mixer", "gates"))
 
 ROUTERS = {
     "R1": {"renormalize": "sum"},
@@ -57,6 +57,18 @@ WITH_MODES = {
     "mixer-all": {"mixer": 1.0, "top_k": 2, "scale": 2.5, "score": "sigmoid"},
     "mixer-none": {"mixer": 0.0, "top_k": 2, "experts": 9},
 }
+WITH_GATES = {
+    "gates": {"gates": "sigmoid", "shared": 1, "renormalize": "sum"},
+    "gates-scaled": {"gates": "sigmoid", "shared": 3, "scale": 4.0, "extra": True},
+    "gates-of-chosen": {"gates": "sigmoid", "shared": 2, "score": "identity",
+                        "renormalize": "softmax_top_k", "threshold": 0.3},
+    "gates-sum": {"gates": "sum", "shared": 2, "score": "sigmoid", "renormalize": "sum",
+                  "scale": 8.0, "extra": True},
+    "gates-dropped": {"gates": "sum", "shared": 1, "score": "sigmoid", "renormalize": "sum",
+                      "top_p": 0.5, "groups": 4, "keep_groups": 2},
+    "gates-most": {"gates": "sum", "shared": 8, "score": "sigmoid", "experts": 24, "top_k": 8},
+}
+WITH_MODES |= {name: {"experts": 28} | settings for name, settings in WITH_GATES.items()}
 DROPS = {"threshold", "top_p"}
 
 
@@ -82,6 +94,7 @@ def run(settings, logits, tables, *, config=CONFIG, rng=None, stall=0.0):
     residents = tables.get("resident") if settings.prior else None
     integers, beyond = fixed(logits, LOGIT_BITS)
     pairs, cycles, saturated = [], [], 0
+    slots = settings.top_k + settings.shared
 
     async def drive(ctx):
         for name, table in (("bias", bias), ("extra", extra)):
@@ -112,7 +125,7 @@ def run(settings, logits, tables, *, config=CONFIG, rng=None, stall=0.0):
         port, cycle = dut.o_pair, 0
         ctx.set(dut.i_form, form_of(settings, tables.get("selection_bias"),
                                     modes=config.router_modes, residents=residents is not None))
-        while len(pairs) < logits.shape[0] * settings.top_k:
+        while len(pairs) < logits.shape[0] * slots:
             ctx.set(port.ready, not (rng and rng.random() < stall))
             *_, valid, ready, pair, lost = await ctx.tick().sample(
                 port.valid, port.ready, port.payload, dut.o_saturated)
@@ -131,7 +144,7 @@ def run(settings, logits, tables, *, config=CONFIG, rng=None, stall=0.0):
     sim.add_testbench(collect)
     sim.add_testbench(drive, background=True)
     sim.run()
-    pairs = np.array(pairs).reshape(len(logits), settings.top_k, 2)
+    pairs = np.array(pairs).reshape(len(logits), slots, 2)
     return pairs[:, :, 0], pairs[:, :, 1].astype(np.uint32).view(np.float32), saturated, cycles
 
 
@@ -140,7 +153,7 @@ def case(name, rng):
     extra, resident = settings.pop("extra", False), settings.pop("resident", None)
     settings = RouterSettings(**{"experts": 32, "top_k": 6, **settings})
     n = settings.experts
-    tables = {"bias": rng.standard_normal(n) * 3 if name in ("R3", "R5") else None,
+    tables = {"bias": rng.standard_normal(n) * 3 if name in ("R3", "R5", "gates-scaled") else None,
               "selection_bias": rng.standard_normal(n) * 0.2 if extra else None,
               "resident": rng.random(n) < resident if resident else None}
     return settings, tables
@@ -150,7 +163,7 @@ def case(name, rng):
 def test_bits(name):
     rng = np.random.default_rng(7)
     settings, tables = case(name, rng)
-    logits = logits_of(rng, 8, settings.experts)
+    logits = logits_of(rng, 8, settings.outputs)
     ids, weights, saturated, _ = run(settings, logits, tables, config=config_of(name), rng=rng,
                                      stall=0.2)
     want = route(logits, settings, **tables)
@@ -167,7 +180,7 @@ def test_cycles(name):
     rng = np.random.default_rng(8)
     settings, tables = case(name, rng)
     config = config_of(name)
-    *_, cycles = run(settings, logits_of(rng, 4, settings.experts), tables, config=config)
+    *_, cycles = run(settings, logits_of(rng, 4, settings.outputs), tables, config=config)
     biased = tables["selection_bias"] is not None
     assert np.diff(cycles).tolist() == [token_cycles(config, settings, biased=biased)] * 3
 

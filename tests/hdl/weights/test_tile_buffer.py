@@ -7,9 +7,10 @@ from amaranth.sim import Simulator
 
 from moeaccel.config import PRESETS
 from moeaccel.formats import ALL_FORMATS, FORMATS, QuantisedMatrix
+from moeaccel.formats.base import minimum_entries
 from moeaccel.hdl.weights.tile_buffer import TileBuffer
 from moeaccel.image import Section, pack_section
-from tests.support.formats import EVERY, bits, scale_entries
+from tests.support.formats import EVERY, bits, random_minima, scale_entries
 
 TINY = PRESETS["tiny"].replace(max_dim=512)
 ROWS4 = TINY.replace(row_multipliers=4)
@@ -35,7 +36,8 @@ def random_matrix(rng, fmt, rows, k, biased):
         fmt, integers.astype(np.int8), significand.astype(np.int16),
         rng.integers(0, fmt.max_shift + 1, (rows, groups)).astype(np.int8),
         rng.integers(-300, 300, rows).astype(np.int16), 0,
-        rng.integers(0, 1 << 16, rows).astype(np.uint16) if biased else None)
+        rng.integers(0, 1 << 16, rows).astype(np.uint16) if biased else None,
+        random_minima(rng, (rows, groups)) if fmt.minimum else None)
 
 
 class Case:
@@ -50,10 +52,13 @@ class Case:
             self.fmt, tiles * self.rows, k, config.row_multipliers, biased=biased)
         image = pack_section(self.matrix, config.row_multipliers)
         self.words = image.reshape(-1, config.word_bytes)
+        # The upper two of four bits say nothing where weights have two.
+        mask = (0x33 if self.fmt.weight_bits == 2 else 0xFF).to_bytes() * config.word_bytes
+        self.mask = int.from_bytes(mask)
         self.groups = groups
 
     def step(self, tile, step):
-        """Return the (codes, scales, zero points, pattern) that the array must see."""
+        """Return the (codes, scales, zero points, minima, pattern) that the array must see."""
         matrix, fmt, config = self.matrix, self.fmt, self.config
         rows = slice(tile * self.rows, (tile + 1) * self.rows)
         group = step // fmt.steps_per_group * fmt.scales_per_step
@@ -68,6 +73,7 @@ class Case:
                 axis=1, keepdims=True), 0)
             codes = codes + zeros
         codes = fmt.encode(codes.astype(np.int8))
+        minimum = minimum_entries(matrix.minimum[rows, group]) if fmt.minimum else []
         selects = 0
         if fmt.packed:
             codes = codes[0::2] | codes[1::2] << 4
@@ -75,7 +81,7 @@ class Case:
             codes, selects = self.lanes(codes, matrix.integers[rows, 32 * step:32 * step + 32])
         return (int.from_bytes(np.ascontiguousarray(codes).tobytes(), "little"),
                 bits(scale_entries(config, fmt, scales), 16),
-                bits(zeros[:, 0], 4) if fmt.zero_point else 0, selects)
+                bits(zeros[:, 0], 4) if fmt.zero_point else 0, bits(minimum, 16), selects)
 
     def lanes(self, codes, integers):
         """Return codes and pattern of an N:M format multiplier by multiplier."""
@@ -173,7 +179,7 @@ def run(config, cases, *, stall=0.0, take_stall=0.0, seed=0, free=False, depth=1
                         ctx.set(dut.i_tile_end, int(step == steps - 1))
                         ctx.set(dut.i_rewind, int(step == steps - 1 and not last_group))
                         ctx.set(dut.i_free, int(free and last_group))
-                        pending.append(case.step(tile, step))
+                        pending.append((case.mask, *case.step(tile, step)))
                         await self_check(ctx, pending)
                         taken.append(now(ctx))
                         ctx.set(dut.i_take, 0)
@@ -184,11 +190,13 @@ def run(config, cases, *, stall=0.0, take_stall=0.0, seed=0, free=False, depth=1
     async def self_check(ctx, pending):
         await ctx.tick()
         if pending:
-            codes, scales, zeros, selects = pending[-1]
-            assert ctx.get(dut.o_codes) == codes
+            mask, codes, scales, zeros, minima, selects = pending[-1]
+            assert ctx.get(dut.o_codes) & mask == codes
             assert ctx.get(dut.o_scales.as_value()) == scales
             if config.zero_points:
                 assert ctx.get(dut.o_zeros.as_value()) == zeros
+            if config.minima:
+                assert ctx.get(dut.o_minima.as_value()) == minima
             if selects:
                 assert ctx.get(dut.o_selects) == selects
 

@@ -69,9 +69,7 @@ def test_what_an_expert_lacks_is_named(golden):
     assert not verdict.ok and verdict.relative_error is None
     assert "experts: silu, norm: experts must be what load_experts has arguments for" in (
         verdict.reason)
-    verdict = verify(model("inkling"), golden, golden)
-    assert verdict.selection_differences is None and verdict.relative_error < 1e-4
-    assert "R12i has 2 experts that are always on in their sum" in verdict.reason
+    assert verify(model("inkling"), golden, golden).ok  # with the gates of its sinks
     doge = verify(model("doge"), golden, golden).reason
     assert "R12d looks experts up by product keys" in doge
     assert "experts: silu embedding: activation must be one of" in doge

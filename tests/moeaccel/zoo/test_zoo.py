@@ -117,6 +117,5 @@ def test_routers_that_the_settings_cannot_say():
             settings(m)
         except RouterError as error:
             refused[m.key] = str(error)
-    assert sorted(refused) == ["doge", "inkling"]
+    assert list(refused) == ["doge"]
     assert "R12d looks experts up by product keys" in refused["doge"]
-    assert "R12i has 2 experts that are always on" in refused["inkling"]

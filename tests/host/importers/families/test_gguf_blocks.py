@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import gguf
 import numpy as np
 import pytest
@@ -5,10 +7,13 @@ from gguf import GGMLQuantizationType as Kind
 
 from moeaccel.formats import check_matrix
 from moeaccel.host.importers import Coded, InexactWeights, open_checkpoint
+from moeaccel.host.importers.coded import convert
+from moeaccel.host.importers.families.gguf_blocks import _coded
 from tests.support.checkpoints import float_experts, write_gguf
 
 E, H, I = 2, 512, 256
-KINDS = [Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.MXFP4]
+KINDS = [Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.MXFP4,
+         Kind.TQ2_0]
 
 
 def reference(path):
@@ -93,6 +98,39 @@ def test_q4_0_is_exact_with_zero_points(tmp_path):
             assert fit.requantised == 0 and fit.coarsened < 0.02 * fit.groups
             assert fit.relative_error < 1e-4
             assert np.allclose(expert.down.dequantise(), expected["down"][e], atol=1e-4)
+
+
+def test_q4_1_is_exact_with_minima(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", float_experts(E, H, I), Kind.Q4_1)
+    expected = reference(path)
+    with open_checkpoint(path) as checkpoint:
+        for e, (expert, fit) in enumerate(checkpoint.experts(0, "int4_g32_min")):
+            check_matrix(expert.gate_up)
+            assert fit.requantised == 0 and fit.coarsened < 0.01 * fit.groups
+            assert fit.relative_error < 1e-5
+            # What rounding of float32 leaves, of a weight that is a sum.
+            down, same = expert.down.dequantise().astype(np.float32), expected["down"][e]
+            assert (down == same).mean() > 0.99 and np.allclose(down, same, atol=1e-4)
+    blocks = np.tile(np.array([[0x3C00, 0xC700]], np.uint16).view(np.uint8), (64, 1, 1))  # 1, -7
+    coded = _coded("Q4_1", np.concatenate([blocks, np.full((64, 1, 16), 0xF0, np.uint8)], axis=2))
+    matrix, fit = convert(coded, "int4_g32_min", exact=True)
+    assert fit.exact and set(matrix.dequantise().reshape(-1)) == {-7, 8}
+    with pytest.raises(InexactWeights, match="must have no minimum to become int4_g32_zp exactly"):
+        convert(coded, "int4_g32_zp", exact=True)
+    fine = replace(coded, minimum=np.full((64, 1), 1 + 2.0**-11))
+    with pytest.raises(InexactWeights, match="one minimum of at most 11 bits for each 32 weights"):
+        convert(fine, "int4_g32_min", exact=True)
+
+
+def test_tq2_0_is_exact_in_ternary(tmp_path):
+    stacks = float_experts(1, 256, 256)
+    path = write_gguf(tmp_path / "m.gguf", stacks, Kind.TQ2_0)
+    expected = reference(path)
+    with open_checkpoint(path) as checkpoint:
+        (expert, fit), = checkpoint.experts(0, "ternary_g256", exact=True)
+    assert fit.exact
+    assert np.array_equal(expert.down.dequantise(), expected["down"][0])
+    assert np.array_equal(expert.gate_up.dequantise()[0::2], expected["gate"][0])
 
 
 def test_q8_0_in_int8_with_real_scales(tmp_path):
