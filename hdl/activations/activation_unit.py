@@ -90,10 +90,9 @@ class ActivationUnit(wiring.Component):
     i_element : :py:`In(stream.Signature(layouts.result_element(config), always_ready=True))`
         ``combine`` elements are ignored.
     i_form : :py:`In(layouts.hidden_form(config))`
-        Of the pass: constant while its elements are under way. The next pass begins when all of
-        this one's h is quantised.
+        Of the pass: constant from before its first element to its last one's h.
     o_element : :py:`Out(stream.Signature(layouts.hidden_element(config), always_ready=True))`
-        ``last`` is that of the up element.
+        ``last`` is that of the last element of an h.
     """
 
     LATENCY_CYCLES = 10 + 3 * (Multiplier.LATENCY_CYCLES + 3)
@@ -138,7 +137,8 @@ class ActivationUnit(wiring.Component):
 
         # -- pairs ---------------------------------------------------------------------------------
         paired = form.rows_log2 != 0
-        product = form.rows_log2 == 2 if config.second_up else C(0)
+        fours = config.second_up and not self._part  # the second unit has rows that are an h alone
+        product = form.rows_log2 == 2 if fours else C(0)
         arrives = self.i_element.valid & ~element.combine
         held = Signal(layouts.internal_float(), reset_less=True)
         if config.results_per_cycle == 1:
@@ -167,7 +167,7 @@ class ActivationUnit(wiring.Component):
         whole = complete | ~paired
         inputs = {"gate": gate, "up": up}
         limits = {"gate": form.gate_limit, "up": form.limit}
-        if config.second_up:
+        if fours:
             # Of four rows the first two wait for the others: in another tile, maybe.
             pair = data.StructLayout({"gate": gate.shape(), "up": up.shape()})
             m.submodules.pairs = pairs = memory.Memory(
@@ -351,7 +351,7 @@ class ActivationUnit(wiring.Component):
             assert since == FloatAdder.LATENCY_CYCLES
             with m.If(paired & Cat(form.activation == a.code for a in offset).any()):
                 m.d.comb += rest.up.eq(add_one.o_sum)
-        if config.second_up:
+        if fours:
             ups = multiplied(
                 "ups", clamped_valid, clamped.up.magnitude, clamped.second.magnitude,
                 clamped.up.sign ^ clamped.second.sign,
@@ -364,7 +364,7 @@ class ActivationUnit(wiring.Component):
             with m.If(product):
                 m.d.comb += rest.up.eq(both)
         act = multiplied("activate", round_f.o_valid, gate.magnitude, factor, gate.sign,
-                      (gate.exponent + factor_exponent).as_signed(), rest)
+                         (gate.exponent + factor_exponent).as_signed(), rest)
         up = act.o_tag.up
         hidden = multiplied("gated", act.o_valid, act.o_magnitude, up.magnitude,
                          act.o_sign ^ up.sign, act.o_exponent + up.exponent, act.o_tag.meta,

@@ -384,8 +384,9 @@ class TokenRouter(wiring.Component):
         def weigh():
             """Go on with gates, or with what scores are divided by."""
             m.next = "DIVISOR"
-            with m.If(w.gated):
-                m.next = "GATES"
+            if "gates" in self._config.router_modes:
+                with m.If(w.gated):
+                    m.next = "GATES"
 
         m.d.sync += wait.eq(Mux(wait == 0, 0, wait - 1))
         with m.FSM():
