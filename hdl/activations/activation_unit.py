@@ -190,7 +190,7 @@ class ActivationUnit(wiring.Component):
         s = p.stage(**{name: _magnitude(m, v, name) for name, v in inputs.items()}, meta=meta)
 
         # -- 2, 3: no more than the limit, whose significand is made as long as a mantissa ---------
-        def beyond(value, limit):
+        def exceeds(value, limit):
             exponent = (limit.exponent - (127 + MANTISSA_BITS - 1)).as_signed()
             return (limit.exponent != 0) & (value.magnitude != 0) & (
                 (value.exponent > exponent)
@@ -207,7 +207,7 @@ class ActivationUnit(wiring.Component):
                              after.exponent.eq(limit.exponent - (127 + MANTISSA_BITS - 1))]
             return after
 
-        there = {f"{name}_there": beyond(getattr(s, name), limit) for name, limit in limits.items()}
+        there = {f"{name}_there": exceeds(getattr(s, name), limit) for name, limit in limits.items()}
         there["gate_there"] &= ~s.gate.sign
         there["up_there"] &= paired
         s = p.stage(**vars(s), **there)
