@@ -207,7 +207,8 @@ class ActivationUnit(wiring.Component):
                              after.exponent.eq(limit.exponent - (127 + MANTISSA_BITS - 1))]
             return after
 
-        there = {f"{name}_there": exceeds(getattr(s, name), limit) for name, limit in limits.items()}
+        there = {f"{name}_there": exceeds(getattr(s, name), limit)
+                 for name, limit in limits.items()}
         there["gate_there"] &= ~s.gate.sign
         there["up_there"] &= paired
         s = p.stage(**vars(s), **there)
