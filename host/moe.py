@@ -60,7 +60,7 @@ LOGIT_GRID = -30
 def load_moe(device: Device, router: Router, gate_up: Stack, down: Stack, *,
              shared: Shared | None = None, **options: Any) -> Moe:
     """Put a layer into a device's memory; :meth:`moeaccel.host.Device.load_moe`."""
-    settings = router.settings
+    settings = routing.settings_of(router)
     routing.check_router(device.config, settings)
     if router.weight is None:
         raise InvalidOption("router must have a weight, (E, H), to route x; give it one, or route "
