@@ -65,6 +65,7 @@ LOGIT_GRID = -30
 def load_moe(device: Device, router: Router, gate_up: Stack, down: Stack, *,
              shared: GatedShared | None = None, **options: Any) -> Moe:
     """Put a layer into a device's memory; :meth:`moeaccel.host.Device.load_moe`."""
+    routing.settings_of(router)  # it is a router
     if router.weight is None:
         raise InvalidOption("router must have a weight, (E, H), to route x; give it one, or route "
                             "by logits with device.route")

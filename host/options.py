@@ -8,9 +8,11 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from moeaccel.host.errors import InvalidOption
 
-__all__ = ["check_names", "seconds", "whole"]
+__all__ = ["check_names", "flag", "seconds", "whole"]
 
 
 def whole(name: str, value: Any, *, least: int, most: int | None = None, unit: str = "") -> int:
@@ -45,6 +47,19 @@ def seconds(name: str, value: Any) -> float:
     if not number >= 0:
         raise InvalidOption(f"{name} must be 0 seconds or more, not {value!r}")
     return number
+
+
+def flag(name: str, value: Any) -> bool:
+    """Return a truth value, True or False: ``"no"`` is neither.
+
+    Raises
+    ------
+    InvalidOption
+        If it is none.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise InvalidOption(f"{name} must be True or False, not {value!r}")
+    return bool(value)
 
 
 def check_names(what: str, options: Mapping[str, Any], *functions: Callable[..., Any]) -> None:

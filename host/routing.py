@@ -10,7 +10,12 @@ from numpy.typing import NDArray
 
 from moeaccel.config import PRESETS, AcceleratorConfig
 from moeaccel.formats import whole_blocks
-from moeaccel.host.errors import InvalidTensor, LimitExceeded, OutOfDeviceMemory
+from moeaccel.host.errors import (
+    InvalidOption,
+    InvalidTensor,
+    LimitExceeded,
+    OutOfDeviceMemory,
+)
 from moeaccel.host.memory import COMMAND_ALIGNMENT
 from moeaccel.host.rings import Command
 from moeaccel.host.tensors import Like, Tensor, float32, is_torch, shape_of
@@ -22,7 +27,7 @@ from moeaccel.router.settings import SELECTION_BIAS_MAX, RouterError, RouterSett
 if TYPE_CHECKING:
     from moeaccel.host.device import Device
 
-__all__ = ["Router", "check_router", "check_tokens", "route"]
+__all__ = ["Router", "check_router", "check_tokens", "route", "settings_of"]
 
 
 class Router:
@@ -144,10 +149,24 @@ def check_tokens(settings: RouterSettings, tokens: int, most: int) -> None:
             "split the call, or route on the host")
 
 
+def settings_of(router: Router) -> RouterSettings:
+    """Return the settings of what a caller takes for a router.
+
+    Raises
+    ------
+    InvalidOption
+        If it is none.
+    """
+    if not isinstance(router, Router):
+        raise InvalidOption("router must be a moeaccel.host.Router, with or without a weight, not "
+                            f"{type(router).__name__}")
+    return router.settings
+
+
 def route(device: Device, router: Router, logits: Tensor, *, resident: Tensor | None = None
           ) -> tuple[Any, Any]:
     """Route by logits; :meth:`moeaccel.host.Device.route`."""
-    settings = router.settings
+    settings = settings_of(router)
     check_router(device.config, settings)
     tokens, outputs = shape_of("logits", logits, "T", "E")
     if outputs != settings.outputs:

@@ -47,15 +47,23 @@ def shape_of(name: str, value: Tensor, *dims: str) -> tuple[int, ...]:
     Raises
     ------
     InvalidTensor
-        Unless it is a tensor with so many dimensions.
+        Unless it is a dense tensor with values and so many dimensions.
     """
     if not (isinstance(value, np.ndarray) or is_torch(value)):
         raise InvalidTensor(
             f"{name} must be a torch.Tensor or a numpy.ndarray, not {type(value).__name__}")
+    _check_dense(name, value)
     shape = tuple(value.shape)
     if len(shape) != len(dims):
         raise InvalidTensor(f"{name} must have the shape ({', '.join(dims)}), not {shape}")
     return shape
+
+
+def _check_dense(name: str, value: Tensor) -> None:
+    """Check that a tensor has all its elements: it is not sparse, nor on the meta device."""
+    if is_torch(value) and (value.is_meta or value.layout is not sys.modules["torch"].strided):
+        what = "on the meta device" if value.is_meta else value.layout
+        raise InvalidTensor(f"{name} must be dense, with values, not {what}; load or convert it")
 
 
 def float32(name: str, value: Tensor) -> NDArray[np.float32]:
@@ -64,11 +72,12 @@ def float32(name: str, value: Tensor) -> NDArray[np.float32]:
     Raises
     ------
     InvalidTensor
-        If its elements are not floating-point numbers.
+        If its elements are not floating-point numbers, or not there.
     """
     if is_torch(value):
         import torch
 
+        _check_dense(name, value)
         if not value.dtype.is_floating_point:
             raise InvalidTensor(f"{name} must be floating point, not {value.dtype}; convert it")
         array = value.detach().to(device="cpu", dtype=torch.float32).numpy()

@@ -43,6 +43,7 @@ from moeaccel.host.errors import InvalidOption, InvalidTensor, LimitExceeded, Up
 from moeaccel.host.layers import Experts, Linear
 from moeaccel.host.limits import check_layer
 from moeaccel.host.memory import PAGE, Allocation
+from moeaccel.host.options import flag
 from moeaccel.host.report import WeightErrors, WeightReport
 from moeaccel.host.tensors import Tensor, float32, shape_of
 from moeaccel.host.transports.base import Bytes
@@ -119,6 +120,8 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
     """Quantise the experts of one layer and put them into a device's memory."""
     experts, rows, d_model = _stack_shape("gate_up", gate_up, "2 I", "H")
     shape = _stack_shape("down", down, "H", "I")
+    gated, second_up = flag("gated", gated), flag("second_up", second_up)
+    limit_behind = flag("limit_behind", limit_behind)
     if (second_up and not gated) or (limit_behind and limit is None):
         raise InvalidOption("second_up goes with gated=True, and limit_behind=True with a limit; "
                             f"not with gated={gated!r}, limit={limit!r}")
@@ -214,6 +217,9 @@ def _shared_experts(shared: Shared | None, d_model: int, parts: int) -> list[_Ma
     """Return (gate_up, down) of each shared expert, whose widths are their own."""
     if shared is None:
         return []
+    if not isinstance(shared, Sequence):
+        raise InvalidTensor("shared must be a pair (gate_up, down) of matrices, or a sequence of "
+                            f"pairs, not {type(shared).__name__}")
     single = len(shared) == 2 and all(len(getattr(part, "shape", ())) == 2 for part in shared)
     found: list[_Matrices] = []
     pairs: Sequence[Any] = [shared] if single else shared

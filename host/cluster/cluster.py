@@ -20,7 +20,7 @@ from moeaccel.host.errors import InvalidOption, InvalidTensor, ShardLost
 from moeaccel.host.options import whole
 from moeaccel.host.policies.sharding import Sharding, sharding as find_sharding
 from moeaccel.host.policies.sharding.row_split import RowSplit
-from moeaccel.host.tensors import Tensor, float32
+from moeaccel.host.tensors import Tensor, float32, indices, shape_of
 from moeaccel.image import interleave_gate_up
 
 __all__ = ["Cluster"]
@@ -190,7 +190,10 @@ class Cluster:
                                     f"not for {share.n_devices}")
             if isinstance(share, RowSplit):
                 return np.ones((len(self), experts)), len(self)
-            seen = np.arange(experts)[:, None] if routes is None else np.asarray(routes)
+            seen = np.arange(experts)[:, None]
+            if routes is not None:
+                shape_of("routes", routes, "T", "K")
+                seen = indices("routes", routes, experts)
             share = share.shard(seen[:, None, :], experts).share[0]
         found = np.asarray(share, np.float64)
         if found.shape != (len(self), experts) or not np.allclose(found.sum(0), 1):
@@ -243,8 +246,7 @@ class Cluster:
         ShardLost
             If the weights of a layer were not kept, or another device is gone.
         """
-        if not 0 <= shard < len(self):
-            raise InvalidOption(f"shard must be from 0 to {len(self) - 1}, not {shard!r}")
+        shard = whole("shard", shard, least=0, most=len(self) - 1)
         self._lost.add(shard)
         if len(self._lost) == len(self):
             raise ShardLost(f"shard {self.name(shard)} must not be the last, but all "

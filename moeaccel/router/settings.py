@@ -122,6 +122,7 @@ class RouterSettings:
             require(name, isinstance(value, int | float) and not isinstance(value, bool)
                     and math.isfinite(value) and low <= value <= high, f"from {low:g} to {high:g}")
 
+        require("bias_logits", isinstance(self.bias_logits, bool), "True or False")
         for name, choices in (("score", Score), ("renormalize", Renormalize),
                               ("group_score", GroupScore), ("weight_on", WeightOn),
                               ("capacity_order", CapacityOrder), ("gates", Gates)):

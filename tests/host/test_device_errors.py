@@ -26,6 +26,8 @@ WEIGHTS = np.zeros((3, 2), np.float32)
     (X[0], IDS, WEIGHTS, errors.InvalidTensor, r"x must have the shape \(T, 64\), not \(64,\)"),
     (X[:, :32], IDS, WEIGHTS, errors.InvalidTensor, r"x must have the shape \(T, 64\) of this"),
     (X.astype(int), IDS, WEIGHTS, errors.InvalidTensor, "x must be floating point, not int64"),
+    (torch.zeros(3, 64, device="meta"), IDS, WEIGHTS, errors.InvalidTensor, "x must be dense, wi"),
+    (torch.zeros(3, 64).to_sparse(), IDS, WEIGHTS, errors.InvalidTensor, "not torch.sparse_coo"),
     (torch.zeros(3, 64, dtype=torch.int8), IDS, WEIGHTS, errors.InvalidTensor, "torch.int8"),
     (X, IDS[:2], WEIGHTS, errors.InvalidTensor, r"ids must have the shape .* T = 3, not \(2, 2\)"),
     (X, IDS.astype(float), WEIGHTS, errors.InvalidTensor, "ids must be integers"),
@@ -77,6 +79,14 @@ def zeros(*shape):
     (zeros(2, 64, 64), zeros(2, 64, 32), {"limit": 7.01}, FormatError, "not 7.01"),
     (zeros(2, 64, 64), zeros(2, 64, 32), {"limit": "7"}, FormatError, "not '7'"),
     (zeros(2, 64, 64), zeros(2, 64, 32), {"limit": float("inf")}, FormatError, "not inf"),
+    (zeros(2, 64, 64), zeros(2, 64, 32), {"limit": 7.0, "limit_behind": "no"},
+     errors.InvalidOption, "limit_behind must be True or False, not 'no'"),
+    (zeros(2, 64, 64), zeros(2, 64, 32), {"second_up": "no"}, errors.InvalidOption, "not 'no'"),
+    (zeros(2, 64, 64), zeros(2, 64, 32), {"gated": "no"}, errors.InvalidOption, "not 'no'"),
+    (zeros(2, 64, 64), zeros(2, 64, 32), {"shared": 7}, errors.InvalidTensor,
+     r"shared must be a pair \(gate_up, down\) .*, not int"),
+    (torch.zeros(2, 64, 64, device="meta"), zeros(2, 64, 32), {}, errors.InvalidTensor,
+     "gate_up must be dense, with values, not on the meta device"),
     (zeros(2, 64, 64), zeros(2, 64, 32), {"gated": False}, errors.InvalidTensor,
      r"\(E, H, I\) = \(2, 64, 64\) for gate_up \(2, 64, 64\) = \(E, I, H\)"),
     (zeros(2, 64, 64), zeros(2, 64, 32), {"activation_bits": 4}, errors.InvalidOption, "8 or 16"),
@@ -97,7 +107,7 @@ def test_quantised_weights_are_checked(device):
     with pytest.raises(errors.InvalidTensor, match="at least one"):
         device.load_quantised([])
     with pytest.raises(errors.InvalidTensor,
-                       match=r"down of expert 1 must have .* \(64, 96\), or .* not \(96, 64\)"):
+                       match=r"down of expert 1 must have .* \(64, 96\), .* not \(96, 64\)"):
         device.load_quantised([*one, Expert(one[0].gate_up, other[0].down)])
 
 

@@ -196,6 +196,11 @@ def test_bad_input_is_named(device, layer):
     free = device.memory.free_bytes
     with pytest.raises(InvalidOption, match=r"router must have a weight, \(E, H\)"):
         device.load_moe(Router(experts=E_, top_k=2), *experts)
+    for wrong in (None, layer["weight"]):
+        with pytest.raises(InvalidOption, match=r"router must be a moeaccel\.host\.Router, with"):
+            device.load_moe(wrong, *experts)
+        with pytest.raises(InvalidOption, match=f"not {type(wrong).__name__}"):
+            device.route(wrong, layer["x"])
     with pytest.raises(InvalidTensor, match="down must have E = 16 experts, the router's, not 15"):
         device.load_moe(router, experts[0][1:], experts[1][1:])
     with pytest.raises(InvalidTensor, match=r"weight must have the shape \(16, 64\) of a router"):

@@ -123,7 +123,7 @@ class Routes:
                 f"routes must be of a model with {experts} experts, top-{top_k}, in at most "
                 f"{of.layers} layers, but are of {self._experts or 'any'} experts, top-{slots}, in "
                 f"{layers}; record or generate a trace of this model")
-        if (most := int(self._ids[:, layer].max())) >= experts:
+        if (most := int(self._ids[:, layer].max(initial=-1))) >= experts:
             raise ForeignTrace(f"routes must name experts below {experts}, but name {most} in "
                                f"layer {layer}; record or generate a trace of this model")
         which = identity(of.gate_up)

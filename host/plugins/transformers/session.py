@@ -19,6 +19,7 @@ from moeaccel.host.hybrid import Hybrid, ResidentMath
 from moeaccel.host.importers.coded import IMPORT_QUANTISERS
 from moeaccel.host.limits import check_layer
 from moeaccel.host.opening import open_device
+from moeaccel.host.options import check_names
 from moeaccel.host.plugins.transformers.choice import (
     Choice,
     LayerDims,
@@ -158,11 +159,13 @@ def use_device(device: Device | None, *, weight_format: str | None = None,
     options = {name: value for name, value in given.items() if value is not None}
     options |= {"grid_exponent": grid_exponent, "verify": verify, "unsupported": unsupported,
                 "keep_host_weights": keep_host_weights}
+    check_names("use_device", hybrid, use_device, Hybrid)
     if policy is not None:
         size = memory_size("gpu_bytes", gpu_bytes) if isinstance(gpu_bytes, str) else gpu_bytes
         options["hybrid"] = Hybrid(policy, gpu_bytes=size, resident_math=resident_math, **hybrid)
-    elif gpu_bytes or hybrid:
-        raise InvalidOption("policy must be given with gpu_bytes and options of a hybrid, not None")
+    elif needless := [*(["gpu_bytes"] if gpu_bytes else []),
+                      *(["resident_math"] if resident_math != "bf16" else []), *hybrid]:
+        raise InvalidOption(f"policy must be given with {', '.join(needless)}, not None")
     if routes is not None:
         if unsupported == "eager":
             raise InvalidOption("unsupported must be 'refuse' with routes, not 'eager': layers on "

@@ -227,6 +227,10 @@ def test_what_is_refused(devices):
         cluster.load_experts(gate_up, down[:1])
     with pytest.raises(errors.InvalidOption, match="shard must be from 0 to 2"):
         cluster.reload(3)
+    with pytest.raises(errors.InvalidOption, match="shard must be a whole number, from 0 to 2, no"):
+        cluster.reload("1")
+    with pytest.raises(errors.InvalidTensor, match=r"routes must be integers .*, not float64"):
+        cluster.load_experts(*weights(), share="eplb", routes=np.zeros((4, 2)))
     experts = cluster.load_experts(*weights())
     x, ids, scores = call()
     with pytest.raises(errors.InvalidTensor, match=r"x must have the shape \(T, 64\)"):

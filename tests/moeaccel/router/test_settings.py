@@ -22,6 +22,7 @@ from moeaccel.router.settings import RouterError, RouterSettings
      "group_score must be max where groups have one expert, not 'top2_sum'"),
     ({"groups": 8, "keep_groups": 4, "group_score": "top2_sum", "bias_logits": True},
      "group_score must be max with bias_logits, not 'top2_sum'"),
+    ({"bias_logits": "no"}, "bias_logits must be True or False, not 'no'"),
     ({"scale": 0.0}, "scale must be from 9.53674e-07 to 1.04858e.06, not 0.0"),
     ({"scale": float("nan")}, "scale must be from .*, not nan"),
     ({"epsilon": 1e-6}, "epsilon must be 0 where renormalize is none, not 1e-06"),

@@ -88,6 +88,10 @@ def test_what_use_device_refuses(device):
         plugin.use_device(device, policy="mine")
     with pytest.raises(errors.InvalidOption, match="policy must be given with gpu_bytes"):
         plugin.use_device(device, gpu_bytes=1 << 20)
+    with pytest.raises(errors.InvalidOption, match="policy must be given with resident_math, not"):
+        plugin.use_device(device, resident_math="exact")
+    with pytest.raises(errors.InvalidOption, match=r"option of use_device must be .*, not 'formt'"):
+        plugin.use_device(device, formt="mxint8")
     with pytest.raises(errors.InvalidOption, match="gpu_bytes must be a size such as 64GiB"):
         plugin.use_device(device, policy="moeaccel", gpu_bytes="much")
 

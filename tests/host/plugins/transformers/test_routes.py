@@ -115,6 +115,12 @@ def test_ids_alone_take_the_routers_weights(device, ids):
             network(ids)
 
 
+def test_routes_of_no_token_are_used_up(device, ids):
+    plugin.use_device(device, routes=(np.zeros((0, 3, 2), np.int16), None))
+    with torch.no_grad(), pytest.raises(InvalidTrace, match="of 0 there are 0 left for a pass of"):
+        model()(ids)
+
+
 def test_a_policy_goes_by_them_too(device, ids, recorded):
     network, trace, before = recorded
     plugin.use_device(device, weight_format="mxint8", activation_bits=16, routes=trace,
