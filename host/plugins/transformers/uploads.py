@@ -141,7 +141,7 @@ def experts_of(weights: Weights, *, everything: bool = False) -> Experts:
             limit=weights.limit, gate_up_bias=biases[0], down_bias=biases[1],
             weight_format=session.weight_format, activation_bits=session.activation_bits,
             grid_exponent=session.grid_exponent, quantiser=session.quantiser)
-        # What accelerate loads for each call is whole again at the next: there is nothing to give up.
+        # What accelerate loads for each call is whole again at the next: nothing to give up.
         if session.keep_host_weights or weights.loaded_by:
             place[key] = _Upload(experts, session, watches)
         else:
