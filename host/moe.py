@@ -351,6 +351,8 @@ class Routes:
         LimitExceeded, InvalidTensor, NonFiniteInput, LogitOverflow
             If the device has no such router; for shapes and types; if a logit is not finite, or
             with its bias 2048 or more: it names the token.
+        RouterError
+            If residents are given to a sparsemixer, which does not look at them.
         """
         return routing.route(cast("Device", self), router, logits, resident=resident)
 

@@ -70,6 +70,7 @@ class Router:
             raise RouterError(
                 f"router must have settings that there are: {error}; see "
                 "moeaccel.router.settings.RouterSettings") from None
+        self.settings.check_given(selection_bias=selection_bias)
         self.bias = self._table("bias", bias)
         self.selection_bias = self._table("selection_bias", selection_bias, SELECTION_BIAS_MAX)
 
@@ -147,6 +148,7 @@ def route(device: Device, router: Router, logits: Tensor, *, resident: Tensor | 
           ) -> tuple[Any, Any]:
     """Route by logits; :meth:`moeaccel.host.Device.route`."""
     settings = router.settings
+    settings.check_given(resident=resident)
     check_router(device.config, settings)
     tokens, outputs = shape_of("logits", logits, "T", "E")
     if outputs != settings.outputs:
