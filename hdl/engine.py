@@ -327,6 +327,7 @@ class Engine(wiring.Component):
         ]
         with m.If(routes):
             m.d.comb += finished.eq(running & route.o_idle)
+        m.d.comb += dispatcher.i_pairs.eq(route.o_pairs)
         wiring.connect(m, outside=wiring.flipped(self.router), block=route.reader)
         wiring.connect(m, outside=wiring.flipped(self.router_writer), block=route.writer)
         return route

@@ -223,7 +223,8 @@ def job(config: AcceleratorConfig) -> data.StructLayout:
     those that there are, with weight 1.
     ``x_narrow``, ``y_narrow``: bfloat16 in memory, else float32. With a router, ``route``: x are
     logits, ids and weights are written, by ``form``; ``continues``: what is counted, and what is
-    not finite, is that of the job before as well.
+    not finite, is that of the job before as well, and where it is ``routed``, ids and weights are
+    those that have been made just now.
     """
     address = config.address_bits
     router = ({"route": 1, "continues": 1, "form": router_form(config)} if config.router else {})
@@ -250,7 +251,10 @@ def job(config: AcceleratorConfig) -> data.StructLayout:
 
 def output_count_bits(config: AcceleratorConfig) -> int:
     """Return the bits of a count of a command's weighted outputs."""
-    return (config.max_assignments * config.max_dim).bit_length()
+    of_outputs = config.max_assignments * config.max_dim
+    # A MOE counts those of its router's two matrices as well, and logits.
+    of_logits = 3 * config.max_tokens * config.max_experts if config.router else 0
+    return (of_outputs + of_logits).bit_length()
 
 
 def limited_count(count: Value) -> Value:
@@ -361,6 +365,11 @@ def expert(config: AcceleratorConfig) -> data.StructLayout:
 def pair_beat_bits(config: AcceleratorConfig) -> int:
     """Return the bits that number the beats of the longest list of ids, or of weights."""
     return max(1, ceil_log2(4 * config.max_assignments // config.port_bytes))
+
+
+def pair_beat(config: AcceleratorConfig) -> data.StructLayout:
+    """Return a beat of ids, or of weights, of pairs that a router has made, in their order."""
+    return data.StructLayout({"valid": 1, "of_weights": 1, "data": 8 * config.port_bytes})
 
 
 def pair(config: AcceleratorConfig) -> data.StructLayout:

@@ -6,10 +6,12 @@ from moeaccel.config import AcceleratorConfig
 from moeaccel.formats import weight_format
 from moeaccel.host.benchmark import BenchmarkError, routing
 from moeaccel.host.limits import check_layer
+from moeaccel.host.routing import check_router
 from moeaccel.image import ExpertShape, LinearShape
 from moeaccel.zoo import Model
+from moeaccel.zoo.routers import settings_of
 
-__all__ = ["MOST_BYTES", "check_experts", "check_product"]
+__all__ = ["MOST_BYTES", "check_experts", "check_product", "check_routed"]
 
 MOST_BYTES = 1 << 32
 """Most bytes of x, and of a product's weights, in float32: what a benchmark draws."""
@@ -43,6 +45,22 @@ def check_experts(model: Model, config: AcceleratorConfig, *, weight_format_name
                         config.channels, gated=model.expert.gated)
     check_layer(config, [shape] * model.n_experts)
     _check_bytes("tokens", tokens, 4 * tokens * d_in, "x")
+
+
+def check_routed(model: Model, config: AcceleratorConfig, *, tokens: int) -> None:
+    """Refuse a layer whose router the configuration does not do.
+
+    Raises
+    ------
+    BenchmarkError
+        If it is not a matrix.
+    LimitExceeded, RouterError
+        For what the configuration, or the device's settings, do not have.
+    """
+    if model.router.logits != "linear":
+        raise BenchmarkError(f"model must have a router that is a matrix, not {model.name!r}")
+    check_router(config, settings_of(
+        model, experts=model.n_experts or 1, top_k=model.top_k or 1, tokens=tokens))
 
 
 def check_product(config: AcceleratorConfig, *, weight_format_name: str, m: int, k: int, n: int

@@ -151,8 +151,10 @@ def hidden(rows: Floats, d_expert: int, name: str | Activation, limit: float | N
     act = activation(name)
     if limit is not None:
         ups = [np.clip(up, -limit, limit) for up in ups]
-    if gate_limit is not None or limit is not None:
-        gate = np.minimum(gate, limit if gate_limit is None else gate_limit)
+    if gate_limit is None:
+        gate_limit = limit
+    if gate_limit is not None:
+        gate = np.minimum(gate, gate_limit)
     if len(ups) == 1:
         ups = [ups[0] + act.up_offset]
     return math.prod(ups, start=act(gate))

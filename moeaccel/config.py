@@ -173,6 +173,9 @@ class AcceleratorConfig:
             and 64 <= self.max_dim <= DIM_MAX,
             f"a multiple of 32 from 64 to {DIM_MAX}",
         )
+        require("max_experts", not self.router or self.max_experts <= self.max_dim,
+                f"at most max_dim = {self.max_dim} with a router, whose outputs are a token's "
+                "logits")
         power("tile_words", 16, 1 << 16)
         require(
             "tile_words",

@@ -90,10 +90,9 @@ class ActivationUnit(wiring.Component):
     i_element : :py:`In(stream.Signature(layouts.result_element(config), always_ready=True))`
         ``combine`` elements are ignored.
     i_form : :py:`In(layouts.hidden_form(config))`
-        Of the pass: constant while its elements are under way. The next pass begins when all of
-        this one's h is quantised.
+        Of the pass: constant from before its first element to its last one's h.
     o_element : :py:`Out(stream.Signature(layouts.hidden_element(config), always_ready=True))`
-        ``last`` is that of the up element.
+        ``last`` is that of the last element of an h.
     """
 
     LATENCY_CYCLES = 10 + 3 * (Multiplier.LATENCY_CYCLES + 3)
@@ -138,7 +137,8 @@ class ActivationUnit(wiring.Component):
 
         # -- pairs ---------------------------------------------------------------------------------
         paired = form.rows_log2 != 0
-        product = form.rows_log2 == 2 if config.second_up else C(0)
+        fours = config.second_up and not self._part  # the second unit has rows that are an h alone
+        product = form.rows_log2 == 2 if fours else C(0)
         arrives = self.i_element.valid & ~element.combine
         held = Signal(layouts.internal_float(), reset_less=True)
         if config.results_per_cycle == 1:
@@ -167,7 +167,7 @@ class ActivationUnit(wiring.Component):
         whole = complete | ~paired
         inputs = {"gate": gate, "up": up}
         limits = {"gate": form.gate_limit, "up": form.limit}
-        if config.second_up:
+        if fours:
             # Of four rows the first two wait for the others: in another tile, maybe.
             pair = data.StructLayout({"gate": gate.shape(), "up": up.shape()})
             m.submodules.pairs = pairs = memory.Memory(
@@ -190,7 +190,7 @@ class ActivationUnit(wiring.Component):
         s = p.stage(**{name: _magnitude(m, v, name) for name, v in inputs.items()}, meta=meta)
 
         # -- 2, 3: no more than the limit, whose significand is made as long as a mantissa ---------
-        def beyond(value, limit):
+        def exceeds(value, limit):
             exponent = (limit.exponent - (127 + MANTISSA_BITS - 1)).as_signed()
             return (limit.exponent != 0) & (value.magnitude != 0) & (
                 (value.exponent > exponent)
@@ -207,7 +207,8 @@ class ActivationUnit(wiring.Component):
                              after.exponent.eq(limit.exponent - (127 + MANTISSA_BITS - 1))]
             return after
 
-        there = {f"{name}_there": beyond(getattr(s, name), limit) for name, limit in limits.items()}
+        there = {f"{name}_there": exceeds(getattr(s, name), limit)
+                 for name, limit in limits.items()}
         there["gate_there"] &= ~s.gate.sign
         there["up_there"] &= paired
         s = p.stage(**vars(s), **there)
@@ -351,7 +352,7 @@ class ActivationUnit(wiring.Component):
             assert since == FloatAdder.LATENCY_CYCLES
             with m.If(paired & Cat(form.activation == a.code for a in offset).any()):
                 m.d.comb += rest.up.eq(add_one.o_sum)
-        if config.second_up:
+        if fours:
             ups = multiplied(
                 "ups", clamped_valid, clamped.up.magnitude, clamped.second.magnitude,
                 clamped.up.sign ^ clamped.second.sign,
@@ -364,7 +365,7 @@ class ActivationUnit(wiring.Component):
             with m.If(product):
                 m.d.comb += rest.up.eq(both)
         act = multiplied("activate", round_f.o_valid, gate.magnitude, factor, gate.sign,
-                      (gate.exponent + factor_exponent).as_signed(), rest)
+                         (gate.exponent + factor_exponent).as_signed(), rest)
         up = act.o_tag.up
         hidden = multiplied("gated", act.o_valid, act.o_magnitude, up.magnitude,
                          act.o_sign ^ up.sign, act.o_exponent + up.exponent, act.o_tag.meta,

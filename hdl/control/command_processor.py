@@ -55,13 +55,13 @@ class CommandProcessor(wiring.Component):
     A submission is fetched while ``enable`` is 1, ``error`` is 0, the registers of the rings are
     good, the submission ring is not empty and the completion ring has room. Opcode and fields are
     checked against the texts of ``moeaccel.interface.commands`` and the limits of ``config``; for
-    EXPERTS and GEMM the layer descriptor is fetched and checked too, then that everything ends
-    within the address space, and the job is offered on ``o_job``. After the engine's ``i_done``,
-    which comes when its last write is acknowledged, the completion is written; when that is
-    acknowledged, ``cq_tail`` advances and ``o_irq`` pulses. The submission's fields come before the
-    layer's, and those before what only both together say; of each the lowest bad word is reported.
-    Addresses are checked in every EXPERTS and GEMM, whether they are used or not. Fields of NOP and
-    FENCE other than the opcode are ignored.
+    EXPERTS and GEMM the layer descriptor, for ROUTE that of a router, is fetched and checked too,
+    then that everything ends within the address space, and the job is offered on ``o_job``. After
+    the engine's ``i_done``, which comes when its last write is acknowledged, the completion is
+    written; when that is acknowledged, ``cq_tail`` advances and ``o_irq`` pulses. The submission's
+    fields come before the layer's, and those before what only both together say; of each the lowest
+    bad word is reported. Addresses are checked in every command that has a job, whether they are
+    used or not. Fields of NOP and FENCE other than the opcode are ignored.
 
     MOE: the three descriptors are read at once and checked one after the other, each with the sizes
     of its own job; then their jobs run, one after the other, of which the second and the third
@@ -69,7 +69,8 @@ class CommandProcessor(wiring.Component):
     product are: when a row of these is written, that of the token at half its index has been read.
 
     Statuses, the first that holds: ABORTED or WATCHDOG; WINDOW, BUS_ERROR (``fault_*``, cleared
-    when a command starts); BAD_OPCODE, BAD_FIELD, BAD_LAYER; BAD_EXPERT; NONFINITE; OVERFLOW; OK.
+    when a command starts); BAD_OPCODE, BAD_FIELD, BAD_LAYER, BAD_ROUTER; BAD_EXPERT; NONFINITE;
+    OVERFLOW; OK.
 
     Where the completion itself was outside the window, or memory refused it, nothing says that the
     command has completed: ``o_error`` pulses, and when ``error`` is 0 again (the host has mended

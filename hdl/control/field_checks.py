@@ -88,7 +88,7 @@ class FieldChecks(wiring.Component):
     Members
     -------
     i_entry : :py:`In(8 * ENTRY_BYTES)`
-        A submission of EXPERTS or GEMM, or a layer descriptor.
+        A submission that has a job, or a descriptor.
     i_is_layer : :py:`In(1)`
         Which of them; 2 cycles behind ``i_entry``.
     i_is_router : :py:`In(1)`

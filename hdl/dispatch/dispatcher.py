@@ -25,6 +25,7 @@ class _Wires:
         # The job.
         self.job = Signal(layouts.job(config))
         self.accepted = Signal()
+        self.held = Signal()  # its ids and weights are there
         self.running = Signal()
         self.pairs = Signal(config.max_assignments.bit_length())
         self.drop_entries = Signal()
@@ -92,6 +93,9 @@ class Dispatcher(wiring.Component):
     -------
     i_job : :py:`In(stream.Signature(layouts.job(config)))`
         Accepted when idle; the job's fields are held on ``o_job`` until the next one.
+    i_pairs : :py:`In(layouts.pair_beat(config))`
+        With a router: ids and weights of the next job that ``continues``, which fetches none.
+        Between jobs.
     reader : :py:`Out(layouts.ReadClientSignature(config))`
         Fetches ids, then weights, then entries of the expert table.
     o_weights : :py:`Out(stream.Signature(weight_request(config)))`
@@ -127,6 +131,7 @@ class Dispatcher(wiring.Component):
         super().__init__(
             {
                 "i_job": In(stream.Signature(layouts.job(config))),
+                **({"i_pairs": In(layouts.pair_beat(config))} if config.router else {}),
                 "o_job": Out(layouts.job(config)),
                 "reader": Out(layouts.ReadClientSignature(config)),
                 "o_weights": Out(stream.Signature(weight_request(config))),
@@ -210,12 +215,30 @@ class Dispatcher(wiring.Component):
         ]
         with m.If(w.accepted):
             m.d.sync += [w.ids_arrived.eq(0), w.weights_arrived.eq(~self.i_job.p.routed)]
+        if self._config.router:
+            self._take_pairs(m, w)
         with m.If(brings):
             m.d.sync += beat.eq(Mux(reader.last, 0, beat + 1))
             with m.If(reader.last & w.fetching_weights):
                 m.d.sync += w.weights_arrived.eq(1)
             with m.If(reader.last & ~w.fetching_weights):
                 m.d.sync += w.ids_arrived.eq(1)
+
+    def _take_pairs(self, m, w):
+        """Keep ids and weights that come from the router."""
+        pairs, sort, filler = self.i_pairs, w.sort, w.filler
+        at = [Signal.like(sort.ids_w_address, name=f"{name}_at") for name in ("ids", "weights")]
+        m.d.comb += w.held.eq(w.job.continues & w.job.routed)
+        with m.If(w.accepted):
+            m.d.sync += [*(place.eq(0) for place in at), w.weights_arrived.eq(
+                ~self.i_job.p.routed | self.i_job.p.continues)]
+        with m.If(pairs.valid):
+            m.d.comb += [
+                sort.ids_w_en.eq(~pairs.of_weights), sort.ids_w_address.eq(at[0]),
+                sort.ids_w_data.eq(pairs.data), filler.weights_w_en.eq(pairs.of_weights),
+                filler.weights_w_address.eq(at[1]), filler.weights_w_data.eq(pairs.data),
+            ]
+            m.d.sync += [at[0].eq(at[0] + ~pairs.of_weights), at[1].eq(at[1] + pairs.of_weights)]
 
     def _experts(self, m, w):
         """The sort tells the others what it has counted and sorted, and who has no expert."""
@@ -310,6 +333,9 @@ class Dispatcher(wiring.Component):
                 with m.If(~job.routed):
                     m.d.comb += sort.i_start.eq(1)
                     m.next = "SORT"
+                with m.Elif(w.held):
+                    m.d.comb += sort.i_start.eq(1)
+                    m.next = "WAIT_IDS"
             with m.State("PREPARE_REQUEST"):
                 m.next = "REQUEST_IDS"
             with m.State("REQUEST_IDS"):
@@ -318,7 +344,10 @@ class Dispatcher(wiring.Component):
                     m.d.comb += sort.i_start.eq(1)
                     m.next = "WAIT_IDS"
             with m.State("WAIT_IDS"):
-                with m.If(sort.o_cleared & w.ids_arrived):
+                with m.If(sort.o_cleared & w.held):
+                    m.d.comb += sort.i_count.eq(1)
+                    m.next = "SORT"
+                with m.Elif(sort.o_cleared & w.ids_arrived):
                     m.d.sync += w.fetching_weights.eq(1)
                     m.next = "REQUEST_WEIGHTS"
             with m.State("REQUEST_WEIGHTS"):

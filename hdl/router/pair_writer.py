@@ -23,7 +23,7 @@ class PairWriter(wiring.Component):
 
     Behind a token's pairs come those of the shared experts, with weight 1. The last 64 bytes are
     with ids of -1 and weights of 0. Throughput: one pair a cycle while 16 are collected, then two
-    writes, one after the other. Reset: idle; the memory port is flushed with it.
+    writes, that are waited for together. Reset: idle; the memory port is flushed with it.
 
     Parameters
     ----------
@@ -40,6 +40,8 @@ class PairWriter(wiring.Component):
     i_pair : :py:`In(stream.Signature(layouts.routed_pair(config)))`
     o_idle : :py:`Out(1)`
         Everything is written and acknowledged.
+    o_of_weights : :py:`Out(1)`
+        What is being written is weights, else ids.
     writer : :py:`Out(layouts.WriteClientSignature(config))`
     """
 
@@ -56,6 +58,7 @@ class PairWriter(wiring.Component):
             "i_experts": In(config.max_experts.bit_length()),
             "i_pair": In(stream.Signature(layouts.routed_pair(config))),
             "o_idle": Out(1),
+            "o_of_weights": Out(1),
             "writer": Out(layouts.WriteClientSignature(config)),
         })
 
@@ -81,6 +84,7 @@ class PairWriter(wiring.Component):
                 Cat(C(0, low), Mux(of_weights, units[1], units[0]))),
             self.writer.request.p.beats.eq(beats),
             self.writer.data.payload.eq(Mux(of_weights, weights[:bits], ids[:bits])),
+            self.o_of_weights.eq(of_weights),
         ]
         with m.If(push):
             m.d.sync += [
@@ -135,12 +139,12 @@ class PairWriter(wiring.Component):
                     with m.Else():
                         m.d.sync += ids.eq(ids >> bits)
                     with m.If(sent == beats - 1):
-                        m.next = "WAIT"
-            with m.State("WAIT"):
+                        m.d.sync += of_weights.eq(~of_weights)
+                        m.next = "REQUEST"
+                        with m.If(of_weights):
+                            m.next = "WAIT"
+            with m.State("WAIT"):  # for both
                 with m.If(self.writer.done):
-                    m.d.sync += of_weights.eq(~of_weights)
-                    m.next = "REQUEST"
-                    with m.If(of_weights):
-                        m.d.sync += [unit.eq(unit + 1) for unit in units]
-                        m.next = "COLLECT"
+                    m.d.sync += [unit.eq(unit + 1) for unit in units]
+                    m.next = "COLLECT"
         return m

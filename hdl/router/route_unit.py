@@ -51,6 +51,8 @@ class RouteUnit(wiring.Component):
         Pulse for each logit beyond its range.
     o_nonfinite, o_token : :py:`Out(1)`, :py:`Out(layouts.token_bits(config))`
         A logit is NaN or infinite; the first token with one. From ``o_idle`` to ``i_start``.
+    o_pairs : :py:`Out(layouts.pair_beat(config))`
+        What goes to memory, for who needs it at once.
     reader : :py:`Out(layouts.ReadClientSignature(config))`
     writer : :py:`Out(layouts.WriteClientSignature(config))`
     """
@@ -66,6 +68,7 @@ class RouteUnit(wiring.Component):
             "o_saturated": Out(1),
             "o_nonfinite": Out(1),
             "o_token": Out(layouts.token_bits(config)),
+            "o_pairs": Out(layouts.pair_beat(config)),
             "reader": Out(layouts.ReadClientSignature(config)),
             "writer": Out(layouts.WriteClientSignature(config)),
         })
@@ -82,6 +85,11 @@ class RouteUnit(wiring.Component):
         m.submodules.to_fixed = to_fixed = ToFixed()
         wiring.connect(m, outside=wiring.flipped(self.reader), words=words.reader)
         wiring.connect(m, outside=wiring.flipped(self.writer), pairs=pairs.writer)
+        m.d.comb += [
+            self.o_pairs.valid.eq(self.writer.data.valid & self.writer.data.ready),
+            self.o_pairs.of_weights.eq(pairs.o_of_weights),
+            self.o_pairs.data.eq(self.writer.data.payload),
+        ]
         table, residents = table_units(config, job)
         counting, counted = self._sweeps(m, router, pairs)
         outputs, shared = layouts.router_outputs(config, job.form), job.form.shared

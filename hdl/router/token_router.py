@@ -348,7 +348,8 @@ class TokenRouter(wiring.Component):
         if "capacity" in modes:
             m.d.comb += [dropper.i_capped.eq(self.i_capped), self.o_next.eq(dropper.o_next),
                          dropper.i_left.eq(self.i_left)]
-        m.d.comb += w.drops.eq(
+        # It holds for all tokens: a register, ahead of the states.
+        m.d.sync += w.drops.eq(
             Cat(form[name].any() for name in ("threshold", "top_p") if name in modes).any()
             | dropper.i_capped)
         return dropper
@@ -383,8 +384,9 @@ class TokenRouter(wiring.Component):
         def weigh():
             """Go on with gates, or with what scores are divided by."""
             m.next = "DIVISOR"
-            with m.If(w.gated):
-                m.next = "GATES"
+            if "gates" in self._config.router_modes:
+                with m.If(w.gated):
+                    m.next = "GATES"
 
         m.d.sync += wait.eq(Mux(wait == 0, 0, wait - 1))
         with m.FSM():

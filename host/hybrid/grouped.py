@@ -49,7 +49,11 @@ def _decoded(matrix: QuantisedMatrix, device: torch.device) -> torch.Tensor:
     scale = torch.ldexp(there(matrix.significand).float(), exponent)
     rows, columns = matrix.integers.shape
     integers = there(matrix.integers).float().view(rows, scale.shape[1], -1)
-    return (integers * scale[:, :, None]).view(rows, columns).bfloat16()
+    values = integers * scale[:, :, None]
+    if (minimum := matrix.group_terms()[1]) is not None:
+        rows_of = there(matrix.row_exponent).int()[:, None]
+        values += torch.ldexp(there(minimum.astype(np.float32)), rows_of)[:, :, None]
+    return values.view(rows, columns).bfloat16()
 
 
 class Grouped:

@@ -132,10 +132,10 @@ def _drawn(rng: np.random.Generator, kind: ExpertKind, d_in: int, d_expert: int)
         gate_up = gate_up.with_bias(rng.standard_normal(rows, np.float32))
     if kind.bias == "both":
         down = down.with_bias(rng.standard_normal(d_in, np.float32))
-    options = expert_options(kind)
-    name, limit = options["activation"], options.get("limit")
-    return Expert(gate_up, down, activation=name, limit=limit,
-                  gate_limit=None if kind.limit_behind is None else limit_behind(name, limit))
+    options, behind = expert_options(kind), kind.limit_behind
+    name = options["activation"]
+    return Expert(gate_up, down, activation=name, limit=options.get("limit"),
+                  gate_limit=None if behind is None else limit_behind(name, behind))
 
 
 def _matrix(rng: np.random.Generator, rows: int, columns: int, deviation: float) -> QuantisedMatrix:

@@ -339,12 +339,14 @@ class _Setting:
 def _experts(what: str, model: str, setting: _Setting, *, layers: int, tokens: int, routing: str,
              as_json: bool) -> None:
     from moeaccel.host.benchmark import bench_experts, bench_moe
-    from moeaccel.host.benchmark_checks import check_experts
+    from moeaccel.host.benchmark_checks import check_experts, check_routed
     from moeaccel.zoo import model as find_model
 
     found = find_model(model)
     check_experts(found, setting.config, weight_format_name=setting.weight_format, tokens=tokens,
                   kind=routing)
+    if what == "moe":
+        check_routed(found, setting.config, tokens=tokens)
     results = []
     with Status(as_json) as status, setting.opened(status) as bench:
         for layer in range(layers):

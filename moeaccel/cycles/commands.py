@@ -122,6 +122,7 @@ def predict_command(
     gemm: bool = False,
     x_type: ElementType = ElementType.FLOAT32,
     y_type: ElementType = ElementType.FLOAT32,
+    held: bool = False,
 ) -> Prediction:
     """Predict one command, within the limits of the configuration.
 
@@ -132,11 +133,11 @@ def predict_command(
     ids : integer array, (T, K)
         (T, 1) of zeros in a GEMM.
     d_in, d_out : :class:`int`
-    gemm : :class:`bool`
-        GEMM, else EXPERTS.
+    gemm, held : :class:`bool`
+        See :class:`~moeaccel.cycles.job.Job`; EXPERTS without either.
     x_type, y_type : :class:`ElementType`
     config, num_experts, planes, latency
         See :func:`predict_experts`.
     """
     return Machine(Job(config, experts, ids, num_experts, d_in, d_out, planes, latency, gemm,
-                       x_type, y_type)).run()
+                       x_type, y_type, held)).run()

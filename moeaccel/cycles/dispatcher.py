@@ -50,8 +50,9 @@ class Dispatcher:
         """Dispatch a job that is accepted in ``start``."""
         job = self._job
         weights: Read | None = None
-        if job.gemm:
-            cycle = start + 8  # prepare, clear the count, rewind, fetch the first id
+        if job.gemm or job.held:
+            # Prepare, clear the counts, rewind, fetch the first id.
+            cycle = start + 7 + job.num_experts + job.held
         else:
             beats = job.beats(job.ids.size, 4)
             yield start + 3

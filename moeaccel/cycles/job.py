@@ -63,6 +63,9 @@ class Job:
     latency : :class:`int`
         Of the memory.
     gemm : :class:`bool`
+        Every token goes to the first experts, with weight 1.
+    held : :class:`bool`
+        Ids and weights are there: a router has made them.
     x_type, y_type : :class:`ElementType`
     """
 
@@ -77,6 +80,7 @@ class Job:
     gemm: bool
     x_type: ElementType = ElementType.FLOAT32
     y_type: ElementType = ElementType.FLOAT32
+    held: bool = False
 
     @cached_property
     def plan(self) -> Plan:

@@ -92,6 +92,6 @@ def predict_moe(
     routed = predict_route(config, settings, tokens, biased=biased, tables=tables,
                            shared=top_k - settings.top_k, latency=latency)
     result = predict_command(config, experts, ids, num_experts, d_in=d_model, d_out=d_model,
-                             planes=planes, latency=latency, x_type=io, y_type=io)
+                             planes=planes, latency=latency, x_type=io, y_type=io, held=True)
     return join(config, [product, routed, result], d_in=d_model, logits=plane.rows, d_out=d_model,
                 top_k=top_k, latency=latency)

@@ -21,8 +21,8 @@ _UNIT = ENTRY_BYTES // 4
 _QUEUED = 16
 """Pairs that may wait when a token's weights are made."""
 
-_START, _TABLE, _FIRST, _LOADED, _FREED, _WEIGHTS, _PAIR, _WRITE, _END = (
-    9, 2, 6, 5, 1, 15, 2, 9, 2)
+_START, _TABLE, _FIRST, _LOADED, _FREED, _WEIGHTS, _PAIR, _WRITE, _BEHIND, _END = (
+    9, 2, 6, 5, 1, 15, 2, 9, 1, 2)
 _PLACE, _WALK, _AGAIN = 3, 7, 6
 """Of a capacity: to put a token into its order, to count a pair, and to begin again."""
 
@@ -61,7 +61,7 @@ def route_cycles(config: AcceleratorConfig, settings: RouterSettings, tokens: in
         now += (row // BLOCK).bit_length() - 1
     first = now + _FIRST + read
     one = token_cycles(config, settings, biased=biased)
-    written = 2 * (beats + latency + WRITE_CYCLES + _WRITE)
+    written = 2 * (beats + _BEHIND) + latency + WRITE_CYCLES + _WRITE
     pairs = tokens * top_k
     if settings.capacity is not None:
         placing = settings.capacity_order_kind is CapacityOrder.PRIORITY

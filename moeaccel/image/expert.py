@@ -291,7 +291,7 @@ class Expert:
             quantise(down, other, quantiser=quantiser, moments=moments[1]).with_bias(down_bias),
             activation, limit, gate_limit)
 
-    def parts(self, rows: NDArray[np.floating]) -> NDArray[np.floating]:
+    def parts(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return what rows give, (n, rows), in the order of floats: gate, up, second up."""
         every = self.rows_of_h
         found = [rows[:, first::every] for first in range(every)]

@@ -292,8 +292,8 @@ SUBMISSION = (
              "float32 (tokens, top_k). GEMM: not read. ROUTE, MOE: written, as ids."),
     _address("y_address", 12, "(tokens, d_out) of y_type, written."),
     _address("workspace_address", 14,
-             "8 * tokens * d_out bytes for partial sums; MOE: of the larger d_out, and logits are "
-             "left at its begin."),
+             "8 * tokens * d_out bytes for partial sums; MOE: of the larger d_out; MOE_ROUTE "
+             "leaves logits at its begin."),
 )
 
 LAYER = (
@@ -369,11 +369,14 @@ _MIXER = ("selection", Selection.MIXER)
 _WITHOUT_MIXER = Limit(values=(0,), when=_MIXER)
 
 ROUTER = (
-    _field("score", 0, 0, 8, "Score code.", Limit(values="router_codes")),
+    _field("score", 0, 0, 8, "Score code.", Limit(values="router_codes"),
+           Limit(values=(Score.SIGMOID,), when=("gates", Gates.SUM))),
     _field("renormalize", 0, 8, 8, "Renormalisation code.",
            Limit(values=tuple(map(int, Renormalize))),
            Limit(values=(Renormalize.SOFTMAX_TOP_K,), when=("score", Score.IDENTITY)),
-           Limit(values=(Renormalize.NONE,), when=_MIXER)),
+           Limit(values=(Renormalize.NONE,), when=_MIXER),
+           Limit(values=tuple(r for r in Renormalize if r is not Renormalize.SOFTMAX_TOP_K),
+                 when=("gates", Gates.SUM))),
     _field("group_score", 0, 16, 8, "Code of the groups' score.",
            Limit(values=tuple(map(int, GroupScore))),
            Limit(values=(GroupScore.MAX,), when=("score", Score.IDENTITY)),
@@ -396,7 +399,8 @@ ROUTER = (
            "Experts behind those routed to that every token goes to as well, the last of its "
            "top_k; gates says with what weight. The others are at most keep_groups * group_size "
            "and router_top_k.",
-           Limit(low=0, high=TOP_K_MAX - 1)),
+           Limit(low=0, high=TOP_K_MAX - 1),
+           *(Limit(low=1, high=TOP_K_MAX - 1, when=("gates", gates)) for gates in Gates if gates)),
     _field("scale", 4, 0, 32, "What weights are multiplied with: float32, from 2**-20 to 2**20.",
            Limit(low=0x35800000, high=0x49800000)),
     _field("epsilon", 8, 0, 64, "In units of 2**-36, at most 1; sum_eps and clamp.",
@@ -429,8 +433,8 @@ ROUTER = (
     _field("capacity_order", 15, 8, 8, "Code of who is first where there is a capacity.",
            Limit(low=0, high="capacity_order_max")),
     _field("gates", 15, 16, 8,
-           "Code of what shared experts weigh; their logits, where that is not 1, are behind those "
-           "of the experts, together at most as many as those may be.",
+           "Code of what shared experts weigh; their logits, where there are some, are behind "
+           "those of the experts, together at most as many as those may be.",
            Limit(low=0, high="gates_max"), _WITHOUT_MIXER),
 )
 

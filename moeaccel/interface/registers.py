@@ -46,7 +46,7 @@ class Register:
 
 
 ID_VALUE = 0x4145_4F4D  # "MOEA" in memory order
-VERSION_VALUE = 0x0002_0001
+VERSION_VALUE = 0x0002_0002
 ADDRESS_BITS = 12
 
 

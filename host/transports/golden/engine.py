@@ -54,9 +54,14 @@ class Engine:
         self._images = images
         self._timing = timing
 
-    def run(self, submission: Mapping[str, int], layer: Mapping[str, int]
+    def run(self, submission: Mapping[str, int], layer: Mapping[str, int], *, held: bool = False
             ) -> tuple[DeviceResult, Prediction | None]:
         """Run a command; return its result, and with a cycle model what that predicts.
+
+        Parameters
+        ----------
+        held : :class:`bool`
+            Ids and weights are those that a router has just made: nobody reads them.
 
         Raises
         ------
@@ -70,7 +75,8 @@ class Engine:
             ids = np.tile(np.arange(top_k), (tokens, 1))
             weights = np.ones((tokens, top_k), np.float32)
         else:
-            raw = self._port.load(submission["ids_address"], 4 * tokens * top_k)
+            load = self._port.ram.read if held else self._port.load
+            raw = load(submission["ids_address"], 4 * tokens * top_k)
             ids = raw.view("<i4").reshape(tokens, top_k).astype(np.int64)
             weights = self._port.floats(submission["weights_address"], (tokens, top_k))
         num_experts = layer["num_experts"]
@@ -82,8 +88,9 @@ class Engine:
             behind = self._table.faults_behind(layer, planned, bad.detail)
             planned = planned.before(bad.detail)
             ids = np.where(ids < bad.detail, ids, -1)
-        self._check_streams(submission, layer, planned, entries, unread, gemm=gemm)
-        self._count(submission, layer, planned, entries, pairs=0 if gemm else 4 * tokens * top_k)
+        pairs = 0 if gemm or held else 4 * tokens * top_k
+        self._check_streams(submission, layer, planned, entries, unread, pairs=pairs)
+        self._count(submission, layer, planned, entries, pairs=pairs)
         result = self._compute(submission, layer, planned, entries, ids, weights)
         self._registers.count(overflows=result.overflows, underflows=result.underflows)
         if bad is not None:
@@ -93,7 +100,7 @@ class Engine:
         self._port.ram.write(submission["y_address"], y.view(np.uint8).reshape(-1))
         if self._timing is None:
             return result, None
-        return result, self._timing.predict(submission, layer, entries, ids)
+        return result, self._timing.predict(submission, layer, entries, ids, held=held)
 
     def _compute(self, submission: Mapping[str, int], layer: Mapping[str, int], planned: Plan,
                  entries: Mapping[int, Entry], ids: NDArray[np.int64],
@@ -111,15 +118,14 @@ class Engine:
 
     def _check_streams(self, submission: Mapping[str, int], layer: Mapping[str, int],
                        planned: Plan, entries: Mapping[int, Entry], unread: list[Fault], *,
-                       gemm: bool) -> None:
-        """End the command if something that it touches is outside window or memory."""
+                       pairs: int) -> None:
+        """End the command if something that it touches is outside window or memory; ``pairs``:
+        bytes of its weights."""
         x, y, workspace = (submission[f"{name}_address"] for name in ("x", "y", "workspace"))
         x_row, y_row, sums_row = _row_bytes(submission, layer)
-        pairs = [] if gemm else [
-            (submission["weights_address"], 4 * submission["tokens"] * submission["top_k"])]
         faults = self._port.first_faults
         self._port.raise_first(
-            faults(pairs),
+            faults([(submission["weights_address"], pairs)] if pairs else []),
             unread,
             faults((entries[e].image_address, entries[e].payload_bytes) for e in planned.experts),
             faults((x + x_row * token, x_row) for token in planned.loads),

@@ -30,7 +30,8 @@ AHEAD = 17
 checked."""
 
 
-_ROWS_OF_H = {Sink.ACTIVATION: 2, Sink.ACTIVATION_ROWS: 1, Sink.ACTIVATION_PRODUCT: 4}
+_ROWS_OF_H: dict[int, int] = {
+    Sink.ACTIVATION: 2, Sink.ACTIVATION_ROWS: 1, Sink.ACTIVATION_PRODUCT: 4}
 """Rows of an element of h."""
 
 

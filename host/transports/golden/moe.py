@@ -107,7 +107,7 @@ class Moe:
         routed, second = self._routes.run({**submission, "x_address": logits}, router)
         result, third = None, None
         if submission["opcode"] == Opcode.MOE:
-            result, third = self._engine.run(submission, experts)
+            result, third = self._engine.run(submission, experts, held=True)
         whole = None
         if self._timing is not None:
             whole = self._timing.predict_moe(

@@ -37,7 +37,8 @@ class Timing:
         self._latency = latency
 
     def predict(self, submission: Mapping[str, int], layer: Mapping[str, int],
-                entries: Mapping[int, Entry], ids: NDArray[np.int64]) -> Prediction:
+                entries: Mapping[int, Entry], ids: NDArray[np.int64], *, held: bool
+                ) -> Prediction:
         """Return what EXPERTS or GEMM is predicted to take."""
         from moeaccel.cycles import predict_command
 
@@ -46,7 +47,7 @@ class Timing:
             layer["num_experts"], d_in=layer["d_in"], d_out=layer["d_out"],
             planes=layer["planes"], latency=self._latency,
             gemm=submission["opcode"] == Opcode.GEMM, x_type=ElementType(submission["x_type"]),
-            y_type=ElementType(submission["y_type"]))
+            y_type=ElementType(submission["y_type"]), held=held)
 
     def predict_route(self, submission: Mapping[str, int], router: Mapping[str, int]
                       ) -> Prediction:

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from moeaccel.activations import ACTIVATIONS as ALL_ACTIVATIONS
+from moeaccel.formats import ALL_FORMATS, prune, quantise
 from moeaccel.host import errors, open_device
 from moeaccel.host.hybrid import Hybrid
-from moeaccel.host.hybrid.grouped import ACTIVATIONS
+from moeaccel.host.hybrid.grouped import ACTIVATIONS, _decoded
 from moeaccel.host.hybrid.images import read_expert
 from moeaccel.host.hybrid.lanes import CudaLane
 from moeaccel.host.policies.costs import machine
@@ -112,6 +113,15 @@ def test_grouped_activations_are_the_devices(device, name):
     hybrid = Hybrid("all-on-torch", gpu_bytes=16 * RESIDENT)
     for y, expected in zip(run(hybrid, layers, count=1), alone(layers, count=1), strict=True):
         assert (y - expected).norm() / expected.norm() < 0.02
+
+
+@pytest.mark.parametrize("name", ALL_FORMATS)
+def test_every_format_is_decoded(name):
+    weights = np.random.default_rng(5).standard_normal((64, 256)).astype(np.float32)
+    matrix = quantise(prune(weights, ALL_FORMATS[name], "magnitude"), name)
+    found = _decoded(matrix, torch.device("cpu"))
+    exact = torch.from_numpy(matrix.dequantise())
+    assert (found - exact).abs().max() <= 2**-8 * exact.abs().max()
 
 
 def test_images_read_back_are_what_was_loaded(device):

@@ -39,6 +39,8 @@ def said(result):
     ([*DECODE, "--model", "qwen4-exp"], "those of qwen4-exp were not published"),
     ([*DECODE, "--model", "swin-moe-s-32e"], "those of swin-moe-s-32e are of several kinds"),
     ([*DECODE, "--model", "deepseek-v3-r1"], "number of experts must be from 1 to 64"),
+    ([*DECODE, "--router", "--model", "yuan2-m32", "--config", "wide512"],
+     "a router that is a matrix, not 'Yuan2"),
     ([*DECODE, "--tokens", "1000000000"], "tokens must be such that x take at most 4 GiB"),
     ([*GEMM, "--m", "1", "--k", "1000000", "--n", "1"],
      "d_in must be a multiple of 32 from 32 to 4096 in config"),
