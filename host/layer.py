@@ -326,12 +326,19 @@ class Layer(Bound):
             if self._images is None:
                 return
             if not device.closed:
-                for command in device.in_flight:
-                    if self._images in command.keep:
-                        device.wait(command)
+                self._drain()
                 self._images.free()
                 self._descriptor.free()
             self._images = None
+
+    def _drain(self) -> None:
+        """Wait for the commands in flight that compute with this layer.
+
+        They are known by the descriptor: what stands for the images may be another object by now.
+        """
+        for command in self._device.in_flight:
+            if self._descriptor in command.keep:
+                self._device.wait(command)
 
     def __enter__(self) -> Self:
         return self

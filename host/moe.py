@@ -6,7 +6,7 @@ asked for, MOE_ROUTE.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeAlias, cast
@@ -25,9 +25,10 @@ from moeaccel.host.errors import (
     OutOfDeviceMemory,
 )
 from moeaccel.host.layers import Experts, Linear
-from moeaccel.host.memory import COMMAND_ALIGNMENT, Allocation
+from moeaccel.host.memory import Allocation
 from moeaccel.host.rings import Command
 from moeaccel.host.routing import Router
+from moeaccel.host.staging import offsets
 from moeaccel.host.tensors import (
     Like,
     Tensor,
@@ -91,7 +92,7 @@ def load_moe(device: Device, router: Router, gate_up: Stack, down: Stack, *,
         if settings.shared not in (0, behind):
             raise InvalidTensor(f"shared must have {settings.shared} experts, for which router has "
                                 f"gates, not {behind}")
-        if loaded._row_blocks > 1 or loaded._identity:
+        if loaded.row_blocks > 1 or loaded.num_identity:
             raise InvalidOption("row_blocks and identity experts must be left out where the device "
                                 "routes: its ids are entries of the table; route on the host")
         if settings.top_k + behind > TOP_K_MAX:
@@ -283,7 +284,7 @@ class Moe:
         slots = self.router.settings.top_k + self._shared
         widest = max(width, whole_blocks(self.router.settings.outputs))
         sizes = [x.nbytes, 4 * tokens * slots, 4 * tokens * slots, x.nbytes, 8 * tokens * widest]
-        *offsets, end = _offsets(sizes)
+        *at, end = offsets(sizes)
         buffers = device.memory.allocate(end, top=True)
         opcode = Opcode.MOE_ROUTE if y is None else Opcode.MOE
         command = Command(opcode.name, (
@@ -292,7 +293,7 @@ class Moe:
             buffers=buffers, first_token=first)
         addresses = dict(zip(("x_address", "ids_address", "weights_address", "y_address",
                               "workspace_address"),
-                             (buffers.address + offset for offset in offsets), strict=True))
+                             (buffers.address + offset for offset in at), strict=True))
         kind = int(element_type(x))
         try:
             device.transport.memory_write(
@@ -303,25 +304,25 @@ class Moe:
             done = device.wait(command)
             if error := command.error():
                 raise error
-            self._take_results(buffers.address, offsets, ids, weights, y)
+            self._take_results(buffers.address, at, ids, weights, y)
             return done.cycles
         finally:
             command.give_back()
             if command.completion is None and command not in device.in_flight:
                 buffers.free()
 
-    def _take_results(self, base: int, offsets: list[int], ids: NDArray[np.int32],
+    def _take_results(self, base: int, at: list[int], ids: NDArray[np.int32],
                       weights: NDArray[np.float32], y: NDArray[Any] | None) -> None:
         """Read what the command wrote, at once."""
-        begin, stop = offsets[1], offsets[3] if y is None else offsets[4]
+        begin, stop = at[1], at[3] if y is None else at[4]
         raw = self._device.transport.memory_read(base + begin, stop - begin)
         tokens, top_k = ids.shape
         slots = top_k + self._shared
         for index, values in ((1, ids), (2, weights)):
-            part = raw[offsets[index] - begin :][: 4 * tokens * slots].view(values.dtype)
+            part = raw[at[index] - begin :][: 4 * tokens * slots].view(values.dtype)
             values[:] = part.reshape(tokens, slots)[:, :top_k]
         if y is not None:
-            part = raw[offsets[3] - begin : offsets[4] - begin].view(y.dtype)
+            part = raw[at[3] - begin : at[4] - begin].view(y.dtype)
             width = whole_blocks(y.shape[1])
             y[:] = part[: tokens * width].reshape(tokens, width)[:, : y.shape[1]]
 
@@ -351,6 +352,8 @@ class Routes:
         LimitExceeded, InvalidTensor, NonFiniteInput, LogitOverflow
             If the device has no such router; for shapes and types; if a logit is not finite, or
             with its bias 2048 or more: it names the token.
+        RouterError
+            If residents are given to a sparsemixer, which does not look at them.
         """
         return routing.route(cast("Device", self), router, logits, resident=resident)
 
@@ -372,12 +375,3 @@ class Routes:
         """
         return load_moe(
             cast("Device", self), router, gate_up, down, shared=shared, **options)
-
-
-def _offsets(sizes: list[int]) -> Iterator[int]:
-    """Yield the aligned offset of each buffer when they follow one another, and the end."""
-    offset = 0
-    for size in sizes:
-        yield offset
-        offset += -(-size // COMMAND_ALIGNMENT) * COMMAND_ALIGNMENT
-    yield offset

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,8 +15,8 @@ from moeaccel.host.errors import (
     LimitExceeded,
     OutOfDeviceMemory,
 )
-from moeaccel.host.memory import COMMAND_ALIGNMENT
 from moeaccel.host.rings import Command
+from moeaccel.host.staging import offsets
 from moeaccel.host.tensors import Like, Tensor, float32, is_torch, shape_of
 from moeaccel.interface.commands import ENTRY_BYTES, ROUTER, Opcode, encode
 from moeaccel.router.choices import MODES, Renormalize, Score
@@ -76,6 +75,7 @@ class Router:
             raise RouterError(
                 f"router must have settings that there are: {error}; see "
                 "moeaccel.router.settings.RouterSettings") from None
+        self.settings.check_given(selection_bias=selection_bias)
         self.bias = self._table("bias", bias)
         self.selection_bias = self._table("selection_bias", selection_bias, SELECTION_BIAS_MAX)
 
@@ -167,6 +167,7 @@ def route(device: Device, router: Router, logits: Tensor, *, resident: Tensor | 
           ) -> tuple[Any, Any]:
     """Route by logits; :meth:`moeaccel.host.Device.route`."""
     settings = settings_of(router)
+    settings.check_given(resident=resident)
     check_router(device.config, settings)
     tokens, outputs = shape_of("logits", logits, "T", "E")
     if outputs != settings.outputs:
@@ -220,39 +221,30 @@ def _send(device: Device, fields: dict[str, int], table: NDArray[np.uint8],
           first: int) -> int:
     """Route one command's tokens, and return its cycles."""
     sizes = [ENTRY_BYTES, table.nbytes, rows.nbytes, ids.nbytes, weights.nbytes]
-    *offsets, end = _offsets(sizes)
+    *at, end = offsets(sizes)
     buffers = device.memory.allocate(end, top=True)
     command = Command(Opcode.ROUTE.name, buffers=buffers, first_token=first)
     base = buffers.address
     try:
-        here = {"table_address": base + offsets[1] if table.size else 0}
-        data = np.zeros(offsets[3], np.uint8)
+        here = {"table_address": base + at[1] if table.size else 0}
+        data = np.zeros(at[3], np.uint8)
         data[:ENTRY_BYTES] = np.frombuffer(encode(ROUTER, fields | here), np.uint8)
-        for array, offset in ((table, offsets[1]), (rows, offsets[2])):
+        for array, offset in ((table, at[1]), (rows, at[2])):
             data[offset : offset + array.nbytes] = array.reshape(-1).view(np.uint8)
         device.transport.memory_write(base, data)
         device.submit({
             "opcode": int(Opcode.ROUTE), "tokens": len(rows), "top_k": ids.shape[1],
-            "layer_address": base, "x_address": base + offsets[2],
-            "ids_address": base + offsets[3], "weights_address": base + offsets[4]}, command)
+            "layer_address": base, "x_address": base + at[2],
+            "ids_address": base + at[3], "weights_address": base + at[4]}, command)
         done = device.wait(command)
         if error := command.error():
             raise error
-        raw = device.transport.memory_read(base + offsets[3], end - offsets[3])
+        raw = device.transport.memory_read(base + at[3], end - at[3])
         ids[:] = raw[: ids.nbytes].view("<i4").reshape(ids.shape)
-        start = offsets[4] - offsets[3]
+        start = at[4] - at[3]
         weights[:] = raw[start : start + weights.nbytes].view("<f4").reshape(weights.shape)
         return done.cycles
     finally:
         command.give_back()
         if command.completion is None and command not in device.in_flight:
             buffers.free()
-
-
-def _offsets(sizes: list[int]) -> Iterator[int]:
-    """Yield the aligned offset of each buffer when they follow one another, and the end."""
-    offset = 0
-    for size in sizes:
-        yield offset
-        offset += -(-size // COMMAND_ALIGNMENT) * COMMAND_ALIGNMENT
-    yield offset

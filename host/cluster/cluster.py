@@ -115,13 +115,15 @@ class Cluster:
             How many bits coarser than it was chosen: 6 leave parts of a sum up to 8 times the
             typical output exact, and an absolute error of 2^-20 of it.
         **options
-            Others of :meth:`Device.load_experts`: formats for all experts alike, activation, limit,
-            gated, activation_bits, quantiser.
+            Others of :meth:`Device.load_experts`: weight_format (one for all experts), activation,
+            limit, gated, activation_bits, quantiser, prune. No more can be given: experts of a
+            cluster have no biases, second_up, limit_behind, row_blocks, shared or identity experts,
+            and are quantised without a calibration.
 
         Raises
         ------
         InvalidOption
-            If the share is not one of these devices and experts.
+            If the share is not one of these devices and experts, or for another option.
         ShardLost
             If a device is gone.
         """
@@ -167,7 +169,8 @@ class Cluster:
             return pieces
 
         def elsewhere(gone: Sequence[Piece]) -> list[Piece]:
-            left = [shard for shard in range(len(self)) if shard not in self._lost]
+            without = self._lost | {piece.shard for piece in gone}
+            left = [shard for shard in range(len(self)) if shard not in without]
             return loaded((shard, piece.experts[place :: len(left)], piece.block)
                           for piece in gone for place, shard in enumerate(left))
 
@@ -235,24 +238,26 @@ class Cluster:
                             number) from error
 
     def reload(self, shard: int) -> None:
-        """Load what all layers had on a device on the others, evenly.
+        """Load what all layers have on a device on the others, evenly.
 
-        It is not asked any more, lost or not.
+        It is not asked any more, lost or not; where it is not, its memory is free again. A layer
+        that an error keeps from being moved stays where it is.
 
         Raises
         ------
         InvalidOption
-            If no other device is left.
+            If there is no such device.
         ShardLost
-            If the weights of a layer were not kept, or another device is gone.
+            If no other device is left, if the weights of a layer were not kept, or another device
+            is gone.
         """
         shard = whole("shard", shard, least=0, most=len(self) - 1)
-        self._lost.add(shard)
-        if len(self._lost) == len(self):
-            raise ShardLost(f"shard {self.name(shard)} must not be the last, but all "
-                            f"{len(self)} are lost; open devices again", shard)
+        if len(self._lost | {shard}) == len(self):
+            raise ShardLost(f"shard {self.name(shard)} must not be the last, but no other of "
+                            f"{len(self)} is left; open devices again", shard)
         for layer in list(self._layers):
             layer.move(shard)
+        self._lost.add(shard)
 
 
 _OPTIONS = {"activation", "gated", "limit", "weight_format", "activation_bits", "quantiser",

@@ -217,7 +217,7 @@ class ClusterExperts:
 
     # -- shards that are lost ----------------------------------------------------------------------
     def move(self, shard: int) -> None:
-        """Load what a shard had on the others.
+        """Load what a shard has on the others, and free it there.
 
         Raises
         ------
@@ -234,6 +234,7 @@ class ClusterExperts:
                 shard)
         came = self._reload(gone)
         self._pieces[:] = [piece for piece in self._pieces if piece.shard != shard] + came
+        _drop(self._cluster, gone)
 
 
 def _drop(cluster: Cluster, pieces: list[Piece]) -> None:

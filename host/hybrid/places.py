@@ -73,16 +73,21 @@ class Places:
         return _read(experts, part.address, experts.shapes[expert].memory_bytes)
 
     def take(self, experts: Experts, expert: int) -> None:
-        """Let an image be away from the accelerator's memory, and its place there be free."""
+        """Let an image be away from the accelerator's memory, and its place there be free.
+
+        Commands in flight still find it: they are waited for, and no other begins meanwhile.
+        """
         part = self._parts[expert]
         if part is None:
             return
-        held = self.parts(experts, expert)
-        self._unwritten.add(expert)
-        self._away[expert] = held
-        self.settle(experts)
-        self._parts[expert] = None
-        part.free()
+        with experts.device._lock:
+            experts._drain()
+            held = self.parts(experts, expert)
+            self._unwritten.add(expert)
+            self._away[expert] = held
+            self.settle(experts)
+            self._parts[expert] = None
+            part.free()
 
     def give_back(self, experts: Experts, expert: int) -> None:
         """Bring an image back into the accelerator's memory, wherever there is room.

@@ -116,8 +116,10 @@ def route(
     Raises
     ------
     RouterError
-        If an array has another shape or values that do not fit.
+        If an array has another shape or values that do not fit, or is none that a sparsemixer looks
+        at.
     """
+    settings.check_given(selection_bias=selection_bias, resident=resident, ids=ids)
     experts = settings.experts
     if logits.ndim != 2 or logits.shape[1] != settings.outputs:
         raise RouterError(f"logits must be (tokens, {settings.outputs}), not {logits.shape}")

@@ -16,6 +16,7 @@ from moeaccel.interface.commands import (
     ENTRY_BYTES,
     MOE_ALIGNMENT,
     STRUCTURES,
+    ElementType,
     Field,
     NonFinite,
     Opcode,
@@ -26,13 +27,13 @@ from moeaccel.interface.commands import (
     Status,
 )
 from moeaccel.interface.registers import REGISTERS, VERSION_VALUE
-from moeaccel.router.choices import Gates, GroupScore, Renormalize, Score
+from moeaccel.router.choices import CapacityOrder, Gates, GroupScore, Renormalize, Score
 
 __all__ = ["c_header"]
 
 _ENUMS: tuple[type[enum.IntEnum], ...] = (
-    Opcode, Status, NonFinite, Overflow, Operand, Sink, Selection, Score, Renormalize, GroupScore,
-    Gates)
+    Opcode, Status, NonFinite, Overflow, ElementType, Operand, Sink, Selection, Score, Renormalize,
+    GroupScore, CapacityOrder, Gates)
 _CODES = {"format": ALL_FORMATS, "activation": ACTIVATIONS}
 
 

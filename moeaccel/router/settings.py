@@ -184,6 +184,19 @@ class RouterSettings:
             require("renormalize", self.renormalize_kind is not Renormalize.SOFTMAX_TOP_K,
                     "of scores with gates in their sum")
 
+    def check_given(self, **given: object) -> None:
+        """Refuse what a sparsemixer, which has its own selection, would not look at.
+
+        Raises
+        ------
+        RouterError
+            Naming what is not None.
+        """
+        names = [name for name, value in given.items() if value is not None]
+        if self.mixer is not None and names:
+            raise RouterError(f"{', '.join(names)} must be None with mixer, which chooses by the "
+                              "logits alone; leave them out, or route without mixer")
+
     def _kind(self, choices: type[_C], key: str) -> _C:
         return choices[key.upper()]
 

@@ -82,6 +82,14 @@ def test_a_capacity_is_one_of_all_tokens_of_a_call(device):
         device.load_moe(Router(weights, top_k=1, prior=1.5), *experts)
 
 
+def test_a_sparsemixer_looks_at_logits_only(device):
+    with pytest.raises(RouterError, match="selection_bias must be None with mixer"):
+        Router(experts=8, top_k=2, mixer=0.02, selection_bias=np.zeros(8, np.float32))
+    with pytest.raises(RouterError, match="resident must be None with mixer"):
+        device.route(Router(experts=8, top_k=2, mixer=0.02), np.zeros((1, 8), np.float32),
+                     resident=np.ones(8, bool))
+
+
 def test_a_sparsemixer_has_no_capacity():
     with pytest.raises(RouterError, match="capacity must be None with mixer, not 3"):
         RouterSettings(experts=8, top_k=2, mixer=0.02, capacity=3)

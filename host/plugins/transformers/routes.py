@@ -75,7 +75,7 @@ class Routes:
         else:
             raise InvalidOption("routes must be a RoutingTrace, the path of one, or a pair (ids, "
                                 f"weights), not {type(given).__name__}")
-        self._seen: list[tuple[object, ...]] = []  # which layer is which
+        self._seen: list[object] = []  # which layer is which
         self._next = self._pass = self._first = self._tokens = 0
 
     @property
@@ -126,7 +126,7 @@ class Routes:
         if (most := int(self._ids[:, layer].max(initial=-1))) >= experts:
             raise ForeignTrace(f"routes must name experts below {experts}, but name {most} in "
                                f"layer {layer}; record or generate a trace of this model")
-        which = identity(of.gate_up)
+        which = of.loaded_by or identity(of.gate_up)
         if layer == len(self._seen) and which not in self._seen:
             self._seen.append(which)
         if self._seen[layer : layer + 1] != [which]:

@@ -127,7 +127,7 @@ def use_device(device: Device | None, *, weight_format: str | None = None,
         False: once a layer is in device memory its parameters give up their memory; what is left
         of them are shapes, and NaN. Such a model runs on this device only, and cannot be saved or
         moved to another device or format, until :func:`release` gives it back what the device has:
-        its weights as they were quantised.
+        its weights as they were quantised. Parameters that accelerate loads for each call stay.
     policy : :class:`str` or :class:`System`, optional
         Which experts are computed where the rest of the model is: see
         :class:`moeaccel.host.hybrid.Hybrid`. When left out, all on the device. What is uploaded

@@ -100,7 +100,8 @@ def drop(weights: Weights) -> None:
 def drop_all() -> None:
     """Forget every upload."""
     with lock.held:
-        for found in [one for place in list(_uploads.values()) for one in place.values()]:
+        for found in [one for place in (*_uploads.values(), *_loaded.values())
+                      for one in place.values()]:
             found.restore()
         _uploads.clear()
         _loaded.clear()
@@ -140,7 +141,8 @@ def experts_of(weights: Weights, *, everything: bool = False) -> Experts:
             limit=weights.limit, gate_up_bias=biases[0], down_bias=biases[1],
             weight_format=session.weight_format, activation_bits=session.activation_bits,
             grid_exponent=session.grid_exponent, quantiser=session.quantiser)
-        if session.keep_host_weights:
+        # What accelerate loads for each call is whole again at the next: nothing to give up.
+        if session.keep_host_weights or weights.loaded_by:
             place[key] = _Upload(experts, session, watches)
         else:
             given_up = GivenUp(weights)  # the key is that of what is left

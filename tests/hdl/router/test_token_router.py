@@ -166,6 +166,8 @@ def test_bits(name):
     logits = logits_of(rng, 8, settings.outputs)
     ids, weights, saturated, _ = run(settings, logits, tables, config=config_of(name), rng=rng,
                                      stall=0.2)
+    if settings.mixer is not None:  # what is in the table of keys is not looked at
+        tables["selection_bias"] = None
     want = route(logits, settings, **tables)
     assert ids.tolist() == want.ids.tolist()
     assert weights.view(np.uint32).tolist() == want.weights.view(np.uint32).tolist()

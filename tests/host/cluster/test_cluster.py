@@ -154,8 +154,31 @@ def test_a_lost_device_is_named_and_its_experts_move_when_asked(devices, alone):
             layers[0](*call())
         with pytest.raises(errors.ShardLost, match="shard 2"):
             cluster.reload(0)  # the last is gone, too
-        with pytest.raises(errors.ShardLost, match="but all 3 are lost"):
+        with pytest.raises(errors.ShardLost, match="but no other of 3 is left"):
             cluster.reload(2)
+
+
+def test_a_device_that_works_is_emptied(devices, alone):
+    before = devices[1].memory.free_bytes
+    with Cluster(devices) as cluster:
+        moving = cluster.load_experts(*weights(), grid_exponent=GRID)
+        cluster.reload(1)
+        assert devices[1].memory.free_bytes == before and cluster.lost == {1}
+        assert {piece.shard for piece in moving.pieces} == {0, 2}
+        assert np.array_equal(moving(*call()), alone[1, GRID][0])
+    with Cluster(devices) as cluster:  # what cannot be moved stays, and works
+        staying = cluster.load_experts(*weights(), grid_exponent=GRID, keep_host_weights=False)
+        with pytest.raises(errors.ShardLost, match="keep_host_weights=True"):
+            cluster.reload(1)
+        assert not cluster.lost and devices[1].memory.free_bytes < before
+        assert np.array_equal(staying(*call()), alone[1, GRID][0])
+    with Cluster(devices[:1]) as cluster, pytest.raises(
+            errors.ShardLost, match="must not be the last, but no other of 1 is left"):
+        cluster.reload(0)
+    with Cluster(devices) as cluster:
+        for name in ("gate_up_bias", "down_bias", "second_up", "limit_behind"):
+            with pytest.raises(errors.InvalidOption, match=f"not {name}"):
+                cluster.load_experts(*weights(), **{name: None})
 
 
 def test_a_cluster_that_reloads_goes_on(devices, alone):

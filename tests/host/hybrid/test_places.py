@@ -150,6 +150,39 @@ def test_a_device_lost_at_any_step_loses_no_image():
         assert all(map(torch.equal, run(hybrid, layers), expected))
 
 
+class Lazy(GoldenTransport):
+    """Computes when it is waited for."""
+
+    awaited = False
+
+    def _execute_ring(self):
+        if self.awaited:
+            super()._execute_ring()
+
+    def wait_interrupt(self, timeout_s):
+        self.awaited = True
+        raised = super().wait_interrupt(timeout_s)
+        self.awaited = False
+        return raised
+
+
+def test_calls_in_flight_find_what_they_need():
+    with open_device(Lazy(TINY, memory_bytes=1 << 22), config="tiny") as device:
+        experts, other = layers_of(device)
+        call = next(iter(calls()))
+        expected = [layer(*call) for layer in (experts, other)]
+        handle = experts.submit(*call)
+        assert device.in_flight
+        for e in range(EXPERTS):
+            Places.of(experts).take(experts, e)
+        assert torch.equal(experts.sync(handle), expected[0])
+        handle = other.submit(*call)
+        Places.of(other)  # from now on images have places of their own
+        other.close()
+        assert not device.in_flight
+        assert torch.equal(other.sync(handle), expected[1])
+
+
 def test_what_single_copy_must_be():
     with pytest.raises(errors.InvalidOption, match="single_copy must be True or False, not 1"):
         Hybrid(single_copy=1)

@@ -224,6 +224,15 @@ def test_bad_tables_are_named(tables, text):
         route(np.zeros((1, 8), np.float32), RouterSettings(experts=8, top_k=2), **tables)
 
 
+@pytest.mark.parametrize("given", [["selection_bias"], ["resident"], ["ids"],
+                                   ["selection_bias", "resident", "ids"]])
+def test_what_a_sparsemixer_does_not_look_at_is_named(given):
+    tables = {"selection_bias": np.zeros(8), "resident": np.ones(8, bool), "ids": [[0, 1]]}
+    with pytest.raises(RouterError, match=f"^{', '.join(given)} must be None with mixer"):
+        route(np.zeros((1, 8), np.float32), RouterSettings(experts=8, top_k=2, mixer=0.02),
+              **{name: tables[name] for name in given})
+
+
 def test_bad_logits_are_named():
     with pytest.raises(RouterError, match=r"logits must be \(tokens, 8\), not \(2, 9\)"):
         route(np.zeros((2, 9), np.float32), RouterSettings(experts=8, top_k=2))

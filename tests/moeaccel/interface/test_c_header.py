@@ -1,5 +1,6 @@
 """The C header, compiled: offsets, masks and layouts are those of the tables."""
 
+import enum
 import random
 import shutil
 import subprocess
@@ -9,8 +10,18 @@ import pytest
 from moeaccel.config import PRESETS
 from moeaccel.formats import FORMATS
 from moeaccel.interface.c_header import c_header
-from moeaccel.interface.commands import ENTRY_BYTES, STRUCTURES, Opcode, Sink, Status, encode
+from moeaccel.interface.commands import (
+    ENTRY_BYTES,
+    STRUCTURES,
+    ElementType,
+    Opcode,
+    Sink,
+    Status,
+    encode,
+)
 from moeaccel.interface.registers import REGISTERS
+from moeaccel.router.descriptor import descriptor
+from moeaccel.router.settings import RouterSettings
 
 COMPILER = shutil.which("gcc") or shutil.which("cc")
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C compiler")
@@ -71,7 +82,13 @@ def test_constants(tmp_path):
                 "MOEACCEL_STATUS_WATCHDOG": Status.WATCHDOG,
                 "MOEACCEL_SINK_COMBINE": Sink.COMBINE, "MOEACCEL_ACTIVATION_RELU": 1,
                 "sizeof(MOEACCEL_CONFIG_FORMATS)": len(",".join(tiny.formats)) + 1,
-                "MOEACCEL_FORMAT_MXFP4": FORMATS["mxfp4"].code}
+                "MOEACCEL_FORMAT_MXFP4": FORMATS["mxfp4"].code,
+                "MOEACCEL_ELEMENT_TYPE_BFLOAT16": ElementType.BFLOAT16}
+    router = descriptor(RouterSettings(experts=8, top_k=2), biased=False, tables=False,
+                        table_address=0)
+    for field, code in router.items():
+        if isinstance(code, enum.IntEnum):
+            expected |= {f"MOEACCEL_{field.upper()}_{one.name}": one for one in type(code)}
     for register in REGISTERS.values():
         expected[f"MOEACCEL_REG_{register.name}"] = register.address
         if register.reset:

@@ -26,10 +26,12 @@ class Hook:
 
 
 @torch.no_grad()
-def test_parameters_that_are_loaded_for_each_call_are_uploaded_once(device):
-    """What accelerate does, without it."""
+@pytest.mark.parametrize("keep", [True, False])
+def test_parameters_that_are_loaded_for_each_call_are_uploaded_once(device, keep):
+    """What accelerate does, without it; and it keeps them, whoever else gives them up."""
+    plugin.use_device(device, weight_format="mxint8", activation_bits=16, keep_host_weights=keep)
     module = toy()
-    expected = module(*CALL)
+    expected = toy()(*CALL)
     module._hf_hook = Hook()
     free, layers = device.memory.free_bytes, []
     for _ in range(3):
@@ -49,6 +51,17 @@ def test_parameters_that_are_loaded_for_each_call_are_uploaded_once(device):
     gc.collect()
     uploads.drop_all()
     assert device.memory.free_bytes >= free
+
+
+def test_every_upload_is_restored_when_all_are_forgotten(device, monkeypatch):
+    restored = set()
+    monkeypatch.setattr(uploads._Upload, "restore", lambda one: restored.add(one.experts))
+    modules = [toy(), toy()]
+    modules[0]._hf_hook = Hook()
+    with torch.no_grad():
+        layers = {uploads.experts_of(Weights.of(module)) for module in modules}
+    uploads.drop_all()
+    assert layers <= restored
 
 
 def test_contents_are_compared_wherever_they_lie():

@@ -162,3 +162,34 @@ def test_what_is_no_trace_is_refused(device, tmp_path):
             plugin.use_device(device, routes=routes)
     with pytest.raises(errors.InvalidOption, match="unsupported must be 'refuse' with routes"):
         plugin.use_device(device, routes=(ids, None), unsupported="eager")
+
+
+class Loading:
+    """As accelerate's AlignDevicesHook: parameters are other tensors in each call, here those that
+    another layer had before."""
+
+    offload = True
+
+
+@torch.no_grad()
+def test_parameters_that_are_loaded_for_each_call_are_those_of_their_layer(device, ids):
+    network = model()
+    with record(network) as recording:
+        before = network(ids[:1]).logits
+        network(ids[:1])
+    plugin.use_device(device, weight_format="mxint8", activation_bits=16,
+                      routes=recording.trace())
+    places = {}  # one for all layers
+
+    def load(module, _):
+        for name, values in module.kept.items():
+            place = places.setdefault(name, torch.empty_like(values))
+            setattr(module, name, torch.nn.Parameter(place.copy_(values)))
+
+    for layer in network.model.layers:
+        experts = layer.mlp.experts
+        experts._hf_hook = Loading()
+        experts.kept = {name: p.detach().clone() for name, p in experts.named_parameters()}
+        experts.register_forward_pre_hook(load)
+    for _ in range(2):
+        assert torch.equal(network(ids[:1]).logits, before)
