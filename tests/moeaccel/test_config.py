@@ -57,7 +57,8 @@ def test_bad_field_is_named(field, value, expected):
 def test_unknown_preset_lists_the_known_ones():
     with pytest.raises(
         ConfigurationError,
-        match="tiny, small, ulx3s, wide512, hbm32, peer256, ulx3s-router, wide512-sparse, not 'huge'",
+        match="tiny, small, ulx3s, wide512, hbm32, peer256, ulx3s-router, wide512-sparse, "
+              "not 'huge'",
     ):
         preset("huge")
 
