@@ -240,7 +240,8 @@ async def bad_layers(dut):
     for name, (change, word) in BAD_LAYERS.items():
         dut._log.info("bad layer: %s", name)
         descriptor = bench.layout.place(encode(LAYER, {**layer, **change}))
-        await bench.run(Work({**good.fields, "layer_address": descriptor}, Status.BAD_LAYER, word))
+        await bench.run(Work({**good.fields, "layer_address": descriptor}, Status.BAD_LAYER, word,
+                             address=descriptor))
     for name, (change, word) in BAD_EXPERTS.items():
         dut._log.info("bad entry: %s", name)
         fields = {**good.fields, "layer_address": bench.with_entry(layer, 1, **change)}

@@ -62,7 +62,7 @@ def zeros(*shape):
     (zeros(2, 64, 500), zeros(2, 500, 32), {}, errors.LimitExceeded,
      r"^d_model must .* not 500 \(512 in whole blocks\); presets"),
     (zeros(2, 4096, 64), zeros(2, 64, 2048), {}, errors.LimitExceeded,
-     "^d_expert must .* 256 in config 'tiny', not 2048; presets that can: ulx3s, peer256, wide512"),
+     "^d_expert must .* 256 in config 'tiny', not 2048; presets that can: ulx3s, ulx3s-router, "),
     (zeros(1, 64, 65536), zeros(1, 65536, 32), {}, errors.LimitExceeded, "no preset can, make"),
     (zeros(2, 64, 64).astype(int), zeros(2, 64, 32), {}, errors.InvalidTensor, "floating point"),
     (zeros(2, 64, 64) * np.nan, zeros(2, 64, 32), {}, FormatError, "finite"),

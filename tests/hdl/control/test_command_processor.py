@@ -61,10 +61,12 @@ def test_jobs_and_completions(preset, stall):
         assert not ctx.get(bench.dut.busy)
 
     bench.run(testbench)
-    assert bench.jobs == [
+    expected = [
         job_of(GOOD_SUBMISSION, GOOD_LAYER),
         job_of(GOOD_SUBMISSION | GEMM, GOOD_LAYER),
         job_of(GOOD_SUBMISSION | other, GOOD_LAYER)]
+    assert [{name: job[name] for name in expected[0]} for job in bench.jobs] == expected
+    assert not any(job.get("route") or job.get("continues") for job in bench.jobs)
     assert bench.log == ["done", "irq"] * 5  # acknowledged, then the interrupt
     assert bench.counts == [
         (1, 3, 0, 0), (1, 3, 0, 0), (1, 0, 0, 0), (1, 0, 0, 0), (1, 5, 0, 0)]
