@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moeaccel.errors import FormatError
 from moeaccel.formats.base import QuantisedMatrix, WeightFormat
-from moeaccel.formats.scales import fit_minima, fit_rows, minimum_exponents, split_scales
+from moeaccel.formats.scales import fit_minima, fit_rows, groups_of, minimum_exponents, split_scales
 
 __all__ = ["OPTIONAL"]
 
@@ -56,24 +55,7 @@ class Int4Minimum(WeightFormat):
             that are not finite.
         """
         n, k = weights.shape
-        if quantiser not in ("search", "amax"):
-            raise FormatError(f"quantiser of {self.name} must be 'search' or 'amax', not "
-                              f"{quantiser!r}")
-        groups = -(-k // self.group)
-        pad = (0, groups * self.group - k)
-        importance = np.ones(k)
-        if moments is not None and quantiser == "search":
-            moments = np.asarray(moments, np.float64)
-            if moments.shape not in ((k,), (k, k)) or not np.isfinite(moments).all():
-                raise FormatError(f"moments must be finite, of the shape {(k,)} or {(k, k)}, not "
-                                  f"{moments.shape}")
-            importance = moments if moments.ndim == 1 else moments.diagonal()
-        if not np.isfinite(weights).all():
-            raise FormatError("weights must be finite; the tensor holds NaN or infinity")
-        # Behind a short group its last weight again: it changes no range, and weighs nothing.
-        grouped = np.pad(weights.astype(np.float64), ((0, 0), pad), mode="edge").reshape(
-            n, groups, self.group)
-        each = np.broadcast_to(np.pad(importance, pad).reshape(groups, self.group), grouped.shape)
+        grouped, each = groups_of(self, weights, quantiser, moments)
         bottom = grouped.min(axis=2)
         span = grouped.max(axis=2) - bottom
         best = np.full(span.shape, np.inf)

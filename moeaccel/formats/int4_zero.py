@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moeaccel.errors import FormatError
 from moeaccel.formats.base import QuantisedMatrix, WeightFormat
-from moeaccel.formats.scales import fit_rows, split_scales
+from moeaccel.formats.scales import fit_rows, groups_of, split_scales
 
 __all__ = ["OPTIONAL"]
 
@@ -62,22 +61,7 @@ class Int4Zero(WeightFormat):
             that are not finite.
         """
         n, k = weights.shape
-        if quantiser not in ("search", "amax"):
-            raise FormatError(f"quantiser of {self.name} must be 'search' or 'amax', not "
-                              f"{quantiser!r}")
-        groups = -(-k // self.group)
-        pad = (0, groups * self.group - k)
-        importance = np.ones(k)
-        if moments is not None and quantiser == "search":
-            moments = np.asarray(moments, np.float64)
-            if moments.shape not in ((k,), (k, k)) or not np.isfinite(moments).all():
-                raise FormatError(f"moments must be finite, of the shape {(k,)} or {(k, k)}, not "
-                                  f"{moments.shape}")
-            importance = moments if moments.ndim == 1 else moments.diagonal()
-        if not np.isfinite(weights).all():
-            raise FormatError("weights must be finite; the tensor holds NaN or infinity")
-        grouped = np.pad(weights.astype(np.float64), ((0, 0), pad)).reshape(n, groups, self.group)
-        each = np.pad(importance, pad).reshape(1, groups, self.group)
+        grouped, each = groups_of(self, weights, quantiser, moments)
         low = np.minimum(grouped.min(axis=2), 0)
         span = np.maximum(grouped.max(axis=2), 0) - low
         best = np.full(span.shape, np.inf)

@@ -5,14 +5,48 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from moeaccel.errors import FormatError
 from moeaccel.formats.base import MINIMUM_SHIFT_MAX, SIGNIFICAND_BITS, WeightFormat
 
-__all__ = ["fit_minima", "fit_rows", "minimum_exponents", "split_scales"]
+__all__ = ["fit_minima", "fit_rows", "groups_of", "minimum_exponents", "split_scales"]
 
 Integers = NDArray[np.int64]
 
 _NEVER = np.int64(-(1 << 14))
 """Exponent of a row in which there is nothing."""
+
+
+def groups_of(fmt: WeightFormat, weights: NDArray[np.float32], quantiser: str,
+              moments: NDArray[np.floating] | None
+              ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return a matrix's groups, (n, groups, group), and what an error in each weight counts, of a
+    format that is quantised group by group.
+
+    Raises
+    ------
+    FormatError
+        For a quantiser other than ``"amax"`` and ``"search"``, moments of another shape, and
+        weights that are not finite.
+    """
+    n, k = weights.shape
+    if quantiser not in ("search", "amax"):
+        raise FormatError(f"quantiser of {fmt.name} must be 'search' or 'amax', not {quantiser!r}")
+    groups = -(-k // fmt.group)
+    pad = (0, groups * fmt.group - k)
+    importance = np.ones(k)
+    if moments is not None and quantiser == "search":
+        moments = np.asarray(moments, np.float64)
+        if moments.shape not in ((k,), (k, k)) or not np.isfinite(moments).all():
+            raise FormatError(f"moments must be finite, of the shape {(k,)} or {(k, k)}, not "
+                              f"{moments.shape}")
+        importance = moments if moments.ndim == 1 else moments.diagonal()
+    if not np.isfinite(weights).all():
+        raise FormatError("weights must be finite; the tensor holds NaN or infinity")
+    # Behind a short group its last weight again: it changes no range, and weighs nothing.
+    grouped = np.pad(weights.astype(np.float64), ((0, 0), pad), mode="edge").reshape(
+        n, groups, fmt.group)
+    each = np.pad(importance, pad).reshape(groups, fmt.group)
+    return grouped, np.broadcast_to(each, grouped.shape)
 
 
 def split_scales(fmt: WeightFormat, scales: NDArray[np.float64]) -> tuple[Integers, Integers]:
