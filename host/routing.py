@@ -127,12 +127,23 @@ def _refusal(config: AcceleratorConfig, settings: RouterSettings) -> str | None:
     if (settings.score_kind is Score.IDENTITY
             and settings.renormalize_kind is not Renormalize.SOFTMAX_TOP_K):
         return f"renormalize must be softmax_top_k with score identity, not {settings.renormalize}"
+    for mode, (name, off) in modes_of(settings).items():
+        if mode not in config.router_modes:
+            return (f"{name} must be {off} without {mode!r} in router_modes, not "
+                    f"{getattr(settings, name)!r}")
+    return None
+
+
+def modes_of(settings: RouterSettings) -> dict[str, tuple[str, Any]]:
+    """Return the modes that hardware must have for a router, each with the setting that asks for
+    it, and what that is without."""
+    found: dict[str, tuple[str, Any]] = {}
     for mode in MODES:
         for name in ("prior", "prior_keep") if mode == "prior" else (mode,):
             off = {"prior": 0, "gates": "none"}.get(mode)
-            if mode not in config.router_modes and (value := getattr(settings, name)) != off:
-                return f"{name} must be {off} without {mode!r} in router_modes, not {value!r}"
-    return None
+            if getattr(settings, name) != off:
+                found.setdefault(mode, (name, off))
+    return found
 
 
 def check_tokens(settings: RouterSettings, tokens: int, most: int) -> None:

@@ -77,7 +77,7 @@ class Call:
 
     def fields(self, **changes):
         return {"opcode": int(self.opcode), "tokens": len(self.x), "top_k": self.slots,
-                "layer_address": self.moe._block.address,
+                "layer_address": self.moe._tasks[0].block.address,
                 **{f"{name}_address": at for name, at in self.addresses.items()}, **changes}
 
     def results(self):
@@ -97,7 +97,7 @@ def three_commands(call):
     for at, values in ((0, np.tile(np.arange(2, dtype="<i4"), tokens)),
                        (room, np.ones(2 * tokens, "<f4"))):
         device.transport.memory_write(planes.address + at, values.view(np.uint8))
-    block, logits = moe._block.address, call.addresses["workspace"]
+    block, logits = moe._tasks[0].block.address, call.addresses["workspace"]
     sums = device.memory.allocate(8 * tokens * 64)
     for changes in (
             {"opcode": Opcode.EXPERTS, "top_k": 2, "layer_address": block, "y_address": logits,
@@ -223,7 +223,7 @@ def test_bad_fields_are_named(pair, opcode, part, changes, status, word):
     def script(device):
         with load(device) as moe:
             call = Call(device, moe, draw(np.random.default_rng(0), 4, 64), opcode)
-            block = moe._block.address
+            block = moe._tasks[0].block.address
             raw = device.transport.memory_read(block, ENTRY_BYTES * len(MOE_BLOCK)).tobytes()
             parts = [raw[at : at + ENTRY_BYTES] for at in range(0, len(raw), ENTRY_BYTES)]
             if part is not None:
@@ -314,7 +314,7 @@ def test_a_bad_expert_of_either_table(pair, part, word):
     def script(device):
         with load(device, top_k=8) as moe:
             call = Call(device, moe, draw(np.random.default_rng(0), 9, 64))
-            at = moe._block.address + ENTRY_BYTES * part
+            at = moe._tasks[0].block.address + ENTRY_BYTES * part
             table = decode(LAYER, device.transport.memory_read(at, 64).tobytes())["table_address"]
             entry = device.transport.memory_read(table + 64, 64)
             entry[2] = 1  # flags

@@ -242,6 +242,13 @@ def test_progress_needs_a_terminal_and_no_json(monkeypatch, capsys):
         with output.Status(as_json) as status:
             status("working")
     assert capsys.readouterr() == ("", "")
+    for as_json in (False, True):  # but for what takes long
+        with output.Status(as_json, lines=True) as status:
+            status("working")
+            status("more")
+    found = [line.split(" s  ") for line in capsys.readouterr().err.splitlines()]
+    assert [text for _, text in found] == ["working", "more"]
+    assert all(float(seconds) >= 0 for seconds, _ in found)
     for as_json in (False, True):
         terminal = Terminal()
         monkeypatch.setattr(sys, "stderr", terminal)
