@@ -18,16 +18,15 @@ from numpy.typing import NDArray
 from moeaccel.config import TOP_K_MAX
 from moeaccel.formats import whole_blocks
 from moeaccel.host import routing, weights as loading
+from moeaccel.host.calls import Pending, Sent, send_parts
 from moeaccel.host.errors import (
     DeviceClosed,
     InvalidOption,
     InvalidTensor,
     LimitExceeded,
-    OutOfDeviceMemory,
 )
 from moeaccel.host.layers import Experts, Linear
 from moeaccel.host.memory import Allocation
-from moeaccel.host.rings import Command
 from moeaccel.host.routing import Router
 from moeaccel.host.staging import offsets
 from moeaccel.host.tensors import (
@@ -276,14 +275,38 @@ class Moe:
         chosen = self._task(task)
         if chosen.router.settings.weight_on_kind is WeightOn.INPUT:
             return self._weighted(x, chosen)
-        return self._call(x, chosen, compute=True)[2]
+        return self._submit(x, chosen, compute=True).result()[2]
+
+    def submit(self, x: Tensor, *, task: int = 0) -> Pending:
+        """Send a call to the device and return a handle for :meth:`sync`; otherwise as a call.
+
+        Raises
+        ------
+        InvalidOption
+            With weights on the input, too: the host multiplies x by them, between two commands.
+        """
+        chosen = self._task(task)
+        if chosen.router.settings.weight_on_kind is WeightOn.INPUT:
+            raise InvalidOption("weight_on must be 'output' for submit, not 'input': the host "
+                                "multiplies x between two commands; call the layer")
+        return self._submit(x, chosen, compute=True)
+
+    def sync(self, handle: Pending) -> Any:
+        """Wait for what :meth:`submit` has sent and return y, (T, H); once.
+
+        Raises
+        ------
+        HandleConsumed
+            The second time. Otherwise as a call.
+        """
+        return handle.result()[2]
 
     def route(self, x: Tensor, *, task: int = 0) -> tuple[Any, Any]:
         """Return ids, (T, k) int64, and weights, (T, k) float32, that x is routed by.
 
         Shared experts are not among them. Errors are those of a call.
         """
-        ids, weights, _ = self._call(x, self._task(task), compute=False)
+        ids, weights, _ = self._submit(x, self._task(task), compute=False).result()
         places: Any = ids.astype(np.int64)
         if is_torch(x):
             import torch
@@ -302,7 +325,7 @@ class Moe:
 
         Shared experts take x as it is, and are added in float32.
         """
-        ids, weights, _ = self._call(x, task, compute=False)
+        ids, weights, _ = self._submit(x, task, compute=False).result()
         rows = float32("x", x)
         tokens = len(rows)
         if not self._shared:
@@ -334,8 +357,8 @@ class Moe:
         self.close()
 
     # -- commands ----------------------------------------------------------------------------------
-    def _call(self, x: Tensor, task: _Task, *, compute: bool
-              ) -> tuple[NDArray[np.int32], NDArray[np.float32], Any]:
+    def _submit(self, x: Tensor, task: _Task, *, compute: bool) -> Pending:
+        """Send a call whose result is ids and weights without shared experts, and y."""
         if self._closed:
             raise DeviceClosed("layer must not be used after it was closed; load it again")
         d_model = task.plane.shape.d_in
@@ -353,24 +376,16 @@ class Moe:
         config = self._device.config
         most = min(config.max_tokens, config.max_assignments // (top_k + self._shared))
         routing.check_tokens(settings, tokens, most)
-        first, cycles = 0, 0
-        while first < tokens:
-            part = slice(first, min(first + most, tokens))
-            try:
-                cycles += self._send(task, rows[part], ids[part], weights[part],
-                                     y[part] if compute else None, first)
-            except OutOfDeviceMemory:
-                most = (part.stop - first) // 2
-                if not most or settings.capacity is not None:
-                    raise
-            else:
-                first = part.stop
-        self._device._last_cycles = cycles
-        return ids, weights, Like.of(x)(y)
+        like = Like.of(x)
+        parts = send_parts(
+            self._device, tokens, most, lambda part: self._send(
+                task, rows[part], ids[part], weights[part], y[part] if compute else None,
+                part.start), together=settings.capacity is not None)
+        return Pending(self._device, parts, lambda: (ids, weights, like(y)))
 
     def _send(self, task: _Task, x: NDArray[Any], ids: NDArray[np.int32],
-              weights: NDArray[np.float32], y: NDArray[Any] | None, first: int) -> int:
-        """Send the command of one part, take what it wrote, and return its cycles."""
+              weights: NDArray[np.float32], y: NDArray[Any] | None, first: int) -> Sent:
+        """Send the command of some tokens."""
         device, settings = self._device, task.router.settings
         tokens, width = x.shape
         slots = settings.top_k + self._shared
@@ -379,32 +394,22 @@ class Moe:
         *at, end = offsets(sizes)
         buffers = device.memory.allocate(end, top=True)
         opcode = Opcode.MOE_ROUTE if y is None else Opcode.MOE
-        command = Command(opcode.name, (
-            task.block, *(part for layer in (task.plane, self.experts)
-                     for part in (layer._images, layer._descriptor))),
-            buffers=buffers, first_token=first)
         addresses = dict(zip(("x_address", "ids_address", "weights_address", "y_address",
                               "workspace_address"),
                              (buffers.address + offset for offset in at), strict=True))
         kind = int(element_type(x))
-        try:
-            device.transport.memory_write(
-                addresses["x_address"], np.ascontiguousarray(x).view(np.uint8).reshape(-1))
-            device.submit({
+        return Sent(
+            device, opcode.name, {
                 "opcode": int(opcode), "tokens": tokens, "top_k": slots, "x_type": kind,
                 "y_type": kind, "layer_address": task.block.address, **addresses},
-                command)
-            done = device.wait(command)
-            if error := command.error():
-                raise error
-            self._take_results(buffers.address, at, ids, weights, y)
-            return done.cycles
-        finally:
-            command.give_back()
-            if command.completion is None and command not in device.in_flight:
-                buffers.free()
+            buffers=buffers,
+            inputs={buffers.address: np.ascontiguousarray(x).view(np.uint8).reshape(-1)},
+            take=lambda: self._take_results(buffers.address, at, ids, weights, y),
+            keep=(task.block, *(part for layer in (task.plane, self.experts)
+                                for part in (layer._images, layer._descriptor))),
+            first_token=first)
 
-    def _take_results(self, base: int, at: list[int], ids: NDArray[np.int32],
+    def _take_results(self, base: int, at: Sequence[int], ids: NDArray[np.int32],
                       weights: NDArray[np.float32], y: NDArray[Any] | None) -> None:
         """Read what the command wrote, at once."""
         begin, stop = at[1], at[3] if y is None else at[4]
