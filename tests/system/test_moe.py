@@ -156,6 +156,27 @@ def test_bits_are_those_of_three_commands(request, memory, settings):
         both.check()
 
 
+@pytest.mark.parametrize("settings", [{"shared": 2, **SIGMOID}, {"d_model": 96}], ids=str)
+def test_bfloat16(slow, settings):
+    """Half the bytes of x and y; routes are those of the rounded x."""
+    import torch
+
+    def script(device):
+        with load(device, **settings) as moe:
+            d_model = moe.experts.shape.d_model
+            x = torch.from_numpy(draw(np.random.default_rng(5), 20, d_model) * 8).bfloat16()
+            ids, weights = moe.route(x)
+            wide = moe.route(x.float())
+            assert (ids == wide[0]).all() and (weights == wide[1]).all()
+            y = moe(x)
+            assert (y == moe(x.float()).bfloat16()).all()
+            return y
+
+    slow.reset()
+    assert slow.same(script).any()
+    slow.check()
+
+
 def test_one_submission_a_call(pair):
     def script(device):
         with load(device) as moe:
@@ -260,8 +281,12 @@ def test_outside_the_window(slow, what):
     def script(device):
         with load(device) as moe:
             call = Call(device, moe, draw(np.random.default_rng(0), 9, 64))
+            before = device.counters()
             command = execute(device, call.fields(**{f"{what}_address": 1 << 39}))
             call.close()
+            after = device.counters()  # what it computed with is not what memory holds
+            assert all(after[name] == before[name]
+                       for name in ("tokens", "overflows", "underflows"))
             return command
 
     assert slow.same_completion(script).status == Status.WINDOW
