@@ -342,7 +342,7 @@ def _quantised(bench: Bench, kind: ExpertKind, floats: Sequence[NDArray[np.float
     from moeaccel.image import Expert
 
     return Expert.quantise(
-        *floats[:2], weight_format(bench.weight_format), activation=kind.activation,
+        floats[0], floats[1], weight_format(bench.weight_format), activation=kind.activation,
         limit=kind.limit, prune="magnitude", channels=bench.device.config.channels,
         **dict(zip(("gate_up_bias", "down_bias"), floats[2:], strict=False)))
 

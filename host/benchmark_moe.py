@@ -172,14 +172,14 @@ def _draw_task(bench: Bench, model: Model, settings: RouterSettings, x: NDArray[
     weight = rng.standard_normal((outputs, d_model), dtype=np.float32) / np.float32(
         np.sqrt(d_model))
     kind = model.router
-    tables = {name: rng.standard_normal(settings.experts) / 8 if there else None
-              for name, there in (("selection_bias", kind.selection_bias), ("bias", kind.bias))}
+    selection_bias, bias = (rng.standard_normal(settings.experts) / 8 if there else None
+                            for there in (kind.selection_bias, kind.bias))
     every = np.tile(np.arange(MOE_PLANES), (tokens, 1))
     logits = golden.experts(
         filled(x), every, np.ones(every.shape, np.float32),
         [part.filled(whole_blocks(outputs), whole_blocks(d_model))
          for part in router_planes(bench.device.config, weight)], grid_exponent=LOGIT_GRID)
-    routed = route(logits.y[:, :outputs], settings, **tables)
+    routed = route(logits.y[:, :outputs], settings, bias=bias, selection_bias=selection_bias)
     ids, weights = routed.ids, routed.weights
     behind = shared - settings.shared  # those without a gate
     if behind:
@@ -187,7 +187,8 @@ def _draw_task(bench: Bench, model: Model, settings: RouterSettings, x: NDArray[
             np.arange(settings.experts, settings.experts + behind, dtype=np.int32), (tokens, 1))])
         weights = np.hstack([weights, np.ones((tokens, behind), np.float32)])
     return _Task(
-        router=Router(weight, **tables, **asdict(settings)), ids=ids, weights=weights,
+        router=Router(weight, bias=bias, selection_bias=selection_bias, **asdict(settings)),
+        ids=ids, weights=weights,
         plane=load_router_weight(bench.device, weight, grid_exponent=LOGIT_GRID))
 
 

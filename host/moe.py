@@ -67,12 +67,10 @@ LOGIT_GRID = -30
 def load_moe(device: Device, router: Router | Sequence[Router], gate_up: Stack, down: Stack, *,
              shared: GatedShared | None = None, **options: Any) -> Moe:
     """Put a layer into a device's memory; :meth:`moeaccel.host.Device.load_moe`."""
-    if isinstance(router, Sequence) and not isinstance(router, str):
-        if not router:
-            raise InvalidOption("router must be at least one, not an empty sequence")
-        given, several = list(router), len(router) > 1
-    else:
-        given, several = [router], False
+    given: list[Any] = list(router) if isinstance(router, tuple | list) else [router]
+    several = len(given) > 1
+    if not given:
+        raise InvalidOption("router must be at least one, not an empty sequence")
     ready: list[tuple[Router, Tensor]] = []
     pairs: Shared | None = None
     for task, one in enumerate(given):
