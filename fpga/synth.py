@@ -79,7 +79,7 @@ def _sdram_controller(config: AcceleratorConfig) -> wiring.Component:
 def _route_unit(config: AcceleratorConfig) -> wiring.Component:
     """Return the configuration's router, or the one that a small board may have."""
     return RouteUnit(config if config.router else config.replace(
-        router=("softmax", "sigmoid"), router_top_k=8))
+        router=("softmax", "sigmoid"), router_top_k=8), "ecp5")
 
 
 def _serial_link(config: AcceleratorConfig) -> wiring.Component:
