@@ -16,11 +16,12 @@ from moeaccel.host.plugins.transformers.model import (
     choose_config,
     refresh,
     release,
+    routing,
 )
 from moeaccel.host.plugins.transformers.operator import NAME, experts_forward, register
 from moeaccel.host.plugins.transformers.session import Session, current_session, use_device
 
 __all__ = ["NAME", "Choice", "Session", "check_model", "choose_config", "current_session",
-           "experts_forward", "refresh", "register", "release", "use_device"]
+           "experts_forward", "refresh", "register", "release", "routing", "use_device"]
 
 register()
