@@ -18,7 +18,7 @@ from moeaccel.host.plugins.transformers.choice import Choice
 from moeaccel.host.plugins.transformers.modules import Weights, look
 from moeaccel.host.plugins.transformers.operator import NAME, warn_once, why_refused
 from moeaccel.host.plugins.transformers.probing import Call, probed
-from moeaccel.host.plugins.transformers.routed import RoutedBlock, blocks_in, wanted
+from moeaccel.host.plugins.transformers.routed import RoutedBlock, blocks_in, needs, wanted
 from moeaccel.host.plugins.transformers.session import (
     check_memory,
     choice_for,
@@ -126,8 +126,7 @@ def choose_config(model: torch.nn.Module, *, weight_format: str | None = None) -
         If one of these variables makes no sense.
     """
     _check_type(model, torch.nn.Module)
-    return choice_for([dims for layer in _weights_in(model) for dims in wanted(*layer).dims],
-                      weight_format=weight_format)
+    return choice_for(needs(model), weight_format=weight_format)
 
 
 # -- is it used? -----------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ is set. What a block computes, ``blocks`` finds out at its first call.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import types
@@ -48,7 +49,7 @@ from moeaccel.host.plugins.transformers.uploads import Wanted, layer_of, plain, 
 from moeaccel.host.routing import Router, check_router
 from moeaccel.router.settings import RouterSettings
 
-__all__ = ["RoutedBlock", "blocks_in", "wanted"]
+__all__ = ["RoutedBlock", "blocks_in", "needs", "wanted"]
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +117,13 @@ def _is_ours(block: torch.nn.Module) -> bool:
     return isinstance(found, types.MethodType) and found.__func__ is forward
 
 
+def _is_its_own(block: torch.nn.Module) -> bool:
+    """Return whether a forward is that of the class, also where a pickle has made it an
+    attribute."""
+    own = type(block).forward
+    return getattr(vars(block).get("forward", own), "__func__", own) is own
+
+
 def _take(model: torch.nn.Module) -> None:
     """Let blocks that the plug-in may compute ask for it."""
     with lock.held:
@@ -124,7 +132,7 @@ def _take(model: torch.nn.Module) -> None:
                 continue
             _seen.add(module)
             name = experts_in(module)
-            if name is None or ("forward" in vars(module) and not _is_ours(module)):
+            if name is None or not (_is_ours(module) or _is_its_own(module)):
                 continue
             experts = getattr(module, name)
             config = getattr(experts, "config", None)
@@ -152,6 +160,23 @@ def blocks_in(model: torch.nn.Module) -> Iterator[RoutedBlock]:
         kind = type(module).__name__
         yield (RoutedBlock(path, kind, None, found) if isinstance(found, str) else
                RoutedBlock(path, kind, _settings(found), None))
+
+
+def needs(model: torch.nn.Module) -> list[LayerDims]:
+    """Return what a model's layers take, by their shapes alone; no device is asked."""
+    found = []
+    owners = {getattr(block, name): block for block in model.modules()
+              if option("route") and (name := experts_in(block)) is not None}
+    for module in model.modules():
+        weights = look(module)[0] if hasattr(module, "_is_expert_parallel") else None
+        if weights is None:
+            continue
+        dims = (weights.dims,)
+        if module in owners:
+            with contextlib.suppress(UnsupportedExperts):
+                dims = _dims(owners[module], block_of(owners[module]), weights)
+        found += dims
+    return found
 
 
 def wanted(experts: torch.nn.Module, weights: Weights) -> Wanted:
