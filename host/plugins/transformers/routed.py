@@ -120,8 +120,8 @@ def _is_ours(block: torch.nn.Module) -> bool:
 def _is_its_own(block: torch.nn.Module) -> bool:
     """Return whether a forward is that of the class, also where a pickle has made it an
     attribute."""
-    own = type(block).forward
-    return getattr(vars(block).get("forward", own), "__func__", own) is own
+    found = vars(block).get("forward")
+    return found is None or getattr(found, "__func__", None) is type(block).forward
 
 
 def _take(model: torch.nn.Module) -> None:
