@@ -372,7 +372,7 @@ def test_without_a_router(tiny):
 
 @torch.no_grad()
 def test_the_demo_model_generates_by_the_routes_of_the_device(pair):
-    """x goes in, y comes out: the tokens of the host's routes, and on both devices the same bits."""
+    """x goes in, y comes out: the tokens of the host's routes, and the same bits on both."""
     prompts, right = demo_prompts(1)
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
     model = AutoModelForCausalLM.from_pretrained(CHECKPOINT, experts_implementation="moeaccel")
