@@ -8,7 +8,7 @@ from moeaccel.host.benchmark import BenchmarkError, routing
 from moeaccel.host.benchmark_moe import router_of, shared_widths
 from moeaccel.host.errors import LimitExceeded
 from moeaccel.host.limits import check_layer
-from moeaccel.host.routing import check_router, modes_of
+from moeaccel.host.routing import check_router
 from moeaccel.image import ExpertShape, LinearShape
 from moeaccel.router.settings import RouterSettings
 from moeaccel.zoo import Model
@@ -83,7 +83,7 @@ def routed_config(model: Model, config: AcceleratorConfig, *, tokens: int) -> Ac
         As in :func:`check_routed`.
     """
     settings = _routed(model, tokens)
-    lacking = [mode for mode in modes_of(settings) if mode not in config.router_modes]
+    lacking = [mode for mode in settings.modes if mode not in config.router_modes]
     if not config.router:
         config = config.replace(name=f"{config.name}, {settings.score} router",
                                 router=(settings.score,))

@@ -270,10 +270,20 @@ class Moe:
         OutOfDeviceMemory
             If not even the buffers of one token fit.
         """
+        return self.compute(x, task=task)[0]
+
+    def compute(self, x: Tensor, *, task: int = 0) -> tuple[Any, Any, Any]:
+        """Return y, and the ids and weights that x was routed by, as :meth:`route` has them; of one
+        command.
+
+        Parameters and errors are those of a call.
+        """
         chosen = self._task(task)
         if chosen.router.settings.weight_on_kind is WeightOn.INPUT:
-            return self._weighted(x, chosen)
-        return self._submit(x, chosen, compute=True).result()[2]
+            ids, weights, y = self._weighted(x, chosen)
+        else:
+            ids, weights, y = self._submit(x, chosen, compute=True).result()
+        return (y, *_like(x, ids, weights))
 
     def submit(self, x: Tensor, *, task: int = 0) -> Pending:
         """Send a call to the device and return a handle for :meth:`sync`; otherwise as a call.
@@ -305,12 +315,7 @@ class Moe:
         Shared experts are not among them. Errors are those of a call.
         """
         ids, weights, _ = self._submit(x, self._task(task), compute=False).result()
-        places: Any = ids.astype(np.int64)
-        if is_torch(x):
-            import torch
-
-            return torch.from_numpy(places).to(x.device), torch.from_numpy(weights).to(x.device)
-        return places, weights
+        return _like(x, ids, weights)
 
     def _task(self, task: int) -> _Task:
         if not isinstance(task, int) or not 0 <= task < len(self._tasks):
@@ -318,8 +323,10 @@ class Moe:
                                 f"this layer, not {task!r}")
         return self._tasks[task]
 
-    def _weighted(self, x: Tensor, task: _Task) -> Any:
-        """Return y where weights multiply x (Llama 4): the host does it, between two calls.
+    def _weighted(self, x: Tensor, task: _Task
+                  ) -> tuple[NDArray[np.int32], NDArray[np.float32], Any]:
+        """Return ids, weights and y where weights multiply x (Llama 4): the host does it, between
+        two calls.
 
         Shared experts take x as it is, and are added in float32.
         """
@@ -328,7 +335,7 @@ class Moe:
         tokens = len(rows)
         if not self._shared:
             one = np.ones((tokens, 1), np.float32)
-            return Like.of(x)(self.experts(rows * weights, ids, one))
+            return ids, weights, Like.of(x)(self.experts(rows * weights, ids, one))
         # x times the weight goes to the one chosen, x itself to the shared ones.
         pairs = np.full((2 * tokens, self._shared), -1, np.int32)
         pairs[:tokens, :1] = ids
@@ -336,7 +343,7 @@ class Moe:
         y = self.experts._call(self.experts._submit(
             np.concatenate([rows * weights, rows]), pairs, np.ones(pairs.shape, np.float32),
             2 * tokens, self._shared))
-        return Like.of(x)(y[:tokens] + y[tokens:])
+        return ids, weights, Like.of(x)(y[:tokens] + y[tokens:])
 
     def close(self) -> None:
         """Free the device memory; a second call does nothing."""
@@ -421,6 +428,16 @@ class Moe:
             part = raw[at[3] - begin : at[4] - begin].view(y.dtype)
             width = whole_blocks(y.shape[1])
             y[:] = part[: tokens * width].reshape(tokens, width)[:, : y.shape[1]]
+
+
+def _like(x: Tensor, ids: NDArray[np.int32], weights: NDArray[np.float32]) -> tuple[Any, Any]:
+    """Return ids, int64, and weights, as tensors of the kind of x and where it is."""
+    places: Any = ids.astype(np.int64)
+    if is_torch(x):
+        import torch
+
+        return torch.from_numpy(places).to(x.device), torch.from_numpy(weights).to(x.device)
+    return places, weights
 
 
 class Routes:

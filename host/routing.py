@@ -16,13 +16,18 @@ from moeaccel.host.tensors import Like, Tensor, float32, is_torch, shape_of
 from moeaccel.interface.commands import ENTRY_BYTES, ROUTER, Opcode, encode
 from moeaccel.router.choices import MODES, Renormalize, Score
 from moeaccel.router.descriptor import descriptor, table_bytes, table_words
-from moeaccel.router.settings import SELECTION_BIAS_MAX, RouterError, RouterSettings
+from moeaccel.router.settings import (
+    OFF,
+    SELECTION_BIAS_MAX,
+    RouterError,
+    RouterSettings,
+    names_of_mode,
+)
 
 if TYPE_CHECKING:
     from moeaccel.host.device import Device
 
-__all__ = ["Router", "check_router", "check_tokens", "modes_of", "route", "settings_of",
-           "submit"]
+__all__ = ["Router", "check_router", "check_tokens", "route", "settings_of", "submit"]
 
 
 class Router:
@@ -123,23 +128,12 @@ def _refusal(config: AcceleratorConfig, settings: RouterSettings) -> str | None:
     if (settings.score_kind is Score.IDENTITY
             and settings.renormalize_kind is not Renormalize.SOFTMAX_TOP_K):
         return f"renormalize must be softmax_top_k with score identity, not {settings.renormalize}"
-    for mode, (name, off) in modes_of(settings).items():
-        if mode not in config.router_modes:
-            return (f"{name} must be {off} without {mode!r} in router_modes, not "
-                    f"{getattr(settings, name)!r}")
-    return None
-
-
-def modes_of(settings: RouterSettings) -> dict[str, tuple[str, Any]]:
-    """Return the modes that hardware must have for a router, each with the setting that asks for
-    it, and what that is without."""
-    found: dict[str, tuple[str, Any]] = {}
     for mode in MODES:
-        for name in ("prior", "prior_keep") if mode == "prior" else (mode,):
-            off = {"prior": 0, "gates": "none"}.get(mode)
-            if getattr(settings, name) != off:
-                found.setdefault(mode, (name, off))
-    return found
+        for name in names_of_mode(mode):
+            off = OFF.get(name)
+            if mode not in config.router_modes and (value := getattr(settings, name)) != off:
+                return f"{name} must be {off} without {mode!r} in router_modes, not {value!r}"
+    return None
 
 
 def check_tokens(settings: RouterSettings, tokens: int, most: int) -> None:
