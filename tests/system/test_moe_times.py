@@ -68,11 +68,11 @@ def turn(rtl, simulation, **settings):
     {}, {"experts": 40, "d_model": 32, "top_k": 8}, {"shared": 2}], ids=str)
 def test_from_the_router_to_an_expert(open_rtl, settings):
     """Five latencies, for logits are written and read, ids and weights written, an entry and an
-    image read; what lies between is a few cycles for each expert."""
+    image read; what lies between is three cycles for each expert, and some for all of them."""
     experts = settings.get("experts", 16)
-    found = [turn(*open_rtl(latency), **settings) for latency in (20, 100, 250)]
-    assert [cycles - found[0] for cycles in found[1:]] == [5 * 80, 5 * 230]
-    assert found[0] - 5 * 20 <= 3 * experts + 240
+    found = [turn(*open_rtl(latency), **settings) for latency in (100, 175, 250)]
+    assert [cycles - found[0] for cycles in found[1:]] == [5 * 75, 5 * 150]
+    assert 3 * experts < found[0] - 5 * 100 <= 3 * experts + 380
 
 
 def test_tasks_follow_without_a_bubble(open_rtl):
@@ -97,11 +97,11 @@ def test_tasks_follow_without_a_bubble(open_rtl):
 
 @pytest.mark.parametrize("order", ["rank", "priority"])
 def test_the_watchdog_sees_a_capacity_at_work(open_rtl, order):
-    """It walks over 504 pairs for thousands of cycles without a beat of memory."""
+    """It walks over 248 pairs for 1,736 cycles, or more, without a beat of memory."""
     rtl, _ = open_rtl(20)
     rng = np.random.default_rng(6)
     router = Router(experts=64, top_k=8, capacity=5, capacity_order=order)
-    logits = rng.standard_normal((63, 64)).astype(np.float32)
+    logits = rng.standard_normal((31, 64)).astype(np.float32)
     ids, weights = rtl.route(router, logits)
     write_register(rtl, "WATCHDOG", 150)
     again = rtl.route(router, logits)
