@@ -32,12 +32,20 @@ from moeaccel.formats.base import (
     minimum_entries,
 )
 from moeaccel.formats.patterns import PRUNINGS, check_pattern, prune
-from moeaccel.formats.quantisers import QUANTISERS, quantise_matrix
+from moeaccel.formats.quantisers import (
+    QUANTISERS,
+    Measured,
+    Weights,
+    quantise_matrix,
+    quantise_measured,
+    widened,
+)
 
 __all__ = ["ALL_FORMATS", "BLOCK", "FORMATS", "MINIMUM_SHIFT_BITS", "MINIMUM_SHIFT_MAX", "PRUNINGS",
            "QUAD", "QUANTISERS", "SHARED_FIELD_BITS", "SHIFT_BITS", "SIGNIFICAND_BITS",
-           "ZERO_POINT_BITS", "QuantisedMatrix", "WeightFormat", "check_dims", "check_matrix",
-           "check_pattern", "in_groups", "prune", "quantise", "weight_format", "whole_blocks"]
+           "ZERO_POINT_BITS", "Measured", "QuantisedMatrix", "WeightFormat", "Weights",
+           "check_dims", "check_matrix", "check_pattern", "in_groups", "prune", "quantise",
+           "quantise_measured", "weight_format", "whole_blocks", "widened"]
 
 
 def _registry(*tuples: str) -> dict[str, WeightFormat]:

@@ -299,6 +299,11 @@ class WeightFormat(ABC):
         SIGNIFICAND_BITS. What is returned for 0 is not used.
         """
 
+    @property
+    def scaled_alone(self) -> bool:
+        """Whether a group's scale is all that is looked for: no zero point, no minimum."""
+        return not (self.zero_point or self.minimum)
+
     def nearest(self, scaled: NDArray[np.floating]) -> NDArray[np.floating]:
         """Round weights, divided by their scale, to integers of the format, in place; saturate."""
         np.rint(scaled, out=scaled)

@@ -104,7 +104,10 @@ def fit_rows(
     row_exponent = np.where(row_exponent == _NEVER, 0, row_exponent)
     shift = np.where(there, exponent - row_exponent[:, None], 0)
     below = np.clip(-shift, 0, 30)
-    if fmt.real_scale:
+    if not below.any():  # mostly so
+        stored = significand if fmt.real_scale else np.ones_like(significand)
+        coarsened = np.zeros(shift.shape, bool)
+    elif fmt.real_scale:
         stored = np.rint(significand / 2.0**below).astype(np.int64)
         coarsened = stored << below != significand
     else:
