@@ -32,7 +32,6 @@ from moeaccel.formats import (
     weight_format as find_format,
 )
 from moeaccel.grid import (
-    Squares,
     gated_output,
     grid_exponent as choose_grid,
     linear_output,
@@ -45,6 +44,7 @@ from moeaccel.host.limits import check_layer
 from moeaccel.host.memory import PAGE, Allocation
 from moeaccel.host.options import flag
 from moeaccel.host.report import WeightErrors, WeightReport
+from moeaccel.host.stored import Measured, Ready, StoredExperts, built, measured
 from moeaccel.host.tensors import Tensor, float32, shape_of
 from moeaccel.host.transports.base import Bytes
 from moeaccel.image import (
@@ -53,7 +53,6 @@ from moeaccel.image import (
     Expert,
     ExpertShape,
     LinearShape,
-    build_image,
     build_linear_image,
     expert_table,
     interleave_gate_up,
@@ -86,9 +85,6 @@ Shared = tuple[Tensor, Tensor] | Sequence[tuple[Tensor, Tensor]]
 
 _Matrices = tuple[NDArray[np.float32], NDArray[np.float32]]
 """gate_up and down of an expert."""
-
-_Measured = tuple[Expert, dict[str, Squares]]
-"""An expert, and the sums of squares of its matrices by their kind."""
 
 
 def _stack_shape(name: str, stack: Stack, *dims: str) -> tuple[int, ...]:
@@ -163,7 +159,7 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
              for _, down in more]
 
     def made(e: int | None, matrices: _Matrices, shape: ExpertShape,
-             biases: Sequence[NDArray[np.float32] | None]) -> _Measured:
+             biases: Sequence[NDArray[np.float32] | None]) -> Measured:
         """Return an expert; shared ones have no number."""
         moments = (None, None) if seen is None else seen.moments(
             e, matrices[0], shape.d_expert, **kind, second=quantiser == "gptq",
@@ -176,7 +172,7 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
             expert.gate_up, interleave_gate_up(matrices[0], parts)),
                         "down": squares(expert.down, matrices[1])}
 
-    def quantised() -> Iterator[_Measured]:
+    def quantised() -> Iterator[Measured]:
         for e, fmt in enumerate(formats):
             matrices = float32("gate_up", gate_up[e]), float32("down", down[e])
             if matrices[0].shape != (rows, d_model) or matrices[1].shape != shape[1:]:
@@ -189,7 +185,7 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
             yield made(None, matrices, wide, (None, None))
 
     return _load_experts(
-        device, quantised(), [*(shapes[fmt] for fmt in formats), *extra],
+        device, built(quantised(), device.config), [*(shapes[fmt] for fmt in formats), *extra],
         activation_bits=activation_bits, grid_exponent=grid_exponent, x_rms=x_rms,
         progress=progress, shared=len(extra), row_blocks=row_blocks, identity=identity)
 
@@ -289,10 +285,16 @@ def load_quantised(device: Device, experts: Sequence[Expert], *, activation: str
     """Put experts that are quantised already into a device's memory."""
     if not len(experts):
         raise InvalidTensor("experts must be at least one, not none")
-    experts = [*experts, *shared]
     shapes: list[ExpertShape] = []
+    stored = experts if isinstance(experts, StoredExperts) else None
+    if stored is not None:
+        shape = replace(stored.shape(), row_multipliers=device.config.row_multipliers,
+                        channels=device.config.channels)
+        shapes += [shape if activation is None else replace(shape, activation=activation)
+                   ] * len(stored)
+    others = [*(experts if stored is None else ()), *shared]
     seen: Expert | None = None  # many may be one object; its id may be another's that is made later
-    for e, expert in enumerate(experts):
+    for e, expert in enumerate(others, len(shapes)):
         shapes.append(
             shapes[-1] if expert is seen else _checked_shape(device, e, expert, activation))
         seen = expert
@@ -300,17 +302,10 @@ def load_quantised(device: Device, experts: Sequence[Expert], *, activation: str
         raise InvalidTensor(
             f"experts must be of one d_model, not {sorted({shape.d_model for shape in shapes})}")
 
-    def measured() -> Iterator[_Measured]:
-        previous: Expert | None = None
-        found: dict[str, Squares] = {}
-        for expert in experts:
-            if expert is not previous:
-                found = {"gate_up": squares(expert.gate_up), "down": squares(expert.down)}
-                previous = expert
-            yield expert, found
-
+    made = built(measured(others), device.config)
+    ready = made if stored is None else itertools.chain(stored.ready(device.config), made)
     return _load_experts(
-        device, measured(), shapes, activation_bits=activation_bits, grid_exponent=grid_exponent,
+        device, ready, shapes, activation_bits=activation_bits, grid_exponent=grid_exponent,
         x_rms=x_rms, progress=progress, shared=len(shared), identity=identity)
 
 
@@ -410,7 +405,7 @@ def load_router_weight(device: Device, weight: Tensor, *, grid_exponent: int) ->
     return Linear(device, shape, images, descriptor, 2, grid_exponent, _report(errors))
 
 
-def _load_experts(device: Device, experts: Iterable[_Measured], shapes: Sequence[ExpertShape], *,
+def _load_experts(device: Device, experts: Iterable[Ready], shapes: Sequence[ExpertShape], *,
                   activation_bits: int, grid_exponent: int | None, x_rms: float,
                   progress: Progress | None, shared: int = 0, row_blocks: int = 1,
                   identity: int = 0) -> Experts:
@@ -430,20 +425,12 @@ def _load_experts(device: Device, experts: Iterable[_Measured], shapes: Sequence
         errors = WeightErrors(", ".join(dict.fromkeys(
             section.format.name for shape in shapes for section in shape.sections)))
         outputs: list[float] = []
-        previous: Expert | None = None
-        parts: list[Bytes] = []
-        for e, (expert, found) in enumerate(experts):
-            if expert is not previous:
-                parts = [build_image(expert.gate_up, expert.down, config.row_multipliers,
-                                     channel=channel, channels=config.channels)
-                         for channel in range(config.channels)]
-                previous = expert
-            upload(device, addresses[e], parts, f"expert {e}")
+        for e, (expert, shape) in enumerate(zip(experts, shapes, strict=True)):
+            upload(device, addresses[e], expert.parts, f"expert {e}")
             outputs.append(gated_output(
-                found["gate_up"], found["down"], x_rms=x_rms, activation=shapes[e].activation,
-                limit=shapes[e].limit, gate_limit=shapes[e].gate_limit))
-            errors.add(e, found, groups=expert.gate_up.shift.size + expert.down.shift.size,
-                       coarsened=expert.gate_up.coarsened + expert.down.coarsened)
+                expert.squares["gate_up"], expert.squares["down"], x_rms=x_rms,
+                activation=shape.activation, limit=shape.limit, gate_limit=shape.gate_limit))
+            errors.add(e, expert.squares, groups=expert.groups, coarsened=expert.coarsened)
             if progress is not None:
                 progress(e + 1, len(shapes))
         if one is not None:

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeaccel.errors import FormatError
-from moeaccel.formats.base import QuantisedMatrix, WeightFormat
+from moeaccel.formats.base import BLOCK, QuantisedMatrix, WeightFormat, bfloat16_floats
 from moeaccel.formats.scales import fit_rows, split_scales
 
 __all__ = ["QUANTISERS", "Measured", "Weights", "quantise_matrix", "quantise_measured", "widened"]
@@ -40,7 +40,8 @@ Weights = NDArray[np.float32] | NDArray[np.uint16]
 
 CLIP_STEPS = (0.0, 0.5, 1.0, 1.5, 2.0)
 """Candidates of real scales: the largest magnitude becomes the format's largest integer and so
-much. (With these the error is within 0.6 % of that of very many, for groups of 32 and of 128.)"""
+much. The last is for groups of more than 32, whose largest magnitude lies farther out. (With these
+the error is within 0.6 % of that of very many, for groups of 32 and of 128.)"""
 
 _CHUNK_ELEMENTS = 1 << 18  # small against a core's time, large against a call's
 _FLOAT32_EXPONENTS = 60  # squares of 2**60 and of 2**-60 are well inside float32
@@ -127,7 +128,7 @@ def _quantise(weights: Weights, fmt: WeightFormat, quantiser: str, moments: Floa
 def widened(weights: Weights) -> NDArray[np.float32]:
     """Return weights as float32: bfloat16, which comes as uint16, too."""
     if weights.dtype == np.uint16:
-        return np.left_shift(weights, 16, dtype=np.uint32).view(np.float32)
+        return bfloat16_floats(weights)
     return np.asarray(weights, np.float32)
 
 
@@ -254,7 +255,8 @@ def _search(columns: Floats, amax: NDArray[np.float64], fmt: WeightFormat,
     weighted = columns if importance is None else columns * importance
     if fmt.real_scale:
         unit = _inverse(amax).astype(columns.dtype)
-        candidates = [(unit * columns.dtype.type(fmt.high + step), None) for step in CLIP_STEPS]
+        steps = CLIP_STEPS if fmt.group > BLOCK else CLIP_STEPS[:-1]
+        candidates = [(unit * columns.dtype.type(fmt.high + step), None) for step in steps]
     else:
         exponent = fmt.group_scale(amax)[1].astype(np.int32)
         there = np.where(amax > 0, 1.0, 0.0)
