@@ -293,12 +293,12 @@ def test_what_is_wrong_is_named(layer, x):
         method("prune")
     with pytest.raises(InvalidOption, match="rows must be one of the options of naee, share"):
         method("naee")([layer], [x], rows=3)
-    with pytest.raises(InvalidOption, match="share of the experts"):
+    with pytest.raises(InvalidOption, match="share of seer must be a share of the experts"):
         method("seer")([layer], [x], share=0.0)
     with pytest.raises(InvalidOption, match="calibration must be tokens"):
         method("seer")([layer], [])
-    with pytest.raises(InvalidOption, match="pattern must be N:M"):
-        method("magnitude")([layer], [x], pattern="half")
+    with pytest.raises(InvalidOption, match="pattern of magnitude must be one of 2:4, 1:4"):
+        method("magnitude")([layer], [x], pattern="3:4")
     with pytest.raises(InvalidTensor, match="format for each of its 6 experts"):
         replace(layer, expert_of=np.array([0, 1, 2, 3, 4, 9]))
     with pytest.raises(InvalidTensor, match="or -1"):

@@ -147,7 +147,7 @@ def written(folder, tmp_path):
      DamagedCheckpoint, "array in the metadata of .* must have row_multipliers from 1 to 255"),
     (lambda t, m: m.update(array="{}"), DamagedCheckpoint, "must have a weight_format, an array"),
     (lambda t, m: m.update(weight_format="int3"), DamagedCheckpoint, "must be one of mxint8"),
-    (lambda t, m: m.update(layers="[3]"), DamagedCheckpoint, "must have a weight_format, an array and l"),
+    (lambda t, m: m.update(layers="[3]"), DamagedCheckpoint, "an array and layers, but: "),
     (lambda t, m: m.update(layers=json.dumps([json.loads(m["layers"])[0] | {"experts": 0}])),
      DamagedCheckpoint, "must have positive dimensions"),
     (lambda t, m: m.update(layers=json.dumps([json.loads(m["layers"])[0] | {"activation": "x"}])),
