@@ -39,7 +39,7 @@ from moeaccel.grid import (
 )
 from moeaccel.host.calibration import calibrated
 from moeaccel.host.errors import InvalidOption, InvalidTensor, LimitExceeded, UploadError
-from moeaccel.host.layers import Experts, Linear
+from moeaccel.host.layers import Experts, Linear, Linears
 from moeaccel.host.limits import check_layer
 from moeaccel.host.memory import PAGE, Allocation
 from moeaccel.host.options import flag
@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     from moeaccel.host.device import Device
 
 __all__ = ["Format", "Formats", "Progress", "Shared", "Stack", "load_experts", "load_linear",
-           "load_quantised", "load_router_weight", "upload"]
+           "load_linears", "load_quantised", "load_router_weight", "upload"]
 
 logger = logging.getLogger(__name__)
 
@@ -346,13 +346,8 @@ def load_linear(device: Device, weight: Tensor, *, weight_format: str, activatio
         grid_exponent = choose_grid([linear_output(found, x_rms=x_rms)])
     errors = WeightErrors(shape.format.name)
     errors.add(0, {"weight": found}, groups=matrix.shift.size, coarsened=matrix.coarsened)
-    images, addresses = _allocate(device, [shape])
-    with _freed_on_error(images):
-        parts = [build_linear_image(matrix, config.row_multipliers, channel=channel,
-                                    channels=config.channels)
-                 for channel in range(config.channels)]
-        upload(device, images.address, parts, "the linear layer")
-        descriptor = _describe(device, planes, grid_exponent, [shape], addresses)
+    images, descriptor = _put_matrices(device, [(matrix, "the linear layer")], [shape], planes,
+                                       grid_exponent)
     return Linear(device, shape, images, descriptor, planes, grid_exponent, _report(errors))
 
 
@@ -394,15 +389,60 @@ def load_router_weight(device: Device, weight: Tensor, *, grid_exponent: int) ->
     found = replace(squares(high), error=squares(low, rest).error)
     errors = WeightErrors(fmt.name)
     errors.add(0, {"weight": found}, groups=high.shift.size, coarsened=high.coarsened)
-    images, addresses = _allocate(device, [shape, shape])
-    with _freed_on_error(images):
-        for plane, matrix in enumerate((high, low)):
-            parts = [build_linear_image(matrix, config.row_multipliers, channel=channel,
-                                        channels=config.channels)
-                     for channel in range(config.channels)]
-            upload(device, addresses[plane], parts, f"plane {plane} of the router")
-        descriptor = _describe(device, 2, grid_exponent, [shape, shape], addresses)
+    images, descriptor = _put_matrices(
+        device, [(high, "plane 0 of the router"), (low, "plane 1 of the router")], [shape, shape],
+        2, grid_exponent)
     return Linear(device, shape, images, descriptor, 2, grid_exponent, _report(errors))
+
+
+def load_linears(device: Device, matrices: Sequence[QuantisedMatrix], *, activation_bits: int = 16,
+                 grid_exponent: int | None = None, x_rms: float = 1.0) -> Linears:
+    """Put quantised matrices of one shape, (N, K) each, into a device's memory as one layer, of
+    which each row of x names its own; the grid is chosen from all of them.
+
+    Raises
+    ------
+    InvalidTensor
+        If there are none, or they differ in shape.
+    FormatError, LimitExceeded
+        If the device has not the format, or not room for so many.
+    """
+    planes = _check_options(activation_bits, grid_exponent, x_rms)
+    config = device.config
+    for e, matrix in enumerate(matrices):
+        check_matrix(matrix, f"matrix {e}")
+    sizes = {matrix.integers.shape for matrix in matrices}
+    if len(sizes) != 1:
+        raise InvalidTensor("matrices must be some of one shape, not of "
+                            f"{', '.join(map(str, sorted(sizes))) or 'none'}")
+    shapes = [LinearShape(matrix.format, *matrix.integers.shape, config.row_multipliers,
+                          config.channels, matrix.bias is not None) for matrix in matrices]
+    check_layer(config, shapes)
+    if grid_exponent is None:
+        grid_exponent = choose_grid(linear_output(squares(matrix), x_rms=x_rms)
+                                    for matrix in matrices)
+    errors = WeightErrors(", ".join(dict.fromkeys(shape.format.name for shape in shapes)))
+    for e, matrix in enumerate(matrices):
+        errors.add(e, {}, groups=matrix.shift.size, coarsened=matrix.coarsened)
+    images, descriptor = _put_matrices(
+        device, [(matrix, f"matrix {e}") for e, matrix in enumerate(matrices)], shapes, planes,
+        grid_exponent)
+    return Linears(device, shapes, images, descriptor, planes, grid_exponent, _report(errors))
+
+
+def _put_matrices(device: Device, matrices: Sequence[tuple[QuantisedMatrix, str]],
+                  shapes: Sequence[LinearShape], planes: int, grid_exponent: int
+                  ) -> tuple[Allocation, Allocation]:
+    """Upload matrices, named for messages, and describe them as one layer."""
+    config = device.config
+    images, addresses = _allocate(device, shapes)
+    with _freed_on_error(images):
+        for (matrix, what), address in zip(matrices, addresses, strict=True):
+            upload(device, address, [
+                build_linear_image(matrix, config.row_multipliers, channel=channel,
+                                   channels=config.channels)
+                for channel in range(config.channels)], what)
+        return images, _describe(device, planes, grid_exponent, shapes, addresses)
 
 
 def _load_experts(device: Device, experts: Iterable[Ready], shapes: Sequence[ExpertShape], *,

@@ -15,10 +15,11 @@ from moeaccel.config import AcceleratorConfig
 from moeaccel.cycles import expert_cycles
 from moeaccel.formats import ALL_FORMATS, QUAD
 from moeaccel.host.compress.layer import FloatExpert, MoELayer
+from moeaccel.host.compress.low_rank import decode_cycles, factors_of, triples
 from moeaccel.host.errors import InvalidOption
 
 __all__ = ["OPTIONS", "PATTERNS", "Method", "Report", "count_of", "method", "methods", "report",
-           "with_formats"]
+           "stored", "with_formats"]
 
 Tokens = NDArray[np.float32]
 Apply = Callable[..., "list[MoELayer]"]
@@ -204,7 +205,7 @@ def report(before: Sequence[MoELayer], after: Sequence[MoELayer], x: Sequence[To
     used = []
     for old, new, tokens in zip(before, after, x, strict=True):
         exact = old(tokens)
-        for i, layer in enumerate((new, _stored(new), _stored(old))):
+        for i, layer in enumerate((new, stored(new), stored(old))):
             sums[i] += np.square(layer(tokens) - exact).sum()
         sums[3] += np.square(exact).sum()
         used.append(new.route(tokens).used)
@@ -216,24 +217,40 @@ def report(before: Sequence[MoELayer], after: Sequence[MoELayer], x: Sequence[To
         float(np.mean(used)), *(float(error) for error in errors))
 
 
-def _stored(layer: MoELayer) -> MoELayer:
-    """Return a layer with the weights that the device has."""
+def stored(layer: MoELayer) -> MoELayer:
+    """Return a layer with the weights that the device has, products multiplied out."""
+    products = {e: expert for triple in triples(layer)
+                for e, expert in zip(triple.experts, triple.floats(), strict=True)}
     found = []
-    for expert, stored in zip(layer.experts, layer.quantised(), strict=True):
-        rows = stored.gate_up.dequantise()
-        if stored.gated:
+    for e, expert in enumerate(layer.experts):
+        if e in products:
+            found.append(products[e])
+            continue
+        (kept,) = layer.quantised([e])
+        rows = kept.gate_up.dequantise()
+        if kept.gated:
             rows = np.concatenate([rows[0::2], rows[1::2]])
-        found.append(FloatExpert(rows.astype(np.float32),
-                                 stored.down.dequantise().astype(np.float32), expert.activation,
-                                 expert.limit))
+        found.append(FloatExpert(rows.astype(np.float32), kept.down.dequantise().astype(np.float32),
+                                 expert.activation, expert.limit))
     return replace(layer, experts=tuple(found))
 
 
 def _costs(layer: MoELayer, x: Tokens, config: AcceleratorConfig) -> tuple[int, float]:
     """Return stored bytes, and cycles of a token."""
+    products = factors_of(layer)
+    whole = [e for e in range(len(layer.experts)) if e not in products]
     shapes = [expert.shape(config.row_multipliers, config.channels)
-              for expert in layer.quantised()]
+              for expert in layer.quantised(whole)]
     config = with_formats(config, layer.weight_formats)
-    ids = layer.route(x[:: max(1, len(x) // CYCLE_TOKENS)][:CYCLE_TOKENS]).ids
-    cycles = [expert_cycles(config, shapes, token[None], len(shapes), planes=2) for token in ids]
-    return sum(shape.stored_bytes for shape in shapes), float(np.mean(cycles))
+    place = np.full(len(layer.experts) + 1, -1)
+    place[whole] = np.arange(len(whole))
+    ranks = triples(layer)
+    cycles = []
+    for ids in layer.route(x[:: max(1, len(x) // CYCLE_TOKENS)][:CYCLE_TOKENS]).ids:
+        used = place[ids][None]
+        found = expert_cycles(config, shapes, used, len(shapes), planes=2) if (
+            used >= 0).any() or not ranks else 0
+        cycles.append(found + sum(decode_cycles(triple, ids, config) for triple in ranks))
+    size = sum(shape.stored_bytes for shape in shapes) + sum(
+        shape.stored_bytes for triple in ranks for part in triple.shapes(config) for shape in part)
+    return size, float(np.mean(cycles))
