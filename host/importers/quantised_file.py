@@ -60,7 +60,7 @@ from moeaccel.image import (
 )
 
 __all__ = ["Array", "LayerSummary", "QuantisedExperts", "QuantisedFile", "import_checkpoint",
-           "open_quantised"]
+           "is_quantised", "open_quantised"]
 
 FORMAT = "moeaccel-experts"
 VERSION = "3"
@@ -280,6 +280,16 @@ class QuantisedFile:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def is_quantised(path: str | os.PathLike[str]) -> bool:
+    """Return whether a file is one of quantised experts, of any version, whole or not."""
+    try:
+        file, _, metadata = read_safetensors(Path(path))
+    except DamagedCheckpoint:
+        return False
+    file.close()
+    return metadata.get("format") == FORMAT
 
 
 def open_quantised(path: str | os.PathLike[str]) -> QuantisedFile:
