@@ -36,6 +36,7 @@ from moeaccel.formats.quantisers import (
     QUANTISERS,
     Measured,
     Weights,
+    feed_back,
     quantise_matrix,
     quantise_measured,
     widened,
@@ -225,11 +226,14 @@ def quantise(weights: NDArray[np.floating], name: str | WeightFormat, *,
         )
     n, k = weights.shape
     check_dims(rows=n, K=k)
-    if fmt.parts > 1 and quantiser == "gptq":
-        raise FormatError(f"quantiser of {fmt.name} must be 'search' or 'amax', not 'gptq', which "
-                          "would put weights where there are none")
-    matrix = fmt.quantised(weights, quantiser, moments)
+    again = quantiser == "gptq" and not fmt.scaled_alone
+    if again and moments is None:
+        raise FormatError(f"moments of quantiser 'gptq' must be an array of the shape {(k, k)}, "
+                          "not left out")
+    matrix = fmt.quantised(weights, "search" if again else quantiser, moments)
     if matrix is None:
         matrix = quantise_matrix(weights, fmt, quantiser, moments)
+    if again:
+        matrix = feed_back(weights, matrix, moments)
     check_pattern(matrix.integers, fmt)
     return matrix

@@ -14,21 +14,30 @@ The device is told neither: it multiplies integers and scales, whoever chose the
     another, and what each rounding costs is made up for by those that are still to come, as the
     correlations of the inputs allow (Frantar et al., GPTQ: Accurate Post-Training Quantization for
     Generative Pre-trained Transformers, ICLR 2023, section 3.3). Columns go in the order of falling
-    moments.
+    moments. Scales, minima and zero points are those that ``"search"`` found; where an N:M pattern
+    has no weight, none comes, and what its column's error would need goes on to the next.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moeaccel.errors import FormatError
-from moeaccel.formats.base import BLOCK, QuantisedMatrix, WeightFormat, bfloat16_floats
+from moeaccel.formats.base import (
+    BLOCK,
+    QuantisedMatrix,
+    WeightFormat,
+    bfloat16_floats,
+    in_groups,
+)
 from moeaccel.formats.scales import fit_rows, split_scales
 
-__all__ = ["QUANTISERS", "Measured", "Weights", "quantise_matrix", "quantise_measured", "widened"]
+__all__ = ["QUANTISERS", "Measured", "Weights", "feed_back", "quantise_matrix",
+           "quantise_measured", "widened"]
 
 QUANTISERS = ("search", "amax", "gptq")
 """Names of the quantisers, the default first."""
@@ -119,10 +128,22 @@ def _quantise(weights: Weights, fmt: WeightFormat, quantiser: str, moments: Floa
         if found is not None:
             found.add(part, columns, rounded, scale)
     integers = np.ascontiguousarray(integers[:, :k])
-    if second is not None:
-        scale = np.repeat(_scales(significand, shift, row_exponent), fmt.group, axis=1)[:, :k]
-        integers = _feedback(widened(weights), scale, fmt, second)
-    return QuantisedMatrix(fmt, integers, significand, shift, row_exponent, coarsened)
+    matrix = QuantisedMatrix(fmt, integers, significand, shift, row_exponent, coarsened)
+    return matrix if second is None else _fed_back(widened(weights), matrix, second)
+
+
+def feed_back(weights: NDArray[np.float32], matrix: QuantisedMatrix, moments: Floats | None
+              ) -> QuantisedMatrix:
+    """Return a matrix that was quantised from weights with other integers: those of ``"gptq"``.
+
+    Raises
+    ------
+    FormatError
+        For moments that it cannot use.
+    """
+    _, second = _check_moments("gptq", moments, weights.shape[1])
+    assert second is not None
+    return _fed_back(weights, matrix, second)
 
 
 def widened(weights: Weights) -> NDArray[np.float32]:
@@ -293,19 +314,25 @@ def _inverse(scale: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.divide(1.0, scale, out=np.zeros_like(scale), where=scale > 0)
 
 
-def _feedback(weights: NDArray[np.float32], scale: NDArray[np.float64], fmt: WeightFormat,
-              second: Floats) -> NDArray[np.int8]:
-    """Return integers, (n, K), chosen column by column so that errors of the outputs are small.
+def _fed_back(weights: NDArray[np.float32], matrix: QuantisedMatrix, second: Floats
+              ) -> QuantisedMatrix:
+    """Return a matrix with integers, (n, K), chosen column by column so that errors of the outputs
+    are small.
 
     Parameters
     ----------
     weights : float32 array, (n, K)
-    scale : float64 array, (n, K)
-        Of each weight.
-    fmt : :class:`WeightFormat`
+    matrix : :class:`QuantisedMatrix`
+        Whose scales stay.
     second : array, (K, K)
         Second moments of the inputs.
     """
+    fmt, k = matrix.format, weights.shape[1]
+
+    def columns(of_groups: NDArray[Any]) -> NDArray[Any]:
+        """Return what each group has, (n, groups), of each weight in its place, (K, n)."""
+        return np.ascontiguousarray(np.repeat(of_groups, fmt.group, axis=1)[:, :k].T[order])
+
     order = np.argsort(-second.diagonal(), kind="stable")
     moments = second[np.ix_(order, order)].astype(np.float64)
     moments = (moments + moments.T) / 2
@@ -318,20 +345,30 @@ def _feedback(weights: NDArray[np.float32], scale: NDArray[np.float64], fmt: Wei
         raise FormatError("moments must be those of real inputs, a matrix without negative "
                           "eigenvalues; measure them again") from None
     left = weights.T[order].astype(np.float64)  # (K, n): a column of the weights is a row here
-    inverse = np.ascontiguousarray(_inverse(scale).T[order])
-    scale = np.ascontiguousarray(scale.T[order])
+    there = left != 0 if fmt.parts > 1 else None
+    of_groups = _scales(matrix.significand, matrix.shift, matrix.row_exponent)
+    scale, inverse = columns(of_groups), columns(_inverse(of_groups))
+    offset = None if matrix.minimum is None else columns(
+        np.ldexp(matrix.minimum.astype(np.float64), matrix.row_exponent[:, None].astype(np.int32)))
+    zero = columns(fmt.zero_points(in_groups(matrix.integers, fmt.group))) if (
+        fmt.zero_point) else None
+    top = (1 << fmt.weight_bits) - 1
     integers = np.empty(left.shape, np.int8)
-    k = len(order)
     for first in range(0, k, _FEEDBACK_COLUMNS):
         last = min(first + _FEEDBACK_COLUMNS, k)
         errors = np.empty((last - first, left.shape[1]))
         for i in range(first, last):
-            rounded = fmt.nearest(left[i] * inverse[i])
+            wanted = left[i] if offset is None else left[i] - offset[i]
+            rounded = fmt.nearest(wanted * inverse[i])
+            if zero is not None:
+                rounded = np.clip(rounded, -zero[i], top - zero[i])
+            if there is not None:
+                rounded *= there[i]
             integers[i] = rounded
-            error = (left[i] - rounded * scale[i]) / upper[i, i]
+            error = (wanted - rounded * scale[i]) / upper[i, i]
             errors[i - first] = error
             left[i + 1 : last] -= upper[i, i + 1 : last, None] * error
         left[last:] -= upper[first:last, last:].T @ errors
     back = np.empty_like(integers)
     back[order] = integers
-    return np.ascontiguousarray(back.T)
+    return replace(matrix, integers=np.ascontiguousarray(back.T))

@@ -30,7 +30,8 @@ def groups_of(fmt: WeightFormat, weights: NDArray[np.float32], quantiser: str,
     """
     n, k = weights.shape
     if quantiser not in ("search", "amax"):
-        raise FormatError(f"quantiser of {fmt.name} must be 'search' or 'amax', not {quantiser!r}")
+        raise FormatError(f"quantiser of {fmt.name} must be 'search', 'amax' or 'gptq', not "
+                          f"{quantiser!r}")
     groups = -(-k // fmt.group)
     pad = (0, groups * fmt.group - k)
     importance = np.ones(k)

@@ -46,7 +46,7 @@ def draw_layer(seed):
 def test_products_in_three_commands(tiny):
     """Layers between other widths than d_model, of matrices and of experts: low-rank factors."""
     rng = np.random.default_rng(3)
-    experts = [factored(FloatExpert(*(w[0] for w in draw_experts(rng, 1, D_MODEL, 96, spread=6))),
+    experts = [factored(FloatExpert(*(w[0] for w in draw_experts(rng, 1, D_MODEL, 96))),
                         32) for _ in range(3)]
     layer = MoELayer.of(experts, rng.standard_normal((3, D_MODEL)), 2)
     x = rng.standard_normal((9, D_MODEL), np.float32)
