@@ -57,7 +57,7 @@ def test_products_in_three_commands(tiny):
 
     y = tiny.same(script)
     exact = layer(x)
-    assert np.linalg.norm(y - exact) < 0.2 * np.linalg.norm(exact)
+    assert np.linalg.norm(y - exact) < 0.3 * np.linalg.norm(exact)  # of four matrices each
 
 
 @pytest.mark.parametrize("config", ["tiny", "small"])
