@@ -348,7 +348,9 @@ def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     refuse_tangents(x)
     rows = x.reshape(-1, x.shape[-1])
     experts, router = getattr(self, plan.experts), getattr(self, plan.router)
-    weights, _ = look(experts)
+    weights, reason = look(experts)
+    if weights is None:
+        raise UnsupportedExperts(reason)
     tensors = [*weights.tensors, *(_tensor(self, name) for name in plan.names)]
     y, ids, scores = torch.ops.moeaccel.block(rows, tensors, plan.number, plan.top_k)
     scores = scores.to(x.dtype)
