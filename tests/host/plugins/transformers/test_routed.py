@@ -206,7 +206,13 @@ def test_blocks_of_others_are_left_alone(device, ids):
     assert "but has another setting, or was given another forward" in reasons[1]
     assert plugin.check_model(model) == 2
     eager = make(config_of("Mixtral", **FOUR))
+    eager(ids)
     assert "must be one of experts_implementation='moeaccel'" in plugin.routing(eager)[0].reason
+    before = device.counters()["commands"]
+    eager.set_experts_implementation("moeaccel")
+    assert all(block.on_device for block in plugin.routing(eager))
+    eager(ids)
+    assert device.counters()["commands"] - before == 2
     with pytest.raises(errors.InvalidOption, match="model must be a Module, not str"):
         plugin.routing("mixtral")
 
