@@ -27,6 +27,7 @@ from moeaccel.host.errors import (
 )
 from moeaccel.host.layers import Experts, Linear
 from moeaccel.host.memory import Allocation
+from moeaccel.host.options import check_names
 from moeaccel.host.routing import Router
 from moeaccel.host.staging import offsets
 from moeaccel.host.tensors import (
@@ -67,6 +68,7 @@ LOGIT_GRID = -30
 def load_moe(device: Device, router: Router | Sequence[Router], gate_up: Stack, down: Stack, *,
              shared: GatedShared | None = None, **options: Any) -> Moe:
     """Put a layer into a device's memory; :meth:`moeaccel.host.Device.load_moe`."""
+    check_names("load_moe", options, device.load_experts)
     given: list[Any] = list(router) if isinstance(router, tuple | list) else [router]
     several = len(given) > 1
     if not given:
@@ -487,6 +489,8 @@ class Routes:
         ------
         LimitExceeded
             If the device has no such router, or top_k and shared experts are more than 16.
+        InvalidOption
+            For an option that :meth:`load_experts` has not.
         """
         return load_moe(
             cast("Device", self), router, gate_up, down, shared=shared, **options)

@@ -32,7 +32,6 @@ from moeaccel.formats import (
     weight_format as find_format,
 )
 from moeaccel.grid import (
-    Squares,
     gated_output,
     grid_exponent as choose_grid,
     linear_output,
@@ -40,11 +39,12 @@ from moeaccel.grid import (
 )
 from moeaccel.host.calibration import calibrated
 from moeaccel.host.errors import InvalidOption, InvalidTensor, LimitExceeded, UploadError
-from moeaccel.host.layers import Experts, Linear
+from moeaccel.host.layers import Experts, Linear, Linears
 from moeaccel.host.limits import check_layer
 from moeaccel.host.memory import PAGE, Allocation
 from moeaccel.host.options import flag
 from moeaccel.host.report import WeightErrors, WeightReport
+from moeaccel.host.stored import Measured, Ready, StoredExperts, built, measured
 from moeaccel.host.tensors import Tensor, float32, shape_of
 from moeaccel.host.transports.base import Bytes
 from moeaccel.image import (
@@ -53,7 +53,6 @@ from moeaccel.image import (
     Expert,
     ExpertShape,
     LinearShape,
-    build_image,
     build_linear_image,
     expert_table,
     interleave_gate_up,
@@ -64,8 +63,9 @@ from moeaccel.interface.commands import ENTRY_BYTES, GRID_EXPONENTS, LAYER, enco
 if TYPE_CHECKING:
     from moeaccel.host.device import Device
 
-__all__ = ["Format", "Formats", "Progress", "Shared", "Stack", "load_experts", "load_linear",
-           "load_quantised", "load_router_weight", "upload"]
+__all__ = ["Biases", "Format", "Formats", "Progress", "Shared", "Stack", "formats_of",
+           "load_experts", "load_linear", "load_linears", "load_quantised", "load_router_weight",
+           "shared_format_of", "shared_matrices", "upload"]
 
 logger = logging.getLogger(__name__)
 
@@ -86,9 +86,6 @@ Shared = tuple[Tensor, Tensor] | Sequence[tuple[Tensor, Tensor]]
 
 _Matrices = tuple[NDArray[np.float32], NDArray[np.float32]]
 """gate_up and down of an expert."""
-
-_Measured = tuple[Expert, dict[str, Squares]]
-"""An expert, and the sums of squares of its matrices by their kind."""
 
 
 def _stack_shape(name: str, stack: Stack, *dims: str) -> tuple[int, ...]:
@@ -134,7 +131,7 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
             f"down must have the shape (E, H, I) = {(experts, d_model, d_expert)} for gate_up "
             f"{(experts, rows, d_model)} = (E, {_rows(parts)}, H), not {shape}; experts are "
             f"{_KINDS[parts]}")
-    formats = _formats(weight_format, experts)
+    formats = formats_of(weight_format, experts)
     _check_prune(prune)
     if row_blocks != 1:
         if (not isinstance(row_blocks, int) or row_blocks < 1 or d_expert % row_blocks
@@ -147,8 +144,8 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
         experts, rows, d_expert = len(formats), rows // row_blocks, d_expert // row_blocks
         shape = experts, d_model, d_expert
     array = device.config.row_multipliers, device.config.channels
-    biases = (_Biases("gate_up_bias", gate_up_bias, experts, rows),
-              _Biases("down_bias", down_bias, experts, d_model))
+    biases = (Biases("gate_up_bias", gate_up_bias, experts, rows),
+              Biases("down_bias", down_bias, experts, d_model))
     kind: dict[str, Any] = {
         "activation": activation, "limit": limit, "gate_limit": gate_limit}
     sizes = {**kind, "gated": gated, "second_up": second_up}
@@ -157,13 +154,13 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
                                down_biased=down_bias is not None)
               for fmt in dict.fromkeys(formats)}
     seen = calibrated(quantiser, calibration, d_model=d_model, num_experts=experts)
-    more = _shared_experts(shared, d_model, parts)
-    extra = [ExpertShape(_shared_format(shared_format, weight_format), d_model, down.shape[1],
+    more = shared_matrices(shared, d_model, parts)
+    extra = [ExpertShape(shared_format_of(shared_format, weight_format), d_model, down.shape[1],
                          *array, **sizes)
              for _, down in more]
 
     def made(e: int | None, matrices: _Matrices, shape: ExpertShape,
-             biases: Sequence[NDArray[np.float32] | None]) -> _Measured:
+             biases: Sequence[NDArray[np.float32] | None]) -> Measured:
         """Return an expert; shared ones have no number."""
         moments = (None, None) if seen is None else seen.moments(
             e, matrices[0], shape.d_expert, **kind, second=quantiser == "gptq",
@@ -176,7 +173,7 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
             expert.gate_up, interleave_gate_up(matrices[0], parts)),
                         "down": squares(expert.down, matrices[1])}
 
-    def quantised() -> Iterator[_Measured]:
+    def quantised() -> Iterator[Measured]:
         for e, fmt in enumerate(formats):
             matrices = float32("gate_up", gate_up[e]), float32("down", down[e])
             if matrices[0].shape != (rows, d_model) or matrices[1].shape != shape[1:]:
@@ -189,12 +186,12 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
             yield made(None, matrices, wide, (None, None))
 
     return _load_experts(
-        device, quantised(), [*(shapes[fmt] for fmt in formats), *extra],
+        device, built(quantised(), device.config), [*(shapes[fmt] for fmt in formats), *extra],
         activation_bits=activation_bits, grid_exponent=grid_exponent, x_rms=x_rms,
         progress=progress, shared=len(extra), row_blocks=row_blocks, identity=identity)
 
 
-def _shared_format(given: Format | None, weight_format: Formats) -> WeightFormat:
+def shared_format_of(given: Format | None, weight_format: Formats) -> WeightFormat:
     """Return the format of shared experts: that of all others, where no other is given."""
     if given is None:
         if not isinstance(weight_format, str | WeightFormat):
@@ -213,7 +210,7 @@ _KINDS = {1: "not gated", 2: "gated unless gated=False", 3: "gated, with second 
 """Experts by the parts of gate_up."""
 
 
-def _shared_experts(shared: Shared | None, d_model: int, parts: int) -> list[_Matrices]:
+def shared_matrices(shared: Shared | None, d_model: int, parts: int) -> list[_Matrices]:
     """Return (gate_up, down) of each shared expert, whose widths are their own."""
     if shared is None:
         return []
@@ -238,7 +235,7 @@ def _shared_experts(shared: Shared | None, d_model: int, parts: int) -> list[_Ma
     return found
 
 
-class _Biases:
+class Biases:
     """The biases of one matrix of all experts, (E, rows) or a sequence of (rows,); or none."""
 
     def __init__(self, name: str, stack: Stack | None, experts: int, rows: int) -> None:
@@ -289,10 +286,16 @@ def load_quantised(device: Device, experts: Sequence[Expert], *, activation: str
     """Put experts that are quantised already into a device's memory."""
     if not len(experts):
         raise InvalidTensor("experts must be at least one, not none")
-    experts = [*experts, *shared]
     shapes: list[ExpertShape] = []
+    stored = experts if isinstance(experts, StoredExperts) else None
+    if stored is not None:
+        shape = replace(stored.shape(), row_multipliers=device.config.row_multipliers,
+                        channels=device.config.channels)
+        shapes += [shape if activation is None else replace(shape, activation=activation)
+                   ] * len(stored)
+    others = [*(experts if stored is None else ()), *shared]
     seen: Expert | None = None  # many may be one object; its id may be another's that is made later
-    for e, expert in enumerate(experts):
+    for e, expert in enumerate(others, len(shapes)):
         shapes.append(
             shapes[-1] if expert is seen else _checked_shape(device, e, expert, activation))
         seen = expert
@@ -300,17 +303,10 @@ def load_quantised(device: Device, experts: Sequence[Expert], *, activation: str
         raise InvalidTensor(
             f"experts must be of one d_model, not {sorted({shape.d_model for shape in shapes})}")
 
-    def measured() -> Iterator[_Measured]:
-        previous: Expert | None = None
-        found: dict[str, Squares] = {}
-        for expert in experts:
-            if expert is not previous:
-                found = {"gate_up": squares(expert.gate_up), "down": squares(expert.down)}
-                previous = expert
-            yield expert, found
-
+    made = built(measured(others), device.config)
+    ready = made if stored is None else itertools.chain(stored.ready(device.config), made)
     return _load_experts(
-        device, measured(), shapes, activation_bits=activation_bits, grid_exponent=grid_exponent,
+        device, ready, shapes, activation_bits=activation_bits, grid_exponent=grid_exponent,
         x_rms=x_rms, progress=progress, shared=len(shared), identity=identity)
 
 
@@ -342,7 +338,7 @@ def load_linear(device: Device, weight: Tensor, *, weight_format: str, activatio
     check_layer(config, [shape])
     values = float32("weight", weight)
     if bias is not None:
-        bias = _Biases("bias", [bias], 1, d_out).of(0)
+        bias = Biases("bias", [bias], 1, d_out).of(0)
     matrix = quantise(
         values if prune is None else pruned(values, shape.format, prune, channels=config.channels),
         shape.format, quantiser=quantiser).with_bias(bias)
@@ -351,13 +347,8 @@ def load_linear(device: Device, weight: Tensor, *, weight_format: str, activatio
         grid_exponent = choose_grid([linear_output(found, x_rms=x_rms)])
     errors = WeightErrors(shape.format.name)
     errors.add(0, {"weight": found}, groups=matrix.shift.size, coarsened=matrix.coarsened)
-    images, addresses = _allocate(device, [shape])
-    with _freed_on_error(images):
-        parts = [build_linear_image(matrix, config.row_multipliers, channel=channel,
-                                    channels=config.channels)
-                 for channel in range(config.channels)]
-        upload(device, images.address, parts, "the linear layer")
-        descriptor = _describe(device, planes, grid_exponent, [shape], addresses)
+    images, descriptor = _put_matrices(device, [(matrix, "the linear layer")], [shape], planes,
+                                       grid_exponent)
     return Linear(device, shape, images, descriptor, planes, grid_exponent, _report(errors))
 
 
@@ -399,18 +390,63 @@ def load_router_weight(device: Device, weight: Tensor, *, grid_exponent: int) ->
     found = replace(squares(high), error=squares(low, rest).error)
     errors = WeightErrors(fmt.name)
     errors.add(0, {"weight": found}, groups=high.shift.size, coarsened=high.coarsened)
-    images, addresses = _allocate(device, [shape, shape])
-    with _freed_on_error(images):
-        for plane, matrix in enumerate((high, low)):
-            parts = [build_linear_image(matrix, config.row_multipliers, channel=channel,
-                                        channels=config.channels)
-                     for channel in range(config.channels)]
-            upload(device, addresses[plane], parts, f"plane {plane} of the router")
-        descriptor = _describe(device, 2, grid_exponent, [shape, shape], addresses)
+    images, descriptor = _put_matrices(
+        device, [(high, "plane 0 of the router"), (low, "plane 1 of the router")], [shape, shape],
+        2, grid_exponent)
     return Linear(device, shape, images, descriptor, 2, grid_exponent, _report(errors))
 
 
-def _load_experts(device: Device, experts: Iterable[_Measured], shapes: Sequence[ExpertShape], *,
+def load_linears(device: Device, matrices: Sequence[QuantisedMatrix], *, activation_bits: int = 16,
+                 grid_exponent: int | None = None, x_rms: float = 1.0) -> Linears:
+    """Put quantised matrices of one shape, (N, K) each, into a device's memory as one layer, of
+    which each row of x names its own; the grid is chosen from all of them.
+
+    Raises
+    ------
+    InvalidTensor
+        If there are none, or they differ in shape.
+    FormatError, LimitExceeded
+        If the device has not the format, or not room for so many.
+    """
+    planes = _check_options(activation_bits, grid_exponent, x_rms)
+    config = device.config
+    for e, matrix in enumerate(matrices):
+        check_matrix(matrix, f"matrix {e}")
+    sizes = {matrix.integers.shape for matrix in matrices}
+    if len(sizes) != 1:
+        raise InvalidTensor("matrices must be some of one shape, not of "
+                            f"{', '.join(map(str, sorted(sizes))) or 'none'}")
+    shapes = [LinearShape(matrix.format, *matrix.integers.shape, config.row_multipliers,
+                          config.channels, matrix.bias is not None) for matrix in matrices]
+    check_layer(config, shapes)
+    if grid_exponent is None:
+        grid_exponent = choose_grid(linear_output(squares(matrix), x_rms=x_rms)
+                                    for matrix in matrices)
+    errors = WeightErrors(", ".join(dict.fromkeys(shape.format.name for shape in shapes)))
+    for e, matrix in enumerate(matrices):
+        errors.add(e, {}, groups=matrix.shift.size, coarsened=matrix.coarsened)
+    images, descriptor = _put_matrices(
+        device, [(matrix, f"matrix {e}") for e, matrix in enumerate(matrices)], shapes, planes,
+        grid_exponent)
+    return Linears(device, shapes, images, descriptor, planes, grid_exponent, _report(errors))
+
+
+def _put_matrices(device: Device, matrices: Sequence[tuple[QuantisedMatrix, str]],
+                  shapes: Sequence[LinearShape], planes: int, grid_exponent: int
+                  ) -> tuple[Allocation, Allocation]:
+    """Upload matrices, named for messages, and describe them as one layer."""
+    config = device.config
+    images, addresses = _allocate(device, shapes)
+    with _freed_on_error(images):
+        for (matrix, what), address in zip(matrices, addresses, strict=True):
+            upload(device, address, [
+                build_linear_image(matrix, config.row_multipliers, channel=channel,
+                                   channels=config.channels)
+                for channel in range(config.channels)], what)
+        return images, _describe(device, planes, grid_exponent, shapes, addresses)
+
+
+def _load_experts(device: Device, experts: Iterable[Ready], shapes: Sequence[ExpertShape], *,
                   activation_bits: int, grid_exponent: int | None, x_rms: float,
                   progress: Progress | None, shared: int = 0, row_blocks: int = 1,
                   identity: int = 0) -> Experts:
@@ -430,20 +466,12 @@ def _load_experts(device: Device, experts: Iterable[_Measured], shapes: Sequence
         errors = WeightErrors(", ".join(dict.fromkeys(
             section.format.name for shape in shapes for section in shape.sections)))
         outputs: list[float] = []
-        previous: Expert | None = None
-        parts: list[Bytes] = []
-        for e, (expert, found) in enumerate(experts):
-            if expert is not previous:
-                parts = [build_image(expert.gate_up, expert.down, config.row_multipliers,
-                                     channel=channel, channels=config.channels)
-                         for channel in range(config.channels)]
-                previous = expert
-            upload(device, addresses[e], parts, f"expert {e}")
+        for e, (expert, shape) in enumerate(zip(experts, shapes, strict=True)):
+            upload(device, addresses[e], expert.parts, f"expert {e}")
             outputs.append(gated_output(
-                found["gate_up"], found["down"], x_rms=x_rms, activation=shapes[e].activation,
-                limit=shapes[e].limit, gate_limit=shapes[e].gate_limit))
-            errors.add(e, found, groups=expert.gate_up.shift.size + expert.down.shift.size,
-                       coarsened=expert.gate_up.coarsened + expert.down.coarsened)
+                expert.squares["gate_up"], expert.squares["down"], x_rms=x_rms,
+                activation=shape.activation, limit=shape.limit, gate_limit=shape.gate_limit))
+            errors.add(e, expert.squares, groups=expert.groups, coarsened=expert.coarsened)
             if progress is not None:
                 progress(e + 1, len(shapes))
         if one is not None:
@@ -480,7 +508,7 @@ def _report(errors: WeightErrors) -> WeightReport:
     return report
 
 
-def _formats(weight_format: Formats, experts: int) -> list[WeightFormat]:
+def formats_of(weight_format: Formats, experts: int) -> list[WeightFormat]:
     """Return the format of each expert."""
     if isinstance(weight_format, str | WeightFormat) or not isinstance(weight_format, Sequence):
         return [find_format(weight_format)] * experts
