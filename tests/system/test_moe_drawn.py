@@ -25,6 +25,8 @@ def drawn_layer(rng, device, seed):
     experts = int(rng.choice([4, 7, 16, 33, 40, 64]))
     tokens = int(rng.choice([1, 1, 2, 5, 20, 33]))
     modes = MODES[int(rng.integers(len(MODES)))]
+    if "capacity" in modes:  # its tokens are of one command
+        tokens = min(tokens, 20)
     router = drawn(rng, experts, **modes)
     if kind == "logits":
         return (lambda logits: np.hstack([part.astype(np.float32) for part in device.route(
@@ -35,7 +37,7 @@ def drawn_layer(rng, device, seed):
     weighed = Router(draw(rng, experts, d_model) * 4, bias=router.bias,
                      selection_bias=router.selection_bias, **settings)
     gated = rng.random() < 0.7
-    shared = int(rng.integers(0, 3))
+    shared = min(int(rng.integers(0, 3)), CONFIG.max_experts - experts)
     rows = 2 if gated else 1
     moe = device.load_moe(
         weighed, draw(rng, experts, rows * d_expert, d_model),
