@@ -454,7 +454,7 @@ def _write_at(file: BinaryIO, offset: int, values: NDArray[Any]) -> None:
     data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
     done = 0
     while done < data.size:
-        done += os.pwrite(file.fileno(), data[done:], offset + done)
+        done += os.pwrite(file.fileno(), data[done:].data, offset + done)
 
 
 def _summary(layer: ExpertLayer, drop_biases: bool) -> LayerSummary:
