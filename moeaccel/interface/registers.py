@@ -63,12 +63,12 @@ COUNTERS: tuple[tuple[str, str], ...] = (
     ("bytes_read_weights", "Bytes of expert images read."),
     ("bytes_read_other", "All other bytes read."),
     ("bytes_written", "Bytes written."),
-    ("tokens", "Tokens of finished commands."),
+    ("tokens", "Tokens of commands that have run, without WINDOW or BUS_ERROR."),
     ("expert_passes", "Passes over an expert's weights."),
     ("assignments", "Token-expert pairs computed."),
-    ("overflows", "Weighted outputs beyond the grid."),
+    ("overflows", "Weighted outputs beyond the grid, of the same commands."),
     ("commands", "Commands completed."),
-    ("underflows", "Weighted outputs that were not zero and are zero on the grid."),
+    ("underflows", "Weighted outputs that the grid made zero, of the same commands."),
 )
 """Event counters, 48 bits wide, two registers each from COUNTERS_BASE on; new ones come last."""
 

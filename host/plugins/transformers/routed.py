@@ -134,12 +134,15 @@ def _take(model: torch.nn.Module) -> None:
             name = experts_in(module)
             if name is None or not (_is_ours(module) or _is_its_own(module)):
                 continue
-            experts = getattr(module, name)
-            config = getattr(experts, "config", None)
-            if getattr(config, "_experts_implementation", None) == NAME:
-                number = number_of(module)
-                _blocks[number], _owners[experts] = module, number
-                module.forward = types.MethodType(forward, module)
+            number = number_of(module)
+            _blocks[number], _owners[getattr(module, name)] = module, number
+            module.forward = types.MethodType(forward, module)
+
+
+def _is_set(module: torch.nn.Module) -> bool:
+    """Return whether the experts of a block are to use the device now."""
+    config = getattr(getattr(module, experts_in(module) or ""), "config", None)
+    return getattr(config, "_experts_implementation", None) == NAME
 
 
 def blocks_in(model: torch.nn.Module) -> Iterator[RoutedBlock]:
@@ -151,7 +154,7 @@ def blocks_in(model: torch.nn.Module) -> Iterator[RoutedBlock]:
             continue
         if not option("route"):
             found: Block | str = "use_device() must be called with route=True, but was not"
-        elif not _is_ours(module):
+        elif not (_is_ours(module) and _is_set(module)):
             found = (f"{type(module).__name__} must be one of experts_implementation={NAME!r} with "
                      "a forward of its class, but has another setting, or was given another "
                      "forward (by accelerate's hooks, say)")
@@ -182,7 +185,7 @@ def needs(model: torch.nn.Module) -> list[LayerDims]:
 def wanted(experts: torch.nn.Module, weights: Weights) -> Wanted:
     """Return what is to be in device memory for an experts module."""
     block = _blocks.get(_owners.get(experts, 0))
-    found = "" if block is None else _decision(block)
+    found = "" if block is None or not _is_set(block) else _decision(block)
     return plain(weights) if block is None or isinstance(found, str) else _wanted(block, found)
 
 
@@ -229,13 +232,14 @@ def _decide(module: torch.nn.Module) -> tuple[Session, Block | str]:
 def _refusal(session: Session, block: Block, dims: tuple[LayerDims, ...]) -> str | None:
     """Return what of a block a device has not."""
     settings = _settings(block)
+    (device,) = session.devices  # route=True is for one
     taken, experts = settings.top_k + len(dims) - 1, sum(one.experts for one in dims)
     if taken > TOP_K_MAX:
         return (f"top_k and shared experts must be at most {TOP_K_MAX} together, not {taken}")
-    if experts > (most := session.device.config.max_experts):
+    if experts > (most := device.config.max_experts):
         return f"experts and shared experts must be at most {most} together, not {experts}"
     try:
-        check_router(session.device.config, settings)
+        check_router(device.config, settings)
         for one in dims:
             check_limits(session, one)
     except MoeAccelError as error:
@@ -279,7 +283,8 @@ def _wanted(module: torch.nn.Module, block: Block) -> Wanted:
         settings = asdict(found.settings)
         router = Router(matrix(block.weight), bias=table(found.bias),
                         selection_bias=table(found.selection_bias), **settings)
-        return session.device.load_moe(
+        (device,) = session.devices
+        return device.load_moe(
             router, *weights.stacks, shared=shared, **stored(session, weights))
 
     return Wanted(weights, load, tuple(tensors.values()), block, _dims(module, block, weights))
@@ -328,7 +333,8 @@ class _Plan(NamedTuple):
 
 @torch.compiler.assume_constant_result
 def _plan(module: torch.nn.Module) -> _Plan | None:
-    found = _decision(module) if option("route") else ""  # a copy may be older than the setting
+    # A copy may be older than the option; and models change their setting.
+    found = _decision(module) if option("route") and _is_set(module) else ""
     if isinstance(found, str):
         return None
     return _Plan(number_of(module), found.recognised.settings.top_k, found.experts, found.router,
@@ -346,7 +352,9 @@ def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     refuse_tangents(x)
     rows = x.reshape(-1, x.shape[-1])
     experts, router = getattr(self, plan.experts), getattr(self, plan.router)
-    weights, _ = look(experts)
+    weights, reason = look(experts)
+    if weights is None:
+        raise UnsupportedExperts(reason)
     tensors = [*weights.tensors, *(_tensor(self, name) for name in plan.names)]
     y, ids, scores = torch.ops.moeaccel.block(rows, tensors, plan.number, plan.top_k)
     scores = scores.to(x.dtype)

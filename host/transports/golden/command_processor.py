@@ -138,6 +138,7 @@ class CommandProcessor:
         """Execute the submission at an address and return its completion, but for the phase."""
         tag, tokens, cycles, status, detail, where, underflows = 0, 0, 0, Status.OK, 0, 0, 0
         self._port.possible_faults = []
+        before = dict(self._registers.counters)
         try:
             submission = decode(SUBMISSION, self._port.load(address, ENTRY_BYTES).tobytes())
             tag, tokens, opcode = (submission[name] for name in ("tag", "tokens", "opcode"))
@@ -159,6 +160,9 @@ class CommandProcessor:
             status, detail, where = fault.status, fault.detail, fault.address
             if status is Status.BAD_EXPERT:  # it has run so far
                 self._registers.count(tokens=tokens)
+            if status in (Status.WINDOW, Status.BUS_ERROR):  # numbers of its parts mean nothing
+                for name in ("overflows", "underflows"):
+                    self._registers.counters[name] = before[name]
         return {"tag": tag, "status": status, "detail": detail, "address": where, "cycles": cycles,
                 "underflows": underflows}
 
