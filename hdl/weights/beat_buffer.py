@@ -26,8 +26,8 @@ class BeatBuffer(wiring.Component):
     on, and nothing goes out. What is stored outlives a reset, but who resets it forgets what it
     was.
 
-    Latency: 5 cycles from ``i_part`` to the first beat that is held; beats of memory pass in the
-    cycle in which they come. Throughput: one beat a cycle; two cycles without one between
+    Latency: 4 cycles from ``i_part`` to the first beat that is held; beats of memory pass in the
+    cycle in which they come. Throughput: one beat a cycle; a cycle without one between
     requests. Stalls for ``o_beat.ready`` and, by ``i_part.ready``, when as many requests wait as
     there are passes ahead, so that it never holds up a pass.
 

@@ -162,7 +162,8 @@ class Dispatcher:
             cycle += 1
             yield cycle
         if streamer.beats:
-            last = streamer.last_beat + STORED_CYCLES
+            # Each request is taken up a cycle behind the last beat of the one before.
+            last = streamer.last_beat + STORED_CYCLES + streamer.requests - 1
         self.finished = max(cycle, asked, last) + 3
 
     def _section(self, section: Section, cycle: int) -> Process:

@@ -14,7 +14,7 @@ GRANT_CYCLES = 3
 """WeightStreamer: between bursts, to measure one, see that it fits and grant it."""
 CREDIT_CYCLES = 3
 """WeightStreamer: from a beat that leaves the FIFO to the grant that waited for it."""
-HELD_CYCLES = 3
+HELD_CYCLES = 2
 """BeatBuffer: from a request that is taken up to its first held beat, as if it came from the port:
 two cycles ahead of where beats of memory and of the buffer meet."""
 
