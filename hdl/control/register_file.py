@@ -52,7 +52,7 @@ class RegisterFile(wiring.Component):
 
     * RW: ``rw_<register>``; pairs ``<X>_LO``, ``<X>_HI`` also as 64-bit ``rw_<x>``;
       ``stb_<register>`` pulses in the first cycle in which a written value shows.
-    * RO: ``ro_<register>``, except constants (registers with a reset value, those of ``built_values``).
+    * RO: ``ro_<register>``, except constants (registers with a reset value, ``built_values``).
     * W1P: ``pulse_<register>_<field>``, one cycle.
     * W1C: ``w1c_<register>``; ``set_<register>_<field>`` sets the bit, also in the cycle in which
       a host clears it.

@@ -298,9 +298,9 @@ SUBMISSION = (
     _address("x_address", 6, "(tokens, d_in) of x_type, rows contiguous. ROUTE: logits, a "
              "multiple of 32 in each row, those of no expert not looked at."),
     _address("ids_address", 8,
-             "int32 (tokens, top_k); negative or >= num_experts: skipped. GEMM: not read. PREFETCH: "
-             "tokens * top_k ids; x, weights, y and workspace are neither read nor written. ROUTE, "
-             "MOE: written, up to a multiple of 64 bytes; -1: no expert."),
+             "int32 (tokens, top_k); negative or >= num_experts: skipped. GEMM: not read. PREFETCH "
+             "reads nothing else but layer and entries. ROUTE, MOE: written, up to a multiple of "
+             "64 bytes; -1: no expert."),
     _address("weights_address", 10,
              "float32 (tokens, top_k). GEMM: not read. ROUTE, MOE: written, as ids."),
     _address("y_address", 12, "(tokens, d_out) of y_type, written."),

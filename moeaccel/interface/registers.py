@@ -75,8 +75,7 @@ COUNTERS: tuple[tuple[str, str], ...] = (
     ("buffer_misses", "Passes of which it had none; 0, as the other four, where there is none."),
     ("bytes_buffered", "Bytes of expert images taken from the expert buffer, on all channels."),
     ("bytes_prefetched", "Bytes of bytes_read_weights that PREFETCH brought."),
-    ("bytes_wasted", "Bytes that PREFETCH brought, and that another expert or FORGET replaced "
-     "before a pass used any of their expert's."),
+    ("bytes_wasted", "Bytes of these that gave way to another expert, or were forgotten, unused."),
 )
 """Event counters, 48 bits wide, two registers each from COUNTERS_BASE on; new ones come last."""
 

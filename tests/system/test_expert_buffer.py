@@ -11,7 +11,6 @@ import pytest
 from moeaccel.config import PRESETS
 from moeaccel.formats import ALL_FORMATS, FORMATS
 from moeaccel.host import errors, open_device
-from moeaccel.host.device import Command
 from moeaccel.host.prefetch import Prefetches
 from moeaccel.interface.commands import (
     EXPERT,
@@ -73,7 +72,8 @@ class Layers:
     def prefetch(self, rng):
         """Return a PREFETCH, drawn; ids that there are not are skipped, doubled ones count once."""
         at = int(rng.integers(len(SHAPES)))
-        ids = rng.integers(-2, SHAPES[at][0] + 1, (int(rng.integers(1, 5)), int(rng.integers(1, 4))))
+        shape = tuple(rng.integers(1, 5, 2).tolist())
+        ids = rng.integers(-2, SHAPES[at][0] + 1, shape)
         return lambda device: prefetch(device, self.layers[at][device], ids)
 
 
@@ -356,7 +356,6 @@ def test_a_device_without_one_refuses(tiny: Pair):
     tiny.reset()
     assert tiny.same(lambda device: read_register(device, "EXPERT_BUFFER")) == 0
     with tiny.rtl.load_experts(*draw_experts(np.random.default_rng(0), 2, 64, 32)) as layer:
-        with pytest.raises(errors.LimitExceeded, match="must have an expert buffer, and 'tiny' has"):
+        with pytest.raises(errors.LimitExceeded, match="must have an expert buffer, and 'tiny'"):
             tiny.rtl.prefetch(layer, [0])
         tiny.rtl.fence()
-    assert isinstance(tiny.rtl.submit({"opcode": int(Opcode.FENCE)}, Command("FENCE")), Command)
