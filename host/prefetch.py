@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
+from moeaccel.config import AcceleratorConfig
 from moeaccel.host.errors import InvalidOption, LimitExceeded
 from moeaccel.host.layers import Experts
 from moeaccel.host.memory import COMMAND_ALIGNMENT
@@ -16,10 +17,23 @@ from moeaccel.interface.commands import Opcode
 if TYPE_CHECKING:
     from moeaccel.host.device import Device
 
-__all__ = ["Prefetches"]
+__all__ = ["Prefetches", "check_buffer"]
 
 _IDS = COMMAND_ALIGNMENT // 4
 """Ids that fill a block of memory."""
+
+
+def check_buffer(config: AcceleratorConfig) -> None:
+    """Check that a device has an expert buffer.
+
+    Raises
+    ------
+    LimitExceeded
+        If it has none.
+    """
+    if not config.buffer_slots:
+        raise LimitExceeded(f"config must have an expert buffer, and {config.name!r} has none; "
+                            "take one with buffer_slots and buffer_beats")
 
 
 class Prefetches:
@@ -56,9 +70,7 @@ class Prefetches:
         """
         device = cast("Device", self)
         config = device.config
-        if not config.buffer_slots:
-            raise LimitExceeded(f"config must have an expert buffer, and {config.name!r} has none; "
-                                "take one with buffer_slots and buffer_beats")
+        check_buffer(config)
         if not isinstance(layer, Experts) or layer.device is not device:
             raise InvalidOption("layer must be one of this device's load_experts(), not "
                                 f"{type(layer).__name__} of another")

@@ -26,7 +26,7 @@ def _amount_bits(name: str, config: AcceleratorConfig) -> int:
     }.get(name, 1)
 
 
-def _names(config: AcceleratorConfig) -> list[str]:
+def counters_of(config: AcceleratorConfig) -> list[str]:
     """Return the counters that there are."""
     return [name for name, _ in COUNTERS if config.buffer_slots or name not in BUFFER_COUNTERS]
 
@@ -62,7 +62,7 @@ class Counters(wiring.Component):
             raise TypeError(f"config must be an AcceleratorConfig, not {config!r}")
         self._config = config
         members = {"clear": In(1)}
-        for name in _names(config):
+        for name in counters_of(config):
             members[name] = In(_amount_bits(name, config))
             members[f"ro_{name}_lo"] = Out(32)
             members[f"ro_{name}_hi"] = Out(32)
@@ -73,7 +73,7 @@ class Counters(wiring.Component):
         # Reset and clear in one register: hundreds of others read it.
         clearing = Signal(init=1)
         m.d.sync += clearing.eq(self.clear)
-        for name in _names(self._config):
+        for name in counters_of(self._config):
             event = getattr(self, name)
             shift = exact_log2(self._config.port_bytes) if name.startswith("bytes_") else 0
             amount = Signal.like(event, name=f"amount_{name}", reset_less=True)

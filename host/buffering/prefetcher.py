@@ -10,6 +10,7 @@ import numpy as np
 from moeaccel.host.buffering.predictions import Prediction, prediction as find
 from moeaccel.host.errors import InvalidOption
 from moeaccel.host.layers import Experts
+from moeaccel.host.prefetch import check_buffer
 from moeaccel.host.rings import Command
 from moeaccel.host.tensors import indices, shape_of
 
@@ -36,6 +37,8 @@ class Prefetcher:
     ------
     InvalidOption
         If layers are not of one device, or differ in experts.
+    LimitExceeded
+        If the device has no expert buffer.
     UnknownPolicy
         If there is no such prediction.
     """
@@ -49,8 +52,9 @@ class Prefetcher:
         kind = find(prediction) if isinstance(prediction, str) else prediction
         self._layers = tuple(layers)
         self._device, self._experts = layers[0].device, layers[0].num_experts
-        slots = self._device.config.buffer_slots
-        self._most = slots // max(layer.row_blocks for layer in layers)
+        check_buffer(self._device.config)
+        blocks = max(layer.row_blocks for layer in layers)
+        self._most = max(1, self._device.config.buffer_slots // blocks)
         self._prediction = kind(n_layers=len(layers), n_experts=self._experts, top_k=top_k)
         self._sent: list[Command] = []
 

@@ -11,7 +11,10 @@ import pytest
 from moeaccel.config import PRESETS
 from moeaccel.formats import ALL_FORMATS, FORMATS
 from moeaccel.host import errors, open_device
+from moeaccel.host.buffering import PREDICTIONS, replay
+from moeaccel.host.buffering.device import replay_on, with_buffer
 from moeaccel.host.prefetch import Prefetches
+from moeaccel.host.traces import RoutingTrace
 from moeaccel.interface.commands import (
     EXPERT,
     LAYER,
@@ -328,6 +331,20 @@ def same_prefetched(pair):
     found = [device.counters()["bytes_prefetched"] for device in pair.devices]
     assert found[0] == found[1]
     return found[0]
+
+
+def test_a_trace(pair_of):
+    """The hardware counts what the model of a trace does."""
+    ids = np.random.default_rng(8).integers(0, 6, (8, 2, 2))
+    ids[..., 1] = (ids[..., 0] + 1) % 6
+    trace = RoutingTrace.of_requests([(ids, None)], n_experts=6)
+    kind = PREDICTIONS["popularity"]
+    _, call = with_buffer(TWO, TWO.buffer_slots)
+    model = replay(trace, call, slots=TWO.buffer_slots, gap=None, prediction=kind).counts
+    with pair_of(TWO, memory=random_memory(8)) as pair:
+        assert replay_on(pair.rtl, trace, kind) == model
+        assert model.hits and model.wasted_bytes
+        pair.simulation.check()
 
 
 def test_a_routed_layer(pair_of):
