@@ -48,6 +48,8 @@ def expert_buffer(
     device: Annotated[On | None, typer.Option(
         help="Run the decode tokens on this device, too, through layers of small experts of the "
              "same number, and set its counters beside the model's.")] = None,
+    device_config: Annotated[str | None, typer.Option(
+        help="Preset of that device, if not that of the model.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Replay a trace through a model of an expert buffer: hits, misses, wasted bytes, cycles.
@@ -60,6 +62,7 @@ def expert_buffer(
     from moeaccel.config import preset
     from moeaccel.formats import weight_format as find_format
     from moeaccel.host.buffering import PREDICTIONS, Call, prediction as find, replay
+    from moeaccel.host.errors import LimitExceeded
     from moeaccel.host.traces import ForeignTrace, RoutingTrace
     from moeaccel.host.traces.presets import generate, presets
     from moeaccel.image import ExpertShape
@@ -70,6 +73,9 @@ def expert_buffer(
             or found.top_k is None):
         raise ForeignTrace(f"a model must have experts of one width, all of them known, and "
                            f"{found.key} has not")
+    if max(found.d_model, found.d_expert) > machine.max_dim:
+        raise LimitExceeded(f"config must take experts of {found.d_model} x {found.d_expert}, and "
+                            f"{config!r} takes {machine.max_dim} at most")
     names = prediction or ["none", *PREDICTIONS]
     chosen = [None if name == "none" else find(name) for name in names]
     shape = ExpertShape(find_format(weight_format), found.d_model, found.d_expert,
@@ -94,7 +100,7 @@ def expert_buffer(
         status("counting loads of prompts")
         reordered = _reordered(routes, slots)
         counted = [] if device is None else [
-            _on_device(device, routes, machine, slots, one, status)
+            _on_device(device, routes, preset(device_config or config), slots, one, status)
             for name, one in zip(names, chosen, strict=True)
             if one is not None and name != "oracle"]
     if as_json:
