@@ -66,8 +66,9 @@ lint: $(STAMP) ## ruff and pyright
 synth: $(STAMP) ## place and route the accelerator core on an ECP5-85F; report area and clock rate
 	$(BIN)/python -m moeaccel.fpga.synth --core --save
 
-synth-blocks: $(STAMP) ## the same for every block alone; both keep what they find in fpga/reports
+synth-blocks: $(STAMP) ## the same for every block alone, and what each feature costs; all in fpga/reports
 	$(BIN)/python -m moeaccel.fpga.synth --all --save
+	$(BIN)/python -m moeaccel.fpga.features --save
 
 bitstream: $(STAMP) ## build the bitstream of BOARD, with resources and routed clock
 	$(BIN)/moeaccel bitstream --board "$(BOARD)" --seed $(SEED) --seeds $(SEEDS) \

@@ -33,7 +33,6 @@ from moeaccel.hdl.memory.sdram import SdramTiming
 from moeaccel.hdl.memory.sdram_controller import SdramController
 from moeaccel.hdl.router.route_unit import RouteUnit
 from moeaccel.hdl.verilog.verilog_target import generate
-from moeaccel.router.choices import MODES
 
 __all__ = ["BLOCKS", "FOLDER", "Report", "block_build", "synthesise"]
 
@@ -78,14 +77,9 @@ def _sdram_controller(config: AcceleratorConfig) -> wiring.Component:
 
 
 def _route_unit(config: AcceleratorConfig) -> wiring.Component:
-    """Return the router that a small board may have; of the configuration all else."""
-    return RouteUnit(config.replace(router=("softmax", "sigmoid"), router_top_k=8))
-
-
-def _route_modes(config: AcceleratorConfig) -> wiring.Component:
-    """Return that router with every mode."""
-    return RouteUnit(
-        config.replace(router=("softmax", "sigmoid"), router_top_k=8, router_modes=MODES))
+    """Return the configuration's router, or the one that a small board may have."""
+    return RouteUnit(config if config.router else config.replace(
+        router=("softmax", "sigmoid"), router_top_k=8), "ecp5")
 
 
 def _serial_link(config: AcceleratorConfig) -> wiring.Component:
@@ -100,6 +94,7 @@ BLOCKS: dict[str, Block] = {
     "sequencer": _block("dispatch.sequencer", "Sequencer"),
     "dispatcher": _block("dispatch.dispatcher", "Dispatcher"),
     "activation_loader": _block("activations.activation_loader", "ActivationLoader"),
+    "lane_buffer": _block("activations.lane_buffer", "LaneBuffer", 2),
     "result_serialiser": _block("array.result_serialiser", "ResultSerialiser"),
     "activation_unit": _block("activations.activation_unit", "ActivationUnit", "ecp5"),
     "hidden_buffer": _block("activations.hidden_buffer", "HiddenBuffer"),
@@ -108,11 +103,11 @@ BLOCKS: dict[str, Block] = {
     "memory_port": _block("memory.memory_port", "MemoryPort", readers=5, writers=2),
     "command_processor": _block("control.command_processor", "CommandProcessor"),
     "register_file": _block("control.register_file", "RegisterFile"),
+    "counters": _block("control.counters", "Counters"),
     "axi_arbiter": _axi_arbiter,
     "sdram_controller": _sdram_controller,
     "serial_link": _serial_link,
     "route_unit": _route_unit,
-    "route_modes": _route_modes,
     CORE: _block("top", "Accelerator", "ecp5"),
 }
 """Blocks by name, with how to make one."""

@@ -35,8 +35,8 @@ RESOURCES = ("lut", "flip_flop", "dsp", "block_ram", "ultra_ram")
 REPORTS = Path(__file__).resolve().parent / "reports"
 
 KEPT = ("engine", "combiner", "dispatcher", "hidden", "loader", "sequencer", "commands", "counters",
-        "port", "registers", "moeaccel_port", "moeaccel_core", "activation", "array", "x_lanes",
-        "h_lanes", "serialiser", "streamer", "sums", "tiles")
+        "port", "registers", "route", "moeaccel_port", "moeaccel_core", "activation", "array",
+        "x_lanes", "h_lanes", "serialiser", "streamer", "sums", "tiles")
 """Last parts of the names of modules that stay modules."""
 
 _WEIGHTS: dict[str, dict[str, float]] = {

@@ -348,7 +348,7 @@ class Engine(wiring.Component):
 
     def _route(self, m, begin, running, dispatcher, finished):
         """Give a job that routes to the router, and to nobody else."""
-        m.submodules.route = route = RouteUnit(self._config)
+        m.submodules.route = route = RouteUnit(self._config, self._family)
         routes = self.i_job.p.route
         m.d.comb += [
             dispatcher.i_job.valid.eq(self.i_job.valid & ~running & ~routes),

@@ -304,7 +304,9 @@ class Device(Routes, Prefetches, Bound, Inherited):
         identity : :class:`int`
             As in :meth:`load_experts`.
 
-        See :meth:`load_experts` for the rest; the grid is chosen from the quantised weights.
+        See :meth:`load_experts` for the rest; the grid is chosen from the quantised weights. Those
+        of a file (:func:`moeaccel.host.importers.open_quantised`) go as its images, unless these
+        are for another array, and have the grid of the checkpoint's weights.
 
         Raises
         ------

@@ -19,7 +19,7 @@ from moeaccel.interface.commands import Opcode
 if TYPE_CHECKING:
     from moeaccel.host.device import Device
 
-__all__ = ["CallStatistics", "Experts", "Handle", "Linear"]
+__all__ = ["CallStatistics", "Experts", "Handle", "Linear", "Linears"]
 
 
 class Experts(Layer):
@@ -190,3 +190,47 @@ class Linear(Layer):
         """
         tokens = self._check_x(x)
         return self._submit(x, None, None, tokens, 1)
+
+
+class Linears(Layer):
+    """Matrices of one shape in device memory, of which each row of x takes one:
+    ``y[t] = weights[t] * W[ids[t]] x[t]``; from :func:`moeaccel.host.weights.load_linears`.
+
+    Each is an entry of an expert table with one section, and a call is one EXPERTS command: rows of
+    x with one matrix are computed together, and its weights are read once.
+    """
+
+    def __init__(self, device: Device, shapes: Sequence[LinearShape], images: Allocation,
+                 descriptor: Allocation, planes: int, grid_exponent: int,
+                 report: WeightReport) -> None:
+        super().__init__(device, images, descriptor, d_in=shapes[0].d_in, d_out=shapes[0].d_out,
+                         planes=planes, grid_exponent=grid_exponent, report=report,
+                         opcode=Opcode.EXPERTS, num_experts=len(shapes))
+        self._shapes = tuple(shapes)
+
+    @property
+    def shapes(self) -> tuple[LinearShape, ...]:
+        """Formats and dimensions."""
+        return self._shapes
+
+    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Any:
+        """Return y, (T, N).
+
+        Parameters
+        ----------
+        x : float tensor, (T, K)
+        ids : integer tensor, (T,)
+            Below 0 or beyond the last: y is 0.
+        weights : float tensor, (T,)
+
+        Raises
+        ------
+        InvalidTensor
+            Before anything is sent.
+        """
+        tokens = self._check_x(x)
+        for name, value in (("ids", ids), ("weights", weights)):
+            if shape_of(name, value, "T") != (tokens,):
+                raise InvalidTensor(f"{name} must have the shape (T,) with T = {tokens}, not "
+                                    f"{tuple(value.shape)}")
+        return self._call(self._submit(x, ids[:, None], weights[:, None], tokens, 1))

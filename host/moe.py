@@ -189,9 +189,19 @@ class Moe:
         OutOfDeviceMemory
             If not even the buffers of one token fit.
         """
+        return self.compute(x)[0]
+
+    def compute(self, x: Tensor) -> tuple[Any, Any, Any]:
+        """Return y, and the ids and weights that x was routed by, as :meth:`route` has them; of one
+        command.
+
+        Errors are those of a call.
+        """
         if self.router.settings.weight_on_kind is WeightOn.INPUT:
-            return self._weighted(x)
-        return self._call(x, compute=True)[2]
+            ids, weights, y = self._weighted(x)
+        else:
+            ids, weights, y = self._call(x, compute=True)
+        return (y, *_like(x, ids, weights))
 
     def route(self, x: Tensor) -> tuple[Any, Any]:
         """Return ids, (T, k) int64, and weights, (T, k) float32, that x is routed by.
@@ -199,15 +209,11 @@ class Moe:
         Shared experts are not among them. Errors are those of a call.
         """
         ids, weights, _ = self._call(x, compute=False)
-        places: Any = ids.astype(np.int64)
-        if is_torch(x):
-            import torch
+        return _like(x, ids, weights)
 
-            return torch.from_numpy(places).to(x.device), torch.from_numpy(weights).to(x.device)
-        return places, weights
-
-    def _weighted(self, x: Tensor) -> Any:
-        """Return y where weights multiply x (Llama 4): the host does it, between two calls.
+    def _weighted(self, x: Tensor) -> tuple[NDArray[np.int32], NDArray[np.float32], Any]:
+        """Return ids, weights and y where weights multiply x (Llama 4): the host does it, between
+        two calls.
 
         Shared experts take x as it is, and are added in float32.
         """
@@ -216,7 +222,7 @@ class Moe:
         tokens = len(rows)
         if not self._shared:
             one = np.ones((tokens, 1), np.float32)
-            return Like.of(x)(self.experts(rows * weights, ids, one))
+            return ids, weights, Like.of(x)(self.experts(rows * weights, ids, one))
         # x times the weight goes to the one chosen, x itself to the shared ones.
         pairs = np.full((2 * tokens, self._shared), -1, np.int32)
         pairs[:tokens, :1] = ids
@@ -224,7 +230,7 @@ class Moe:
         y = self.experts._call(self.experts._submit(
             np.concatenate([rows * weights, rows]), pairs, np.ones(pairs.shape, np.float32),
             2 * tokens, self._shared))
-        return Like.of(x)(y[:tokens] + y[tokens:])
+        return ids, weights, Like.of(x)(y[:tokens] + y[tokens:])
 
     def close(self) -> None:
         """Free the device memory; a second call does nothing."""
@@ -325,6 +331,16 @@ class Moe:
             part = raw[at[3] - begin : at[4] - begin].view(y.dtype)
             width = whole_blocks(y.shape[1])
             y[:] = part[: tokens * width].reshape(tokens, width)[:, : y.shape[1]]
+
+
+def _like(x: Tensor, ids: NDArray[np.int32], weights: NDArray[np.float32]) -> tuple[Any, Any]:
+    """Return ids, int64, and weights, as tensors of the kind of x and where it is."""
+    places: Any = ids.astype(np.int64)
+    if is_torch(x):
+        import torch
+
+        return torch.from_numpy(places).to(x.device), torch.from_numpy(weights).to(x.device)
+    return places, weights
 
 
 class Routes:

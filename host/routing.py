@@ -21,7 +21,13 @@ from moeaccel.host.tensors import Like, Tensor, float32, is_torch, shape_of
 from moeaccel.interface.commands import ENTRY_BYTES, ROUTER, Opcode, encode
 from moeaccel.router.choices import MODES, Renormalize, Score
 from moeaccel.router.descriptor import descriptor, table_bytes, table_words
-from moeaccel.router.settings import SELECTION_BIAS_MAX, RouterError, RouterSettings
+from moeaccel.router.settings import (
+    OFF,
+    SELECTION_BIAS_MAX,
+    RouterError,
+    RouterSettings,
+    names_of_mode,
+)
 
 if TYPE_CHECKING:
     from moeaccel.host.device import Device
@@ -128,8 +134,8 @@ def _refusal(config: AcceleratorConfig, settings: RouterSettings) -> str | None:
             and settings.renormalize_kind is not Renormalize.SOFTMAX_TOP_K):
         return f"renormalize must be softmax_top_k with score identity, not {settings.renormalize}"
     for mode in MODES:
-        for name in ("prior", "prior_keep") if mode == "prior" else (mode,):
-            off = {"prior": 0, "gates": "none"}.get(mode)
+        for name in names_of_mode(mode):
+            off = OFF.get(name)
             if mode not in config.router_modes and (value := getattr(settings, name)) != off:
                 return f"{name} must be {off} without {mode!r} in router_modes, not {value!r}"
     return None

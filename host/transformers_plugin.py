@@ -26,8 +26,9 @@ from moeaccel.host.plugins.transformers import (
     refresh,
     register,
     release,
+    routing,
     use_device,
 )
 
 __all__ = ["NAME", "Choice", "Session", "check_model", "choose_config", "current_session",
-           "experts_forward", "refresh", "register", "release", "use_device"]
+           "experts_forward", "refresh", "register", "release", "routing", "use_device"]

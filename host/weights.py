@@ -32,7 +32,6 @@ from moeaccel.formats import (
     weight_format as find_format,
 )
 from moeaccel.grid import (
-    Squares,
     gated_output,
     grid_exponent as choose_grid,
     linear_output,
@@ -40,11 +39,12 @@ from moeaccel.grid import (
 )
 from moeaccel.host.calibration import calibrated
 from moeaccel.host.errors import InvalidOption, InvalidTensor, LimitExceeded, UploadError
-from moeaccel.host.layers import Experts, Linear
+from moeaccel.host.layers import Experts, Linear, Linears
 from moeaccel.host.limits import check_layer
 from moeaccel.host.memory import PAGE, Allocation
 from moeaccel.host.options import flag
 from moeaccel.host.report import WeightErrors, WeightReport
+from moeaccel.host.stored import Measured, Ready, StoredExperts, built, measured
 from moeaccel.host.tensors import Tensor, float32, shape_of
 from moeaccel.host.transports.base import Bytes
 from moeaccel.image import (
@@ -53,7 +53,6 @@ from moeaccel.image import (
     Expert,
     ExpertShape,
     LinearShape,
-    build_image,
     build_linear_image,
     expert_table,
     interleave_gate_up,
@@ -65,7 +64,7 @@ if TYPE_CHECKING:
     from moeaccel.host.device import Device
 
 __all__ = ["Format", "Formats", "Progress", "Shared", "Stack", "load_experts", "load_linear",
-           "load_quantised", "load_router_weight", "upload"]
+           "load_linears", "load_quantised", "load_router_weight", "upload"]
 
 logger = logging.getLogger(__name__)
 
@@ -86,9 +85,6 @@ Shared = tuple[Tensor, Tensor] | Sequence[tuple[Tensor, Tensor]]
 
 _Matrices = tuple[NDArray[np.float32], NDArray[np.float32]]
 """gate_up and down of an expert."""
-
-_Measured = tuple[Expert, dict[str, Squares]]
-"""An expert, and the sums of squares of its matrices by their kind."""
 
 
 def _stack_shape(name: str, stack: Stack, *dims: str) -> tuple[int, ...]:
@@ -163,7 +159,7 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
              for _, down in more]
 
     def made(e: int | None, matrices: _Matrices, shape: ExpertShape,
-             biases: Sequence[NDArray[np.float32] | None]) -> _Measured:
+             biases: Sequence[NDArray[np.float32] | None]) -> Measured:
         """Return an expert; shared ones have no number."""
         moments = (None, None) if seen is None else seen.moments(
             e, matrices[0], shape.d_expert, **kind, second=quantiser == "gptq",
@@ -176,7 +172,7 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
             expert.gate_up, interleave_gate_up(matrices[0], parts)),
                         "down": squares(expert.down, matrices[1])}
 
-    def quantised() -> Iterator[_Measured]:
+    def quantised() -> Iterator[Measured]:
         for e, fmt in enumerate(formats):
             matrices = float32("gate_up", gate_up[e]), float32("down", down[e])
             if matrices[0].shape != (rows, d_model) or matrices[1].shape != shape[1:]:
@@ -189,7 +185,7 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
             yield made(None, matrices, wide, (None, None))
 
     return _load_experts(
-        device, quantised(), [*(shapes[fmt] for fmt in formats), *extra],
+        device, built(quantised(), device.config), [*(shapes[fmt] for fmt in formats), *extra],
         activation_bits=activation_bits, grid_exponent=grid_exponent, x_rms=x_rms,
         progress=progress, shared=len(extra), row_blocks=row_blocks, identity=identity)
 
@@ -289,10 +285,16 @@ def load_quantised(device: Device, experts: Sequence[Expert], *, activation: str
     """Put experts that are quantised already into a device's memory."""
     if not len(experts):
         raise InvalidTensor("experts must be at least one, not none")
-    experts = [*experts, *shared]
     shapes: list[ExpertShape] = []
+    stored = experts if isinstance(experts, StoredExperts) else None
+    if stored is not None:
+        shape = replace(stored.shape(), row_multipliers=device.config.row_multipliers,
+                        channels=device.config.channels)
+        shapes += [shape if activation is None else replace(shape, activation=activation)
+                   ] * len(stored)
+    others = [*(experts if stored is None else ()), *shared]
     seen: Expert | None = None  # many may be one object; its id may be another's that is made later
-    for e, expert in enumerate(experts):
+    for e, expert in enumerate(others, len(shapes)):
         shapes.append(
             shapes[-1] if expert is seen else _checked_shape(device, e, expert, activation))
         seen = expert
@@ -300,17 +302,10 @@ def load_quantised(device: Device, experts: Sequence[Expert], *, activation: str
         raise InvalidTensor(
             f"experts must be of one d_model, not {sorted({shape.d_model for shape in shapes})}")
 
-    def measured() -> Iterator[_Measured]:
-        previous: Expert | None = None
-        found: dict[str, Squares] = {}
-        for expert in experts:
-            if expert is not previous:
-                found = {"gate_up": squares(expert.gate_up), "down": squares(expert.down)}
-                previous = expert
-            yield expert, found
-
+    made = built(measured(others), device.config)
+    ready = made if stored is None else itertools.chain(stored.ready(device.config), made)
     return _load_experts(
-        device, measured(), shapes, activation_bits=activation_bits, grid_exponent=grid_exponent,
+        device, ready, shapes, activation_bits=activation_bits, grid_exponent=grid_exponent,
         x_rms=x_rms, progress=progress, shared=len(shared), identity=identity)
 
 
@@ -351,13 +346,8 @@ def load_linear(device: Device, weight: Tensor, *, weight_format: str, activatio
         grid_exponent = choose_grid([linear_output(found, x_rms=x_rms)])
     errors = WeightErrors(shape.format.name)
     errors.add(0, {"weight": found}, groups=matrix.shift.size, coarsened=matrix.coarsened)
-    images, addresses = _allocate(device, [shape])
-    with _freed_on_error(images):
-        parts = [build_linear_image(matrix, config.row_multipliers, channel=channel,
-                                    channels=config.channels)
-                 for channel in range(config.channels)]
-        upload(device, images.address, parts, "the linear layer")
-        descriptor = _describe(device, planes, grid_exponent, [shape], addresses)
+    images, descriptor = _put_matrices(device, [(matrix, "the linear layer")], [shape], planes,
+                                       grid_exponent)
     return Linear(device, shape, images, descriptor, planes, grid_exponent, _report(errors))
 
 
@@ -399,18 +389,63 @@ def load_router_weight(device: Device, weight: Tensor, *, grid_exponent: int) ->
     found = replace(squares(high), error=squares(low, rest).error)
     errors = WeightErrors(fmt.name)
     errors.add(0, {"weight": found}, groups=high.shift.size, coarsened=high.coarsened)
-    images, addresses = _allocate(device, [shape, shape])
-    with _freed_on_error(images):
-        for plane, matrix in enumerate((high, low)):
-            parts = [build_linear_image(matrix, config.row_multipliers, channel=channel,
-                                        channels=config.channels)
-                     for channel in range(config.channels)]
-            upload(device, addresses[plane], parts, f"plane {plane} of the router")
-        descriptor = _describe(device, 2, grid_exponent, [shape, shape], addresses)
+    images, descriptor = _put_matrices(
+        device, [(high, "plane 0 of the router"), (low, "plane 1 of the router")], [shape, shape],
+        2, grid_exponent)
     return Linear(device, shape, images, descriptor, 2, grid_exponent, _report(errors))
 
 
-def _load_experts(device: Device, experts: Iterable[_Measured], shapes: Sequence[ExpertShape], *,
+def load_linears(device: Device, matrices: Sequence[QuantisedMatrix], *, activation_bits: int = 16,
+                 grid_exponent: int | None = None, x_rms: float = 1.0) -> Linears:
+    """Put quantised matrices of one shape, (N, K) each, into a device's memory as one layer, of
+    which each row of x names its own; the grid is chosen from all of them.
+
+    Raises
+    ------
+    InvalidTensor
+        If there are none, or they differ in shape.
+    FormatError, LimitExceeded
+        If the device has not the format, or not room for so many.
+    """
+    planes = _check_options(activation_bits, grid_exponent, x_rms)
+    config = device.config
+    for e, matrix in enumerate(matrices):
+        check_matrix(matrix, f"matrix {e}")
+    sizes = {matrix.integers.shape for matrix in matrices}
+    if len(sizes) != 1:
+        raise InvalidTensor("matrices must be some of one shape, not of "
+                            f"{', '.join(map(str, sorted(sizes))) or 'none'}")
+    shapes = [LinearShape(matrix.format, *matrix.integers.shape, config.row_multipliers,
+                          config.channels, matrix.bias is not None) for matrix in matrices]
+    check_layer(config, shapes)
+    if grid_exponent is None:
+        grid_exponent = choose_grid(linear_output(squares(matrix), x_rms=x_rms)
+                                    for matrix in matrices)
+    errors = WeightErrors(", ".join(dict.fromkeys(shape.format.name for shape in shapes)))
+    for e, matrix in enumerate(matrices):
+        errors.add(e, {}, groups=matrix.shift.size, coarsened=matrix.coarsened)
+    images, descriptor = _put_matrices(
+        device, [(matrix, f"matrix {e}") for e, matrix in enumerate(matrices)], shapes, planes,
+        grid_exponent)
+    return Linears(device, shapes, images, descriptor, planes, grid_exponent, _report(errors))
+
+
+def _put_matrices(device: Device, matrices: Sequence[tuple[QuantisedMatrix, str]],
+                  shapes: Sequence[LinearShape], planes: int, grid_exponent: int
+                  ) -> tuple[Allocation, Allocation]:
+    """Upload matrices, named for messages, and describe them as one layer."""
+    config = device.config
+    images, addresses = _allocate(device, shapes)
+    with _freed_on_error(images):
+        for (matrix, what), address in zip(matrices, addresses, strict=True):
+            upload(device, address, [
+                build_linear_image(matrix, config.row_multipliers, channel=channel,
+                                   channels=config.channels)
+                for channel in range(config.channels)], what)
+        return images, _describe(device, planes, grid_exponent, shapes, addresses)
+
+
+def _load_experts(device: Device, experts: Iterable[Ready], shapes: Sequence[ExpertShape], *,
                   activation_bits: int, grid_exponent: int | None, x_rms: float,
                   progress: Progress | None, shared: int = 0, row_blocks: int = 1,
                   identity: int = 0) -> Experts:
@@ -430,20 +465,12 @@ def _load_experts(device: Device, experts: Iterable[_Measured], shapes: Sequence
         errors = WeightErrors(", ".join(dict.fromkeys(
             section.format.name for shape in shapes for section in shape.sections)))
         outputs: list[float] = []
-        previous: Expert | None = None
-        parts: list[Bytes] = []
-        for e, (expert, found) in enumerate(experts):
-            if expert is not previous:
-                parts = [build_image(expert.gate_up, expert.down, config.row_multipliers,
-                                     channel=channel, channels=config.channels)
-                         for channel in range(config.channels)]
-                previous = expert
-            upload(device, addresses[e], parts, f"expert {e}")
+        for e, (expert, shape) in enumerate(zip(experts, shapes, strict=True)):
+            upload(device, addresses[e], expert.parts, f"expert {e}")
             outputs.append(gated_output(
-                found["gate_up"], found["down"], x_rms=x_rms, activation=shapes[e].activation,
-                limit=shapes[e].limit, gate_limit=shapes[e].gate_limit))
-            errors.add(e, found, groups=expert.gate_up.shift.size + expert.down.shift.size,
-                       coarsened=expert.gate_up.coarsened + expert.down.coarsened)
+                expert.squares["gate_up"], expert.squares["down"], x_rms=x_rms,
+                activation=shape.activation, limit=shape.limit, gate_limit=shape.gate_limit))
+            errors.add(e, expert.squares, groups=expert.groups, coarsened=expert.coarsened)
             if progress is not None:
                 progress(e + 1, len(shapes))
         if one is not None:

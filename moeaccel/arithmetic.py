@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeaccel.config import BLOCK
+from moeaccel.formats.base import bfloat16_floats
 
 Ints = NDArray[np.int64]
 
@@ -246,9 +247,7 @@ def to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     return (np.ascontiguousarray(values, np.float32).view(np.uint32) >> 16).astype(np.uint16)
 
 
-def from_bfloat16(stored: NDArray[np.uint16]) -> NDArray[np.float32]:
-    """Return bfloat16 as float32, exactly."""
-    return (stored.astype(np.uint32) << 16).view(np.float32)
+from_bfloat16 = bfloat16_floats
 
 
 # -- exact combination

@@ -574,6 +574,8 @@ PRESETS["ulx3s-router"] = PRESETS["ulx3s"].replace(
     name="ulx3s-router", router=("softmax", "sigmoid"), router_top_k=8)
 PRESETS["wide512-sparse"] = PRESETS["wide512"].replace(
     name="wide512-sparse", formats=tuple(ALL_FORMATS))
+PRESETS["hbm32-full"] = PRESETS["hbm32"].replace(
+    name="hbm32-full", formats=tuple(ALL_FORMATS), router_modes=MODES, second_up=True)
 
 
 def preset(name: str | AcceleratorConfig) -> AcceleratorConfig:

@@ -95,7 +95,7 @@ class ActivationUnit(wiring.Component):
         ``last`` is that of the last element of an h.
     """
 
-    LATENCY_CYCLES = 10 + 3 * (Multiplier.LATENCY_CYCLES + 3)
+    LATENCY_CYCLES = 11 + 3 * (Multiplier.LATENCY_CYCLES + 3)
 
     def __init__(self, config, family="generic", part=0):
         if not isinstance(config, AcceleratorConfig):
@@ -302,7 +302,12 @@ class ActivationUnit(wiring.Component):
             with m.If(chosen[i]):
                 m.d.comb += entry.eq(word)
 
-        # -- 9 to 12: interpolate ------------------------------------------------------------------
+        # The multiplier may be far from the memories.
+        s = p.stage(entry=entry, above=s.above, below=s.below, fraction=s.fraction, gate=s.gate,
+                    up=s.up, meta=s.meta)
+        entry = s.entry
+
+        # -- 10 to 13: interpolate -----------------------------------------------------------------
         m.submodules.interpolate = interpolate = Multiplier(
             SLOPE_BITS + 1, FRACTION_BITS + 1, family=self._family)
         m.d.comb += [
@@ -349,9 +354,10 @@ class ActivationUnit(wiring.Component):
         m.d.comb += [rest.up.eq(round_f.o_tag.up), rest.meta.eq(round_f.o_tag.meta)]
         since = p.depth + round_f.latency_cycles - clamped_at
         if add_one is not None:
-            assert since == FloatAdder.LATENCY_CYCLES
+            late = Pipeline(m, C(1), "add_one_late")
+            plus_one = late.delay(since - FloatAdder.LATENCY_CYCLES, up=add_one.o_sum).up
             with m.If(paired & Cat(form.activation == a.code for a in offset).any()):
-                m.d.comb += rest.up.eq(add_one.o_sum)
+                m.d.comb += rest.up.eq(plus_one)
         if fours:
             ups = multiplied(
                 "ups", clamped_valid, clamped.up.magnitude, clamped.second.magnitude,

@@ -5,6 +5,7 @@ from amaranth.lib import memory, wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import exact_log2
 
+from moeaccel.hdl.array.multiplier import Multiplier
 from moeaccel.hdl.pipeline import Pipeline
 from moeaccel.router.tables import FRACTION_BITS, VALUE_BITS, Lines
 
@@ -21,6 +22,8 @@ class LineTable(wiring.Component):
     ----------
     tables : :class:`Lines`
         One, or several of as many segments that all rise or all fall.
+    family : :class:`str`
+        FPGA family: see :class:`~moeaccel.hdl.array.multiplier.Multiplier`.
 
     Members
     -------
@@ -31,14 +34,15 @@ class LineTable(wiring.Component):
     o_value : :py:`Out(24)`
     """
 
-    LATENCY_CYCLES = 4
+    LATENCY_CYCLES = 3 + Multiplier.LATENCY_CYCLES
 
-    def __init__(self, *tables):
+    def __init__(self, *tables, family="generic"):
         if not tables or not all(isinstance(table, Lines) for table in tables):
             raise TypeError(f"tables must be Lines, not {tables!r}")
         if len({(table.segments, table.rises) for table in tables}) != 1:
             raise ValueError("tables must have as many segments, and all rise or all fall")
         self._tables = tables
+        self._family = family
         self._index_bits = exact_log2(tables[0].segments)
         super().__init__({
             "i_table": In(range(len(tables))),
@@ -55,11 +59,14 @@ class LineTable(wiring.Component):
         pipe = Pipeline(m, C(1))
         m.d.comb += read.addr.eq(Cat(self.i_position[FRACTION_BITS:], self.i_table))
         s = pipe.stage(part=self.i_position[:FRACTION_BITS])
-        # Block RAM is slow to answer: a register behind it, ahead of the product.
+        # Block RAM is slow to answer, and the multiplier may be far: registers behind it.
         s = pipe.stage(word=read.data, part=s.part)
         node, step = s.word[:VALUE_BITS], s.word[VALUE_BITS:]
-        s = pipe.stage(node=node, product=step * s.part)
-        part = ((s.product + (1 << (FRACTION_BITS - 1))) >> FRACTION_BITS)
+        m.submodules.product = product = Multiplier(
+            len(step) + 1, FRACTION_BITS + 1, family=self._family)
+        m.d.comb += [product.i_a.eq(step), product.i_b.eq(s.part)]
+        s = pipe.delay(Multiplier.LATENCY_CYCLES, node=node)
+        part = (product.o_product + (1 << (FRACTION_BITS - 1))) >> FRACTION_BITS
         value = s.node + part if self._tables[0].rises else s.node - part
         s = pipe.stage(value=value[:VALUE_BITS])
         assert pipe.depth == self.LATENCY_CYCLES

@@ -1,7 +1,7 @@
 """Ids and weights on their way to memory."""
 
 from amaranth import *
-from amaranth.lib import stream, wiring
+from amaranth.lib import fifo, stream, wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import exact_log2
 
@@ -68,7 +68,13 @@ class PairWriter(wiring.Component):
         low = exact_log2(ENTRY_BYTES)
         beats, bits = ENTRY_BYTES // config.port_bytes, 8 * config.port_bytes
         left = Signal.like(self.i_tokens)
-        ids, weights = (Signal(8 * ENTRY_BYTES, name=name) for name in ("ids", "weights"))
+        # A beat's pairs are collected, then its ids and its weights wait for the port. Whether that
+        # is ready decides of two pointers, not of all that is collected.
+        collected = [Signal(bits, name=name) for name in ("ids", "weights")]
+        queues = []
+        for name in ("ids", "weights"):
+            queues.append(fifo.SyncFIFO(width=bits, depth=beats))
+            m.submodules[f"{name}_queue"] = queues[-1]
         count = Signal(range(PAIRS))
         sent = Signal(range(max(beats, 2)))
         of_weights = Signal()
@@ -83,14 +89,18 @@ class PairWriter(wiring.Component):
             self.writer.request.p.address.eq(
                 Cat(C(0, low), Mux(of_weights, units[1], units[0]))),
             self.writer.request.p.beats.eq(beats),
-            self.writer.data.payload.eq(Mux(of_weights, weights[:bits], ids[:bits])),
+            self.writer.data.payload.eq(Mux(of_weights, queues[1].r_data, queues[0].r_data)),
             self.o_of_weights.eq(of_weights),
         ]
-        with m.If(push):
-            m.d.sync += [
-                count.eq(count + 1),
-                ids.eq(Cat(ids[32:], number)), weights.eq(Cat(weights[32:], weight)),
+        for beat, word, queue in zip(collected, (number, weight), queues, strict=True):
+            m.d.comb += [
+                queue.w_data.eq(Cat(beat[32:], word)),
+                queue.w_en.eq(push & count[:exact_log2(bits // 32)].all()),
             ]
+            with m.If(push):
+                m.d.sync += beat.eq(queue.w_data)
+        with m.If(push):
+            m.d.sync += count.eq(count + 1)
         m.d.comb += [
             there.eq(left.any()), own.eq(there & (shared == 0)),
             number.eq(C(-1, 32)),
@@ -134,10 +144,7 @@ class PairWriter(wiring.Component):
                 m.d.comb += self.writer.data.valid.eq(1)
                 with m.If(self.writer.data.ready):
                     m.d.sync += sent.eq(Mux(sent == beats - 1, 0, sent + 1))
-                    with m.If(of_weights):
-                        m.d.sync += weights.eq(weights >> bits)
-                    with m.Else():
-                        m.d.sync += ids.eq(ids >> bits)
+                    m.d.comb += [queue.r_en.eq(of_weights == i) for i, queue in enumerate(queues)]
                     with m.If(sent == beats - 1):
                         m.d.sync += of_weights.eq(~of_weights)
                         m.next = "REQUEST"

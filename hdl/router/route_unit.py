@@ -39,6 +39,8 @@ class RouteUnit(wiring.Component):
     ----------
     config : :class:`AcceleratorConfig`
         With a router.
+    family : :class:`str`
+        FPGA family: see :class:`~moeaccel.hdl.array.multiplier.Multiplier`.
 
     Members
     -------
@@ -57,10 +59,11 @@ class RouteUnit(wiring.Component):
     writer : :py:`Out(layouts.WriteClientSignature(config))`
     """
 
-    def __init__(self, config):
+    def __init__(self, config, family="generic"):
         if not isinstance(config, AcceleratorConfig) or not config.router:
             raise TypeError(f"config must be an AcceleratorConfig with a router, not {config!r}")
         self._config = config
+        self._family = family
         super().__init__({
             "i_start": In(1),
             "i_job": In(layouts.job(config)),
@@ -76,7 +79,7 @@ class RouteUnit(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         config, job = self._config, self.i_job
-        m.submodules.router = router = TokenRouter(config)
+        m.submodules.router = router = TokenRouter(config, self._family)
         m.submodules.pairs = pairs = PairWriter(config)
         m.submodules.units = units = SequentialMultiplier(
             config.max_tokens.bit_length(), len(job.steps_in))

@@ -78,6 +78,8 @@ class ScoreUnit(wiring.Component):
         Those that can be asked for.
     tag_bits : :class:`int`
         Of what travels along.
+    family : :class:`str`
+        FPGA family: see :class:`~moeaccel.hdl.array.multiplier.Multiplier`.
 
     Members
     -------
@@ -95,10 +97,11 @@ class ScoreUnit(wiring.Component):
     _OTHER_CYCLES = _EXPONENTIAL_CYCLES + LineTable.LATENCY_CYCLES + Product.LATENCY_CYCLES + 3
     _SQRT_CYCLES = (_OTHER_CYCLES + 1 + Leading.LATENCY_CYCLES + 1 + LineTable.LATENCY_CYCLES + 2)
 
-    def __init__(self, scores, tag_bits=1):
+    def __init__(self, scores, tag_bits=1, family="generic"):
         if not scores or not all(isinstance(score, Score) for score in scores):
             raise TypeError(f"scores must be members of Score, not {scores!r}")
         self._scores = tuple(scores)
+        self._family = family
         super().__init__({
             "i_mode": In(ScoreMode),
             "i_valid": In(1),
@@ -149,7 +152,7 @@ class ScoreUnit(wiring.Component):
                        negative=s.negative, tag=s.tag)
 
         # 2**-power
-        m.submodules.exp2 = exp2 = LineTable(EXP2)
+        m.submodules.exp2 = exp2 = LineTable(EXP2, family=self._family)
         m.d.comb += exp2.i_position.eq(s.power[:_POWER_FRACTION])
         s = pipe.delay(LineTable.LATENCY_CYCLES, shift=s.power[_POWER_FRACTION:],
                        distance=s.distance, far=s.far, negative=s.negative, tag=s.tag)
@@ -166,14 +169,14 @@ class ScoreUnit(wiring.Component):
 
         # 1 / (1 + v), or log(1 + v) / v
         tables = (RECIPROCAL, LOG1P) if has_sqrt else (RECIPROCAL,)
-        m.submodules.ratio = ratio = LineTable(*tables)
+        m.submodules.ratio = ratio = LineTable(*tables, family=self._family)
         m.d.comb += ratio.i_position.eq(s.value[SCORE_BITS - VALUE_BITS:])
         if has_sqrt:
             m.d.comb += ratio.i_table.eq(self.i_mode == ScoreMode.SQRT_SOFTPLUS)
         s = pipe.delay(LineTable.LATENCY_CYCLES, e=s.e, shift=s.shift, distance=s.distance,
                        negative=s.negative, tag=s.tag)
         r = Mux(self.i_mode == ScoreMode.QUOTIENT, self.i_reciprocal, ratio.o_value)
-        m.submodules.product = product = Product()
+        m.submodules.product = product = Product(self._family)
         m.d.comb += [product.i_a.eq(s.e), product.i_b.eq(r)]
         s = pipe.delay(Product.LATENCY_CYCLES, r=r, shift=s.shift, distance=s.distance,
                        negative=s.negative, tag=s.tag)
@@ -225,7 +228,7 @@ class ScoreUnit(wiring.Component):
         exponent = (leading.o_position + Mux(
             s.negative, offset - 2 * VALUE_BITS - s.shift, offset - SCORE_BITS))[:8]
         s = pipe.stage(mantissa=mantissa, exponent=exponent, tag=s.tag)
-        m.submodules.sqrt = sqrt = LineTable(SQRT)
+        m.submodules.sqrt = sqrt = LineTable(SQRT, family=self._family)
         m.d.comb += sqrt.i_position.eq(Cat(s.mantissa[:-1], s.exponent[0]))
         s = pipe.delay(LineTable.LATENCY_CYCLES, some=s.mantissa[-1], half=s.exponent[1:],
                        tag=s.tag)

@@ -71,6 +71,8 @@ class TokenRouter(wiring.Component):
     ----------
     config : :class:`AcceleratorConfig`
         With a router.
+    family : :class:`str`
+        FPGA family: see :class:`~moeaccel.hdl.array.multiplier.Multiplier`.
 
     Members
     -------
@@ -97,10 +99,11 @@ class TokenRouter(wiring.Component):
         No token has been begun.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, family="generic"):
         if not isinstance(config, AcceleratorConfig) or not config.router:
             raise TypeError(f"config must be an AcceleratorConfig with a router, not {config!r}")
         self._config = config
+        self._family = family
         address = layouts.expert_bits(config)
         super().__init__({
             "i_form": In(layouts.router_form(config)),
@@ -126,8 +129,8 @@ class TokenRouter(wiring.Component):
             w.places, key_bits=WORD_BITS + 1, id_bits=max(w.id_bits, ceil_log2(GROUPS_MAX)))
         m.submodules.unit = unit = ScoreUnit(
             self._config.router_scores,
-            tag_bits=len(Value.cast(Signal(self._tag(w)))))
-        m.submodules.weights = weights = WeightUnit()
+            tag_bits=len(Value.cast(Signal(self._tag(w)))), family=self._family)
+        m.submodules.weights = weights = WeightUnit(self._family)
         self._decide(m, w)
         self._load(m, w)
         self._feed(m, w, unit, selector)
@@ -358,7 +361,7 @@ class TokenRouter(wiring.Component):
         """Go through the passes of a token, then make its weights."""
         form = self.i_form
         m.submodules.leading = leading = Leading()
-        m.submodules.reciprocal = reciprocal = LineTable(RECIPROCAL)
+        m.submodules.reciprocal = reciprocal = LineTable(RECIPROCAL, family=self._family)
         divisor = Signal(WIDTH)
         factor, power = weights.i_factor, weights.i_power
         m.d.comb += [weights.i_value.eq(reciprocal.o_value), leading.i_value.eq(divisor),

@@ -27,6 +27,11 @@ class WeightUnit(wiring.Component):
     Latency LATENCY_CYCLES, one a cycle, no flow control. Factor and power hold until the last one
     has come out. Reset forgets everything under way.
 
+    Parameters
+    ----------
+    family : :class:`str`
+        FPGA family: see :class:`~moeaccel.hdl.array.multiplier.Multiplier`.
+
     Members
     -------
     i_valid, i_value : :py:`In(1)`, :py:`In(48)`
@@ -39,7 +44,8 @@ class WeightUnit(wiring.Component):
 
     LATENCY_CYCLES = Leading.LATENCY_CYCLES + Product.LATENCY_CYCLES + 4
 
-    def __init__(self):
+    def __init__(self, family="generic"):
+        self._family = family
         super().__init__({
             "i_valid": In(1),
             "i_value": In(WIDTH),
@@ -54,7 +60,7 @@ class WeightUnit(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         m.submodules.leading = leading = Leading()
-        m.submodules.product = product = Product()
+        m.submodules.product = product = Product(self._family)
         pipe = Pipeline(m, self.i_valid)
         m.d.comb += [
             leading.i_value.eq(self.i_value),

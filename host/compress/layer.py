@@ -13,9 +13,27 @@ from moeaccel.host.errors import InvalidOption, InvalidTensor
 from moeaccel.image import Expert
 from moeaccel.router.settings import RouterSettings
 
-__all__ = ["FloatExpert", "MoELayer", "Routing", "combine"]
+__all__ = ["Factors", "FloatExpert", "MoELayer", "Routing", "combine"]
 
 Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Factors:
+    """An expert's matrices as products of rank r: ``gate_up @ into`` and ``out @ inside``.
+
+    Parameters
+    ----------
+    into : float32 array, (r, H)
+    gate_up : float32 array, (2 I, r) or (I, r)
+    inside : float32 array, (r, I)
+    out : float32 array, (H, r)
+    """
+
+    into: NDArray[np.float32]
+    gate_up: NDArray[np.float32]
+    inside: NDArray[np.float32]
+    out: NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -28,12 +46,16 @@ class FloatExpert:
     down : float32 array, (H, I)
     activation : :class:`str`
     limit : :class:`float`, optional
+    factors : :class:`Factors`, optional
+        Of which the matrices are the products: what the device stores then
+        (:mod:`moeaccel.host.compress.low_rank`).
     """
 
     gate_up: NDArray[np.float32]
     down: NDArray[np.float32]
     activation: str = "silu"
     limit: float | None = None
+    factors: Factors | None = None
 
     @property
     def gated(self) -> bool:
@@ -208,11 +230,13 @@ class MoELayer:
             y[tokens] += weight[tokens, None] * self.experts[e](x[tokens])
         return y
 
-    def quantised(self) -> list[Expert]:
-        """Return the experts as the device stores them: what ``load_quantised`` takes."""
-        return [Expert.quantise(expert.gate_up, expert.down, name, activation=expert.activation,
-                                limit=expert.limit)
-                for expert, name in zip(self.experts, self.weight_formats, strict=True)]
+    def quantised(self, chosen: Sequence[int] | None = None) -> list[Expert]:
+        """Return the experts, or some of them, as the device stores them: what ``load_quantised``
+        takes; of those that are products, the products."""
+        numbers = range(len(self.experts)) if chosen is None else chosen
+        return [Expert.quantise(expert.gate_up, expert.down, self.weight_formats[e],
+                                activation=expert.activation, limit=expert.limit)
+                for e, expert in ((e, self.experts[e]) for e in numbers)]
 
 
 def combine(routing: Routing, outputs: Floats) -> Floats:

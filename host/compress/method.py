@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -13,16 +13,34 @@ from numpy.typing import NDArray
 
 from moeaccel.config import AcceleratorConfig
 from moeaccel.cycles import expert_cycles
+from moeaccel.formats import ALL_FORMATS, QUAD
 from moeaccel.host.compress.layer import FloatExpert, MoELayer
+from moeaccel.host.compress.low_rank import decode_cycles, factors_of, triples
 from moeaccel.host.errors import InvalidOption
 
-__all__ = ["Method", "Report", "count_of", "method", "methods", "report", "with_formats"]
+__all__ = ["OPTIONS", "PATTERNS", "Method", "Report", "count_of", "method", "methods", "report",
+           "stored", "with_formats"]
 
 Tokens = NDArray[np.float32]
 Apply = Callable[..., "list[MoELayer]"]
 
 CYCLE_TOKENS = 8
 """Tokens whose decode cycles are averaged."""
+
+
+PATTERNS = tuple(f"{fmt.nonzeros}:{QUAD}" for fmt in
+                 {fmt.nonzeros: fmt for fmt in ALL_FORMATS.values() if fmt.parts > 1}.values())
+"""N:M patterns that devices have."""
+
+OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "share": (lambda share: 0 < share <= 1, "a share of the experts above 0 and at most 1"),
+    "rank": (lambda rank: 0 < rank <= 1, "a share of the full rank above 0 and at most 1"),
+    "skipped": (lambda share: 0 <= share < 1, "a share from 0 to below 1"),
+    "bits": (lambda bits: 1 <= bits <= 16, "stored bits a weight, from 1 to 16"),
+    "generations": (lambda count: 1 <= count <= 1000, "from 1 to 1000"),
+    "seed": (lambda seed: 0 <= seed < 1 << 32, "from 0 to 2**32 - 1"),
+    "pattern": (lambda pattern: pattern in PATTERNS, f"one of {', '.join(PATTERNS)}")}
+"""What each option of any pass may be."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +58,7 @@ class Method:
         Of layers, calibration tokens of each, and options by name; returns the layers that the
         device is to run.
     options : dict of :class:`str` to a default
-        What it can be told, and what it does when it is not.
+        What it can be told, of :data:`OPTIONS`, and what it does when it is not.
     """
 
     name: str
@@ -64,14 +82,28 @@ class Method:
         InvalidOption
             For an option that there is not, or a value that makes no sense.
         """
-        if unknown := sorted(options.keys() - self.options.keys()):
-            raise InvalidOption(
-                f"{unknown[0]} must be one of the options of {self.name}, "
-                f"{', '.join(self.options) or 'which has none'}, not an unknown one")
+        self.check(options)
         if len(layers) != len(x) or not layers or not all(len(tokens) for tokens in x):
             raise InvalidOption("calibration must be tokens for each layer, not "
                                 f"{[len(tokens) for tokens in x]} for {len(layers)} layers")
         return self.apply(list(layers), list(x), **(self.options | options))
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        """Refuse options that there are not, and values outside their range.
+
+        Raises
+        ------
+        InvalidOption
+            Naming the option.
+        """
+        if unknown := sorted(options.keys() - self.options.keys()):
+            raise InvalidOption(
+                f"{unknown[0]} must be one of the options of {self.name}, "
+                f"{', '.join(self.options) or 'which has none'}, not an unknown one")
+        for name, value in options.items():
+            good, what = OPTIONS[name]
+            if not (isinstance(value, type(self.options[name]) | int) and good(value)):
+                raise InvalidOption(f"{name} of {self.name} must be {what}, not {value!r}")
 
 
 def methods() -> dict[str, Method]:
@@ -173,7 +205,7 @@ def report(before: Sequence[MoELayer], after: Sequence[MoELayer], x: Sequence[To
     used = []
     for old, new, tokens in zip(before, after, x, strict=True):
         exact = old(tokens)
-        for i, layer in enumerate((new, _stored(new), _stored(old))):
+        for i, layer in enumerate((new, stored(new), stored(old))):
             sums[i] += np.square(layer(tokens) - exact).sum()
         sums[3] += np.square(exact).sum()
         used.append(new.route(tokens).used)
@@ -185,24 +217,40 @@ def report(before: Sequence[MoELayer], after: Sequence[MoELayer], x: Sequence[To
         float(np.mean(used)), *(float(error) for error in errors))
 
 
-def _stored(layer: MoELayer) -> MoELayer:
-    """Return a layer with the weights that the device has."""
+def stored(layer: MoELayer) -> MoELayer:
+    """Return a layer with the weights that the device has, products multiplied out."""
+    products = {e: expert for triple in triples(layer)
+                for e, expert in zip(triple.experts, triple.floats(), strict=True)}
     found = []
-    for expert, stored in zip(layer.experts, layer.quantised(), strict=True):
-        rows = stored.gate_up.dequantise()
-        if stored.gated:
+    for e, expert in enumerate(layer.experts):
+        if e in products:
+            found.append(products[e])
+            continue
+        (kept,) = layer.quantised([e])
+        rows = kept.gate_up.dequantise()
+        if kept.gated:
             rows = np.concatenate([rows[0::2], rows[1::2]])
-        found.append(FloatExpert(rows.astype(np.float32),
-                                 stored.down.dequantise().astype(np.float32), expert.activation,
-                                 expert.limit))
+        found.append(FloatExpert(rows.astype(np.float32), kept.down.dequantise().astype(np.float32),
+                                 expert.activation, expert.limit))
     return replace(layer, experts=tuple(found))
 
 
 def _costs(layer: MoELayer, x: Tokens, config: AcceleratorConfig) -> tuple[int, float]:
     """Return stored bytes, and cycles of a token."""
+    products = factors_of(layer)
+    whole = [e for e in range(len(layer.experts)) if e not in products]
     shapes = [expert.shape(config.row_multipliers, config.channels)
-              for expert in layer.quantised()]
+              for expert in layer.quantised(whole)]
     config = with_formats(config, layer.weight_formats)
-    ids = layer.route(x[:: max(1, len(x) // CYCLE_TOKENS)][:CYCLE_TOKENS]).ids
-    cycles = [expert_cycles(config, shapes, token[None], len(shapes), planes=2) for token in ids]
-    return sum(shape.stored_bytes for shape in shapes), float(np.mean(cycles))
+    place = np.full(len(layer.experts) + 1, -1)
+    place[whole] = np.arange(len(whole))
+    ranks = triples(layer)
+    cycles = []
+    for ids in layer.route(x[:: max(1, len(x) // CYCLE_TOKENS)][:CYCLE_TOKENS]).ids:
+        used = place[ids][None]
+        found = expert_cycles(config, shapes, used, len(shapes), planes=2) if (
+            used >= 0).any() or not ranks else 0
+        cycles.append(found + sum(decode_cycles(triple, ids, config) for triple in ranks))
+    size = sum(shape.stored_bytes for shape in shapes) + sum(
+        shape.stored_bytes for triple in ranks for part in triple.shapes(config) for shape in part)
+    return size, float(np.mean(cycles))

@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 from moeaccel.host.compress.layer import MoELayer
-from moeaccel.host.compress.method import Tokens
+from moeaccel.host.compress.low_rank import LowRankLayer, factors_of
+from moeaccel.host.compress.method import Tokens, stored
 from moeaccel.host.device import Device
 from moeaccel.host.errors import UnsupportedExperts
 from moeaccel.host.quality.experts import (
@@ -37,7 +38,10 @@ class RoutedExperts:
 
     def __init__(self, layer: MoELayer, planes: int = 2) -> None:
         self._layer = layer
-        self._experts = FastExperts(layer.quantised() if planes else layer.experts, planes)
+        if planes and factors_of(layer):  # t and z of products are not quantised here
+            self._experts = FastExperts(stored(layer).experts, 0)
+        else:
+            self._experts = FastExperts(layer.quantised() if planes else layer.experts, planes)
 
     def __call__(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Return y; ids and weights of the model's own router are not looked at."""
@@ -57,10 +61,16 @@ class DeviceLayer:
 
     def __init__(self, device: Device, layer: MoELayer, activation_bits: int = 16) -> None:
         self._layer = layer
-        self.experts = device.load_quantised(layer.quantised(), activation_bits=activation_bits)
+        self._products = LowRankLayer(device, layer, activation_bits) if factors_of(
+            layer) else None
+        if self._products is None:
+            self.experts = device.load_quantised(layer.quantised(),
+                                                 activation_bits=activation_bits)
 
     def __call__(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return y, (T, H), of x, (T, H)."""
+        if self._products is not None:
+            return self._products(x)
         routing = self._layer.route(x)
         return self.experts(x, routing.ids, routing.weights.astype(np.float32))
 

@@ -8,10 +8,9 @@ layer the sum of its experts'; layers drop experts in inverse proportion (equati
 ones, a genetic search says whose fitness is ``|| F(x) - F'(x) ||_F`` (section 3.1.2).
 
 *Intra-expert*: ``W ~ U_r S_r V_r``, the rank of each expert in proportion to its importance to the
-power of ``smoothing`` (equations 5 to 7); their fine-tuning afterwards is left out. The device has
-no section whose sink is another section's input, so it runs the product ``U_r S_r V_r`` as one
-matrix: its quality is that of the method, its bytes are those of a whole matrix. What the factors
-alone would take, :func:`factor_share` says.
+power of ``smoothing`` (equations 5 to 7); their fine-tuning is left out. Here gate and up
+have one right factor, and ranks are multiples of 32: the device runs the factors as three commands
+(:mod:`moeaccel.host.compress.low_rank`). An expert stays whole where factors would be as large.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from moeaccel.host.compress.layer import FloatExpert, MoELayer, combine
+from moeaccel.host.compress.layer import MoELayer, combine
+from moeaccel.host.compress.low_rank import factored
 from moeaccel.host.compress.method import Method, Tokens, count_of
-from moeaccel.host.errors import InvalidOption
 
-__all__ = ["METHODS", "counts", "factor_share", "importances", "low_rank", "prune", "ranks"]
+__all__ = ["METHODS", "counts", "importances", "prune", "ranks"]
 
 _POPULATION, _GENERATIONS = 24, 20
 
@@ -93,32 +92,10 @@ def prune(layer: MoELayer, x: Tokens, experts: int, seed: int = 0) -> MoELayer:
 
 def ranks(layer: MoELayer, x: Tokens, share: float, smoothing: float = 0.5) -> list[int]:
     """Return the rank of each expert's matrices, on average a share of the full one."""
-    if not 0 < share <= 1:
-        raise InvalidOption(f"rank must be a share above 0 and at most 1, not {share!r}")
     weight = np.maximum(importances(layer, x), 1e-6) ** smoothing
     full = min(layer.experts[0].gate_up.shape[1], layer.experts[0].down.shape[1])
     wanted = share * full * len(weight) * weight / weight.sum()
     return np.clip(np.rint(wanted), 1, full).astype(int).tolist()
-
-
-def _nearest(weights: NDArray[np.float32], rank: int) -> NDArray[np.float32]:
-    u, s, v = np.linalg.svd(weights.astype(np.float64), full_matrices=False)
-    return ((u[:, :rank] * s[:rank]) @ v[:rank]).astype(np.float32)
-
-
-def low_rank(expert: FloatExpert, rank: int) -> FloatExpert:
-    """Return an expert whose matrices (gate, up and down) are the nearest of a rank."""
-    d_expert = expert.down.shape[1]
-    rows = np.concatenate([_nearest(part, rank) for part in (
-        expert.gate_up[:d_expert], expert.gate_up[d_expert:]) if len(part)])
-    return replace(expert, gate_up=rows, down=_nearest(expert.down, rank))
-
-
-def factor_share(expert: FloatExpert, rank: int) -> float:
-    """Return the numbers that factors of a rank have, over those of the matrices."""
-    d_model, d_expert = expert.down.shape
-    matrices = expert.size // (d_model * d_expert)
-    return matrices * rank * (d_model + d_expert) / expert.size
 
 
 def _apply(layers: list[MoELayer], x: list[Tokens], *, share: float, rank: float,
@@ -127,7 +104,7 @@ def _apply(layers: list[MoELayer], x: list[Tokens], *, share: float, rank: float
     for layer, tokens, experts in zip(layers, x, counts(layers, x, share), strict=True):
         smaller = prune(layer, tokens, experts, seed)
         found.append(replace(smaller, experts=tuple(
-            low_rank(expert, r) for expert, r in zip(
+            factored(expert, r) for expert, r in zip(
                 smaller.experts, ranks(smaller, tokens, rank), strict=True))))
     return found
 

@@ -59,7 +59,7 @@ def _closest(layer: MoELayer, group: list[int]) -> int:
 METHODS = (
     Method("stun", "arXiv 2409.06211", "keep one of each cluster of like experts, then N:M",
            lambda layers, x, share, pattern: [
-               prune(layer, tokens, count_of(share, layer), pattern or None)
+               prune(layer, tokens, count_of(share, layer), pattern)
                for layer, tokens in zip(layers, x, strict=True)],
            {"share": 0.75, "pattern": "2:4"}),
 )

@@ -19,7 +19,7 @@ from moeaccel.host.benchmark import memory_share
 from moeaccel.host.demo import CHECKPOINT
 from moeaccel.host.demo.evaluate import MAX_ANSWER_TOKENS
 from moeaccel.host.demo.tasks import TASKS, check_prompt, held_out_examples
-from moeaccel.host.errors import InvalidOption
+from moeaccel.host.errors import InvalidOption, UnsupportedExperts
 from moeaccel.image import ExpertShape
 
 __all__ = ["DemoResult", "demo_prompts", "generate", "run"]
@@ -49,6 +49,8 @@ class DemoResult:
         Wall time of generating on the device.
     device, config, weight_format : str
     activation_bits : int
+    routed : int
+        Layers whose router is the device's.
     """
 
     prompts: list[str]
@@ -69,6 +71,7 @@ class DemoResult:
     config: str
     weight_format: str
     activation_bits: int
+    routed: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Return every field for JSON."""
@@ -105,7 +108,7 @@ def _hide_progress_bars() -> None:
 def run(prompts: Sequence[str], *, right_answers: Sequence[str] | None = None, device: str = "rtl",
         config: str | AcceleratorConfig = "small", weight_format: str = "int4_g32",
         activation_bits: int = 16, routes: str | os.PathLike[str] | None = None,
-        progress: Callable[[str], None] = lambda _: None) -> DemoResult:
+        route: bool = False, progress: Callable[[str], None] = lambda _: None) -> DemoResult:
     """Answer prompts in float, on the golden model and on the device.
 
     Parameters
@@ -119,6 +122,8 @@ def run(prompts: Sequence[str], *, right_answers: Sequence[str] | None = None, d
         See :func:`moeaccel.host.open_device` and :meth:`moeaccel.host.Device.load_experts`.
     routes : path, optional
         Trace whose routes golden model and device take instead of the model's own.
+    route : bool
+        Golden model and device route, too: whole MoE blocks are theirs.
     progress : callable
         Told what is being done; nothing else shows it.
 
@@ -128,11 +133,13 @@ def run(prompts: Sequence[str], *, right_answers: Sequence[str] | None = None, d
         If the model does not know a prompt's characters, or there are several with ``routes``.
     TraceError
         If the trace is none, or of another model, or of fewer tokens.
+    UnsupportedExperts
+        If the device is to route, and has no such router.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from moeaccel.host import open_device
-    from moeaccel.host.transformers_plugin import check_model, release, use_device
+    from moeaccel.host.transformers_plugin import check_model, release, routing, use_device
 
     config = preset(config)
     if routes is not None and len(prompts) != 1:
@@ -150,7 +157,7 @@ def run(prompts: Sequence[str], *, right_answers: Sequence[str] | None = None, d
     check_model(model)
     outcome: dict[str, tuple[list[str], torch.Tensor]] = {}
     counters: dict[str, int] = {}
-    seconds, cycles = 0.0, 0
+    seconds, cycles, routed = 0.0, 0, 0
     # The golden device states cycles when asked: where they are what is shown.
     timed: dict[str, Any] = {"timing": True} if device == "golden" else {}
     for spec, options in (("golden", {}), (device, timed)):
@@ -159,7 +166,13 @@ def run(prompts: Sequence[str], *, right_answers: Sequence[str] | None = None, d
                  if spec == "rtl" else f"opening {what}")
         with open_device(spec, config=config, **options) as opened:
             use_device(opened, weight_format=weight_format, activation_bits=activation_bits,
-                       routes=routes)
+                       routes=routes, route=route)
+            if route:
+                blocks = routing(model)
+                routed = len(blocks)
+                if reason := next((block.reason for block in blocks if block.reason), None):
+                    use_device(None)
+                    raise UnsupportedExperts(f"the device must have the model's router: {reason}")
             progress(f"generating on {what}")
             before = opened.counters()
             begin = time.perf_counter()
@@ -186,7 +199,7 @@ def run(prompts: Sequence[str], *, right_answers: Sequence[str] | None = None, d
         bytes_written=counters["bytes_written"],
         memory_share=memory_share(config, counters["expert_passes"] * shape.stored_bytes, cycles),
         seconds=seconds, device=device, config=config.name, weight_format=weight_format,
-        activation_bits=activation_bits)
+        activation_bits=activation_bits, routed=routed)
 
 
 def _format(name: str) -> Any:

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moeaccel.formats import QuantisedMatrix, WeightFormat
+from moeaccel.formats import WeightFormat, widened
+from moeaccel.grid import Squares
 from moeaccel.host.errors import UnsupportedExperts
 from moeaccel.host.importers.base import Contents, Family, check_shape
-from moeaccel.host.importers.coded import Coded, Fit, Matrix, convert, expert_rows
+from moeaccel.host.importers.coded import (
+    Coded,
+    Fit,
+    Matrix,
+    converted,
+    expert_rows,
+    expert_squares,
+)
 from moeaccel.host.importers.errors import (
     CheckpointError,
     DamagedCheckpoint,
@@ -29,7 +39,7 @@ from moeaccel.host.importers.families import families
 from moeaccel.host.importers.files import StoredTensor, read_gguf, read_safetensors
 from moeaccel.image import Expert
 
-__all__ = ["Checkpoint", "ExpertLayer", "open_checkpoint"]
+__all__ = ["Checkpoint", "ExpertLayer", "ImportedExpert", "in_order", "open_checkpoint"]
 
 _PARTS = {
     "gate_proj": "gate", "w1": "gate", "gate": "gate", "up_proj": "up", "w3": "up", "up": "up",
@@ -94,6 +104,24 @@ class ExpertLayer:
                 "down": not down.isdisjoint(self.biases)}
 
 
+@dataclass(frozen=True)
+class ImportedExpert:
+    """An expert in a device format.
+
+    Parameters
+    ----------
+    expert : :class:`Expert`
+    fit : :class:`Fit`
+        How the checkpoint's weights fit the format.
+    squares : dict of :class:`Squares`
+        Of ``gate_up`` and ``down``: of the checkpoint's weights, and of what changed.
+    """
+
+    expert: Expert
+    fit: Fit
+    squares: dict[str, Squares]
+
+
 class Checkpoint:
     """A checkpoint, open; from :func:`open_checkpoint`. Use it in a ``with`` statement.
 
@@ -126,7 +154,8 @@ class Checkpoint:
         CheckpointError
             Naming the tensor.
         """
-        return self._ordered(layer, expert)[0]
+        gate, up, down = self._ordered(layer, expert)[0]
+        return _floats(gate), _floats(up), _floats(down)
 
     def _ordered(self, layer: int, expert: int
                  ) -> tuple[tuple[Matrix, Matrix, Matrix], NDArray[np.integer] | None]:
@@ -191,6 +220,26 @@ class Checkpoint:
             pairs = pairs[order]
         return None if pairs is None else pairs.reshape(-1), read("down", found.d_model)
 
+    def expert(self, layer: int, index: int, weight_format: str | WeightFormat = "int4_g32", *,
+               exact: bool = False, quantiser: str = "search", drop_biases: bool = False
+               ) -> ImportedExpert:
+        """Read one expert in a device format; may be called by several threads.
+
+        Parameters and errors are those of :meth:`experts`.
+        """
+        found = self.layers[layer]
+        names = (f"{part} of expert {index} of layer {layer} of {self.path}"
+                 for part in ("gate", "up", "down"))
+        stored, order = self._ordered(layer, index)
+        (gate, fit, gate_squares), (up, up_fit, up_squares), (down, down_fit, down_squares) = (
+            converted(matrix, weight_format, exact=exact, quantiser=quantiser, what=what)
+            for matrix, what in zip(stored, names, strict=True))
+        biases = (None, None) if drop_biases else self._biases(layer, index, order)
+        expert = Expert(expert_rows(gate, up).with_bias(biases[0]), down.with_bias(biases[1]),
+                        found.activation, found.limit)
+        return ImportedExpert(expert, fit + up_fit + down_fit, {
+            "gate_up": expert_squares(gate_squares, up_squares), "down": down_squares})
+
     def experts(self, layer: int, weight_format: str | WeightFormat = "int4_g32", *,
                 exact: bool = False, quantiser: str = "search", drop_biases: bool = False,
                 threads: int = 2) -> Iterator[tuple[Expert, Fit]]:
@@ -217,34 +266,38 @@ class Checkpoint:
         FormatError
             If a bias is not finite.
         """
-        found = self.layers[layer]
+        def one(index: int) -> tuple[Expert, Fit]:
+            found = self.expert(layer, index, weight_format, exact=exact, quantiser=quantiser,
+                                drop_biases=drop_biases)
+            return found.expert, found.fit
 
-        def one(e: int) -> tuple[Expert, Fit]:
-            names = (f"{part} of expert {e} of layer {layer} of {self.path}"
-                     for part in ("gate", "up", "down"))
-            matrices: list[QuantisedMatrix] = []
-            fit = Fit()
-            stored, order = self._ordered(layer, e)
-            for matrix, what in zip(stored, names, strict=True):
-                quantised, more = convert(matrix, weight_format, exact=exact, quantiser=quantiser,
-                                          what=what)
-                matrices.append(quantised)
-                fit += more
-            biases = (None, None) if drop_biases else self._biases(layer, e, order)
-            return Expert(expert_rows(*matrices[:2]).with_bias(biases[0]),
-                          matrices[2].with_bias(biases[1]), found.activation, found.limit), fit
+        return in_order(one, range(self.layers[layer].num_experts), threads)
 
-        with ThreadPoolExecutor(threads) as pool:
-            waiting = [pool.submit(one, e) for e in range(min(threads, found.num_experts))]
-            try:
-                for e in range(found.num_experts):
-                    expert = waiting.pop(0).result()
-                    if e + threads < found.num_experts:
-                        waiting.append(pool.submit(one, e + threads))
-                    yield expert
-            finally:
-                for future in waiting:
-                    future.cancel()
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def in_order(call: Callable[[Item], Result], items: Iterable[Item], threads: int
+             ) -> Iterator[Result]:
+    """Yield what a function returns for each item, in their order, while so many are worked on:
+    no more than so many results wait."""
+    rest = iter(items)
+    with ThreadPoolExecutor(threads) as pool:
+        waiting = deque(pool.submit(call, item) for item in itertools.islice(rest, threads))
+        try:
+            while waiting:
+                result = waiting.popleft().result()
+                waiting += (pool.submit(call, item) for item in itertools.islice(rest, 1))
+                yield result
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _floats(matrix: Matrix) -> Matrix:
+    """Return a matrix, bfloat16 as float32."""
+    return matrix if isinstance(matrix, Coded) else widened(matrix)
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:

@@ -8,6 +8,8 @@ groups are quantised again, and what comes of that is counted and measured.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,13 +21,19 @@ from moeaccel.formats import (
     SIGNIFICAND_BITS,
     QuantisedMatrix,
     WeightFormat,
+    Weights,
+    check_dims,
     quantise,
+    quantise_measured,
     weight_format,
+    widened,
 )
 from moeaccel.formats.scales import fit_minima, fit_rows, minimum_exponents, split_scales
+from moeaccel.grid import Squares
 from moeaccel.host.importers.errors import CheckpointError, ForeignCheckpoint, InexactWeights
 
-__all__ = ["Coded", "Fit", "Matrix", "convert", "expert_rows"]
+__all__ = ["Coded", "Converted", "Fit", "Matrix", "convert", "converted", "expert_rows",
+           "expert_squares"]
 
 
 @dataclass(frozen=True)
@@ -104,8 +112,11 @@ _CHUNK_ELEMENTS = 1 << 17  # rows that are worked on at once stay in a core's ca
 IMPORT_QUANTISERS = ("search", "amax")
 """Quantisers that need nothing but weights."""
 
-Matrix = Coded | NDArray[np.float32]
-"""A matrix of a checkpoint: coded, or floats, (n, K)."""
+Matrix = Coded | NDArray[np.float32] | NDArray[np.uint16]
+"""A matrix of a checkpoint: coded, or floats, (n, K), of which bfloat16 is uint16."""
+
+Converted = tuple[QuantisedMatrix, "Fit", Squares]
+"""A matrix in a device format, how it fitted, and sums of squares of the checkpoint's weights."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +141,11 @@ class Fit:
     coarsened: int = 0
     error: float = 0.0
     total: float = 0.0
+
+    @classmethod
+    def of(cls, seen: Squares, groups: int, requantised: int, coarsened: int) -> Fit:
+        """Return how weights fit of which these sums of squares are."""
+        return cls(groups, requantised, coarsened, seen.error or 0.0, seen.total)
 
     def __add__(self, other: Fit) -> Fit:
         return Fit(self.groups + other.groups, self.requantised + other.requantised,
@@ -170,6 +186,12 @@ def convert(matrix: Matrix, name: str | WeightFormat, *, exact: bool = False,
     FormatError
         If there is no such format or quantiser.
     """
+    return converted(matrix, name, exact=exact, quantiser=quantiser, what=what)[:2]
+
+
+def converted(matrix: Matrix, name: str | WeightFormat, *, exact: bool = False,
+              quantiser: str = "search", what: str = "matrix") -> Converted:
+    """Do what :func:`convert` does, and measure the weights, to float32's precision."""
     fmt = weight_format(name)
     if fmt.parts > 1:
         raise FormatError(f"weight_format of an import must have no pattern, not {fmt.name}; load "
@@ -184,28 +206,37 @@ def convert(matrix: Matrix, name: str | WeightFormat, *, exact: bool = False,
             step = max(1, _CHUNK_ELEMENTS // k)
             parts = [_recode(matrix[first : first + step], fmt, exact, quantiser, what, first)
                      for first in range(0, n, step)]
-            return _stacked([part for part, _ in parts]), sum((fit for _, fit in parts), Fit())
+            each = [part[2] for part in parts]
+            return (_stacked([part[0] for part in parts]), sum((part[1] for part in parts), Fit()),
+                    Squares(np.concatenate([one.rows for one in each]),
+                            np.sum([one.columns for one in each], axis=0),
+                            sum(one.error or 0.0 for one in each)))
         matrix = matrix.floats()
     if exact:
         raise InexactWeights(f"{what} must be integers and scales, columns in their order, to "
                              f"become {fmt.name} exactly; leave exact out")
-    quantised = _quantise(matrix, fmt, quantiser, what)
+    check_dims(rows=matrix.shape[0], K=matrix.shape[1])
+    with _finite(matrix, what):
+        quantised, found = quantise_measured(matrix, fmt, quantiser) if fmt.scaled_alone else (
+            quantise(matrix, fmt, quantiser=quantiser), None)
+    seen = _squares(quantised, widened(matrix)) if found is None else Squares(
+        found.rows, found.columns, found.error)
     groups = quantised.shift.size
-    return quantised, Fit(groups, groups, quantised.coarsened, *_squares(quantised, matrix))
+    return quantised, Fit.of(seen, groups, groups, quantised.coarsened), seen
 
 
-def _quantise(weights: NDArray[np.float32], fmt: WeightFormat, quantiser: str,
-              what: str) -> QuantisedMatrix:
-    """Quantise weights; where they are not finite, say where."""
+@contextlib.contextmanager
+def _finite(weights: Weights, what: str) -> Iterator[None]:
+    """Say where weights are not finite, if that is why they cannot be quantised."""
     try:
-        return quantise(weights, fmt, quantiser=quantiser)
+        yield
     except FormatError:
-        bad = np.argwhere(~np.isfinite(weights))
+        bad = np.argwhere(~np.isfinite(widened(weights)))
         if not len(bad):
             raise
         row, column = (int(i) for i in bad[0])
         raise CheckpointError(f"{what} must be finite, but row {row}, column {column} holds "
-                              f"{weights[row, column]}") from None
+                              f"{widened(weights)[row, column]}") from None
 
 
 def _stacked(parts: list[QuantisedMatrix]) -> QuantisedMatrix:
@@ -225,7 +256,7 @@ def _grouped(values: NDArray[Any], group: int) -> NDArray[Any]:
 
 
 def _recode(coded: Coded, fmt: WeightFormat, exact: bool, quantiser: str, what: str,
-            first: int) -> tuple[QuantisedMatrix, Fit]:
+            first: int) -> Converted:
     """Bring some rows, from row ``first`` on, into a format."""
     n, k = coded.integers.shape
     grouped = _grouped(coded.integers, fmt.group)
@@ -268,9 +299,11 @@ def _recode(coded: Coded, fmt: WeightFormat, exact: bool, quantiser: str, what: 
             weights = coded.floats()
     if not fits.all():
         weights = coded.floats() if weights is None else weights
-        again = _quantise(weights, fmt, quantiser, what)
+        with _finite(weights, what):
+            again = quantise(weights, fmt, quantiser=quantiser)
         if not fits.any():
-            return again, Fit(fits.size, fits.size, again.coarsened, *_squares(again, weights))
+            seen = _squares(again, weights)
+            return again, Fit.of(seen, fits.size, fits.size, again.coarsened), seen
         scales = np.ldexp(again.significand.astype(np.float64),
                           again.shift.astype(np.int32) + again.row_exponent[:, None])
         split = split_scales(fmt, scales)
@@ -309,12 +342,8 @@ def _recode(coded: Coded, fmt: WeightFormat, exact: bool, quantiser: str, what: 
         int(coarsened.sum()), minimum=fitted)
     if weights is None and fmt.minimum:
         weights = coded.floats()
-    if weights is None:
-        floats = integers.astype(np.float32)
-        measured = 0.0, float(np.vdot(np.vecdot(floats, floats), scales * scales))
-    else:
-        measured = _squares(quantised, weights)
-    return quantised, Fit(fits.size, int((~fits).sum()), int(coarsened.sum()), *measured)
+    seen = _squares(quantised, weights)
+    return quantised, Fit.of(seen, fits.size, int((~fits).sum()), int(coarsened.sum())), seen
 
 
 def _short(values: NDArray[np.float64]) -> NDArray[np.bool_]:
@@ -356,30 +385,44 @@ def _regrouped(values: NDArray[np.floating], coded: Coded, group: int
     return each[:, :, 0], (each == each[:, :, :1]).all(axis=2)
 
 
-def _squares(matrix: QuantisedMatrix, weights: NDArray[np.float32]) -> tuple[float, float]:
-    """Return the sums of squares of the error and of the weights."""
-    error = total = 0.0
-    n, k = weights.shape
+def _squares(matrix: QuantisedMatrix, weights: NDArray[np.float32] | None) -> Squares:
+    """Return the sums of squares of weights, those of the matrix itself where there are no others,
+    and of the error."""
+    n, k = matrix.integers.shape
     group = matrix.format.group
+    rows, columns, error = np.empty(n), np.zeros(k), 0.0
     step = max(1, (1 << 17) // k)
     terms = [np.ldexp(part, matrix.row_exponent[:, None].astype(np.int32))
              for part in matrix.group_terms() if part is not None]
-    # In units of the largest weight, whose square float32 may not have.
-    unit = np.ldexp(1.0, int(np.frexp(max(float(weights.max()), -float(weights.min())))[1]))
+    # In units of about the largest weight, whose square float32 may not have.
+    largest = (max(float(weights.max()), -float(weights.min())) if weights is not None
+               else matrix.format.max_integer * float(terms[0].max()))
+    unit = np.ldexp(1.0, int(np.frexp(largest)[1]))
     terms = [(part / unit).astype(np.float32) for part in terms]
     for first in range(0, n, step):
         part = slice(first, first + step)
-        exact = weights[part] * np.float32(1 / unit) if 2**-126 < unit < 2**126 else (
-            weights[part] / unit).astype(np.float32)
         found = matrix.integers[part].astype(np.float32)
         for change, term in zip((np.multiply, np.add), terms, strict=False):
             each = np.repeat(term[part], group, axis=1)[:, :k] if k % group else term[part, :, None]
             grouped = found if k % group else found.reshape(len(found), -1, group)
             change(grouped, each, out=grouped)
-        found -= exact
-        error += float(np.vdot(found, found))
-        total += float(np.vdot(exact, exact))
-    return float(error * unit**2), float(total * unit**2)
+        if weights is None:
+            exact = found
+        else:
+            exact = weights[part] * np.float32(1 / unit) if 2**-126 < unit < 2**126 else (
+                weights[part] / unit).astype(np.float32)
+            found -= exact
+            error += float(np.vdot(found, found))
+        exact = exact * exact
+        rows[part] = exact.sum(axis=1)
+        columns += exact.sum(axis=0)
+    return Squares(rows * unit**2, columns * unit**2, error * unit**2)
+
+
+def expert_squares(gate: Squares, up: Squares) -> Squares:
+    """Return the sums of squares of gate and up whose rows alternate."""
+    return Squares(np.stack([gate.rows, up.rows], axis=1).reshape(-1), gate.columns + up.columns,
+                   (gate.error or 0.0) + (up.error or 0.0))
 
 
 def expert_rows(gate: QuantisedMatrix, up: QuantisedMatrix) -> QuantisedMatrix:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moeaccel.formats import widened
 from moeaccel.host.errors import InvalidOption, UnsupportedExperts
 from moeaccel.host.importers.base import Contents
 from moeaccel.host.importers.checkpoint import Checkpoint
@@ -72,7 +73,7 @@ def _floats(contents: Contents, stem: str) -> NDArray[np.float32]:
     for family in families():
         if stem + family.mark in contents.tensors and family.claims(contents, stem):
             matrix = family.read(contents, stem, None)
-            return matrix.floats() if isinstance(matrix, Coded) else matrix
+            return matrix.floats() if isinstance(matrix, Coded) else widened(matrix)
     raise ForeignCheckpoint(f"tensor {stem + '.weight'!r} must be in the checkpoint, but is not")
 
 

@@ -1,26 +1,24 @@
-"""Quantised experts in a file: imported once, loaded into devices of any configuration.
+"""Quantised experts in a file: imported once, and put into device memory as they lie there.
 
-A safetensors file. Its metadata says ``format`` (``moeaccel-experts``), ``version`` (``2``; ``1``
-had neither biases nor activations), ``weight_format``, ``layers`` (a JSON list, one object a layer
-with ``index``, ``experts``, ``d_model``, ``d_expert``, ``activation``, ``limit``, which matrices
-have biases: ``gate_up_biased``, ``down_biased``, and how it fitted: ``groups``, ``requantised``,
-``coarsened``, ``relative_error``) and ``source``. Each layer has these tensors,
-``layers.<index>.<matrix>.<part>`` of the matrices ``gate_up``, (E, 2 I, H) with rows g0, u0, g1,
-u1, ..., and ``down``, (E, H, I):
+A safetensors file. Its metadata says ``format`` (``moeaccel-experts``), ``version`` (``3``; ``1``
+and ``2`` had matrices instead of images), ``weight_format``, ``array`` (a JSON object: ``config``
+for which the images were made, its ``row_multipliers`` and ``channels``, on which alone they
+depend, and the version of images, ``image``), ``layers`` (a JSON list, one object a layer with
+``index``, ``experts``, ``d_model``, ``d_expert``, ``activation``, ``limit``, which matrices have
+biases: ``gate_up_biased``, ``down_biased``, and how it fitted: ``groups``, ``requantised``,
+``coarsened``, ``relative_error``) and ``source``. Each layer has these tensors:
 
-``codes``
-    uint8, (E, n, bytes): the format's code of each weight along K; of 4-bit formats two in a byte,
-    the first in its low half, and the last byte of an odd K has a zero.
-``scales``
-    (E, n, groups): uint16 of formats with real scales, the significand in bits 0 to 10 and the
-    shift above, uint32 of those with zero points, which are in bits 16 to 19; else uint8, the
-    shift.
-``row_exponents``
-    int16, (E, n).
-``biases``
-    uint16, (E, n), where the matrix has some: bfloat16.
-
-That is what expert images hold (:mod:`moeaccel.image`), in an order that no array has a say in.
+``layers.<index>.images``
+    uint8, (E, channels, bytes): the image of each expert (:mod:`moeaccel.image`), or each channel's
+    part of it. The first begins at a multiple of 4,096 bytes in the file, all at multiples of 64.
+``layers.<index>.coarsened``
+    int64, (E,): scales that were changed to lie in their row's range.
+``layers.<index>.<matrix>.rows``, ``.columns``, ``.error``
+    float64, (E, n), (E, K), (E,), of the matrices ``gate_up``, (E, 2 I, H) with rows g0, u0, g1,
+    u1, ..., and ``down``, (E, H, I): sums of squares of the checkpoint's weights, from which the
+    output grid is chosen (:mod:`moeaccel.grid`), and of what quantising changed.
+``layers.<index>.<matrix>.biases``
+    uint16, (E, n), where the matrix has some: bfloat16, as the image has them, too.
 """
 
 from __future__ import annotations
@@ -29,8 +27,8 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, overload
 
@@ -38,20 +36,34 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeaccel.activations import activation as find_activation
-from moeaccel.errors import FormatError, OutputError
-from moeaccel.formats import QuantisedMatrix, WeightFormat, weight_format as find_format
-from moeaccel.host.importers.checkpoint import Checkpoint, ExpertLayer
+from moeaccel.arithmetic import from_bfloat16
+from moeaccel.config import AcceleratorConfig, preset
+from moeaccel.errors import FormatError, ImageError, OutputError
+from moeaccel.formats import WeightFormat, weight_format as find_format, whole_blocks
+from moeaccel.grid import Squares
+from moeaccel.host.errors import InvalidOption
+from moeaccel.host.importers.checkpoint import Checkpoint, ExpertLayer, ImportedExpert, in_order
 from moeaccel.host.importers.coded import Fit
 from moeaccel.host.importers.errors import DamagedCheckpoint, ForeignCheckpoint
 from moeaccel.host.importers.files import StoredTensor, read_safetensors
-from moeaccel.image import Expert, limit_bits
+from moeaccel.host.stored import StoredExperts
+from moeaccel.host.transports.base import Bytes
+from moeaccel.image import (
+    ALIGNMENT,
+    IMAGE_VERSION,
+    Expert,
+    ExpertShape,
+    build_image,
+    check_image,
+    limit_bits,
+    unpack_image,
+)
 
-__all__ = ["LayerSummary", "QuantisedExperts", "QuantisedFile", "import_checkpoint",
-           "open_quantised"]
+__all__ = ["Array", "LayerSummary", "QuantisedExperts", "QuantisedFile", "import_checkpoint",
+           "is_quantised", "open_quantised"]
 
 FORMAT = "moeaccel-experts"
-VERSION = "2"
-_READ = ("1", VERSION)
+VERSION = "3"
 
 Progress = Callable[[int, int, int], None]
 """Called with (layer, experts written, experts in all)."""
@@ -85,57 +97,89 @@ class LayerSummary:
     relative_error: float = 0.0
 
 
-def _shapes(fmt: WeightFormat, layer: LayerSummary) -> dict[str, dict[str, tuple[str, list[int]]]]:
-    """Return (type, shape) of each part of each matrix of a layer."""
-    found = {}
+@dataclass(frozen=True)
+class Array:
+    """What the images of a file were made for.
+
+    Parameters
+    ----------
+    config : :class:`str`
+        Name of a configuration, for messages.
+    row_multipliers, channels : :class:`int`
+        Of its arrays.
+    image : :class:`int`
+        Version of the images.
+    """
+
+    config: str
+    row_multipliers: int
+    channels: int
+    image: int = IMAGE_VERSION
+
+
+def _expert_shape(fmt: WeightFormat, array: Array, layer: LayerSummary) -> ExpertShape:
+    """Return the shape of a layer's experts."""
+    return ExpertShape(fmt, layer.d_model, layer.d_expert, array.row_multipliers, array.channels,
+                       activation=layer.activation, limit=layer.limit,
+                       gate_up_biased=layer.gate_up_biased, down_biased=layer.down_biased)
+
+
+_Tensors = dict[str, tuple[str, list[int]]]
+"""(type, shape) of each tensor."""
+
+
+def _tensors(fmt: WeightFormat, array: Array, layer: LayerSummary) -> _Tensors:
+    """Return what a file has of a layer."""
+    e, stem = layer.experts, f"layers.{layer.index}"
+    size = _expert_shape(fmt, array, layer).image_bytes
+    found: _Tensors = {f"{stem}.images": ("U8", [e, array.channels, size]),
+                       f"{stem}.coarsened": ("I64", [e])}
     for matrix, n, k in (("gate_up", 2 * layer.d_expert, layer.d_model),
                          ("down", layer.d_model, layer.d_expert)):
-        found[matrix] = {
-            "codes": ("U8", [layer.experts, n, -(-k * fmt.weight_bits // 8)]),
-            "scales": (f"U{fmt.scale_bits}",
-                       [layer.experts, n, -(-k // fmt.group)]),
-            "row_exponents": ("I16", [layer.experts, n])}
+        found |= {f"{stem}.{matrix}.{name}": ("F64", [e, *rest]) for name, rest in (
+            ("rows", [n]), ("columns", [k]), ("error", []))}
+    for matrix, n in (("gate_up", 2 * layer.d_expert), ("down", layer.d_model)):
         if getattr(layer, f"{matrix}_biased"):
-            found[matrix]["biases"] = "U16", [layer.experts, n]
+            found[f"{stem}.{matrix}.biases"] = "U16", [e, n]
     return found
 
 
-_BYTES = {"U8": 1, "U16": 2, "U32": 4, "I16": 2}
+_BYTES = {"U8": 1, "U16": 2, "I64": 8, "F64": 8}
 
 
-def _parts(matrix: QuantisedMatrix) -> dict[str, NDArray[Any]]:
-    """Return what a file holds of a matrix."""
-    fmt = matrix.format
-    codes, scales = fmt.stored(matrix)
-    in_byte = 8 // fmt.weight_bits
-    codes = np.pad(codes, ((0, 0), (0, -codes.shape[1] % in_byte)))
-    codes = np.bitwise_or.reduce(
-        [codes[:, i::in_byte] << np.uint8(fmt.weight_bits * i) for i in range(in_byte)], axis=0)
-    found = {"codes": codes, "scales": scales.astype(f"u{fmt.scale_bits // 8}"),
-             "row_exponents": matrix.row_exponent}
-    return found if matrix.bias is None else found | {"biases": matrix.bias}
+def _entries(stem: str, made: ImportedExpert, array: Array) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Yield the names of a layer's tensors, and what they have of an expert."""
+    expert = made.expert
+    parts = [build_image(expert.gate_up, expert.down, array.row_multipliers, channel=channel,
+                         channels=array.channels) for channel in range(array.channels)]
+    yield f"{stem}.images", parts[0] if len(parts) == 1 else np.concatenate(parts)
+    yield f"{stem}.coarsened", np.array(
+        [expert.gate_up.coarsened + expert.down.coarsened], np.int64)
+    for name, matrix in (("gate_up", expert.gate_up), ("down", expert.down)):
+        found = made.squares[name]
+        yield f"{stem}.{name}.rows", found.rows
+        yield f"{stem}.{name}.columns", found.columns
+        yield f"{stem}.{name}.error", np.array([found.error or 0.0])
+        if matrix.bias is not None:
+            yield f"{stem}.{name}.biases", matrix.bias
 
 
-def _matrix(fmt: WeightFormat, k: int, parts: dict[str, NDArray[Any]]) -> QuantisedMatrix:
-    """Return the matrix that a file holds: the inverse of :func:`_parts`."""
-    codes: NDArray[np.uint8] = parts["codes"]
-    shifts = np.arange(0, 8, fmt.weight_bits, dtype=np.uint8)
-    codes = codes[:, :, None] >> shifts & np.uint8((1 << fmt.weight_bits) - 1)
-    codes = codes.reshape(len(codes), -1)[:, :k]
-    found = fmt.restored(np.ascontiguousarray(codes), parts["scales"],
-                         parts["row_exponents"].astype(np.int16))
-    return replace(found, bias=parts.get("biases"))
+class QuantisedExperts(StoredExperts):
+    """The experts of a layer in a file: what :meth:`moeaccel.host.Device.load_quantised` takes.
 
+    Images are mapped into memory, and read when they are asked for; as a sequence of
+    :class:`Expert` they are decoded.
+    """
 
-class QuantisedExperts(Sequence[Expert]):
-    """The experts of a layer in a file, read when they are asked for: what
-    :meth:`moeaccel.host.Device.load_quantised` takes."""
-
-    def __init__(self, fmt: WeightFormat, layer: LayerSummary,
-                 tensors: dict[str, StoredTensor]) -> None:
-        self._format = fmt
+    def __init__(self, path: Path, fmt: WeightFormat, array: Array, layer: LayerSummary,
+                 tensors: Mapping[str, StoredTensor]) -> None:
+        self._path = path
+        self._shape = _expert_shape(fmt, array, layer)
+        self._array = array
         self.summary = layer
-        self._tensors = tensors
+        self._stored = {name: tensors[name] for name in _tensors(fmt, array, layer)}
+        self._stem = f"layers.{layer.index}"
+        self._images: NDArray[np.uint8] | None = None
 
     def __len__(self) -> int:
         return self.summary.experts
@@ -149,15 +193,58 @@ class QuantisedExperts(Sequence[Expert]):
     def __getitem__(self, index: int | slice) -> Expert | list[Expert]:
         if isinstance(index, slice):
             return [self[e] for e in range(len(self))[index]]
-        expert = range(len(self))[index]
         layer = self.summary
-        gate_up, down = (
-            _matrix(self._format, k, {
-                part: self._tensors[f"layers.{layer.index}.{name}.{part}"].array(expert)
-                for part in parts})
-            for (name, parts), k in zip(_shapes(self._format, layer).items(),
-                                        (layer.d_model, layer.d_expert), strict=True))
+        found = unpack_image(*self.parts(range(len(self))[index]))
+        rows = (2 * layer.d_expert, layer.d_model), (layer.d_model, layer.d_expert)
+        gate_up, down = (matrix.cut(*shape) for matrix, shape in
+                         zip((found.gate_up, found.down), rows, strict=True))
         return Expert(gate_up, down, layer.activation, layer.limit)
+
+    def shape(self) -> ExpertShape:
+        return self._shape
+
+    def made_for(self) -> str:
+        array = self._array
+        return (f"images of layer {self.summary.index} of {self._path} are for config "
+                f"{array.config!r}, {array.row_multipliers} row multipliers and {array.channels} "
+                "channels")
+
+    def parts(self, index: int) -> list[Bytes]:
+        tensor = self._stored[f"{self._stem}.images"]
+        if self._images is None:
+            self._images = tensor.mapped()
+        parts = list(self._images[index])
+        wanted = replace(self._shape, activation="silu", limit=None)  # the table has those
+        wanted = replace(wanted, d_model=whole_blocks(wanted.d_model),
+                         d_expert=whole_blocks(wanted.d_expert))
+        for channel, part in enumerate(parts):
+            try:
+                found = check_image(part, channel=channel)
+                if found != wanted:
+                    raise ImageError(f"image must be one of {wanted}, not of {found}")
+            except ImageError as error:
+                where = tensor.offset + (index * len(parts) + channel) * part.size
+                raise DamagedCheckpoint(f"image of expert {index} of layer {self.summary.index} at "
+                                        f"byte {where} of {self._path}: {error}") from error
+        return parts
+
+    def measured(self, index: int) -> tuple[dict[str, Squares], int]:
+        def read(name: str) -> NDArray[Any]:
+            return self._stored[f"{self._stem}.{name}"].array(index)
+
+        found = {}
+        for name in ("gate_up", "down"):
+            rows, columns, error = (read(f"{name}.{part}") for part in ("rows", "columns", "error"))
+            bias = None
+            if getattr(self.summary, f"{name}_biased"):
+                bias = from_bfloat16(read(f"{name}.biases")).astype(np.float64) ** 2
+            if not all((part >= 0).all() and np.isfinite(part).all()
+                       for part in (rows, columns, error, *(() if bias is None else (bias,)))):
+                raise DamagedCheckpoint(
+                    f"sums of squares of {name} of expert {index} of layer {self.summary.index} of "
+                    f"{self._path} must be finite and at least 0; the file is damaged")
+            found[name] = Squares(rows, columns, float(error), bias)
+        return found, int(read("coarsened"))
 
 
 class QuantisedFile:
@@ -168,15 +255,18 @@ class QuantisedFile:
     ----------
     path : :class:`Path`
     weight_format : :class:`WeightFormat`
+    array : :class:`Array`
+        What its images were made for.
     layers : dict of :class:`int` to :class:`QuantisedExperts`
     source : :class:`str`
         What it was made from.
     """
 
-    def __init__(self, path: Path, file: BinaryIO, weight_format: WeightFormat,
+    def __init__(self, path: Path, file: BinaryIO, weight_format: WeightFormat, array: Array,
                  layers: dict[int, QuantisedExperts], source: str) -> None:
         self.path = path
         self.weight_format = weight_format
+        self.array = array
         self.layers = layers
         self.source = source
         self._file = file
@@ -190,6 +280,16 @@ class QuantisedFile:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def is_quantised(path: str | os.PathLike[str]) -> bool:
+    """Return whether a file is one of quantised experts, of any version, whole or not."""
+    try:
+        file, _, metadata = read_safetensors(Path(path))
+    except DamagedCheckpoint:
+        return False
+    file.close()
+    return metadata.get("format") == FORMAT
 
 
 def open_quantised(path: str | os.PathLike[str]) -> QuantisedFile:
@@ -206,16 +306,17 @@ def open_quantised(path: str | os.PathLike[str]) -> QuantisedFile:
     file, tensors, metadata = read_safetensors(path)
     try:
         found = metadata.get("format"), metadata.get("version")
-        if found[0] != FORMAT or found[1] not in _READ:
-            raise ForeignCheckpoint(f"{path} must be a file of {FORMAT!r}, version "
-                                    f"{' or '.join(_READ)}, not "
+        if found != (FORMAT, VERSION):
+            raise ForeignCheckpoint(f"{path} must be a file of {FORMAT!r}, version {VERSION}, not "
                                     f"{found[0]!r}, {found[1]}; write it with `moeaccel import`")
         try:
             fmt = find_format(metadata["weight_format"])
+            array = Array(**json.loads(metadata["array"]))
             summaries = [LayerSummary(**layer) for layer in json.loads(metadata["layers"])]
         except (KeyError, TypeError, ValueError, RecursionError, FormatError) as error:
-            raise DamagedCheckpoint(f"metadata of {path} must have a weight_format and layers, "
-                                    f"but: {error}") from error
+            raise DamagedCheckpoint(f"metadata of {path} must have a weight_format, an array and "
+                                    f"layers, but: {error}") from error
+        _check_array(path, array)
         layers: dict[int, QuantisedExperts] = {}
         for layer in summaries:
             sizes = layer.index, layer.experts, layer.d_model, layer.d_expert
@@ -223,19 +324,29 @@ def open_quantised(path: str | os.PathLike[str]) -> QuantisedFile:
                 raise DamagedCheckpoint(f"layers in the metadata of {path} must have positive "
                                         f"dimensions, not {sizes}")
             _check_kind(path, layer)
-            for matrix, parts in _shapes(fmt, layer).items():
-                for part, (dtype, shape) in parts.items():
-                    name = f"layers.{layer.index}.{matrix}.{part}"
-                    if name not in tensors:
-                        raise DamagedCheckpoint(f"tensor {name!r} must be in {path}, but is not")
-                    tensor = tensors[name]
-                    if (tensor.dtype, tensor.shape) != (dtype, tuple(shape)):
-                        raise DamagedCheckpoint(f"{tensor} must be {dtype} {shape}")
-            layers[layer.index] = QuantisedExperts(fmt, layer, tensors)
-        return QuantisedFile(path, file, fmt, layers, str(metadata.get("source", "")))
+            for name, (dtype, shape) in _tensors(fmt, array, layer).items():
+                if name not in tensors:
+                    raise DamagedCheckpoint(f"tensor {name!r} must be in {path}, but is not")
+                tensor = tensors[name]
+                if (tensor.dtype, tensor.shape) != (dtype, tuple(shape)):
+                    raise DamagedCheckpoint(f"{tensor} must be {dtype} {shape}")
+            layers[layer.index] = QuantisedExperts(path, fmt, array, layer, tensors)
+        return QuantisedFile(path, file, fmt, array, layers, str(metadata.get("source", "")))
     except BaseException:
         file.close()
         raise
+
+
+def _check_array(path: Path, array: Array) -> None:
+    """Make sure that images are such that this package can read, of arrays that may be."""
+    if array.image != IMAGE_VERSION:
+        raise ForeignCheckpoint(f"images of {path} must be of version {IMAGE_VERSION}, not "
+                                f"{array.image!r}; write it again with `moeaccel import`")
+    if (type(array.row_multipliers) is not int or not 0 < array.row_multipliers < 256
+            or array.channels not in (1, 2, 4, 8, 16, 32) or not isinstance(array.config, str)):
+        raise DamagedCheckpoint(
+            f"array in the metadata of {path} must have row_multipliers from 1 to 255 and "
+            f"channels, a power of two up to 32, not {array}")
 
 
 def _check_kind(path: Path, layer: LayerSummary) -> None:
@@ -254,10 +365,11 @@ def _check_kind(path: Path, layer: LayerSummary) -> None:
 
 def import_checkpoint(
     checkpoint: Checkpoint, path: str | os.PathLike[str], weight_format: str = "int4_g32", *,
-    layers: Iterable[int] | None = None, exact: bool = False, quantiser: str = "search",
-    drop_biases: bool = False, progress: Progress | None = None,
+    config: str | AcceleratorConfig = "small", layers: Iterable[int] | None = None,
+    exact: bool = False, quantiser: str = "search", drop_biases: bool = False,
+    progress: Progress | None = None, threads: int | None = None,
 ) -> dict[int, Fit]:
-    """Write the experts of a checkpoint in a device format, one after another, to a file.
+    """Write the images of a checkpoint's experts in a device format to a file.
 
     The file appears when it is whole.
 
@@ -267,10 +379,15 @@ def import_checkpoint(
     path : path
     weight_format, exact, quantiser, drop_biases
         As :meth:`Checkpoint.experts` has them.
+    config : :class:`str`
+        Configuration whose arrays the images are for: its row multipliers and channels. Devices of
+        others can load the file, but encode it again each time.
     layers : iterable of :class:`int`, optional
         Which; all when left out.
     progress : callable, optional
         Called with (layer, experts written, experts in all).
+    threads : :class:`int`, optional
+        Experts that are worked on at once, and kept in memory; as many as CPUs, at most 8.
 
     Returns
     -------
@@ -283,49 +400,61 @@ def import_checkpoint(
     OutputError
         If the file cannot be written.
     """
-    fmt = find_format(weight_format)
+    fmt, made_for = find_format(weight_format), preset(config)
+    array = Array(made_for.name, made_for.row_multipliers, made_for.channels)
+    if threads is None:
+        threads = min(len(os.sched_getaffinity(0)), 8)
+    elif not isinstance(threads, int) or threads < 1:
+        raise InvalidOption(f"threads must be at least 1, not {threads!r}")
     chosen = [_known(checkpoint, index) for index in layers or checkpoint.layers]
     if not chosen:
         raise ForeignCheckpoint(f"{checkpoint.path} must have experts, but has none under a name "
                                 "that is known; is it a dense model?")
     summaries = [_summary(checkpoint.layers[index], drop_biases) for index in chosen]
-    offsets, total = _layout(fmt, summaries)
+    offsets, total = _layout(fmt, array, summaries)
     path = Path(path)
     part = path.with_name(path.name + ".part")
-    fits: dict[int, Fit] = {}
-    done, count = 0, sum(layer.experts for layer in summaries)
+    fits = {layer.index: Fit() for layer in summaries}
+    jobs = [(layer, e) for layer in summaries for e in range(layer.experts)]
     try:
-        with _naming(path), part.open("wb") as file:
+        with _naming(path), part.open("wb", buffering=0) as file:
             # The header says how all layers fitted, in as many bytes whatever that is.
-            room = len(_header(fmt, summaries, offsets, checkpoint.path, {})) + 128 * len(summaries)
-            room = -(-room // 8) * 8
-            for layer in summaries:
-                fits[layer.index] = Fit()
-                experts = checkpoint.experts(layer.index, fmt, exact=exact, quantiser=quantiser,
-                                             drop_biases=drop_biases)
-                for e, (expert, fit) in enumerate(experts):
-                    for matrix in ("gate_up", "down"):
-                        for name, values in _parts(getattr(expert, matrix)).items():
-                            begin, end, _, _ = offsets[f"layers.{layer.index}.{matrix}.{name}"]
-                            size = (end - begin) // layer.experts
-                            data = np.ascontiguousarray(values)
-                            assert data.nbytes == size, (layer, matrix, name)
-                            file.seek(8 + room + begin + e * size)
-                            file.write(data.data)
-                    fits[layer.index] += fit
-                    done += 1
-                    if progress is not None:
-                        progress(layer.index, done, count)
-            header = _header(fmt, summaries, offsets, checkpoint.path, fits)
-            file.seek(0)
-            file.write(room.to_bytes(8, "little") + header.ljust(room))
-            file.truncate(8 + room + total)
+            room = len(_header(fmt, array, summaries, offsets, checkpoint.path, {}))
+            start = -(-(8 + room + 128 * len(summaries)) // ALIGNMENT) * ALIGNMENT
+
+            def write(job: tuple[LayerSummary, int]) -> tuple[int, Fit]:
+                layer, e = job
+                made = checkpoint.expert(layer.index, e, fmt, exact=exact, quantiser=quantiser,
+                                         drop_biases=drop_biases)
+                for name, values in _entries(f"layers.{layer.index}", made, array):
+                    begin, end, _, _ = offsets[name]
+                    size = (end - begin) // layer.experts
+                    assert values.nbytes == size, (job, name)
+                    _write_at(file, start + begin + e * size, values)
+                return layer.index, made.fit
+
+            for done, (index, fit) in enumerate(in_order(write, jobs, threads), 1):
+                fits[index] += fit
+                if progress is not None:
+                    progress(index, done, len(jobs))
+            header = _header(fmt, array, summaries, offsets, checkpoint.path, fits)
+            os.truncate(file.fileno(), start + total)
+            _write_at(file, 0, np.frombuffer(
+                (start - 8).to_bytes(8, "little") + header.ljust(start - 8), np.uint8))
         with _naming(path):
             os.replace(part, path)
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
     return fits
+
+
+def _write_at(file: BinaryIO, offset: int, values: NDArray[Any]) -> None:
+    """Write an array's bytes at an offset; may be called by several threads."""
+    data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+    done = 0
+    while done < data.size:
+        done += os.pwrite(file.fileno(), data[done:], offset + done)
 
 
 def _summary(layer: ExpertLayer, drop_biases: bool) -> LayerSummary:
@@ -355,23 +484,31 @@ def _naming(path: Path) -> Iterator[None]:
                           f"{error.strerror or error}") from error
 
 
-def _layout(fmt: WeightFormat, layers: Sequence[LayerSummary]
-            ) -> tuple[dict[str, tuple[int, int, str, list[int]]], int]:
-    """Return (begin, end, type, shape) of each tensor, and the bytes of all."""
-    found: dict[str, tuple[int, int, str, list[int]]] = {}
+_Layout = dict[str, tuple[int, int, str, list[int]]]
+"""(begin, end, type, shape) of each tensor."""
+
+
+def _layout(fmt: WeightFormat, array: Array, layers: Sequence[LayerSummary]
+            ) -> tuple[_Layout, int]:
+    """Return where each tensor lies, images first, and the bytes of all."""
+    each = {name: entry for layer in layers
+            for name, entry in _tensors(fmt, array, layer).items()}
+    found: _Layout = {}
     offset = 0
-    for layer in layers:
-        for matrix, parts in _shapes(fmt, layer).items():
-            for part, (dtype, shape) in parts.items():
-                end = offset + _BYTES[dtype] * math.prod(shape)
-                found[f"layers.{layer.index}.{matrix}.{part}"] = offset, end, dtype, shape
-                offset = end
+    for name in sorted(each, key=lambda name: -_RANKS[name.rsplit(".", 1)[1]]):
+        dtype, shape = each[name]
+        end = offset + _BYTES[dtype] * math.prod(shape)
+        found[name] = offset, end, dtype, shape
+        offset = end
     return found, offset
 
 
-def _header(fmt: WeightFormat, layers: Sequence[LayerSummary],
-            offsets: dict[str, tuple[int, int, str, list[int]]], source: Path,
-            fits: dict[int, Fit]) -> bytes:
+_RANKS = {"images": 2, "coarsened": 1, "rows": 1, "columns": 1, "error": 1, "biases": 0}
+"""What lies first: whole blocks, then words of 8 bytes, then shorter ones."""
+
+
+def _header(fmt: WeightFormat, array: Array, layers: Sequence[LayerSummary], offsets: _Layout,
+            source: Path, fits: dict[int, Fit]) -> bytes:
     """Return the header of a file."""
     summaries = []
     for layer in layers:
@@ -383,6 +520,7 @@ def _header(fmt: WeightFormat, layers: Sequence[LayerSummary],
             "groups": fit.groups, "requantised": fit.requantised, "coarsened": fit.coarsened,
             "relative_error": fit.relative_error})
     metadata = {"format": FORMAT, "version": VERSION, "weight_format": fmt.name,
+                "array": json.dumps(asdict(array)),
                 "source": source.name, "layers": json.dumps(summaries)}
     tensors = {name: {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
                for name, (begin, end, dtype, shape) in offsets.items()}

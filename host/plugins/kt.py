@@ -1,9 +1,10 @@
 """A layer of experts in the shape of kt-kernel's MoE wrapper, which SGLang and others call by
 hooks.
 
-An engine computes some experts itself and hands the rest to a wrapper: it loads the weights, then
-for each layer calls ``submit_forward``, computes its own part, and calls ``sync_forward``. Ids of
--1, and those of experts that the engine has, are skipped. Up to ``max_deferred_experts_per_token``
+An engine computes some experts itself and hands the rest to a wrapper: it loads the weights, from
+tensors or from ``weight_path``, then for each layer calls ``submit_forward``, computes its own
+part, and calls ``sync_forward``. Ids of -1, and those of experts that the engine has, are skipped.
+Up to ``max_deferred_experts_per_token``
 experts of a token, those of the smallest weights, may be computed while the engine is at the next
 layer: their part is added to that layer's result. So results change (it is lossy), and the last
 layer of a model defers none::
@@ -25,7 +26,11 @@ above; not run inside SGLang.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import weakref
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +39,7 @@ from moeaccel.host.device import Device
 from moeaccel.host.errors import HandleConsumed, InvalidOption, InvalidTensor
 from moeaccel.host.layers import Experts, Handle
 from moeaccel.host.options import whole
+from moeaccel.image import Expert
 
 __all__ = ["MoEWrapper"]
 
@@ -57,6 +63,9 @@ class MoEWrapper:
     gpu_experts_mask : bool, (num_experts,), optional
         Which the engine computes, instead of the first.
     device : :class:`Device`
+    weight_path : path, optional
+        Checkpoint, or file of ``moeaccel import``, that :meth:`load_weights` reads; layers are
+        numbered as there.
     weight_format, activation_bits, activation, grid_exponent
         As in :meth:`Device.load_experts`.
     **engine
@@ -71,7 +80,8 @@ class MoEWrapper:
     def __init__(self, layer_idx: int, num_experts: int, num_experts_per_tok: int,
                  hidden_size: int, moe_intermediate_size: int, num_gpu_experts: int = 0, *,
                  device: Device, max_deferred_experts_per_token: int | None = None,
-                 gpu_experts_mask: torch.Tensor | None = None, weight_format: str = "int4_g32",
+                 gpu_experts_mask: torch.Tensor | None = None,
+                 weight_path: str | os.PathLike[str] | None = None, weight_format: str = "int4_g32",
                  activation_bits: int = 16, activation: str = "silu",
                  grid_exponent: int | None = None, **engine: Any) -> None:
         del engine
@@ -93,6 +103,7 @@ class MoEWrapper:
                                 f"{tuple(mask.shape)}")
         self.gpu_experts_mask = mask
         self._device = device
+        self._weight_path = weight_path
         self._options: dict[str, Any] = {
             "weight_format": weight_format, "activation_bits": activation_bits,
             "activation": activation, "grid_exponent": grid_exponent}
@@ -124,6 +135,57 @@ class MoEWrapper:
             if tuple(tensor.shape) != shape:
                 raise InvalidTensor(f"{name} must have the shape {shape}, not "
                                     f"{tuple(tensor.shape)}")
+        self._reorder(physical_to_logical_map_cpu)
+        gate_up = [torch.cat((gate_proj[e], up_proj[e])) for e in range(self.num_experts)]
+        self._experts = self._device.load_experts(gate_up, list(down_proj), **self._options)
+
+    def load_weights(self, physical_to_logical_map_cpu: torch.Tensor | None = None) -> None:
+        """Upload the layer from ``weight_path``, quantised unless it is a file of ``moeaccel
+        import``; the map is that of :meth:`load_weights_from_tensors`.
+
+        Raises
+        ------
+        InvalidOption, InvalidTensor
+            Without a path, and for a layer that is not there or of other sizes.
+        CheckpointError
+            If the file is damaged or of another kind.
+        """
+        from moeaccel.host.importers import open_checkpoint, open_quantised
+        from moeaccel.host.importers.quantised_file import is_quantised
+
+        if not self._weight_path:
+            raise InvalidOption("weight_path must be given for load_weights(); or call "
+                                "load_weights_from_tensors()")
+        self._reorder(physical_to_logical_map_cpu)
+        options = {name: value for name, value in self._options.items() if name != "weight_format"}
+        path = Path(self._weight_path)
+        wanted = self.num_experts, self.hidden_size, self.moe_intermediate_size
+        with contextlib.ExitStack() as stack:
+            experts: Sequence[Expert]
+            if path.is_file() and is_quantised(path):
+                file = stack.enter_context(open_quantised(path))
+                self._check_layer(path, {n: (len(layer), layer.summary.d_model,
+                                             layer.summary.d_expert)
+                                         for n, layer in file.layers.items()}, wanted)
+                experts = file.layers[self.layer_idx]
+            else:
+                checkpoint = stack.enter_context(open_checkpoint(path))
+                self._check_layer(path, {n: (layer.num_experts, layer.d_model, layer.d_expert)
+                                         for n, layer in checkpoint.layers.items()}, wanted)
+                experts = [expert for expert, _ in checkpoint.experts(
+                    self.layer_idx, self._options["weight_format"])]
+            self._experts = self._device.load_quantised(experts, **options)
+
+    def _check_layer(self, path: Path, layers: dict[int, tuple[int, int, int]],
+                     wanted: tuple[int, int, int]) -> None:
+        found = layers.get(self.layer_idx)
+        if found != wanted:
+            raise InvalidTensor(
+                f"layer {self.layer_idx} of {path} must have experts, hidden_size and "
+                f"moe_intermediate_size {wanted}, not {found or 'be missing'}")
+
+    def _reorder(self, physical_to_logical_map_cpu: torch.Tensor | None) -> None:
+        """Take the map of ids to experts."""
         if physical_to_logical_map_cpu is not None:
             order = physical_to_logical_map_cpu.long()
             if order.shape != (self.num_experts,) or order.min() < 0 or (
@@ -132,8 +194,6 @@ class MoEWrapper:
                     f"physical_to_logical_map_cpu must be {self.num_experts} numbers below that, "
                     f"not {order.tolist()}")
             self._map = order
-        gate_up = [torch.cat((gate_proj[e], up_proj[e])) for e in range(self.num_experts)]
-        self._experts = self._device.load_experts(gate_up, list(down_proj), **self._options)
 
     def _loaded(self) -> Experts:
         if self._experts is None:
@@ -141,18 +201,23 @@ class MoEWrapper:
                                 "call load_weights_from_tensors()")
         return self._experts
 
-    def select_deferred_experts(self, ids: torch.Tensor, scores: torch.Tensor
+    def select_deferred_experts(self, expert_ids: torch.Tensor, expert_scores: torch.Tensor,
+                                protected_k: int | None = None
                                 ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the ids of now and those of later, -1 elsewhere; None if nothing is deferred.
 
-        Of each token those of the largest weights are computed now.
+        Of each token the ``protected_k`` experts of the largest weights are computed now, all but
+        ``max_deferred_experts_per_token`` when left out; and so is for every token what is computed
+        now for any, since its weights are read then.
         """
-        if not self.max_deferred_experts_per_token:
-            return ids, None
-        kept = max(0, ids.shape[1] - self.max_deferred_experts_per_token)
-        now = torch.zeros_like(ids, dtype=torch.bool)
-        now.scatter_(1, scores.float().topk(kept, dim=1).indices, True)
-        return torch.where(now, ids, -1), torch.where(now, -1, ids)
+        if protected_k is None:
+            if not self.max_deferred_experts_per_token:
+                return expert_ids, None
+            protected_k = self.num_experts_per_tok - self.max_deferred_experts_per_token
+        kept = max(0, min(int(protected_k), expert_ids.shape[1]))
+        first = expert_ids.gather(1, expert_scores.float().topk(kept, dim=1).indices)
+        now = torch.isin(expert_ids, first)
+        return torch.where(now, expert_ids, -1), torch.where(now, -1, expert_ids)
 
     def submit_forward(self, hidden_states: torch.Tensor, topk_ids: torch.Tensor,
                        topk_weights: torch.Tensor, cuda_stream: Any = None) -> None:

@@ -10,17 +10,21 @@ from typing import Any
 import numpy as np
 
 from moeaccel.host.policies.costs import LayerCosts
-from moeaccel.host.policies.placement import Work
+from moeaccel.host.policies.placement import PLACEMENTS, Placement, Work, chains
+from moeaccel.host.policies.placement.measured import MeasuredScan
 from moeaccel.host.policies.placement.monde import ALPHAS, MoNDE
 from moeaccel.host.policies.placement.scan import best_split
 from moeaccel.host.policies.replay import Outcome, replay
+from moeaccel.host.policies.residency import DecayedLFU, Pinned
 from moeaccel.host.policies.systems import SYSTEMS, Part, System
 from moeaccel.host.traces import RoutingTrace
 
-__all__ = ["Comparison", "compare", "device_alone", "tuned"]
+__all__ = ["Comparison", "against_monde", "bare_work", "call_seconds", "compare", "device_alone",
+           "recent_works", "tuned"]
 
 _SAMPLE = 256
-"""Calls that MoNDE's alpha is tuned on, and that are looked at for :func:`device_alone`."""
+"""Calls that MoNDE's alpha is tuned on, and that are looked at for :func:`device_alone` and
+:func:`against_monde`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +110,58 @@ def device_alone(trace: RoutingTrace, costs: LayerCosts) -> dict[int, float]:
     for work in _works(trace):
         found.setdefault(work.tokens, []).append(best_split(costs, work) == (0, 0))
     return {tokens: float(np.mean(alone)) for tokens, alone in sorted(found.items())}
+
+
+def against_monde(trace: RoutingTrace, costs: LayerCosts, slots: int) -> dict[str, float]:
+    """Return how much longer MoNDE's split takes than ours, the geometric mean over calls: with
+    its best alpha for them, with alpha 1, and with alpha 1 rounded up.
+
+    MoNDE has no residents; ours are the ``slots`` experts of each layer that were used most of
+    late.
+    """
+    calls = recent_works(trace, slots, _SAMPLE)
+    bare = [bare_work(work) for work in calls]
+    ours = PLACEMENTS[MeasuredScan.name](costs)
+    splits = {"best alpha": MoNDE.best(costs, bare), "alpha 1": MoNDE(costs),
+              "rounded up": MoNDE(costs, ceil=True)}
+    mine = call_seconds(costs, ours, calls)
+    return {name: float(np.exp(np.mean(np.log(call_seconds(costs, split, bare) / mine))))
+            for name, split in splits.items()}
+
+
+def call_seconds(costs: LayerCosts, policy: Placement, calls: Sequence[Work]) -> np.ndarray:
+    """Return what calls take under a placement, which hears what each took."""
+    found = []
+    for work in calls:
+        plan = policy.place(work)
+        taken = chains(costs, work, plan)
+        policy.measured(work, plan, taken)
+        found.append(taken.total)
+    return np.array(found)
+
+
+def recent_works(trace: RoutingTrace, slots: int, count: int) -> list[Work]:
+    """Return some ``count`` calls behind the first step, of it where there is no other, and what is
+    resident before each: the experts that were used most of late."""
+    recent = DecayedLFU(n_layers=trace.n_layers, n_experts=trace.n_experts, slots=trace.n_experts)
+    found: list[Work] = []
+    steps = list(trace.steps())
+    for index, step in enumerate(steps):
+        resident = Pinned(popularity=recent.score, slots=slots).resident
+        for layer, uses in enumerate(trace.counts(step.ids)):
+            if index or len(steps) == 1:
+                found.append(Work.of(uses, resident[layer], len(step.ids)))
+            recent.use(layer, uses)
+    return found[:: max(1, len(found) // count)]
+
+
+def bare_work(work: Work) -> Work:
+    """Return a call's work with nothing resident."""
+    experts, tokens = (np.concatenate(pair) for pair in (
+        (work.resident_experts, work.other_experts), (work.resident_tokens, work.other_tokens)))
+    order = np.argsort(-tokens, kind="stable")
+    none = np.zeros(0, int)
+    return Work(none, none, experts[order], tokens[order], work.tokens)
 
 
 def _works(trace: RoutingTrace) -> list[Work]:

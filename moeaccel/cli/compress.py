@@ -48,7 +48,12 @@ def command(
     for name, _ in given:
         if not any(name in m.options for m in chosen):
             _refuse(f"option must be one of a chosen pass, not {name!r}; --list names them")
+    for each, (_, options) in zip(chosen, runs, strict=True):
+        each.check(options)
+    from moeaccel.config import preset
     from moeaccel.host.demo.compression import compress_demo
+
+    preset(config)
 
     with Status(as_json) as status:
         rows = compress_demo(runs, weight_format=weight_format, prompts_per_task=prompts,

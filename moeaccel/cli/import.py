@@ -16,6 +16,9 @@ def command(
     quantiser: Annotated[str, typer.Option(
         help="For what the format cannot hold as it is: search (scales of little squared error) "
              "or amax.")] = "search",
+    config: Annotated[str, typer.Option(
+        help="Preset whose arrays the images are for; devices of others can load the file, but "
+             "encode it again each time.")] = "small",
     exact: Annotated[bool, typer.Option(
         "--exact", help="Refuse what the format cannot hold as it is.")] = False,
     layer: Annotated[list[int] | None, typer.Option(
@@ -28,7 +31,8 @@ def command(
     """Bring the experts of a checkpoint into a weight format of the device, and write them down.
 
     Integers and scales are taken over exactly where the format can hold them; what it cannot hold
-    is quantised, counted and measured. Pickles are not read. Load the file in Python:
+    is quantised, counted and measured. Pickles are not read. The file holds images as device memory
+    does, and is mapped when it is loaded:
 
     with open_quantised(FILE) as file: experts = device.load_quantised(file.layers[0])
     """
@@ -53,14 +57,15 @@ def command(
             progress.update(task, layer=index, completed=done, total=count)
 
         fits = import_checkpoint(
-            opened, output, weight_format, layers=layer or None, exact=exact, quantiser=quantiser,
-            drop_biases=drop_biases, progress=say)
+            opened, output, weight_format, config=config, layers=layer or None, exact=exact,
+            quantiser=quantiser, drop_biases=drop_biases, progress=say)
         layers = [(opened.layers[index], fit) for index, fit in fits.items()]
     seconds = time.monotonic() - begin
     weights = sum(3 * found.num_experts * found.d_model * found.d_expert for found, _ in layers)
     if as_json:
         print_json({
-            "output": str(output), "weight_format": weight_format, "seconds": seconds,
+            "output": str(output), "weight_format": weight_format, "config": config,
+            "seconds": seconds,
             "weights": weights, "bytes": output.stat().st_size, "layers": [{
                 "layer": found.index, "stored_as": found.families, "experts": found.num_experts,
                 "d_model": found.d_model, "d_expert": found.d_expert, "groups": fit.groups,
@@ -75,5 +80,5 @@ def command(
             f"{fit.coarsened / fit.groups:.2%}", f"{fit.relative_error:.2%}")
     console = Console()
     console.print(table)
-    console.print(f"{weights:,} weights in {weight_format}, {output.stat().st_size:,} bytes in "
-                  f"{output}, {seconds:.1f} s")
+    console.print(f"{weights:,} weights in {weight_format} for {config}, "
+                  f"{output.stat().st_size:,} bytes in {output}, {seconds:.1f} s")

@@ -89,8 +89,8 @@ def compare(
 ) -> None:
     """Replay a trace under every policy: hits, bytes over the link, predicted time, distance to the
     bounds."""
-    from moeaccel.host.policies.compare import compare as run, device_alone
-    from moeaccel.host.policies.costs import machine
+    from moeaccel.host.policies.compare import against_monde, compare as run, device_alone
+    from moeaccel.host.policies.costs import TORCH, machine
     from moeaccel.host.policies.systems import SYSTEMS, system
     from moeaccel.host.traces import ForeignTrace, PopularityProfile, RoutingTrace
     from moeaccel.host.traces.presets import generate, presets
@@ -101,6 +101,9 @@ def compare(
     host = machine(torch, cards).holding(found, weight_format)
     costs = host.layer(found, weight_format_name=weight_format, single_copy=single_copy,
                        fused=fused)
+    assert found.n_experts is not None and found.top_k is not None
+    everything = found.n_moe_layers * found.n_experts * costs.resident_bytes
+    size = _bytes(gpu_bytes, everything)
     with Status(as_json) as status:
         if trace is not None:
             routes = RoutingTrace.load(trace)
@@ -111,7 +114,6 @@ def compare(
             status(f"generating routes of {found.key}")
             routes = generate(found.key, requests=requests, tokens=tokens, prompt=prompt,
                               batch=batch, seed=seed)
-        assert found.n_experts is not None and found.top_k is not None
         routes.expect(n_layers=found.n_moe_layers, n_experts=found.n_experts, top_k=found.top_k)
         counts = None
         if profile is not None:
@@ -122,26 +124,36 @@ def compare(
             if counts.shape != (found.n_moe_layers, found.n_experts):
                 raise ForeignTrace(f"{profile} must have {found.n_moe_layers} layers of "
                                    f"{found.n_experts} experts, not {counts.shape}")
-        size = _bytes(gpu_bytes, found.n_moe_layers * found.n_experts * costs.resident_bytes)
         rows = run(routes, costs, gpu_bytes=size, systems=chosen, profile=counts, seed=seed,
                    progress=lambda name: status(f"replaying {name}"))
+        alone, gains = {}, {}
+        slots = size * found.n_experts // max(1, everything)
+        for name in TORCH:
+            status(f"sampling calls on {name}")
+            here = machine(name, cards).holding(found, weight_format).layer(
+                found, weight_format_name=weight_format, single_copy=single_copy, fused=fused)
+            alone[name] = device_alone(routes, here)
+            gains[name] = against_monde(routes, here, min(slots, found.n_experts))
     title = (f"{found.name} on {host.name}, {size / 1e9:.2f} GB for experts, "
              f"{len(routes):,} tokens, {weight_format}")
     if plot is not None:
         from moeaccel.host.policies.plot import plot as draw
 
         draw(rows, plot, title=title)
-    alone = device_alone(routes, costs)
     if as_json:
         print_json({"model": found.key, "machine": host.name, "gpu_bytes": size,
                     "weight_format": weight_format, "single_copy": single_copy, "fused": fused,
                     "tokens": len(routes), "trace": routes.source,
-                    "device_alone_is_best": alone,
+                    "device_alone_is_best": alone, "over_monde": gains,
                     "policies": [row.as_dict() for row in rows]})
         return
     _print(rows, title)
-    shares = ", ".join(f"{share:.0%} of calls of {tokens}" for tokens, share in alone.items())
-    typer.echo(f"without residents all on the device is already best: {shares} tokens")
+    for name, found_alone in alone.items():
+        shares = ", ".join(
+            f"{share:.0%} of calls of {tokens}" for tokens, share in found_alone.items())
+        over = ", ".join(f"{gain:.2f} ({how})" for how, gain in gains[name].items())
+        typer.echo(f"{name}: without residents all on the device is already best: {shares} tokens; "
+                   f"MoNDE's split takes {over} times as long as moeaccel's, geometric mean")
 
 
 def _print(rows: "list[Comparison]", title: str) -> None:
@@ -179,6 +191,8 @@ def _bytes(text: str, everything: int) -> int:
     except (KeyError, ValueError):
         raise InvalidSize("gpu_bytes must be a number of bytes, with a unit as 8GiB or 500MB, or a "
                           f"share as 25%, not {text!r}") from None
-    if not 0 <= value < 1 << 62:
-        raise InvalidSize(f"gpu_bytes must be at least 0, not {text!r}")
+    most = everything if unit == "%" else (1 << 62) - 1
+    if not 0 <= value <= most:
+        raise InvalidSize("gpu_bytes must be at least 0"
+                          f"{', and at most 100%' if unit == '%' else ''}, not {text!r}")
     return int(value)

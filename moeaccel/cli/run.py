@@ -27,6 +27,9 @@ def command(
     routes: Annotated[Path | None, typer.Option(
         help="With the demo model and one prompt: trace (`moeaccel trace record`) whose routes are "
              "taken.")] = None,
+    route: Annotated[bool, typer.Option(
+        "--route", help="With the demo model: the device routes, too, and computes whole MoE "
+                        "blocks, each in one command.")] = False,
     new_tokens: Annotated[int, typer.Option(
         help="With smollm2: tokens of an answer, at most.", min=1, max=4096)] = 64,
     continued: Annotated[bool, typer.Option(
@@ -42,9 +45,9 @@ def command(
     SmolLM2's answer appears as it comes; its logits are compared with the golden model's, too.
     """
     if model == "smollm2":
-        if demo or not prompt or routes:
-            raise typer.BadParameter("give --prompt TEXT, and no --demo or --routes, with --model "
-                                     "smollm2")
+        if demo or not prompt or routes or route:
+            raise typer.BadParameter("give --prompt TEXT, and no --demo, --routes or --route, with "
+                                     "--model smollm2")
         _chat(prompt, as_json, device=device, config=config, weight_format=weight_format,
               activation_bits=activation_bits, new_tokens=new_tokens, continued=continued)
     if model != "demo":
@@ -57,7 +60,7 @@ def command(
     with Status(as_json) as status:
         result = run(prompts, right_answers=right, device=device, config=config,
                      weight_format=weight_format, activation_bits=activation_bits,
-                     routes=routes, progress=status)
+                     routes=routes, route=route, progress=status)
     if as_json:
         print_json(result.as_dict())
     else:
@@ -122,6 +125,8 @@ def _show(result: Any) -> None:
         f"[{'green' if result.logits_equal else 'bold red'}]"
         f"{result.logits_compared:,} logits {'equal' if result.logits_equal else 'DIFFER from'} "
         "the golden model's, bit for bit")
+    if result.routed:
+        console.print(f"the device has routed the tokens of {result.routed} layers")
     console.print(
         f"{result.cycles:,} cycles in {result.commands} commands for {result.tokens} tokens times "
         f"layers, {result.expert_passes} expert passes ({result.device}, config {result.config}, "

@@ -5,8 +5,8 @@ from __future__ import annotations
 from moeaccel.config import AcceleratorConfig
 from moeaccel.cycles.result_serialiser import element_cycles
 
-ACTIVATION_CYCLES = 28
-"""ActivationUnit: from up to h. Clamp, position, table and output (10), three multipliers, each
+ACTIVATION_CYCLES = 29
+"""ActivationUnit: from up to h. Clamp, position, table and output (11), three multipliers, each
 with 3 to round."""
 QUANTISER_CYCLES = 9
 """BlockQuantiser: from the last elements of a block to the lane buffer."""

@@ -11,10 +11,10 @@ __all__ = ["drop_cycles", "token_cycles"]
 
 # Latencies of the blocks (tests/hdl/router).
 _READ = 2
-_EXPONENTIAL = 11
-_SCORE = {Score.SOFTMAX: 21, Score.SIGMOID: 21, Score.SQRT_SOFTPLUS: 35, Score.IDENTITY: 0}
-_DIVIDE = 11
-_WEIGHT = 13
+_EXPONENTIAL = 13
+_SCORE = {Score.SOFTMAX: 27, Score.SIGMOID: 27, Score.SQRT_SOFTPLUS: 43, Score.IDENTITY: 0}
+_DIVIDE = 13
+_WEIGHT = 15
 _SETTLE = 8
 _SELECT = 3
 _PRIOR = 4

@@ -32,12 +32,21 @@ from moeaccel.formats.base import (
     minimum_entries,
 )
 from moeaccel.formats.patterns import PRUNINGS, check_pattern, prune
-from moeaccel.formats.quantisers import QUANTISERS, quantise_matrix
+from moeaccel.formats.quantisers import (
+    QUANTISERS,
+    Measured,
+    Weights,
+    feed_back,
+    quantise_matrix,
+    quantise_measured,
+    widened,
+)
 
 __all__ = ["ALL_FORMATS", "BLOCK", "FORMATS", "MINIMUM_SHIFT_BITS", "MINIMUM_SHIFT_MAX", "PRUNINGS",
            "QUAD", "QUANTISERS", "SHARED_FIELD_BITS", "SHIFT_BITS", "SIGNIFICAND_BITS",
-           "ZERO_POINT_BITS", "QuantisedMatrix", "WeightFormat", "check_dims", "check_matrix",
-           "check_pattern", "in_groups", "prune", "quantise", "weight_format", "whole_blocks"]
+           "ZERO_POINT_BITS", "Measured", "QuantisedMatrix", "WeightFormat", "Weights",
+           "check_dims", "check_matrix", "check_pattern", "in_groups", "prune", "quantise",
+           "quantise_measured", "weight_format", "whole_blocks", "widened"]
 
 
 def _registry(*tuples: str) -> dict[str, WeightFormat]:
@@ -217,11 +226,14 @@ def quantise(weights: NDArray[np.floating], name: str | WeightFormat, *,
         )
     n, k = weights.shape
     check_dims(rows=n, K=k)
-    if fmt.parts > 1 and quantiser == "gptq":
-        raise FormatError(f"quantiser of {fmt.name} must be 'search' or 'amax', not 'gptq', which "
-                          "would put weights where there are none")
-    matrix = fmt.quantised(weights, quantiser, moments)
+    again = quantiser == "gptq" and not fmt.scaled_alone
+    if again and moments is None:
+        raise FormatError(f"moments of quantiser 'gptq' must be an array of the shape {(k, k)}, "
+                          "not left out")
+    matrix = fmt.quantised(weights, "search" if again else quantiser, moments)
     if matrix is None:
         matrix = quantise_matrix(weights, fmt, quantiser, moments)
+    if again:
+        matrix = feed_back(weights, matrix, moments)
     check_pattern(matrix.integers, fmt)
     return matrix

@@ -299,6 +299,11 @@ class WeightFormat(ABC):
         SIGNIFICAND_BITS. What is returned for 0 is not used.
         """
 
+    @property
+    def scaled_alone(self) -> bool:
+        """Whether a group's scale is all that is looked for: no zero point, no minimum."""
+        return not (self.zero_point or self.minimum)
+
     def nearest(self, scaled: NDArray[np.floating]) -> NDArray[np.floating]:
         """Round weights, divided by their scale, to integers of the format, in place; saturate."""
         np.rint(scaled, out=scaled)
@@ -356,6 +361,11 @@ def bfloat16_bits(values: NDArray[np.float32], what: str) -> NDArray[np.uint16]:
         raise FormatError(f"{what} must be of numbers that bfloat16 has, up to 3.38e38, but number "
                           f"{row} is {values.reshape(-1)[row]}")
     return np.where(rounded & 0x7F80, rounded, 0).astype(np.uint16)
+
+
+def bfloat16_floats(stored: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """Return bfloat16 as float32, exactly."""
+    return np.left_shift(stored, 16, dtype=np.uint32).view(np.float32)
 
 
 @dataclass(frozen=True)
@@ -417,7 +427,7 @@ class QuantisedMatrix:
         """The biases, (n,) float32, zeros where there are none."""
         if self.bias is None:
             return np.zeros(len(self.row_exponent), np.float32)
-        return (self.bias.astype(np.uint32) << 16).view(np.float32)
+        return bfloat16_floats(self.bias)
 
     def __getitem__(self, rows: slice) -> QuantisedMatrix:
         """Return some rows; ``coarsened`` stays that of the whole."""
@@ -441,6 +451,16 @@ class QuantisedMatrix:
             row_exponent=np.pad(self.row_exponent, below),
             bias=None if self.bias is None else np.pad(self.bias, below),
             minimum=None if self.minimum is None else np.pad(self.minimum, below + right))
+
+    def cut(self, rows: int, k: int) -> QuantisedMatrix:
+        """Return the first rows and columns: the inverse of :meth:`filled`."""
+        if self.integers.shape == (rows, k):
+            return self
+        wide = {"integers": k, **dict.fromkeys(
+            ("significand", "shift", "minimum"), -(-k // self.format.group))}
+        return replace(self, **{
+            name: np.ascontiguousarray(getattr(self, name)[:rows, : wide[name]] if name in wide
+                                       else getattr(self, name)[:rows]) for name in self.parts})
 
     def group_terms(self) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
         """Return the scales and the minima of all groups, (n, groups), in units of

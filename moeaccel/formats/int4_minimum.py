@@ -51,8 +51,7 @@ class Int4Minimum(WeightFormat):
         Raises
         ------
         FormatError
-            For ``"gptq"``, which rounds column by column, moments of another shape, and weights
-            that are not finite.
+            For moments of another shape, and weights that are not finite.
         """
         n, k = weights.shape
         grouped, each = groups_of(self, weights, quantiser, moments)

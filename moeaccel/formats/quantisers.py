@@ -14,36 +14,52 @@ The device is told neither: it multiplies integers and scales, whoever chose the
     another, and what each rounding costs is made up for by those that are still to come, as the
     correlations of the inputs allow (Frantar et al., GPTQ: Accurate Post-Training Quantization for
     Generative Pre-trained Transformers, ICLR 2023, section 3.3). Columns go in the order of falling
-    moments.
+    moments. Scales, minima and zero points are those that ``"search"`` found; where an N:M pattern
+    has no weight, none comes, and what its column's error would need goes on to the next.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moeaccel.errors import FormatError
-from moeaccel.formats.base import QuantisedMatrix, WeightFormat
+from moeaccel.formats.base import (
+    BLOCK,
+    QuantisedMatrix,
+    WeightFormat,
+    bfloat16_floats,
+    in_groups,
+)
 from moeaccel.formats.scales import fit_rows, split_scales
 
-__all__ = ["QUANTISERS", "quantise_matrix"]
+__all__ = ["QUANTISERS", "Measured", "Weights", "feed_back", "quantise_matrix",
+           "quantise_measured", "widened"]
 
 QUANTISERS = ("search", "amax", "gptq")
 """Names of the quantisers, the default first."""
 
 Floats = NDArray[np.floating]
 
+Weights = NDArray[np.float32] | NDArray[np.uint16]
+"""A matrix, (n, K), of floats, or of bfloat16 as uint16."""
+
 CLIP_STEPS = (0.0, 0.5, 1.0, 1.5, 2.0)
 """Candidates of real scales: the largest magnitude becomes the format's largest integer and so
-much. (With these the error is within 0.6 % of that of very many, for groups of 32 and of 128.)"""
+much. The last is for groups of more than 32, whose largest magnitude lies farther out. (With these
+the error is within 0.6 % of that of very many, for groups of 32 and of 128.)"""
 
-_CHUNK_ELEMENTS = 1 << 17  # what is worked on at once stays in a core's cache
+_CHUNK_ELEMENTS = 1 << 18  # small against a core's time, large against a call's
 _FLOAT32_EXPONENTS = 60  # squares of 2**60 and of 2**-60 are well inside float32
+_LINE_BYTES = 64
 _FEEDBACK_COLUMNS = 128
 _DAMPING = 0.01
 
 
-def quantise_matrix(weights: NDArray[np.float32], fmt: WeightFormat, quantiser: str,
+def quantise_matrix(weights: Weights, fmt: WeightFormat, quantiser: str,
                     moments: Floats | None) -> QuantisedMatrix:
     """Quantise a matrix; :func:`moeaccel.formats.quantise` says what its arguments mean.
 
@@ -53,6 +69,29 @@ def quantise_matrix(weights: NDArray[np.float32], fmt: WeightFormat, quantiser: 
         For a quantiser that there is not, moments that it cannot use, and weights that are not
         finite.
     """
+    return _quantise(weights, fmt, quantiser, moments, None)
+
+
+def quantise_measured(weights: Weights, fmt: WeightFormat, quantiser: str
+                      ) -> tuple[QuantisedMatrix, Measured]:
+    """Quantise a matrix of floats, or of bfloat16 as uint16, and measure it in the same pass; for
+    quantisers that take no moments, and formats that are quantised here.
+
+    Raises
+    ------
+    FormatError
+        As :func:`quantise_matrix`.
+    """
+    n, k = weights.shape
+    found = Measured(np.zeros(n), np.zeros(-(-k // fmt.group) * fmt.group))
+    matrix = _quantise(weights, fmt, quantiser, None, found)
+    found.columns = found.columns[:k]
+    return matrix, found
+
+
+def _quantise(weights: Weights, fmt: WeightFormat, quantiser: str, moments: Floats | None,
+              found: Measured | None) -> QuantisedMatrix:
+    """Quantise a matrix, some rows at a time, and add to what is measured where that is asked."""
     n, k = weights.shape
     importance, second = _check_moments(quantiser, moments, k)
     groups = -(-k // fmt.group)
@@ -62,29 +101,118 @@ def quantise_matrix(weights: NDArray[np.float32], fmt: WeightFormat, quantiser: 
     row_exponent = np.empty(n, np.int16)
     coarsened = 0
     step = max(1, _CHUNK_ELEMENTS // (groups * fmt.group))
+    scratch = _Scratch(fmt.group, min(step, n) * groups)
     for first in range(0, n, step):
         part = slice(first, first + step)
-        columns, amax = _grouped(weights[part], fmt.group)
+        columns, amax = _grouped(weights[part], fmt.group, scratch)
         if not np.isfinite(amax).all():
             raise FormatError("weights must be finite; the tensor holds NaN or infinity")
+        rounded = scratch.like(columns)
         if quantiser == "amax":
             split = fmt.group_scale(amax)
             split = np.where(amax > 0, split[0], 0), split[1]
         else:
-            split = _search(columns, amax, fmt, _spread(importance, columns, groups, fmt.group))
+            split = _search(columns, amax, fmt, _spread(importance, columns, groups, fmt.group),
+                            rounded)
         rows = len(weights[part])
         significand[part], shift[part], row_exponent[part], changed = fit_rows(
             fmt, split[0].reshape(rows, groups), split[1].reshape(rows, groups))
         coarsened += int(changed.sum())
         scale = _scales(significand[part], shift[part], row_exponent[part])
         fmt.nearest(np.multiply(columns, _inverse(scale).reshape(-1).astype(columns.dtype),
-                                out=columns))
-        np.copyto(integers[part].reshape(-1, fmt.group), columns.T, casting="unsafe")
+                                out=rounded))
+        # Bytes are turned faster than floats are.
+        small = scratch.bytes(columns.shape[1])
+        np.copyto(small, rounded, casting="unsafe")
+        np.copyto(integers[part].reshape(-1, fmt.group), small.T)
+        if found is not None:
+            found.add(part, columns, rounded, scale)
     integers = np.ascontiguousarray(integers[:, :k])
-    if second is not None:
-        scale = np.repeat(_scales(significand, shift, row_exponent), fmt.group, axis=1)[:, :k]
-        integers = _feedback(weights, scale, fmt, second)
-    return QuantisedMatrix(fmt, integers, significand, shift, row_exponent, coarsened)
+    matrix = QuantisedMatrix(fmt, integers, significand, shift, row_exponent, coarsened)
+    return matrix if second is None else _fed_back(widened(weights), matrix, second)
+
+
+def feed_back(weights: NDArray[np.float32], matrix: QuantisedMatrix, moments: Floats | None
+              ) -> QuantisedMatrix:
+    """Return a matrix that was quantised from weights with other integers: those of ``"gptq"``.
+
+    Raises
+    ------
+    FormatError
+        For moments that it cannot use.
+    """
+    _, second = _check_moments("gptq", moments, weights.shape[1])
+    assert second is not None
+    return _fed_back(weights, matrix, second)
+
+
+def widened(weights: Weights) -> NDArray[np.float32]:
+    """Return weights as float32: bfloat16, which comes as uint16, too."""
+    if weights.dtype == np.uint16:
+        return bfloat16_floats(weights)
+    return np.asarray(weights, np.float32)
+
+
+@dataclass
+class Measured:
+    """Sums of squares of a matrix of ``n`` rows and K columns, to float32's precision.
+
+    Parameters
+    ----------
+    rows, columns : float64 arrays, (n,) and (K,)
+        Of the weights.
+    error : :class:`float`
+        Of what quantising changed.
+    """
+
+    rows: NDArray[np.float64]
+    columns: NDArray[np.float64]
+    error: float = 0.0
+
+    def add(self, part: slice, columns: Floats, rounded: Floats,
+            scale: NDArray[np.float64]) -> None:
+        """Add some rows: their groups, what these became, and the scales, (rows, groups);
+        ``rounded`` is overwritten."""
+        rounded *= scale.reshape(-1).astype(columns.dtype)
+        rounded -= columns
+        # A group's largest magnitude is inside float32 by its square, too (:func:`_grouped`).
+        self.error += float(np.einsum("ij,ij->j", rounded, rounded).sum(dtype=np.float64))
+        np.multiply(columns, columns, out=rounded)
+        rows, groups = scale.shape
+        self.rows[part] = rounded.sum(axis=0).reshape(rows, groups).sum(axis=1, dtype=np.float64)
+        each = rounded.reshape(-1, rows, groups).sum(axis=1)
+        self.columns += each.T.reshape(-1)
+
+
+class _Scratch:
+    """Memory that is used again for each chunk: fresh memory costs more than what is done there.
+
+    Rows are a cache line longer than a chunk's, since those a power of two apart fall upon one
+    another in a cache.
+
+    Parameters
+    ----------
+    group, columns : :class:`int`
+        Of a chunk, at most so many columns.
+    """
+
+    def __init__(self, group: int, columns: int) -> None:
+        self._floats = np.empty((2, group, columns + _LINE_BYTES // 4), np.float32)
+        self._bytes = np.empty((group, columns + _LINE_BYTES), np.int8)
+
+    def columns(self, count: int) -> NDArray[np.float32]:
+        """Return room for so many columns of a chunk."""
+        return self._floats[0, :, :count]
+
+    def like(self, columns: Floats) -> Floats:
+        """Return room for what becomes of a chunk."""
+        if columns.dtype != np.float32:
+            return np.empty_like(columns)
+        return self._floats[1, :, : columns.shape[1]]
+
+    def bytes(self, count: int) -> NDArray[np.int8]:
+        """Return room for a chunk's integers."""
+        return self._bytes[:, :count]
 
 
 def _check_moments(quantiser: str, moments: Floats | None,
@@ -107,7 +235,8 @@ def _check_moments(quantiser: str, moments: Floats | None,
     return (importance if importance.any() else None), (second if quantiser == "gptq" else None)
 
 
-def _grouped(weights: NDArray[np.float32], group: int) -> tuple[Floats, NDArray[np.float64]]:
+def _grouped(weights: Weights, group: int, scratch: _Scratch
+             ) -> tuple[Floats, NDArray[np.float64]]:
     """Return a column for each group, (group, n * groups), and the largest magnitude of each.
 
     Groups beside one another and not behind one another: what is summed over a group then is whole
@@ -117,7 +246,12 @@ def _grouped(weights: NDArray[np.float32], group: int) -> tuple[Floats, NDArray[
     groups = -(-k // group)
     if groups * group != k:
         weights = np.pad(weights, ((0, 0), (0, groups * group - k)))
-    columns = np.ascontiguousarray(weights.reshape(n * groups, group).T)
+    turned = weights.reshape(n * groups, group).T
+    columns: Floats = scratch.columns(turned.shape[1])
+    if weights.dtype == np.uint16:
+        np.left_shift(turned, 16, out=columns.view(np.uint32), dtype=np.uint32)
+    else:
+        np.copyto(columns, turned)
     amax = np.maximum(columns.max(axis=0), -columns.min(axis=0)).astype(np.float64)
     exponent = np.frexp(amax[(amax > 0) & (amax < np.inf)])[1]
     if len(exponent) and max(exponent.max(), -exponent.min()) > _FLOAT32_EXPONENTS:
@@ -135,20 +269,22 @@ def _spread(importance: Floats | None, columns: Floats, groups: int, group: int)
 
 
 def _search(columns: Floats, amax: NDArray[np.float64], fmt: WeightFormat,
-            importance: Floats | None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return (significand, exponent) of the scale of each group with the least squared error."""
+            importance: Floats | None, rounded: Floats
+            ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return (significand, exponent) of the scale of each group with the least squared error;
+    ``rounded`` is overwritten."""
     weighted = columns if importance is None else columns * importance
     if fmt.real_scale:
         unit = _inverse(amax).astype(columns.dtype)
-        candidates = [(unit * columns.dtype.type(fmt.high + step), None) for step in CLIP_STEPS]
+        steps = CLIP_STEPS if fmt.group > BLOCK else CLIP_STEPS[:-1]
+        candidates = [(unit * columns.dtype.type(fmt.high + step), None) for step in steps]
     else:
         exponent = fmt.group_scale(amax)[1].astype(np.int32)
         there = np.where(amax > 0, 1.0, 0.0)
         candidates = [(np.ldexp(there, -exponent - step).astype(columns.dtype),
                        np.ldexp(there, exponent + step)) for step in (0, -1, 1)]
-    best = np.full(amax.shape, -np.inf)
+    best = np.full(amax.shape, -np.inf, columns.dtype)
     chosen = np.zeros(amax.shape)
-    rounded = np.empty_like(columns)
     for inverse, scale in candidates:
         fmt.nearest(np.multiply(columns, inverse, out=rounded))
         cross = np.einsum("ij,ij->j", weighted, rounded)
@@ -156,12 +292,13 @@ def _search(columns: Floats, amax: NDArray[np.float64], fmt: WeightFormat,
                  else np.einsum("ij,ij,ij->j", rounded, rounded, importance))
         # The error is that of all zeros less the gain.
         if scale is None:
-            scale = np.divide(cross, power, out=np.zeros_like(cross), where=power > 0)
-            gain = scale * cross
+            with np.errstate(invalid="ignore", divide="ignore"):  # a group of zeros: never better
+                scale = cross / power
+                gain = scale * cross
         else:
             gain = scale * (2 * cross - scale * power)
         better = gain > best
-        np.copyto(best, gain, where=better)
+        np.copyto(best, gain, where=better, casting="same_kind")
         np.copyto(chosen, scale, where=better)
     return split_scales(fmt, chosen)
 
@@ -177,19 +314,25 @@ def _inverse(scale: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.divide(1.0, scale, out=np.zeros_like(scale), where=scale > 0)
 
 
-def _feedback(weights: NDArray[np.float32], scale: NDArray[np.float64], fmt: WeightFormat,
-              second: Floats) -> NDArray[np.int8]:
-    """Return integers, (n, K), chosen column by column so that errors of the outputs are small.
+def _fed_back(weights: NDArray[np.float32], matrix: QuantisedMatrix, second: Floats
+              ) -> QuantisedMatrix:
+    """Return a matrix with integers, (n, K), chosen column by column so that errors of the outputs
+    are small.
 
     Parameters
     ----------
     weights : float32 array, (n, K)
-    scale : float64 array, (n, K)
-        Of each weight.
-    fmt : :class:`WeightFormat`
+    matrix : :class:`QuantisedMatrix`
+        Whose scales stay.
     second : array, (K, K)
         Second moments of the inputs.
     """
+    fmt, k = matrix.format, weights.shape[1]
+
+    def columns(of_groups: NDArray[Any]) -> NDArray[Any]:
+        """Return what each group has, (n, groups), of each weight in its place, (K, n)."""
+        return np.ascontiguousarray(np.repeat(of_groups, fmt.group, axis=1)[:, :k].T[order])
+
     order = np.argsort(-second.diagonal(), kind="stable")
     moments = second[np.ix_(order, order)].astype(np.float64)
     moments = (moments + moments.T) / 2
@@ -202,20 +345,30 @@ def _feedback(weights: NDArray[np.float32], scale: NDArray[np.float64], fmt: Wei
         raise FormatError("moments must be those of real inputs, a matrix without negative "
                           "eigenvalues; measure them again") from None
     left = weights.T[order].astype(np.float64)  # (K, n): a column of the weights is a row here
-    inverse = np.ascontiguousarray(_inverse(scale).T[order])
-    scale = np.ascontiguousarray(scale.T[order])
+    there = left != 0 if fmt.parts > 1 else None
+    of_groups = _scales(matrix.significand, matrix.shift, matrix.row_exponent)
+    scale, inverse = columns(of_groups), columns(_inverse(of_groups))
+    offset = None if matrix.minimum is None else columns(
+        np.ldexp(matrix.minimum.astype(np.float64), matrix.row_exponent[:, None].astype(np.int32)))
+    zero = columns(fmt.zero_points(in_groups(matrix.integers, fmt.group))) if (
+        fmt.zero_point) else None
+    top = (1 << fmt.weight_bits) - 1
     integers = np.empty(left.shape, np.int8)
-    k = len(order)
     for first in range(0, k, _FEEDBACK_COLUMNS):
         last = min(first + _FEEDBACK_COLUMNS, k)
         errors = np.empty((last - first, left.shape[1]))
         for i in range(first, last):
-            rounded = fmt.nearest(left[i] * inverse[i])
+            wanted = left[i] if offset is None else left[i] - offset[i]
+            rounded = fmt.nearest(wanted * inverse[i])
+            if zero is not None:
+                rounded = np.clip(rounded, -zero[i], top - zero[i])
+            if there is not None:
+                rounded *= there[i]
             integers[i] = rounded
-            error = (left[i] - rounded * scale[i]) / upper[i, i]
+            error = (wanted - rounded * scale[i]) / upper[i, i]
             errors[i - first] = error
             left[i + 1 : last] -= upper[i, i + 1 : last, None] * error
         left[last:] -= upper[first:last, last:].T @ errors
     back = np.empty_like(integers)
     back[order] = integers
-    return np.ascontiguousarray(back.T)
+    return replace(matrix, integers=np.ascontiguousarray(back.T))

@@ -30,7 +30,8 @@ def groups_of(fmt: WeightFormat, weights: NDArray[np.float32], quantiser: str,
     """
     n, k = weights.shape
     if quantiser not in ("search", "amax"):
-        raise FormatError(f"quantiser of {fmt.name} must be 'search' or 'amax', not {quantiser!r}")
+        raise FormatError(f"quantiser of {fmt.name} must be 'search', 'amax' or 'gptq', not "
+                          f"{quantiser!r}")
     groups = -(-k // fmt.group)
     pad = (0, groups * fmt.group - k)
     importance = np.ones(k)
@@ -104,7 +105,10 @@ def fit_rows(
     row_exponent = np.where(row_exponent == _NEVER, 0, row_exponent)
     shift = np.where(there, exponent - row_exponent[:, None], 0)
     below = np.clip(-shift, 0, 30)
-    if fmt.real_scale:
+    if not below.any():  # mostly so
+        stored = significand if fmt.real_scale else np.ones_like(significand)
+        coarsened = np.zeros(shift.shape, bool)
+    elif fmt.real_scale:
         stored = np.rint(significand / 2.0**below).astype(np.int64)
         coarsened = stored << below != significand
     else:

@@ -46,6 +46,7 @@ from moeaccel.image.expert import (
 )
 from moeaccel.image.images import (
     HEADER_USED,
+    VERSION as IMAGE_VERSION,
     build_image,
     build_linear_image,
     check_image,
@@ -60,7 +61,7 @@ from moeaccel.image.sections import (
 from moeaccel.image.table import expert_table, table_entry
 
 __all__ = [
-    "ALIGNMENT", "HEADER_BYTES", "HEADER_USED", "STEPS_PER_PATTERN_WORD", "Expert", "ExpertShape",
-    "LinearShape", "Section", "build_image", "build_linear_image", "check_image", "expert_table",
-    "gate_limit_bits", "interleave_gate_up", "limit_bits", "pack_section", "table_entry",
-    "unpack_image", "unpack_section"]
+    "ALIGNMENT", "HEADER_BYTES", "HEADER_USED", "IMAGE_VERSION", "STEPS_PER_PATTERN_WORD", "Expert",
+    "ExpertShape", "LinearShape", "Section", "build_image", "build_linear_image", "check_image",
+    "expert_table", "gate_limit_bits", "interleave_gate_up", "limit_bits", "pack_section",
+    "table_entry", "unpack_image", "unpack_section"]

@@ -158,6 +158,8 @@ def deal(
 ) -> QuantisedMatrix:
     """Return the rows of one channel, ``together`` consecutive ones at a time, in whole tiles."""
     rows = matrix.integers.shape[0]
+    if channels == 1 and rows % matrix.format.rows(row_multipliers) == 0:
+        return matrix
     chosen = np.arange(rows).reshape(-1, channels, together)[:, channel].reshape(-1)
     padding = -len(chosen) % matrix.format.rows(row_multipliers)
 
@@ -178,19 +180,23 @@ def _gather(parts: Sequence[QuantisedMatrix], section: Section, together: int) -
     return replace(parts[0], **{name: whole(name) for name in parts[0].parts})
 
 
-def _in_lanes(values: NDArray[np.uint8], section: Section, fields: int) -> NDArray[np.uint8]:
-    """Return rows of codes or places as multipliers have them, (steps of all tiles, multipliers,
-    fields).
+def _in_lanes(values: NDArray[np.uint8], section: Section) -> NDArray[np.uint8]:
+    """Return rows of codes or places, one for each part of a multiplier, as multipliers have them,
+    (steps of all tiles, multipliers).
 
-    ``fields``: rows that a multiplier has by itself. Multiplier ``4 g + N p + j`` of a row of them
-    has the j-th of the N weights of the g-th four, of part p.
+    Multiplier ``4 g + N p + j`` of a row of them has the j-th of the N weights of the g-th four, of
+    part p.
     """
     fmt = section.format
     stored = fmt.nonzeros
-    quads = BLOCK // QUAD
-    rows = section.tiles, section.row_multipliers, fmt.parts, fields
-    return values.reshape(*rows, section.steps, quads, stored).transpose(
-        0, 4, 1, 5, 2, 6, 3).reshape(section.tiles * section.steps, -1, fields)
+    if fmt.parts == 1:  # a row's block stays together: eight bytes at a time
+        blocks = np.ascontiguousarray(values).view(np.uint64).reshape(
+            section.tiles, section.row_multipliers, section.steps, -1)
+        return np.ascontiguousarray(blocks.swapaxes(1, 2)).view(np.uint8).reshape(
+            section.tiles * section.steps, -1)
+    rows = section.tiles, section.row_multipliers, fmt.parts
+    return values.reshape(*rows, section.steps, BLOCK // QUAD, stored).transpose(
+        0, 3, 1, 4, 2, 5).reshape(section.tiles * section.steps, -1)
 
 
 def _from_lanes(values: NDArray[np.uint8], section: Section) -> NDArray[np.uint8]:
@@ -251,12 +257,12 @@ def pack_section(matrix: QuantisedMatrix, row_multipliers: int) -> Bytes:
     if fmt.parts > 1:
         at = places(matrix.integers, fmt)
         codes = compressed(codes, at)
-        patterns = _two_bits(_in_lanes(at, section, 1)[..., 0])
-    codes = _in_lanes(codes, section, 2 if fmt.packed else 1)
+        patterns = _two_bits(_in_lanes(at, section))
+    codes = codes.reshape(n, -1)
     if fmt.packed:
-        codes = codes[..., 0] | codes[..., 1] << np.uint8(4)
-    weights = _in_words(
-        np.ascontiguousarray(codes).reshape(tiles, steps, section.word_bytes), section)
+        codes = codes[0::2] | codes[1::2] << np.uint8(4)
+    weights = _in_words(_in_lanes(codes, section).reshape(tiles, steps, section.word_bytes),
+                        section)
 
     scales = _in_steps(scales, section)
     rows = matrix.row_exponent.reshape(tiles, tile_rows).view(np.uint16)

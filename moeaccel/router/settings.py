@@ -16,6 +16,7 @@ from moeaccel.config import EXPERTS_MAX, TOP_K_MAX
 from moeaccel.errors import MoeAccelError
 from moeaccel.router.choices import (
     GROUPS_MAX,
+    MODES,
     CapacityOrder,
     Choice,
     Gates,
@@ -25,7 +26,7 @@ from moeaccel.router.choices import (
     WeightOn,
 )
 
-__all__ = ["SELECTION_BIAS_MAX", "RouterError", "RouterSettings"]
+__all__ = ["OFF", "SELECTION_BIAS_MAX", "RouterError", "RouterSettings", "names_of_mode"]
 
 SELECTION_BIAS_MAX = 128
 """How far from 0 a selection bias may be: sums of two keys fit 32 bits."""
@@ -33,11 +34,19 @@ SELECTION_BIAS_MAX = 128
 SCALES = (2.0**-20, 2.0**20)
 """Least and largest scale."""
 
+OFF = {"prior": 0, "prior_keep": 0, "gates": "none"}
+"""Settings of modes where they are not used, as far as that is not None."""
+
 class RouterError(MoeAccelError, ValueError):
     """A setting or a table of a router that does not fit."""
 
 
 _C = TypeVar("_C", bound=Choice)
+
+
+def names_of_mode(mode: str) -> tuple[str, ...]:
+    """Return the settings that a mode is for, without those that only say how."""
+    return ("prior", "prior_keep") if mode == "prior" else (mode,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,6 +228,12 @@ class RouterSettings:
     def gates_kind(self) -> Gates:
         """What shared experts weigh, as a member."""
         return self._kind(Gates, self.gates)
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """Those of :data:`moeaccel.router.choices.MODES` that it makes use of."""
+        return tuple(mode for mode in MODES if any(
+            getattr(self, name) != OFF.get(name) for name in names_of_mode(mode)))
 
     @property
     def outputs(self) -> int:

@@ -69,7 +69,7 @@ def test_unknown_preset_lists_the_known_ones():
     with pytest.raises(
         ConfigurationError,
         match="tiny, small, ulx3s, wide512, hbm32, peer256, ulx3s-router, wide512-sparse, "
-              "not 'huge'",
+              "hbm32-full, not 'huge'",
     ):
         preset("huge")
 

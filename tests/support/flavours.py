@@ -42,22 +42,50 @@ def small(cls, implementation="moeaccel"):
 
     Its weights are random, and large enough for limits to be reached.
     """
-    named = "intermediate_size" in inspect.signature(cls).parameters
     generator = torch.Generator().manual_seed(0)
+    module = _built(cls, implementation)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return module
+
+
+def block_classes():
+    """Return the classes of all modules that have such experts; imports all of their models."""
+    found = []
+    for module in dict.fromkeys(inspect.getmodule(cls) for cls in every_class()):
+        names = [cls.__name__ for cls in decorated(module)]
+        found += [cls for cls in vars(module).values()
+                  if inspect.isclass(cls) and cls.__module__ == module.__name__
+                  and issubclass(cls, torch.nn.Module) and "__init__" in vars(cls)
+                  and any(f"= {name}(" in inspect.getsource(cls.__init__) for name in names)]
+    return found
+
+
+def small_block(cls):
+    """Return such a module, of a first layer; what it has beside the experts is not drawn."""
+    return _built(cls, "moeaccel", num_experts_per_tok=2, n_group=1, topk_group=1)
+
+
+def small_config(kind, implementation="moeaccel", **more):
+    """Return a configuration of a small model."""
+    config = kind()
+    for name, value in (_SMALL | more).items():
+        if hasattr(config, name) and not isinstance(getattr(config, name), list):
+            setattr(config, name, value)
+    config._experts_implementation = implementation
+    return config
+
+
+def _built(cls, implementation, **settings):
+    given = {"intermediate_size": 96, "layer_idx": 0}
+    more = {name: value for name, value in given.items()
+            if name in inspect.signature(cls).parameters}
     for kind in _configs(cls):
-        config = kind()
-        for name, value in _SMALL.items():
-            if hasattr(config, name) and not isinstance(getattr(config, name), list):
-                setattr(config, name, value)
-        config._experts_implementation = implementation
         try:
-            module = cls(config, **({"intermediate_size": 96} if named else {})).eval()
-        except AttributeError:  # one of another part of the model
+            return cls(small_config(kind, implementation, **settings), **more).eval()
+        except (AttributeError, RuntimeError, TypeError):  # of another part of the model
             continue
-        with torch.no_grad():
-            for parameter in module.parameters():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))
-        return module
     raise LookupError(f"{cls.__name__} must take a configuration of its model")
 
 

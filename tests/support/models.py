@@ -30,6 +30,18 @@ MODELS = {  # name -> layers with experts, configuration
     "Glm4Moe": (1, ROUTED | {"n_group": 1, "head_dim": 16}),
 }
 
+NARROW = EIGHT | {"moe_intermediate_size": 32, "head_dim": 16}
+
+BLOCKS = {  # more models whose whole blocks the device has
+    "Qwen2Moe": (2, NARROW | {"shared_expert_intermediate_size": 64}),
+    "DeepseekV2": (1, ROUTED | LATENT | {
+        "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3,
+        "topk_method": "group_limited_greedy", "routed_scaling_factor": 1.5}),
+    "GptOss": (2, FOUR | {"head_dim": 16}),
+    "Ernie4_5_Moe": (1, {"moe_num_experts": 8, "moe_k": 2, "moe_intermediate_size": 32,
+                         "moe_num_shared_experts": 1, "head_dim": 16}),
+}
+
 
 def config_of(name, **more):
     text = "Text" if name == "Llama4" else ""

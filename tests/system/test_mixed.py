@@ -7,6 +7,9 @@ import pytest
 from moeaccel import golden
 from moeaccel.activations import ACTIVATIONS
 from moeaccel.formats import FORMATS
+from moeaccel.host.compress.layer import FloatExpert, MoELayer
+from moeaccel.host.compress.low_rank import factored
+from moeaccel.host.compress.models import DeviceLayer
 from moeaccel.image import Expert
 from tests.support.pair import assert_same_bits, draw_experts
 
@@ -38,6 +41,23 @@ def draw_layer(seed):
                         biases=(seed + e) % 4)
             for e, (name, down, width, activation) in enumerate(
                 zip(NAMES, downs, widths, activations, strict=True))]
+
+
+def test_products_in_three_commands(tiny):
+    """Layers between other widths than d_model, of matrices and of experts: low-rank factors."""
+    rng = np.random.default_rng(3)
+    experts = [factored(FloatExpert(*(w[0] for w in draw_experts(rng, 1, D_MODEL, 96))),
+                        32) for _ in range(3)]
+    layer = MoELayer.of(experts, rng.standard_normal((3, D_MODEL)), 2)
+    x = rng.standard_normal((9, D_MODEL), np.float32)
+    tiny.reset()
+
+    def script(device):
+        return DeviceLayer(device, layer)(x)
+
+    y = tiny.same(script)
+    exact = layer(x)
+    assert np.linalg.norm(y - exact) < 0.3 * np.linalg.norm(exact)  # of four matrices each
 
 
 @pytest.mark.parametrize("config", ["tiny", "small"])

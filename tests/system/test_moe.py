@@ -2,9 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import moeaccel.host.transformers_plugin as plugin
 from moeaccel.formats import whole_blocks
 from moeaccel.host import Router, errors
+from moeaccel.host.demo import CHECKPOINT
+from moeaccel.host.demo.run import demo_prompts, generate
 from moeaccel.host.rings import Command
 from moeaccel.interface.commands import (
     ENTRY_BYTES,
@@ -363,3 +368,23 @@ def test_without_a_router(tiny):
 
     done = tiny.same_completion(script)
     assert (done.status, done.detail) == (Status.BAD_OPCODE, Opcode.MOE)
+
+
+@torch.no_grad()
+def test_the_demo_model_generates_by_the_routes_of_the_device(pair):
+    """x goes in, y comes out: the tokens of the host's routes, and the same bits on both."""
+    prompts, right = demo_prompts(1)
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
+    model = AutoModelForCausalLM.from_pretrained(CHECKPOINT, experts_implementation="moeaccel")
+    found = []
+    for device in pair.devices:
+        device.reset()
+        plugin.use_device(device, route=True)
+        assert all(block.on_device for block in plugin.routing(model))
+        found.append(generate(model, tokenizer, prompts))
+        assert device.counters()["commands"] == 3 * len(found[-1][1])
+        plugin.release()
+        plugin.use_device(None)
+    (rtl, rtl_logits), (golden, golden_logits) = found
+    assert rtl == golden == right
+    assert torch.equal(rtl_logits, golden_logits)

@@ -24,7 +24,8 @@ class Floats(Family):
         return contents.need(stem + self.mark).shape
 
     def read(self, contents: Contents, stem: str, expert: int | None) -> Matrix:
-        return contents.need(stem + self.mark).float32(expert)
+        tensor = contents.need(stem + self.mark)
+        return tensor.array(expert) if tensor.dtype == "BF16" else tensor.float32(expert)
 
 
 FAMILIES = (Floats("floats", ".weight"), Floats("floats", ""))

@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from moeaccel.arithmetic import from_bfloat16
 from moeaccel.host.importers.errors import DamagedCheckpoint, ForeignCheckpoint
 
 __all__ = ["FLOATS", "StoredTensor", "open_file", "read_at"]
@@ -121,6 +122,18 @@ class StoredTensor:
         shape = self.shape if index is None else self.shape[1:]
         return self.bytes(index).view(_NUMPY[self.dtype]).reshape(shape)
 
+    def mapped(self) -> NDArray[Any]:
+        """Return it as memory that the file is mapped into, read where it is looked at.
+
+        Raises
+        ------
+        DamagedCheckpoint
+            If the file is shorter than it was.
+        """
+        if os.fstat(self.file.fileno()).st_size < self.offset + self.nbytes:
+            self.bytes()  # says so
+        return np.asarray(np.memmap(self.file, _NUMPY[self.dtype], "r", self.offset, self.shape))
+
     def float32(self, index: int | None = None) -> NDArray[np.float32]:
         """Read floats as float32.
 
@@ -133,6 +146,6 @@ class StoredTensor:
             raise ForeignCheckpoint(f"{self} must be of one of the types {', '.join(FLOATS)}")
         values = self.array(index)
         if self.dtype == "BF16":
-            return np.left_shift(values, 16, dtype=np.uint32).view(np.float32)
+            return from_bfloat16(values)
         with np.errstate(over="ignore"):  # float64 beyond float32: infinite, and refused as such
             return values.astype(np.float32, copy=False)

@@ -11,6 +11,7 @@ from moeaccel.formats import BLOCK, weight_format, whole_blocks
 from moeaccel.host.errors import InvalidOption, LimitExceeded
 from moeaccel.image import ExpertShape
 from moeaccel.interface.commands import ENTRY_BYTES
+from moeaccel.router.choices import MODES
 
 __all__ = ["SMALLEST_MEMORY", "Choice", "LayerDims", "buffer_bytes", "choose", "memory_size"]
 
@@ -26,8 +27,8 @@ _COMMANDS_IN_FLIGHT = 16
 
 
 class LayerDims(NamedTuple):
-    """Number of experts in a layer, the dimensions as the device has them, in whole blocks, and
-    what its experts are."""
+    """Number of experts in a layer, the dimensions as the device has them, in whole blocks, what
+    its experts are, and what modes its router needs."""
 
     experts: int
     d_model: int
@@ -35,6 +36,7 @@ class LayerDims(NamedTuple):
     gated: bool = True
     activation: str = "silu"
     biased: bool = False
+    router_modes: tuple[str, ...] = ()
 
     @classmethod
     def padded(cls, experts: int, d_model: int, d_expert: int, *, gated: bool = True,
@@ -53,7 +55,8 @@ class LayerDims(NamedTuple):
         """Return whether a configuration's limits allow the layer."""
         return (self.activation in config.activations and self.biased <= config.bias
                 and self.experts <= config.max_experts
-                and max(self.d_model, self.d_expert) <= config.max_dim)
+                and max(self.d_model, self.d_expert) <= config.max_dim
+                and set(self.router_modes) <= set(config.router_modes))
 
     def shape(self, config: AcceleratorConfig, format_name: str) -> ExpertShape:
         """Return the shape of each expert."""
@@ -116,18 +119,27 @@ def choose(layers: Sequence[LayerDims], format_name: str, *,
     """
     limits = [*layers]
     if least is not None:
-        limits.append(LayerDims(least.config.max_experts, least.config.max_dim, BLOCK))
-    for candidate in [config] if config else [PRESETS[name] for name in _CANDIDATES]:
+        limits.append(LayerDims(least.config.max_experts, least.config.max_dim, BLOCK,
+                                router_modes=least.config.router_modes))
+    modes = tuple(mode for mode in MODES if any(mode in layer.router_modes for layer in limits))
+    candidates = [_with_modes(PRESETS[name], modes) for name in _CANDIDATES]
+    for candidate in [config] if config else candidates:
         memory = _memory_bytes(candidate, layers, format_name, least)
         most = 1 << candidate.address_bits
         if config or (memory <= most and all(layer.fits(candidate) for layer in limits)):
             return Choice(candidate, min(memory, most))
-    return _enlarged(limits, _memory_bytes(PRESETS[_CANDIDATES[-1]], layers, format_name, least))
+    memory = _memory_bytes(PRESETS[_CANDIDATES[-1]], layers, format_name, least)
+    return _enlarged(candidates[-1], limits, memory)
 
 
-def _enlarged(limits: Sequence[LayerDims], memory: int) -> Choice:
+def _with_modes(config: AcceleratorConfig, modes: tuple[str, ...]) -> AcceleratorConfig:
+    """Return a configuration whose router has modes as well."""
+    return config.replace(name=f"{config.name} with {' and '.join(modes)}",
+                          router_modes=modes) if modes else config
+
+
+def _enlarged(base: AcceleratorConfig, limits: Sequence[LayerDims], memory: int) -> Choice:
     """Return the largest candidate with its limits raised as far as is asked for."""
-    base = PRESETS[_CANDIDATES[-1]]
     dim = max(max(layer.d_model, layer.d_expert) for layer in limits)
     experts = max(layer.experts for layer in limits)
     if not all(layer.possible for layer in limits):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,13 +16,9 @@ from moeaccel.host.errors import ExpertsIgnored, InvalidOption
 from moeaccel.host.plugins.transformers import uploads
 from moeaccel.host.plugins.transformers.choice import Choice
 from moeaccel.host.plugins.transformers.modules import Weights, look
-from moeaccel.host.plugins.transformers.operator import (
-    NAME,
-    Call,
-    probed,
-    warn_once,
-    why_refused,
-)
+from moeaccel.host.plugins.transformers.operator import NAME, warn_once, why_refused
+from moeaccel.host.plugins.transformers.probing import Call, probed
+from moeaccel.host.plugins.transformers.routed import RoutedBlock, blocks_in, needs, wanted
 from moeaccel.host.plugins.transformers.session import (
     check_memory,
     choice_for,
@@ -29,7 +26,7 @@ from moeaccel.host.plugins.transformers.session import (
     session_for,
 )
 
-__all__ = ["check_model", "choose_config", "refresh", "release"]
+__all__ = ["check_model", "choose_config", "refresh", "release", "routing"]
 
 
 def _check_type(model: Any, expected: type[torch.nn.Module]) -> None:
@@ -42,10 +39,10 @@ def _dispatches(module: torch.nn.Module) -> bool:
     return hasattr(module, "_is_expert_parallel")
 
 
-def _weights_in(model: torch.nn.Module) -> list[Weights]:
-    """Return those of a model's layers that the device supports."""
-    found = (look(module)[0] for module in model.modules() if _dispatches(module))
-    return [weights for weights in found if weights is not None]
+def _weights_in(model: torch.nn.Module) -> list[tuple[torch.nn.Module, Weights]]:
+    """Return the experts modules of a model that the device supports, and what they hold."""
+    found = ((module, look(module)[0]) for module in model.modules() if _dispatches(module))
+    return [(module, weights) for module, weights in found if weights is not None]
 
 
 # -- what is in device memory ----------------------------------------------------------------------
@@ -59,7 +56,7 @@ def release(model: torch.nn.Module | None = None) -> None:
         uploads.drop_all()
         return
     _check_type(model, torch.nn.Module)
-    for weights in _weights_in(model):
+    for _, weights in _weights_in(model):
         uploads.drop(weights)
 
 
@@ -80,11 +77,27 @@ def refresh(model: torch.nn.Module) -> int:
     """
     _check_type(model, torch.nn.Module)
     changed = 0
-    for weights in _weights_in(model):
-        before = uploads.uploaded(weights)
+    for module, weights in _weights_in(model):
+        layer = wanted(module, weights)
+        before = uploads.uploaded(layer)
         if before is not None:
-            changed += uploads.experts_of(weights, everything=True) is not before
+            changed += uploads.layer_of(layer, everything=True) is not before
     return changed
+
+
+# -- who routes? -----------------------------------------------------------------------------------
+def routing(model: torch.nn.Module) -> list[RoutedBlock]:
+    """Return who routes the MoE blocks of a model, and why it is not the device where it is not.
+
+    Asks the device, which is opened if need be; nothing is uploaded.
+
+    Parameters
+    ----------
+    model : :class:`torch.nn.Module`
+        A model, or a part of one.
+    """
+    _check_type(model, torch.nn.Module)
+    return list(blocks_in(model))
 
 
 # -- what a model needs ----------------------------------------------------------------------------
@@ -113,8 +126,7 @@ def choose_config(model: torch.nn.Module, *, weight_format: str | None = None) -
         If one of these variables makes no sense.
     """
     _check_type(model, torch.nn.Module)
-    return choice_for([weights.dims for weights in _weights_in(model)],
-                      weight_format=weight_format)
+    return choice_for(needs(model), weight_format=weight_format)
 
 
 # -- is it used? -----------------------------------------------------------------------------------
@@ -226,6 +238,7 @@ def check_model(model: PreTrainedModel, inputs: Mapping[str, Any] | None = None)
     _check_type(model, PreTrainedModel)
     name = type(model).__name__
     layers = _check_setting(model)
+    list(blocks_in(model))  # also of a model that has not been called yet
     calls = {id(call.module): call for call in _calls(model, inputs)}
     missed = [path for path, module in layers.items() if id(module) not in calls]
     if not layers or missed:
@@ -239,9 +252,11 @@ def check_model(model: PreTrainedModel, inputs: Mapping[str, Any] | None = None)
 
 def _check_device(calls: list[Call]) -> int:
     """Return how many layers run on the device, having made sure that it can and has room."""
-    layers = [call.weights for call in calls if call.weights and call.weights.dims.possible]
-    waiting = [weights.dims for weights in layers if uploads.uploaded(weights) is None]
-    session = session_for([weights.dims for weights in layers], waiting)
+    layers = [(call, wanted(call.module, call.weights)) for call in calls
+              if call.weights and call.weights.dims.possible]
+    waiting = {id(call): layer.dims for call, layer in layers if uploads.uploaded(layer) is None}
+    session = session_for([dims for _, layer in layers for dims in layer.dims],
+                          list(itertools.chain(*waiting.values())))
     running = len(calls)
     for call in calls:
         error = why_refused(call.reason, call.weights and call.weights.dims, call.top_k, 1)
@@ -251,7 +266,6 @@ def _check_device(calls: list[Call]) -> int:
             raise error
         warn_once(error)
         running -= 1
-        if call.weights and call.weights.dims in waiting:
-            waiting.remove(call.weights.dims)
-    check_memory(session, waiting)
+        waiting.pop(id(call), None)
+    check_memory(session, list(itertools.chain(*waiting.values())))
     return running

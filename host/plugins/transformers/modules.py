@@ -14,7 +14,7 @@ from moeaccel.host.importers.fp8 import dequantise
 from moeaccel.host.plugins.transformers.choice import LayerDims
 from moeaccel.host.plugins.transformers.gates import gate_of
 
-__all__ = ["Weights", "forget_with", "look"]
+__all__ = ["Weights", "forget_with", "look", "number_of"]
 
 _LAYERS_IF_UNKNOWN = 64
 
@@ -46,8 +46,11 @@ def _loader(module: Any) -> int:
     """Return a number for a module whose parameters accelerate loads for each call, else 0."""
     hook = module._hf_hook
     hooks = getattr(hook, "hooks", (hook,))  # of a SequentialHook
-    if not any(getattr(one, "offload", False) for one in hooks):
-        return 0
+    return number_of(module) if any(getattr(one, "offload", False) for one in hooks) else 0
+
+
+def number_of(module: torch.nn.Module) -> int:
+    """Return a number, from 1 on, by which operators know a module."""
     return _numbers.setdefault(module, next(_count))
 
 

@@ -7,9 +7,8 @@ traced: evaluation without ``no_grad`` works, compiled or not, and asking for a 
 
 from __future__ import annotations
 
-import contextvars
 import logging
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
@@ -26,10 +25,12 @@ from moeaccel.host.errors import (
 )
 from moeaccel.host.plugins.transformers.choice import LayerDims
 from moeaccel.host.plugins.transformers.modules import Weights, look
+from moeaccel.host.plugins.transformers.probing import Call, answered, probed
 from moeaccel.host.plugins.transformers.session import check_limits, option, session_for
 from moeaccel.host.plugins.transformers.split import run
 
-__all__ = ["NAME", "Call", "experts_forward", "probed", "register", "warn_once", "why_refused"]
+__all__ = ["NAME", "experts_forward", "refuse_capture", "refuse_gradient", "refuse_tangents",
+           "register", "remember", "warn_once", "why_refused"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,22 @@ NAME = "moeaccel"
 
 _WAY_OUT = ("the device computes no gradients: evaluate under torch.no_grad() or without "
             "backward(), or train with another experts_implementation")
+
+
+def refuse_capture() -> None:
+    """Raise :class:`GraphCaptureUnsupported` while a CUDA graph is captured."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise GraphCaptureUnsupported(
+            "experts must not be called while a CUDA graph is captured: a replay would not ask the "
+            "device again; capture what lies around the call, or use torch.compile, which does so")
+
+
+def refuse_tangents(*tensors: torch.Tensor) -> None:
+    """Raise :class:`TrainingUnsupported` for gradients in forward mode, which do not heed
+    ``no_grad()``."""
+    if not torch.compiler.is_compiling() and any(
+            forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise TrainingUnsupported(f"x and routing weights must be no dual tensors: {_WAY_OUT}")
 
 
 # -- the operator ----------------------------------------------------------------------------------
@@ -51,10 +68,7 @@ _WAY_OUT = ("the device computes no gradients: evaluate under torch.no_grad() or
            "int shared=0, int loaded_by=0) -> Tensor")
 def _experts(x: torch.Tensor, ids: torch.Tensor, routing: torch.Tensor,
              *weights: Any) -> torch.Tensor:
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        raise GraphCaptureUnsupported(
-            "experts must not be called while a CUDA graph is captured: a replay would not ask the "
-            "device again; capture what lies around the call, or use torch.compile, which does so")
+    refuse_capture()
     return run(Weights(*weights), x, ids, routing)
 
 
@@ -77,36 +91,37 @@ def _(grad: torch.Tensor, shape: list[int], dtype: torch.dtype,
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+def _like(value: Any) -> Any:
+    """Return what a gradient is like: of a tensor that wants one, or of each of several."""
+    if isinstance(value, list | tuple):
+        return [_like(one) for one in value]
+    wants = isinstance(value, torch.Tensor) and value.requires_grad
+    return (value.shape, value.dtype, value.device) if wants else None
+
+
+def remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Note what gradients are asked for."""
     # Shapes only: tensors that are written to later must not be what the error is about.
-    ctx.like = [(value.shape, value.dtype, value.device)
-                if isinstance(value, torch.Tensor) and value.requires_grad else None
-                for value in inputs]
+    ctx.like = [_like(value) for value in inputs]
 
 
-def _refuse_gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    return tuple(like and _gradient(grad, *like) for like in ctx.like)
+def refuse_gradient(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
+    """Return gradients that raise :class:`TrainingUnsupported` when they are computed."""
+    grad = next(one for one in grads if one is not None)
+
+    def refused(like: Any) -> Any:
+        if isinstance(like, list):
+            return [refused(one) for one in like]
+        return like and _gradient(grad, *like)
+
+    return tuple(refused(like) for like in ctx.like)
 
 
-_experts.register_autograd(_refuse_gradient, setup_context=_remember)
+_experts.register_autograd(refuse_gradient, setup_context=remember)
 
 
 # -- the experts implementation --------------------------------------------------------------------
-class Call(NamedTuple):
-    """A call of an experts module: whose, and what decides whether the device can do it."""
-
-    module: torch.nn.Module
-    weights: Weights | None
-    top_k: int
-    reason: str | None
-
-
-probed: contextvars.ContextVar[list[Call] | None] = contextvars.ContextVar(
-    "moeaccel_probed", default=None)
-"""Where calls are noted down instead of executed."""
-
-
-_Dims = tuple[int, int, int, bool, str, bool]
+_Dims = tuple[Any, ...]
 """The fields of :class:`LayerDims`."""
 
 
@@ -188,6 +203,8 @@ def experts_forward(module: Any, hidden_states: torch.Tensor, top_k_index: torch
     if not torch.compiler.is_compiling() and (calls := probed.get()) is not None:
         calls.append(Call(module, weights, top_k, reason))
         return torch.zeros_like(hidden_states)
+    if not torch.compiler.is_compiling() and (answer := answered.get()) is not None:
+        return answer
     dims = weights and weights.dims
     plain = dims and (dims.experts, dims.d_model, dims.d_expert, dims.gated, dims.activation,
                       dims.biased)
@@ -197,11 +214,7 @@ def experts_forward(module: Any, hidden_states: torch.Tensor, top_k_index: torch
             module, hidden_states, top_k_index, top_k_weights, **_)
     if weights is None:
         raise UnsupportedExperts(reason)
-    if not torch.compiler.is_compiling() and any(
-            forward_ad.unpack_dual(tensor).tangent is not None
-            for tensor in (hidden_states, top_k_weights)):
-        # Forward-mode gradients do not heed no_grad().
-        raise TrainingUnsupported(f"x and routing weights must be no dual tensors: {_WAY_OUT}")
+    refuse_tangents(hidden_states, top_k_weights)
     if module.training and torch.is_grad_enabled() and any(
             tensor.requires_grad for tensor in (hidden_states, top_k_weights, *weights.tensors)):
         raise TrainingUnsupported(

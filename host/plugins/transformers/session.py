@@ -6,7 +6,7 @@ import gc
 import logging
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -19,7 +19,7 @@ from moeaccel.host.hybrid import Hybrid, ResidentMath
 from moeaccel.host.importers.coded import IMPORT_QUANTISERS
 from moeaccel.host.limits import check_layer
 from moeaccel.host.opening import open_device
-from moeaccel.host.options import check_names
+from moeaccel.host.options import check_names, flag
 from moeaccel.host.plugins.transformers.choice import (
     Choice,
     LayerDims,
@@ -33,7 +33,8 @@ from moeaccel.host.process import Lock
 from moeaccel.host.transports.base import Transport
 
 __all__ = ["Session", "Unsupported", "Verify", "check_limits", "check_memory", "choice_for",
-           "current_session", "lock", "open_session", "option", "session_for", "use_device"]
+           "current_session", "lock", "open_session", "option", "session_for", "use_device",
+           "whenever_set"]
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ class _Options:
     # What is uploaded stays so, whoever computes it, and by which routes.
     hybrid: Hybrid | None = field(default=None, compare=False)
     routes: Routes | None = field(default=None, compare=False)
+    route: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:
         choices: dict[str, Sequence[object]] = {
@@ -95,6 +97,9 @@ class Session(_Options):
 lock = Lock()
 """Held while the session or what was uploaded is looked at or changed."""
 
+whenever_set: list[Callable[[bool], None]] = []
+"""Told ``route=`` whenever a device is set."""
+
 _options: dict[str, Any] = {}  # as given to use_device
 _session: Session | None = None
 _chosen: frozenset[str] = frozenset()  # what the plug-in chose for it: "config", "memory"
@@ -105,7 +110,8 @@ def use_device(device: Device | None, *, weight_format: str | None = None,
                verify: Verify = "sampled", unsupported: Unsupported = "refuse",
                quantiser: str | None = None, keep_host_weights: bool = True,
                policy: str | System | None = None, gpu_bytes: int | str = 0,
-               resident_math: ResidentMath = "bf16", routes: Any = None, **hybrid: Any) -> None:
+               resident_math: ResidentMath = "bf16", routes: Any = None, route: bool = False,
+               **hybrid: Any) -> None:
     """Set the device for every model from now on; layers move to it on their next call.
 
     Parameters
@@ -138,6 +144,10 @@ def use_device(device: Device | None, *, weight_format: str | None = None,
     routes : :class:`moeaccel.host.traces.RoutingTrace`, path of one, or pair (ids, weights)
         Take the place of the routers' own, pass by pass, in every layer; see
         :class:`moeaccel.host.plugins.transformers.routes.Routes`. Given again, they begin again.
+    route : :class:`bool`
+        Whole MoE blocks, whose router the device has, are computed there: x goes in, y comes out.
+        The others' experts are, as ever, by the host's routes. Which is which, and why, says
+        :func:`moeaccel.host.plugins.transformers.routing`. Not with a policy or routes.
     **hybrid
         Further options of :class:`moeaccel.host.hybrid.Hybrid`.
 
@@ -171,10 +181,18 @@ def use_device(device: Device | None, *, weight_format: str | None = None,
             raise InvalidOption("unsupported must be 'refuse' with routes, not 'eager': layers on "
                                 "the host would keep their routers' own")
         options["routes"] = Routes(routes)
+    if flag("route", route):
+        if hostly := [name for name, given in (("policy", policy), ("routes", routes))
+                      if given is not None]:
+            raise InvalidOption(f"route must be False with {' and '.join(hostly)}, which the host "
+                                "needs the routes for, not True")
+        options["route"] = True
     _Options(**options)
     with lock.held:
         _options, _chosen = options, frozenset()
         _session = None if device is None else Session(device=device, **_with_environment())
+        for tell in whenever_set:
+            tell("route" in options)
 
 
 def _with_environment() -> dict[str, Any]:

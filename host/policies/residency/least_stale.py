@@ -11,6 +11,7 @@ from moeaccel.host.policies.residency.base import Residency
 __all__ = ["LeastStale"]
 
 _NEVER = np.iinfo(np.int64).max
+_NOTHING = np.zeros(0, np.int64)
 
 
 class LeastStale(Residency):
@@ -38,23 +39,26 @@ class LeastStale(Residency):
         """Use experts, and let them in; see :meth:`Residency.use`."""
         self._pass += layer <= self._last
         self._last = layer
-        resident, used = self.resident[layer], uses > 0
-        self._use(layer, uses, used, mass)
-        new, moving = (used > resident).nonzero()[0], np.zeros(0, np.int64)
+        resident = self.resident[layer]
+        used = uses.nonzero()[0]  # few of many
+        self._stamp[layer][used] = self._pass
+        new, moving = used[~resident[used]], _NOTHING
         if not self.room:
             return moving
-        if arrived is not None:
+        if arrived is not None and len(new):
             new, moving = self._within(new, self._stamp[layer], arrived, room)
-        resident[new] = True
-        self._count += len(new)
+        if len(new):
+            resident[new] = True
+            self._count += len(new)
         self._look(layer)
         while self._count > self.room:
             self._evict(layer, self._count - self.room)
-        return moving[resident[moving]]
+        return moving[resident[moving]] if len(moving) else moving
 
     def _look(self, layer: int) -> None:
         stamps = self._stamp[layer][self.resident[layer]]
-        self._oldest[layer] = stamps.min() if len(stamps) else _NEVER
+        # argmin is quicker than min for so few
+        self._oldest[layer] = stamps[stamps.argmin()] if len(stamps) else _NEVER
 
     def _evict(self, layer: int, most: int) -> None:
         # Layers behind the pass, least recent use first, the layer just computed first; where the

@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from moeaccel.host import errors, open_device
+from moeaccel.host.importers import import_checkpoint, open_checkpoint
 from moeaccel.host.plugins.kt import MoEWrapper
+from tests.support.checkpoints import expert_stems, float_experts, write_safetensors
 from tests.support.device import draw_call, draw_weights
 
 EXPERTS, WIDTH, INNER = 8, 32, 32
@@ -72,6 +74,43 @@ def test_deferred_experts_come_with_the_next_layer(device):
     assert torch.equal(y, first._experts(x, now, scores))
     assert torch.equal(behind, last._experts(x, ids, scores) + first._experts(x, later, scores))
     assert torch.equal(last.forward(x, ids, scores), last._experts(x, ids, scores))  # once
+
+
+def test_what_is_computed_now_for_one_token_is_for_all(device):
+    layer, _ = wrapper(device, max_deferred_experts_per_token=1)
+    ids = torch.tensor([[0, 1], [2, 0], [3, -1]])
+    scores = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7]])
+    now, later = layer.select_deferred_experts(ids, scores)
+    assert now.tolist() == [[0, -1], [2, 0], [-1, -1]]  # 0 is read for the first token
+    assert later.tolist() == [[-1, 1], [-1, -1], [3, -1]]
+    now, later = layer.select_deferred_experts(ids, scores, 0)
+    assert (now == -1).all() and torch.equal(later, ids)
+
+
+def test_weights_come_from_a_checkpoint_or_a_file_of_its_images(device, tmp_path):
+    stacks = float_experts(EXPERTS, WIDTH, INNER, seed=3)
+    path = write_safetensors(tmp_path / "model", {
+        f"{stem}.weight": stacks[part][e] for part, e, stem in expert_stems(EXPERTS, 5)})
+    with open_checkpoint(path) as checkpoint:
+        import_checkpoint(checkpoint, tmp_path / "images", config="tiny")
+    order = torch.tensor([3, 1, 2, 0, 4, 5, 7, 6])
+    x, ids, scores = call(6)
+    found = []
+    for place in (path, tmp_path / "images"):
+        layer = MoEWrapper(5, EXPERTS, 2, WIDTH, INNER, device=device, grid_exponent=-14,
+                           weight_path=place)
+        layer.load_weights(order)
+        found.append(layer.forward(x, ids, scores))
+        other = MoEWrapper(4, EXPERTS, 2, WIDTH, INNER, device=device, weight_path=place)
+        with pytest.raises(errors.InvalidTensor, match=r"layer 4 of .* must have .*be missing"):
+            other.load_weights()
+    plain = device.load_experts(
+        torch.cat([torch.from_numpy(stacks[part]) for part in ("gate", "up")], 1),
+        torch.from_numpy(stacks["down"]), grid_exponent=-14)
+    expected = plain(x, order[ids], scores)
+    assert torch.equal(found[0], expected) and torch.equal(found[1], expected)
+    with pytest.raises(errors.InvalidOption, match=r"weight_path must be given for load_weights"):
+        wrapper(device)[0].load_weights()
 
 
 def test_physical_experts_are_where_the_map_says(device):

@@ -12,13 +12,12 @@ import itertools
 import numpy as np
 import pytest
 
-from moeaccel.host.policies.compare import tuned
+from moeaccel.host.policies.compare import bare_work, call_seconds, recent_works, tuned
 from moeaccel.host.policies.costs import Rates, machine
-from moeaccel.host.policies.placement import PLACEMENTS, Work, chains
+from moeaccel.host.policies.placement import PLACEMENTS
 from moeaccel.host.policies.placement.monde import MoNDE
 from moeaccel.host.policies.placement.optimum import Optimum
 from moeaccel.host.policies.replay import replay
-from moeaccel.host.policies.residency import DecayedLFU, Pinned
 from moeaccel.host.policies.systems import SYSTEMS
 from moeaccel.host.traces.presets import generate, preset
 from moeaccel.zoo import model
@@ -52,35 +51,11 @@ def routes(name, kind, n, seed=SEED):
 
 
 def works(trace, slots):
-    """Return some 24 calls behind the first step, and what is resident before each: the experts
-    that were used most of late."""
-    recent = DecayedLFU(n_layers=trace.n_layers, n_experts=trace.n_experts, slots=trace.n_experts)
-    found = []
-    for index, step in enumerate(trace.steps()):
-        resident = Pinned(popularity=recent.score, slots=slots).resident
-        for layer, uses in enumerate(trace.counts(step.ids)):
-            if index:
-                found.append(Work.of(uses, resident[layer], len(step.ids)))
-            recent.use(layer, uses)
-    return found[:: max(1, len(found) // 24)]
-
-
-def without_residents(work):
-    return Work(np.zeros(0, int), np.zeros(0, int),
-                *(np.concatenate(pair)[np.argsort(-np.concatenate(
-                    (work.resident_tokens, work.other_tokens)), kind="stable")]
-                  for pair in ((work.resident_experts, work.other_experts),
-                               (work.resident_tokens, work.other_tokens))), work.tokens)
+    return recent_works(trace, slots, 24)
 
 
 def mean_time(c, policy, calls):
-    total = 0.0
-    for work in calls:
-        plan = policy.place(work)
-        found = chains(c, work, plan)
-        policy.measured(work, plan, found)
-        total += found.total
-    return total / len(calls)
+    return float(call_seconds(c, policy, calls).mean())
 
 
 def geometric(values):
@@ -105,7 +80,7 @@ def test_with_the_same_residents(name, record_property):
             gap = ours / mean_time(c, Optimum(c), calls) - 1
             gaps.append(gap)
             named += [f"{case}: {gap:.1%}"] if gap > 0.05 else []
-            bare = [without_residents(work) for work in calls]
+            bare = [bare_work(work) for work in calls]
             gains.setdefault((torch, share), []).append(
                 mean_time(c, MoNDE.best(c, bare), bare) / ours)
     record_property("mean gap", float(np.mean(gaps)))

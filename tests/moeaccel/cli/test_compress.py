@@ -43,6 +43,9 @@ def test_passes_and_their_accuracy():
     (("--method", "naee", "--option", "bits=4"), "option must be one of a chosen pass"),
     (("--option", "share"), "option must be NAME=VALUE"),
     (("--option", "share=half"), "share must be a value such as 0.75"),
+    (("--option", "share=2"), "share of eep must be a share of the experts above 0 and at most 1"),
+    (("--option", "pattern=3:4"), "pattern of magnitude must be one of 2:4, 1:4, not '3:4'"),
+    (("--option", "rank=nan"), "rank of moe-i2 must be a share of the full rank"),
     (("--weight-format", "int5"), "weight_format must be one of")])
 def test_what_is_wrong_is_named(arguments, message):
     result = run(*arguments)

@@ -43,7 +43,9 @@ def test_compare(tmp_path):
     assert (found["gpu_bytes"], found["tokens"]) == (8 << 30, 16)
     assert found["machine"] == "h100 + 2 x u55c"
     assert {row["policy"] for row in found["policies"]} == {"moeaccel", "daop"}
-    assert found["device_alone_is_best"]["1"] == 1
+    assert found["device_alone_is_best"]["h100"]["1"] == 1
+    assert set(found["over_monde"]) == {"h100", "rtx4090", "cpu"}
+    assert all(gain["rounded up"] >= gain["best alpha"] for gain in found["over_monde"].values())
     assert picture.read_text().startswith("<?xml")
     table = run(*BENCH, *SMALL, "--gpu-bytes", "10%", "--torch", "cpu", "--profile",
                 trace_of(tmp_path, "mixtral-8x7b")).stdout
@@ -62,6 +64,8 @@ def test_what_is_wrong_is_named(tmp_path):
     fails("gpu_bytes must be 0 or at least 352,321,536, one expert, not 1", *BENCH, *SMALL,
           "--gpu-bytes", 1)
     fails("gpu_bytes must be a number of bytes", *BENCH, *SMALL, "--gpu-bytes", "much")
+    fails("gpu_bytes must be at least 0, and at most 100%, not '200%'", *BENCH,
+          "--gpu-bytes", "200%")
     fails("gpu_bytes must be at least 0", *BENCH, *SMALL, "--gpu-bytes", "-5%")
     fails("torch device must be one of", *BENCH, "--torch", "tpu")
     fails("model must be one of `moeaccel models`", "bench", "policies", "--model", "nothing")

@@ -20,6 +20,18 @@ def test_run_answers_and_compares():
     assert report["expert_passes"] > 0 and report["bytes_read"] > 0
 
 
+def test_run_with_the_routes_of_the_device():
+    asked = ["run", "--prompt", "27+85=", "--device", "golden", "--route"]
+    result = runner.invoke(app, [*asked, "--json"])
+    report = json.loads(result.stdout.strip().splitlines()[-1])
+    assert report["device_answers"] == ["112"] and report["logits_equal"]
+    assert report["routed"] == 3 and report["bytes_read"] > 0
+    result = runner.invoke(app, asked)
+    assert "the device has routed the tokens of 3 layers" in result.output
+    result = runner.invoke(app, [*asked, "--config", "ulx3s"])
+    assert result.exit_code == 2 and "there is no router in config 'ulx3s'" in result.output
+
+
 def test_run_by_a_recorded_trace(tmp_path):
     trace = str(tmp_path / "trace.safetensors")
     result = runner.invoke(app, ["trace", "record", str(CHECKPOINT), "--prompt", "27+85=",

@@ -57,7 +57,7 @@ REFUSED = [
     ([*RUN, "--device", "replay:/no/such/file"], "replay must name a recording"),
     ([*RUN, "--no-such-option"], "No such option"),
     ([*RUN, "--routes", "/nowhere"], "/nowhere"),
-    (["run", "--model", "smollm2"], "give --prompt TEXT, and no --demo or --routes, with --model"),
+    (["run", "--model", "smollm2"], "give --prompt TEXT, and no --demo, --routes or --route, with"),
     (["run", "--model", "smollm2", "--prompt", "a", "--config", "huge"], "config must be one of"),
     (["run", "--model", "smollm2", "--prompt", "a", "--new-tokens", "0"], "--new-tokens"),
     (["run", "--model", "gpt", "--prompt", "a"], "model must be one of demo, smollm2, not 'gpt'"),

@@ -87,8 +87,6 @@ def test_what_has_no_pattern_is_refused():
         pack_section(matrix, 2)
     with pytest.raises(FormatError, match="prune must be 'magnitude', not 'random'"):
         prune(weights, matrix.format, "random")
-    with pytest.raises(FormatError, match="must be 'search' or 'amax', not 'gptq'"):
-        quantise(weights, "int4_g32+2:4", quantiser="gptq", moments=np.eye(64))
 
 
 def test_places_are_different_even_where_all_is_zero():

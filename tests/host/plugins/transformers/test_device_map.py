@@ -38,13 +38,13 @@ def test_parameters_that_are_loaded_for_each_call_are_uploaded_once(device, keep
         for name, parameter in list(module.named_parameters()):
             setattr(module, name, torch.nn.Parameter(parameter.detach().clone()))
         assert torch.equal(module(*CALL), expected)
-        layers.append(uploads.uploaded(Weights.of(module)))
+        layers.append(uploads.uploaded(uploads.plain(Weights.of(module))))
     assert layers[0] is layers[1] is layers[2] is not None
     one = device.memory.free_bytes
     with torch.no_grad():  # what came is something else
         module.gate_up_proj = torch.nn.Parameter(module.gate_up_proj * 2)
     assert not torch.equal(module(*CALL), expected)
-    assert uploads.uploaded(Weights.of(module)) is not layers[0]
+    assert uploads.uploaded(uploads.plain(Weights.of(module))) is not layers[0]
     layers.clear()
     assert device.memory.free_bytes == one
     del module

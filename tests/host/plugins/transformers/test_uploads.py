@@ -9,14 +9,14 @@ from moeaccel.host import errors, open_device
 from moeaccel.host.plugins.transformers import uploads
 from moeaccel.host.plugins.transformers.given_up import is_given_up
 from moeaccel.host.plugins.transformers.modules import Weights
-from moeaccel.host.plugins.transformers.uploads import uploaded
+from moeaccel.host.plugins.transformers.uploads import plain, uploaded
 from moeaccel.host.plugins.transformers.watch import PARTS
 from tests.support.experts import CALL, relative, toy
 from tests.support.models import FOUR, config_of, make
 
 
 def in_memory(module):
-    return uploaded(Weights.of(module))
+    return uploaded(plain(Weights.of(module)))
 
 
 def eager(module):
