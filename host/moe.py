@@ -26,6 +26,7 @@ from moeaccel.host.errors import (
 )
 from moeaccel.host.layers import Experts, Linear
 from moeaccel.host.memory import Allocation
+from moeaccel.host.options import check_names
 from moeaccel.host.rings import Command
 from moeaccel.host.routing import Router
 from moeaccel.host.staging import offsets
@@ -70,6 +71,7 @@ def load_moe(device: Device, router: Router, gate_up: Stack, down: Stack, *,
     if router.weight is None:
         raise InvalidOption("router must have a weight, (E, H), to route x; give it one, or route "
                             "by logits with device.route")
+    check_names("load_moe", options, device.load_experts)
     router, weight, shared = _with_gates(router, router.weight, shared)
     settings = router.settings
     routing.check_router(device.config, settings)
@@ -388,6 +390,8 @@ class Routes:
         ------
         LimitExceeded
             If the device has no such router, or top_k and shared experts are more than 16.
+        InvalidOption
+            For an option that :meth:`load_experts` has not.
         """
         return load_moe(
             cast("Device", self), router, gate_up, down, shared=shared, **options)

@@ -63,8 +63,9 @@ from moeaccel.interface.commands import ENTRY_BYTES, GRID_EXPONENTS, LAYER, enco
 if TYPE_CHECKING:
     from moeaccel.host.device import Device
 
-__all__ = ["Format", "Formats", "Progress", "Shared", "Stack", "load_experts", "load_linear",
-           "load_linears", "load_quantised", "load_router_weight", "upload"]
+__all__ = ["Biases", "Format", "Formats", "Progress", "Shared", "Stack", "formats_of",
+           "load_experts", "load_linear", "load_linears", "load_quantised", "load_router_weight",
+           "shared_format_of", "shared_matrices", "upload"]
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +131,7 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
             f"down must have the shape (E, H, I) = {(experts, d_model, d_expert)} for gate_up "
             f"{(experts, rows, d_model)} = (E, {_rows(parts)}, H), not {shape}; experts are "
             f"{_KINDS[parts]}")
-    formats = _formats(weight_format, experts)
+    formats = formats_of(weight_format, experts)
     _check_prune(prune)
     if row_blocks != 1:
         if (not isinstance(row_blocks, int) or row_blocks < 1 or d_expert % row_blocks
@@ -143,8 +144,8 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
         experts, rows, d_expert = len(formats), rows // row_blocks, d_expert // row_blocks
         shape = experts, d_model, d_expert
     array = device.config.row_multipliers, device.config.channels
-    biases = (_Biases("gate_up_bias", gate_up_bias, experts, rows),
-              _Biases("down_bias", down_bias, experts, d_model))
+    biases = (Biases("gate_up_bias", gate_up_bias, experts, rows),
+              Biases("down_bias", down_bias, experts, d_model))
     kind: dict[str, Any] = {
         "activation": activation, "limit": limit, "gate_limit": gate_limit}
     sizes = {**kind, "gated": gated, "second_up": second_up}
@@ -153,8 +154,8 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
                                down_biased=down_bias is not None)
               for fmt in dict.fromkeys(formats)}
     seen = calibrated(quantiser, calibration, d_model=d_model, num_experts=experts)
-    more = _shared_experts(shared, d_model, parts)
-    extra = [ExpertShape(_shared_format(shared_format, weight_format), d_model, down.shape[1],
+    more = shared_matrices(shared, d_model, parts)
+    extra = [ExpertShape(shared_format_of(shared_format, weight_format), d_model, down.shape[1],
                          *array, **sizes)
              for _, down in more]
 
@@ -190,7 +191,7 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
         progress=progress, shared=len(extra), row_blocks=row_blocks, identity=identity)
 
 
-def _shared_format(given: Format | None, weight_format: Formats) -> WeightFormat:
+def shared_format_of(given: Format | None, weight_format: Formats) -> WeightFormat:
     """Return the format of shared experts: that of all others, where no other is given."""
     if given is None:
         if not isinstance(weight_format, str | WeightFormat):
@@ -209,7 +210,7 @@ _KINDS = {1: "not gated", 2: "gated unless gated=False", 3: "gated, with second 
 """Experts by the parts of gate_up."""
 
 
-def _shared_experts(shared: Shared | None, d_model: int, parts: int) -> list[_Matrices]:
+def shared_matrices(shared: Shared | None, d_model: int, parts: int) -> list[_Matrices]:
     """Return (gate_up, down) of each shared expert, whose widths are their own."""
     if shared is None:
         return []
@@ -234,7 +235,7 @@ def _shared_experts(shared: Shared | None, d_model: int, parts: int) -> list[_Ma
     return found
 
 
-class _Biases:
+class Biases:
     """The biases of one matrix of all experts, (E, rows) or a sequence of (rows,); or none."""
 
     def __init__(self, name: str, stack: Stack | None, experts: int, rows: int) -> None:
@@ -337,7 +338,7 @@ def load_linear(device: Device, weight: Tensor, *, weight_format: str, activatio
     check_layer(config, [shape])
     values = float32("weight", weight)
     if bias is not None:
-        bias = _Biases("bias", [bias], 1, d_out).of(0)
+        bias = Biases("bias", [bias], 1, d_out).of(0)
     matrix = quantise(
         values if prune is None else pruned(values, shape.format, prune, channels=config.channels),
         shape.format, quantiser=quantiser).with_bias(bias)
@@ -507,7 +508,7 @@ def _report(errors: WeightErrors) -> WeightReport:
     return report
 
 
-def _formats(weight_format: Formats, experts: int) -> list[WeightFormat]:
+def formats_of(weight_format: Formats, experts: int) -> list[WeightFormat]:
     """Return the format of each expert."""
     if isinstance(weight_format, str | WeightFormat) or not isinstance(weight_format, Sequence):
         return [find_format(weight_format)] * experts

@@ -235,7 +235,18 @@ class AcceleratorConfig:
                 "with a 4-bit format among them: an array joins the rows of two")
 
     def replace(self, **changes: object) -> AcceleratorConfig:
-        """Return this configuration with some fields changed."""
+        """Return this configuration with some fields changed.
+
+        Raises
+        ------
+        ConfigurationError
+            If there is no such field, or a value is none that it may have.
+        """
+        names = [field.name for field in dataclasses.fields(self)]
+        if unknown := [name for name in changes if name not in names]:
+            raise ConfigurationError(
+                f"fields of a configuration must be among {', '.join(names)}, not "
+                f"{', '.join(unknown)}")
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
     # -- shape

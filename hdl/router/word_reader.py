@@ -61,26 +61,28 @@ class WordReader(wiring.Component):
         left = Signal.like(self.i_count)
         used = Signal(range(CHUNKS + 1))
         asked, taken = Signal(), Signal()
-        word, beat = Signal(range(max(words, 2))), Signal(range(max(beats, 2)))
-        beat_ends = Signal()
+        beat = Signal(range(max(beats, 2)))
+        # Block RAM is slow to answer: the words of a beat leave from a register.
+        held, count = Signal(8 * self._config.port_bytes, reset_less=True), Signal(range(words + 1))
         m.d.comb += [
             self.reader.request.p.address.eq(Cat(C(0, exact_log2(ENTRY_BYTES)), unit)),
             self.reader.request.p.beats.eq(beats),
             self.reader.request.valid.eq((left != 0) & (used != CHUNKS)),
             asked.eq(self.reader.request.valid & self.reader.request.ready),
             queue.w_data.eq(self.reader.data), queue.w_en.eq(self.reader.valid),
-            self.o_word.valid.eq(queue.r_rdy),
-            self.o_word.payload.eq(queue.r_data.word_select(word, 32)),
-            beat_ends.eq(queue.r_rdy & self.o_word.ready & (word == words - 1)),
-            queue.r_en.eq(beat_ends),
-            taken.eq(beat_ends & (beat == beats - 1)),
-            self.o_idle.eq((left == 0) & (used == 0)),
+            self.o_word.valid.eq(count != 0),
+            self.o_word.payload.eq(held[:32]),
+            queue.r_en.eq((count == 0) | (self.o_word.ready & (count == 1))),
+            taken.eq(queue.r_rdy & queue.r_en & (beat == beats - 1)),
+            self.o_idle.eq((left == 0) & (used == 0) & (count == 0)),
         ]
         m.d.sync += used.eq(used + asked - taken)
-        with m.If(self.o_word.valid & self.o_word.ready):
-            m.d.sync += word.eq(Mux(word == words - 1, 0, word + 1))
-        with m.If(beat_ends):
-            m.d.sync += beat.eq(Mux(taken, 0, beat + 1))
+        with m.If(queue.r_en):
+            m.d.sync += [held.eq(queue.r_data), count.eq(Mux(queue.r_rdy, words, 0))]
+            with m.If(queue.r_rdy):
+                m.d.sync += beat.eq(Mux(taken, 0, beat + 1))
+        with m.Elif(self.o_word.ready):
+            m.d.sync += [held.eq(held >> 32), count.eq(count - 1)]
         with m.If(asked):
             m.d.sync += [unit.eq(unit + 1), left.eq(left - 1)]
         with m.If(self.i_start):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -20,7 +21,17 @@ from moeaccel.host.errors import InvalidOption, InvalidTensor, ShardLost
 from moeaccel.host.options import whole
 from moeaccel.host.policies.sharding import Sharding, sharding as find_sharding
 from moeaccel.host.policies.sharding.row_split import RowSplit
-from moeaccel.host.tensors import Tensor, float32, indices, shape_of
+from moeaccel.host.tensors import float32, indices, shape_of
+from moeaccel.host.weights import (
+    Biases,
+    Format,
+    Formats,
+    Shared,
+    Stack,
+    formats_of,
+    shared_format_of,
+    shared_matrices,
+)
 from moeaccel.image import interleave_gate_up
 
 __all__ = ["Cluster"]
@@ -45,10 +56,16 @@ class Cluster:
     Raises
     ------
     InvalidOption
-        If there is no device, or one twice.
+        If there is no device, or one twice, or something else.
     """
 
     def __init__(self, devices: Sequence[Device | Shard], *, on_loss: str = "error") -> None:
+        if not isinstance(devices, Sequence) or not all(
+                isinstance(device, Device | Shard) for device in devices):
+            kinds = ([type(device).__name__ for device in devices]
+                     if isinstance(devices, Sequence) else type(devices).__name__)
+            raise InvalidOption("devices of a cluster must be a sequence of Device, from "
+                                f"open_device(), not {kinds}")
         if not len(devices) or len({id(device) for device in devices}) < len(devices):
             raise InvalidOption("devices of a cluster must be one or more, each once, not "
                                 f"{len(devices)}")
@@ -61,6 +78,7 @@ class Cluster:
         self._lost: set[int] = set()
         self._keys = itertools.count()
         self._layers: weakref.WeakSet[ClusterExperts] = weakref.WeakSet()
+        self._closed = False
 
     def __len__(self) -> int:
         """Devices, lost ones included."""
@@ -71,12 +89,23 @@ class Cluster:
         """Numbers of devices that are gone."""
         return frozenset(self._lost)
 
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._closed
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        """Those of this process."""
+        return tuple(shard.device for shard in self._shards if isinstance(shard, LocalShard))
+
     def name(self, shard: int) -> str:
         """Return what errors call a device."""
         return self._shards[shard].name
 
     def close(self) -> None:
         """Free what layers have, and end actors; devices of this process stay open."""
+        self._closed = True
         for layer in list(self._layers):
             layer.close()
         for shard in self._shards:
@@ -90,17 +119,19 @@ class Cluster:
         self.close()
 
     # -- weights -----------------------------------------------------------------------------------
-    def load_experts(self, gate_up: Tensor | Sequence[Tensor], down: Tensor | Sequence[Tensor], *,
+    def load_experts(self, gate_up: Stack, down: Stack, *,
                      share: str | Sharding | _Shares = "contiguous",
                      routes: NDArray[np.integer] | None = None, keep_host_weights: bool = True,
                      grid_exponent: int | None = None, coarser: int = 0, x_rms: float = 1.0,
-                     **options: Any) -> ClusterExperts:
+                     weight_format: Formats = "int4_g32", gate_up_bias: Stack | None = None,
+                     down_bias: Stack | None = None, shared: Shared | None = None,
+                     shared_format: Format | None = None, **options: Any) -> ClusterExperts:
         """Deal the experts of a layer to the devices, and load them there.
 
         Parameters
         ----------
-        gate_up, down
-            See :meth:`Device.load_experts`.
+        gate_up, down, weight_format, gate_up_bias, down_bias
+            See :meth:`Device.load_experts`; biases go with whole experts only.
         share : :class:`str`, :class:`Sharding`, or float (devices, experts)
             One of :data:`moeaccel.host.policies.sharding.SHARDINGS`, or a layer of
             :attr:`moeaccel.host.policies.sharding.Shards.share`. An expert with several devices has
@@ -114,11 +145,14 @@ class Cluster:
         coarser : :class:`int`
             How many bits coarser than it was chosen: 6 leave parts of a sum up to 8 times the
             typical output exact, and an absolute error of 2^-20 of it.
+        shared, shared_format
+            See :meth:`Device.load_experts`. Each device has a replica of every shared expert, whole
+            ones also with ``"row-split"``, and tokens go to the devices in turn: one command more
+            on each device that has a token's turn.
         **options
-            Others of :meth:`Device.load_experts`: weight_format (one for all experts), activation,
-            limit, gated, activation_bits, quantiser, prune. No more can be given: experts of a
-            cluster have no biases, second_up, limit_behind, row_blocks, shared or identity experts,
-            and are quantised without a calibration.
+            Others of :meth:`Device.load_experts`: activation, limit, gated, activation_bits,
+            quantiser, prune. No more can be given: experts of a cluster have no second_up,
+            limit_behind, row_blocks or identity experts, and are quantised without a calibration.
 
         Raises
         ------
@@ -128,8 +162,10 @@ class Cluster:
             If a device is gone.
         """
         if unknown := options.keys() - _OPTIONS:
+            known = sorted({*_OPTIONS, *inspect.signature(self.load_experts).parameters}
+                           - {"gate_up", "down", "options"})
             raise InvalidOption(f"options of a layer on a cluster must be among "
-                                f"{', '.join(sorted(_OPTIONS))}, not {', '.join(sorted(unknown))}")
+                                f"{', '.join(known)}, not {', '.join(sorted(unknown))}")
         coarser = whole("coarser", coarser, least=0)
         count = len(gate_up)
         if not count or len(down) != count:
@@ -137,25 +173,49 @@ class Cluster:
                                 f"{count} and {len(down)}")
         gated = options.get("gated", True)
         shares, blocks = self._shares(share, routes, count)
+        d_model, d_expert = float32("down", down[0]).shape
+        biases = {"gate_up_bias": Biases("gate_up_bias", gate_up_bias, count,
+                                         d_expert * (2 if gated else 1)),
+                  "down_bias": Biases("down_bias", down_bias, count, d_model)}
+        if blocks > 1 and not (gate_up_bias is None and down_bias is None):
+            raise InvalidOption("biases must be left out with share='row-split', where each device "
+                                "has a part of every expert's rows; deal whole experts")
+        formats = formats_of(weight_format, count)
+        always = shared_matrices(shared, d_model, 2 if gated else 1)
+        of_shared = shared_format_of(shared_format, weight_format) if always else None
 
         def part(expert: int, block: int) -> _Matrices:
             return _cut(float32("gate_up", gate_up[expert]), float32("down", down[expert]),
                         block, blocks, gated)
 
+        def bias(name: str, expert: int) -> Floats | None:
+            return biases[name].of(expert)
+
         if grid_exponent is None:
-            grid_exponent = choose_grid(
-                _output(part(e, b), gated, x_rms, options) for e in range(count)
-                for b in range(blocks)) + coarser
+            outputs = [_output(part(e, b), gated, x_rms, options, *map(
+                functools.partial(bias, expert=e), biases)) for e in range(count)
+                for b in range(blocks)]
+            outputs += [_output(matrices, gated, x_rms, options) for matrices in always]
+            grid_exponent = choose_grid(outputs) + coarser
         given = options | {"grid_exponent": grid_exponent}
 
-        def loaded(wanted: Iterable[tuple[int, Sequence[int], int]]) -> list[Piece]:
-            """Load (shard, experts, block), all shards at a time, or nothing."""
-            pieces = [Piece(shard, next(self._keys), tuple(experts), block)
-                      for shard, experts, block in wanted if len(experts)]
+        def of_piece(piece: Piece) -> tuple[list[_Matrices], dict[str, Any]]:
+            """Return the matrices of a piece, and how they are loaded."""
+            if piece.shared:
+                assert of_shared is not None
+                return [always[piece.experts[0]]], given | {"weight_format": of_shared.name}
+            more: dict[str, Any] = {"weight_format": [formats[e].name for e in piece.experts]}
+            more |= {name: [bias(name, e) for e in piece.experts]
+                     for name, stack in (("gate_up_bias", gate_up_bias), ("down_bias", down_bias))
+                     if stack is not None}
+            return [part(e, piece.block) for e in piece.experts], given | more
 
+        def loaded(pieces: Sequence[Piece]) -> list[Piece]:
+            """Load pieces, all shards at a time, or nothing."""
             def load(piece: Piece) -> Callable[[], None]:
-                gate_ups, downs = zip(*(part(e, piece.block) for e in piece.experts), strict=True)
-                return self._shards[piece.shard].load(piece.key, gate_ups, downs, given)
+                matrices, how = of_piece(piece)
+                gate_ups, downs = zip(*matrices, strict=True)
+                return self._shards[piece.shard].load(piece.key, gate_ups, downs, how)
 
             try:
                 waits = [self._guarded(piece.shard, functools.partial(load, piece))
@@ -166,19 +226,26 @@ class Cluster:
                 for piece in pieces:
                     self.drop(piece)
                 raise
-            return pieces
+            return list(pieces)
 
         def elsewhere(gone: Sequence[Piece]) -> list[Piece]:
+            """Load what a shard had; of shared experts the others have replicas."""
             without = self._lost | {piece.shard for piece in gone}
             left = [shard for shard in range(len(self)) if shard not in without]
-            return loaded((shard, piece.experts[place :: len(left)], piece.block)
-                          for piece in gone for place, shard in enumerate(left))
+            return loaded([
+                Piece(shard, next(self._keys), experts, piece.block)
+                for piece in gone if not piece.shared for place, shard in enumerate(left)
+                if (experts := piece.experts[place :: len(left)])])
 
-        d_model = part(0, 0)[1].shape[0]
+        pieces = [Piece(shard, next(self._keys), tuple(np.nonzero(row > 0)[0].tolist()),
+                        shard if blocks > 1 else 0)
+                  for shard, row in enumerate(shares) if (row > 0).any()]
+        pieces += [Piece(shard, next(self._keys), (number,), shared=True)
+                   for number in range(len(always)) for shard in range(len(self))
+                   if shard not in self._lost]
         layer = ClusterExperts(
-            self, loaded(_wanted(shares, blocks)), blocks=blocks, num_experts=count,
-            d_model=d_model, grid_exponent=grid_exponent,
-            reload=elsewhere if keep_host_weights else None)
+            self, loaded(pieces), blocks=blocks, num_experts=count, d_model=d_model,
+            grid_exponent=grid_exponent, reload=elsewhere if keep_host_weights else None)
         self._layers.add(layer)
         return layer
 
@@ -260,15 +327,8 @@ class Cluster:
         self._lost.add(shard)
 
 
-_OPTIONS = {"activation", "gated", "limit", "weight_format", "activation_bits", "quantiser",
-            "prune"}
+_OPTIONS = {"activation", "gated", "limit", "activation_bits", "quantiser", "prune"}
 _WAY_OUT = "cluster.reload(shard) loads its experts elsewhere, and so does on_loss='reload'"
-
-
-def _wanted(shares: _Shares, blocks: int) -> list[tuple[int, list[int], int]]:
-    """Return shard, experts and block of each piece."""
-    return [(shard, np.nonzero(row > 0)[0].tolist(), shard if blocks > 1 else 0)
-            for shard, row in enumerate(shares)]
 
 
 def _cut(gate_up: Floats, down: Floats, block: int, blocks: int, gated: bool) -> _Matrices:
@@ -283,9 +343,13 @@ def _cut(gate_up: Floats, down: Floats, block: int, blocks: int, gated: bool) ->
             np.ascontiguousarray(np.split(down, blocks, axis=1)[block]))
 
 
-def _output(matrices: _Matrices, gated: bool, x_rms: float, options: dict[str, Any]) -> float:
+def _output(matrices: _Matrices, gated: bool, x_rms: float, options: dict[str, Any],
+            gate_up_bias: Floats | None = None, down_bias: Floats | None = None) -> float:
     """Return the typical output of an expert, as one device finds it."""
     gate_up, down = matrices
+    if gated:
+        gate_up = interleave_gate_up(gate_up)
+        gate_up_bias = None if gate_up_bias is None else interleave_gate_up(gate_up_bias)
     return gated_output(
-        squares_of(interleave_gate_up(gate_up) if gated else gate_up), squares_of(down),
-        x_rms=x_rms, activation=options.get("activation", "silu"), limit=options.get("limit"))
+        squares_of(gate_up, gate_up_bias), squares_of(down, down_bias), x_rms=x_rms,
+        activation=options.get("activation", "silu"), limit=options.get("limit"))

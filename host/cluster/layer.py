@@ -45,7 +45,7 @@ class ClusterStatistics:
     ----------
     tokens : :class:`int`
     pairs : tuple of :class:`int`
-        Of a token and an expert, or a block of one, on each shard.
+        Of a token and an expert, a shared one, too, or a block of one, on each shard.
     rows : tuple of :class:`int`
         Tokens that went to each shard.
     rounded : :class:`int`
@@ -70,12 +70,15 @@ class Piece(NamedTuple):
         In the shard's order.
     block : :class:`int`
         Which block of their hidden rows; 0 where they are whole.
+    shared : :class:`bool`
+        They are one shared expert, by its number: tokens go to its replicas in turn.
     """
 
     shard: int
     key: int
     experts: tuple[int, ...]
     block: int = 0
+    shared: bool = False
 
 
 class ClusterExperts:
@@ -105,6 +108,11 @@ class ClusterExperts:
         self._closed = False
         self.last: ClusterStatistics | None = None
         weakref.finalize(self, _drop, cluster, self._pieces)
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._closed
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
@@ -167,7 +175,8 @@ class ClusterExperts:
             rows = np.nonzero((own >= 0).any(axis=1))[0]
             if not len(rows):
                 continue
-            part = Pairs(np.ascontiguousarray(x[rows]), own[rows], weights[rows])
+            scores = np.ones((len(rows), 1), np.float32) if piece.shared else weights[rows]
+            part = Pairs(np.ascontiguousarray(x[rows]), own[rows], scores)
             pairs[piece.shard] += int((part.ids >= 0).sum())
             sent[piece.shard] += len(rows)
             waiting.append((piece, rows, self._cluster.submit(piece, part)))
@@ -197,15 +206,24 @@ class ClusterExperts:
     def _dealt(self, ids: NDArray[np.int32]) -> list[NDArray[np.int32]]:
         """Return each piece's part of ids, (T, K), as numbers of its own; -1 for others.
 
-        Pairs of an expert of which there are replicas go to them in turn.
+        Pairs of an expert of which there are replicas go to them in turn; (T, 1) of a shared one.
         """
         replicas = np.zeros((self._blocks, self.num_experts), np.int64)
+        shared = [piece.experts[0] for piece in self._pieces if piece.shared]
         for piece in self._pieces:
-            replicas[piece.block, list(piece.experts)] += 1
+            if not piece.shared:
+                replicas[piece.block, list(piece.experts)] += 1
+        tokens, turns = np.arange(len(ids)), dict.fromkeys(shared, 0)
         turn = _turns(ids, self.num_experts)
         met = np.zeros_like(replicas)
         found = []
         for piece in self._pieces:
+            if piece.shared:
+                (number,) = piece.experts
+                mine = (tokens + number) % shared.count(number) == turns[number]
+                turns[number] += 1
+                found.append(np.where(mine, 0, -1).astype(np.int32)[:, None])
+                continue
             experts = np.array(piece.experts)
             local = np.full(self.num_experts + 1, -1, np.int32)  # the last is that of -1
             local[experts] = np.arange(len(experts))

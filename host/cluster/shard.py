@@ -120,6 +120,7 @@ class LocalShard(Shard):
 
     def __init__(self, device: Device, number: int) -> None:
         self.name = f"{number}, device of config {device.config.name!r} in this process"
+        self.device = device
         self._worker = Worker(device)
 
     def load(self, key: int, gate_up: Sequence[Floats], down: Sequence[Floats],

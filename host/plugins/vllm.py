@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from moeaccel.host.cluster import ClusterExperts
 from moeaccel.host.errors import UnsupportedExperts
 from moeaccel.host.layers import Experts
 
@@ -27,7 +28,7 @@ NAME = "moeaccel"
 """What to pass as ``quantization``."""
 
 
-def load(w13: torch.Tensor, w2: torch.Tensor, *, layers: int = 64) -> Experts:
+def load(w13: torch.Tensor, w2: torch.Tensor, *, layers: int = 64) -> Experts | ClusterExperts:
     """Quantise and upload a layer as vLLM holds it.
 
     Parameters
@@ -49,8 +50,8 @@ def load(w13: torch.Tensor, w2: torch.Tensor, *, layers: int = 64) -> Experts:
         grid_exponent=session.grid_exponent)
 
 
-def compute(experts: Experts, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
-            ) -> torch.Tensor:
+def compute(experts: Experts | ClusterExperts, x: torch.Tensor, topk_weights: torch.Tensor,
+            topk_ids: torch.Tensor) -> torch.Tensor:
     """Return y, like x; see :meth:`Experts.submit`."""
     return experts(x, topk_ids, topk_weights)
 

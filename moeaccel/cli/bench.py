@@ -293,6 +293,10 @@ def board(
         highlight=False)
 
 
+_COMMAND_S = 24 * 3600.0
+"""Limit of a command: a layer's prefill is simulated for minutes, or for hours."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Setting:
     """What all measurements on layers have in common."""
@@ -333,7 +337,8 @@ class _Setting:
         from moeaccel.sim.cosim.memory import MemoryModel
 
         kind = MemoryModel.ideal if self.memory is MemoryKind.IDEAL else MemoryModel.dram
-        return open_device("rtl", config=self.config, memory=kind(latency=self.latency, size=size))
+        return open_device("rtl", config=self.config, memory=kind(latency=self.latency, size=size),
+                           timeout_s=_COMMAND_S)
 
 
 def _experts(what: str, model: str, setting: _Setting, *, layers: int, tokens: int, routing: str,

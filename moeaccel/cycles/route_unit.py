@@ -22,8 +22,8 @@ _QUEUED = 16
 """Pairs that may wait when a token's weights are made."""
 
 _START, _TABLE, _FIRST, _LOADED, _FREED, _WEIGHTS, _PAIR, _WRITE, _BEHIND, _END = (
-    9, 2, 6, 5, 1, 17, 2, 9, 1, 2)
-_PLACE, _WALK, _AGAIN = 3, 7, 6
+    9, 3, 7, 5, 1, 17, 2, 9, 1, 2)
+_PLACE, _WALK, _AGAIN = 3, 7, 7
 """Of a capacity: to put a token into its order, to count a pair, and to begin again."""
 
 

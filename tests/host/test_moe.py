@@ -210,6 +210,8 @@ def test_bad_input_is_named(device, layer):
     with pytest.raises(InvalidTensor, match="shared must have 2 experts, for which router has ga"):
         device.load_moe(Router(layer["weight"], top_k=2, gates="sigmoid", shared=2),
                         experts[0][:14], experts[1][:14], shared=layer["shared"])
+    with pytest.raises(InvalidOption, match=r"option of load_moe must be one of .*, not 'bogus'"):
+        device.load_moe(router, *experts, bogus=1)
     with pytest.raises(LimitExceeded, match="top_k must be 1 with weights on the input"):
         device.load_moe(Router(layer["weight"], top_k=2, weight_on="input"), *experts)
     with pytest.raises(LimitExceeded, match="threshold must be None without 'threshold' in r"):

@@ -65,6 +65,11 @@ def test_beats_of_a_buffer(beats):
         PRESETS["tiny"].replace(buffer_slots=2, buffer_beats=beats)
 
 
+def test_a_field_that_there_is_not_is_named():
+    with pytest.raises(ConfigurationError, match=r"among name, .*port_bytes, .*, not bogus"):
+        PRESETS["tiny"].replace(bogus=1, port_bytes=16)
+
+
 def test_unknown_preset_lists_the_known_ones():
     with pytest.raises(
         ConfigurationError,

@@ -64,7 +64,8 @@ def block_classes():
 
 def small_block(cls):
     """Return such a module, of a first layer; what it has beside the experts is not drawn."""
-    return _built(cls, "moeaccel", num_experts_per_tok=2, n_group=1, topk_group=1)
+    return _built(cls, "moeaccel", num_experts_per_tok=2, n_group=1, topk_group=1,
+                  moe_shared_expert_intermediate_size=64, shared_intermediate_size=64)
 
 
 def small_config(kind, implementation="moeaccel", **more):

@@ -229,13 +229,14 @@ def _decide(module: torch.nn.Module) -> tuple[Session, Block | str]:
 def _refusal(session: Session, block: Block, dims: tuple[LayerDims, ...]) -> str | None:
     """Return what of a block a device has not."""
     settings = _settings(block)
+    (device,) = session.devices  # route=True is for one
     taken, experts = settings.top_k + len(dims) - 1, sum(one.experts for one in dims)
     if taken > TOP_K_MAX:
         return (f"top_k and shared experts must be at most {TOP_K_MAX} together, not {taken}")
-    if experts > (most := session.device.config.max_experts):
+    if experts > (most := device.config.max_experts):
         return f"experts and shared experts must be at most {most} together, not {experts}"
     try:
-        check_router(session.device.config, settings)
+        check_router(device.config, settings)
         for one in dims:
             check_limits(session, one)
     except MoeAccelError as error:
@@ -279,7 +280,8 @@ def _wanted(module: torch.nn.Module, block: Block) -> Wanted:
         settings = asdict(found.settings)
         router = Router(matrix(block.weight), bias=table(found.bias),
                         selection_bias=table(found.selection_bias), **settings)
-        return session.device.load_moe(
+        (device,) = session.devices
+        return device.load_moe(
             router, *weights.stacks, shared=shared, **stored(session, weights))
 
     return Wanted(weights, load, tuple(tensors.values()), block, _dims(module, block, weights))
@@ -346,7 +348,9 @@ def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     refuse_tangents(x)
     rows = x.reshape(-1, x.shape[-1])
     experts, router = getattr(self, plan.experts), getattr(self, plan.router)
-    weights, _ = look(experts)
+    weights, reason = look(experts)
+    if weights is None:
+        raise UnsupportedExperts(reason)
     tensors = [*weights.tensors, *(_tensor(self, name) for name in plan.names)]
     y, ids, scores = torch.ops.moeaccel.block(rows, tensors, plan.number, plan.top_k)
     scores = scores.to(x.dtype)

@@ -107,9 +107,9 @@ def recognise(seen: Observed, experts_class: str) -> Recognised:
 
 def _roles(tables: Mapping[str, torch.Tensor]) -> list[tuple[str | None, str | None]]:
     """Return who may be the bias, and who that of the selection; where most have a part first."""
-    pairs = itertools.product([*tables, None], repeat=2)
-    return sorted((pair for pair in pairs if pair[0] != pair[1] or pair[0] is None),
-                  key=lambda pair: pair.count(None))
+    names: list[str | None] = [*tables, None]
+    return sorted(((bias, other) for bias in names for other in names
+                   if bias != other or bias is None), key=lambda pair: pair.count(None))
 
 
 def _table(seen: Observed, name: str | None) -> torch.Tensor | None:

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 from moeaccel.config import PRESETS, AcceleratorConfig, preset
 from moeaccel.errors import FormatError
 from moeaccel.formats import ALL_FORMATS
+from moeaccel.host.cluster import Cluster
 from moeaccel.host.device import Device
 from moeaccel.host.errors import InvalidOption, OutOfDeviceMemory, UnsupportedExperts
 from moeaccel.host.hybrid import Hybrid, ResidentMath
@@ -91,7 +92,12 @@ class _Options:
 class Session(_Options):
     """Where experts go, and how they are stored and watched there; see :func:`use_device`."""
 
-    device: Device
+    device: Device | Cluster
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        """The device, or those of a cluster that are open in this process."""
+        return self.device.devices if isinstance(self.device, Cluster) else (self.device,)
 
 
 lock = Lock()
@@ -105,7 +111,7 @@ _session: Session | None = None
 _chosen: frozenset[str] = frozenset()  # what the plug-in chose for it: "config", "memory"
 
 
-def use_device(device: Device | None, *, weight_format: str | None = None,
+def use_device(device: Device | Cluster | None, *, weight_format: str | None = None,
                activation_bits: int | None = None, grid_exponent: int | None = None,
                verify: Verify = "sampled", unsupported: Unsupported = "refuse",
                quantiser: str | None = None, keep_host_weights: bool = True,
@@ -116,8 +122,10 @@ def use_device(device: Device | None, *, weight_format: str | None = None,
 
     Parameters
     ----------
-    device : :class:`Device`, optional
-        It stays yours to close. None: what the environment says, opened when it is needed.
+    device : :class:`Device` or :class:`moeaccel.host.cluster.Cluster`, optional
+        It stays yours to close. None: what the environment says, opened when it is needed. The
+        experts of a cluster's layers are dealt to its devices evenly; policies,
+        ``keep_host_weights=False`` and ``route=True`` are for one device.
     weight_format, activation_bits, grid_exponent
         See :meth:`Device.load_experts`; what is left out is taken from the environment.
     verify : ``"sampled"`` or ``"full"``
@@ -161,9 +169,9 @@ def use_device(device: Device | None, *, weight_format: str | None = None,
         If routes are no trace.
     """
     global _session, _options, _chosen
-    if not isinstance(device, Device | None):
-        raise InvalidOption("device must be a Device, from open_device(), or None, not "
-                            f"{type(device).__name__}")
+    if not isinstance(device, Device | Cluster | None):
+        raise InvalidOption("device must be a Device, from open_device(), a Cluster of some, or "
+                            f"None, not {type(device).__name__}")
     given = {"weight_format": weight_format, "activation_bits": activation_bits,
              "quantiser": quantiser}
     options = {name: value for name, value in given.items() if value is not None}
@@ -181,6 +189,10 @@ def use_device(device: Device | None, *, weight_format: str | None = None,
             raise InvalidOption("unsupported must be 'refuse' with routes, not 'eager': layers on "
                                 "the host would keep their routers' own")
         options["routes"] = Routes(routes)
+    if isinstance(device, Cluster) and (single := [name for name, given in (
+            ("policy", policy is not None), ("keep_host_weights=False", not keep_host_weights),
+            ("route=True", route is True)) if given]):
+        raise InvalidOption(f"device must be one Device with {' and '.join(single)}, not a Cluster")
     if flag("route", route):
         if hostly := [name for name, given in (("policy", policy), ("routes", routes))
                       if given is not None]:
@@ -252,6 +264,7 @@ def session_for(layers: Sequence[LayerDims], uploading: Sequence[LayerDims] = ()
             _session = _open(layers)
         elif not _has_room(_session, layers, uploading):
             small = _session.device
+            assert isinstance(small, Device)  # the plug-in chooses no cluster
             _session = _open(layers, Choice(small.config, small.transport.memory_bytes))
             logger.warning("layers on the device of config %r before it move on their next calls",
                            small.config.name)
@@ -261,24 +274,23 @@ def session_for(layers: Sequence[LayerDims], uploading: Sequence[LayerDims] = ()
 def _has_room(session: Session, layers: Sequence[LayerDims],
               uploading: Sequence[LayerDims]) -> bool:
     """Return whether layers fit, or have to because the user chose what they do not fit."""
-    config, memory = session.device.config, session.device.memory
-    if session.device.closed:
+    if not _chosen or isinstance(session.device, Cluster) or session.device.closed:
         return True
+    config, memory = session.device.config, session.device.memory
     if "config" in _chosen and not all(layer.fits(config) for layer in layers):
         return False
     if "memory" not in _chosen or not uploading:
         return True
-    need = _bytes_of(session, uploading)
+    need = _bytes_of(config, session.weight_format, uploading)
     if need > memory.largest_free_block:
         gc.collect()  # a model that is gone may wait for it
     return need <= memory.largest_free_block
 
 
-def _bytes_of(session: Session, layers: Sequence[LayerDims]) -> int:
+def _bytes_of(config: AcceleratorConfig, weight_format: str, layers: Sequence[LayerDims]) -> int:
     """Return how much memory the images of layers and one command's buffers take."""
-    config = session.device.config
     return buffer_bytes(config, layers) + sum(
-        layer.image_bytes(config, session.weight_format) for layer in layers)
+        layer.image_bytes(config, weight_format) for layer in layers)
 
 
 def _fixed() -> tuple[AcceleratorConfig | None, int | None]:
@@ -335,24 +347,33 @@ def option(name: str) -> Any:
 
 def check_limits(session: Session, layer: LayerDims) -> None:
     """Raise :class:`LimitExceeded`, :class:`UnsupportedExperts` for the activation or
-    :class:`FormatError` if the device's configuration does not take a layer."""
-    config = session.device.config
-    try:
-        check_layer(config, [layer.shape(config, session.weight_format)] * layer.experts)
-    except FormatError as error:
-        if layer.activation in config.activations:
-            raise
-        raise UnsupportedExperts(str(error)) from error
+    :class:`FormatError` if the configuration of a device does not take a layer, or its part."""
+    for device in session.devices:
+        config = device.config
+        shapes = [layer.shape(config, session.weight_format)] * _part(session, layer)
+        try:
+            check_layer(config, shapes)
+        except FormatError as error:
+            if layer.activation in config.activations:
+                raise
+            raise UnsupportedExperts(str(error)) from error
+
+
+def _part(session: Session, layer: LayerDims) -> int:
+    """Return the most experts of a layer that a device has."""
+    return -(-layer.experts // len(session.device)) if isinstance(
+        session.device, Cluster) else layer.experts
 
 
 def check_memory(session: Session, layers: Sequence[LayerDims]) -> None:
     """Raise :class:`OutOfDeviceMemory` if layers do not fit free memory together."""
-    device = session.device
-    need = _bytes_of(session, layers)
-    if need > device.memory.free_bytes:
-        gc.collect()
-    if need > (free := device.memory.free_bytes):
-        raise OutOfDeviceMemory(
-            f"{len(layers)} layers of experts and one command's buffers must fit each channel's "
-            f"memory, but take {need:,} bytes of {free:,} that are free; open the device with more "
-            "memory_bytes, or set MOEACCEL_MEMORY")
+    parts = [layer._replace(experts=_part(session, layer)) for layer in layers]
+    for device in session.devices:
+        need = _bytes_of(device.config, session.weight_format, parts)
+        if need > device.memory.free_bytes:
+            gc.collect()
+        if need > (free := device.memory.free_bytes):
+            raise OutOfDeviceMemory(
+                f"{len(layers)} layers of experts and one command's buffers must fit each "
+                f"channel's memory, but take {need:,} bytes of {free:,} that are free; open the "
+                "device with more memory_bytes, or set MOEACCEL_MEMORY")

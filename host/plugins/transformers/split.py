@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 
+from moeaccel.host.cluster import ClusterExperts
 from moeaccel.host.hybrid.places import bring_home
 from moeaccel.host.plugins.transformers.modules import Weights
 from moeaccel.host.plugins.transformers.session import open_session
@@ -20,6 +21,8 @@ def run(weights: Weights, x: torch.Tensor, ids: torch.Tensor, routing: torch.Ten
     session = open_session()
     if session is not None and session.routes is not None:
         ids, routing = session.routes.take(weights, ids, routing)
+    if isinstance(experts, ClusterExperts):
+        return experts(x, ids, routing)
     if session is None or session.hybrid is None:
         bring_home(experts)  # what a policy had away from the device before
         return experts(x, ids, routing)

@@ -7,9 +7,11 @@ import logging
 import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 
+from moeaccel.host.cluster import Cluster, ClusterExperts
 from moeaccel.host.errors import WeightsGivenUp
 from moeaccel.host.layers import Experts
 from moeaccel.host.moe import Moe
@@ -28,6 +30,10 @@ __all__ = ["Wanted", "drop", "drop_all", "experts_of", "layer_of", "plain", "sto
            "uploaded"]
 
 logger = logging.getLogger(__name__)
+
+
+Uploaded: TypeAlias = Experts | ClusterExperts | Moe
+"""A layer in the memory of a device, or of several."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ class Wanted:
     """
 
     weights: Weights
-    load: Callable[[Session], Experts | Moe]
+    load: Callable[[Session], Uploaded]
     others: tuple[torch.Tensor, ...] = ()
     kind: Hashable = None
     dims: tuple[LayerDims, ...] = ()
@@ -62,13 +68,16 @@ class Wanted:
 
 def plain(weights: Weights) -> Wanted:
     """Return experts for which the host routes."""
-    def load(session: Session) -> Experts:
-        return session.device.load_experts(*weights.stacks, **stored(session, weights))
+    def load(session: Session) -> Experts | ClusterExperts:
+        more: dict[str, Any] = {}
+        if isinstance(session.device, Cluster):  # which loads again what a lost device had
+            more["keep_host_weights"] = not weights.loaded_by
+        return session.device.load_experts(*weights.stacks, **stored(session, weights), **more)
 
     return Wanted(weights, load, dims=(weights.dims,))
 
 
-def stored(session: Session, weights: Weights) -> dict[str, object]:
+def stored(session: Session, weights: Weights) -> dict[str, Any]:
     """Return the options by which a session stores experts, and those that say what they are."""
     biases = weights.biases
     return {"activation": weights.activation, "gated": weights.gated, "limit": weights.limit,
@@ -81,7 +90,7 @@ def stored(session: Session, weights: Weights) -> dict[str, object]:
 class _Upload:
     """A layer in device memory, and what it was made from."""
 
-    layer: Experts | Moe
+    layer: Uploaded
     session: Session
     watches: list[Watch] | None
     """None where the host gave its copy up, and nothing can change."""
@@ -89,7 +98,7 @@ class _Upload:
     looks: int = 0
 
     @property
-    def experts(self) -> Experts:
+    def experts(self) -> Experts | ClusterExperts:
         """Its experts, those routed to first."""
         return self.layer.experts if isinstance(self.layer, Moe) else self.layer
 
@@ -100,7 +109,7 @@ class _Upload:
 
     def restore(self) -> None:
         """Give weights back to the host that it gave up."""
-        if self.given_up is not None:
+        if self.given_up is not None and isinstance(self.experts, Experts):
             self.given_up.restore(self.experts)
 
     def holds(self, wanted: Wanted, *, everything: bool) -> bool:
@@ -141,7 +150,7 @@ def _place(weights: Weights) -> dict[_Key, _Upload]:
     return _uploads.setdefault(weights.gate_up.untyped_storage(), {})
 
 
-def uploaded(wanted: Wanted) -> Experts | Moe | None:
+def uploaded(wanted: Wanted) -> Uploaded | None:
     """Return a layer in the device memory of the session, whatever became of its weights since."""
     with lock.held:
         found = _place(wanted.weights).get((wanted.kind, _key(wanted.weights)))
@@ -167,14 +176,14 @@ def drop_all() -> None:
         _loaded.clear()
 
 
-def experts_of(weights: Weights, *, everything: bool = False) -> Experts:
+def experts_of(weights: Weights, *, everything: bool = False) -> Experts | ClusterExperts:
     """Return weights in device memory, as experts for which the host routes."""
     found = layer_of(plain(weights), everything=everything)
-    assert isinstance(found, Experts)
+    assert not isinstance(found, Moe)
     return found
 
 
-def layer_of(wanted: Wanted, *, everything: bool = False) -> Experts | Moe:
+def layer_of(wanted: Wanted, *, everything: bool = False) -> Uploaded:
     """Return a layer in device memory, uploading it unless it is there as it is now.
 
     Parameters

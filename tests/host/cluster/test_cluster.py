@@ -176,7 +176,7 @@ def test_a_device_that_works_is_emptied(devices, alone):
             errors.ShardLost, match="must not be the last, but no other of 1 is left"):
         cluster.reload(0)
     with Cluster(devices) as cluster:
-        for name in ("gate_up_bias", "down_bias", "second_up", "limit_behind"):
+        for name in ("second_up", "limit_behind", "identity", "calibration"):
             with pytest.raises(errors.InvalidOption, match=f"not {name}"):
                 cluster.load_experts(*weights(), **{name: None})
 
@@ -232,6 +232,10 @@ def test_what_is_refused(devices):
     for given in ([], [devices[0], devices[0]]):
         with pytest.raises(errors.InvalidOption, match="devices of a cluster must be one or more"):
             Cluster(given)
+    for given, what in ((None, "not NoneType"), (devices[0], "not Device"),
+                        ([devices[0], "golden"], r"not \['Device', 'str'\]")):
+        with pytest.raises(errors.InvalidOption, match=f"must be a sequence of Device, .*{what}"):
+            Cluster(given)
     with pytest.raises(errors.InvalidOption, match="on_loss must be 'error' or 'reload'"):
         Cluster(devices, on_loss="retry")
     cluster = Cluster(devices)
@@ -239,13 +243,20 @@ def test_what_is_refused(devices):
         ({"share": EPLB(n_devices=2)}, "share must be for the 3 devices of this cluster, not for"),
         ({"share": np.ones((3, EXPERTS))}, r"share must be \(3 devices, 8 experts\) and add up"),
         ({"coarser": -1}, "coarser must be at least 0, not -1"),
-        ({"shared": None}, "options of a layer on a cluster must be among"),
+        ({"row_blocks": 2}, "options of a layer on a cluster must be among .* shared, .*, not ro"),
+        ({"share": "row-split", "down_bias": np.zeros((EXPERTS, D_MODEL))},
+         "biases must be left out with share='row-split'"),
+        ({"weight_format": ["int4_g32"]}, "one for each of 8 experts, not 1"),
     ]:
         with pytest.raises(errors.InvalidOption, match=why):
             cluster.load_experts(*weights(), **options)
     gate_up, down = draw_weights(np.random.default_rng(0), 2, 32, 32)
     with pytest.raises(errors.InvalidOption, match="must divide I = 32"):
         cluster.load_experts(gate_up, down, share="row-split")
+    with pytest.raises(errors.InvalidTensor, match=r"gate_up_bias must have the shape \(8, 192\)"):
+        cluster.load_experts(*weights(), gate_up_bias=np.zeros((EXPERTS, 64)))
+    with pytest.raises(errors.InvalidTensor, match="shared expert 0 must have gate_up"):
+        cluster.load_experts(*weights(), shared=(np.zeros((64, 64)), np.zeros((64, 64))))
     with pytest.raises(errors.InvalidTensor, match="must be of as many experts, one or more"):
         cluster.load_experts(gate_up, down[:1])
     with pytest.raises(errors.InvalidOption, match="shard must be from 0 to 2"):
@@ -260,3 +271,65 @@ def test_what_is_refused(devices):
         experts(x[:, :32], ids, scores)
     with pytest.raises(errors.InvalidTensor, match="ids and weights must have one shape"):
         experts(x, ids[:3], scores)
+
+
+# -- experts that differ, biases, shared experts
+RNG = np.random.default_rng(5)
+
+
+def drawn(*shape):
+    return (RNG.standard_normal(shape) / np.sqrt(shape[-1])).astype(np.float32)
+
+
+BIASES = {"gate_up_bias": drawn(EXPERTS, 2 * D_EXPERT), "down_bias": drawn(EXPERTS, D_MODEL)}
+MIXED = {"weight_format": ["int4_g32", "mxint8"] * (EXPERTS // 2)}
+SHARED = {"shared": [(drawn(2 * 64, D_MODEL), drawn(D_MODEL, 64)),
+                     (drawn(2 * 160, D_MODEL), drawn(D_MODEL, 160))]}
+LAYERS = {
+    "biases": BIASES, "mixed": MIXED, "shared": SHARED,
+    "all": BIASES | MIXED | SHARED | {"shared_format": "mxfp4", "activation": "gpt_oss",
+                                      "limit": 2.0}}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_all_kinds_of_layers_have_the_bits_of_one_device(devices, name):
+    options = LAYERS[name]
+    with open_device("golden", config="small", memory_bytes=1 << 24) as device:
+        chosen = device.load_experts(*weights(), **options).grid_exponent
+        alone = device.load_experts(*weights(), **options, grid_exponent=chosen + 6)
+        expected = alone(*call())
+    for share in ("contiguous", "eplb"):
+        with Cluster(devices) as cluster:
+            layer = cluster.load_experts(*weights(), share=share, coarser=6, **options)
+            assert layer.grid_exponent == chosen + 6
+            y = layer(*call())
+            assert layer.last.rounded == 0
+            assert np.array_equal(y, expected)
+            routed = (call()[1] >= 0) & (call()[1] < EXPERTS)
+            assert sum(layer.last.pairs) == routed.sum() + 20 * len(options.get("shared", ()))
+
+
+def test_shared_experts_stay_whole_in_a_row_split(devices):
+    with open_device("golden", config="small", memory_bytes=1 << 24) as device:
+        alone = device.load_experts(*weights(), **SHARED, row_blocks=SHARDS, grid_exponent=GRID)
+        expected = alone(*call())
+    with Cluster(devices) as cluster:
+        layer = cluster.load_experts(*weights(), share="row-split", **SHARED, grid_exponent=GRID)
+        assert np.array_equal(layer(*call()), expected)
+
+
+def test_tokens_go_to_replicas_of_shared_experts_in_turn(devices):
+    with Cluster(devices, on_loss="reload") as cluster:
+        layer = cluster.load_experts(*weights(), **SHARED, grid_exponent=GRID)
+        assert sum(piece.shared for piece in layer.pieces) == 2 * SHARDS
+        x, ids, scores = call(9)
+        ids[:] = -1
+        y = layer(x, ids, scores)
+        assert layer.last.pairs == (6, 6, 6)
+        devices[1].transport.lost = True
+        assert np.array_equal(layer(x, ids, scores), y)
+        assert sum(piece.shared for piece in layer.pieces) == 4
+        assert sorted(layer.last.pairs) == [0, 9, 9]
+        assert {e for piece in layer.pieces if not piece.shared for e in piece.experts} == set(
+            range(EXPERTS))
+        assert np.array_equal(layer(x[:0], ids[:0], scores[:0]), y[:0])

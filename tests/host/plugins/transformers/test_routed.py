@@ -14,7 +14,7 @@ from moeaccel.host import errors, open_device
 from moeaccel.host.plugins.transformers.blocks import experts_in
 from moeaccel.host.traces.recorder import record
 from tests.support.experts import relative
-from tests.support.flavours import quantised
+from tests.support.flavours import modelling, quantised, small_block, small_config
 from tests.support.models import BLOCKS, FOUR, MODELS, config_of, make
 
 ALL = MODELS | BLOCKS
@@ -92,6 +92,57 @@ def test_a_block_is_one_command_and_gives_what_the_host_routes(
     assert relative(logits, expected) < 1e-3
     assert torch.equal(model(ids).logits, logits)
     assert torch.equal(model(ids[:1]).logits, logits[:1])  # whatever the batch
+
+
+def cohere(module):
+    config = small_config(module.Cohere2MoeConfig, num_experts_per_tok=2)
+    config.num_shared_experts, config.shared_expert_combination_strategy = 2, "average"
+    return module.Cohere2MoeSparseMoeBlock(config)
+
+
+def laguna(module):
+    config = small_config(module.LagunaConfig, num_experts_per_tok=2)
+    config.moe_routed_scaling_factor = 3.0
+    return module.LagunaSparseMoeBlock(config)
+
+
+def of_class(name):
+    return lambda module: small_block(getattr(module, name))
+
+
+def learned(module):
+    """A layer of DeepSeek-V4 behind those with ids by token."""
+    config = small_config(module.DeepseekV4Config, num_experts_per_tok=2)
+    return module.DeepseekV4SparseMoeBlock(config, config.mlp_layer_types.index("moe"))
+
+
+KINDS = {
+    "cohere2_moe": cohere,  # the average of both
+    "laguna": laguna,  # experts times a number, shared ones not
+    "afmoe": of_class("AfmoeSparseMoeBlock"),  # a bias of the block's
+    "nemotron_h": of_class("NemotronHMoE"),  # no up rows
+    "minimax_m3_vl": of_class("MiniMaxM3VLSparseMoeBlock"),  # gate and up in one, a limit
+    "kolibri1": of_class("Kolibri1SparseMoeBlock"),  # a bias of logits, for the choice
+    "deepseek_v4": learned,  # square root of softplus
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+@torch.no_grad()
+def test_blocks_give_what_their_class_does(device, name):
+    module = KINDS[name](modelling(name)).eval()
+    generator = torch.Generator().manual_seed(2)
+    for key, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        large = 1.0 if tensor.ndim == 1 else 1.5 / tensor.shape[-1] ** 0.5
+        tensor.copy_(torch.randn(tensor.shape, generator=generator) * large * (
+            0.1 if "bias" in key else 1.0))
+    x = torch.randn(2, 9, 64, generator=generator)
+    expected = type(module).forward(module, x)
+    (block,) = plugin.routing(module)
+    assert block.on_device, block.reason
+    before = device.counters()["commands"]
+    assert relative(module(x), expected) < 0.03  # quantised shared experts
+    assert device.counters()["commands"] - before == 1
 
 
 # -- which are taken

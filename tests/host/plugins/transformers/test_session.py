@@ -58,7 +58,7 @@ def test_arguments_go_before_the_environment(environment):
 
 
 @pytest.mark.parametrize(("device", "options", "error"), [
-    ("golden", {}, r"device must be a Device, from open_device\(\), or None, not str"),
+    ("golden", {}, r"a Device, from open_device\(\), a Cluster of some, or None, not str"),
     (0, {}, "device must be a Device.*not int"),
     (None, {"weight_format": "int3"}, "weight_format must be one of .*not 'int3'"),
     (None, {"weight_format": 4}, "weight_format must be one of .*not 4"),
