@@ -1,4 +1,4 @@
-"""A transformers model whose experts run on the device.
+"""A transformers model whose experts run on the device, and then its routers, too.
 
     python examples/hugging_face.py
 
@@ -33,6 +33,11 @@ def main(spec: str = "golden") -> None:
         error = ((logits - exact).norm() / exact.norm()).item()
         print(f"{layers} layers on {spec}, logits off by {error:.2%}, tokens {tokens[0].tolist()}, "
               f"{device.counters()['commands']} commands")
+        plugin.release(model)
+        plugin.use_device(device, weight_format="mxint8", route=True)
+        routed = [block.path for block in plugin.routing(model) if block.on_device]
+        error = ((model(prompt).logits - logits).norm() / logits.norm()).item()
+        print(f"routed on the device: {', '.join(routed)}; logits differ by {error:.4%}")
         plugin.release(model)
         plugin.use_device(None)
 

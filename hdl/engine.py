@@ -68,6 +68,8 @@ class Engine(wiring.Component):
     combiner_writer : :py:`Out(layouts.WriteClientSignature(config))`
     router, router_writer : :py:`Out(layouts.ReadClientSignature(config))` and its writer
         With a router.
+    o_progress : :py:`Out(1)`
+        The array started a step, or the router was at work.
     count_busy, ... : pulses for the counters EVENTS
     i_forget, count_buffer_hits, ... : :class:`~moeaccel.hdl.weights.expert_buffer.ExpertBuffer`'s
         With an expert buffer. A reset empties it, too.
@@ -81,6 +83,7 @@ class Engine(wiring.Component):
             "i_job": In(stream.Signature(layouts.job(config))),
             "o_done": Out(1),
             "o_result": Out(layouts.job_result(config)),
+            "o_progress": Out(1),
             **{name: Out(layouts.ReadClientSignature(config)) for name in (*READERS, *streamers)},
             **{f"{name}_writer": Out(layouts.WriteClientSignature(config)) for name in WRITERS},
             **({"router": Out(layouts.ReadClientSignature(config)),
@@ -319,6 +322,8 @@ class Engine(wiring.Component):
                 ]
 
         m.d.comb += [
+            self.o_progress.eq(
+                sequencer.o_take | (C(0) if route is None else route.o_moves)),
             self.count_busy.eq(sequencer.o_take),
             self.count_starved_weights.eq(sequencer.o_starved_weights),
             self.count_starved_activations.eq(sequencer.o_starved_activations),

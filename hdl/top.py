@@ -152,7 +152,7 @@ class Accelerator(wiring.Component):
             commands.i_done.eq(engine.o_done),
             commands.i_result.eq(engine.o_result),
             commands.progress.eq(Cat(one.read_beat for one in ports).any() | port.write_beat
-                                 | engine.count_busy),
+                                 | engine.o_progress),
             commands.idle.eq(Cat(one.idle for one in ports).all()),
             commands.fault_window.eq(Cat(one.fault_window for one in ports).any()),
             commands.fault_bus.eq(Cat(one.fault_bus for one in ports).any()),

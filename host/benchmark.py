@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,12 +14,10 @@ from moeaccel.activations import ACTIVATIONS
 from moeaccel.arithmetic import from_bfloat16, to_bfloat16
 from moeaccel.config import AcceleratorConfig
 from moeaccel.cycles import expert_cycles, linear_cycles
-from moeaccel.cycles.moe import predict_moe
 from moeaccel.errors import MoeAccelError
 from moeaccel.formats import QUAD, weight_format, whole_blocks
 from moeaccel.interface.commands import ElementType
-from moeaccel.zoo import ExpertKind, Model, RouterKind
-from moeaccel.zoo.schema import ORIGINS
+from moeaccel.zoo import ExpertKind, Model
 
 if TYPE_CHECKING:
     from moeaccel.host.device import Device
@@ -168,7 +166,7 @@ def routing(tokens: int, experts: int, top_k: int, *, kind: str, seed: int) -> N
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Run:
+class Run:
     """A call that was measured."""
 
     y: NDArray[np.float32]
@@ -178,15 +176,15 @@ class _Run:
 
 
 def _run(bench: Bench, loaded: Experts | Linear, x: NDArray[np.float32], *routed: NDArray[Any]
-         ) -> _Run:
+         ) -> Run:
     def call(sent: Any) -> tuple[Any, int]:
         handle = loaded.submit(sent, *routed)
         return loaded.sync(handle), handle.cycles
 
-    return _measured(bench, x, call)
+    return measured(bench, x, call)
 
 
-def _measured(bench: Bench, x: NDArray[np.float32], call: Callable[[Any], tuple[Any, int]]) -> _Run:
+def measured(bench: Bench, x: NDArray[np.float32], call: Callable[[Any], tuple[Any, int]]) -> Run:
     """Measure what returns y and cycles."""
     narrow = bench.io is ElementType.BFLOAT16
     sent: Any = x
@@ -200,7 +198,7 @@ def _measured(bench: Bench, x: NDArray[np.float32], call: Callable[[Any], tuple[
     y, cycles = call(sent)
     wall = time.perf_counter() - begin
     after = bench.device.counters()
-    return _Run(y=y.float().numpy() if narrow else y, cycles=cycles, wall_s=wall,
+    return Run(y=y.float().numpy() if narrow else y, cycles=cycles, wall_s=wall,
                 counters={name: after[name] - before[name] for name in after})
 
 
@@ -208,8 +206,8 @@ def bench_experts(bench: Bench, model: Model, *, tokens: int, kind: str = "unifo
                   what: str = "decode") -> BenchmarkResult:
     """Run one MoE layer of a model's size on random weights; every figure is of this run.
 
-    Experts that no token is routed to hold the weights of expert 0: they are resident, and never
-    read.
+    Experts that no token is routed to are never read, and so are narrow ones, whatever the model's:
+    memory need not hold what is not looked at.
 
     Parameters
     ----------
@@ -226,160 +224,130 @@ def bench_experts(bench: Bench, model: Model, *, tokens: int, kind: str = "unifo
     BenchmarkError
         If the model's experts are of a kind that is not measured, or there is no such routing.
     """
-    d_model, _, experts, top_k = _sizes_of(model)
+    d_model, _, experts, top_k = sizes_of(model)
     rng = np.random.default_rng(bench.seed)
     x = bench.draw_x(rng, tokens, d_model)
     ids = routing(tokens, experts, top_k, kind=kind, seed=bench.seed)
     weights = rng.random((tokens, top_k)).astype(np.float32)
     weights /= weights.sum(axis=1, keepdims=True)
-    layer = _draw_layer(bench, model, ids, rng)
+    layer = draw_layer(bench, model, ids, rng)
     loaded = bench.device.load_quantised(layer.experts, activation_bits=bench.activation_bits)
     run = _run(bench, loaded, x, ids, weights)
-    return layer.result(
-        run, what=what, x=x, ids=ids, weights=weights, loaded=loaded,
+    return BenchmarkResult(**layer.figures(
+        run, what=what, x=x, ids=ids, weights=weights, grid_exponent=loaded.grid_exponent,
         predicted=expert_cycles(
-            bench.device.config, loaded.shape, ids, experts, planes=bench.planes,
-            latency=bench.latency, io=bench.io))
-
-
-def bench_moe(bench: Bench, model: Model, *, tokens: int) -> BenchmarkResult:
-    """Run one MoE layer of a model's size with its router, in one command a call; see
-    :func:`bench_experts`. Bytes are those of the router's planes, too.
-
-    Raises
-    ------
-    BenchmarkError
-        As there.
-    """
-    from moeaccel import golden
-    from moeaccel.golden.router import route
-    from moeaccel.host.moe import LOGIT_GRID, Moe
-    from moeaccel.host.routing import Router
-    from moeaccel.host.weights import load_router_weight, router_planes
-    from moeaccel.interface.commands import MOE_PLANES
-    from moeaccel.zoo.routers import settings_of
-
-    d_model, _, experts, top_k = _sizes_of(model)
-    config, rng = bench.device.config, np.random.default_rng(bench.seed)
-    x = bench.draw_x(rng, tokens, d_model)
-    weight = rng.standard_normal((experts, d_model), dtype=np.float32) / np.float32(
-        np.sqrt(d_model))
-    biased = rng.standard_normal(experts) / 8 if model.router.selection_bias else None
-    settings = settings_of(model, experts=experts, top_k=top_k, tokens=tokens)
-    router = Router(weight, selection_bias=biased, **asdict(settings))
-    every = np.tile(np.arange(MOE_PLANES), (tokens, 1))
-    logits = golden.experts(
-        _filled(x), every, np.ones(every.shape, np.float32),
-        [part.filled(whole_blocks(experts), whole_blocks(d_model))
-         for part in router_planes(config, weight)], grid_exponent=LOGIT_GRID)
-    routed = route(logits.y[:, :experts], settings, selection_bias=biased)
-    layer = _draw_layer(bench, model, routed.ids, rng)
-    loaded = bench.device.load_quantised(layer.experts, activation_bits=bench.activation_bits)
-    plane = load_router_weight(bench.device, weight, grid_exponent=LOGIT_GRID)
-    with Moe(bench.device, router, plane, loaded, 0) as moe:
-        run = _measured(bench, x, lambda sent: (moe(sent), bench.device.last_cycles))
-        predicted = predict_moe(
-            config, settings, plane.shape.section,
-            dict.fromkeys(range(experts), loaded.shape.sections), routed.ids, experts,
-            d_model=whole_blocks(d_model), planes=bench.planes, biased=biased is not None,
-            tables=biased is not None, latency=bench.latency, io=bench.io).cycles
-        return layer.result(
-            run, what="moe", x=x, ids=routed.ids, weights=routed.weights, loaded=loaded,
-            predicted=predicted, stored_bytes=MOE_PLANES * plane.shape.stored_bytes)
+            bench.device.config, loaded.shapes, ids, experts, planes=bench.planes,
+            latency=bench.latency, io=bench.io)))
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Layer:
-    """A layer of a benchmark: its experts, and the floats of those that are used."""
+class DrawnLayer:
+    """A layer of a benchmark: its experts, those that every token goes to as well, and the floats
+    of those that are used, by number; shared ones are numbered behind the others."""
 
     bench: Bench
     model: Model
     experts: list[Expert]
+    shared: list[Expert]
     floats: dict[int, list[NDArray[np.float32]]]
 
-    def result(self, run: _Run, *, what: str, x: NDArray[np.float32], ids: NDArray[np.integer],
-               weights: NDArray[np.float32], loaded: Experts, predicted: int,
-               stored_bytes: int = 0) -> BenchmarkResult:
-        """Check a run and return its figures; ``stored_bytes``: of what is beside the experts."""
+    def figures(self, run: Run, *, what: str, x: NDArray[np.float32], ids: NDArray[np.integer],
+                weights: NDArray[np.float32], grid_exponent: int, predicted: int,
+                stored_bytes: int = 0) -> dict[str, Any]:
+        """Check a run and return the fields of its result.
+
+        Parameters
+        ----------
+        ids, weights : arrays, (T, K)
+            With those of shared experts.
+        stored_bytes : :class:`int`
+            Of what is beside the experts.
+        """
         from moeaccel import golden
         from moeaccel.golden.reference import experts_float64
 
-        bench, made, floats = self.bench, self.model.expert, self.floats
-        d_model, d_expert, _, _ = _sizes_of(self.model)
+        bench, made = self.bench, self.model.expert
+        config, every = bench.device.config, [*self.experts, *self.shared]
+        d_model = x.shape[1]
         bench.progress("checking against the golden model")
         expected = golden.experts(
-            _filled(x), ids, weights, [expert.filled() for expert in self.experts],
-            planes=bench.planes, grid_exponent=loaded.grid_exponent, y_type=bench.io).y[:, :d_model]
-        order = {e: i for i, e in enumerate(floats)}
-        biases: dict[str, Any] = {name: [one[part] for one in floats.values()]
-                  for part, name in ((2, "gate_up_bias"), (3, "down_bias"))
-                  if part < len(next(iter(floats.values())))}
+            filled(x), ids, weights, [expert.filled() for expert in every],
+            planes=bench.planes, grid_exponent=grid_exponent, y_type=bench.io).y[:, :d_model]
+        used, counts = np.unique(ids[ids >= 0], return_counts=True)
+        floats = [self.floats[e] for e in used.tolist()]
+        places = np.where(ids < 0, -1, np.searchsorted(used, ids))
+        biases: dict[str, Any] = {
+            name: [one[part] if part < len(one) else np.zeros(len(one[part - 2]), np.float32)
+                   for one in floats]
+            for part, name in ((2, "gate_up_bias"), (3, "down_bias"))
+            if any(part < len(one) for one in floats)}
         exact = experts_float64(
-            x, np.vectorize(order.get)(ids), weights, [one[0] for one in floats.values()],
-            [one[1] for one in floats.values()], made.activation, made.limit, **biases)
-        return _result(
+            x, places, weights, [one[0] for one in floats],
+            [one[1] for one in floats], made.activation, made.limit, **biases)
+        shapes = [every[e].shape(config.row_multipliers, config.channels) for e in used.tolist()]
+        return _figures(
             bench, run, what=what, model=self.model.name, tokens=len(x), assignments=ids.size,
-            experts_used=len(order),
-            stored_bytes=stored_bytes + len(order) * loaded.shape.stored_bytes,
-            useful=ids.size * made.matrices * d_model * d_expert * bench.planes,
+            experts_used=len(used),
+            stored_bytes=stored_bytes + sum(shape.stored_bytes for shape in shapes),
+            useful=bench.planes * made.matrices * d_model * sum(
+                int(count) * shape.d_expert for count, shape in zip(counts, shapes, strict=True)),
             predicted=predicted, expected=expected, exact=exact)
 
 
-def _draw_layer(bench: Bench, model: Model, ids: NDArray[np.integer], rng: np.random.Generator
-                ) -> _Layer:
-    """Draw the experts that are used; the others are the first of them."""
-    from moeaccel.image import Expert
+NARROW = 128
+"""Hidden elements of an expert that nobody reads: whole groups of every format."""
 
-    d_model, d_expert, experts, _ = _sizes_of(model)
-    made, config = model.expert, bench.device.config
-    fmt = weight_format(bench.weight_format)
-    used = np.unique(ids)
 
+def draw_layer(bench: Bench, model: Model, ids: NDArray[np.integer], rng: np.random.Generator, *,
+               shared: Sequence[int] = ()) -> DrawnLayer:
+    """Draw the experts that are used; the others are narrow ones.
+
+    Parameters
+    ----------
+    ids : integer array
+        Of the experts that are used.
+    shared : sequence of :class:`int`
+        Hidden elements of each shared expert.
+    """
+    d_model, d_expert, experts, _ = sizes_of(model)
+    used = np.unique(ids[ids >= 0])
     bench.progress(f"drawing and quantising {len(used)} of {experts} experts")
     floats: dict[int, list[NDArray[np.float32]]] = {}
-    layer: dict[int, Expert] = {}
+    made: dict[int, Expert] = {}
     for e in used.tolist():
-        rows = (made.matrices - 1) * d_expert
-        gate_up = rng.standard_normal((rows, d_model), dtype=np.float32) / np.float32(
-            np.sqrt(d_model)
-        )
-        down = rng.standard_normal((d_model, d_expert), dtype=np.float32) / np.float32(
-            np.sqrt(d_expert)
-        )
-        floats[e] = [gate_up, down]
-        counts = {None: (), "gate_up": (rows,), "both": (rows, d_model)}[made.bias]
-        floats[e] += [rng.standard_normal(count, dtype=np.float32) for count in counts]
-        layer[e] = Expert.quantise(
-            gate_up, down, fmt, activation=made.activation, limit=made.limit, prune="magnitude",
-            channels=config.channels,
-            **dict(zip(("gate_up_bias", "down_bias"), floats[e][2:], strict=False)))
+        floats[e] = _draw(model.expert, d_model, d_expert, rng)
+        made[e] = _quantised(bench, model.expert, floats[e])
+    for s, width in enumerate(shared):
+        floats[experts + s] = _draw(replace(model.expert, bias=None), d_model, width, rng)
+    behind = [_quantised(bench, model.expert, floats[experts + s]) for s in range(len(shared))]
+    unread = [] if len(made) == experts else [_quantised(bench, model.expert, _draw(
+        model.expert, d_model, min(NARROW, d_expert), np.random.default_rng(bench.seed)))]
     bench.progress("loading the device")
-    return _Layer(bench=bench, model=model, floats=floats, experts=[
-        layer.get(e, layer[int(used[0])]) for e in range(experts)])
+    return DrawnLayer(
+        bench=bench, model=model, floats=floats, shared=behind,
+        experts=[made[e] if e in made else unread[0] for e in range(experts)])
 
 
-EDGE_MOE = AcceleratorConfig(
-    name="edge256", port_bytes=32, row_multipliers=4, token_lanes=2, token_groups=32, max_dim=512,
-    max_experts=16, max_tokens=256, max_assignments=1024, read_ahead_beats=512, tile_words=256,
-    quantiser_lanes=16, y_banks=2, results_per_cycle=2, hidden_banks=2)
-"""256 multipliers of 8 bits behind 32 bytes a cycle, for small experts: a pass holds 64 tokens, so
-that each weight is read once, and two results are rounded in a cycle."""
+def _draw(kind: ExpertKind, d_model: int, d_expert: int, rng: np.random.Generator
+          ) -> list[NDArray[np.float32]]:
+    """Return gate_up, down and, where there are some, the biases of each."""
+    rows = (kind.matrices - 1) * d_expert
+    found = [rng.standard_normal(shape, dtype=np.float32) / np.float32(np.sqrt(shape[1]))
+             for shape in ((rows, d_model), (d_model, d_expert))]
+    counts = {None: (), "gate_up": (rows,), "both": (rows, d_model)}[kind.bias]
+    return found + [rng.standard_normal(count, dtype=np.float32) for count in counts]
 
 
-def bench_edge_moe(bench: Bench) -> BenchmarkResult:
-    """Run a layer of Edge-MoE's vision transformer without its router.
+def _quantised(bench: Bench, kind: ExpertKind, floats: Sequence[NDArray[np.float32]]) -> Expert:
+    from moeaccel.image import Expert
 
-    129 tokens of 192 elements, 16 experts with 384 hidden ones, two for each token, GELU, biases.
-    """
-    model = Model(
-        name="Edge-MoE", hf_id=None, layers=None, moe_layers=None, d_model=192, n_experts=16,
-        top_k=2, native_dtype="float32", confidence=next(iter(ORIGINS)),
-        router=RouterKind(flavour="R1", score="softmax"),
-        expert=ExpertKind(d_expert=384, form="mlp", activation="gelu", bias="both"))
-    return bench_experts(bench, model, tokens=129, what="edge-moe")
+    return Expert.quantise(
+        floats[0], floats[1], weight_format(bench.weight_format), activation=kind.activation,
+        limit=kind.limit, prune="magnitude", channels=bench.device.config.channels,
+        **dict(zip(("gate_up_bias", "down_bias"), floats[2:], strict=False)))
 
 
-def _sizes_of(model: Model) -> tuple[int, int, int, int]:
+def sizes_of(model: Model) -> tuple[int, int, int, int]:
     """Return d_in, d_expert, experts and top-k of a model whose experts the device has.
 
     Raises
@@ -417,17 +385,17 @@ def bench_gemm(bench: Bench, *, m: int, k: int, n: int) -> BenchmarkResult:
     run = _run(bench, loaded, x)
     section = loaded.shape.section
     expected = golden.gemm(
-        _filled(x), matrix.filled(section.rows, section.k), planes=planes,
+        filled(x), matrix.filled(section.rows, section.k), planes=planes,
         grid_exponent=loaded.grid_exponent, y_type=bench.io).y[:, :n]
-    return _result(
+    return BenchmarkResult(**_figures(
         bench, run, what="gemm", model=f"{m}x{k}x{n}", tokens=m, assignments=m, experts_used=1,
         stored_bytes=loaded.shape.stored_bytes, useful=m * k * n * planes,
         predicted=linear_cycles(config, section, m, planes=planes, latency=bench.latency,
                                 io=bench.io),
-        expected=expected, exact=x.astype(np.float64) @ w.astype(np.float64).T)
+        expected=expected, exact=x.astype(np.float64) @ w.astype(np.float64).T))
 
 
-def _filled(x: NDArray[np.float32]) -> NDArray[np.float32]:
+def filled(x: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return x as device memory has it, with zeros up to whole blocks."""
     return np.pad(x, ((0, 0), (0, whole_blocks(x.shape[1]) - x.shape[1])))
 
@@ -437,16 +405,16 @@ def _relative(y: NDArray[np.floating], exact: NDArray[np.float64]) -> float:
     return float(np.linalg.norm(y - exact) / size) if size else 0.0
 
 
-def _result(bench: Bench, run: _Run, *, expected: NDArray[np.float32], exact: NDArray[np.float64],
-            predicted: int, stored_bytes: int, useful: int, **workload: Any) -> BenchmarkResult:
-    """Return the figures of a run; ``useful``: multiplications that its result needed."""
+def _figures(bench: Bench, run: Run, *, expected: NDArray[np.float32], exact: NDArray[np.float64],
+            predicted: int, stored_bytes: int, useful: int, **workload: Any) -> dict[str, Any]:
+    """Return the fields of a run's result; ``useful``: multiplications that its result needed."""
     config, cycles, counters = bench.device.config, run.cycles, run.counters
     fmt = weight_format(bench.weight_format)
     per_cycle = config.multipliers * (2 if fmt.packed else 1)
     of_memory = memory_share(config, stored_bytes, cycles)
     useful = useful * fmt.nonzeros // QUAD  # the others are not multiplied
     of_multipliers = useful / (per_cycle * cycles) if cycles else 0.0
-    return BenchmarkResult(
+    return dict(
         **workload,
         config=config.name,
         device=bench.device_name,

@@ -6,8 +6,9 @@ asked for, MOE_ROUTE.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeAlias, cast
 
@@ -17,17 +18,16 @@ from numpy.typing import NDArray
 from moeaccel.config import TOP_K_MAX
 from moeaccel.formats import whole_blocks
 from moeaccel.host import routing, weights as loading
+from moeaccel.host.calls import Pending, Sent, send_parts
 from moeaccel.host.errors import (
     DeviceClosed,
     InvalidOption,
     InvalidTensor,
     LimitExceeded,
-    OutOfDeviceMemory,
 )
 from moeaccel.host.layers import Experts, Linear
 from moeaccel.host.memory import Allocation
 from moeaccel.host.options import check_names
-from moeaccel.host.rings import Command
 from moeaccel.host.routing import Router
 from moeaccel.host.staging import offsets
 from moeaccel.host.tensors import (
@@ -50,6 +50,7 @@ from moeaccel.interface.commands import (
 )
 from moeaccel.router.choices import WeightOn
 from moeaccel.router.descriptor import descriptor, table_bytes, table_words
+from moeaccel.router.settings import RouterError, RouterSettings
 
 if TYPE_CHECKING:
     from moeaccel.host.device import Device
@@ -64,15 +65,66 @@ LOGIT_GRID = -30
 """Grid of the logits: what ROUTE takes reaches to 2**11, and has 20 bits behind the point."""
 
 
-def load_moe(device: Device, router: Router, gate_up: Stack, down: Stack, *,
+def load_moe(device: Device, router: Router | Sequence[Router], gate_up: Stack, down: Stack, *,
              shared: GatedShared | None = None, **options: Any) -> Moe:
     """Put a layer into a device's memory; :meth:`moeaccel.host.Device.load_moe`."""
+    check_names("load_moe", options, device.load_experts)
+    given: list[Any] = list(router) if isinstance(router, tuple | list) else [router]
+    several = len(given) > 1
+    if not given:
+        raise InvalidOption("router must be at least one, not an empty sequence")
+    ready: list[tuple[Router, Tensor]] = []
+    pairs: Shared | None = None
+    for task, one in enumerate(given):
+        with _of_task(task, several):
+            own, weight, pairs = _checked(device, one, shared)
+            if own.settings.experts != len(down):
+                raise InvalidTensor(f"down must have E = {own.settings.experts} experts, the "
+                                    f"router's, not {len(down)}")
+            ready.append((own, weight))
+    loaded = device.load_experts(gate_up, down, shared=pairs, **options)
+    planes: list[Linear] = []
+    try:
+        if loaded.row_blocks > 1 or loaded.num_identity:
+            raise InvalidOption("row_blocks and identity experts must be left out where the device "
+                                "routes: its ids are entries of the table; route on the host")
+        for task, (one, weight) in enumerate(ready):
+            with _of_task(task, several):
+                _check_behind(one.settings, len(loaded.shared_shapes))
+                planes.append(
+                    loading.load_router_weight(device, weight, grid_exponent=LOGIT_GRID))
+                if planes[-1].shape.d_in != loaded.shapes[0].d_model:
+                    shape = one.settings.outputs, loaded.shapes[0].d_model
+                    raise InvalidTensor(
+                        f"weight must have the shape {shape} of a router for these experts, not "
+                        f"{tuple(weight.shape)}")
+        return Moe(device, [one for one, _ in ready], planes, loaded)
+    except BaseException:
+        for layer in (*planes, loaded):
+            layer.close()
+        raise
+
+
+@contextmanager
+def _of_task(task: int, several: bool) -> Iterator[None]:
+    """Let errors say which router it is about, where there are several."""
+    try:
+        yield
+    except (InvalidOption, InvalidTensor, LimitExceeded, RouterError) as error:
+        if not several:
+            raise
+        raise type(error)(f"router of task {task}: {error}") from error
+
+
+def _checked(device: Device, router: Router, shared: GatedShared | None
+             ) -> tuple[Router, Tensor, Shared | None]:
+    """Return a router that a device has, with the gates of shared experts in it, its weight, and
+    the experts without."""
     routing.settings_of(router)  # it is a router
     if router.weight is None:
         raise InvalidOption("router must have a weight, (E, H), to route x; give it one, or route "
                             "by logits with device.route")
-    check_names("load_moe", options, device.load_experts)
-    router, weight, shared = _with_gates(router, router.weight, shared)
+    router, weight, pairs = _with_gates(router, router.weight, shared)
     settings = router.settings
     routing.check_router(device.config, settings)
     if settings.weight_on_kind is WeightOn.INPUT and settings.shared:
@@ -85,35 +137,17 @@ def load_moe(device: Device, router: Router, gate_up: Stack, down: Stack, *,
         raise LimitExceeded(
             f"prior must be 0, not {settings.prior:g}: a layer has no residents; name them with "
             "device.route, and compute with load_experts")
-    if len(down) != settings.experts:
-        raise InvalidTensor(f"down must have E = {settings.experts} experts, the router's, not "
-                            f"{len(down)}")
-    loaded = device.load_experts(gate_up, down, shared=shared, **options)
-    try:
-        behind = len(loaded.shared_shapes)
-        if settings.shared not in (0, behind):
-            raise InvalidTensor(f"shared must have {settings.shared} experts, for which router has "
-                                f"gates, not {behind}")
-        if loaded.row_blocks > 1 or loaded.num_identity:
-            raise InvalidOption("row_blocks and identity experts must be left out where the device "
-                                "routes: its ids are entries of the table; route on the host")
-        if settings.top_k + behind > TOP_K_MAX:
-            raise LimitExceeded(f"top_k and shared experts must be at most {TOP_K_MAX} together, "
-                                f"not {settings.top_k} and {behind}")
-        plane = loading.load_router_weight(device, weight, grid_exponent=LOGIT_GRID)
-        try:
-            if plane.shape.d_in != loaded.shapes[0].d_model:
-                d_model = loaded.shapes[0].d_model
-                raise InvalidTensor(
-                    f"weight must have the shape ({settings.outputs}, {d_model}) of a router for "
-                    f"these experts, not {tuple(weight.shape)}")
-            return Moe(device, router, plane, loaded, behind)
-        except BaseException:
-            plane.close()
-            raise
-    except BaseException:
-        loaded.close()
-        raise
+    return router, weight, pairs
+
+
+def _check_behind(settings: RouterSettings, behind: int) -> None:
+    """Refuse another number of shared experts than a router is for."""
+    if settings.shared not in (0, behind):
+        raise InvalidTensor(f"shared must have {settings.shared} experts, for which router has "
+                            f"gates, not {behind}")
+    if settings.top_k + behind > TOP_K_MAX:
+        raise LimitExceeded(f"top_k and shared experts must be at most {TOP_K_MAX} together, "
+                            f"not {settings.top_k} and {behind}")
 
 
 def _with_gates(router: Router, weight: Tensor, shared: GatedShared | None
@@ -141,6 +175,15 @@ def _with_gates(router: Router, weight: Tensor, shared: GatedShared | None
     return gated, weight, [(one[0], one[1]) for one in several]
 
 
+@dataclass(frozen=True)
+class _Task:
+    """A router of a layer: what it is, its matrix, and what a command names it by."""
+
+    router: Router
+    plane: Linear
+    block: Allocation
+
+
 class Moe:
     """A layer that routes by itself; from :meth:`Device.load_moe`.
 
@@ -148,41 +191,79 @@ class Moe:
     ----------
     experts : :class:`moeaccel.host.Experts`
         The experts routed to, and behind them the shared ones.
-    router : :class:`moeaccel.host.Router`
+    routers : tuple of :class:`moeaccel.host.Router`
+        By task: a command names the one that it is routed by.
     """
 
-    def __init__(self, device: Device, router: Router, plane: Linear, experts: Experts,
-                 shared: int) -> None:
-        self.router = router
+    def __init__(self, device: Device, routers: Sequence[Router], planes: Sequence[Linear],
+                 experts: Experts) -> None:
         self.experts = experts
         self._device = device
-        self._plane = plane
-        self._shared = shared
+        self._shared = len(experts.shared_shapes)
+        self._tasks: list[_Task] = []
+        try:
+            for router, plane in zip(routers, planes, strict=True):
+                block = self._describe(router, plane)
+                self._tasks.append(_Task(router, plane, block))
+        except BaseException:
+            self._free()
+            raise
+        self._closed = False
+
+    def _describe(self, router: Router, plane: Linear) -> Allocation:
+        """Write what a command names a router by, and its table behind it."""
+        device = self._device
         words = table_words(router.settings, router.bias, router.selection_bias)
         tables = bool(words.any())
         table = table_bytes(words if tables else None, None).tobytes()
         size = ENTRY_BYTES * len(MOE_BLOCK)
-        self._block: Allocation | None = device.memory.allocate(
-            size + len(table), alignment=MOE_ALIGNMENT)
-        fields = descriptor(
-            router.settings, biased=router.selection_bias is not None, tables=tables,
-            table_address=self._block.address + size, shared=shared)
-        layers = [device.transport.memory_read(layer._descriptor.address, ENTRY_BYTES).tobytes()
-                  for layer in (plane, experts)]
-        device.transport.memory_write(
-            self._block.address, layers[0] + encode(ROUTER, fields) + layers[1] + table)
+        block = device.memory.allocate(size + len(table), alignment=MOE_ALIGNMENT)
+        try:
+            fields = descriptor(
+                router.settings, biased=router.selection_bias is not None, tables=tables,
+                table_address=block.address + size, shared=self._shared)
+            layers = [
+                device.transport.memory_read(layer._descriptor.address, ENTRY_BYTES).tobytes()
+                for layer in (plane, self.experts)]
+            device.transport.memory_write(
+                block.address, layers[0] + encode(ROUTER, fields) + layers[1] + table)
+        except BaseException:
+            block.free()
+            raise
+        return block
+
+    def _free(self) -> None:
+        for task in self._tasks:
+            task.block.free()
 
     @property
     def device(self) -> Device:
         """Where it lives."""
         return self._device
 
-    def __call__(self, x: Tensor) -> Any:
+    @property
+    def routers(self) -> tuple[Router, ...]:
+        """By task."""
+        return tuple(task.router for task in self._tasks)
+
+    @property
+    def router(self) -> Router:
+        """That of task 0."""
+        return self._tasks[0].router
+
+    def __call__(self, x: Tensor, *, task: int = 0) -> Any:
         """Return y, (T, H), as x is: its experts and the shared ones, weighted and summed exactly.
+
+        Parameters
+        ----------
+        x : float tensor, (T, H)
+        task : :class:`int`
+            Whose router chooses, where the layer has several; another one than that of the call
+            before costs nothing.
 
         Raises
         ------
-        InvalidTensor
+        InvalidTensor, InvalidOption
             Before anything is sent.
         NonFiniteInput
             If x or a logit is NaN or infinite; it names the token.
@@ -191,35 +272,67 @@ class Moe:
         OutOfDeviceMemory
             If not even the buffers of one token fit.
         """
-        return self.compute(x)[0]
+        return self.compute(x, task=task)[0]
 
-    def compute(self, x: Tensor) -> tuple[Any, Any, Any]:
+    def compute(self, x: Tensor, *, task: int = 0) -> tuple[Any, Any, Any]:
         """Return y, and the ids and weights that x was routed by, as :meth:`route` has them; of one
         command.
 
-        Errors are those of a call.
+        Parameters and errors are those of a call.
         """
-        if self.router.settings.weight_on_kind is WeightOn.INPUT:
-            ids, weights, y = self._weighted(x)
+        chosen = self._task(task)
+        if chosen.router.settings.weight_on_kind is WeightOn.INPUT:
+            ids, weights, y = self._weighted(x, chosen)
         else:
-            ids, weights, y = self._call(x, compute=True)
+            ids, weights, y = self._submit(x, chosen, compute=True).result()
         return (y, *_like(x, ids, weights))
 
-    def route(self, x: Tensor) -> tuple[Any, Any]:
+    def submit(self, x: Tensor, *, task: int = 0) -> Pending:
+        """Send a call to the device and return a handle for :meth:`sync`; otherwise as a call.
+
+        Raises
+        ------
+        InvalidOption
+            With weights on the input, too: the host multiplies x by them, between two commands.
+        """
+        chosen = self._task(task)
+        if chosen.router.settings.weight_on_kind is WeightOn.INPUT:
+            raise InvalidOption("weight_on must be 'output' for submit, not 'input': the host "
+                                "multiplies x between two commands; call the layer")
+        return self._submit(x, chosen, compute=True)
+
+    def sync(self, handle: Pending) -> Any:
+        """Wait for what :meth:`submit` has sent and return y, (T, H); once.
+
+        Raises
+        ------
+        HandleConsumed
+            The second time. Otherwise as a call.
+        """
+        return handle.result()[2]
+
+    def route(self, x: Tensor, *, task: int = 0) -> tuple[Any, Any]:
         """Return ids, (T, k) int64, and weights, (T, k) float32, that x is routed by.
 
         Shared experts are not among them. Errors are those of a call.
         """
-        ids, weights, _ = self._call(x, compute=False)
+        ids, weights, _ = self._submit(x, self._task(task), compute=False).result()
         return _like(x, ids, weights)
 
-    def _weighted(self, x: Tensor) -> tuple[NDArray[np.int32], NDArray[np.float32], Any]:
+    def _task(self, task: int) -> _Task:
+        if not isinstance(task, int) or not 0 <= task < len(self._tasks):
+            raise InvalidOption(f"task must be from 0 to {len(self._tasks) - 1}, of the routers of "
+                                f"this layer, not {task!r}")
+        return self._tasks[task]
+
+    def _weighted(self, x: Tensor, task: _Task
+                  ) -> tuple[NDArray[np.int32], NDArray[np.float32], Any]:
         """Return ids, weights and y where weights multiply x (Llama 4): the host does it, between
         two calls.
 
         Shared experts take x as it is, and are added in float32.
         """
-        ids, weights, _ = self._call(x, compute=False)
+        ids, weights, _ = self._submit(x, task, compute=False).result()
         rows = float32("x", x)
         tokens = len(rows)
         if not self._shared:
@@ -228,7 +341,7 @@ class Moe:
         # x times the weight goes to the one chosen, x itself to the shared ones.
         pairs = np.full((2 * tokens, self._shared), -1, np.int32)
         pairs[:tokens, :1] = ids
-        pairs[tokens:] = self.router.settings.experts + np.arange(self._shared)
+        pairs[tokens:] = task.router.settings.experts + np.arange(self._shared)
         y = self.experts._call(self.experts._submit(
             np.concatenate([rows * weights, rows]), pairs, np.ones(pairs.shape, np.float32),
             2 * tokens, self._shared))
@@ -237,10 +350,11 @@ class Moe:
     def close(self) -> None:
         """Free the device memory; a second call does nothing."""
         self.experts.close()
-        self._plane.close()
-        if self._block is not None and not self._device.closed:
-            self._block.free()
-        self._block = None
+        for task in self._tasks:
+            task.plane.close()
+        if not self._closed and not self._device.closed:
+            self._free()
+        self._closed = True
 
     def __enter__(self) -> Self:
         return self
@@ -250,11 +364,11 @@ class Moe:
         self.close()
 
     # -- commands ----------------------------------------------------------------------------------
-    def _call(self, x: Tensor, *, compute: bool
-              ) -> tuple[NDArray[np.int32], NDArray[np.float32], Any]:
-        if self._block is None:
+    def _submit(self, x: Tensor, task: _Task, *, compute: bool) -> Pending:
+        """Send a call whose result is ids and weights without shared experts, and y."""
+        if self._closed:
             raise DeviceClosed("layer must not be used after it was closed; load it again")
-        d_model = self._plane.shape.d_in
+        d_model = task.plane.shape.d_in
         tokens, found = shape_of("x", x, "T", str(d_model))
         if found != d_model:
             raise InvalidTensor(
@@ -262,64 +376,47 @@ class Moe:
         values = elements("x", x)
         rows = np.zeros((tokens, whole_blocks(d_model)), values.dtype)
         rows[:, :d_model] = values
-        top_k = self.router.settings.top_k
+        settings = task.router.settings
+        top_k = settings.top_k
         ids, weights = np.zeros((tokens, top_k), np.int32), np.zeros((tokens, top_k), np.float32)
         y: Any = np.zeros((tokens, d_model), values.dtype)
         config = self._device.config
         most = min(config.max_tokens, config.max_assignments // (top_k + self._shared))
-        routing.check_tokens(self.router.settings, tokens, most)
-        first, cycles = 0, 0
-        while first < tokens:
-            part = slice(first, min(first + most, tokens))
-            try:
-                cycles += self._send(rows[part], ids[part], weights[part],
-                                     y[part] if compute else None, first)
-            except OutOfDeviceMemory:
-                most = (part.stop - first) // 2
-                if not most or self.router.settings.capacity is not None:
-                    raise
-            else:
-                first = part.stop
-        self._device._last_cycles = cycles
-        return ids, weights, Like.of(x)(y)
+        routing.check_tokens(settings, tokens, most)
+        like = Like.of(x)
+        parts = send_parts(
+            self._device, tokens, most, lambda part: self._send(
+                task, rows[part], ids[part], weights[part], y[part] if compute else None,
+                part.start), together=settings.capacity is not None)
+        return Pending(self._device, parts, lambda: (ids, weights, like(y)))
 
-    def _send(self, x: NDArray[Any], ids: NDArray[np.int32], weights: NDArray[np.float32],
-              y: NDArray[Any] | None, first: int) -> int:
-        """Send the command of one part, take what it wrote, and return its cycles."""
-        device, block = self._device, self._block
-        assert block is not None
+    def _send(self, task: _Task, x: NDArray[Any], ids: NDArray[np.int32],
+              weights: NDArray[np.float32], y: NDArray[Any] | None, first: int) -> Sent:
+        """Send the command of some tokens."""
+        device, settings = self._device, task.router.settings
         tokens, width = x.shape
-        slots = self.router.settings.top_k + self._shared
-        widest = max(width, whole_blocks(self.router.settings.outputs))
+        slots = settings.top_k + self._shared
+        widest = max(width, whole_blocks(settings.outputs))
         sizes = [x.nbytes, 4 * tokens * slots, 4 * tokens * slots, x.nbytes, 8 * tokens * widest]
         *at, end = offsets(sizes)
         buffers = device.memory.allocate(end, top=True)
         opcode = Opcode.MOE_ROUTE if y is None else Opcode.MOE
-        command = Command(opcode.name, (
-            block, *(part for layer in (self._plane, self.experts)
-                     for part in (layer._images, layer._descriptor))),
-            buffers=buffers, first_token=first)
         addresses = dict(zip(("x_address", "ids_address", "weights_address", "y_address",
                               "workspace_address"),
                              (buffers.address + offset for offset in at), strict=True))
         kind = int(element_type(x))
-        try:
-            device.transport.memory_write(
-                addresses["x_address"], np.ascontiguousarray(x).view(np.uint8).reshape(-1))
-            device.submit({
+        return Sent(
+            device, opcode.name, {
                 "opcode": int(opcode), "tokens": tokens, "top_k": slots, "x_type": kind,
-                "y_type": kind, "layer_address": block.address, **addresses}, command)
-            done = device.wait(command)
-            if error := command.error():
-                raise error
-            self._take_results(buffers.address, at, ids, weights, y)
-            return done.cycles
-        finally:
-            command.give_back()
-            if command.completion is None and command not in device.in_flight:
-                buffers.free()
+                "y_type": kind, "layer_address": task.block.address, **addresses},
+            buffers=buffers,
+            inputs={buffers.address: np.ascontiguousarray(x).view(np.uint8).reshape(-1)},
+            take=lambda: self._take_results(buffers.address, at, ids, weights, y),
+            keep=(task.block, *(part for layer in (task.plane, self.experts)
+                                for part in (layer._images, layer._descriptor))),
+            first_token=first)
 
-    def _take_results(self, base: int, at: list[int], ids: NDArray[np.int32],
+    def _take_results(self, base: int, at: Sequence[int], ids: NDArray[np.int32],
                       weights: NDArray[np.float32], y: NDArray[Any] | None) -> None:
         """Read what the command wrote, at once."""
         begin, stop = at[1], at[3] if y is None else at[4]
@@ -375,16 +472,18 @@ class Routes:
         """
         return routing.route(cast("Device", self), router, logits, resident=resident)
 
-    def load_moe(self, router: Router, gate_up: Stack, down: Stack, *,
+    def load_moe(self, router: Router | Sequence[Router], gate_up: Stack, down: Stack, *,
                  shared: GatedShared | None = None, **options: Any) -> Moe:
         """Put a layer with its router into memory: ``moe(x)`` routes and computes on the device.
 
         Parameters
         ----------
-        router, gate_up, down, shared, **options
-            A :class:`moeaccel.host.Router` with a weight, (E, H); as in :meth:`load_experts`, but
-            that a shared expert may have a gate, (H,), behind its two matrices: its weight is the
-            sigmoid of that times x.
+        router : :class:`moeaccel.host.Router`, or a sequence of them
+            With a weight, (E, H). Several are for the same experts (M3ViT, one for each task):
+            ``moe(x, task=1)`` is routed by the second.
+        gate_up, down, shared, **options
+            As in :meth:`load_experts`, but that a shared expert may have a gate, (H,), behind its
+            two matrices: its weight is the sigmoid of that times x.
 
         Raises
         ------

@@ -9,13 +9,8 @@ from numpy.typing import NDArray
 
 from moeaccel.config import PRESETS, AcceleratorConfig
 from moeaccel.formats import whole_blocks
-from moeaccel.host.errors import (
-    InvalidOption,
-    InvalidTensor,
-    LimitExceeded,
-    OutOfDeviceMemory,
-)
-from moeaccel.host.rings import Command
+from moeaccel.host.calls import Pending, Sent, send_parts
+from moeaccel.host.errors import InvalidOption, InvalidTensor, LimitExceeded
 from moeaccel.host.staging import offsets
 from moeaccel.host.tensors import Like, Tensor, float32, is_torch, shape_of
 from moeaccel.interface.commands import ENTRY_BYTES, ROUTER, Opcode, encode
@@ -32,7 +27,7 @@ from moeaccel.router.settings import (
 if TYPE_CHECKING:
     from moeaccel.host.device import Device
 
-__all__ = ["Router", "check_router", "check_tokens", "route", "settings_of"]
+__all__ = ["Router", "check_router", "check_tokens", "route", "settings_of", "submit"]
 
 
 class Router:
@@ -172,6 +167,12 @@ def settings_of(router: Router) -> RouterSettings:
 def route(device: Device, router: Router, logits: Tensor, *, resident: Tensor | None = None
           ) -> tuple[Any, Any]:
     """Route by logits; :meth:`moeaccel.host.Device.route`."""
+    return submit(device, router, logits, resident=resident).result()
+
+
+def submit(device: Device, router: Router, logits: Tensor, *, resident: Tensor | None = None
+           ) -> Pending:
+    """Send what :func:`route` waits for."""
     settings = settings_of(router)
     settings.check_given(resident=resident)
     check_router(device.config, settings)
@@ -200,57 +201,46 @@ def route(device: Device, router: Router, logits: Tensor, *, resident: Tensor | 
     weights = np.zeros((tokens, slots), np.float32)
     most = min(device.config.max_tokens, device.config.max_assignments // slots)
     check_tokens(settings, tokens, most)
-    first = 0
-    cycles = 0
-    while first < tokens:
-        part = slice(first, min(first + most, tokens))
-        try:
-            cycles += _send(device, fields, table, rows[part], ids[part], weights[part], first)
-        except OutOfDeviceMemory:
-            most = (part.stop - first) // 2
-            if not most or settings.capacity is not None:
-                raise
-        else:
-            first = part.stop
-    device._last_cycles = cycles
-    like = Like.of(logits)
-    places: Any = ids.astype(np.int64)
-    if is_torch(logits):
-        import torch
+    parts = send_parts(
+        device, tokens, most, lambda part: _send(
+            device, fields, table, rows[part], ids[part], weights[part], part.start),
+        together=settings.capacity is not None)
 
-        places = torch.from_numpy(places).to(logits.device)
-    return places, like(weights)
+    def collect() -> tuple[Any, Any]:
+        like = Like.of(logits)
+        places: Any = ids.astype(np.int64)
+        if is_torch(logits):
+            import torch
+
+            places = torch.from_numpy(places).to(logits.device)
+        return places, like(weights)
+
+    return Pending(device, parts, collect)
 
 
 def _send(device: Device, fields: dict[str, int], table: NDArray[np.uint8],
           rows: NDArray[np.float32], ids: NDArray[np.int32], weights: NDArray[np.float32],
-          first: int) -> int:
-    """Route one command's tokens, and return its cycles."""
+          first: int) -> Sent:
+    """Send the command of some tokens."""
     sizes = [ENTRY_BYTES, table.nbytes, rows.nbytes, ids.nbytes, weights.nbytes]
     *at, end = offsets(sizes)
     buffers = device.memory.allocate(end, top=True)
-    command = Command(Opcode.ROUTE.name, buffers=buffers, first_token=first)
     base = buffers.address
-    try:
-        here = {"table_address": base + at[1] if table.size else 0}
-        data = np.zeros(at[3], np.uint8)
-        data[:ENTRY_BYTES] = np.frombuffer(encode(ROUTER, fields | here), np.uint8)
-        for array, offset in ((table, at[1]), (rows, at[2])):
-            data[offset : offset + array.nbytes] = array.reshape(-1).view(np.uint8)
-        device.transport.memory_write(base, data)
-        device.submit({
-            "opcode": int(Opcode.ROUTE), "tokens": len(rows), "top_k": ids.shape[1],
-            "layer_address": base, "x_address": base + at[2],
-            "ids_address": base + at[3], "weights_address": base + at[4]}, command)
-        done = device.wait(command)
-        if error := command.error():
-            raise error
+    here = {"table_address": base + at[1] if table.size else 0}
+    data = np.zeros(at[3], np.uint8)
+    data[:ENTRY_BYTES] = np.frombuffer(encode(ROUTER, fields | here), np.uint8)
+    for array, offset in ((table, at[1]), (rows, at[2])):
+        data[offset : offset + array.nbytes] = array.reshape(-1).view(np.uint8)
+
+    def take() -> None:
         raw = device.transport.memory_read(base + at[3], end - at[3])
         ids[:] = raw[: ids.nbytes].view("<i4").reshape(ids.shape)
         start = at[4] - at[3]
         weights[:] = raw[start : start + weights.nbytes].view("<f4").reshape(weights.shape)
-        return done.cycles
-    finally:
-        command.give_back()
-        if command.completion is None and command not in device.in_flight:
-            buffers.free()
+
+    return Sent(
+        device, Opcode.ROUTE.name, {
+            "opcode": int(Opcode.ROUTE), "tokens": len(rows), "top_k": ids.shape[1],
+            "layer_address": base, "x_address": base + at[2], "ids_address": base + at[3],
+            "weights_address": base + at[4]},
+        buffers=buffers, inputs={base: data}, take=take, first_token=first)

@@ -5,6 +5,7 @@ A case is data: drawn from a seed, printed as JSON, read back, and made smaller 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import random
@@ -22,6 +23,7 @@ from moeaccel.grid import GRID_EXPONENTS
 from moeaccel.image import ExpertShape, Section
 from moeaccel.sim.cosim.memory import CHANNELS, MemoryModel, StallModel
 from moeaccel.sim.errors import SimulationError
+from moeaccel.sim.routed import Routed, draw_routed
 
 MEMORY_BYTES = 1 << 24
 PROMPT = MemoryModel(size=MEMORY_BYTES, read_latency=1, write_latency=1, check_unwritten=True)
@@ -85,7 +87,9 @@ class Call:
     experts : int
         Of the layer; 0: a matrix (GEMM).
     ids : tuple of tuple of int
-        Experts of each token; of a matrix an empty tuple for each.
+        Experts of each token; of a matrix, and where the device routes, an empty tuple for each.
+    routed : Routed, optional
+        How the device routes (MOE, ROUTE).
     weight_format : str
     kinds : tuple of Kind
         Of the experts, in turn, instead of ``d_other`` and ``weight_format``; empty: all alike.
@@ -104,6 +108,7 @@ class Call:
     ids: tuple[tuple[int, ...], ...] = ((0,),)
     weight_format: str = "int4_g32"
     kinds: tuple[Kind, ...] = ()
+    routed: Routed | None = None
     activation_bits: int = 8
     grid_exponent: int = -24
     nan: int = -1
@@ -126,6 +131,16 @@ class Call:
             raise ValueError(f"end must be one of {', '.join(map(repr, ENDS))}, not {self.end!r}")
         if not self.ids or len({len(row) for row in self.ids}) != 1:
             raise ValueError(f"ids must be rows of equal length, not {self.ids!r}")
+        if self.routed is not None:
+            self.routed.settings(self.experts)
+            if self.ids[0]:
+                raise ValueError(
+                    f"ids must be empty rows where the device routes, not {self.ids!r}")
+
+    @property
+    def every_expert(self) -> range:
+        """The experts of the layer, with shared ones."""
+        return range(self.experts + (0 if self.routed is None else self.routed.shared))
 
     def kind_of(self, expert: int) -> Kind:
         """Return what an expert is like."""
@@ -146,7 +161,10 @@ class Call:
             down_format=weight_format(kind.down_format), activation=kind.activation,
             gated=kind.gated, limit=kind.limit, gate_up_biased=bool(kind.biases & 1),
             down_biased=bool(kind.biases & 2))
-            for kind in map(self.kind_of, range(self.experts))]
+            for kind in map(self.kind_of, self.every_expert)]
+        if self.routed is not None:
+            return self.routed.predict(config, shapes, experts=self.experts, tokens=len(self.ids),
+                                       d_in=self.d_in, planes=planes)
         return predict_experts(config, shapes, np.array(self.ids), self.experts, planes=planes)
 
 
@@ -230,6 +248,8 @@ def _call_fields(fields: dict[str, Any]) -> dict[str, Any]:
         made["ids"] = tuple(map(tuple, fields["ids"]))
     if "kinds" in fields:
         made["kinds"] = tuple(Kind(**kind) for kind in fields["kinds"])
+    if "routed" in fields:
+        made["routed"] = Routed(**fields["routed"])
     return made
 
 
@@ -248,7 +268,8 @@ def _differences(value: Any, default: Any) -> dict[str, Any]:
         one, other = getattr(value, field.name), getattr(default, field.name)
         if one != other:
             found[field.name] = (
-                _differences(one, other) if dataclasses.is_dataclass(one)
+                _differences(one, Routed()) if field.name == "routed"
+                else _differences(one, other) if dataclasses.is_dataclass(one)
                 else [_differences(kind, Kind()) for kind in one] if field.name == "kinds"
                 else one)
     return found
@@ -294,6 +315,8 @@ def draw_call(draw: random.Random, limits: AcceleratorConfig, *, least: int) -> 
         call = replace(call, ids=_draw_ids(draw, tokens, top_k, experts))
     if experts and draw.random() < 0.5:
         call = replace(call, kinds=tuple(_draw_kind(draw) for _ in range(draw.choice((1, 2, 3)))))
+    if experts and limits.router and draw.random() < 0.4:
+        call = replace(call, ids=((),) * tokens, **draw_routed(draw, limits))
     if draw.random() < 0.05:
         call = replace(call, nan=draw.randrange(tokens))
     while call.predict(limits).cycles > max(least, _LEAST_BUDGET):  # large in one way at a time
@@ -393,15 +416,23 @@ def smaller(case: Case) -> Iterator[Case]:
         if memory != PROMPT:
             yield with_memory(at, PROMPT)
     if case.config != "tiny":
-        yield replace(case, config="tiny")
+        with contextlib.suppress(ValueError):  # it may be too small
+            yield replace(case, config="tiny")
     for at, call in enumerate(case.calls):
-        yield from (with_call(at, **change) for change in _simpler_calls(call))
+        for change in _simpler_calls(call):
+            with contextlib.suppress(ValueError):  # a router that there is not
+                yield with_call(at, **change)
     for at, memory in enumerate(case.memories):
         yield from (with_memory(at, simpler) for simpler in _simpler_memories(memory))
 
 
 def _simpler_calls(call: Call) -> Iterator[dict[str, Any]]:
     plain = Call()
+    if call.routed is not None:
+        yield {"routed": None, "ids": ((0,),) * len(call.ids)}
+        for name, value in dataclasses.asdict(Routed()).items():
+            if getattr(call.routed, name) != value:
+                yield {"routed": replace(call.routed, **{name: value})}
     for end in ENDS[: ENDS.index(call.end)]:
         yield {"end": end, "after": call.after if end else 0}
     for name in ("nan", "grid_exponent", "kinds", "weight_format", "activation_bits", "d_in",
@@ -430,7 +461,10 @@ def _simpler_calls(call: Call) -> Iterator[dict[str, Any]]:
         span //= 2
     for k in range(len(ids[0]) if len(ids[0]) > 1 else 0):
         yield {"ids": tuple(row[:k] + row[k + 1 :] for row in ids)}
-    if call.experts > 1:
+    if call.experts > 1 and call.routed is not None:
+        yield {"experts": call.experts // 2}
+        yield {"experts": call.experts - 1}
+    elif call.experts > 1:
         yield {"experts": call.experts - 1,
                "ids": tuple(tuple(min(i, call.experts - 2) for i in row) for row in ids)}
     if call.after > 1:

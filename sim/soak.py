@@ -20,7 +20,9 @@ from moeaccel.errors import MoeAccelError
 from moeaccel.host import open_device
 from moeaccel.host.device import Device
 from moeaccel.host.errors import CommandAborted, CommandFailed
+from moeaccel.host.moe import LOGIT_GRID, Moe
 from moeaccel.host.transports.rtl import RtlTransport
+from moeaccel.host.weights import load_router_weight
 from moeaccel.image import Expert
 from moeaccel.interface.commands import Status
 from moeaccel.interface.registers import COUNTERS
@@ -28,6 +30,7 @@ from moeaccel.sim.cases import HARD_RESETS, MEMORY_BYTES, Call, Case, draw_case,
 from moeaccel.sim.cosim.accelerator import build_accelerator_model
 from moeaccel.sim.cosim.simulation import CoSimulation
 from moeaccel.sim.cosim.verilator import Model
+from moeaccel.sim.routed import LogitRoutes
 
 BUDGET = {"tiny": 400_000, "small": 120_000}
 """Cycles of a case, by configuration: about a second."""
@@ -128,11 +131,13 @@ def _load(device: Device, seed: int, at: int, call: Call) -> Any:
     rng = np.random.default_rng((seed, at, 0))
     options: dict[str, Any] = {
         "activation_bits": call.activation_bits, "grid_exponent": call.grid_exponent}
+    if call.routed is not None and call.routed.only:
+        return LogitRoutes(device, call.routed.router(call.experts, None, rng))
     if not call.experts:
         matrix = rng.standard_normal((call.d_other, call.d_in)).astype(np.float32)
         return device.load_linear(matrix, weight_format=call.weight_format, **options)
     layer = []
-    for expert in range(call.experts):
+    for expert in call.every_expert:
         kind = call.kind_of(expert)
         gate_up = rng.standard_normal(((1 + kind.gated) * kind.d_expert, call.d_in))
         gate_up /= np.sqrt(call.d_in)
@@ -143,16 +148,24 @@ def _load(device: Device, seed: int, at: int, call: Call) -> Any:
             gate_up, down, kind.weight_format, down_format=kind.down_format,
             activation=kind.activation, limit=kind.limit, gate_up_bias=biases[0],
             down_bias=biases[1]))
-    return device.load_quantised(layer, **options)
+    if call.routed is None:
+        return device.load_quantised(layer, **options)
+    loaded = device.load_quantised(
+        layer[: call.experts], shared=layer[call.experts :], **options)
+    weight = rng.standard_normal((call.experts, call.d_in)).astype(np.float32)
+    plane = load_router_weight(device, weight, grid_exponent=LOGIT_GRID)
+    return Moe(device, [call.routed.router(call.experts, weight, rng)], [plane], loaded)
 
 
 def _operands(seed: int, at: int, call: Call) -> tuple[NDArray[Any], ...]:
     rng = np.random.default_rng((seed, at, 1))
     ids = np.array(call.ids, np.int64)
-    x = rng.standard_normal((len(ids), call.d_in)).astype(np.float32)
+    routed = call.routed
+    width = call.experts if routed is not None and routed.only else call.d_in
+    x = rng.standard_normal((len(ids), width)).astype(np.float32)
     if 0 <= call.nan < len(x):
-        x[call.nan, call.d_in // 2] = np.nan
-    if not call.experts:
+        x[call.nan, width // 2] = np.nan
+    if not call.experts or routed is not None:
         return (x,)
     return x, ids, rng.standard_normal(ids.shape).astype(np.float32)
 

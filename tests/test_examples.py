@@ -47,6 +47,8 @@ def test_hugging_face(printed):
     out = printed("hugging_face")
     assert 0 < float(re.search(r"off by ([\d.]+)%", out)[1]) < 2
     assert "2 layers on golden" in out and "10 commands" in out  # five forward passes
+    routed = re.search(r"device: model.layers.0.mlp, model.layers.1.mlp; .* by ([\d.]+)%", out)
+    assert float(routed[1]) < 0.1
 
 
 def test_counters(printed):

@@ -107,7 +107,7 @@ class CommandProcessor(wiring.Component):
     o_engine_reset : :py:`Out(1)`
         Resets everything behind ``o_job``, streams to the port included. A register, 1 after reset.
     progress : :py:`In(1)`
-        Something moved: a beat of the port, a step of the array.
+        Something moved: a beat of the port, a step of the array or of the router.
     flush, clear_faults : :py:`Out(1)`
     idle, fault_window, fault_bus, fault_address : :py:`In`
         Of MemoryPort, under its names.
@@ -129,7 +129,7 @@ class CommandProcessor(wiring.Component):
         With an expert buffer, a pulse: what it holds may not be what memory has, or is not wanted.
     count_commands, count_tokens, count_overflows, count_underflows : :py:`Out`
         For Counters, one cycle each: a completion has been written; tokens, overflows and
-        underflows of a job that has run to its end.
+        underflows of a command that was not ended, by an abort, say, and met no fault of memory.
     """
 
     def __init__(self, config):
@@ -418,10 +418,10 @@ class CommandProcessor(wiring.Component):
             m.d.comb += go(State.WRITE)
             with m.If(w.product | w.routes):
                 m.d.sync += w.of_logits.eq(w.result.overflows != 0)
-            with m.If(self.fault_window):
-                m.d.sync += w.status.eq(Status.WINDOW)
-            with m.Elif(self.fault_bus):
-                m.d.sync += w.status.eq(Status.BUS_ERROR)
+            with m.If(self.fault_window | self.fault_bus):
+                # It has gone on without what it did not get: its numbers mean nothing.
+                m.d.sync += [w.status.eq(Mux(self.fault_window, Status.WINDOW, Status.BUS_ERROR)),
+                             w.ran.eq(0)]
             with m.Elif(w.result.bad_expert):
                 m.d.sync += w.status.eq(Status.BAD_EXPERT)
             with m.Elif(w.product | (w.moe & w.routes & (w.opcode == Opcode.MOE))):

@@ -42,6 +42,8 @@ class Capacity(wiring.Component):
         ``i_form.top_k`` for each token.
     o_done : :py:`Out(1)`
         It is known who is left.
+    o_moves : :py:`Out(1)`
+        It counts, or walks, without anybody else's doing; that ends by itself.
     i_next, o_left : :py:`In(1)`, :py:`Out(1)`
         Asks for the next pair, from token 0's first on; the answer, a cycle later. With ``o_done``.
     """
@@ -60,6 +62,7 @@ class Capacity(wiring.Component):
             "i_start": In(1),
             "i_pair": In(stream.Signature(layouts.routed_pair(config))),
             "o_done": Out(1),
+            "o_moves": Out(1),
             "i_next": In(1),
             "o_left": Out(1),
         })
@@ -95,6 +98,7 @@ class Capacity(wiring.Component):
             left.eq(walked.some & (count < form.capacity)),
         ]
         m.d.sync += [other.eq(order_r.data), count.eq(counts_r.data)]
+        m.d.comb += self.o_moves.eq(~self.o_done & ~self.i_pair.ready)
 
         def walk():
             m.d.sync += [token.eq(0), first.eq(0), rank.eq(0)]

@@ -17,7 +17,7 @@ __all__ = ["Dropper"]
 
 
 class Dropper(wiring.Component):
-    """Drop chosen experts: golden model, `_weights` of :mod:`moeaccel.golden.router`.
+    """Drop chosen experts: golden model, `_kept` of :mod:`moeaccel.golden.router`.
 
     ::
 

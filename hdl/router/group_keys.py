@@ -18,7 +18,7 @@ _LEAST = -(1 << (WORD_BITS - 1))
 class GroupKeys(wiring.Component):
     """Make a key of each group, of the keys of its experts: the largest, or the sum of two.
 
-    Golden model: `_select` of :mod:`moeaccel.golden.router`. Keys come in the order of the experts.
+    Golden model: `_group_keys` of :mod:`moeaccel.golden.router`. Keys come in the order of experts.
 
     A key is compared while the one before it is taken, with what will be the largest then, as by
     :class:`~moeaccel.hdl.router.top_selector.TopSelector`.

@@ -53,6 +53,8 @@ class RouteUnit(wiring.Component):
         Pulse for each logit beyond its range.
     o_nonfinite, o_token : :py:`Out(1)`, :py:`Out(layouts.token_bits(config))`
         A logit is NaN or infinite; the first token with one. From ``o_idle`` to ``i_start``.
+    o_moves : :py:`Out(1)`
+        It was at work in the cycle before, also where memory is not asked for anything.
     o_pairs : :py:`Out(layouts.pair_beat(config))`
         What goes to memory, for who needs it at once.
     reader : :py:`Out(layouts.ReadClientSignature(config))`
@@ -71,6 +73,7 @@ class RouteUnit(wiring.Component):
             "o_saturated": Out(1),
             "o_nonfinite": Out(1),
             "o_token": Out(layouts.token_bits(config)),
+            "o_moves": Out(1),
             "o_pairs": Out(layouts.pair_beat(config)),
             "reader": Out(layouts.ReadClientSignature(config)),
             "writer": Out(layouts.WriteClientSignature(config)),
@@ -94,7 +97,8 @@ class RouteUnit(wiring.Component):
             self.o_pairs.data.eq(self.writer.data.payload),
         ]
         table, residents = table_units(config, job)
-        counting, counted = self._sweeps(m, router, pairs)
+        counting, counted, walking = self._sweeps(m, router, pairs)
+        m.d.sync += self.o_moves.eq(router.o_moves | walking)
         outputs, shared = layouts.router_outputs(config, job.form), job.form.shared
         if "gates" in config.router_modes:  # then the router makes the pairs of shared experts
             shared = Mux(job.form.gates == Gates.NONE, shared, 0)
@@ -196,12 +200,12 @@ class RouteUnit(wiring.Component):
     def _sweeps(self, m, router, pairs):
         """Hand pairs on; with a capacity, those of a first sweep to who counts them.
 
-        Return whether it is that sweep, and whether it has ended.
+        Return whether it is that sweep, whether it has ended, and whether its pairs are counted.
         """
         counting, counted = Signal(), Signal()
         if "capacity" not in self._config.router_modes:
             wiring.connect(m, router=router.o_pair, pairs=pairs.i_pair)
-            return counting, counted
+            return counting, counted, C(0)
         job = self.i_job
         m.submodules.capacity = capacity = Capacity(self._config)
         capped = job.form.capacity != 0
@@ -219,4 +223,4 @@ class RouteUnit(wiring.Component):
         ]
         with m.If(self.i_start):
             m.d.sync += counting.eq(capped)
-        return counting, counted
+        return counting, counted, capacity.o_moves

@@ -97,6 +97,8 @@ class TokenRouter(wiring.Component):
         ``i_form.top_k`` for each token.
     o_idle : :py:`Out(1)`
         No token has been begun.
+    o_moves : :py:`Out(1)`
+        A logit of a pass is read.
     """
 
     def __init__(self, config, family="generic"):
@@ -120,6 +122,7 @@ class TokenRouter(wiring.Component):
             "o_saturated": Out(1),
             "o_pair": Out(stream.Signature(layouts.routed_pair(config))),
             "o_idle": Out(1),
+            "o_moves": Out(1),
         })
 
     def elaborate(self, platform):
@@ -202,6 +205,7 @@ class TokenRouter(wiring.Component):
             some.eq(Mux(of_chosen, selector.o_some.bit_select(place, 1),
                         ~(w.mixes & w.second & (w.at == selector.o_ids[0])))),
         ]
+        m.d.comb += self.o_moves.eq(w.feeding)
         with m.If(w.feeding):
             m.d.sync += w.at.eq(Mux(w.at_last, 0, w.at + 1))
             with m.If(w.at_last):

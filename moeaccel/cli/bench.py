@@ -95,18 +95,18 @@ def decode(
     latency: Latency = MEMORY_LATENCY_CYCLES,
     memory: Memory = MemoryKind.IDEAL,
     router: Annotated[bool, typer.Option(
-        "--router", help="With the model's router on the device, from x to y; a preset without a "
-                         "router gets the model's score.")] = False,
+        "--router", help="With the model's router and shared experts on the device, from x to y; "
+                         "a preset without them gets the model's score and modes.")] = False,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Run MoE layers for a few tokens: memory is the limit."""
     chosen = _config(config, channels)
-    if router and not chosen.router:
+    if router:
+        from moeaccel.host.benchmark_checks import routed_config
         from moeaccel.zoo import model as find_model
 
-        score = find_model(model).router.score
-        chosen = chosen.replace(name=f"{chosen.name}, {score} router", router=(score,))
+        chosen = routed_config(find_model(model), chosen, tokens=tokens)
     setting = _Setting(
         weight_format=weight_format, device=device, config=chosen,
         activation_bits=int(activation_bits), io=io, latency=latency, memory=memory, seed=seed)
@@ -178,22 +178,34 @@ def edge_moe(
     io: Io = IoKind.BFLOAT16,
     latency: Latency = MEMORY_LATENCY_CYCLES,
     memory: Memory = MemoryKind.IDEAL,
+    router: Annotated[bool, typer.Option(
+        "--router", help="With its router on the device, from x to y.")] = False,
+    tasks: Annotated[int, typer.Option(
+        min=1, max=16, help="Routers for the same experts, of which each call names one (M3ViT); "
+                            "more than one with --router.")] = 1,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Run a layer of small experts, Edge-MoE's: the rounding of results is the limit.
 
-    129 tokens, d 192, 16 experts with 384 hidden elements, top-2, GELU, biases, without the
-    router, in mxint8 and a8 on 256 multipliers behind 32 bytes a cycle.
+    129 tokens, d 192, 16 experts with 384 hidden elements, top-2, GELU, biases, in mxint8 and a8 on
+    256 multipliers behind 32 bytes a cycle. With several tasks, `task_cycles` are those of a call
+    behind one of the same task, and behind one of another.
     """
-    from moeaccel.host.benchmark import EDGE_MOE, bench_edge_moe
+    from moeaccel.host.benchmark import BenchmarkError
+    from moeaccel.host.benchmark_moe import EDGE_MOE, bench_edge_moe
 
+    config = EDGE_MOE.replace(results_per_cycle=results_per_cycle)
+    if router:
+        config = config.replace(name=f"{config.name}, softmax router", router=("softmax",))
+    elif tasks > 1:
+        raise BenchmarkError(f"tasks must be 1 without --router, not {tasks}: each has a router of "
+                             "its own")
     setting = _Setting(
-        weight_format="mxint8", device=device,
-        config=EDGE_MOE.replace(results_per_cycle=results_per_cycle), activation_bits=8, io=io,
+        weight_format="mxint8", device=device, config=config, activation_bits=8, io=io,
         latency=latency, memory=memory, seed=seed)
     with Status(as_json) as status, setting.opened(status) as bench:
-        result = bench_edge_moe(bench)
+        result = bench_edge_moe(bench, tasks=tasks if router else 0)
     _print([result.as_dict()], as_json)
 
 
@@ -343,15 +355,16 @@ class _Setting:
 
 def _experts(what: str, model: str, setting: _Setting, *, layers: int, tokens: int, routing: str,
              as_json: bool) -> None:
-    from moeaccel.host.benchmark import bench_experts, bench_moe
+    from moeaccel.host.benchmark import bench_experts
     from moeaccel.host.benchmark_checks import check_experts, check_routed
+    from moeaccel.host.benchmark_moe import bench_moe
     from moeaccel.zoo import model as find_model
 
     found = find_model(model)
     check_experts(found, setting.config, weight_format_name=setting.weight_format, tokens=tokens,
                   kind=routing)
     if what == "moe":
-        check_routed(found, setting.config, tokens=tokens)
+        check_routed(found, setting.config, weight_format_name=setting.weight_format, tokens=tokens)
     results = []
     with Status(as_json) as status, setting.opened(status) as bench:
         for layer in range(layers):

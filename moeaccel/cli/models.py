@@ -31,15 +31,15 @@ app = typer.Typer(cls=_ListByDefault, help=(
 
 @app.command("list")
 def list_models(
-    match: Annotated[str, typer.Argument(help="Only models whose name contains this.")] = "",
+    match: Annotated[str, typer.Argument(
+        help="Only models with this in a name of theirs; an error if there is none.")] = "",
     as_json: Json = False,
 ) -> None:
     """List published MoE models: sizes, routers, experts, and whether the device runs them."""
     from moeaccel.host.zoo.support import Supports
-    from moeaccel.zoo import models
+    from moeaccel.zoo import matching
 
-    found = [m for m in models().values()
-             if match.lower() in m.name.lower() or match.lower() in m.key]
+    found = matching(match)
     with Supports() as supports:
         rows = [(m, supports(m)) for m in found]
     if as_json:
@@ -75,6 +75,9 @@ def _print_models(rows: "list[tuple[Model, Support]]") -> None:
             missing.setdefault(reason, []).append(m.key)
     console = Console(highlight=False)
     console.print(table)
+    for m, _ in rows:
+        if m.aliases:
+            console.print(f"{m.key} is also {', '.join(m.aliases)}.")
     console.print(
         "width x h: input and hidden width of a routed expert; E/k: experts, and chosen of them; "
         "router: flavour, groups kept, scale (docs/models.md); runs: yes, where the device "
@@ -110,7 +113,7 @@ def verify(
     if survey:
         chosen = of_survey(chosen)
     verdicts = []
-    with Status(as_json) as status:
+    with Status(as_json, lines=True) as status:
         status("building the RTL")
         chip = equipped(config)
         with (open_device("golden", config=chip, memory_bytes=MEMORY_BYTES) as golden,
@@ -118,6 +121,7 @@ def verify(
             for m in chosen:
                 status(f"{len(verdicts) + 1} of {len(chosen)}: {m.key}")
                 verdicts.append(run(m, golden, rtl, seed=seed))
+                _say_what_is_wrong(status, verdicts[-1])
         if survey:
             from moeaccel.host.zoo.true_size import TrueSizes
 
@@ -125,12 +129,19 @@ def verify(
                 for i, m in enumerate(chosen):
                     status(f"true size, {i + 1} of {len(chosen)}: {m.key}")
                     verdicts[i] = sizes.added(verdicts[i], m)
+                    _say_what_is_wrong(status, verdicts[i])
     if as_json:
         print_json([verdict.as_dict() for verdict in verdicts])
     else:
         _print_verdicts(verdicts)
     if not all(verdict.ok for verdict in verdicts):
         raise typer.Exit(1)
+
+
+def _say_what_is_wrong(status: Status, verdict: "Verdict") -> None:
+    """At once, and not with the table at the end."""
+    if not verdict.ok:
+        status(f"{verdict.name} is not as it should be: {verdict.reason}")
 
 
 def _print_verdicts(verdicts: "list[Verdict]") -> None:

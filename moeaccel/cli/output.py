@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -74,13 +75,23 @@ def writing(path: Path) -> Iterator[None]:
 
 
 class Status:
-    """What is being done, on standard error; nothing with ``--json``, or without a terminal."""
+    """What is being done, on standard error; nothing with ``--json``, or without a terminal.
 
-    def __init__(self, as_json: bool) -> None:
+    Parameters
+    ----------
+    as_json : :class:`bool`
+    lines : :class:`bool`
+        Without a terminal each text is a line, with the seconds since the first: of what takes so
+        long that it is left alone, and looked at in a file.
+    """
+
+    def __init__(self, as_json: bool, *, lines: bool = False) -> None:
         from rich.console import Console
 
         shown = not as_json and sys.stderr.isatty()
         self._status = Console(stderr=True).status("") if shown else None
+        self._lines = lines and not as_json and not shown
+        self._begin = time.monotonic()
 
     def __enter__(self) -> Status:
         if self._status is not None:
@@ -101,3 +112,5 @@ class Status:
         """Say it."""
         if self._status is not None:
             self._status.update(text)
+        elif self._lines:
+            typer.echo(f"{time.monotonic() - self._begin:7.1f} s  {text}", err=True)

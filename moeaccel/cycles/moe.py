@@ -90,7 +90,7 @@ def predict_moe(
         np.tile(np.arange(MOE_PLANES), (tokens, 1)), MOE_PLANES, d_in=d_model, d_out=plane.rows,
         planes=2, latency=latency, gemm=True, x_type=io)
     routed = predict_route(config, settings, tokens, biased=biased, tables=tables,
-                           shared=top_k - settings.top_k, latency=latency)
+                           shared=top_k - settings.top_k - settings.shared, latency=latency)
     result = predict_command(config, experts, ids, num_experts, d_in=d_model, d_out=d_model,
                              planes=planes, latency=latency, x_type=io, y_type=io, held=True)
     return join(config, [product, routed, result], d_in=d_model, logits=plane.rows, d_out=d_model,

@@ -14,7 +14,8 @@ def zoo() -> list[str]:
     return table(
         ("model", "layers with experts", "d_model", "experts", "top-k", "expert", "router",
          "shared", "native type", "sizes from"), [
-            (f"`{m.key}`" + (" *" if m.survey else ""), _text(m.moe_layers), _text(m.d_model),
+            (", ".join(f"`{key}`" for key in (m.key, *m.aliases)) + (" *" if m.survey else ""),
+             _text(m.moe_layers), _text(m.d_model),
              _experts(m), _text(m.top_k), _expert(m), f"`{m.router.text}`", _shared(m),
              m.native_dtype, m.confidence)
             for m in models().values()])

@@ -235,11 +235,8 @@ def _select(s: Ints, scores: Ints, settings: RouterSettings, extra: Ints, biased
         prior = int(fixed(np.array(settings.prior), bits)[0])
         keys = _clipped(keys + np.where(preferred, prior, 0))
     if settings.grouped:
-        shape = (len(s), settings.groups, -1)
-        if settings.group_score_kind is GroupScore.MAX:
-            of_groups = keys.reshape(shape).max(axis=2)
-        else:
-            of_groups = np.sort(as_scores.reshape(shape), axis=2)[:, :, -2:].sum(axis=2)
+        of_groups = _group_keys(
+            keys if settings.group_score_kind is GroupScore.MAX else as_scores, settings)
         kept = np.zeros(of_groups.shape, bool)
         np.put_along_axis(kept, _top(of_groups, settings.keep_groups), True, axis=1)
         keys = np.where(np.repeat(kept, settings.experts // settings.groups, axis=1), keys, _OUT)
@@ -248,6 +245,32 @@ def _select(s: Ints, scores: Ints, settings: RouterSettings, extra: Ints, biased
         keys[np.arange(len(s)), s.argmax(axis=1)] = _FIRST
     chosen = _top(keys, settings.top_k)
     return np.where(np.take_along_axis(keys, chosen, 1) == _OUT, NONE, chosen)
+
+
+def _group_keys(keys: Ints, settings: RouterSettings) -> Ints:
+    """Return what groups are compared by, (T, groups), of the keys of their experts, (T, E)."""
+    each = np.sort(keys.reshape(len(keys), settings.groups, -1), axis=2)
+    most = 1 if settings.group_score_kind is GroupScore.MAX else 2
+    return each[:, :, -most:].sum(axis=2)
+
+
+def _kept(q: Ints, there: NDArray[np.bool_], settings: RouterSettings) -> NDArray[np.bool_]:
+    """Return which of the chosen threshold and top-p keep, (T, k).
+
+    Parameters
+    ----------
+    q : int64 array, (T, k)
+        Scores, 0 where there is none.
+    there : bool array, (T, k)
+    """
+    keep = there
+    if settings.threshold is not None:
+        keep = keep & ((q << PART_BITS) >= part(settings.threshold) * q[:, :1])
+    if settings.top_p is not None:
+        before = np.cumsum(q, axis=1) - q
+        keep = keep & ((before << PART_BITS)
+                       < part(settings.top_p) * q.sum(axis=1, keepdims=True))
+    return keep
 
 
 def _weights(s: Ints, scores: Ints, chosen: Ints, settings: RouterSettings, gates: Ints
@@ -261,13 +284,7 @@ def _weights(s: Ints, scores: Ints, chosen: Ints, settings: RouterSettings, gate
     else:
         scores = np.take_along_axis(scores, at, 1)
     q = np.where(there, scores, 0)
-    keep = there
-    if settings.threshold is not None:
-        keep = keep & ((q << PART_BITS) >= part(settings.threshold) * q[:, :1])
-    if settings.top_p is not None:
-        before = np.cumsum(q, axis=1) - q
-        keep = keep & ((before << PART_BITS)
-                       < part(settings.top_p) * q.sum(axis=1, keepdims=True))
+    keep = _kept(q, there, settings)
     if settings.capacity is not None:
         keep = within_capacity(np.where(keep, chosen, NONE), settings.capacity,
                                q[:, 0] if settings.capacity_order_kind is CapacityOrder.PRIORITY

@@ -16,8 +16,8 @@ from pathlib import Path
 from moeaccel.errors import MoeAccelError
 from moeaccel.zoo.schema import ExpertKind, Model, RouterKind, Shared, key_of, parse
 
-__all__ = ["ExpertKind", "Model", "RouterKind", "Shared", "UnknownModel", "model", "models",
-           "of_survey"]
+__all__ = ["ExpertKind", "Model", "RouterKind", "Shared", "UnknownModel", "matching", "model",
+           "models", "of_survey"]
 
 
 class UnknownModel(MoeAccelError, ValueError):
@@ -32,21 +32,42 @@ def models() -> dict[str, Model]:
 
 
 def model(name: str) -> Model:
-    """Return the model of that name, or of a Hugging Face repository.
+    """Return the model of that name, an alias or a Hugging Face repository.
 
     Raises
     ------
     UnknownModel
         With the nearest names.
     """
-    found = models().get(key_of(name)) or next(
-        (m for m in models().values() if m.hf_id == name), None
-    )
+    key = key_of(name)
+    found = models().get(key) or next(
+        (m for m in models().values() if key in m.aliases or m.hf_id == name), None)
     if found is None:
-        near = difflib.get_close_matches(key_of(name), models(), 3, 0.3)
-        raise UnknownModel(f"model must be one of `moeaccel models`, not {name!r}" + (
-            f"; did you mean {', '.join(near)}?" if near else ""))
+        raise _unknown(name)
     return found
+
+
+def matching(part: str) -> list[Model]:
+    """Return the models that have it in a name: their own, their key, an alias, their repository.
+
+    Raises
+    ------
+    UnknownModel
+        If there is none, with the nearest names.
+    """
+    low = part.lower()
+    found = [m for m in models().values()
+             if any(low in name.lower() for name in (m.name, m.key, *m.aliases, m.hf_id or ""))]
+    if not found:
+        raise _unknown(part)
+    return found
+
+
+def _unknown(name: str) -> UnknownModel:
+    names = [*models(), *(alias for m in models().values() for alias in m.aliases)]
+    near = difflib.get_close_matches(key_of(name), names, 3, 0.3)
+    return UnknownModel(f"model must be one of `moeaccel models`, not {name!r}" + (
+        f"; did you mean {', '.join(near)}?" if near else ""))
 
 
 def of_survey(chosen: Sequence[Model]) -> list[Model]:

@@ -274,6 +274,8 @@ class Model:
     ----------
     name, hf_id : :class:`str`
         Common name; Hugging Face repository.
+    aliases : tuple of :class:`str`
+        Keys of other names that it goes by.
     layers, moe_layers : :class:`int`, optional
         All, and those with routed experts.
     d_model : :class:`int`, optional
@@ -309,6 +311,7 @@ class Model:
     expert: ExpertKind
     native_dtype: str
     confidence: str
+    aliases: tuple[str, ...] = ()
     survey: bool = False
     shared: Shared | None = field(default=None)
     dense: int | None = None
@@ -317,6 +320,10 @@ class Model:
 
     def __post_init__(self) -> None:
         _among("confidence", self.confidence, ORIGINS)
+        object.__setattr__(self, "aliases", tuple(self.aliases))
+        for alias in self.aliases:
+            if key_of(alias) != alias or alias == self.key:
+                raise ZooError(f"aliases must be keys, and others than {self.key!r}, not {alias!r}")
         for name in ("layers", "moe_layers", "d_model", "n_experts", "top_k", "dense"):
             value = getattr(self, name)
             if not (value is None or (isinstance(value, int) and value > 0)):

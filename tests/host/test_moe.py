@@ -10,10 +10,12 @@ from moeaccel.golden.router_reference import route_float
 from moeaccel.host import Router, open_device
 from moeaccel.host.errors import (
     DeviceClosed,
+    HandleConsumed,
     InvalidOption,
     InvalidTensor,
     LimitExceeded,
     NonFiniteInput,
+    OutOfDeviceMemory,
 )
 from moeaccel.router.settings import RouterError
 
@@ -233,3 +235,83 @@ def test_a_device_without_a_router_says_so(layer):
     with open_device("golden", config="tiny") as device, pytest.raises(
             LimitExceeded, match="there is no router in config 'tiny'; presets that can: small, "):
         device.load_moe(Router(layer["weight"], top_k=2), layer["gate_up"], layer["down"])
+
+
+def test_several_routers_for_the_same_experts(device, layer):
+    """M3ViT: a call names the one of its task; each is as it would be alone."""
+    experts, x, free = (layer["gate_up"], layer["down"]), layer["x"], device.memory.free_bytes
+    routers = [Router(layer["weight"], top_k=4), Router(
+        layer["weight"][::-1].copy(), top_k=2, score="sigmoid", bias=np.linspace(-1, 1, E_))]
+    alone = []
+    for router in routers:
+        with device.load_moe(router, *experts, shared=layer["shared"]) as moe:
+            alone.append((moe(x), *moe.route(x)))
+    with device.load_moe(routers, *experts, shared=layer["shared"]) as moe:
+        assert moe.routers == tuple(routers) and moe.router is routers[0]
+        for task in (0, 1, 0, 1, 1):
+            found = moe(x, task=task), *moe.route(x, task=task)
+            assert all((one == other).all()
+                       for one, other in zip(found, alone[task], strict=True))
+        assert not (alone[0][0] == alone[1][0]).all()
+        for task in (2, -1, 1.0):
+            with pytest.raises(InvalidOption, match="task must be from 0 to 1, of the routers"):
+                moe(x, task=task)
+    with pytest.raises(InvalidTensor, match=r"router of task 1: down must have E = 15 experts, th"):
+        device.load_moe([routers[0], Router(layer["weight"][1:], top_k=2)], *experts)
+    with pytest.raises(LimitExceeded, match="router of task 1: threshold must be None without"):
+        device.load_moe([routers[0], Router(layer["weight"], top_k=2, threshold=0.5)], *experts)
+    with pytest.raises(InvalidTensor, match=r"router of task 1: weight must have the shape"):
+        device.load_moe([routers[0], Router(layer["weight"][:, 1:], top_k=2)], *experts)
+    with pytest.raises(InvalidOption, match="router must be at least one, not an empty sequence"):
+        device.load_moe([], *experts)
+    assert device.memory.free_bytes == free
+
+
+def test_calls_that_are_taken_later(device, layer):
+    """In any order; what nobody takes is given back."""
+    free, x = device.memory.free_bytes, layer["x"]
+    with device.load_moe(Router(layer["weight"], top_k=2), layer["gate_up"], layer["down"]) as moe:
+        inside, y = device.memory.free_bytes, moe(x)
+        handles = [moe.submit(x[first:]) for first in range(5)]
+        assert device.memory.free_bytes < inside
+        for first in (3, 0, 4, 1):
+            assert (moe.sync(handles[first]) == y[first:]).all()
+            assert handles[first].cycles >= 0
+        with pytest.raises(HandleConsumed, match="its result was already taken"):
+            moe.sync(handles[3])
+        x = x.copy()
+        x[1, 1] = np.inf
+        wrong = moe.submit(x)
+        with pytest.raises(NonFiniteInput, match="token 1 holds"):
+            moe.sync(wrong)
+        del handles[2]
+        moe(x[2:])
+        assert device.memory.free_bytes == inside
+        moe.submit(x[2:])
+    assert device.memory.free_bytes == free
+    with device.load_moe(Router(layer["weight"], top_k=1, score="sigmoid", weight_on="input"),
+                         layer["gate_up"], layer["down"]) as moe, pytest.raises(
+                             InvalidOption, match="weight_on must be 'output' for submit"):
+        moe.submit(x)
+
+
+def test_memory_for_a_few_tokens(layer):
+    """Calls become commands that fit; without room for one token they fail."""
+    x = layer["x"]
+    found = []
+    for size in (1 << 26, 1 << 18):
+        with open_device("golden", config=CONFIG, memory_bytes=size) as device:
+            with device.load_moe(Router(layer["weight"], top_k=2), layer["gate_up"],
+                                 layer["down"]) as moe:
+                full = []
+                if size < 1 << 26:
+                    full.append(device.memory.allocate(device.memory.free_bytes - 12_000))
+                before = device.counters()["commands"]
+                found.append((moe(x), device.counters()["commands"] - before))
+                if full:
+                    while device.memory.free_bytes >= 1024:
+                        full.append(device.memory.allocate(512))
+                    with pytest.raises(OutOfDeviceMemory):
+                        moe(x)
+    (y, few), (again, many) = found
+    assert (y == again).all() and many > few

@@ -13,9 +13,11 @@ from typer.testing import CliRunner
 from moeaccel.cli import app
 from moeaccel.config import PRESETS
 from moeaccel.cycles import Prediction
+from moeaccel.router.choices import Renormalize, Score
 from moeaccel.sim import MemoryModel, StallModel, cases, soak
 from moeaccel.sim.cases import PROMPT, Call, Case, Kind, afford, draw_case, shrink
 from moeaccel.sim.errors import SimulationError
+from moeaccel.sim.routed import Routed
 
 TARGETS = [("tiny", 1), ("small", 1), ("tiny", 4), ("small", 4)]
 
@@ -50,6 +52,9 @@ def test_cases_are_read_back():
     '{"calls":[{"kinds":[{"d_expert":0}]}],"memories":[{}]}',
     '{"calls":[{"kinds":[{"activation":"mish"}]}],"memories":[{}]}',
     '{"calls":[{"kinds":[{"d_expert":288}]}],"memories":[{}]}', '{"calls":[{"kinds":[1]}]}',
+    '{"calls":[{"ids":[[]],"routed":{"top_k":2}}],"memories":[{}]}',
+    '{"calls":[{"routed":{}}],"memories":[{}]}',
+    '{"calls":[{"ids":[[]],"routed":{"only":true,"shared":1}}],"memories":[{}]}',
     '{"calls":[{}],"memories":[{"read_latency":0}]}'])
 def test_what_is_no_case_is_refused(text):
     with pytest.raises(SimulationError, match="case must be a line that"):
@@ -63,6 +68,12 @@ def test_cases_have_everything():
     assert {call.weight_format for call in calls} == set(cases.FORMATS)
     assert {call.activation_bits for call in calls} == {8, 16}
     assert {call.end for call in calls} == set(cases.ENDS)
+    routers = [call.routed for call in calls if call.routed is not None]
+    assert {router.only for router in routers} == {True, False}
+    assert {router.score for router in routers} == {score.key for score in Score}
+    assert {router.renormalize for router in routers} == {one.key for one in Renormalize}
+    assert any(router.shared and router.keep_groups > 1 for router in routers)
+    assert any(call.end and call.routed for call in calls)
     kinds = [kind for call in calls for kind in call.kinds]
     assert {kind.activation for kind in kinds} == set(cases.ACTIVATIONS)
     assert {(k.weight_format, k.down_format) for k in kinds} == set(
@@ -98,8 +109,9 @@ def test_a_case_is_within_its_budget():
 def test_shrinking_finds_what_matters():
     """Whatever is drawn with a token without an expert and slow acknowledgements ends the same."""
     def fails(case):
-        return any(call.experts and any(all(not 0 <= i < call.experts for i in row)
-                                        for row in call.ids) for call in case.calls) and any(
+        return any(call.experts and call.routed is None and any(
+            all(not 0 <= i < call.experts for i in row) for row in call.ids)
+            for call in case.calls) and any(
             memory.stalls.b > 0 or memory.write_latency > 400 for memory in case.memories)
 
     found = {smallest(case, fails) for case in drawn(400) if fails(case)}
@@ -133,6 +145,17 @@ def test_shrinking_of_a_kind():
         call.kind_of(e).activation == "relu"
         for call in other.calls for row in call.ids for e in row if call.experts))
     assert found == Case(calls=(Call(kinds=(Kind(activation="relu"),)),))
+
+
+def test_shrinking_of_a_router():
+    """What is no router is left out on the way: two groups are more than one expert has."""
+    routed = Routed(top_k=3, score="sigmoid", renormalize="sum", groups=4, keep_groups=2,
+                    group_score="top2_sum", bias=True, shared=2)
+    case = Case(config="small", calls=(Call(d_in=96, experts=8, ids=((),) * 9, routed=routed),))
+    found = smallest(case, lambda other: any(
+        call.routed is not None and call.routed.groups > 1 for call in other.calls))
+    assert found == Case(calls=(Call(experts=4, ids=((),), routed=Routed(groups=4)),))
+    assert Case.from_json(found.to_json()) == found
 
 
 def test_a_mixed_layer_costs_about_its_parts():

@@ -11,10 +11,12 @@ from dataclasses import replace
 
 import pytest
 
+from moeaccel.config import PRESETS
 from moeaccel.sim import StallModel
 from moeaccel.sim.cases import ENDS, PROMPT, Call, Case, draw_case
 from moeaccel.sim.soak import check
 from tests.system.test_channels import TWO
+from tests.system.test_routing import CONFIG as ROUTER
 
 BUDGET = {"tiny": 40_000, "small": 12_000}
 """Cycles of a case: a fifth of a second."""
@@ -34,6 +36,14 @@ def hold(model_of, case):
 @pytest.mark.parametrize(("config", "channels", "seed"), SEEDS)
 def test_drawn(model_of, config, channels, seed):
     hold(model_of, draw_case(seed, config, channels, budget=BUDGET[config]))
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("seed", range(16))
+def test_drawn_with_a_router(monkeypatch, model_of, seed):
+    """MOE and ROUTE among the others, on the model that tests of the router have built."""
+    monkeypatch.setitem(PRESETS, "tiny", ROUTER)
+    hold(model_of, draw_case(seed, "tiny", 1, budget=BUDGET["tiny"]))
 
 
 SLOW = {

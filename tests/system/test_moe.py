@@ -82,7 +82,7 @@ class Call:
 
     def fields(self, **changes):
         return {"opcode": int(self.opcode), "tokens": len(self.x), "top_k": self.slots,
-                "layer_address": self.moe._block.address,
+                "layer_address": self.moe._tasks[0].block.address,
                 **{f"{name}_address": at for name, at in self.addresses.items()}, **changes}
 
     def results(self):
@@ -102,7 +102,7 @@ def three_commands(call):
     for at, values in ((0, np.tile(np.arange(2, dtype="<i4"), tokens)),
                        (room, np.ones(2 * tokens, "<f4"))):
         device.transport.memory_write(planes.address + at, values.view(np.uint8))
-    block, logits = moe._block.address, call.addresses["workspace"]
+    block, logits = moe._tasks[0].block.address, call.addresses["workspace"]
     sums = device.memory.allocate(8 * tokens * 64)
     for changes in (
             {"opcode": Opcode.EXPERTS, "top_k": 2, "layer_address": block, "y_address": logits,
@@ -159,6 +159,25 @@ def test_bits_are_those_of_three_commands(request, memory, settings):
         both.reset()
         assert both.same(script).any()
         both.check()
+
+
+@pytest.mark.parametrize("settings", [{"shared": 2, **SIGMOID}, {"d_model": 96}], ids=str)
+def test_bfloat16(slow, settings):
+    """Half the bytes of x and y; routes are those of the rounded x."""
+    def script(device):
+        with load(device, **settings) as moe:
+            d_model = moe.experts.shape.d_model
+            x = torch.from_numpy(draw(np.random.default_rng(5), 20, d_model) * 8).bfloat16()
+            ids, weights = moe.route(x)
+            wide = moe.route(x.float())
+            assert (ids == wide[0]).all() and (weights == wide[1]).all()
+            y = moe(x)
+            assert (y == moe(x.float()).bfloat16()).all()
+            return y
+
+    slow.reset()
+    assert slow.same(script).any()
+    slow.check()
 
 
 def test_one_submission_a_call(pair):
@@ -228,7 +247,7 @@ def test_bad_fields_are_named(pair, opcode, part, changes, status, word):
     def script(device):
         with load(device) as moe:
             call = Call(device, moe, draw(np.random.default_rng(0), 4, 64), opcode)
-            block = moe._block.address
+            block = moe._tasks[0].block.address
             raw = device.transport.memory_read(block, ENTRY_BYTES * len(MOE_BLOCK)).tobytes()
             parts = [raw[at : at + ENTRY_BYTES] for at in range(0, len(raw), ENTRY_BYTES)]
             if part is not None:
@@ -265,8 +284,12 @@ def test_outside_the_window(slow, what):
     def script(device):
         with load(device) as moe:
             call = Call(device, moe, draw(np.random.default_rng(0), 9, 64))
+            before = device.counters()
             command = execute(device, call.fields(**{f"{what}_address": 1 << 39}))
             call.close()
+            after = device.counters()  # what it computed with is not what memory holds
+            assert all(after[name] == before[name]
+                       for name in ("tokens", "overflows", "underflows"))
             return command
 
     assert slow.same_completion(script).status == Status.WINDOW
@@ -319,7 +342,7 @@ def test_a_bad_expert_of_either_table(pair, part, word):
     def script(device):
         with load(device, top_k=8) as moe:
             call = Call(device, moe, draw(np.random.default_rng(0), 9, 64))
-            at = moe._block.address + ENTRY_BYTES * part
+            at = moe._tasks[0].block.address + ENTRY_BYTES * part
             table = decode(LAYER, device.transport.memory_read(at, 64).tobytes())["table_address"]
             entry = device.transport.memory_read(table + 64, 64)
             entry[2] = 1  # flags

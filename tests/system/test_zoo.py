@@ -72,6 +72,7 @@ def test_the_command(monkeypatch):
     result = CliRunner().invoke(app, [
         "models", "verify", "mixtral-8x7b", "jamba-v0.1", "--config", "tiny", "--json"])
     rows = json.loads(result.stdout)
+    assert result.stderr == ""
     assert [row["name"] for row in rows] == ["mixtral-8x7b", "jamba-v0.1"]
     assert all(list(row) == ["name", "ok", "router", "expert", "selection_differences",
                              "relative_error", "reason"] for row in rows)

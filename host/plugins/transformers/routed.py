@@ -78,12 +78,19 @@ class RoutedBlock(NamedTuple):
         return self.reason is None
 
 
+class _Decision(NamedTuple):
+    """What a block is, or why the device has it not; and for what that holds."""
+
+    session: Session
+    found: Block | str
+    numbers: tuple[tuple[str, Any], ...]
+
+
 # -- which blocks ----------------------------------------------------------------------------------
 _seen: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 _blocks: weakref.WeakValueDictionary[int, torch.nn.Module] = weakref.WeakValueDictionary()
 _owners: weakref.WeakKeyDictionary[torch.nn.Module, int] = weakref.WeakKeyDictionary()
-_decided: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Session, Block | str]] = (
-    weakref.WeakKeyDictionary())
+_decided: weakref.WeakKeyDictionary[torch.nn.Module, _Decision] = weakref.WeakKeyDictionary()
 _hook: RemovableHandle | None = None
 _said: set[str] = set()
 
@@ -134,12 +141,15 @@ def _take(model: torch.nn.Module) -> None:
             name = experts_in(module)
             if name is None or not (_is_ours(module) or _is_its_own(module)):
                 continue
-            experts = getattr(module, name)
-            config = getattr(experts, "config", None)
-            if getattr(config, "_experts_implementation", None) == NAME:
-                number = number_of(module)
-                _blocks[number], _owners[experts] = module, number
-                module.forward = types.MethodType(forward, module)
+            number = number_of(module)
+            _blocks[number], _owners[getattr(module, name)] = module, number
+            module.forward = types.MethodType(forward, module)
+
+
+def _is_set(module: torch.nn.Module) -> bool:
+    """Return whether the experts of a block are to use the device now."""
+    config = getattr(getattr(module, experts_in(module) or ""), "config", None)
+    return getattr(config, "_experts_implementation", None) == NAME
 
 
 def blocks_in(model: torch.nn.Module) -> Iterator[RoutedBlock]:
@@ -151,7 +161,7 @@ def blocks_in(model: torch.nn.Module) -> Iterator[RoutedBlock]:
             continue
         if not option("route"):
             found: Block | str = "use_device() must be called with route=True, but was not"
-        elif not _is_ours(module):
+        elif not (_is_ours(module) and _is_set(module)):
             found = (f"{type(module).__name__} must be one of experts_implementation={NAME!r} with "
                      "a forward of its class, but has another setting, or was given another "
                      "forward (by accelerate's hooks, say)")
@@ -182,7 +192,7 @@ def needs(model: torch.nn.Module) -> list[LayerDims]:
 def wanted(experts: torch.nn.Module, weights: Weights) -> Wanted:
     """Return what is to be in device memory for an experts module."""
     block = _blocks.get(_owners.get(experts, 0))
-    found = "" if block is None else _decision(block)
+    found = "" if block is None or not _is_set(block) else _decision(block)
     return plain(weights) if block is None or isinstance(found, str) else _wanted(block, found)
 
 
@@ -195,16 +205,26 @@ def _settings(block: Block) -> RouterSettings:
 
 
 def _decision(module: torch.nn.Module) -> Block | str:
-    """Return what a block is, or why the device has it not; known until another device is set."""
+    """Return what a block is, or why the device has it not; known until another device is set, or
+    a number of the block or its router is."""
     with lock.held:
-        session, found = _decided.get(module, (None, ""))
-        if session is None or session is not open_session():
-            session, found = _decide(module)
-            _decided[module] = session, found
-            if isinstance(found, str) and found not in _said:
-                _said.add(found)
-                logger.warning("blocks are routed by the host: %s", found)
+        known = _decided.get(module)
+        if (known is not None and known.session is open_session()
+                and known.numbers == _numbers(module, known.found)):
+            return known.found
+        session, found = _decide(module)
+        _decided[module] = _Decision(session, found, _numbers(module, found))
+        if isinstance(found, str) and found not in _said:
+            _said.add(found)
+            logger.warning("blocks are routed by the host: %s", found)
         return found
+
+
+def _numbers(module: torch.nn.Module, found: Block | str) -> tuple[tuple[str, Any], ...]:
+    parts = [module] if isinstance(found, str) else [module, getattr(module, found.router)]
+    return tuple(one for part in parts for one in vars(part).items()
+                 if isinstance(one[1], int | float) and one[0] != "training"
+                 and not one[0].startswith("_"))
 
 
 def _decide(module: torch.nn.Module) -> tuple[Session, Block | str]:
@@ -330,7 +350,8 @@ class _Plan(NamedTuple):
 
 @torch.compiler.assume_constant_result
 def _plan(module: torch.nn.Module) -> _Plan | None:
-    found = _decision(module) if option("route") else ""  # a copy may be older than the setting
+    # A copy may be older than the option; and models change their setting.
+    found = _decision(module) if option("route") and _is_set(module) else ""
     if isinstance(found, str):
         return None
     return _Plan(number_of(module), found.recognised.settings.top_k, found.experts, found.router,

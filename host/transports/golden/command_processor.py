@@ -147,6 +147,7 @@ class CommandProcessor:
         tag, tokens, cycles, status, detail, where, underflows = 0, 0, 0, Status.OK, 0, 0, 0
         opcode = int(Opcode.NOP)
         self._port.possible_faults = []
+        before = dict(self._registers.counters)
         try:
             submission = decode(SUBMISSION, self._port.load(address, ENTRY_BYTES).tobytes())
             tag, tokens, opcode = (submission[name] for name in ("tag", "tokens", "opcode"))
@@ -170,8 +171,10 @@ class CommandProcessor:
             status, detail, where = fault.status, fault.detail, fault.address
             if status is Status.BAD_EXPERT and opcode != Opcode.PREFETCH:  # it has run so far
                 self._registers.count(tokens=tokens)
-            if status in (Status.WINDOW, Status.BUS_ERROR):  # what it holds may be none of memory
-                self._buffer.forget()
+            if status in (Status.WINDOW, Status.BUS_ERROR):
+                for name in ("overflows", "underflows"):  # numbers of its parts mean nothing
+                    self._registers.counters[name] = before[name]
+                self._buffer.forget()  # what it holds may be none of memory's
         return {"tag": tag, "status": status, "detail": detail, "address": where, "cycles": cycles,
                 "underflows": underflows}
 

@@ -114,6 +114,7 @@ def test_a_job_that_met_a_fault_says_nothing_of_its_numbers():
             "underflows": 0}
 
     bench.run(testbench)
+    assert bench.counts == [(1, 0, 0, 0)]
 
 
 def test_counts_of_the_largest_configuration_end_at_the_last_number():

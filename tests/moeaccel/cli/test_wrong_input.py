@@ -81,6 +81,7 @@ REFUSED = [
     # models
     (["models", "a", "b"], "unexpected extra argument"),
     (["models", "--tree"], "No such option"),
+    (["models", "nosuch"], "model must be one of `moeaccel models`, not 'nosuch'; did you mean"),
     (["models", "verify", "olmo-1b"], "did you mean olmoe-1b-7b"),
     (["models", "verify", "gpt-oss-20b", "--survey"], "model must be one of the survey's"),
     (["models", "verify", "dbrx", "--config", "huge"], "config must be one of"),
@@ -241,6 +242,13 @@ def test_progress_needs_a_terminal_and_no_json(monkeypatch, capsys):
         with output.Status(as_json) as status:
             status("working")
     assert capsys.readouterr() == ("", "")
+    for as_json in (False, True):  # but for what takes long
+        with output.Status(as_json, lines=True) as status:
+            status("working")
+            status("more")
+    found = [line.split(" s  ") for line in capsys.readouterr().err.splitlines()]
+    assert [text for _, text in found] == ["working", "more"]
+    assert all(float(seconds) >= 0 for seconds, _ in found)
     for as_json in (False, True):
         terminal = Terminal()
         monkeypatch.setattr(sys, "stderr", terminal)
@@ -272,7 +280,7 @@ def test_json_has_no_numbers_that_json_lacks(capsys):
         "a": [1.5, None, [None, None]], "b": {"c": None}, "d": "NaN", "e": 3, "f": None, "g": True}
 
 
-@pytest.mark.parametrize("arguments", [["models", "--json"], ["models", "nothing", "--json"],
+@pytest.mark.parametrize("arguments", [["models", "--json"], ["models", "olmoe", "--json"],
                                        ["doctor", "--json"]], ids=" ".join)
 def test_json_is_valid(arguments):
     result = runner.invoke(app, arguments)

@@ -6,7 +6,8 @@ import pytest
 from moeaccel.config import PRESETS
 from moeaccel.cycles import expert_cycles, linear_cycles
 from moeaccel.formats import FORMATS
-from moeaccel.host.benchmark import EDGE_MOE, routing
+from moeaccel.host.benchmark import routing
+from moeaccel.host.benchmark_moe import EDGE_MOE
 from moeaccel.image import ExpertShape, Section
 from moeaccel.interface.commands import ElementType
 

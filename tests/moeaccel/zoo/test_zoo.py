@@ -9,7 +9,7 @@ import pytest
 from moeaccel import zoo
 from moeaccel.router.flavours import FLAVOURS as FAMILIES
 from moeaccel.router.settings import RouterError
-from moeaccel.zoo import UnknownModel, model, models, of_survey
+from moeaccel.zoo import UnknownModel, matching, model, models, of_survey
 from moeaccel.zoo.routers import settings_of
 from moeaccel.zoo.schema import FLAVOURS, Capacity, ZooError, parse
 
@@ -62,6 +62,7 @@ def test_capacities():
 
 
 @pytest.mark.parametrize(("change", "what"), [
+    ({"aliases": ["DeepSeek V3"]}, "aliases must be keys, and others than 'deepseek-v3-r1', not"),
     ({"width": 3}, "unexpected keyword argument 'width'"),
     ({"layers": 0}, "layers must be a whole number from 1, or null, not 0"),
     ({"n_experts": 250}, "router.groups must divide 250 experts, not 8"),
@@ -85,6 +86,12 @@ def test_what_a_row_may_not_say(change, what):
 def test_names():
     with pytest.raises(UnknownModel, match="did you mean olmoe-1b-7b"):
         model("olmo-1b")
+    assert model("deepseek-v3") is model("DeepSeek-R1") is model("deepseek-v3-r1")
+    with pytest.raises(UnknownModel, match="did you mean olmoe-1b-7b"):
+        matching("olmo-1b")
+    assert {m.key for m in matching("deepseek-v3")} == {"deepseek-v3-r1", "deepseek-v3.2"}
+    every = [name for m in models().values() for name in (m.key, *m.aliases)]
+    assert len(set(every)) == len(every)
     with pytest.raises(UnknownModel, match=r"one of the survey's, .*, not gpt-oss-20b"):
         of_survey([model("gpt-oss-20b")])
 
