@@ -566,6 +566,7 @@ def _upload_part(device: Device, address: int, image: Bytes, what: str) -> None:
         if np.array_equal(found, header):
             logger.debug("%s is resident at %#x", what, address)
             return
+        device.forget_experts()  # it may be one that the expert buffer holds
         if found.any():
             transport.memory_write(address, np.zeros(HEADER_BYTES, np.uint8))
         transport.memory_write(address + HEADER_BYTES, image[HEADER_BYTES:])
