@@ -61,6 +61,7 @@ FEATURES: Mapping[str, tuple[AcceleratorConfig, AcceleratorConfig]] = {
        for name in ("int4_g32_zp", "int4_g32_min", "int8_g32", "nvfp4", "int2_g32",
                     "ternary_g256", "mxint8+2:4", "int4_g32+2:4")},
     "int4_g32+2:4, +1:4": (PLAIN, _formats("int4_g32+2:4", "int4_g32+1:4")),
+    "expert buffer, 2 x 16 KiB": (PLAIN, PLAIN.replace(buffer_slots=2, buffer_beats=2048)),
     "router (softmax, top-8)": (PLAIN, _ROUTED),
     **{f"router: {score}": (_ROUTED, _ROUTED.replace(router=("softmax", score)))
        for score in ("sigmoid", "sqrt_softplus")},
@@ -101,6 +102,8 @@ def _copies(block: str, config: AcceleratorConfig) -> int:
     match block:
         case "route_unit":
             return int(bool(config.router))
+        case "expert_buffer":
+            return int(bool(config.buffer_slots))
         case "lane_buffer":
             return 2
         case "result_serialiser" | "activation_unit" | "row_sums":

@@ -33,6 +33,7 @@ from moeaccel.hdl.memory.sdram import SdramTiming
 from moeaccel.hdl.memory.sdram_controller import SdramController
 from moeaccel.hdl.router.route_unit import RouteUnit
 from moeaccel.hdl.verilog.verilog_target import generate
+from moeaccel.hdl.weights.expert_buffer import ExpertBuffer
 
 __all__ = ["BLOCKS", "FOLDER", "Report", "block_build", "synthesise"]
 
@@ -82,6 +83,12 @@ def _route_unit(config: AcceleratorConfig) -> wiring.Component:
         router=("softmax", "sigmoid"), router_top_k=8), "ecp5")
 
 
+def _expert_buffer(config: AcceleratorConfig) -> wiring.Component:
+    """Return the configuration's, or one of two slots of 16 KiB."""
+    return ExpertBuffer(config if config.buffer_slots else config.replace(
+        buffer_slots=2, buffer_beats=(1 << 14) // config.port_bytes))
+
+
 def _serial_link(config: AcceleratorConfig) -> wiring.Component:
     """Return the ULX3S's, whatever the configuration."""
     return SerialLink(baud_divisor=40, id_width=ID_BITS)
@@ -91,6 +98,7 @@ BLOCKS: dict[str, Block] = {
     "dot_array": _block("array.dot_array", "DotArray", "ecp5", tag_width=16),
     "tile_buffer": _block("weights.tile_buffer", "TileBuffer"),
     "weight_streamer": _block("weights.weight_streamer", "WeightStreamer"),
+    "expert_buffer": _expert_buffer,
     "sequencer": _block("dispatch.sequencer", "Sequencer"),
     "dispatcher": _block("dispatch.dispatcher", "Dispatcher"),
     "activation_loader": _block("activations.activation_loader", "ActivationLoader"),

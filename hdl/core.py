@@ -12,7 +12,6 @@ from moeaccel.hdl.activations.lane_buffer import LaneBuffer
 from moeaccel.hdl.array.dot_array import DotArray
 from moeaccel.hdl.array.result_serialiser import ResultSerialiser
 from moeaccel.hdl.combine.row_sums import RowSums, stripe_address, sums_word
-from moeaccel.hdl.dispatch.dispatcher import weight_request
 from moeaccel.hdl.dispatch.sequencer import step
 from moeaccel.hdl.weights.tile_buffer import TileBuffer
 from moeaccel.hdl.weights.weight_streamer import WeightStreamer
@@ -53,6 +52,8 @@ class Core(wiring.Component):
     -------
     i_weights, i_section
         What to stream, and the shapes of the sections in it.
+    o_weights_idle : :py:`Out(1)`
+        With an expert buffer: nothing of ``i_weights`` is on its way, two cycles behind it.
     reader : :py:`Out(layouts.ReadClientSignature(config))`
     o_available, i_take, i_tile_end, i_rewind, i_free
         Read side of the tile buffer.
@@ -86,8 +87,9 @@ class Core(wiring.Component):
         lanes = data.ArrayLayout(layouts.lane(config), config.token_lanes)
         word = sums_word(config)
         super().__init__({
-            "i_weights": In(stream.Signature(weight_request(config))),
+            "i_weights": In(stream.Signature(layouts.stream_request(config))),
             "i_section": In(stream.Signature(layouts.section(config))),
+            **({"o_weights_idle": Out(1)} if config.buffer_slots else {}),
             "reader": Out(layouts.ReadClientSignature(config)),
             "o_available": Out(1),
             "i_take": In(1),
@@ -146,6 +148,8 @@ class Core(wiring.Component):
         wiring.connect(m, wiring.flipped(self.i_section), tiles.i_section)
         wiring.connect(m, wiring.flipped(self.reader), streamer.reader)
         wiring.connect(m, streamer.o_word, tiles.i_word)
+        if config.buffer_slots:
+            m.d.comb += self.o_weights_idle.eq(streamer.o_idle)
 
         # Steps: the tile buffer answers a cycle after the step starts, the lane buffers when the
         # array wants lanes

@@ -18,7 +18,9 @@ from moeaccel.hdl.dispatch.dispatcher import Dispatcher
 from moeaccel.hdl.dispatch.sequencer import Sequencer
 from moeaccel.hdl.router.route_unit import RouteUnit
 from moeaccel.hdl.verilog.verilog_target import add_replicas
+from moeaccel.hdl.weights.expert_buffer import ExpertBuffer, amount_bits
 from moeaccel.interface.commands import NonFinite
+from moeaccel.interface.registers import BUFFER_COUNTERS
 
 __all__ = ["CORE", "READERS", "STREAMER", "WRITERS", "Engine"]
 
@@ -69,6 +71,8 @@ class Engine(wiring.Component):
     o_progress : :py:`Out(1)`
         The array started a step, or the router was at work.
     count_busy, ... : pulses for the counters EVENTS
+    i_forget, count_buffer_hits, ... : :class:`~moeaccel.hdl.weights.expert_buffer.ExpertBuffer`'s
+        With an expert buffer. A reset empties it, too.
     """
 
     def __init__(self, config: AcceleratorConfig, family="generic"):
@@ -86,6 +90,9 @@ class Engine(wiring.Component):
                 "router_writer": Out(layouts.WriteClientSignature(config))}
                if config.router else {}),
             **{f"count_{name}": Out(1) for name in EVENTS},
+            **({"i_forget": In(1), **{
+                f"count_{name}": Out(amount_bits(config) if name.startswith("bytes") else 1)
+                for name in BUFFER_COUNTERS}} if config.buffer_slots else {}),
         })
 
     def elaborate(self, platform):
@@ -118,6 +125,9 @@ class Engine(wiring.Component):
         m.d.comb += [
             finished.eq(running & dispatcher.o_done & (in_machine == 0) & combiner.o_idle),
         ]
+        requests = dispatcher.o_weights
+        if config.buffer_slots:
+            requests = self._buffer(m, dispatcher, cores, running, finished)
         route = self._route(m, begin, running, dispatcher, finished) if config.router else None
         # All of it holds before ``finished``: dispatcher and loader are done, and a pass retires
         # behind its last output.
@@ -190,7 +200,7 @@ class Engine(wiring.Component):
                     (answer[field] if len(fields) > 1 else answer).eq(read.data[field])]
 
         # Weights: a request is for all channels
-        for source, name in ((dispatcher.o_weights, "i_weights"),
+        for source, name in ((requests, "i_weights"),
                              (dispatcher.o_section, "i_section")):
             sinks = [getattr(core, name) for core in cores]
             m.d.comb += source.ready.eq(Cat(sink.ready for sink in sinks).all())
@@ -284,6 +294,9 @@ class Engine(wiring.Component):
         # y
         wiring.connect(m, sequencer=sequencer.o_drain, combiner=combiner.i_drain)
         wiring.connect(m, dispatcher=dispatcher.o_zero, combiner=combiner.i_zero)
+        if config.buffer_slots:  # a PREFETCH has no rows
+            with m.If(job.prefetch):
+                m.d.comb += [combiner.i_zero.valid.eq(0), dispatcher.o_zero.ready.eq(1)]
         m.d.comb += [
             combiner.i_grid_exponent.eq(job.grid_exponent),
             combiner.i_steps_out.eq(job.steps_out),
@@ -320,6 +333,23 @@ class Engine(wiring.Component):
             self.count_assignments.eq(dispatcher.o_assignments),
         ]
         return m
+
+    def _buffer(self, m, dispatcher, cores, running, finished):
+        """Ask the expert buffer for weights; a PREFETCH is done when no streamer has any left.
+
+        Return its requests.
+        """
+        m.submodules.buffer = buffer = ExpertBuffer(self._config)
+        wiring.connect(m, dispatcher=dispatcher.o_weights, buffer=buffer.i_request)
+        m.d.comb += [
+            buffer.i_forget.eq(self.i_forget),
+            *(getattr(self, f"count_{name}").eq(getattr(buffer, f"count_{name}"))
+              for name in BUFFER_COUNTERS)]
+        with m.If(dispatcher.o_job.prefetch):
+            m.d.comb += finished.eq(
+                running & dispatcher.o_done & buffer.o_idle
+                & Cat(core.o_weights_idle for core in cores).all())
+        return buffer.o_request
 
     def _route(self, m, begin, running, dispatcher, finished):
         """Give a job that routes to the router, and to nobody else."""

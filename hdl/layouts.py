@@ -216,6 +216,43 @@ class WriteClientSignature(wiring.Signature):
         })
 
 
+def weight_request(config: AcceleratorConfig) -> data.StructLayout:
+    """Return a linear read of array words of an image.
+
+    With an expert buffer, ``fill``: they go there and nowhere else. ``before``: words of the image
+    ahead of these, where its sections are asked for one by one.
+    """
+    buffered = {"fill": 1, "before": 32 if config.hidden_banks > 1 else 0}
+    return data.StructLayout({
+        "address": config.address_bits, "words": 32,
+        **(buffered if config.buffer_slots else {})})
+
+
+def stream_request(config: AcceleratorConfig) -> data.StructLayout:
+    """Return what a weight streamer is asked for: a linear read of array words.
+
+    With an expert buffer: its first ``held`` beats are there, from beat ``place`` on, the other
+    ``beats`` are in memory, from ``address`` on; together whole words, at least one. ``fill``:
+    none is held, and those of memory go to the buffer, from ``place`` on, at least one.
+    """
+    if not config.buffer_slots:
+        return weight_request(config)
+    return data.StructLayout({
+        "address": config.address_bits, **dict(stream_part(config).members)})
+
+
+def stream_part(config: AcceleratorConfig) -> data.StructLayout:
+    """Return what of a request is in the expert buffer, and how many beats are not."""
+    return data.StructLayout({
+        "fill": 1, "held": range(config.buffer_beats + 1), "place": buffer_address_bits(config),
+        "beats": 32 + exact_log2(config.beats_per_word)})
+
+
+def buffer_address_bits(config: AcceleratorConfig) -> int:
+    """Return the bits of {slot, beat}, where a beat is in the expert buffer."""
+    return ceil_log2(config.buffer_slots) + exact_log2(config.buffer_beats)
+
+
 def job(config: AcceleratorConfig) -> data.StructLayout:
     """Return a checked command with its layer, as the engine takes it.
 
@@ -224,7 +261,8 @@ def job(config: AcceleratorConfig) -> data.StructLayout:
     ``x_narrow``, ``y_narrow``: bfloat16 in memory, else float32. With a router, ``route``: x are
     logits, ids and weights are written, by ``form``; ``continues``: what is counted, and what is
     not finite, is that of the job before as well, and where it is ``routed``, ids and weights are
-    those that have been made just now.
+    those that have been made just now. With an expert buffer, ``prefetch``: experts with tokens
+    are brought there, and nothing is computed.
     """
     address = config.address_bits
     router = ({"route": 1, "continues": 1, "form": router_form(config)} if config.router else {})
@@ -246,6 +284,7 @@ def job(config: AcceleratorConfig) -> data.StructLayout:
         "y_address": address,
         "workspace_address": address,
         **router,
+        **({"prefetch": 1} if config.buffer_slots else {}),
     })
 
 

@@ -22,7 +22,12 @@ from moeaccel.hdl.layouts import channel_name
 from moeaccel.hdl.memory.axi import AXI4LiteSignature, AXI4Signature
 from moeaccel.hdl.memory.memory_port import ID_BITS, MemoryPort
 from moeaccel.hdl.verilog.verilog_target import add_replicas, generate
-from moeaccel.interface.registers import ADDRESS_BITS, REGISTERS, VERSION_VALUE
+from moeaccel.interface.registers import (
+    ADDRESS_BITS,
+    BUFFER_COUNTERS,
+    REGISTERS,
+    VERSION_VALUE,
+)
 
 __all__ = ["Accelerator", "description", "generate_verilog", "members"]
 
@@ -179,8 +184,11 @@ class Accelerator(wiring.Component):
             counters.tokens.eq(commands.count_tokens),
             counters.overflows.eq(commands.count_overflows),
             counters.underflows.eq(commands.count_underflows),
-            *(getattr(counters, name).eq(getattr(engine, f"count_{name}")) for name in EVENTS),
+            *(getattr(counters, name).eq(getattr(engine, f"count_{name}"))
+              for name in (*EVENTS, *(BUFFER_COUNTERS if config.buffer_slots else ()))),
         ]
+        if config.buffer_slots:
+            m.d.comb += engine.i_forget.eq(commands.o_forget)
         for name in registers.signature.members:
             if hasattr(counters, name):
                 m.d.comb += getattr(registers, name).eq(getattr(counters, name))

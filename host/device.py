@@ -27,6 +27,7 @@ from moeaccel.host.layers import Experts, Handle, Linear
 from moeaccel.host.memory import COMMAND_ALIGNMENT, PAGE, Allocator
 from moeaccel.host.moe import Routes
 from moeaccel.host.options import seconds, whole
+from moeaccel.host.prefetch import Prefetches
 from moeaccel.host.process import Bound, Inherited
 from moeaccel.host.registers import RegisterAccess, fields_of, mask
 from moeaccel.host.residents import Residents
@@ -48,7 +49,7 @@ _LOOKS_A_CHECK, _EAGER_LOOKS, _PAUSE_S = 64, 1000, 2e-5
 a millisecond on a card."""
 
 
-class Device(Routes, Bound, Inherited):
+class Device(Routes, Prefetches, Bound, Inherited):
     """An accelerator behind a transport; see :func:`moeaccel.host.open_device`.
 
     Every method may be called from several threads: a lock lets one at a time through. A thread
@@ -526,6 +527,7 @@ class Device(Routes, Bound, Inherited):
                     f"soft reset must finish within {self._timeout_s:g} s, but did not; "
                     f"{self._state()}; switch the device off and on")
             self._rings.reset()
+            self._may_hold = False
             registers.write64("WINDOW_BASE", PAGE)
             registers.write64("WINDOW_LIMIT", PAGE + self._memory.size)
             registers.write("WATCHDOG", self._watchdog_cycles)

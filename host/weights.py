@@ -416,8 +416,9 @@ def load_linears(device: Device, matrices: Sequence[QuantisedMatrix], *, activat
     if len(sizes) != 1:
         raise InvalidTensor("matrices must be some of one shape, not of "
                             f"{', '.join(map(str, sorted(sizes))) or 'none'}")
-    shapes = [LinearShape(matrix.format, *matrix.integers.shape, config.row_multipliers,
-                          config.channels, matrix.bias is not None) for matrix in matrices]
+    ((d_out, d_in),) = sizes
+    shapes = [LinearShape(matrix.format, d_out, d_in, config.row_multipliers, config.channels,
+                          matrix.bias is not None) for matrix in matrices]
     check_layer(config, shapes)
     if grid_exponent is None:
         grid_exponent = choose_grid(linear_output(squares(matrix), x_rms=x_rms)
@@ -565,6 +566,7 @@ def _upload_part(device: Device, address: int, image: Bytes, what: str) -> None:
         if np.array_equal(found, header):
             logger.debug("%s is resident at %#x", what, address)
             return
+        device.forget_experts()  # it may be one that the expert buffer holds
         if found.any():
             transport.memory_write(address, np.zeros(HEADER_BYTES, np.uint8))
         transport.memory_write(address + HEADER_BYTES, image[HEADER_BYTES:])

@@ -28,6 +28,9 @@ DIM_MAX = 32768
 EXPERTS_MAX = 1024
 """Most experts of a layer in any configuration."""
 
+BUFFER_SLOTS_MAX = 64
+"""Most slots of an expert buffer: all of them are looked at at once."""
+
 MEMORY_LATENCY_CYCLES = 100
 """Latency of a modelled memory where nobody names another: of the golden model's cycles, of
 simulations, and of every published figure."""
@@ -100,6 +103,10 @@ class AcceleratorConfig:
     hidden_banks : :class:`int`
         Banks of h, 1 or 2, at most ``y_banks``: with two, the first section of the next pass runs
         while h of this one is quantised.
+    buffer_slots : :class:`int`
+        Experts of which the chip holds the leading beats, 0 to 64; 0: there is no expert buffer.
+    buffer_beats : :class:`int`
+        Of each on a channel, so many: a power of two, at least an array word; 0 without slots.
 
     Raises
     ------
@@ -131,6 +138,8 @@ class AcceleratorConfig:
     second_up: bool = False
     results_per_cycle: int = 1
     hidden_banks: int = 1
+    buffer_slots: int = 0
+    buffer_beats: int = 0
 
     def __post_init__(self) -> None:
         for name in ("formats", "activations", "router", "router_modes"):
@@ -166,6 +175,12 @@ class AcceleratorConfig:
         require("hidden_banks", self.hidden_banks <= self.y_banks,
                 f"at most y_banks = {self.y_banks!r}")
         power("read_ahead_beats", 2 * self.max_burst_beats, 1 << 16)
+        require("buffer_slots", isinstance(self.buffer_slots, int)
+                and 0 <= self.buffer_slots <= BUFFER_SLOTS_MAX, f"from 0 to {BUFFER_SLOTS_MAX}")
+        if self.buffer_slots:
+            power("buffer_beats", max(2, self.beats_per_word), 1 << 16)
+        require("buffer_beats", bool(self.buffer_slots) or self.buffer_beats == 0,
+                "0 without buffer_slots")
         require(
             "max_dim",
             isinstance(self.max_dim, int)
@@ -464,6 +479,8 @@ class AcceleratorConfig:
             del fields["router_modes"]
         if not self.second_up:
             del fields["second_up"]
+        if not self.buffer_slots:
+            del fields["buffer_slots"], fields["buffer_beats"]
         return zlib.crc32(json.dumps(fields, sort_keys=True).encode())
 
 

@@ -30,12 +30,12 @@ from moeaccel.interface.commands import (
     MOE_OPCODES,
     MOE_PLANES,
     ROUTER,
-    ROUTER_OPCODES,
     SUBMISSION,
     ElementType,
     Opcode,
     Status,
     field_of,
+    opcodes,
 )
 
 __all__ = ["CommandProcessor"]
@@ -125,6 +125,8 @@ class CommandProcessor(wiring.Component):
         Set the bits of ERROR_STATUS, in their order.
     o_irq, o_reset_done : :py:`Out(1)`
         Set IRQ_STATUS completion and reset_done; the latter also clears counters and doorbells.
+    o_forget : :py:`Out(1)`
+        With an expert buffer, a pulse: what it holds may not be what memory has, or is not wanted.
     count_commands, count_tokens, count_overflows, count_underflows : :py:`Out`
         For Counters, one cycle each: a completion has been written; tokens, overflows and
         underflows of a command that was not ended, by an abort, say, and met no fault of memory.
@@ -165,6 +167,7 @@ class CommandProcessor(wiring.Component):
             "o_error": Out(5),
             "o_irq": Out(1),
             "o_reset_done": Out(1),
+            **({"o_forget": Out(1)} if config.buffer_slots else {}),
             "count_commands": Out(1),
             "count_tokens": Out(config.max_tokens.bit_length()),
             "count_overflows": Out(layouts.output_count_bits(config)),
@@ -262,8 +265,7 @@ class CommandProcessor(wiring.Component):
                     w.opcode.eq(submission["opcode"]),
                     w.tag.eq(submission["tag"]),
                     w.known.eq(Cat(
-                        submission["opcode"] == code for code in Opcode
-                        if self._config.router or code not in ROUTER_OPCODES).any()),
+                        submission["opcode"] == code for code in opcodes(self._config)).any()),
                     w.work.eq((submission["opcode"] == Opcode.EXPERTS)
                               | (submission["opcode"] == Opcode.GEMM)),
                     w.fetch_address.eq(submission["layer_address"] >> ALIGNMENT_BITS),
@@ -278,6 +280,11 @@ class CommandProcessor(wiring.Component):
                                  w.job.continues.eq(0), w.part.eq(Mux(moe, -1, 0))]
                     with m.If(routes | moe):
                         m.d.sync += w.work.eq(1)
+                if self._config.buffer_slots:
+                    prefetch = submission["opcode"] == Opcode.PREFETCH
+                    m.d.sync += w.job.prefetch.eq(prefetch)
+                    with m.If(prefetch):
+                        m.d.sync += [w.work.eq(1), w.job.routed.eq(1)]
                 m.d.sync += [
                     w.job[name].eq(submission[name])
                     for name in ("tokens", "top_k", "x_address", "ids_address",
@@ -476,6 +483,8 @@ class CommandProcessor(wiring.Component):
             self.writer.request.payload.beats.eq(beats),
             self.writer.data.payload.eq(w.front[:8 * config.port_bytes]),
         ]
+        if config.buffer_slots:
+            m.d.sync += self.o_forget.eq(0)
         m.d.sync += [
             completion_address.eq(rings.o_completion),
             self.o_irq.eq(0),
@@ -493,6 +502,10 @@ class CommandProcessor(wiring.Component):
                 m.d.comb += go(State.LOAD)
                 # From here on a fault is the completion's.
                 m.d.sync += self.clear_faults.eq(1)
+                if config.buffer_slots:  # at a fault it may hold what memory has not
+                    m.d.sync += self.o_forget.eq(
+                        (w.opcode == Opcode.FORGET) | (w.status == Status.WINDOW)
+                        | (w.status == Status.BUS_ERROR))
 
         with w.only(m, State.LOAD) as go:
             m.d.comb += go(State.SEND)
@@ -517,7 +530,7 @@ class CommandProcessor(wiring.Component):
                     self.o_irq.eq(1),
                     self.count_commands.eq(1),
                 ]
-                with m.If(w.ran):
+                with m.If(w.ran & ~w.job.prefetch if config.buffer_slots else w.ran):
                     m.d.sync += [
                         self.count_tokens.eq(w.job.tokens),
                         self.count_overflows.eq(w.result.overflows),

@@ -9,7 +9,13 @@ from amaranth.lib.wiring import In, Out
 
 from moeaccel.config import AcceleratorConfig
 from moeaccel.hdl.memory.axi import AXI4LiteSignature
-from moeaccel.interface.registers import ADDRESS_BITS, REGISTERS, Access, Register
+from moeaccel.interface.registers import (
+    ADDRESS_BITS,
+    REGISTERS,
+    Access,
+    Register,
+    built_values,
+)
 
 _PAGE_BITS = 4
 _OKAY = 0
@@ -24,7 +30,7 @@ def _constants(config: AcceleratorConfig) -> dict[str, int]:
     constants = {
         r.name: r.reset for r in REGISTERS.values() if r.access is Access.RO and r.reset != 0
     }
-    return constants | {"CONFIG_HASH": config.digest}
+    return constants | built_values(config)
 
 
 def _pair(register: Register) -> str | None:
@@ -46,7 +52,7 @@ class RegisterFile(wiring.Component):
 
     * RW: ``rw_<register>``; pairs ``<X>_LO``, ``<X>_HI`` also as 64-bit ``rw_<x>``;
       ``stb_<register>`` pulses in the first cycle in which a written value shows.
-    * RO: ``ro_<register>``, except constants (registers with a reset value, CONFIG_HASH).
+    * RO: ``ro_<register>``, except constants (registers with a reset value, ``built_values``).
     * W1P: ``pulse_<register>_<field>``, one cycle.
     * W1C: ``w1c_<register>``; ``set_<register>_<field>`` sets the bit, also in the cycle in which
       a host clears it.

@@ -82,6 +82,10 @@ class Dispatcher(wiring.Component):
     Counting begins when all ids have come, the first slot table when all weights have, and a
     command is done when both have. All else that goes out is a stream.
 
+    A job that is a ``prefetch`` has no weights and no passes: after ids and entries only
+    ``o_weights`` comes of it, for each expert in its turn, and is done when that is taken. A token
+    without an expert is announced as ever.
+
     Cycles: those of PairSort, then about 6 for each slot of a pass. A job that is not ``routed``
     needs no ids: every token goes to experts 0 to ``top_k`` - 1 with weight 1.
 
@@ -98,7 +102,7 @@ class Dispatcher(wiring.Component):
         Between jobs.
     reader : :py:`Out(layouts.ReadClientSignature(config))`
         Fetches ids, then weights, then entries of the expert table.
-    o_weights : :py:`Out(stream.Signature(weight_request(config)))`
+    o_weights : :py:`Out(stream.Signature(layouts.weight_request(config)))`
         Image of each pass, for the weight streamer.
     o_section : :py:`Out(stream.Signature(layouts.section(config)))`
         Shape of each section, for the tile buffer.
@@ -134,7 +138,7 @@ class Dispatcher(wiring.Component):
                 **({"i_pairs": In(layouts.pair_beat(config))} if config.router else {}),
                 "o_job": Out(layouts.job(config)),
                 "reader": Out(layouts.ReadClientSignature(config)),
-                "o_weights": Out(stream.Signature(weight_request(config))),
+                "o_weights": Out(stream.Signature(layouts.weight_request(config))),
                 "o_section": Out(stream.Signature(layouts.section(config))),
                 "o_load": Out(stream.Signature(load_request(config))),
                 "o_pass": Out(stream.Signature(pass_descriptor(config))),
@@ -223,6 +227,9 @@ class Dispatcher(wiring.Component):
                 m.d.sync += w.weights_arrived.eq(1)
             with m.If(reader.last & ~w.fetching_weights):
                 m.d.sync += w.ids_arrived.eq(1)
+                if self._config.buffer_slots:
+                    with m.If(w.job.prefetch):  # entries are all that comes now
+                        m.d.sync += w.weights_arrived.eq(1)
 
     def _take_pairs(self, m, w):
         """Keep ids and weights that come from the router."""
@@ -304,6 +311,8 @@ class Dispatcher(wiring.Component):
                 self.o_weights.p.address.eq(expert.image_address),
                 self.o_weights.p.words.eq(expert.words),
             ]
+            if config.buffer_slots:
+                m.d.comb += self.o_weights.p.fill.eq(w.job.prefetch)
         else:
             # Those that still need their x are the last to be handed out. When the next set of
             # tokens comes, all of them must be of the last one: the other bank is free then.
@@ -322,6 +331,7 @@ class Dispatcher(wiring.Component):
         config, job = self._config, w.job
         sort, expert, filler = w.sort, w.table.o_expert, w.filler
         capacity = Mux(job.two_planes, config.max_slots // 2, config.max_slots)
+        buffered = config.buffer_slots > 0
         with m.FSM():
             with m.State("IDLE"):
                 with m.If(self.i_job.valid):
@@ -350,6 +360,11 @@ class Dispatcher(wiring.Component):
                 with m.Elif(sort.o_cleared & w.ids_arrived):
                     m.d.sync += w.fetching_weights.eq(1)
                     m.next = "REQUEST_WEIGHTS"
+                    if buffered:
+                        with m.If(job.prefetch):
+                            m.d.sync += w.fetching_weights.eq(0)
+                            m.d.comb += sort.i_count.eq(1)
+                            m.next = "SORT"
             with m.State("REQUEST_WEIGHTS"):
                 m.d.comb += w.fetching.eq(1)
                 with m.If(self.reader.request.ready):
@@ -383,10 +398,20 @@ class Dispatcher(wiring.Component):
                     m.d.comb += w.told.eq(w.teller_free & (w.ahead < config.slot_banks))
                     with m.If(w.told):
                         m.next = "TOLD"
+                        if buffered:
+                            with m.If(job.prefetch):
+                                m.next = "BROUGHT"
                 else:
                     m.d.comb += self.o_weights.valid.eq(w.ahead < config.slot_banks)
                     with m.If(self.o_weights.valid & self.o_weights.ready):
                         m.next = "SECTION_0"
+                        if buffered:
+                            with m.If(job.prefetch):
+                                m.next = "BROUGHT"
+            if buffered:
+                with m.State("BROUGHT"):  # or under way: no pass of it
+                    m.d.sync += w.remaining.eq(w.remaining - w.left)
+                    m.next = "EXPERT"
             if config.slot_banks > 2:
                 with m.State("TOLD"):
                     m.d.comb += filler.i_start.eq(1)
@@ -432,7 +457,7 @@ class Dispatcher(wiring.Component):
         expert = Signal(layouts.expert(self._config), reset_less=True)
         work = expert.work
         owed = Signal()  # the section behind ``rest``
-        rest = Signal(weight_request(self._config), reset_less=True)
+        rest = Signal(layouts.weight_request(self._config), reset_less=True)
         rest_dims = Signal(layouts.section(self._config), reset_less=True)
         second = Signal()  # what is announced is owed
         pending = Signal()  # there is a pass behind the one that owes it: that of ``expert``
@@ -441,9 +466,12 @@ class Dispatcher(wiring.Component):
             self.o_weights.p.words.eq(expert.words),
             self.o_section.payload.eq(work.sections[0].dims),
         ]
+        buffered = self._config.buffer_slots > 0
+        if buffered:
+            m.d.comb += self.o_weights.p.fill.eq(w.job.prefetch)
         if overlaps:
-            m.d.comb += self.o_weights.p.words.eq(
-                Mux(work.single, expert.words, expert.first_words))
+            whole = work.single | w.job.prefetch if buffered else work.single
+            m.d.comb += self.o_weights.p.words.eq(Mux(whole, expert.words, expert.first_words))
             with m.If(second):
                 m.d.comb += [self.o_weights.payload.eq(rest), self.o_section.payload.eq(rest_dims)]
 
@@ -453,7 +481,8 @@ class Dispatcher(wiring.Component):
             return [
                 owed.eq(1), rest_dims.eq(work.sections[1].dims),
                 rest.address.eq(expert.image_address + (expert.first_words << word_log2)),
-                rest.words.eq(expert.words - expert.first_words)]
+                rest.words.eq(expert.words - expert.first_words),
+                *([rest.before.eq(expert.first_words)] if buffered else [])]
 
         with m.FSM(name="announce"):
             with m.State("IDLE"):
@@ -470,6 +499,9 @@ class Dispatcher(wiring.Component):
                 m.d.comb += self.o_weights.valid.eq(1)
                 with m.If(self.o_weights.ready):
                     m.next = "SECTION"
+                    if buffered:
+                        with m.If(w.job.prefetch):
+                            m.next = "IDLE"
             with m.State("SECTION"):
                 m.d.comb += self.o_section.valid.eq(1)
                 with m.If(self.o_section.ready):
@@ -497,11 +529,6 @@ class Dispatcher(wiring.Component):
                                  self.o_section.payload.eq(work.sections[1].dims)]
                     with m.If(self.o_section.ready):
                         m.next = "IDLE"
-
-
-def weight_request(config: AcceleratorConfig) -> data.StructLayout:
-    """Return a linear read of array words."""
-    return data.StructLayout({"address": config.address_bits, "words": 32})
 
 
 def load_request(config: AcceleratorConfig) -> data.StructLayout:

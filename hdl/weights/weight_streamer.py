@@ -3,12 +3,13 @@
 from itertools import pairwise
 
 from amaranth import *
-from amaranth.lib import data, memory, stream, wiring
+from amaranth.lib import memory, stream, wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import exact_log2
 
 from moeaccel.config import AcceleratorConfig
 from moeaccel.hdl import layouts
+from moeaccel.hdl.weights.beat_buffer import BeatBuffer
 
 __all__ = ["WeightStreamer"]
 
@@ -21,6 +22,9 @@ class WeightStreamer(wiring.Component):
         i_request --> [pending] --> [split into bursts] --(credits)--> reader.request
                                                                             |
         o_word <-- [gearbox: beats_per_word] <-- [beat FIFO, read_ahead_beats] <-- reader.data
+
+    With an expert buffer there is a BeatBuffer between FIFO and gearbox, which puts the beats that
+    are held ahead of those of memory; bursts are asked for only for these, meanwhile.
 
     A burst is requested as soon as the FIFO has room for all of it, what is already on its way
     included: the memory's answers are never refused. Bursts are as long as
@@ -41,9 +45,9 @@ class WeightStreamer(wiring.Component):
 
     Members
     -------
-    i_request : :py:`In(stream.Signature(StructLayout({"address": address_bits, "words": 32})))`
+    i_request : :py:`In(stream.Signature(layouts.stream_request(config)))`
         A linear read of ``words`` (at least 1) array words from a byte address, a multiple of
-        ``port_bytes``.
+        ``port_bytes``; with an expert buffer, of beats there and in memory.
     reader : :py:`Out(layouts.ReadClientSignature(config))`
     o_word : :py:`Out(stream.Signature(8 * config.word_bytes))`
     o_outstanding : :py:`Out(range(config.read_ahead_beats + 1))`
@@ -52,7 +56,6 @@ class WeightStreamer(wiring.Component):
         Nothing is requested, outstanding or stored.
     """
 
-    WORDS_WIDTH = 32
     BURST_CYCLES = 3
     """Cycles between bursts, at least: measure one, compare with the credits, grant."""
 
@@ -61,8 +64,7 @@ class WeightStreamer(wiring.Component):
             raise TypeError(f"config must be an AcceleratorConfig, not {config!r}")
         self._config = config
         super().__init__({
-            "i_request": In(stream.Signature(data.StructLayout({
-                "address": config.address_bits, "words": self.WORDS_WIDTH}))),
+            "i_request": In(stream.Signature(layouts.stream_request(config))),
             "reader": Out(layouts.ReadClientSignature(config)),
             "o_word": Out(stream.Signature(8 * config.word_bytes)),
             "o_outstanding": Out(range(config.read_ahead_beats + 1)),
@@ -87,17 +89,29 @@ class WeightStreamer(wiring.Component):
         active = Signal()
         offset = Signal(burst_bits)  # of the next beat within its aligned burst
         block = Signal(config.address_bits - beat_shift - burst_bits)
-        left = Signal(self.WORDS_WIDTH + exact_log2(config.beats_per_word))
+        words_to_beats = exact_log2(config.beats_per_word)
+        left = Signal(32 + words_to_beats)
         load = Signal()
         m.d.comb += self.i_request.ready.eq(~pending_valid)
         with m.If(~pending_valid):
             m.d.sync += [pending_valid.eq(self.i_request.valid), pending.eq(self.i_request.payload)]
         with m.Elif(load):
             m.d.sync += pending_valid.eq(0)
+        asked = self.i_request.p
+        if config.buffer_slots:
+            m.submodules.buffer = buffer = BeatBuffer(config)
+            some, of_memory, more = Cat(asked.held, asked.beats), pending.beats, pending.beats != 0
+            told = buffer.i_part.ready
+            m.d.comb += [buffer.i_part.valid.eq(load),
+                         *(buffer.i_part.p[name].eq(pending[name])
+                           for name in layouts.stream_part(config).members)]
+        else:
+            some, of_memory, more = asked.words, pending.words << words_to_beats, 1
+            told = 1
         with m.If(self.i_request.valid & self.i_request.ready):
             m.d.sync += [
-                Assert(self.i_request.p.words != 0, "a request must be for at least one word"),
-                Assert(self.i_request.p.address[:beat_shift] == 0,
+                Assert(some != 0, "a request must be for at least one word"),
+                Assert(asked.address[:beat_shift] == 0,
                        "an address must be a multiple of port_bytes"),
             ]
 
@@ -110,7 +124,7 @@ class WeightStreamer(wiring.Component):
         m.d.comb += [
             next_room.eq(burst - offset),  # beats to the end of this aligned burst
             next_last.eq(left <= next_room),
-            load.eq(pending_valid & (~active | (grant & last))),
+            load.eq(pending_valid & (~active | (grant & last)) & told),
         ]
         m.d.sync += measured.eq(active & ~grant)
         with m.If(~measured):
@@ -134,9 +148,9 @@ class WeightStreamer(wiring.Component):
                 m.d.sync += active.eq(0)
         with m.If(load):
             m.d.sync += [
-                active.eq(1),
+                active.eq(more),
                 Cat(offset, block).eq(pending.address >> beat_shift),
-                left.eq(pending.words << exact_log2(config.beats_per_word)),
+                left.eq(of_memory),
             ]
 
         with m.If(request.ready):
@@ -179,25 +193,31 @@ class WeightStreamer(wiring.Component):
             m.d.sync += beat_valid.eq(fetch)
 
         # -- gearbox ------------------------------------------------------------------------------
-        word = self.o_word
+        word, beat = self.o_word, read.data
+        gets, taken = beat_valid, beat_taken  # a beat is there, and leaves
+        if config.buffer_slots:
+            gets, beat, taken = buffer.o_beat.valid, buffer.o_beat.payload, buffer.o_beat.ready
+            m.d.comb += [buffer.i_beat.valid.eq(beat_valid), buffer.i_beat.payload.eq(read.data),
+                         beat_taken.eq(beat_valid & buffer.i_beat.ready)]
         if config.beats_per_word == 1:
-            m.d.comb += [word.valid.eq(beat_valid), word.payload.eq(read.data),
-                         beat_taken.eq(beat_valid & word.ready)]
-            busy = beat_valid
+            m.d.comb += [word.valid.eq(gets), word.payload.eq(beat), taken.eq(gets & word.ready)]
+            busy = gets
         else:
             index = Signal(range(config.beats_per_word))
             parts = [Signal(8 * config.port_bytes, name=f"part{i}", reset_less=True)
                      for i in range(config.beats_per_word)]
             m.d.comb += [word.payload.eq(Cat(parts)),
-                         beat_taken.eq(beat_valid & (~word.valid | word.ready))]
+                         taken.eq(gets & (~word.valid | word.ready))]
             with m.If(word.ready):
                 m.d.sync += word.valid.eq(0)
-            with m.If(beat_taken):
+            with m.If(taken):
                 m.d.sync += [index.eq(index + 1),
                              word.valid.eq(index == config.beats_per_word - 1)]
                 # Shifted, for a beat that went to any of the parts would have to reach them all.
-                m.d.sync += [part.eq(after) for part, after in pairwise([*parts, read.data])]
-            busy = beat_valid | word.valid | (index != 0)
+                m.d.sync += [part.eq(after) for part, after in pairwise([*parts, beat])]
+            busy = gets | word.valid | (index != 0)
+        if config.buffer_slots:
+            busy = busy | ~buffer.o_idle
 
         m.d.sync += self.o_idle.eq(~(self.i_request.valid | pending_valid | active | request.valid
                                      | (credits != depth) | busy))

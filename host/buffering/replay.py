@@ -134,7 +134,7 @@ class Outcome:
 
 
 def replay(trace: RoutingTrace, call: Call, *, slots: int, slot_bytes: int | None = None,
-           gap: int = 0, prediction: type[Prediction] | None = None) -> Outcome:
+           gap: int | None = 0, prediction: type[Prediction] | None = None) -> Outcome:
     """Send the decode tokens of a trace through a buffer.
 
     Between the calls of two layers memory is idle for ``gap`` cycles: then what is predicted for
@@ -147,8 +147,8 @@ def replay(trace: RoutingTrace, call: Call, *, slots: int, slot_bytes: int | Non
         What experts and calls cost.
     slots, slot_bytes : :class:`int`
         Of the buffer; a slot takes an image when its size is left out.
-    gap : :class:`int`
-        Cycles.
+    gap : :class:`int`, optional
+        Cycles; None: as many as it takes, and as a PREFETCH does it, in the order of the experts.
     prediction : type of :class:`Prediction`, optional
         Without one nothing is fetched ahead, and what was used stays until its slot is needed.
 
@@ -157,7 +157,7 @@ def replay(trace: RoutingTrace, call: Call, *, slots: int, slot_bytes: int | Non
     InvalidOption
         If the trace has no decode token, or ``gap`` is negative.
     """
-    if gap < 0:
+    if gap is not None and gap < 0:
         raise InvalidOption(f"gap must be at least 0 cycles, not {gap}")
     unit = call.config.word_bytes * call.config.channels
     size = call.image_bytes
@@ -182,8 +182,12 @@ def replay(trace: RoutingTrace, call: Call, *, slots: int, slot_bytes: int | Non
             guess = predictor.following(
                 layer, uses, None if following is None else lambda uses=following: uses)
             target = (layer + 1) % trace.n_layers
-            buffer.fetch(((target, expert) for expert in guess.tolist()), size,
-                         gap * call.port_bytes)
+            ahead, budget = guess.tolist(), slots * size
+            if gap is None:
+                ahead = sorted(ahead[:slots])
+            else:
+                budget = gap * call.port_bytes
+            buffer.fetch(((target, expert) for expert in ahead), size, budget)
     if not calls:
         raise InvalidOption("a trace for an expert buffer must have decode tokens; this one has "
                             "prompts alone")

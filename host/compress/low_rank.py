@@ -82,8 +82,8 @@ class Triple:
                ) -> tuple[list[LinearShape], list[ExpertShape], list[LinearShape]]:
         """Return the shapes of the three layers' entries."""
         array = config.row_multipliers, config.channels
-        first, last = ([LinearShape(m.format, *m.integers.shape, *array) for m in part]
-                       for part in (self.into, self.out))
+        first, last = ([LinearShape(m.format, len(m.integers), m.integers.shape[1], *array)
+                        for m in part] for part in (self.into, self.out))
         return first, [expert.shape(*array) for expert in self.inner], last
 
     def floats(self) -> list[FloatExpert]:

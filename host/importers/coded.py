@@ -112,7 +112,7 @@ _CHUNK_ELEMENTS = 1 << 17  # rows that are worked on at once stay in a core's ca
 IMPORT_QUANTISERS = ("search", "amax")
 """Quantisers that need nothing but weights."""
 
-Matrix = Coded | NDArray[np.float32] | NDArray[np.uint16]
+Matrix = Coded | Weights
 """A matrix of a checkpoint: coded, or floats, (n, K), of which bfloat16 is uint16."""
 
 Converted = tuple[QuantisedMatrix, "Fit", Squares]
@@ -218,7 +218,7 @@ def converted(matrix: Matrix, name: str | WeightFormat, *, exact: bool = False,
     check_dims(rows=matrix.shape[0], K=matrix.shape[1])
     with _finite(matrix, what):
         quantised, found = quantise_measured(matrix, fmt, quantiser) if fmt.scaled_alone else (
-            quantise(matrix, fmt, quantiser=quantiser), None)
+            quantise(widened(matrix), fmt, quantiser=quantiser), None)
     seen = _squares(quantised, widened(matrix)) if found is None else Squares(
         found.rows, found.columns, found.error)
     groups = quantised.shift.size

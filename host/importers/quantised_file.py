@@ -403,7 +403,7 @@ def import_checkpoint(
     fmt, made_for = find_format(weight_format), preset(config)
     array = Array(made_for.name, made_for.row_multipliers, made_for.channels)
     if threads is None:
-        threads = min(len(os.sched_getaffinity(0)), 8)
+        threads = min(os.cpu_count() or 1, 8)
     elif not isinstance(threads, int) or threads < 1:
         raise InvalidOption(f"threads must be at least 1, not {threads!r}")
     chosen = [_known(checkpoint, index) for index in layers or checkpoint.layers]
@@ -454,7 +454,7 @@ def _write_at(file: BinaryIO, offset: int, values: NDArray[Any]) -> None:
     data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
     done = 0
     while done < data.size:
-        done += os.pwrite(file.fileno(), data[done:], offset + done)
+        done += os.pwrite(file.fileno(), data[done:].data, offset + done)
 
 
 def _summary(layer: ExpertLayer, drop_biases: bool) -> LayerSummary:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from moeaccel.host.policies.costs import LayerCosts
-from moeaccel.host.policies.placement import PLACEMENTS, Placement, Work, chains
+from moeaccel.host.policies.placement import Placement, Work, chains
 from moeaccel.host.policies.placement.measured import MeasuredScan
 from moeaccel.host.policies.placement.monde import ALPHAS, MoNDE
 from moeaccel.host.policies.placement.scan import best_split
@@ -121,7 +121,7 @@ def against_monde(trace: RoutingTrace, costs: LayerCosts, slots: int) -> dict[st
     """
     calls = recent_works(trace, slots, _SAMPLE)
     bare = [bare_work(work) for work in calls]
-    ours = PLACEMENTS[MeasuredScan.name](costs)
+    ours = MeasuredScan(costs)
     splits = {"best alpha": MoNDE.best(costs, bare), "alpha 1": MoNDE(costs),
               "rounded up": MoNDE(costs, ceil=True)}
     mine = call_seconds(costs, ours, calls)

@@ -123,6 +123,8 @@ def predict_command(
     x_type: ElementType = ElementType.FLOAT32,
     y_type: ElementType = ElementType.FLOAT32,
     held: bool = False,
+    buffered: Sequence[int] = (),
+    loads: Sequence[int] | None = None,
 ) -> Prediction:
     """Predict one command, within the limits of the configuration.
 
@@ -133,11 +135,12 @@ def predict_command(
     ids : integer array, (T, K)
         (T, 1) of zeros in a GEMM.
     d_in, d_out : :class:`int`
-    gemm, held : :class:`bool`
-        See :class:`~moeaccel.cycles.job.Job`; EXPERTS without either.
+    gemm, held, buffered, loads
+        See :class:`~moeaccel.cycles.job.Job`; EXPERTS, with nothing in an expert buffer, without
+        them.
     x_type, y_type : :class:`ElementType`
     config, num_experts, planes, latency
         See :func:`predict_experts`.
     """
     return Machine(Job(config, experts, ids, num_experts, d_in, d_out, planes, latency, gemm,
-                       x_type, y_type, held)).run()
+                       x_type, y_type, held, buffered, loads)).run()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from moeaccel.cycles.activation_loader import ActivationLoader
 from moeaccel.cycles.combiner import Combiner
+from moeaccel.cycles.expert_buffer import REQUEST_CYCLES, STORED_CYCLES, ExpertBuffer
 from moeaccel.cycles.expert_table import ExpertTable
 from moeaccel.cycles.job import Job
 from moeaccel.cycles.memory_port import MemoryPort
@@ -23,7 +26,7 @@ class Dispatcher:
 
     Parameters
     ----------
-    job, schedule, port, streamer, tiles, loader, combiner, table
+    job, schedule, port, streamer, tiles, loader, combiner, table, buffer
         The blocks that it tells what to do.
 
     Attributes
@@ -34,7 +37,7 @@ class Dispatcher:
 
     def __init__(self, job: Job, schedule: Schedule, port: MemoryPort, streamer: WeightStreamer,
                  tiles: TileBuffer, loader: ActivationLoader, combiner: Combiner,
-                 table: ExpertTable) -> None:
+                 table: ExpertTable, buffer: ExpertBuffer) -> None:
         self._job = job
         self._schedule = schedule
         self._port = port
@@ -43,6 +46,7 @@ class Dispatcher:
         self._loader = loader
         self._combiner = combiner
         self._table = table
+        self._buffer = buffer
         self._announced = [Event() for _ in job.events]  # the last section of a pass's turn
         self.finished = 0
 
@@ -60,6 +64,9 @@ class Dispatcher:
             yield ids
             # The counts are cleared meanwhile; then weights are asked for, and the walk begins.
             request = max(start + 5 + job.num_experts, ids.last + 1) + 1
+            if job.loads is not None:  # there are none
+                yield from self._prefetch(self._sort(request + 4), job.loads)
+                return
             yield request
             weights = self._port.read(request, beats)
             cycle = request + 5
@@ -91,7 +98,7 @@ class Dispatcher:
             else:
                 yield cycle
                 sections = job.experts[now.expert]
-                self._streamer.request(cycle, sum(section.words for section in sections))
+                self._buffer.request(n, cycle, sum(section.words for section in sections))
                 for section in sections:
                     cycle += 1
                     yield from self._section(section, cycle)
@@ -130,6 +137,35 @@ class Dispatcher:
         # The engine sees that all is idle and pulses its done; the completion starts.
         self.finished = max(cycle + 1, self._combiner.free) + 3
 
+    def _prefetch(self, cycle: int, loads: Sequence[int]) -> Process:
+        """Ask for what is missing of experts, from ``cycle`` on, as entries come."""
+        job, streamer = self._job, self._streamer
+        told = job.config.slot_banks > 2  # whoever announces passes asks, a cycle later
+        asked = last = 0
+        for expert, beats, begin in zip(job.plan.experts, loads, job.buffered, strict=True):
+            offered = self._table.offered[expert]
+            yield offered
+            cycle = max(cycle, offered.cycle)
+            self._schedule.set(self._table.taken[expert], cycle)
+            # The buffer is free when the request before is the streamer's, which holds one more.
+            cycle = max(cycle + 1 + told, asked)
+            yield cycle
+            while len(streamer.loaded) < streamer.requests - 1:
+                cycle += 1
+                yield cycle
+            asked = cycle + REQUEST_CYCLES
+            if beats:
+                streamer.fill(asked, beats, begin)
+                asked += 1
+            cycle += 2 - told
+        while len(streamer.loaded) < streamer.requests or streamer.left:
+            cycle += 1
+            yield cycle
+        if streamer.beats:
+            # Each request is taken up a cycle behind the last beat of the one before.
+            last = streamer.last_beat + STORED_CYCLES + streamer.requests - 1
+        self.finished = max(cycle, asked, last) + 3
+
     def _section(self, section: Section, cycle: int) -> Process:
         """Announce a section from ``cycle`` on; one waits while the tile buffer parses one."""
         if self._tiles.sections:
@@ -167,19 +203,21 @@ class Dispatcher:
         for i, section in enumerate(sections):
             if apart or not i:
                 cycle += 1
-                before = streamer.requests
+                before = streamer.requests - (job.config.buffer_slots > 0)  # which holds one
                 yield cycle
                 poll = cycle
                 while len(streamer.loaded) < before:  # another request waits
                     poll += POLL_CYCLES
                     yield poll
-                if before:
+                if before > 0:
                     cycle = max(cycle, streamer.loaded[before - 1] + 1)
                 if apart:
                     first = job.experts[job.passes[items[i][0]].expert][0]
-                    streamer.request(cycle, section.words, first.words * items[i][1])
+                    self._buffer.request(
+                        items[i][0], cycle, section.words, first.words * items[i][1])
                 else:
-                    streamer.request(cycle, sum(section.words for section in sections))
+                    self._buffer.request(
+                        items[i][0], cycle, sum(section.words for section in sections))
             cycle += 1
             yield from self._section(section, cycle)
             cycle = self._tiles.sections[-1].accepted
@@ -193,7 +231,8 @@ class Dispatcher:
         tokens, top_k = job.ids.shape
         counted = 0
         for token in job.plan.zeros:
-            cycle = self._combiner.zero_row(cycle + 3 * top_k * (token + 1 - counted))
+            cycle += 3 * top_k * (token + 1 - counted)
+            cycle = self._combiner.zero_row(cycle) if job.loads is None else cycle + 1
             counted = token + 1
         cycle += 3 * top_k * (tokens - counted)
         self._table.start(cycle)  # while positions are made of the counts, and pairs get theirs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -67,6 +67,11 @@ class Job:
     held : :class:`bool`
         Ids and weights are there: a router has made them.
     x_type, y_type : :class:`ElementType`
+    buffered : sequence of :class:`int`
+        Beats of each pass's image that the expert buffer has, none when left out; in a PREFETCH, of
+        each expert's.
+    loads : sequence of :class:`int`, optional
+        It is a PREFETCH: the beats that it brings of each of its experts.
     """
 
     config: AcceleratorConfig
@@ -81,6 +86,8 @@ class Job:
     x_type: ElementType = ElementType.FLOAT32
     y_type: ElementType = ElementType.FLOAT32
     held: bool = False
+    buffered: Sequence[int] = ()
+    loads: Sequence[int] | None = None
 
     @cached_property
     def plan(self) -> Plan:

@@ -6,6 +6,7 @@ from moeaccel.cycles.activation_loader import ActivationLoader
 from moeaccel.cycles.combiner import Combiner
 from moeaccel.cycles.command_processor import fetch
 from moeaccel.cycles.dispatcher import Dispatcher
+from moeaccel.cycles.expert_buffer import ExpertBuffer
 from moeaccel.cycles.expert_table import ExpertTable
 from moeaccel.cycles.job import Job
 from moeaccel.cycles.memory_port import MemoryPort
@@ -37,7 +38,7 @@ class Machine:
         self._dispatcher = Dispatcher(
             job, schedule, port, self._streamer, self._tiles,
             ActivationLoader(job, schedule, port), self._combiner,
-            ExpertTable(job, schedule, port))
+            ExpertTable(job, schedule, port), ExpertBuffer(job, self._streamer))
 
     def run(self) -> Prediction:
         """Return the prediction."""
@@ -48,6 +49,7 @@ class Machine:
         self._combiner.start()
         array = self._sequencer.run()
         while True:
+            streamer.take_up()
             tile, grant = tiles.next_tile(), streamer.grant()
             process = schedule.next
             if process == tile == grant == NEVER:
@@ -64,7 +66,8 @@ class Machine:
 
     def _prediction(self) -> Prediction:
         port, width, array = self._port, self._job.config.port_bytes, self._sequencer
-        weights, finished = self._streamer.beats, self._dispatcher.finished
+        weights = self._streamer.beats - self._streamer.held
+        finished = self._dispatcher.finished
         active = (array.busy + array.starved_weights + array.starved_activations
                   + array.stalled_output)
         return Prediction(

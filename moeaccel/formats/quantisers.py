@@ -44,7 +44,7 @@ QUANTISERS = ("search", "amax", "gptq")
 
 Floats = NDArray[np.floating]
 
-Weights = NDArray[np.float32] | NDArray[np.uint16]
+Weights = NDArray[np.float32 | np.uint16]
 """A matrix, (n, K), of floats, or of bfloat16 as uint16."""
 
 CLIP_STEPS = (0.0, 0.5, 1.0, 1.5, 2.0)
@@ -149,7 +149,7 @@ def feed_back(weights: NDArray[np.float32], matrix: QuantisedMatrix, moments: Fl
 def widened(weights: Weights) -> NDArray[np.float32]:
     """Return weights as float32: bfloat16, which comes as uint16, too."""
     if weights.dtype == np.uint16:
-        return bfloat16_floats(weights)
+        return bfloat16_floats(weights.view(np.uint16))
     return np.asarray(weights, np.float32)
 
 

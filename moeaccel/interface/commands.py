@@ -53,10 +53,22 @@ class Opcode(enum.IntEnum):
     behind the other: of the router's matrix, of the router, of the experts."""
     MOE_ROUTE = 6
     """As MOE, without its experts: ids and weights are written, y is not."""
+    PREFETCH = 7
+    """Bring the leading beats of experts into the expert buffer, where they are not there already:
+    of those that ids name, in ascending order; each takes the slot that was filled or used longest
+    ago."""
+    FORGET = 8
+    """Empty the expert buffer: what follows reads weights as they are in memory now."""
 
 
 ROUTER_OPCODES = (Opcode.ROUTE, Opcode.MOE, Opcode.MOE_ROUTE)
 """What only a device with a router knows."""
+
+BUFFER_OPCODES = (Opcode.PREFETCH, Opcode.FORGET)
+"""What only a device with an expert buffer knows."""
+
+OPCODES_ALONE = (Opcode.NOP, Opcode.FENCE, Opcode.FORGET)
+"""Those that have no job, and of which no other field is looked at."""
 
 MOE_OPCODES = (Opcode.MOE, Opcode.MOE_ROUTE)
 """Those of which layer_address names three descriptors."""
@@ -286,8 +298,9 @@ SUBMISSION = (
     _address("x_address", 6, "(tokens, d_in) of x_type, rows contiguous. ROUTE: logits, a "
              "multiple of 32 in each row, those of no expert not looked at."),
     _address("ids_address", 8,
-             "int32 (tokens, top_k); negative or >= num_experts: skipped. GEMM: not read. ROUTE, "
-             "MOE: written, up to a multiple of 64 bytes; -1: no expert."),
+             "int32 (tokens, top_k); negative or >= num_experts: skipped. GEMM: not read. PREFETCH "
+             "reads nothing else but layer and entries. ROUTE, MOE: written, up to a multiple of "
+             "64 bytes; -1: no expert."),
     _address("weights_address", 10,
              "float32 (tokens, top_k). GEMM: not read. ROUTE, MOE: written, as ids."),
     _address("y_address", 12, "(tokens, d_out) of y_type, written."),
@@ -449,6 +462,13 @@ STRUCTURES = {"submission": SUBMISSION, "layer descriptor": LAYER, "expert table
 
 COUNT_MAX = (1 << 32) - 1
 """Where counts in a completion end: that many, or more."""
+
+
+def opcodes(config: AcceleratorConfig) -> tuple[Opcode, ...]:
+    """Return the opcodes that a device of this configuration knows."""
+    return tuple(code for code in Opcode
+                 if (config.router or code not in ROUTER_OPCODES)
+                 and (config.buffer_slots or code not in BUFFER_OPCODES))
 
 
 def field_of(structure: tuple[Field, ...], name: str) -> Field:

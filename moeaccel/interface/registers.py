@@ -9,6 +9,8 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, replace
 
+from moeaccel.config import AcceleratorConfig
+
 
 class Access(enum.Enum):
     """What a host may do with a register."""
@@ -46,7 +48,7 @@ class Register:
 
 
 ID_VALUE = 0x4145_4F4D  # "MOEA" in memory order
-VERSION_VALUE = 0x0002_0002
+VERSION_VALUE = 0x0002_0003
 ADDRESS_BITS = 12
 
 
@@ -69,8 +71,17 @@ COUNTERS: tuple[tuple[str, str], ...] = (
     ("overflows", "Weighted outputs beyond the grid, of the same commands."),
     ("commands", "Commands completed."),
     ("underflows", "Weighted outputs that the grid made zero, of the same commands."),
+    ("buffer_hits", "Passes of which the expert buffer had weights."),
+    ("buffer_misses", "Passes of which it had none; 0, as the other four, where there is none."),
+    ("bytes_buffered", "Bytes of expert images taken from the expert buffer, on all channels."),
+    ("bytes_prefetched", "Bytes of bytes_read_weights that PREFETCH brought."),
+    ("bytes_wasted", "Bytes of these that gave way to another expert, or were forgotten, unused."),
 )
 """Event counters, 48 bits wide, two registers each from COUNTERS_BASE on; new ones come last."""
+
+BUFFER_COUNTERS = ("buffer_hits", "buffer_misses", "bytes_buffered", "bytes_prefetched",
+                   "bytes_wasted")
+"""Those of an expert buffer."""
 
 COUNTERS_BASE = 0x100
 
@@ -187,6 +198,16 @@ _PLAIN: tuple[Register, ...] = (
         "For the driver; memory may lose its content whenever this returns to 0.",
         _fields(("listed", 0, 1, "Page 0 of memory lists what it holds.")),
     ),
+    Register(
+        "EXPERT_BUFFER",
+        0x070,
+        Access.RO,
+        "Size of the expert buffer; 0: there is none.",
+        _fields(
+            ("slots", 0, 8, "Experts of which it holds leading beats."),
+            ("beats_log2", 8, 8, "log2 of the beats of each, on every channel."),
+        ),
+    ),
 )
 
 _COUNTERS = tuple(
@@ -202,3 +223,12 @@ _COUNTERS = tuple(
 
 REGISTERS: dict[str, Register] = {register.name: register for register in _PLAIN + _COUNTERS}
 """Every register by name, in address order."""
+
+
+def built_values(config: AcceleratorConfig) -> dict[str, int]:
+    """Return what the registers read that say how a device was built."""
+    slots, beats_log2 = (field.offset for field in REGISTERS["EXPERT_BUFFER"].fields)
+    beats = max(1, config.buffer_beats)
+    return {"CONFIG_HASH": config.digest,
+            "EXPERT_BUFFER": config.buffer_slots << slots
+                             | (beats.bit_length() - 1) << beats_log2}

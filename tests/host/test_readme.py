@@ -10,7 +10,7 @@ README = Path(__file__).parents[2] / "host" / "README.md"
 def test_the_examples_run(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.M | re.S)
-    assert len(blocks) == 14
+    assert len(blocks) == 15
     names = {}
     try:
         for block in blocks:

@@ -42,6 +42,9 @@ def test_widths_close_at_the_largest_dimension():
         ("router_top_k", 17, "from 1 to 16"),
         ("router_modes", ("prior", "prior"), "a tuple of different ones of threshold, top_p"),
         ("router_modes", ("prior",), "empty without a router"),
+        ("buffer_slots", 65, "from 0 to 64"),
+        ("buffer_slots", -1, "from 0 to 64"),
+        ("buffer_beats", 64, "0 without buffer_slots"),
         ("formats", (), "a tuple of different ones of mxint8"),
         ("formats", ("int4_g32", "int4_g32"), "a tuple of different ones of mxint8"),
         ("formats", ("int5",), "a tuple of different ones of mxint8"),
@@ -52,6 +55,14 @@ def test_bad_field_is_named(field, value, expected):
     message = f"{field} must be {expected}.*not {re.escape(repr(value))}"
     with pytest.raises(ConfigurationError, match=message):
         PRESETS["tiny"].replace(**{field: value})
+
+
+@pytest.mark.parametrize("beats", [0, 4, 100, 1 << 17])
+def test_beats_of_a_buffer(beats):
+    """At least an array word, of 8 beats here."""
+    with pytest.raises(ConfigurationError, match="buffer_beats must be a power of two from 8 to "
+                                                 f"65536, not {beats}"):
+        PRESETS["tiny"].replace(buffer_slots=2, buffer_beats=beats)
 
 
 def test_a_field_that_there_is_not_is_named():

@@ -27,7 +27,8 @@ from tests.support.pair import (
 from tests.system.test_bits import cases, property_of, random_memory, seeds, stalls
 from tests.system.test_cycles import compare
 
-TWO = PRESETS["tiny"].replace(name="tiny, two channels", channels=2, quantiser_lanes=1)
+TWO = PRESETS["tiny"].replace(name="tiny, two channels", channels=2, quantiser_lanes=1,
+                              buffer_slots=3, buffer_beats=256)
 SIZE = 1 << 20
 EXPERTS, D_MODEL, D_EXPERT = 3, 96, 160
 WEIGHTS = draw_experts(np.random.default_rng(0), EXPERTS, D_MODEL, D_EXPERT)

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.timeout(900)  # the first test builds a model
 
 CONFIG = preset("tiny").replace(
     name="tiny-router", router=tuple(score.key for score in Score), router_top_k=8,
-    router_modes=MODES, max_experts=64, second_up=True)
+    router_modes=MODES, max_experts=64, second_up=True, buffer_slots=2, buffer_beats=32)
 
 
 SIGMOID = {"score": "sigmoid", "renormalize": "sum", "groups": 4, "keep_groups": 2,

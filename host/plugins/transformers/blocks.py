@@ -12,10 +12,11 @@ that are alike in all but their weights are looked at once.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,7 +27,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 from moeaccel.activations import hidden
 from moeaccel.host.errors import UnsupportedExperts
 from moeaccel.host.plugins.transformers.modules import Weights, look
-from moeaccel.host.plugins.transformers.probing import probed
 from moeaccel.host.plugins.transformers.routers import Observed, Recognised, recognise
 
 __all__ = ["Block", "SharedExpert", "block_of", "experts_in"]
@@ -190,11 +190,9 @@ class _Probe:
         """Run the block, its experts giving what was drawn for them, or 0."""
         given: list[tuple[Any, Any, Any]] = []
         calls: dict[str, tuple[tuple[Any, ...], Any]] = {}
-        thread = threading.get_ident()  # others may be calling the block
+        experts = getattr(self.block, self.experts)
 
-        def asked(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> Any:
-            if threading.get_ident() != thread:
-                return None
+        def asked(*args: Any, **kwargs: Any) -> torch.Tensor:
             names = ("hidden_states", "top_k_index", "top_k_weights")
             found = dict(zip(names, args, strict=False)) | kwargs
             x, ids, weights = (found[name].clone() for name in names)
@@ -203,11 +201,13 @@ class _Probe:
 
         with contextlib.ExitStack() as stack:
             for name, child in self.block.named_children():
-                stack.callback(child.register_forward_hook(
-                    asked if name == self.experts else _noting(name, calls), with_kwargs=True
-                ).remove)
+                if name != self.experts:
+                    stack.callback(child.register_forward_hook(
+                        _noting(name, calls), with_kwargs=True).remove)
+            stack.enter_context(_instead(experts, asked))
+            stack.enter_context(_instead(
+                self.block, functools.partial(type(self.block).forward, self.block)))
             stack.enter_context(_evaluating(self.block))
-            stack.callback(probed.reset, probed.set([]))
             stack.enter_context(torch.no_grad())
             stack.enter_context(_disable_current_modes())
             try:
@@ -222,6 +222,27 @@ class _Probe:
             raise UnsupportedExperts(f"experts that are called once, but they are {len(given)} "
                                      "times")
         return _Run(given[0], calls, output)
+
+
+@contextlib.contextmanager
+def _instead(module: torch.nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+    """Let a function stand in the place of a module's forward; for this thread: others may be
+    calling it."""
+    own, thread = vars(module).get("forward"), threading.get_ident()
+    before: Callable[..., Any] = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        chosen = function if threading.get_ident() == thread else before
+        return chosen(*args, **kwargs)
+
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
 
 
 def _noting(name: str, calls: dict[str, tuple[tuple[Any, ...], Any]]) -> Any:

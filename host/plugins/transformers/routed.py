@@ -78,12 +78,19 @@ class RoutedBlock(NamedTuple):
         return self.reason is None
 
 
+class _Decision(NamedTuple):
+    """What a block is, or why the device has it not; and for what that holds."""
+
+    session: Session
+    found: Block | str
+    numbers: tuple[tuple[str, Any], ...]
+
+
 # -- which blocks ----------------------------------------------------------------------------------
 _seen: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 _blocks: weakref.WeakValueDictionary[int, torch.nn.Module] = weakref.WeakValueDictionary()
 _owners: weakref.WeakKeyDictionary[torch.nn.Module, int] = weakref.WeakKeyDictionary()
-_decided: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Session, Block | str]] = (
-    weakref.WeakKeyDictionary())
+_decided: weakref.WeakKeyDictionary[torch.nn.Module, _Decision] = weakref.WeakKeyDictionary()
 _hook: RemovableHandle | None = None
 _said: set[str] = set()
 
@@ -198,16 +205,26 @@ def _settings(block: Block) -> RouterSettings:
 
 
 def _decision(module: torch.nn.Module) -> Block | str:
-    """Return what a block is, or why the device has it not; known until another device is set."""
+    """Return what a block is, or why the device has it not; known until another device is set, or
+    a number of the block or its router is."""
     with lock.held:
-        session, found = _decided.get(module, (None, ""))
-        if session is None or session is not open_session():
-            session, found = _decide(module)
-            _decided[module] = session, found
-            if isinstance(found, str) and found not in _said:
-                _said.add(found)
-                logger.warning("blocks are routed by the host: %s", found)
+        known = _decided.get(module)
+        if (known is not None and known.session is open_session()
+                and known.numbers == _numbers(module, known.found)):
+            return known.found
+        session, found = _decide(module)
+        _decided[module] = _Decision(session, found, _numbers(module, found))
+        if isinstance(found, str) and found not in _said:
+            _said.add(found)
+            logger.warning("blocks are routed by the host: %s", found)
         return found
+
+
+def _numbers(module: torch.nn.Module, found: Block | str) -> tuple[tuple[str, Any], ...]:
+    parts = [module] if isinstance(found, str) else [module, getattr(module, found.router)]
+    return tuple(one for part in parts for one in vars(part).items()
+                 if isinstance(one[1], int | float) and one[0] != "training"
+                 and not one[0].startswith("_"))
 
 
 def _decide(module: torch.nn.Module) -> tuple[Session, Block | str]:

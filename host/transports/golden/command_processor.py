@@ -13,6 +13,7 @@ from moeaccel.golden import DeviceResult
 from moeaccel.golden.router import RoutedTokens
 from moeaccel.host.transports.golden.checks import check_descriptor, check_layer
 from moeaccel.host.transports.golden.engine import Engine
+from moeaccel.host.transports.golden.expert_buffer import ExpertBuffer
 from moeaccel.host.transports.golden.memory_port import Fault, MemoryPort
 from moeaccel.host.transports.golden.moe import Moe, MoeResult
 from moeaccel.host.transports.golden.register_file import RegisterFile
@@ -23,14 +24,15 @@ from moeaccel.interface.commands import (
     COUNT_MAX,
     ENTRY_BYTES,
     MOE_OPCODES,
+    OPCODES_ALONE,
     RING_LOG2_MAX,
-    ROUTER_OPCODES,
     SUBMISSION,
     Opcode,
     Status,
     bad_field,
     decode,
     encode,
+    opcodes,
 )
 
 if TYPE_CHECKING:
@@ -58,17 +60,20 @@ class CommandProcessor:
     port : :class:`MemoryPort`
     engine : :class:`Engine`
     routes : :class:`RouteUnit`
+    buffer : :class:`ExpertBuffer`
     timing : :class:`Timing`, optional
         Says how long commands take.
     """
 
     def __init__(self, config: AcceleratorConfig, registers: RegisterFile, port: MemoryPort,
-                 engine: Engine, routes: RouteUnit, timing: Timing | None) -> None:
+                 engine: Engine, routes: RouteUnit, buffer: ExpertBuffer,
+                 timing: Timing | None) -> None:
         self._config = config
         self._registers = registers
         self._port = port
         self._engine = engine
         self._routes = routes
+        self._buffer = buffer
         self._moe = Moe(config, port, engine, routes, timing)
         self._timing = timing
         self._unwritten: _Done | None = None
@@ -92,8 +97,9 @@ class CommandProcessor:
                 registers.raise_bit("ERROR_STATUS", name.lower())
 
     def reset(self) -> None:
-        """Forget the command whose completion was not written."""
+        """Forget the command whose completion was not written, and what the buffer holds."""
         self._unwritten = None
+        self._buffer.reset()
 
     def execute_ring(self) -> None:
         """Run submissions and write completions as long as there are some.
@@ -106,7 +112,7 @@ class CommandProcessor:
             head, tail = registers.get("SQ_HEAD"), registers.get("CQ_TAIL")
             if self._unwritten is not None and self._unwritten.tail != tail:
                 self._unwritten = None  # it was written, and then came an interruption
-            counted = dict(registers.counters)
+            counted, held = dict(registers.counters), self._buffer.snapshot()
             try:
                 if self._unwritten is None:
                     if (not registers.get("ENABLE") & 1 or head == registers.get("SQ_TAIL") & last
@@ -131,38 +137,44 @@ class CommandProcessor:
                 if registers.get("CQ_TAIL") == tail:
                     registers.counters = dict(
                         counted if self._unwritten is None else self._unwritten.counters)
+                    if self._unwritten is None:  # it runs again, from its beginning
+                        self._buffer.restore(held)
                 raise
 
     # -- commands ----------------------------------------------------------------------------------
     def _execute(self, address: int) -> dict[str, int]:
         """Execute the submission at an address and return its completion, but for the phase."""
         tag, tokens, cycles, status, detail, where, underflows = 0, 0, 0, Status.OK, 0, 0, 0
+        opcode = int(Opcode.NOP)
         self._port.possible_faults = []
         before = dict(self._registers.counters)
         try:
             submission = decode(SUBMISSION, self._port.load(address, ENTRY_BYTES).tobytes())
             tag, tokens, opcode = (submission[name] for name in ("tag", "tokens", "opcode"))
-            if opcode not in list(Opcode) or (
-                    opcode in ROUTER_OPCODES and not self._config.router):
+            if opcode not in opcodes(self._config):
                 raise Fault(Status.BAD_OPCODE, detail=opcode)
-            if opcode not in (Opcode.NOP, Opcode.FENCE):
+            if opcode == Opcode.FORGET:
+                self._buffer.forget()
+            if opcode not in OPCODES_ALONE:
                 wrong = bad_field(SUBMISSION, submission, self._config)
                 if wrong is not None:
                     raise Fault(Status.BAD_FIELD, detail=wrong[0].word)
                 result, predicted = self._run(submission)
                 status, detail, where = result.outcome
-                self._registers.count(tokens=tokens)
+                if opcode != Opcode.PREFETCH:
+                    self._registers.count(tokens=tokens)
                 if not isinstance(result, RoutedTokens):
                     underflows = min(result.underflows, COUNT_MAX)
                 if self._timing is not None and predicted is not None:
                     cycles = self._timing.count(predicted)
         except Fault as fault:
             status, detail, where = fault.status, fault.detail, fault.address
-            if status is Status.BAD_EXPERT:  # it has run so far
+            if status is Status.BAD_EXPERT and opcode != Opcode.PREFETCH:  # it has run so far
                 self._registers.count(tokens=tokens)
-            if status in (Status.WINDOW, Status.BUS_ERROR):  # numbers of its parts mean nothing
-                for name in ("overflows", "underflows"):
+            if status in (Status.WINDOW, Status.BUS_ERROR):
+                for name in ("overflows", "underflows"):  # numbers of its parts mean nothing
                     self._registers.counters[name] = before[name]
+                self._buffer.forget()  # what it holds may be none of memory's
         return {"tag": tag, "status": status, "detail": detail, "address": where, "cycles": cycles,
                 "underflows": underflows}
 

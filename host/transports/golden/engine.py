@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from moeaccel.arithmetic import to_bfloat16
 from moeaccel.config import AcceleratorConfig
 from moeaccel.golden import DeviceResult, combined
+from moeaccel.host.transports.base import Bytes
+from moeaccel.host.transports.golden.expert_buffer import ExpertBuffer
 from moeaccel.host.transports.golden.expert_table import Entry, ExpertTable
 from moeaccel.host.transports.golden.images import Images
 from moeaccel.host.transports.golden.memory_port import Fault, MemoryPort
@@ -41,17 +43,19 @@ class Engine:
     registers : :class:`RegisterFile`
     port : :class:`MemoryPort`
     images : :class:`Images`
+    buffer : :class:`ExpertBuffer`
     timing : :class:`Timing`, optional
         Says how long it takes.
     """
 
     def __init__(self, config: AcceleratorConfig, registers: RegisterFile, port: MemoryPort,
-                 images: Images, timing: Timing | None) -> None:
+                 images: Images, buffer: ExpertBuffer, timing: Timing | None) -> None:
         self._config = config
         self._registers = registers
         self._port = port
         self._table = ExpertTable(config, registers, port)
         self._images = images
+        self._buffer = buffer
         self._timing = timing
 
     def run(self, submission: Mapping[str, int], layer: Mapping[str, int], *, held: bool = False
@@ -71,13 +75,13 @@ class Engine:
         """
         tokens, top_k = submission["tokens"], submission["top_k"]
         gemm = submission["opcode"] == Opcode.GEMM
+        if submission["opcode"] == Opcode.PREFETCH:
+            return self._prefetch(submission, layer)
         if gemm:
             ids = np.tile(np.arange(top_k), (tokens, 1))
             weights = np.ones((tokens, top_k), np.float32)
         else:
-            load = self._port.ram.read if held else self._port.load
-            raw = load(submission["ids_address"], 4 * tokens * top_k)
-            ids = raw.view("<i4").reshape(tokens, top_k).astype(np.int64)
+            ids = self._ids(submission, self._port.ram.read if held else self._port.load)
             weights = self._port.floats(submission["weights_address"], (tokens, top_k))
         num_experts = layer["num_experts"]
         slots = self._config.max_slots // layer["planes"]
@@ -90,7 +94,7 @@ class Engine:
             ids = np.where(ids < bad.detail, ids, -1)
         pairs = 0 if gemm or held else 4 * tokens * top_k
         self._check_streams(submission, layer, planned, entries, unread, pairs=pairs)
-        self._count(submission, layer, planned, entries, pairs=pairs)
+        buffered = self._count(submission, layer, planned, entries, pairs=pairs)
         result = self._compute(submission, layer, planned, entries, ids, weights)
         self._registers.count(overflows=result.overflows, underflows=result.underflows)
         if bad is not None:
@@ -100,7 +104,44 @@ class Engine:
         self._port.ram.write(submission["y_address"], y.view(np.uint8).reshape(-1))
         if self._timing is None:
             return result, None
-        return result, self._timing.predict(submission, layer, entries, ids, held=held)
+        return result, self._timing.predict(
+            submission, layer, entries, ids, held=held, buffered=buffered)
+
+    @staticmethod
+    def _ids(submission: Mapping[str, int], load: Callable[[int, int], Bytes]
+             ) -> NDArray[np.int64]:
+        """Return the ids of a command."""
+        shape = submission["tokens"], submission["top_k"]
+        raw = load(submission["ids_address"], 4 * shape[0] * shape[1])
+        return raw.view("<i4").reshape(shape).astype(np.int64)
+
+    def _prefetch(self, submission: Mapping[str, int], layer: Mapping[str, int]
+                  ) -> tuple[DeviceResult, Prediction | None]:
+        """Run PREFETCH: like EXPERTS, but that images go to the buffer and no further.
+
+        Experts before a bad entry are brought.
+        """
+        ids = self._ids(submission, self._port.load)
+        planned = plan(ids, layer["num_experts"], self._config.max_slots // layer["planes"])
+        entries, bad, unread = self._table.read(layer, planned)
+        behind: list[Fault] = []
+        if bad is not None:
+            behind = self._table.faults_behind(layer, planned, bad.detail)
+        images = [(entry.image_address, entry.payload_bytes) for entry in entries.values()]
+        buffered, loads = [], []
+        for image in images:
+            buffered.append(self._buffer.has(*image))
+            loads.append(self._buffer.load(*image))
+        self._port.raise_first(unread, self._port.first_faults(
+            (address + held, moved) for (address, _), held, moved
+            in zip(images, buffered, loads, strict=True) if moved))
+        if bad is not None:
+            self._port.raise_first([bad], behind)
+        result = DeviceResult(np.zeros((0, layer["d_out"]), np.float32), [], [], 0, 0)
+        if self._timing is None:
+            return result, None
+        return result, self._timing.predict(
+            submission, layer, entries, ids, buffered=buffered, loads=loads)
 
     def _compute(self, submission: Mapping[str, int], layer: Mapping[str, int], planned: Plan,
                  entries: Mapping[int, Entry], ids: NDArray[np.int64],
@@ -127,7 +168,7 @@ class Engine:
         self._port.raise_first(
             faults([(submission["weights_address"], pairs)] if pairs else []),
             unread,
-            faults((entries[e].image_address, entries[e].payload_bytes) for e in planned.experts),
+            faults(self._unbuffered(entries[e]) for e in planned.experts),
             faults((x + x_row * token, x_row) for token in planned.loads),
             faults(((y + y_row * token, y_row) for token in planned.zeros), write=True),
             faults((workspace + sums_row * row.token, sums_row)
@@ -136,17 +177,27 @@ class Engine:
                     else (workspace + sums_row * row.token, sums_row)
                     for row in planned.rows), write=True))
 
+    def _unbuffered(self, entry: Entry) -> tuple[int, int]:
+        """Return address and bytes of what memory brings of an image."""
+        held = self._buffer.has(entry.image_address, entry.payload_bytes)
+        return entry.image_address + held, entry.payload_bytes - held
+
     def _count(self, submission: Mapping[str, int], layer: Mapping[str, int], planned: Plan,
-               entries: Mapping[int, Entry], *, pairs: int) -> None:
-        """Count what a command moves and computes; ``pairs``: bytes of its weights."""
+               entries: Mapping[int, Entry], *, pairs: int) -> list[int]:
+        """Count what a command moves and computes, and return the bytes of each pass that the
+        buffer has; ``pairs``: bytes of its weights."""
         rows = planned.rows
         x_row, y_row, sums_row = _row_bytes(submission, layer)
         beats = self._port.beats
+        images = [entries[now.expert] for now in planned.passes]
+        buffered = [self._buffer.use(one.image_address, one.payload_bytes) for one in images]
         self._registers.count(
             bytes_read_weights=self._config.channels * sum(
-                beats(entries[now.expert].payload_bytes) for now in planned.passes),
+                beats(one.payload_bytes) - held
+                for one, held in zip(images, buffered, strict=True)),
             bytes_read_other=beats(pairs) + x_row * len(planned.loads)
                              + sums_row * sum(not row.first for row in rows),
             bytes_written=y_row * len(planned.zeros)
                           + sum(y_row if row.last else sums_row for row in rows),
             expert_passes=len(planned.passes), assignments=planned.pairs)
+        return buffered

@@ -5,7 +5,7 @@ from __future__ import annotations
 from moeaccel.config import AcceleratorConfig
 from moeaccel.host.errors import InvalidOption
 from moeaccel.host.registers import mask
-from moeaccel.interface.registers import COUNTERS, REGISTERS, Access, Register
+from moeaccel.interface.registers import COUNTERS, REGISTERS, Access, Register, built_values
 
 _COUNTER_BITS = 48
 _BY_ADDRESS = {register.address: register for register in REGISTERS.values()}
@@ -27,7 +27,7 @@ class RegisterFile:
 
     def __init__(self, config: AcceleratorConfig) -> None:
         self._values = {r.address: r.reset for r in REGISTERS.values()}
-        self._values[REGISTERS["CONFIG_HASH"].address] = config.digest
+        self.set(**built_values(config))
         self._values[_PHASE] = 1
         self.counters = {name: 0 for name, _ in COUNTERS}
 

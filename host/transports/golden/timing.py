@@ -37,17 +37,27 @@ class Timing:
         self._latency = latency
 
     def predict(self, submission: Mapping[str, int], layer: Mapping[str, int],
-                entries: Mapping[int, Entry], ids: NDArray[np.int64], *, held: bool
-                ) -> Prediction:
-        """Return what EXPERTS or GEMM is predicted to take."""
+                entries: Mapping[int, Entry], ids: NDArray[np.int64], *, held: bool = False,
+                buffered: Sequence[int] = (), loads: Sequence[int] | None = None) -> Prediction:
+        """Return what EXPERTS, GEMM or PREFETCH is predicted to take.
+
+        Parameters
+        ----------
+        buffered, loads : sequence of :class:`int`
+            As in :class:`moeaccel.cycles.job.Job`, but bytes.
+        """
         from moeaccel.cycles import predict_command
+
+        port = self._config.port_bytes
 
         return predict_command(
             self._config, {expert: entry.sections for expert, entry in entries.items()}, ids,
             layer["num_experts"], d_in=layer["d_in"], d_out=layer["d_out"],
             planes=layer["planes"], latency=self._latency,
             gemm=submission["opcode"] == Opcode.GEMM, x_type=ElementType(submission["x_type"]),
-            y_type=ElementType(submission["y_type"]), held=held)
+            y_type=ElementType(submission["y_type"]), held=held,
+            buffered=[size // port for size in buffered],
+            loads=None if loads is None else [size // port for size in loads])
 
     def predict_route(self, submission: Mapping[str, int], router: Mapping[str, int]
                       ) -> Prediction:

@@ -16,6 +16,7 @@ from moeaccel.host.options import whole
 from moeaccel.host.transports.base import Bytes, Transport
 from moeaccel.host.transports.golden.command_processor import CommandProcessor
 from moeaccel.host.transports.golden.engine import Engine
+from moeaccel.host.transports.golden.expert_buffer import ExpertBuffer
 from moeaccel.host.transports.golden.images import Images
 from moeaccel.host.transports.golden.memory_port import MemoryPort
 from moeaccel.host.transports.golden.register_file import RegisterFile
@@ -59,10 +60,11 @@ class GoldenTransport(Transport):
         self._port = MemoryPort(config, self._registers, memory_bytes)
         self._images = Images(self._port, cache_bytes)
         times = Timing(config, self._registers, latency) if timing else None
-        engine = Engine(config, self._registers, self._port, self._images, times)
+        buffer = ExpertBuffer(config, self._registers)
+        engine = Engine(config, self._registers, self._port, self._images, buffer, times)
         routes = RouteUnit(config, self._registers, self._port, times)
         self._commands = CommandProcessor(
-            config, self._registers, self._port, engine, routes, times)
+            config, self._registers, self._port, engine, routes, buffer, times)
 
     @property
     def memory_bytes(self) -> int:

@@ -7,11 +7,11 @@ from amaranth.sim import Simulator
 
 from moeaccel.config import PRESETS
 from moeaccel.hdl.control.register_file import CLEARED_BY_SOFT_RESET, RegisterFile
-from moeaccel.interface.registers import ADDRESS_BITS, REGISTERS, Access
+from moeaccel.interface.registers import ADDRESS_BITS, REGISTERS, Access, built_values
 
 OKAY, SLVERR = 0, 2
 ONES = 0xFFFF_FFFF
-CONSTANTS = ("ID", "VERSION", "CONFIG_HASH")
+CONSTANTS = ("ID", "VERSION", *built_values(PRESETS["tiny"]))
 
 
 class Host:
@@ -88,7 +88,7 @@ def test_reset_values_and_read_only_registers(stall):
 
     async def testbench(ctx):
         driven = {r.name: r.reset for r in REGISTERS.values()}
-        driven["CONFIG_HASH"] = PRESETS["tiny"].digest
+        driven |= built_values(PRESETS["tiny"])
         for register in of(Access.RO):
             if register.name not in CONSTANTS:
                 driven[register.name] = rng.getrandbits(32)

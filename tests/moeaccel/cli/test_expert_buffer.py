@@ -35,7 +35,21 @@ def test_table():
     assert "circular" in table and "pairs a load" in table
 
 
+def test_a_device_beside_the_model():
+    result = run(*BENCH, "--prediction", "circular", "--prediction", "oracle", "--slots", 4,
+                 "--device", "golden", "--device-config", "tiny", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    (row,) = found["on_device"]  # there is no oracle
+    assert (found["device"], row["prediction"]) == ("golden", "circular")
+    assert row["equal"] and row["device"] == row["model"]
+    assert row["device"]["hits"] > 0 and row["device"]["wasted_bytes"] > 0
+
+
 def test_what_is_wrong_is_named():
+    result = run(*BENCH[:4], "--config", "tiny")
+    assert result.exit_code == 2
+    assert "config must take experts of 4096 x 14336, and 'tiny' takes 256" in result.stderr
     result = run(*BENCH, "--prediction", "flame")
     assert result.exit_code == 2
     assert result.stderr.startswith("error: ") and "circular" in result.stderr

@@ -1,0 +1,106 @@
+"""Predictions for a device: routes in, PREFETCH out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from moeaccel.host.buffering.predictions import Prediction, prediction as find
+from moeaccel.host.errors import InvalidOption
+from moeaccel.host.layers import Experts
+from moeaccel.host.prefetch import check_buffer
+from moeaccel.host.rings import Command
+from moeaccel.host.tensors import indices, shape_of
+
+__all__ = ["Prefetcher"]
+
+
+class Prefetcher:
+    """Tell a device what the next layer will probably use, when the route of this one is known.
+
+    ``for each layer: y = layer(x, ids, weights); prefetcher.observe(index, ids)``. The experts with
+    the best chances are brought, as many as the buffer has slots, or fewer, where no more are
+    predicted.
+
+    Parameters
+    ----------
+    layers : sequence of :class:`Experts`
+        In the order in which a forward pass calls them, all with as many experts, on one device.
+    prediction : :class:`str` or type of :class:`Prediction`
+        One of :data:`PREDICTIONS`, but no oracle: nobody tells it what will be.
+    top_k : :class:`int`
+        Experts of a token.
+
+    Raises
+    ------
+    InvalidOption
+        If layers are not of one device, or differ in experts.
+    LimitExceeded
+        If the device has no expert buffer.
+    UnknownPolicy
+        If there is no such prediction.
+    """
+
+    def __init__(self, layers: Sequence[Experts], prediction: str | type[Prediction] = "circular",
+                 *, top_k: int) -> None:
+        alike = {(id(layer.device), layer.num_experts) for layer in layers}
+        if len(alike) != 1:
+            raise InvalidOption("layers must be one or more, of one device and with as many "
+                                f"experts, not {len(layers)} of {len(alike)} kinds")
+        kind = find(prediction) if isinstance(prediction, str) else prediction
+        self._layers = tuple(layers)
+        self._device, self._experts = layers[0].device, layers[0].num_experts
+        check_buffer(self._device.config)
+        blocks = max(layer.row_blocks for layer in layers)
+        self._most = max(1, self._device.config.buffer_slots // blocks)
+        self._prediction = kind(n_layers=len(layers), n_experts=self._experts, top_k=top_k)
+        self._sent: list[Command] = []
+
+    def begin_pass(self, *, new_request: bool = False) -> None:
+        """Hear that a forward pass begins, and whether a request begins with it."""
+        self._prediction.begin_pass(new_request=new_request)
+
+    def observe(self, layer: int, ids: Any) -> Command | None:
+        """Hear the route of a layer, and bring what the next one in the ring may use.
+
+        Parameters
+        ----------
+        layer : :class:`int`
+            Its index.
+        ids : integer tensor, (T, K)
+            As the layer's call has them.
+
+        Returns
+        -------
+        :class:`Command` or None
+            The PREFETCH; None where nothing is predicted.
+
+        Raises
+        ------
+        InvalidOption, InvalidTensor
+            If there is no such layer, or ids are none.
+        CommandFailed
+            If an earlier PREFETCH has failed.
+        """
+        if not 0 <= layer < len(self._layers):
+            raise InvalidOption(f"layer must be from 0 to {len(self._layers) - 1}, not {layer!r}")
+        self.check()
+        shape_of("ids", ids, "T", "K")
+        named = indices("ids", ids, self._experts).reshape(-1)
+        uses = np.bincount(named[named >= 0], minlength=self._experts)
+        best = self._prediction.following(layer, uses, None)[: self._most].tolist()
+        if not best:
+            return None
+        command = self._device.prefetch(self._layers[(layer + 1) % len(self._layers)], best)
+        self._sent.append(command)
+        return command
+
+    def check(self) -> None:
+        """Raise what has gone wrong with those that have completed."""
+        done = [command for command in self._sent if command.completion is not None]
+        self._sent = [command for command in self._sent if command.completion is None]
+        for command in done:
+            if (error := command.error()) is not None:
+                raise error

@@ -1,0 +1,118 @@
+"""Experts brought into the device's expert buffer before they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+
+from moeaccel.config import AcceleratorConfig
+from moeaccel.host.errors import InvalidOption, LimitExceeded
+from moeaccel.host.layers import Experts
+from moeaccel.host.memory import COMMAND_ALIGNMENT
+from moeaccel.host.rings import Command
+from moeaccel.interface.commands import Opcode
+
+if TYPE_CHECKING:
+    from moeaccel.host.device import Device
+
+__all__ = ["Prefetches", "check_buffer"]
+
+_IDS = COMMAND_ALIGNMENT // 4
+"""Ids that fill a block of memory."""
+
+
+def check_buffer(config: AcceleratorConfig) -> None:
+    """Check that a device has an expert buffer.
+
+    Raises
+    ------
+    LimitExceeded
+        If it has none.
+    """
+    if not config.buffer_slots:
+        raise LimitExceeded(f"config must have an expert buffer, and {config.name!r} has none; "
+                            "take one with buffer_slots and buffer_beats")
+
+
+class Prefetches:
+    """What a device does that has an expert buffer; a base of :class:`moeaccel.host.device.Device`.
+
+    The buffer has what memory had when PREFETCH ran. So whoever changes an image empties it first,
+    as uploads do; nothing else that the driver writes can be one.
+    """
+
+    _may_hold = False
+    """Whether something was brought since the buffer was emptied."""
+
+    def prefetch(self, layer: Experts, ids: Iterable[int]) -> Command:
+        """Bring experts of a layer into the expert buffer, where they are not there already.
+
+        A command like any other, behind those submitted before, and not waited for: what fails is
+        found by :meth:`Device.wait` and :meth:`Command.error`. As many leading bytes come as a slot
+        has; calls take what is there from it, and the rest from memory. Bits are the same.
+
+        Parameters
+        ----------
+        layer : :class:`Experts`
+            Of this device.
+        ids : iterable of int
+            From 0 to its ``num_experts`` - 1, in any order, at least one; at most as many different
+            ones, times its ``row_blocks``, as the buffer has slots.
+
+        Raises
+        ------
+        LimitExceeded
+            If the device has no expert buffer, or not so many slots.
+        InvalidOption
+            For another device's layer, or an id that it has not.
+        """
+        device = cast("Device", self)
+        config = device.config
+        check_buffer(config)
+        if not isinstance(layer, Experts) or layer.device is not device:
+            raise InvalidOption("layer must be one of this device's load_experts(), not "
+                                f"{type(layer).__name__} of another")
+        named = list(dict.fromkeys(ids))
+        for expert in named:
+            if not isinstance(expert, int | np.integer) or not 0 <= expert < layer.num_experts:
+                raise InvalidOption(f"ids must be from 0 to {layer.num_experts - 1}, those of the "
+                                    f"layer's experts, not {expert!r}")
+        blocks = layer.row_blocks
+        entries = [blocks * int(expert) + block for expert in named for block in range(blocks)]
+        most = min(config.buffer_slots, config.max_tokens)
+        if not 1 <= len(entries) <= most:
+            parts = f" of {blocks} row blocks each" if blocks > 1 else ""
+            raise LimitExceeded(f"ids must name from 1 to {most // blocks} different experts{parts}"
+                                f", as the buffer has {config.buffer_slots} slots, not "
+                                f"{len(named)}")
+        padded = np.full(-(-len(entries) // _IDS) * _IDS, -1, "<i4")
+        padded[: len(entries)] = entries
+        with device._lock:
+            kept = layer._kept()
+            device._take()  # what completed meanwhile gives its buffers back
+            buffers = device.memory.allocate(padded.nbytes, top=True)
+            command = Command("PREFETCH", kept, buffers=buffers)
+            command.give_back()  # nobody reads them
+            try:
+                device.transport.memory_write(buffers.address, padded.view(np.uint8))
+                self._may_hold = True
+                return device.submit({
+                    "opcode": int(Opcode.PREFETCH), "tokens": len(entries), "top_k": 1,
+                    "layer_address": kept[1].address, "ids_address": buffers.address}, command)
+            except BaseException:
+                if command not in device.in_flight:
+                    buffers.free()
+                raise
+
+    def forget_experts(self) -> None:
+        """Empty the expert buffer, behind what was submitted before, if anything was brought.
+
+        For those who change an image in the device's memory without this driver; uploads do it.
+        """
+        device = cast("Device", self)
+        with device._lock:
+            if self._may_hold:
+                device.submit({"opcode": int(Opcode.FORGET)}, Command("FORGET"))
+                self._may_hold = False
