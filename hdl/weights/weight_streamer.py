@@ -98,8 +98,9 @@ class WeightStreamer(wiring.Component):
         with m.Elif(load):
             m.d.sync += pending_valid.eq(0)
         asked = self.i_request.p
-        if config.buffer_slots:
-            m.submodules.buffer = buffer = BeatBuffer(config)
+        buffer = BeatBuffer(config) if config.buffer_slots else None
+        if buffer is not None:
+            m.submodules.buffer = buffer
             some, of_memory, more = Cat(asked.held, asked.beats), pending.beats, pending.beats != 0
             told = buffer.i_part.ready
             m.d.comb += [buffer.i_part.valid.eq(load),
@@ -195,7 +196,7 @@ class WeightStreamer(wiring.Component):
         # -- gearbox ------------------------------------------------------------------------------
         word, beat = self.o_word, read.data
         gets, taken = beat_valid, beat_taken  # a beat is there, and leaves
-        if config.buffer_slots:
+        if buffer is not None:
             gets, beat, taken = buffer.o_beat.valid, buffer.o_beat.payload, buffer.o_beat.ready
             m.d.comb += [buffer.i_beat.valid.eq(beat_valid), buffer.i_beat.payload.eq(read.data),
                          beat_taken.eq(beat_valid & buffer.i_beat.ready)]
@@ -216,7 +217,7 @@ class WeightStreamer(wiring.Component):
                 # Shifted, for a beat that went to any of the parts would have to reach them all.
                 m.d.sync += [part.eq(after) for part, after in pairwise([*parts, beat])]
             busy = gets | word.valid | (index != 0)
-        if config.buffer_slots:
+        if buffer is not None:
             busy = busy | ~buffer.o_idle
 
         m.d.sync += self.o_idle.eq(~(self.i_request.valid | pending_valid | active | request.valid
