@@ -580,7 +580,7 @@ PRESETS: dict[str, AcceleratorConfig] = {
 }
 """Named configurations, smallest first."""
 
-# The board with a router fits, but was routed at 88 and at 65 MHz only.
+# The board with a router fits, but was routed at 90 MHz only.
 PRESETS["ulx3s-router"] = PRESETS["ulx3s"].replace(
     name="ulx3s-router", router=("softmax", "sigmoid"), router_top_k=8)
 PRESETS["wide512-sparse"] = PRESETS["wide512"].replace(
