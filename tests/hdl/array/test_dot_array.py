@@ -101,15 +101,15 @@ class Step:
         if self.fmt.weight_bits == 2:
             codes |= ~codes << 2 & 12  # bits that say nothing
         selects = 0
-        if self.fmt.parts > 1:
-            at = places(self.weights, self.fmt)
+        at = places(self.weights, self.fmt) if self.fmt.parts > 1 else None
+        if at is not None:
             codes = compressed(codes, at)
-            section = Section(self.fmt, len(codes), BLOCK, config.row_multipliers)
-            codes = _in_lanes(codes, section, 2 if self.fmt.packed else 1)[0]
-            selects = bits(_in_lanes(at, section, 1).reshape(-1), 2)
-            codes = codes[:, 0] | codes[:, 1] << 4 if self.fmt.packed else codes[:, 0]
-        elif self.fmt.packed:
+        section = Section(self.fmt, len(self.weights), BLOCK, config.row_multipliers)
+        if self.fmt.packed:
             codes = codes[0::2] | codes[1::2] << 4
+        if at is not None:
+            codes = _in_lanes(codes, section)[0]
+            selects = bits(_in_lanes(at, section).reshape(-1), 2)
         lanes = 0
         width = 8 * BLOCK + 4
         for t, mantissas in enumerate(self.mantissas):
