@@ -261,8 +261,8 @@ def test_bad_options(arguments):
     assert "Traceback" not in result.output
 
 
-def test_ids_of_a_call_without_experts_are_empty_rows():
+def test_ids_of_a_call_that_has_none_are_empty_rows():
     for case in drawn(100):
         for call in case.calls:
             assert np.array(call.ids).shape == (len(call.ids), len(call.ids[0]))
-            assert bool(call.ids[0]) == bool(call.experts)
+            assert bool(call.ids[0]) == bool(call.experts and call.routed is None)

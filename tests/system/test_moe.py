@@ -171,8 +171,10 @@ def test_bfloat16(slow, settings):
             ids, weights = moe.route(x)
             wide = moe.route(x.float())
             assert (ids == wide[0]).all() and (weights == wide[1]).all()
-            y = moe(x)
-            assert (y == moe(x.float()).bfloat16()).all()
+            y, single = moe(x), moe(x.float())
+            # Rounded once: not as float32 is, where that lies midway.
+            midway = single.view(torch.int32) & 0xFFFF == 0x8000
+            assert ((y == single.bfloat16()) | midway).all()
             return y
 
     slow.reset()
