@@ -89,10 +89,10 @@ class Dispatcher(wiring.Component):
     ``o_weights`` comes of it, for each expert in its turn, and is done when that is taken. A token
     without an expert is announced as ever.
 
-    Cycles: those of PairSort, then about 6 for each slot of a pass. A job of one token, from its
-    last id to the request for its first expert's entry: 15 if the port takes requests at once; 3
-    for each id behind. A job that is not ``routed``
-    needs no ids: every token goes to experts 0 to ``top_k`` - 1 with weight 1.
+    Cycles: those of PairSort, then about 6 for each slot of a pass. From the last beat of ids to
+    the request for the first one's entry 13 if the port takes requests at once, 3 more for each
+    expert behind it. A job that is not ``routed`` needs no ids: every token goes to experts 0 to
+    ``top_k`` - 1 with weight 1.
 
     Parameters
     ----------

@@ -22,7 +22,7 @@ class _Wires:
             "expert": layouts.expert_bits(config), "pairs": pairs_bits})
 
         # The walk over the pairs, in the order of their tokens, and the pair that it is at.
-        self.rewind = Signal()
+        self.rewind = Signal()  # it is held at the first pair
         self.take_first = Signal()  # the first id is there
         self.third = Signal()  # of a pair's cycles
         self.counting = Signal()  # the first of two walks
@@ -76,9 +76,9 @@ class PairSort(wiring.Component):
     announced on ``o_zero``, and counting waits until that is taken. A job that is not ``routed``
     has no ids: a token's pairs are of experts 0, 1, ...
 
-    Cycles: from ``i_start`` to ``o_done``, 6 and 3 for each pair, 1 or more for each token without
-    pairs; if an expert has several pairs, 4, 2 for each expert with pairs, and 3 for each pair,
-    more. An expert counts in ``o_experts`` 9 cycles after ``i_start``, if its is the first pair,
+    Cycles: from ``i_start`` to ``o_done``, 5 and 3 for each pair, 1 or more for each token without
+    pairs; if an expert has several pairs, 3 more, 2 for each expert with pairs, and 3 for each pair
+    again. An expert counts in ``o_experts`` 8 cycles after ``i_start``, if its is the first pair,
     and 3 more for each pair before it. Reset: idle.
 
     Parameters
@@ -156,8 +156,8 @@ class PairSort(wiring.Component):
         """Walk over the pairs in the order of their tokens.
 
         Every pair has three cycles (ID, READ, THIRD); its id is read during the pair before it, and
-        all that the third needs to know comes from registers, be it that it is the third. A rewind
-        sets what a reset need not.
+        all that the third needs to know comes from registers, be it that it is the third. Until a
+        walk begins it is held at the first pair, which sets what a reset need not.
         """
         config, job = self._config, self.i_job
         lane_bits = exact_log2(config.port_bytes // 4)
@@ -170,21 +170,18 @@ class PairSort(wiring.Component):
         last_of_token = Signal()
         valid_of_token = Signal(5, reset_less=True)
         zero_token = Signal(layouts.token_bits(config), reset_less=True)
-        rewound = Signal(3)  # the first id: address, memory, register
         expert = Mux(job.routed, raw_id, k)
         m.d.comb += [
             ids_w.en.eq(self.ids_w_en),
             ids_w.addr.eq(self.ids_w_address),
             ids_w.data.eq(self.ids_w_data),
             ids_r.addr.eq(ahead >> lane_bits),
-            w.take_first.eq(rewound[-1]),
             self.total_w_en.eq(w.third & w.counting & last_of_token),
             self.total_w_address.eq(w.token),
             self.total_w_data.eq(valid_of_token + w.valid),
             self.o_zero.payload.eq(zero_token),
         ]
         m.d.sync += [
-            rewound.eq(Cat(w.rewind, rewound)),
             id_word.eq(ids_r.data),
             w.valid.eq(expert < job.num_experts),
             w.expert.eq(expert),
@@ -280,15 +277,18 @@ class PairSort(wiring.Component):
     def _sequence(self, m, w):
         """Count; if an expert has several pairs, add up, and put into place."""
         m.d.sync += w.walk_ends.eq(w.walk + 1 == self.o_experts)
-        with m.FSM():
+        with m.FSM() as sequence:
+            m.d.comb += w.rewind.eq(sequence.ongoing("IDLE") | w.prefixing)
             with m.State("IDLE"):
                 with m.If(self.i_start):
-                    m.d.comb += w.rewind.eq(1)
                     m.d.sync += [w.counting.eq(1), self.o_experts.eq(0), w.shared.eq(0)]
                     m.next = "FIRST"
-            with m.State("FIRST"):
-                with m.If(w.take_first):
-                    m.next = "ID"
+            with m.State("FIRST"):  # id
+                m.d.sync += w.take_first.eq(1)
+                m.next = "TAKE"
+            with m.State("TAKE"):
+                m.d.sync += w.take_first.eq(0)
+                m.next = "ID"
             with m.State("ID"):
                 m.next = "READ"
             with m.State("READ"):
@@ -329,6 +329,5 @@ class PairSort(wiring.Component):
                              w.walk.eq(w.walk + 1)]
                 m.next = "PREFIX_READ"
                 with m.If(w.walk_ends):
-                    m.d.comb += w.rewind.eq(1)
                     m.d.sync += w.prefixing.eq(0)
                     m.next = "FIRST"

@@ -222,7 +222,8 @@ def test_latency_is_as_stated(shape, cycles):
             cycle[0] += 1
 
     async def scenario(ctx):
-        ctx.set(dut.i_job, {"steps_in": D_IN // 32, "steps_out": D_OUT // 32, "table_address": TABLE})
+        ctx.set(dut.i_job, {
+            "steps_in": D_IN // 32, "steps_out": D_OUT // 32, "table_address": TABLE})
         await ctx.tick().repeat(150)
         ctx.set(dut.o_expert.ready, 1)
         await ctx.tick().repeat(150)

@@ -184,11 +184,11 @@ def test_cycles_are_those_of_the_docstring(experts, ids):
     """Three for each pair, and again if an expert has several, behind two for each expert."""
     (_, counts, zeros, _, cycles, named), = Bench([(ids, experts, 1)]).found
     pairs = len(ids) * len(ids[0])
-    expected = 6 + 3 * pairs + len(zeros)
+    expected = 5 + 3 * pairs + len(zeros)
     if any(count > 1 for _, count in counts):
-        expected += 4 + 2 * len(counts) + 3 * pairs
+        expected += 3 + 2 * len(counts) + 3 * pairs
     assert cycles == expected
     flat = [e for row in ids for e in row]
     assert named == [
-        9 + 3 * flat.index(e) + sum(token < flat.index(e) // len(ids[0]) for token in zeros)
+        8 + 3 * flat.index(e) + sum(token < flat.index(e) // len(ids[0]) for token in zeros)
         for e, _ in counts]
