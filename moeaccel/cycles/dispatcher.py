@@ -57,7 +57,7 @@ class Dispatcher:
         job = self._job
         weights: Read | None = None
         if job.gemm or job.held:
-            cycle = start + 2  # prepare
+            cycle = start + 1
         else:
             beats = job.beats(job.ids.size, 4)
             yield start + 3
