@@ -27,13 +27,15 @@ class RouteUnit(wiring.Component):
     ::
 
         reader --> WordReader --+--> tables of TokenRouter
-                                +--> ToFixed --> TokenRouter --+--> PairWriter --> writer
-                                                      ^        |
+                      ^         +--> ToFixed --> TokenRouter --+--> PairWriter --> writer
+        i_logits -----+                               ^        |
                                                       +----- Capacity
 
     The router's table first, then the logits of all tokens; with a capacity these once more: pairs
-    of the first sweep are counted, and only those of the second written. Cycles:
-    ``moeaccel.cycles.route_unit``. Reset: idle; the memory port is flushed with it.
+    of the first sweep are counted, and only those of the second written. Logits that are still
+    being made are waited for; those of a single token are taken on their way to memory, if the
+    table is there before them. Cycles: ``moeaccel.cycles.route_unit``. Reset: idle; the memory port
+    is flushed with it.
 
     Parameters
     ----------
@@ -47,8 +49,13 @@ class RouteUnit(wiring.Component):
     i_start : :py:`In(1)`
         Pulse. Not before ``o_idle``.
     i_job : :py:`In(layouts.job(config))`
-        Of a ROUTE; holds from ``i_start`` to ``o_idle``.
-    o_idle : :py:`Out(1)`
+        Of a ROUTE; holds from ``i_start`` to ``o_sent``.
+    i_there, i_none : :py:`In(1)`
+        The logits are in memory; with it, there are none: then there will be no pairs.
+    i_logits : :py:`In(layouts.logit_beat(config))`
+        What goes to memory while they are not there, in the order of a single token's logits.
+    o_sent, o_idle : :py:`Out(1)`
+        All pairs are on their way to memory, or none will be; all are there.
     o_saturated : :py:`Out(1)`
         Pulse for each logit beyond its range.
     o_nonfinite, o_token : :py:`Out(1)`, :py:`Out(layouts.token_bits(config))`
@@ -69,6 +76,10 @@ class RouteUnit(wiring.Component):
         super().__init__({
             "i_start": In(1),
             "i_job": In(layouts.job(config)),
+            "i_there": In(1),
+            "i_none": In(1),
+            "i_logits": In(layouts.logit_beat(config)),
+            "o_sent": Out(1),
             "o_idle": Out(1),
             "o_saturated": Out(1),
             "o_nonfinite": Out(1),
@@ -111,7 +122,7 @@ class RouteUnit(wiring.Component):
         mine, early = Signal(), Signal()
         m.d.comb += [
             router.i_form.eq(job.form),
-            pairs.i_start.eq(self.i_start), pairs.i_tokens.eq(job.tokens),
+            pairs.i_tokens.eq(job.tokens),
             pairs.i_shared.eq(shared), pairs.i_experts.eq(job.num_experts),
             pairs.i_ids_address.eq(job.ids_address),
             pairs.i_weights_address.eq(job.weights_address),
@@ -168,9 +179,19 @@ class RouteUnit(wiring.Component):
                 Mux(table_ends | (~early & (index == row_last)), 0, index + 1))
             with m.If(table_ends):
                 m.d.sync += [in_table.eq(0), in_residents.eq(residents != 0)]
+        # A single token's logits come by themselves: all of them, or none if one was missed.
+        awaiting, given, missed = Signal(), Signal(), Signal()
+        m.d.comb += [
+            words.i_beat.valid.eq(self.i_logits.valid & (given | (awaiting & ~missed))),
+            words.i_beat.data.eq(self.i_logits.data),
+        ]
+        with m.If(self.i_there):
+            m.d.sync += [given.eq(0), missed.eq(0)]
+        with m.Elif(self.i_logits.valid):
+            m.d.sync += [given.eq(words.i_beat.valid), missed.eq(~words.i_beat.valid)]
         with m.FSM():
             with m.State("IDLE"):
-                m.d.comb += self.o_idle.eq(~self.i_start)
+                m.d.comb += [self.o_idle.eq(~self.i_start), self.o_sent.eq(~self.i_start)]
                 m.d.sync += index.eq(0)
                 with m.If(self.i_start):
                     m.d.sync += [self.o_nonfinite.eq(0), in_table.eq(job.form.tables),
@@ -184,14 +205,23 @@ class RouteUnit(wiring.Component):
                     m.d.sync += [in_residents.eq(0), index.eq(0)]
                     m.next = "LOGITS"
             with m.State("LOGITS"):
-                m.d.comb += words.i_start.eq(1)
+                m.d.comb += awaiting.eq(~self.i_there & (job.tokens == 1))
                 m.d.sync += token.eq(0)
-                m.next = "ROUTE"
+                with m.If(self.i_there):
+                    m.d.comb += [words.i_start.eq(~self.i_none), pairs.i_start.eq(~self.i_none)]
+                    m.next = "ROUTE"
+                    with m.If(self.i_none):
+                        m.next = "IDLE"
+                with m.Elif(words.i_beat.valid):
+                    m.d.comb += pairs.i_start.eq(1)
+                    m.next = "ROUTE"
             with m.State("ROUTE"):
+                # Behind the last logit there may be more words of its row.
+                m.d.comb += self.o_sent.eq(pairs.o_sent & words.o_idle & ~reading)
                 with m.If(counted & words.o_idle & ~reading):
                     m.d.sync += counting.eq(0)
                     m.next = "LOGITS"
-                with m.If(pairs.o_idle):
+                with m.If(pairs.o_idle & words.o_idle & ~reading):
                     m.next = "IDLE"
         # A read has begun by the cycle behind its start.
         m.d.sync += reading.eq(words.i_start)
