@@ -189,6 +189,9 @@ class Engine(wiring.Component):
             outside = getattr(self, layouts.channel_name(STREAMER, channel))
             wiring.connect(m, outside=wiring.flipped(outside), block=core.reader)
         wiring.connect(m, outside=wiring.flipped(self.combiner_writer), block=combiner.writer)
+        if route is not None:  # a single token's logits do not go by the router
+            with m.If(job.precedes & (job.tokens == 1) & ~route.o_takes):
+                m.d.comb += [self.combiner_writer.data.valid.eq(0), combiner.writer.data.ready.eq(0)]
 
         # Slot tables: one copy for each reader, of what it looks at
         for name, address, answer, fields in (

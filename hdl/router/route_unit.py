@@ -33,9 +33,9 @@ class RouteUnit(wiring.Component):
 
     The router's table first, then the logits of all tokens; with a capacity these once more: pairs
     of the first sweep are counted, and only those of the second written. Logits that are still
-    being made are waited for; those of a single token are taken on their way to memory, if the
-    table is there before them. Cycles: ``moeaccel.cycles.route_unit``. Reset: idle; the memory port
-    is flushed with it.
+    being made are waited for; those of a single token are taken on their way to memory, which wait
+    for the table. Cycles: ``moeaccel.cycles.route_unit``. Reset: idle; the memory port is flushed
+    with it.
 
     Parameters
     ----------
@@ -52,8 +52,9 @@ class RouteUnit(wiring.Component):
         Of a ROUTE; holds from ``i_start`` to ``o_sent``.
     i_there, i_none : :py:`In(1)`
         The logits are in memory; with it, there are none: then there will be no pairs.
-    i_logits : :py:`In(layouts.logit_beat(config))`
-        What goes to memory while they are not there, in the order of a single token's logits.
+    o_takes, i_logits : :py:`Out(1)`, :py:`In(layouts.logit_beat(config))`
+        Of a job that ``continues`` a product of a single token: its logits, in their order, as they
+        go to memory; not before ``o_takes``.
     o_sent, o_idle : :py:`Out(1)`
         All pairs are on their way to memory, or none will be; all are there.
     o_saturated : :py:`Out(1)`
@@ -78,6 +79,7 @@ class RouteUnit(wiring.Component):
             "i_job": In(layouts.job(config)),
             "i_there": In(1),
             "i_none": In(1),
+            "o_takes": Out(1),
             "i_logits": In(layouts.logit_beat(config)),
             "o_sent": Out(1),
             "o_idle": Out(1),
@@ -179,20 +181,16 @@ class RouteUnit(wiring.Component):
                 Mux(table_ends | (~early & (index == row_last)), 0, index + 1))
             with m.If(table_ends):
                 m.d.sync += [in_table.eq(0), in_residents.eq(residents != 0)]
-        # A single token's logits come by themselves: all of them, or none if one was missed.
-        awaiting, given, missed = Signal(), Signal(), Signal()
+        awaiting, given = Signal(), Signal()  # a single token's logits, that come by themselves
         m.d.comb += [
-            words.i_beat.valid.eq(self.i_logits.valid & (given | (awaiting & ~missed))),
+            self.o_takes.eq(awaiting | given),
+            words.i_beat.valid.eq(self.i_logits.valid & self.o_takes),
             words.i_beat.data.eq(self.i_logits.data),
         ]
-        with m.If(self.i_there):
-            m.d.sync += [given.eq(0), missed.eq(0)]
-        with m.Elif(self.i_logits.valid):
-            m.d.sync += [given.eq(words.i_beat.valid), missed.eq(~words.i_beat.valid)]
         with m.FSM():
             with m.State("IDLE"):
                 m.d.comb += [self.o_idle.eq(~self.i_start), self.o_sent.eq(~self.i_start)]
-                m.d.sync += index.eq(0)
+                m.d.sync += [index.eq(0), given.eq(0)]
                 with m.If(self.i_start):
                     m.d.sync += [self.o_nonfinite.eq(0), in_table.eq(job.form.tables),
                                  in_residents.eq(~job.form.tables & (residents != 0))]
@@ -205,15 +203,16 @@ class RouteUnit(wiring.Component):
                     m.d.sync += [in_residents.eq(0), index.eq(0)]
                     m.next = "LOGITS"
             with m.State("LOGITS"):
-                m.d.comb += awaiting.eq(~self.i_there & (job.tokens == 1))
+                m.d.comb += awaiting.eq(job.continues & (job.tokens == 1) & ~given)
                 m.d.sync += token.eq(0)
-                with m.If(self.i_there):
-                    m.d.comb += [words.i_start.eq(~self.i_none), pairs.i_start.eq(~self.i_none)]
-                    m.next = "ROUTE"
-                    with m.If(self.i_none):
-                        m.next = "IDLE"
-                with m.Elif(words.i_beat.valid):
+                with m.If(awaiting & self.i_logits.valid):
                     m.d.comb += pairs.i_start.eq(1)
+                    m.d.sync += given.eq(1)
+                    m.next = "ROUTE"
+                with m.Elif(self.i_there & self.i_none):
+                    m.next = "IDLE"
+                with m.Elif(self.i_there & ~awaiting):
+                    m.d.comb += [words.i_start.eq(1), pairs.i_start.eq(1)]
                     m.next = "ROUTE"
             with m.State("ROUTE"):
                 # Behind the last logit there may be more words of its row.

@@ -31,9 +31,9 @@ def join(config: AcceleratorConfig, parts: Sequence[Prediction], route: RouteTim
          d_in: int, logits: int, d_out: int, top_k: int, latency: int) -> Prediction:
     """Return what a MOE takes, of what its parts would take as commands of their own.
 
-    The router has its table while the product runs. Of a single token it takes the logits as they
-    go to memory, else it reads them when they are there; experts follow when their pairs are on
-    their way to memory, and the product's writes are acknowledged.
+    The router reads its table while the product runs. Of a single token it takes the logits as
+    they go to memory, else it reads them when they are there; experts follow when their pairs are
+    on their way to memory.
 
     Parameters
     ----------
@@ -57,9 +57,10 @@ def join(config: AcceleratorConfig, parts: Sequence[Prediction], route: RouteTim
     product, ready = own[0], _TURN + route.ready
     row = max(4 * logits // config.port_bytes, logits // config.quantiser_lanes)
     beat = product - latency - _WRITTEN - row
-    if tokens == 1 and ready <= beat:
+    if tokens == 1:
+        late = max(0, ready - beat)  # the row waits for the table
         pairs = 2 * (ENTRY_BYTES // config.port_bytes + 1)
-        end = max(beat + _TAKEN + route.sent, product + _PAIRS + pairs)
+        end = late + max(beat + _TAKEN + route.sent, product + _PAIRS + pairs)
     else:
         end = max(ready, product + _THERE) + route.read + route.sent
     if len(parts) == 2:
@@ -69,9 +70,10 @@ def join(config: AcceleratorConfig, parts: Sequence[Prediction], route: RouteTim
         cycles += NEXT_CYCLES + own[2]
     whole = sum(parts, Prediction())
     again = len(parts) - 1
+    taken = 4 * logits if tokens == 1 else 0
     return replace(
         whole, cycles=cycles, idle=cycles - (whole.cycles - whole.idle),
-        bytes_read_other=(whole.bytes_read_other
+        bytes_read_other=(whole.bytes_read_other - taken
                           - ENTRY_BYTES * (2 * len(parts) - 1 - len(MOE_BLOCK))),
         bytes_written=whole.bytes_written - ENTRY_BYTES * again)
 
