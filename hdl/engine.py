@@ -189,9 +189,12 @@ class Engine(wiring.Component):
             outside = getattr(self, layouts.channel_name(STREAMER, channel))
             wiring.connect(m, outside=wiring.flipped(outside), block=core.reader)
         wiring.connect(m, outside=wiring.flipped(self.combiner_writer), block=combiner.writer)
-        if route is not None:  # a single token's logits do not go by the router
-            with m.If(job.precedes & (job.tokens == 1) & ~route.o_takes):
-                m.d.comb += [self.combiner_writer.data.valid.eq(0), combiner.writer.data.ready.eq(0)]
+        if route is not None:
+            # A single token's logits do not go by the router. At a bad expert there are none, and
+            # what is written are sums.
+            with m.If(job.precedes & (job.tokens == 1) & ~dispatcher.o_bad & ~route.o_takes):
+                m.d.comb += [self.combiner_writer.data.valid.eq(0),
+                             combiner.writer.data.ready.eq(0)]
 
         # Slot tables: one copy for each reader, of what it looks at
         for name, address, answer, fields in (
@@ -380,7 +383,8 @@ class Engine(wiring.Component):
             route.i_start.eq(self.i_job.valid & self.i_job.ready & job.route),
             route.i_there.eq(~running),
             route.i_none.eq(job.continues & dispatcher.o_bad),
-            route.i_logits.valid.eq(combiner.writer.data.valid & combiner.writer.data.ready),
+            route.i_logits.valid.eq(
+                combiner.writer.data.valid & combiner.writer.data.ready & ~dispatcher.o_bad),
             route.i_logits.data.eq(combiner.writer.data.payload),
             routed.eq(routing & ~running & Mux(job.precedes, route.o_sent, route.o_idle)),
             done.eq((finished & ~dispatcher.o_job.precedes) | routed),

@@ -266,7 +266,8 @@ def job(config: AcceleratorConfig) -> data.StructLayout:
     buffer, ``prefetch``: experts with tokens are brought there, and nothing is computed.
     """
     address = config.address_bits
-    router = ({"route": 1, "continues": 1, "precedes": 1, "form": router_form(config)} if config.router else {})
+    router = ({"route": 1, "continues": 1, "precedes": 1, "form": router_form(config)}
+              if config.router else {})
     return data.StructLayout({
         "routed": 1,
         "two_planes": 1,

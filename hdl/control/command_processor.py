@@ -65,8 +65,8 @@ class CommandProcessor(wiring.Component):
 
     MOE: the three descriptors are read at once and checked one after the other, each with the sizes
     of its own job; then their jobs run, of which the second and the third ``continues`` what the
-    first one has counted. The second is handed over while the first one runs, and ``i_done`` is that
-    of both; the third when they are done. Logits are where the partial sums of their
+    first one has counted. The second is handed over while the first one runs, and ``i_done`` is
+    that of both; the third when they are done. Logits are where the partial sums of their
     product are: when a row of these is written, that of the token at half its index has been read.
 
     Statuses, the first that holds: ABORTED or WATCHDOG; WINDOW, BUS_ERROR (``fault_*``, cleared
