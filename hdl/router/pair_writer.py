@@ -68,7 +68,7 @@ class PairWriter(wiring.Component):
         config = self._config
         low = exact_log2(ENTRY_BYTES)
         beats, bits = ENTRY_BYTES // config.port_bytes, 8 * config.port_bytes
-        left = Signal.like(self.i_tokens)
+        left = Signal(signed(len(self.i_tokens) + 1))  # tokens behind this one
         # A beat's pairs are collected, then its ids and its weights wait for the port. Whether that
         # is ready decides of two pointers, not of all that is collected.
         collected = [Signal(bits, name=name) for name in ("ids", "weights")]
@@ -103,7 +103,7 @@ class PairWriter(wiring.Component):
         with m.If(push):
             m.d.sync += count.eq(count + 1)
         m.d.comb += [
-            there.eq(left.any()), own.eq(there & (shared == 0)),
+            there.eq(left >= 0), own.eq(there & (shared == 0)),
             number.eq(C(-1, 32)),
             last.eq(Mux(own, pair.last & (self.i_shared == 0), shared == 1)),
         ]
@@ -120,7 +120,7 @@ class PairWriter(wiring.Component):
                 m.d.sync += [units[0].eq(self.i_ids_address[low:]),
                              units[1].eq(self.i_weights_address[low:])]
                 with m.If(self.i_start):
-                    m.d.sync += left.eq(self.i_tokens)
+                    m.d.sync += left.eq(self.i_tokens - 1)
                     m.next = "COLLECT"
             with m.State("COLLECT"):
                 # Behind the last pair, what fills up.

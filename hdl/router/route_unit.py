@@ -155,10 +155,11 @@ class RouteUnit(wiring.Component):
         depth = 16
         m.submodules.logits = logits = fifo.SyncFIFOBuffered(
             width=len(to_fixed.o_logit.as_value()), depth=depth)
-        room = Signal()  # of the cycle before, in which one more may have come
-        m.d.sync += room.eq(logits.level <= depth - 3 - ToFixed.LATENCY_CYCLES)
+        # Of the cycle before, in which one more may have come. Before logits, there is room.
+        room = Signal()
+        m.d.sync += room.eq(early | (logits.level <= depth - 3 - ToFixed.LATENCY_CYCLES))
         m.d.comb += [
-            words.o_word.ready.eq(Mux(early, 1, room)),
+            words.o_word.ready.eq(room),
             to_fixed.i_float.eq(words.o_word.payload),
             to_fixed.i_valid.eq(words.o_word.valid & room & ~early & mine),
             logits.w_en.eq(to_fixed.o_valid), logits.w_data.eq(to_fixed.o_logit),

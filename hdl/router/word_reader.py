@@ -65,6 +65,7 @@ class WordReader(wiring.Component):
         unit = Signal(self._config.address_bits - exact_log2(ENTRY_BYTES))
         left = Signal.like(self.i_count)
         used = Signal(range(CHUNKS + 1))  # those that are given are not counted
+        some = Signal()  # left is not 0
         asked, taken = Signal(), Signal()
         beat = Signal(range(max(beats, 2)))
         # Block RAM is slow to answer: the words of a beat leave from a register.
@@ -72,25 +73,27 @@ class WordReader(wiring.Component):
         m.d.comb += [
             self.reader.request.p.address.eq(Cat(C(0, exact_log2(ENTRY_BYTES)), unit)),
             self.reader.request.p.beats.eq(beats),
-            self.reader.request.valid.eq((left != 0) & (used != CHUNKS)),
+            self.reader.request.valid.eq(some & (used != CHUNKS)),
             asked.eq(self.reader.request.valid & self.reader.request.ready),
             queue.w_data.eq(Mux(self.i_beat.valid, self.i_beat.data, self.reader.data)),
             queue.w_en.eq(self.i_beat.valid | self.reader.valid),
             self.o_word.valid.eq(count != 0),
             self.o_word.payload.eq(held[:32]),
             queue.r_en.eq((count == 0) | (self.o_word.ready & (count == 1))),
-            taken.eq(queue.r_rdy & queue.r_en & (beat == beats - 1)),
-            self.o_idle.eq((left == 0) & (used == 0) & ~queue.r_rdy & (count == 0)),
+            self.o_idle.eq(~some & (used == 0) & ~queue.r_rdy & (count == 0)),
         ]
-        m.d.sync += used.eq(used + asked - (taken & (used != 0)))
+        # A cycle late: the words of what is taken are still here.
+        m.d.sync += [taken.eq(queue.r_rdy & queue.r_en & (beat == beats - 1)),
+                     used.eq(used + asked - (taken & (used != 0)))]
         with m.If(queue.r_en):
             m.d.sync += [held.eq(queue.r_data), count.eq(Mux(queue.r_rdy, words, 0))]
             with m.If(queue.r_rdy):
-                m.d.sync += beat.eq(Mux(taken, 0, beat + 1))
+                m.d.sync += beat.eq(Mux(beat == beats - 1, 0, beat + 1))
         with m.Elif(self.o_word.ready):
             m.d.sync += [held.eq(held >> 32), count.eq(count - 1)]
         with m.If(asked):
-            m.d.sync += [unit.eq(unit + 1), left.eq(left - 1)]
+            m.d.sync += [unit.eq(unit + 1), left.eq(left - 1), some.eq(left != 1)]
         with m.If(self.i_start):
-            m.d.sync += [unit.eq(self.i_address[exact_log2(ENTRY_BYTES):]), left.eq(self.i_count)]
+            m.d.sync += [unit.eq(self.i_address[exact_log2(ENTRY_BYTES):]), left.eq(self.i_count),
+                         some.eq(1)]
         return m
