@@ -386,14 +386,12 @@ def limit(bits: int) -> data.StructLayout:
 def expert(config: AcceleratorConfig) -> data.StructLayout:
     """Return an expert that has tokens, with what its entry of the expert table says.
 
-    ``pairs``: of tokens with it. ``words``: of its whole image; ``first_words``: of its first
-    section, where sections are asked for one by one. ``bad``: the entry cannot be
-    computed with, for what its 32-bit word ``word`` says; then all else but ``expert`` is
-    undefined.
+    ``words``: of its whole image; ``first_words``: of its first section, where sections are asked
+    for one by one. ``bad``: the entry cannot be computed with, for what its 32-bit word ``word``
+    says; then all else but ``expert`` is undefined.
     """
     return data.StructLayout({
         "expert": expert_bits(config),
-        "pairs": config.max_assignments.bit_length(),
         "image_address": config.address_bits,
         "words": 32,
         "work": expert_work(config),
