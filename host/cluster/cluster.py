@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from moeaccel.grid import gated_output, grid_exponent as choose_grid, squares_of
 from moeaccel.host.cluster.layer import ClusterExperts, Piece
-from moeaccel.host.cluster.shard import Floats, LocalShard, Pairs, Shard
+from moeaccel.host.cluster.shard import LOST, Floats, LocalShard, Pairs, Shard
 from moeaccel.host.device import Device
 from moeaccel.host.errors import InvalidOption, InvalidTensor, ShardLost
 from moeaccel.host.options import whole
@@ -288,7 +288,7 @@ class Cluster:
         shard = self._shards[piece.shard]
         try:
             shard.drop(piece.key)
-        except shard.gone:
+        except LOST:
             self._lost.add(piece.shard)
 
     def _guarded(self, number: int, ask: Callable[[], _Result]) -> _Result:
@@ -299,7 +299,7 @@ class Cluster:
                             number)
         try:
             return ask()
-        except shard.gone as error:
+        except LOST as error:
             self._lost.add(number)
             raise ShardLost(f"shard {shard.name} must answer, but is lost: {error}; {_WAY_OUT}",
                             number) from error
