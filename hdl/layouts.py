@@ -261,11 +261,13 @@ def job(config: AcceleratorConfig) -> data.StructLayout:
     ``x_narrow``, ``y_narrow``: bfloat16 in memory, else float32. With a router, ``route``: x are
     logits, ids and weights are written, by ``form``; ``continues``: what is counted, and what is
     not finite, is that of the job before as well, and where it is ``routed``, ids and weights are
-    those that have been made just now. With an expert buffer, ``prefetch``: experts with tokens
-    are brought there, and nothing is computed.
+    those that have been made just now; ``precedes``: a job of the same command comes behind it, so
+    that nobody waits for the end of a product, nor for the writes of a ``route``. With an expert
+    buffer, ``prefetch``: experts with tokens are brought there, and nothing is computed.
     """
     address = config.address_bits
-    router = ({"route": 1, "continues": 1, "form": router_form(config)} if config.router else {})
+    router = ({"route": 1, "continues": 1, "precedes": 1, "form": router_form(config)}
+              if config.router else {})
     return data.StructLayout({
         "routed": 1,
         "two_planes": 1,
@@ -407,6 +409,11 @@ def pair_beat_bits(config: AcceleratorConfig) -> int:
 def pair_beat(config: AcceleratorConfig) -> data.StructLayout:
     """Return a beat of ids, or of weights, of pairs that a router has made, in their order."""
     return data.StructLayout({"valid": 1, "of_weights": 1, "data": 8 * config.port_bytes})
+
+
+def logit_beat(config: AcceleratorConfig) -> data.StructLayout:
+    """Return a beat of what a product writes."""
+    return data.StructLayout({"valid": 1, "data": 8 * config.port_bytes})
 
 
 def pair(config: AcceleratorConfig) -> data.StructLayout:
