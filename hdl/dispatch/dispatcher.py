@@ -64,10 +64,10 @@ class Dispatcher(wiring.Component):
                     +----- weights --> [SlotFiller] <--- passes: weights, sections, slots, x, pass
 
     The token-expert pairs, at most ``max_assignments``, are sorted by
-    :class:`~moeaccel.hdl.dispatch.pair_sort.PairSort` by expert, in its order: a token's experts are
-    known while its ids are walked over, so that their entries are on their way meanwhile. Ids that
-    are negative or not below ``num_experts`` are skipped; a token without any pair is announced on
-    ``o_zero`` before the first pass. What is to be computed for an expert comes from the
+    :class:`~moeaccel.hdl.dispatch.pair_sort.PairSort` by expert, in its order: those of one token
+    are known while its ids are walked over, so that their entries are on their way meanwhile. Ids
+    that are negative or not below ``num_experts`` are skipped; a token without any pair is
+    announced on ``o_zero`` before the first pass. What is to be computed for an expert comes from the
     :class:`~moeaccel.hdl.dispatch.expert_table.ExpertTable`; at a bad entry the command ends when
     the passes handed out before have retired. A pass takes at most as many pairs as there are slots
     (``max_slots``, half of it in ``a16``); a
@@ -90,8 +90,8 @@ class Dispatcher(wiring.Component):
 
     Cycles: those of PairSort, then about 6 for each slot of a pass. From the last beat of a token's
     ids to the request for the first one's entry 13 if the port takes requests at once, 3 more for
-    each expert behind it. A job that is not ``routed`` needs no ids: every token goes to experts 0 to
-    ``top_k`` - 1 with weight 1.
+    each expert behind it. A job that is not ``routed`` needs no ids: every token goes to experts 0
+    to ``top_k`` - 1 with weight 1.
 
     Parameters
     ----------
