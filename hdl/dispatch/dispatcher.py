@@ -67,10 +67,10 @@ class Dispatcher(wiring.Component):
     :class:`~moeaccel.hdl.dispatch.pair_sort.PairSort` by expert, in its order: those of one token
     are known while its ids are walked over, so that their entries are on their way meanwhile. Ids
     that are negative or not below ``num_experts`` are skipped; a token without any pair is
-    announced on ``o_zero`` before the first pass. What is to be computed for an expert comes from the
-    :class:`~moeaccel.hdl.dispatch.expert_table.ExpertTable`; at a bad entry the command ends when
-    the passes handed out before have retired. A pass takes at most as many pairs as there are slots
-    (``max_slots``, half of it in ``a16``); a
+    announced on ``o_zero`` before the first pass. What is to be computed for an expert comes from
+    the :class:`~moeaccel.hdl.dispatch.expert_table.ExpertTable`; at a bad entry the command ends
+    when the passes handed out before have retired. A pass takes at most as many pairs as there are
+    slots (``max_slots``, half of it in ``a16``); a
     :class:`~moeaccel.hdl.dispatch.slot_filler.SlotFiller` writes its slot table. Consecutive passes
     over the very same tokens keep x and y on the chip (``same``). A pass is begun when fewer than
     ``slot_banks`` are handed out and not retired, so that nobody reads the bank of the slot table
