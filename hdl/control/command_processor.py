@@ -65,9 +65,9 @@ class CommandProcessor(wiring.Component):
 
     MOE: the three descriptors are read at once and checked one after the other, each with the sizes
     of its own job; then their jobs run, of which the second and the third ``continues`` what the
-    first one has counted. The second is handed over while the first one runs, and ``i_done`` is
-    that of both; the third when they are done. Logits are where the partial sums of their
-    product are: when a row of these is written, that of the token at half its index has been read.
+    first one has counted. The second is handed over beside the first, and ``i_done`` is that of
+    both. Logits are where the partial sums of their product are: when a row of these is written,
+    that of the token at half its index has been read.
 
     Statuses, the first that holds: ABORTED or WATCHDOG; WINDOW, BUS_ERROR (``fault_*``, cleared
     when a command starts); BAD_OPCODE, BAD_FIELD, BAD_LAYER, BAD_ROUTER; BAD_EXPERT; NONFINITE;
@@ -88,9 +88,8 @@ class CommandProcessor(wiring.Component):
     Latency, without waiting for memory or engine: a submission is requested 2 cycles after its
     doorbell shows. From the last beat of a submission it is 5 cycles to the request of the layer;
     from the last beat of the layer 5 cycles, plus the bits of the largest of steps_in, steps_out
-    and top_k, to ``o_job``; from ``i_done`` 2 cycles to
-    the request of the completion's write; from its ``done`` 1 cycle to ``o_irq``. Reset: idle,
-    indices 0, phase 1.
+    and top_k, to ``o_job``; from ``i_done`` 2 cycles to the request of the completion's write; from
+    its ``done`` 1 cycle to ``o_irq``. Reset: idle, indices 0, phase 1.
 
     Parameters
     ----------
@@ -413,7 +412,7 @@ class CommandProcessor(wiring.Component):
             m.d.comb += self.o_job.valid.eq(1)
             with m.If(self.o_job.ready):
                 m.d.comb += go(State.RUN)
-                with m.If(w.product):  # the router makes ready beside it
+                with m.If(w.product):  # its router makes ready beside it
                     m.d.comb += go(State.TURN)
 
         with w.only(m, State.RUN) as go:
@@ -473,8 +472,7 @@ class CommandProcessor(wiring.Component):
                     m.d.sync += [detail.eq(w.bad_word), about.eq(where << ALIGNMENT_BITS)]
                 with m.Case(Status.BAD_EXPERT):
                     m.d.sync += [
-                        detail.eq(result.expert),
-                        about.eq(Cat(result.word, w.moe & w.routes))]
+                        detail.eq(result.expert), about.eq(Cat(result.word, w.moe & w.routes))]
                 with m.Case(Status.NONFINITE):
                     m.d.sync += [detail.eq(result.token), about.eq(result.what)]
                 with m.Case(Status.OVERFLOW):
