@@ -51,9 +51,10 @@ class Sent:
         self.cycles = 0
         self.error: CommandFailed | None = None
         try:
-            for address, raw in inputs.items():
-                device.transport.memory_write(address, raw)
-            device.submit(fields, self._command)
+            with device._lock:  # a transport serves one thread at a time
+                for address, raw in inputs.items():
+                    device.transport.memory_write(address, raw)
+                device.submit(fields, self._command)
         except BaseException:
             self.abandon()
             raise
@@ -72,7 +73,8 @@ class Sent:
             self.cycles = self._device.wait(self._command).cycles
             self.error = self._command.error()
             if self.error is None:
-                self._take()
+                with self._device._lock:
+                    self._take()
         finally:
             self.abandon()
 

@@ -222,11 +222,12 @@ class Moe:
             fields = descriptor(
                 router.settings, biased=router.selection_bias is not None, tables=tables,
                 table_address=block.address + size, shared=self._shared)
-            layers = [
-                device.transport.memory_read(layer._descriptor.address, ENTRY_BYTES).tobytes()
-                for layer in (plane, self.experts)]
-            device.transport.memory_write(
-                block.address, layers[0] + encode(ROUTER, fields) + layers[1] + table)
+            with device._lock:
+                layers = [
+                    device.transport.memory_read(layer._descriptor.address, ENTRY_BYTES).tobytes()
+                    for layer in (plane, self.experts)]
+                device.transport.memory_write(
+                    block.address, layers[0] + encode(ROUTER, fields) + layers[1] + table)
         except BaseException:
             block.free()
             raise
@@ -349,12 +350,13 @@ class Moe:
 
     def close(self) -> None:
         """Free the device memory; a second call does nothing."""
-        self.experts.close()
-        for task in self._tasks:
-            task.plane.close()
-        if not self._closed and not self._device.closed:
-            self._free()
-        self._closed = True
+        with self._device._lock:
+            self.experts.close()
+            for task in self._tasks:
+                task.plane.close()
+            if not self._closed and not self._device.closed:
+                self._free()
+            self._closed = True
 
     def __enter__(self) -> Self:
         return self
@@ -405,16 +407,16 @@ class Moe:
                               "workspace_address"),
                              (buffers.address + offset for offset in at), strict=True))
         kind = int(element_type(x))
-        return Sent(
-            device, opcode.name, {
-                "opcode": int(opcode), "tokens": tokens, "top_k": slots, "x_type": kind,
-                "y_type": kind, "layer_address": task.block.address, **addresses},
-            buffers=buffers,
-            inputs={buffers.address: np.ascontiguousarray(x).view(np.uint8).reshape(-1)},
-            take=lambda: self._take_results(buffers.address, at, ids, weights, y),
-            keep=(task.block, *(part for layer in (task.plane, self.experts)
-                                for part in (layer._images, layer._descriptor))),
-            first_token=first)
+        with device._lock:  # nobody closes it meanwhile
+            return Sent(
+                device, opcode.name, {
+                    "opcode": int(opcode), "tokens": tokens, "top_k": slots, "x_type": kind,
+                    "y_type": kind, "layer_address": task.block.address, **addresses},
+                buffers=buffers,
+                inputs={buffers.address: np.ascontiguousarray(x).view(np.uint8).reshape(-1)},
+                take=lambda: self._take_results(buffers.address, at, ids, weights, y),
+                keep=(task.block, *task.plane._kept(), *self.experts._kept()),
+                first_token=first)
 
     def _take_results(self, base: int, at: Sequence[int], ids: NDArray[np.int32],
                       weights: NDArray[np.float32], y: NDArray[Any] | None) -> None:
