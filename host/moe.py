@@ -21,13 +21,14 @@ from moeaccel.host import routing, weights as loading
 from moeaccel.host.calls import Pending, Sent, send_parts
 from moeaccel.host.errors import (
     DeviceClosed,
+    HandleConsumed,
     InvalidOption,
     InvalidTensor,
     LimitExceeded,
 )
 from moeaccel.host.layers import Experts, Linear
 from moeaccel.host.memory import Allocation
-from moeaccel.host.options import check_names
+from moeaccel.host.options import check_names, seconds
 from moeaccel.host.routing import Router
 from moeaccel.host.staging import offsets
 from moeaccel.host.tensors import (
@@ -302,15 +303,33 @@ class Moe:
                                 "multiplies x between two commands; call the layer")
         return self._submit(x, chosen, compute=True)
 
-    def sync(self, handle: Pending) -> Any:
+    def sync(self, handle: Pending, *, timeout_s: float | None = None) -> Any:
         """Wait for what :meth:`submit` has sent and return y, (T, H); once.
+
+        Parameters
+        ----------
+        handle : :class:`Pending`
+            Of this layer's ``submit``.
+        timeout_s : :class:`float`, optional
+            For each of its commands; the device's when left out, 0: look once, do not wait.
 
         Raises
         ------
+        DeviceTimeout
+            If it takes too long; the handle can be used again.
         HandleConsumed
-            The second time. Otherwise as a call.
+            The second time, and for a handle of another layer. Otherwise as a call.
+        InvalidOption
+            If it is no handle, or ``timeout_s`` no such number.
         """
-        return handle.result()[2]
+        if not isinstance(handle, Pending):
+            raise InvalidOption(
+                f"handle must be what submit() returned, not {type(handle).__name__}")
+        if handle.owner is not self:
+            raise HandleConsumed("handle must be one that this layer's submit() returned")
+        if timeout_s is not None:
+            seconds("timeout_s", timeout_s)
+        return handle.result(timeout_s=timeout_s, again=True)[2]
 
     def route(self, x: Tensor, *, task: int = 0) -> tuple[Any, Any]:
         """Return ids, (T, k) int64, and weights, (T, k) float32, that x is routed by.
@@ -387,10 +406,10 @@ class Moe:
         routing.check_tokens(settings, tokens, most)
         like = Like.of(x)
         parts = send_parts(
-            self._device, tokens, most, lambda part: self._send(
+            tokens, most, lambda part: self._send(
                 task, rows[part], ids[part], weights[part], y[part] if compute else None,
                 part.start), together=settings.capacity is not None)
-        return Pending(self._device, parts, lambda: (ids, weights, like(y)))
+        return Pending(self._device, parts, lambda: (ids, weights, like(y)), self)
 
     def _send(self, task: _Task, x: NDArray[Any], ids: NDArray[np.int32],
               weights: NDArray[np.float32], y: NDArray[Any] | None, first: int) -> Sent:

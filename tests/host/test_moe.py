@@ -11,6 +11,7 @@ from moeaccel.host import Router, open_device
 from moeaccel.host.device import Device
 from moeaccel.host.errors import (
     DeviceClosed,
+    DeviceTimeout,
     HandleConsumed,
     InvalidOption,
     InvalidTensor,
@@ -20,6 +21,7 @@ from moeaccel.host.errors import (
 )
 from moeaccel.host.transports.golden import GoldenTransport
 from moeaccel.router.settings import RouterError
+from tests.support.device import Hung
 
 CONFIG = preset("tiny").replace(
     router=("softmax", "sigmoid", "identity"), router_top_k=8, max_experts=64,
@@ -295,6 +297,30 @@ def test_calls_that_are_taken_later(device, layer):
                          layer["gate_up"], layer["down"]) as moe, pytest.raises(
                              InvalidOption, match="weight_on must be 'output' for submit"):
         moe.submit(x)
+
+
+def test_a_handle_outlives_a_timeout(layer):
+    transport, x = Hung(CONFIG, memory_bytes=1 << 26), layer["x"]
+    with Device(transport, CONFIG) as device:
+        moe, other = (device.load_moe(Router(layer["weight"], top_k=2), layer["gate_up"],
+                                      layer["down"]) for _ in range(2))
+        y, free = moe(x), device.memory.free_bytes
+        transport.hang = True
+        handle = moe.submit(x)
+        with pytest.raises(DeviceTimeout, match="completion of MOE must come within 0 s"):
+            moe.sync(handle, timeout_s=0)
+        transport.hang = False
+        with pytest.raises(HandleConsumed, match="one that this layer's submit"):
+            other.sync(handle)
+        for wrong in (None, other.experts.submit(x, np.zeros((100, 1), int), x[:, :1])):
+            with pytest.raises(InvalidOption, match="handle must be what submit\\(\\) returned"):
+                moe.sync(wrong)
+        with pytest.raises(InvalidOption, match="timeout_s must be"):
+            moe.sync(handle, timeout_s="soon")
+        assert (moe.sync(handle) == y).all()
+        del wrong
+        moe(x)
+        assert device.memory.free_bytes == free
 
 
 def test_memory_for_a_few_tokens(layer):
