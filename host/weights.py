@@ -44,6 +44,7 @@ from moeaccel.host.limits import check_layer
 from moeaccel.host.memory import PAGE, Allocation
 from moeaccel.host.options import flag
 from moeaccel.host.report import WeightErrors, WeightReport
+from moeaccel.host.row_blocks import RowBlocks, bias_block
 from moeaccel.host.stored import Measured, Ready, StoredExperts, built, measured
 from moeaccel.host.tensors import Tensor, float32, shape_of
 from moeaccel.host.transports.base import Bytes
@@ -133,19 +134,19 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
             f"{_KINDS[parts]}")
     formats = formats_of(weight_format, experts)
     _check_prune(prune)
+    whole = (Biases("gate_up_bias", gate_up_bias, experts, rows),
+             Biases("down_bias", down_bias, experts, d_model))
     if row_blocks != 1:
         if (not isinstance(row_blocks, int) or row_blocks < 1 or d_expert % row_blocks
-                or calibration is not None or gate_up_bias is not None or down_bias is not None):
+                or calibration is not None):
             raise InvalidOption(f"row_blocks must divide I = {d_expert}, and be 1 with a "
-                                f"calibration or biases, not {row_blocks!r}")
-        gate_up, down = (_RowBlocks(name, stack, row_blocks, parts) for name, stack in
+                                f"calibration, not {row_blocks!r}")
+        gate_up, down = (RowBlocks(name, stack, row_blocks, parts) for name, stack in
                          (("gate_up", gate_up), ("down", down)))
         formats = [fmt for fmt in formats for _ in range(row_blocks)]
         experts, rows, d_expert = len(formats), rows // row_blocks, d_expert // row_blocks
         shape = experts, d_model, d_expert
     array = device.config.row_multipliers, device.config.channels
-    biases = (Biases("gate_up_bias", gate_up_bias, experts, rows),
-              Biases("down_bias", down_bias, experts, d_model))
     kind: dict[str, Any] = {
         "activation": activation, "limit": limit, "gate_limit": gate_limit}
     sizes = {**kind, "gated": gated, "second_up": second_up}
@@ -181,7 +182,10 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
                     f"expert {e} must have the shapes of expert 0, {(rows, d_model)} and "
                     f"{shape[1:]}, not {matrices[0].shape} and {matrices[1].shape}; experts of "
                     "different widths go by load_quantised()")
-            yield made(e, matrices, shapes[fmt], [bias.of(e) for bias in biases])
+            expert, block = divmod(e, row_blocks)
+            first, second = (bias.of(expert) for bias in whole)
+            yield made(e, matrices, shapes[fmt],
+                       bias_block(first, second, block, row_blocks, parts))
         for matrices, wide in zip(more, extra, strict=True):
             yield made(None, matrices, wide, (None, None))
 
@@ -258,25 +262,6 @@ class Biases:
             raise InvalidTensor(f"{self._name}[{expert}] must have the shape {(self._rows,)}, not "
                                 f"{values.shape}")
         return values
-
-
-class _RowBlocks(Sequence[Tensor]):
-    """The matrices of experts, each cut along its hidden rows into ``blocks``, one at a time."""
-
-    def __init__(self, name: str, stack: Stack, blocks: int, parts: int) -> None:
-        self._name, self._stack, self._blocks = name, stack, blocks
-        self._parts = parts
-
-    def __len__(self) -> int:
-        return len(self._stack) * self._blocks
-
-    def __getitem__(self, index: Any) -> Any:
-        expert, block = divmod(index, self._blocks)
-        matrix = float32(self._name, self._stack[expert])
-        if self._name == "down":
-            return np.split(matrix, self._blocks, axis=1)[block]
-        each = matrix.reshape(self._parts, self._blocks, -1, matrix.shape[1])
-        return each[:, block].reshape(-1, matrix.shape[1])
 
 
 def load_quantised(device: Device, experts: Sequence[Expert], *, activation: str | None,
