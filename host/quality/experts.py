@@ -113,9 +113,10 @@ class FastExperts:
     def _values(expert: FloatExpert | Expert) -> tuple[torch.Tensor, torch.Tensor, str,
                                                        float | None]:
         # Integers times significands have less than 24 bits: float32 is exact.
-        parts = (expert.floats() if isinstance(expert, Expert)
-                 else (expert.gate_up, expert.down))
-        return *(torch.from_numpy(part) for part in parts), expert.activation, expert.limit
+        gate_up, down = (expert.floats() if isinstance(expert, Expert)
+                         else (expert.gate_up, expert.down))
+        return (torch.from_numpy(gate_up), torch.from_numpy(down), expert.activation,
+                expert.limit)
 
     def __call__(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Return the weighted sum of the experts' outputs; ids that there are not are skipped."""
