@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moeaccel.host.errors import CommandFailed, HandleConsumed, OutOfDeviceMemory
+from moeaccel.host.errors import CommandFailed, DeviceTimeout, HandleConsumed, OutOfDeviceMemory
 from moeaccel.host.memory import Allocation
 from moeaccel.host.rings import Command
 
@@ -51,28 +51,31 @@ class Sent:
         self.cycles = 0
         self.error: CommandFailed | None = None
         try:
-            for address, raw in inputs.items():
-                device.transport.memory_write(address, raw)
-            device.submit(fields, self._command)
+            with device._lock:  # a transport serves one thread at a time
+                for address, raw in inputs.items():
+                    device.transport.memory_write(address, raw)
+                device.submit(fields, self._command)
         except BaseException:
             self.abandon()
             raise
 
-    def settle(self) -> None:
+    def settle(self, timeout_s: float | None = None) -> None:
         """Wait for it, take what it wrote, and free its buffers; a second call does nothing.
 
         Raises
         ------
         DeviceTimeout, DeviceStopped, ...
-            If the device does not complete it. That it failed is :attr:`error`.
+            If the device does not complete it; it is still on its way. That it failed is
+            :attr:`error`.
         """
         if self.settled:
             return
+        self.cycles = self._device.wait(self._command, timeout_s=timeout_s).cycles
         try:
-            self.cycles = self._device.wait(self._command).cycles
             self.error = self._command.error()
             if self.error is None:
-                self._take()
+                with self._device._lock:
+                    self._take()
         finally:
             self.abandon()
 
@@ -94,10 +97,14 @@ class Pending:
     parts : list of :class:`Sent`
     collect : callable
         Returns what all of them wrote.
+    owner : :class:`object`, optional
+        Whose call it is.
     """
 
-    def __init__(self, device: Device, parts: list[Sent], collect: Callable[[], Any]) -> None:
+    def __init__(self, device: Device, parts: list[Sent], collect: Callable[[], Any],
+                 owner: object = None) -> None:
         self._device, self._parts, self._collect = device, parts, collect
+        self.owner = owner
         self._taken = False
 
     @property
@@ -105,8 +112,15 @@ class Pending:
         """Cycles of its commands that have completed; all of them, once there is a result."""
         return sum(part.cycles for part in self._parts)
 
-    def result(self) -> Any:
+    def result(self, *, timeout_s: float | None = None, again: bool = False) -> Any:
         """Wait for all of it, and return what it wrote; once.
+
+        Parameters
+        ----------
+        timeout_s : :class:`float`, optional
+            For each command; the device's when left out.
+        again : :class:`bool`
+            After a timeout it may be asked again.
 
         Raises
         ------
@@ -120,11 +134,15 @@ class Pending:
         self._taken = True
         try:
             for part in self._parts:
-                part.settle()
+                part.settle(timeout_s)
                 if part.error is not None:
                     raise part.error
-        finally:
-            self.abandon()
+        except BaseException as error:
+            if again and isinstance(error, DeviceTimeout):
+                self._taken = False
+            else:
+                self.abandon()
+            raise
         self._device._last_cycles = self.cycles
         return self._collect()
 
@@ -138,7 +156,7 @@ class Pending:
             self.abandon()
 
 
-def send_parts(device: Device, tokens: int, most: int, start: Callable[[slice], Sent], *,
+def send_parts(tokens: int, most: int, start: Callable[[slice], Sent], *,
                together: bool = False) -> list[Sent]:
     """Send a call in commands as large as limits and free memory allow.
 

@@ -21,13 +21,14 @@ from moeaccel.host import routing, weights as loading
 from moeaccel.host.calls import Pending, Sent, send_parts
 from moeaccel.host.errors import (
     DeviceClosed,
+    HandleConsumed,
     InvalidOption,
     InvalidTensor,
     LimitExceeded,
 )
 from moeaccel.host.layers import Experts, Linear
 from moeaccel.host.memory import Allocation
-from moeaccel.host.options import check_names
+from moeaccel.host.options import check_names, seconds
 from moeaccel.host.routing import Router
 from moeaccel.host.staging import offsets
 from moeaccel.host.tensors import (
@@ -222,11 +223,12 @@ class Moe:
             fields = descriptor(
                 router.settings, biased=router.selection_bias is not None, tables=tables,
                 table_address=block.address + size, shared=self._shared)
-            layers = [
-                device.transport.memory_read(layer._descriptor.address, ENTRY_BYTES).tobytes()
-                for layer in (plane, self.experts)]
-            device.transport.memory_write(
-                block.address, layers[0] + encode(ROUTER, fields) + layers[1] + table)
+            with device._lock:
+                layers = [
+                    device.transport.memory_read(layer._descriptor.address, ENTRY_BYTES).tobytes()
+                    for layer in (plane, self.experts)]
+                device.transport.memory_write(
+                    block.address, layers[0] + encode(ROUTER, fields) + layers[1] + table)
         except BaseException:
             block.free()
             raise
@@ -301,15 +303,33 @@ class Moe:
                                 "multiplies x between two commands; call the layer")
         return self._submit(x, chosen, compute=True)
 
-    def sync(self, handle: Pending) -> Any:
+    def sync(self, handle: Pending, *, timeout_s: float | None = None) -> Any:
         """Wait for what :meth:`submit` has sent and return y, (T, H); once.
+
+        Parameters
+        ----------
+        handle : :class:`Pending`
+            Of this layer's ``submit``.
+        timeout_s : :class:`float`, optional
+            For each of its commands; the device's when left out, 0: look once, do not wait.
 
         Raises
         ------
+        DeviceTimeout
+            If it takes too long; the handle can be used again.
         HandleConsumed
-            The second time. Otherwise as a call.
+            The second time, and for a handle of another layer. Otherwise as a call.
+        InvalidOption
+            If it is no handle, or ``timeout_s`` no such number.
         """
-        return handle.result()[2]
+        if not isinstance(handle, Pending):
+            raise InvalidOption(
+                f"handle must be what submit() returned, not {type(handle).__name__}")
+        if handle.owner is not self:
+            raise HandleConsumed("handle must be one that this layer's submit() returned")
+        if timeout_s is not None:
+            seconds("timeout_s", timeout_s)
+        return handle.result(timeout_s=timeout_s, again=True)[2]
 
     def route(self, x: Tensor, *, task: int = 0) -> tuple[Any, Any]:
         """Return ids, (T, k) int64, and weights, (T, k) float32, that x is routed by.
@@ -349,12 +369,13 @@ class Moe:
 
     def close(self) -> None:
         """Free the device memory; a second call does nothing."""
-        self.experts.close()
-        for task in self._tasks:
-            task.plane.close()
-        if not self._closed and not self._device.closed:
-            self._free()
-        self._closed = True
+        with self._device._lock:
+            self.experts.close()
+            for task in self._tasks:
+                task.plane.close()
+            if not self._closed and not self._device.closed:
+                self._free()
+            self._closed = True
 
     def __enter__(self) -> Self:
         return self
@@ -385,10 +406,10 @@ class Moe:
         routing.check_tokens(settings, tokens, most)
         like = Like.of(x)
         parts = send_parts(
-            self._device, tokens, most, lambda part: self._send(
+            tokens, most, lambda part: self._send(
                 task, rows[part], ids[part], weights[part], y[part] if compute else None,
                 part.start), together=settings.capacity is not None)
-        return Pending(self._device, parts, lambda: (ids, weights, like(y)))
+        return Pending(self._device, parts, lambda: (ids, weights, like(y)), self)
 
     def _send(self, task: _Task, x: NDArray[Any], ids: NDArray[np.int32],
               weights: NDArray[np.float32], y: NDArray[Any] | None, first: int) -> Sent:
@@ -405,16 +426,16 @@ class Moe:
                               "workspace_address"),
                              (buffers.address + offset for offset in at), strict=True))
         kind = int(element_type(x))
-        return Sent(
-            device, opcode.name, {
-                "opcode": int(opcode), "tokens": tokens, "top_k": slots, "x_type": kind,
-                "y_type": kind, "layer_address": task.block.address, **addresses},
-            buffers=buffers,
-            inputs={buffers.address: np.ascontiguousarray(x).view(np.uint8).reshape(-1)},
-            take=lambda: self._take_results(buffers.address, at, ids, weights, y),
-            keep=(task.block, *(part for layer in (task.plane, self.experts)
-                                for part in (layer._images, layer._descriptor))),
-            first_token=first)
+        with device._lock:  # nobody closes it meanwhile
+            return Sent(
+                device, opcode.name, {
+                    "opcode": int(opcode), "tokens": tokens, "top_k": slots, "x_type": kind,
+                    "y_type": kind, "layer_address": task.block.address, **addresses},
+                buffers=buffers,
+                inputs={buffers.address: np.ascontiguousarray(x).view(np.uint8).reshape(-1)},
+                take=lambda: self._take_results(buffers.address, at, ids, weights, y),
+                keep=(task.block, *task.plane._kept(), *self.experts._kept()),
+                first_token=first)
 
     def _take_results(self, base: int, at: Sequence[int], ids: NDArray[np.int32],
                       weights: NDArray[np.float32], y: NDArray[Any] | None) -> None:

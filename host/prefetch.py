@@ -23,8 +23,8 @@ _IDS = COMMAND_ALIGNMENT // 4
 """Ids that fill a block of memory."""
 
 
-def check_buffer(config: AcceleratorConfig) -> None:
-    """Check that a device has an expert buffer.
+def check_buffer(config: AcceleratorConfig) -> int:
+    """Check that a device has an expert buffer, and return how many entries a PREFETCH may name.
 
     Raises
     ------
@@ -34,6 +34,7 @@ def check_buffer(config: AcceleratorConfig) -> None:
     if not config.buffer_slots:
         raise LimitExceeded(f"config must have an expert buffer, and {config.name!r} has none; "
                             "take one with buffer_slots and buffer_beats")
+    return min(config.buffer_slots, config.max_tokens)
 
 
 class Prefetches:
@@ -64,13 +65,12 @@ class Prefetches:
         Raises
         ------
         LimitExceeded
-            If the device has no expert buffer, or not so many slots.
+            If the device has no expert buffer, or not so many slots, or tokens of a command.
         InvalidOption
             For another device's layer, or an id that it has not.
         """
         device = cast("Device", self)
-        config = device.config
-        check_buffer(config)
+        most = check_buffer(device.config)
         if not isinstance(layer, Experts) or layer.device is not device:
             raise InvalidOption("layer must be one of this device's load_experts(), not "
                                 f"{type(layer).__name__} of another")
@@ -81,12 +81,10 @@ class Prefetches:
                                     f"layer's experts, not {expert!r}")
         blocks = layer.row_blocks
         entries = [blocks * int(expert) + block for expert in named for block in range(blocks)]
-        most = min(config.buffer_slots, config.max_tokens)
         if not 1 <= len(entries) <= most:
             parts = f" of {blocks} row blocks each" if blocks > 1 else ""
             raise LimitExceeded(f"ids must name from 1 to {most // blocks} different experts{parts}"
-                                f", as the buffer has {config.buffer_slots} slots, not "
-                                f"{len(named)}")
+                                f", as the buffer has {most} slots, not {len(named)}")
         padded = np.full(-(-len(entries) // _IDS) * _IDS, -1, "<i4")
         padded[: len(entries)] = entries
         with device._lock:

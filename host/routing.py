@@ -202,7 +202,7 @@ def submit(device: Device, router: Router, logits: Tensor, *, resident: Tensor |
     most = min(device.config.max_tokens, device.config.max_assignments // slots)
     check_tokens(settings, tokens, most)
     parts = send_parts(
-        device, tokens, most, lambda part: _send(
+        tokens, most, lambda part: _send(
             device, fields, table, rows[part], ids[part], weights[part], part.start),
         together=settings.capacity is not None)
 

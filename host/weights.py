@@ -440,7 +440,7 @@ def _load_experts(device: Device, experts: Iterable[Ready], shapes: Sequence[Exp
     config = device.config
     if not isinstance(identity, int) or identity < 0:
         raise InvalidOption(f"identity must be a number of experts, 0 or more, not {identity!r}")
-    one = _identity(config, shapes[0].d_model) if identity else None
+    one = _identity(config, shapes[0].d_model) if identity and shapes else None
     entries: list[ExpertShape | LinearShape] = list(shapes)
     if one is not None:
         d_out, d_in = one.integers.shape

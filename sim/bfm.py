@@ -116,10 +116,6 @@ class MemoryBus:
         """First byte that the design has read or written, and the first byte behind the last."""
         return self._store.low, self._store.high
 
-    def clear_touched(self) -> None:
-        """Forget what the design has touched."""
-        self._store.low, self._store.high = 1 << 64, 0
-
 
 class RegisterBus:
     """The AXI4-Lite master for a slave of the design: 32-bit registers.

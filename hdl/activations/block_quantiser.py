@@ -5,7 +5,7 @@ from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import exact_log2
 
-from moeaccel.arithmetic import ELEMENT_BITS, EXPONENT_RANGE, RAISE_THRESHOLD
+from moeaccel.arithmetic import ELEMENT_BITS, EXPONENT_RANGE
 from moeaccel.config import BLOCK, AcceleratorConfig
 from moeaccel.hdl import layouts
 from moeaccel.hdl.array.normaliser import any_of, shift_right
@@ -32,11 +32,6 @@ def block_top():
     Where every element is zero, only ``zero`` counts.
     """
     return data.StructLayout({"raised": 1, "top": signed(EXPONENT_BITS), "zero": 1})
-
-
-def must_raise(significand):
-    """Return whether a 24-bit significand rounds beyond the largest balanced ``a16`` mantissa."""
-    return significand >= RAISE_THRESHOLD
 
 
 def quantiser_group(config):

@@ -52,9 +52,8 @@ class Prefetcher:
         kind = find(prediction) if isinstance(prediction, str) else prediction
         self._layers = tuple(layers)
         self._device, self._experts = layers[0].device, layers[0].num_experts
-        check_buffer(self._device.config)
-        blocks = max(layer.row_blocks for layer in layers)
-        self._most = max(1, self._device.config.buffer_slots // blocks)
+        most = check_buffer(self._device.config)
+        self._most = max(1, most // max(layer.row_blocks for layer in layers))
         self._prediction = kind(n_layers=len(layers), n_experts=self._experts, top_k=top_k)
         self._sent: list[Command] = []
 

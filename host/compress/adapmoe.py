@@ -29,6 +29,7 @@ def sensitivity(layer: MoELayer, x: Tokens, routing: Routing) -> float:
     outputs = layer.outputs(x)
     tokens = np.arange(len(x))
     difference = outputs[routing.ids[:, 1], tokens] - outputs[routing.ids[:, 0], tokens]
+    difference[routing.ids[:, 1] < 0] = 0  # both rows lead to one expert: there is nothing to skip
     own = float(np.square(layer(x)).sum())
     return float(np.square(difference).sum()) / own if own else 0.0
 

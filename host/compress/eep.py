@@ -34,9 +34,9 @@ def mapped(layer: MoELayer, experts: NDArray[np.floating],
     made = []
     for row in experts:
         same = weighted_mean(parts, np.ones(len(parts)))  # checks that they are of one kind
-        made.append(replace(same, **{
-            name: np.tensordot(row, np.stack([getattr(p, name) for p in parts]).astype(np.float64),
-                               1).astype(np.float32) for name in ("gate_up", "down")}))
+        made.append(same.changed(*(
+            np.tensordot(row, np.stack([getattr(p, name) for p in parts]).astype(np.float64),
+                         1).astype(np.float32) for name in ("gate_up", "down"))))
     names = [layer.weight_formats[int(np.abs(row).argmax())] for row in experts]
     return MoELayer(tuple(made), (router @ layer.router.astype(np.float64)).astype(np.float32),
                     layer.top_k, layer.renormalise, tuple(names),

@@ -57,6 +57,15 @@ class FloatExpert:
     limit: float | None = None
     factors: Factors | None = None
 
+    @classmethod
+    def of(cls, expert: Expert) -> FloatExpert:
+        """Return what a quantised expert holds."""
+        return cls(*expert.floats(), expert.activation, expert.limit)
+
+    def changed(self, gate_up: NDArray[np.float32], down: NDArray[np.float32]) -> FloatExpert:
+        """Return it with other weights, which are no products any more."""
+        return replace(self, gate_up=gate_up, down=down, factors=None)
+
     @property
     def gated(self) -> bool:
         """Whether there are up rows."""

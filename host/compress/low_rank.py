@@ -90,13 +90,10 @@ class Triple:
         """Return the experts that these factors are, multiplied out."""
         found = []
         for into, inner, out in zip(self.into, self.inner, self.out, strict=True):
-            rows = inner.gate_up.dequantise()
-            if inner.gated:
-                rows = np.concatenate([rows[0::2], rows[1::2]])
-            found.append(FloatExpert(
-                (rows @ into.dequantise()).astype(np.float32),
-                (out.dequantise() @ inner.down.dequantise()).astype(np.float32),
-                inner.activation, inner.limit))
+            small = FloatExpert.of(inner)
+            found.append(small.changed(
+                (small.gate_up @ into.dequantise()).astype(np.float32),
+                (out.dequantise() @ small.down).astype(np.float32)))
         return found
 
 

@@ -114,11 +114,8 @@ def mix(layer: MoELayer, x: Tokens, bits: float, formats: Sequence[str] = FORMAT
         for f, name in enumerate(formats):
             stored = Expert.quantise(expert.gate_up, expert.down, name,
                                      activation=expert.activation, limit=expert.limit)
-            rows = stored.gate_up.dequantise()
-            if expert.gated:
-                rows = np.concatenate([rows[0::2], rows[1::2]])
-            errors[e, f] = math.hypot(np.linalg.norm(rows - expert.gate_up),
-                                      np.linalg.norm(stored.down.dequantise() - expert.down))
+            errors[e, f] = math.hypot(*(np.linalg.norm(found - exact) for found, exact in zip(
+                stored.floats(), (expert.gate_up, expert.down), strict=True)))
             sizes[e, f] = stored.shape(1).stored_bytes
     costs = importance(routing.ids, routing.weights, len(layer.experts))[:, None] * errors
     budget = int(bits / 8 * sum(expert.size for expert in layer.experts))

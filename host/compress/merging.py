@@ -19,7 +19,6 @@ one expert less.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,7 +54,7 @@ def weighted_mean(experts: list[FloatExpert], frequencies: NDArray[np.floating])
         stack = np.stack([getattr(e, name) for e in experts]).astype(np.float64)
         return np.tensordot(weights, stack, 1).astype(np.float32)
 
-    return replace(experts[0], gate_up=mean("gate_up"), down=mean("down"))
+    return experts[0].changed(mean("gate_up"), mean("down"))
 
 
 def _units(expert: FloatExpert) -> NDArray[np.float64]:
@@ -73,7 +72,7 @@ def aligned(expert: FloatExpert, other: FloatExpert) -> FloatExpert:
     d_expert = expert.down.shape[1]
     rows = np.concatenate([part[order] for part in (
         expert.gate_up[:d_expert], expert.gate_up[d_expert:]) if len(part)])
-    return replace(expert, gate_up=rows, down=np.ascontiguousarray(expert.down[:, order]))
+    return expert.changed(rows, np.ascontiguousarray(expert.down[:, order]))
 
 
 def mc_smoe(layer: MoELayer, x: Tokens, experts: int) -> MoELayer:

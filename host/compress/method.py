@@ -222,16 +222,8 @@ def stored(layer: MoELayer) -> MoELayer:
     products = {e: expert for triple in triples(layer)
                 for e, expert in zip(triple.experts, triple.floats(), strict=True)}
     found = []
-    for e, expert in enumerate(layer.experts):
-        if e in products:
-            found.append(products[e])
-            continue
-        (kept,) = layer.quantised([e])
-        rows = kept.gate_up.dequantise()
-        if kept.gated:
-            rows = np.concatenate([rows[0::2], rows[1::2]])
-        found.append(FloatExpert(rows.astype(np.float32), kept.down.dequantise().astype(np.float32),
-                                 expert.activation, expert.limit))
+    for e in range(len(layer.experts)):
+        found.append(products[e] if e in products else FloatExpert.of(*layer.quantised([e])))
     return replace(layer, experts=tuple(found))
 
 

@@ -118,8 +118,8 @@ def pruned(expert: FloatExpert, fmt: WeightFormat, pattern: tuple[int, int],
         stays = np.concatenate([pairs[0::2], pairs[1::2]])
     else:
         stays = _dealt(gate_up, pattern, norms[0], rows, channels)
-    return replace(expert, gate_up=gate_up * stays,
-                   down=down * _dealt(down, pattern, norms[1], rows, channels))
+    return expert.changed(
+        gate_up * stays, down * _dealt(down, pattern, norms[1], rows, channels))
 
 
 def _dealt(weights: NDArray[np.float32], pattern: tuple[int, int], norms: Any, rows: int,

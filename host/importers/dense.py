@@ -39,6 +39,8 @@ _GGUF_CONFIG = {
     "num_key_value_heads": "attention.head_count_kv", "max_position_embeddings": "context_length",
     "rms_norm_eps": "attention.layer_norm_rms_epsilon", "rope_theta": "rope.freq_base"}
 
+_ROPE_THETA = 10000.0  # where nobody says
+
 
 @dataclass(frozen=True)
 class _Dense:
@@ -83,18 +85,20 @@ def _dense(checkpoint: Checkpoint) -> _Dense:
     if gguf:
         found: dict[str, Any] = {"model_type": given["general.architecture"]} | {
             name: given.get(f"llama.{key}") for name, key in _GGUF_CONFIG.items()}
-        rope: Mapping[str, Any] = {"rope_type": "default", "rope_theta": found.pop("rope_theta")}
+        rope: Mapping[str, Any] = {
+            "rope_type": "default", "rope_theta": found.pop("rope_theta") or _ROPE_THETA}
         found |= {"rope_parameters": rope, "hidden_act": "silu",
                   "tie_word_embeddings": "output.weight" not in contents.tensors,
                   "bos_token_id": given.get("tokenizer.ggml.bos_token_id"),
                   "eos_token_id": given.get("tokenizer.ggml.eos_token_id")}
-        if any(key.startswith("llama.rope.scaling") for key in given):
+        # Llama 3.1's scaling is a tensor of factors.
+        if "rope_freqs.weight" in contents.tensors or any(
+                key.startswith("llama.rope.scaling") for key in given):
             raise UnsupportedExperts(f"{checkpoint.path} must have a RoPE without scaling; convert "
                                      "it with transformers, and give the folder")
     else:
         found = dict(given)
-        found.setdefault("rope_parameters", {"rope_type": "default",
-                                             "rope_theta": given.get("rope_theta", 10000.0)})
+        found.setdefault("rope_parameters", _rope_parameters(given))
         found.setdefault("num_key_value_heads", given.get("num_attention_heads"))
     if found.get("model_type") != "llama" or found.get("attention_bias") or found.get(
             "mlp_bias") or found.get("hidden_act", "silu") != "silu":
@@ -111,6 +115,15 @@ def _dense(checkpoint: Checkpoint) -> _Dense:
             raise ForeignCheckpoint(f"{name} in the configuration of {checkpoint.path} must be a "
                                     f"positive number, not {value!r}")
     return _Dense(contents, gguf, found)
+
+
+def _rope_parameters(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the RoPE of a configuration as transformers had it before version 5."""
+    scaling = given.get("rope_scaling") or {}
+    if not isinstance(scaling, dict):
+        raise ForeignCheckpoint(f"rope_scaling must be an object, not {scaling!r}")
+    return {"rope_theta": given.get("rope_theta", _ROPE_THETA), **scaling,
+            "rope_type": scaling.get("rope_type", scaling.get("type", "default"))}
 
 
 def experts_of_dense(checkpoint: Checkpoint, folder: Path, *, blocks: int = 8,

@@ -406,7 +406,8 @@ def import_checkpoint(
         threads = min(os.cpu_count() or 1, 8)
     elif not isinstance(threads, int) or threads < 1:
         raise InvalidOption(f"threads must be at least 1, not {threads!r}")
-    chosen = [_known(checkpoint, index) for index in layers or checkpoint.layers]
+    chosen = [_known(checkpoint, index)
+              for index in dict.fromkeys(layers or checkpoint.layers)]
     if not chosen:
         raise ForeignCheckpoint(f"{checkpoint.path} must have experts, but has none under a name "
                                 "that is known; is it a dense model?")

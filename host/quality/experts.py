@@ -112,15 +112,11 @@ class FastExperts:
     @staticmethod
     def _values(expert: FloatExpert | Expert) -> tuple[torch.Tensor, torch.Tensor, str,
                                                        float | None]:
-        if isinstance(expert, Expert):
-            # Integers times significands have less than 24 bits: float32 is exact.
-            rows = expert.gate_up.dequantise().astype(np.float32)
-            if expert.gated:
-                rows = np.concatenate([rows[0::2], rows[1::2]])
-            down = expert.down.dequantise().astype(np.float32)
-        else:
-            rows, down = expert.gate_up, expert.down
-        return torch.from_numpy(rows), torch.from_numpy(down), expert.activation, expert.limit
+        # Integers times significands have less than 24 bits: float32 is exact.
+        gate_up, down = (expert.floats() if isinstance(expert, Expert)
+                         else (expert.gate_up, expert.down))
+        return (torch.from_numpy(gate_up), torch.from_numpy(down), expert.activation,
+                expert.limit)
 
     def __call__(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Return the weighted sum of the experts' outputs; ids that there are not are skipped."""

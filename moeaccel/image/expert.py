@@ -299,6 +299,12 @@ class Expert:
             del found[2]
         return np.concatenate(found, axis=1)
 
+    def floats(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return the weights as :meth:`quantise` takes them: gate, then up rows, and down."""
+        rows = self.parts(self.gate_up.dequantise().T).T
+        return (np.ascontiguousarray(rows, np.float32),
+                self.down.dequantise().astype(np.float32))
+
     def shape(self, row_multipliers: int, channels: int = 1) -> ExpertShape:
         """Return its shape for a device with such arrays."""
         d_model, d_expert = self.down.integers.shape

@@ -74,7 +74,8 @@ class RouterSettings:
         Of the chosen, in their order, only so many are kept that their scores are at least that
         share of the sum of all chosen.
     prior : :class:`float`
-        Added to the logits of residents, for selection only (cache prior); 0 to 2048.
+        Added to the keys of residents, for selection only (cache prior); 0 to 2048. Keys end at
+        2048, at 512 where they are scores: beyond, residents are equal.
     prior_keep : :class:`int`
         0, or 1: the expert with the largest logit is chosen in any case, and first.
     capacity : :class:`int`, optional

@@ -61,6 +61,8 @@ def test_ids_beyond_are_skipped(device):
     assert not loaded(x, np.full((9, 3), E + N), scores).any()
     with pytest.raises(errors.InvalidOption, match="identity must be a number of experts, 0 or"):
         device.load_experts(*stacks, identity=-1)
+    with pytest.raises(errors.InvalidTensor, match="number of experts must be at least 1, not 0"):
+        device.load_experts([], [], identity=1)
 
 
 def test_some_format_must_hold_it():

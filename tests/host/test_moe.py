@@ -8,8 +8,10 @@ from moeaccel.config import preset
 from moeaccel.golden.reference import experts_float64
 from moeaccel.golden.router_reference import route_float
 from moeaccel.host import Router, open_device
+from moeaccel.host.device import Device
 from moeaccel.host.errors import (
     DeviceClosed,
+    DeviceTimeout,
     HandleConsumed,
     InvalidOption,
     InvalidTensor,
@@ -17,7 +19,9 @@ from moeaccel.host.errors import (
     NonFiniteInput,
     OutOfDeviceMemory,
 )
+from moeaccel.host.transports.golden import GoldenTransport
 from moeaccel.router.settings import RouterError
+from tests.support.device import Hung
 
 CONFIG = preset("tiny").replace(
     router=("softmax", "sigmoid", "identity"), router_top_k=8, max_experts=64,
@@ -295,6 +299,30 @@ def test_calls_that_are_taken_later(device, layer):
         moe.submit(x)
 
 
+def test_a_handle_outlives_a_timeout(layer):
+    transport, x = Hung(CONFIG, memory_bytes=1 << 26), layer["x"]
+    with Device(transport, CONFIG) as device:
+        moe, other = (device.load_moe(Router(layer["weight"], top_k=2), layer["gate_up"],
+                                      layer["down"]) for _ in range(2))
+        y, free = moe(x), device.memory.free_bytes
+        transport.hang = True
+        handle = moe.submit(x)
+        with pytest.raises(DeviceTimeout, match="completion of MOE must come within 0 s"):
+            moe.sync(handle, timeout_s=0)
+        transport.hang = False
+        with pytest.raises(HandleConsumed, match="one that this layer's submit"):
+            other.sync(handle)
+        for wrong in (None, other.experts.submit(x, np.zeros((100, 1), int), x[:, :1])):
+            with pytest.raises(InvalidOption, match="handle must be what submit\\(\\) returned"):
+                moe.sync(wrong)
+        with pytest.raises(InvalidOption, match="timeout_s must be"):
+            moe.sync(handle, timeout_s="soon")
+        assert (moe.sync(handle) == y).all()
+        del wrong
+        moe(x)
+        assert device.memory.free_bytes == free
+
+
 def test_memory_for_a_few_tokens(layer):
     """Calls become commands that fit; without room for one token they fail."""
     x = layer["x"]
@@ -315,3 +343,46 @@ def test_memory_for_a_few_tokens(layer):
                         moe(x)
     (y, few), (again, many) = found
     assert (y == again).all() and many > few
+
+
+class Watched(GoldenTransport):
+    """Notes verbs of a thread that does not hold the device's lock."""
+
+    device = None
+
+    def _note(self, name):
+        if self.device is not None and not self.device._lock._is_owned():
+            self.alone.append(name)
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.alone = []
+
+
+for verb in ("register_read", "register_write", "memory_read", "memory_write", "wait_interrupt"):
+    def watched(self, *args, _verb=verb):
+        self._note(_verb)
+        return getattr(GoldenTransport, _verb)(self, *args)
+    setattr(Watched, verb, watched)
+
+
+def test_a_thread_that_speaks_to_the_device_holds_its_lock(layer):
+    """A transport serves one thread at a time."""
+    transport = Watched(CONFIG, memory_bytes=1 << 26)
+    with Device(transport, CONFIG) as device:
+        transport.device = device
+        router = Router(layer["weight"], top_k=2, bias=np.ones(E_))
+        with device.load_moe(router, layer["gate_up"], layer["down"]) as moe:
+            moe(layer["x"])
+            device.route(router, moe.route(layer["x"])[1] @ np.ones((2, E_), np.float32))
+    assert transport.alone == []
+
+
+def test_a_layer_whose_experts_were_closed_is_closed(device, layer):
+    """Their memory may be another's."""
+    with device.load_moe(Router(layer["weight"], top_k=2), layer["gate_up"], layer["down"]) as moe:
+        moe.experts.close()
+        free = device.memory.free_bytes
+        with pytest.raises(DeviceClosed, match="layer must not be used after it was closed"):
+            moe(layer["x"])
+        assert device.memory.free_bytes == free

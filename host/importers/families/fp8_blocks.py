@@ -31,7 +31,10 @@ class Fp8(Family):
 
         weight = contents.need(stem + self.mark)
         scale = self._scale(contents, stem)
-        index = expert if len(scale.shape) == len(weight.shape) else None
+        index = expert if scale.shape[:1] == weight.shape[:1] else None  # of stacked experts
+        if index is None and expert is not None and scale.shape not in ((), (1,)):
+            raise ForeignCheckpoint(f"{scale} must have scales for each of {weight.shape[0]} "
+                                    "experts, or one for all")
         stored = scale.array(index) if scale.dtype in ("U8", "F8_E8M0") else scale.float32(index)
         if stored.ndim == 1 and stored.size == weight.shape[-2]:
             stored = stored[:, None]

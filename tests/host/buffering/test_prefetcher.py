@@ -92,6 +92,17 @@ def test_row_blocks_take_a_slot_each(device):
         device.prefetch(layer, [0, 1])
 
 
+def test_a_prefetch_names_as_many_experts_as_a_command_has_tokens():
+    config = CONFIG.replace(max_tokens=2)
+    with open_device("golden", config=config, memory_bytes=1 << 22) as device:
+        layer = device.load_experts(*weights_of(np.random.default_rng(0)))
+        prefetcher = Prefetcher([layer], "previous-token", top_k=3)
+        device.wait(prefetcher.observe(0, np.array([[1, 2, 3]])))
+        prefetcher.check()
+        with pytest.raises(LimitExceeded, match="from 1 to 2 different experts"):
+            device.prefetch(layer, [1, 2, 3])
+
+
 def test_uploads_and_resets_empty_the_buffer(device):
     rng = np.random.default_rng(0)
     layer = device.load_experts(*weights_of(rng))

@@ -142,6 +142,14 @@ def test_skipping_thresholds(layer, x):
         adapmoe.skip([layer], [x], skipped=1.0)
 
 
+def test_a_second_row_that_leads_to_the_same_expert_is_no_second_expert(layer, x):
+    rows = np.stack([np.ones(H), np.ones(H), -np.ones(H)]).astype(np.float32)
+    merged = replace(layer.kept(range(2)), router=rows, expert_of=np.array([0, 0, 1]))
+    routing = merged.route(np.abs(x))
+    assert (routing.ids == [0, -1]).all()
+    assert adapmoe.sensitivity(merged, np.abs(x), routing) == 0
+
+
 def test_patterns():
     weights = np.array([[3.0, -4, 1, 2, 5, 6, -7, 8], [1, 1, 9, -9, 0, 0, 1, 2]])
     stays = moe_pruner.kept(weights, (2, 4))

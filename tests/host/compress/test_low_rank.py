@@ -85,6 +85,16 @@ def test_moe_i2_gives_products_and_whole_experts(layer, x):
     assert any(e is one for e in after.experts for one in layer.experts)  # left whole
 
 
+@pytest.mark.parametrize(("name", "options"), [
+    ("magnitude", {}), ("mc-smoe", {"share": 0.5}), ("hc-smoe", {"share": 0.5}),
+    ("eep", {"generations": 1})])
+def test_a_pass_over_products_leaves_none_of_other_weights(smaller, x, name, options):
+    """What the device stores is what the pass made, not what the products were."""
+    (after,) = method(name)([smaller], [x], **options)
+    exact = after(x)
+    assert np.linalg.norm(stored(after)(x) - exact) < 0.02 * np.linalg.norm(exact)
+
+
 def test_linears_are_checked(layer):
     with open_device("golden", config="small") as device:
         (triple, _) = triples(replace(layer, experts=tuple(

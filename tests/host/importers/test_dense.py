@@ -79,6 +79,44 @@ def test_the_model_of_experts_gives_the_dense_ones_logits(tmp_path, llama, sourc
         assert (layer.num_experts, layer.d_model, layer.d_expert) == (blocks, 64, 128 // blocks)
 
 
+def test_rope_is_that_of_the_model(tmp_path, llama, source):
+    """A scaling is kept, or refused; Llama 3.1's in a GGUF file is a tensor."""
+    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 32}
+    if source.suffix == ".gguf":
+        reader, scaled = gguf.GGUFReader(source), tmp_path / "scaled.gguf"
+        writer = gguf.GGUFWriter(scaled, "llama")
+        for field in reader.fields.values():
+            if not field.name.startswith(("GGUF.", "general.architecture")):
+                writer.add_key_value(field.name, field.contents(), field.types[0])
+        for tensor in reader.tensors:
+            writer.add_tensor(tensor.name, np.asarray(tensor.data))
+        writer.add_tensor("rope_freqs.weight", np.ones(8, np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        with open_checkpoint(scaled) as checkpoint, pytest.raises(
+                UnsupportedExperts, match="must have a RoPE without scaling"):
+            experts_of_dense(checkpoint, tmp_path)
+        return
+    path = source / "config.json"
+    config = json.loads(path.read_bytes())
+    del config["rope_parameters"]
+    path.write_text(json.dumps(config | {
+        "rope_theta": 5000.0, "rope_scaling": {"rope_type": "llama3", **scaling}}))
+    expected = AutoModelForCausalLM.from_pretrained(source).eval()
+    assert expected.config.rope_parameters["rope_type"] == "llama3"
+    folder = tmp_path / "moe"
+    folder.mkdir()
+    with open_checkpoint(source) as checkpoint:
+        experts_of_dense(checkpoint, folder, blocks=2)
+    moe = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        expected, found = expected(IDS).logits, moe(IDS).logits
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
 def test_what_cannot_be_cut_is_refused(tmp_path, source):
     with open_checkpoint(source) as checkpoint:
         for blocks in (3, 32):

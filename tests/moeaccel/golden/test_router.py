@@ -10,7 +10,7 @@ from moeaccel.router.flavours import FLAVOURS
 from moeaccel.router.settings import RouterError, RouterSettings
 
 RESOLUTION = 2.0**-18
-"""What keys of different order may differ by at most: stated in docs/arithmetic.md."""
+"""What keys of different order may differ by at most: stated in docs/routing.md."""
 
 SHAPES = {"R4": (160, 6), "R5": (256, 8), "R5s": (384, 8), "R7": (256, 6), "R8": (768, 12),
           "R9": (16, 2), "R10": (32, 2), "R11n": (128, 2), "R11o": (32, 2), "R11s": (128, 1),
@@ -236,3 +236,13 @@ def test_what_a_sparsemixer_does_not_look_at_is_named(given):
 def test_bad_logits_are_named():
     with pytest.raises(RouterError, match=r"logits must be \(tokens, 8\), not \(2, 9\)"):
         route(np.zeros((2, 9), np.float32), RouterSettings(experts=8, top_k=2))
+
+
+@pytest.mark.parametrize(("biased", "inside", "beyond"), [(False, 2000, 2045), (True, 500, 511.75)])
+def test_residents_beyond_the_last_key_are_equal(biased, inside, beyond):
+    resident, logits = np.array([1, 1, 1, 0], bool), np.array([[5, 7, 6, 9]], np.float32)
+    bias = np.zeros(4) if biased else None
+    for prior, ids in ((inside, [1, 2]), (beyond, [0, 1])):
+        settings = RouterSettings(experts=4, top_k=2, score="sigmoid", prior=prior)
+        found = route(logits, settings, selection_bias=bias, resident=resident)
+        assert found.ids.tolist() == [ids]

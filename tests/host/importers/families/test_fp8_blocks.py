@@ -39,6 +39,22 @@ def test_blocks_rows_and_whole_matrices(tmp_path, rows, columns, name):
         assert fit.requantised == fit.groups and fit.relative_error < 0.009
 
 
+def test_stacked_experts_have_their_own_scales(tmp_path):
+    """One number for each of as many experts as divide K is none for columns."""
+    stem, codes = "model.layers.0.mlp.experts", torch.ones(4, 64, 32).to(torch.float8_e4m3fn)
+    tensors = {f"{stem}.gate_up_proj": codes, f"{stem}.down_proj": codes.transpose(1, 2)[
+        :, :, :32].contiguous(), f"{stem}.gate_up_proj_scale": torch.arange(1.0, 5),
+        f"{stem}.down_proj_scale": torch.tensor([2.0])}
+    with open_checkpoint(write_safetensors(tmp_path, tensors)) as checkpoint:
+        for e in range(4):
+            gate, up, down = checkpoint.matrices(0, e)
+            assert (gate == e + 1).all() and (up == e + 1).all() and (down == 2).all()
+    tensors[f"{stem}.gate_up_proj_scale"] = torch.ones(2, 8)
+    with open_checkpoint(write_safetensors(tmp_path, tensors)) as checkpoint, pytest.raises(
+            ForeignCheckpoint, match="must have scales for each of 4 experts, or one for all"):
+        checkpoint.matrices(0, 0)
+
+
 @pytest.mark.parametrize(("scale", "message"), [
     (torch.ones(3, 2),
      (r"fp8 weights of tensor '.*gate_proj.weight' \(F8_E4M3 \[160, 192\] at byte \d+ of .*\): "
