@@ -6,7 +6,7 @@ Yosys maps the whole accelerator (``synth_xilinx -family xcup``) with the named 
 Equal parts, such as the cores of the channels, are mapped once and counted as often as they are
 there. PCIe, HBM controller and SmartConnects, which Vivado adds, are not in it, and nothing is
 placed or routed: for that there is only Vivado. Large memories are UltraRAM here, as Yosys chooses
-them; whether Vivado chooses the same is not known.
+them, and lane buffers in any case; whether Vivado chooses the same is not known.
 """
 
 from __future__ import annotations
@@ -61,9 +61,10 @@ _MAP_LUTS = (
 """The last steps of synth_xilinx with abc for abc9, on which Yosys 0.70 fails (an assertion) where
 modules with DSP48E2 are kept."""
 
-_STYLES = {"buffer.beats.mem": "ultra", "capacity.pairs.mem": "block"}
-"""What memories are made of that Yosys 0.70 would make of LUT RAM: deep ones, of which one port
-reads and writes. It takes RAM512X1S to have 16 bits of address (lutrams_xcu.txt), and fails."""
+_STYLES = {"buffer.beats.mem": "ultra", "capacity.pairs.mem": "block", "lane*.mem": "ultra"}
+"""What memories are made of. The first two Yosys 0.70 would make of LUT RAM: deep ones, of which one
+port reads and writes. It takes RAM512X1S to have 16 bits of address (lutrams_xcu.txt), and fails.
+Lane buffers of h would be block RAM, of which there is less than of UltraRAM."""
 
 _FREE = ("CARRY4", "CARRY8", "MUXF7", "MUXF8", "MUXF9", "$scopeinfo")
 """Cells beside LUTs that take none of what is counted."""
