@@ -404,10 +404,8 @@ class CommandProcessor(wiring.Component):
         with m.If(w.moe & w.routes):
             m.d.comb += job.x_address.eq(w.job.workspace_address)
         if self._config.router:
-            m.d.comb += [
-                w.precedes.eq(w.product | (w.moe & w.routes & (w.opcode == Opcode.MOE))),
-                job.precedes.eq(w.precedes),
-            ]
+            followed = w.moe & w.routes & (w.opcode == Opcode.MOE)
+            m.d.comb += [w.precedes.eq(w.product | followed), job.precedes.eq(w.precedes)]
         with w.only(m, State.START) as go:
             m.d.comb += self.o_job.valid.eq(1)
             with m.If(self.o_job.ready):
@@ -431,8 +429,9 @@ class CommandProcessor(wiring.Component):
                              w.ran.eq(0)]
             with m.Elif(w.result.bad_expert):
                 m.d.sync += w.status.eq(Status.BAD_EXPERT)
-            with m.Elif(w.precedes):
-                m.d.comb += go(State.TURN)
+            if self._config.router:
+                with m.Elif(w.precedes):
+                    m.d.comb += go(State.TURN)
             with m.Elif(w.result.nonfinite):
                 m.d.sync += w.status.eq(Status.NONFINITE)
             with m.Elif(w.result.overflows != 0):
