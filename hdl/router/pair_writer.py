@@ -84,6 +84,7 @@ class PairWriter(wiring.Component):
         pair = self.i_pair.payload
         push, own = Signal(), Signal()
         shared = Signal.like(self.i_shared)  # of this token, still to come
+        more = Signal()  # shared is not 0
         there, number, weight = Signal(), Signal(32), Signal(32)
         last = Signal()
         m.d.comb += [
@@ -103,7 +104,7 @@ class PairWriter(wiring.Component):
         with m.If(push):
             m.d.sync += count.eq(count + 1)
         m.d.comb += [
-            there.eq(left >= 0), own.eq(there & (shared == 0)),
+            there.eq(left >= 0), own.eq(there & ~more),
             number.eq(C(-1, 32)),
             last.eq(Mux(own, pair.last & (self.i_shared == 0), shared == 1)),
         ]
@@ -130,9 +131,9 @@ class PairWriter(wiring.Component):
                 with m.If(push & there):
                     m.d.sync += left.eq(left - last)
                     with m.If(~own):
-                        m.d.sync += shared.eq(shared - 1)
+                        m.d.sync += [shared.eq(shared - 1), more.eq(shared != 1)]
                     with m.Elif(pair.last):
-                        m.d.sync += shared.eq(self.i_shared)
+                        m.d.sync += [shared.eq(self.i_shared), more.eq(self.i_shared != 0)]
                 with m.If(push & (count == PAIRS - 1)):
                     m.next = "REQUEST"
                 with m.Elif(~there & (count == 0)):
