@@ -61,6 +61,10 @@ _MAP_LUTS = (
 """The last steps of synth_xilinx with abc for abc9, on which Yosys 0.70 fails (an assertion) where
 modules with DSP48E2 are kept."""
 
+_STYLES = {"buffer.beats.mem": "ultra", "capacity.pairs.mem": "block"}
+"""What memories are made of that Yosys 0.70 would make of LUT RAM: deep ones, of which one port
+reads and writes. It takes RAM512X1S to have 16 bits of address (lutrams_xcu.txt), and fails."""
+
 _FREE = ("CARRY4", "CARRY8", "MUXF7", "MUXF8", "MUXF9", "$scopeinfo")
 """Cells beside LUTs that take none of what is counted."""
 
@@ -136,7 +140,9 @@ def map_blocks(config: AcceleratorConfig, *,
     script = "\n".join([
         "read_verilog -sv -noassert top.v", "proc", "delete */t:$print",
         *(f"setattr -mod -set keep_hierarchy 1 \\{name}" for name in modules if _is_kept(name)),
-        f"synth_xilinx {_FLAGS} -run begin:map_luts",
+        f"synth_xilinx {_FLAGS} -run begin:map_memory",
+        *(f'setattr -set ram_style "{style}" */c:{memory}' for memory, style in _STYLES.items()),
+        f"synth_xilinx {_FLAGS} -run map_memory:map_luts",
         *_MAP_LUTS,
         "tee -q -o stat.json stat -json", ""])
     digest = hashlib.sha256("\0".join([text, script, yosys.identity]).encode()).hexdigest()[:16]

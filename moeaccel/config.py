@@ -548,33 +548,14 @@ PRESETS: dict[str, AcceleratorConfig] = {
         # the rate of an array, so two groups of tokens fill it; with four token lanes the arrays
         # alone would need 8,192 of 9,024 DSP slices. The buffer of x is 4,096 blocks deep, as URAM.
         AcceleratorConfig(
-            name="hbm32",
-            port_bytes=32,
-            channels=32,
-            token_groups=4,
-            max_dim=16384,
-            max_experts=1024,
-            max_tokens=2048,
-            max_assignments=16384,
-            read_ahead_beats=512,
-            tile_words=1024,
-            quantiser_lanes=8,
-            address_bits=29,
-            router=ROUTER_SCORES,
+            name="hbm32", port_bytes=32, channels=32, token_groups=4, max_dim=16384,
+            max_experts=1024, max_tokens=2048, max_assignments=16384, read_ahead_beats=512,
+            tile_words=1024, quantiser_lanes=8, address_bits=29, router=ROUTER_SCORES,
         ),
         AcceleratorConfig(
-            name="peer256",
-            port_bytes=16,
-            token_lanes=4,
-            token_groups=8,
-            max_dim=4096,
-            max_experts=64,
-            max_tokens=1024,
-            max_assignments=4096,
-            read_ahead_beats=512,
-            tile_words=256,
-            quantiser_lanes=8,
-            y_banks=2,
+            name="peer256", port_bytes=16, token_lanes=4, token_groups=8, max_dim=4096,
+            max_experts=64, max_tokens=1024, max_assignments=4096, read_ahead_beats=512,
+            tile_words=256, quantiser_lanes=8, y_banks=2,
         ),
     )
 }
@@ -583,10 +564,17 @@ PRESETS: dict[str, AcceleratorConfig] = {
 # The board with a router fits, but was routed at 90 MHz only.
 PRESETS["ulx3s-router"] = PRESETS["ulx3s"].replace(
     name="ulx3s-router", router=("softmax", "sigmoid"), router_top_k=8)
+# One 4-bit and one 8-bit format with 2:4 share its selection network. Left out: a router, and 1:4,
+# of which the multipliers of scales alone are more than the device has left.
+PRESETS["ulx3s-sparse"] = PRESETS["ulx3s"].replace(
+    name="ulx3s-sparse", formats=(*FORMATS, "mxint8+2:4", "int4_g32+2:4"))
 PRESETS["wide512-sparse"] = PRESETS["wide512"].replace(
     name="wide512-sparse", formats=tuple(ALL_FORMATS))
+# All that there is. A slot holds a channel's share of an expert of OLMoE (3,466 beats in int4_g32)
+# or Qwen3-30B-A3B (2,602); four of them are 16 UltraRAMs of each channel's.
 PRESETS["hbm32-full"] = PRESETS["hbm32"].replace(
-    name="hbm32-full", formats=tuple(ALL_FORMATS), router_modes=MODES, second_up=True)
+    name="hbm32-full", formats=tuple(ALL_FORMATS), router_modes=MODES, second_up=True,
+    buffer_slots=4, buffer_beats=4096)
 
 
 def preset(name: str | AcceleratorConfig) -> AcceleratorConfig:

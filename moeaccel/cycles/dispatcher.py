@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,6 +18,10 @@ from moeaccel.cycles.tile_buffer import TileBuffer
 from moeaccel.cycles.weight_streamer import WeightStreamer
 from moeaccel.image import Section
 
+KNOWN_CYCLES = 5
+"""PairSort: from a pair's first cycle to where its expert counts."""
+RANKED_CYCLES = 6
+"""PairSort: from the last pair's third cycle to where the first expert of several tokens counts."""
 POLL_CYCLES = 2
 """How often it is looked whether a request can be made."""
 
@@ -55,21 +60,19 @@ class Dispatcher:
         job = self._job
         weights: Read | None = None
         if job.gemm or job.held:
-            # Prepare, clear the counts, rewind, fetch the first id.
-            cycle = start + 7 + job.num_experts + job.held
+            cycle = start + 1
         else:
             beats = job.beats(job.ids.size, 4)
             yield start + 3
             ids = self._port.read(start + 3, beats)
             yield ids
-            # The counts are cleared meanwhile; then weights are asked for, and the walk begins.
-            request = max(start + 5 + job.num_experts, ids.last + 1) + 1
+            # Weights are asked for, and sorting begins.
+            cycle = ids.last + 2
             if job.loads is not None:  # there are none
-                yield from self._prefetch(self._sort(request + 4), job.loads)
+                yield from self._prefetch(self._sort(cycle), job.loads)
                 return
-            yield request
-            weights = self._port.read(request, beats)
-            cycle = request + 5
+            yield cycle
+            weights = self._port.read(cycle, beats)
         cycle = self._sort(cycle)
 
         banks = job.config.slot_banks
@@ -223,20 +226,36 @@ class Dispatcher:
             cycle = self._tiles.sections[-1].accepted
 
     def _sort(self, cycle: int) -> int:
-        """Return when a counting sort is over: 3 cycles for each pair, 2 an expert, 4, 3 a pair.
+        """Return when a sort that starts in ``cycle`` is over.
 
-        A token without an expert waits until the row of zeros before it is written.
+        It takes 3 cycles for each pair, and once more unless all is in its place by then, behind 2
+        for each expert or, of several tokens, 4. A token without an expert waits until the row of
+        zeros before it is written.
         """
-        job = self._job
+        job, plan = self._job, self._job.plan
         tokens, top_k = job.ids.shape
-        counted = 0
-        for token in job.plan.zeros:
-            cycle += 3 * top_k * (token + 1 - counted)
-            cycle = self._combiner.zero_row(cycle) if job.loads is None else cycle + 1
-            counted = token + 1
-        cycle += 3 * top_k * (tokens - counted)
-        self._table.start(cycle)  # while positions are made of the counts, and pairs get theirs
-        return cycle + 2 * job.num_experts + 4 + 3 * top_k * tokens
+        cycle += 3
+        begin = cycle
+        for token in range(tokens):
+            cycle += 3 * top_k
+            if token in plan.zeros:
+                cycle = self._combiner.zero_row(cycle) if job.loads is None else cycle + 1
+        count = len(plan.experts)
+        first = {now.expert: now.pairs[0] for now in reversed(plan.passes)}
+        rank = {expert: n for n, expert in enumerate(sorted(first, key=first.__getitem__))}
+        if tokens == 1:
+            known = [begin + 3 * first[expert] + KNOWN_CYCLES for expert in rank]
+        else:  # a walk over experts with several pairs, and one over those with one
+            pairs: Counter[int] = Counter()
+            for now in plan.passes:
+                pairs[now.expert] += len(now.pairs)
+            known = [
+                cycle + RANKED_CYCLES + 2 * (rank[expert] + count * (pairs[expert] == 1))
+                for expert in plan.experts]
+        self._table.start(known)
+        if plan.pairs > count or (tokens > 1 and count):
+            cycle += 3 + (4 if tokens > 1 else 2) * count + 3 * job.ids.size
+        return cycle + 3
 
 
 def _compare_cycles(tokens: tuple[int, ...], resident: tuple[int, ...]) -> int:
