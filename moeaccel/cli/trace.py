@@ -69,7 +69,8 @@ def import_(
     kind: Annotated[Kind, typer.Option("--format", help="Who wrote it.")],
     out: Out,
     model: Annotated[
-        str, typer.Option(help="Model of the zoo, which knows the sizes; or any name.")
+        str, typer.Option(help="Model of the zoo, of whose sizes the routes must be where none is "
+                          "given; or any name.")
     ] = "unknown",
     experts: Annotated[
         int, typer.Option(min=0, help="Routed experts of a layer; 0: from the zoo.")
@@ -81,7 +82,7 @@ def import_(
     """Read what an engine wrote down: routed experts of vLLM, TensorRT-LLM (.npy, .npz), SGLang
     (.json, .jsonl) and Megatron-Core (.jsonl), or the counts of llama.cpp (imatrix .gguf), which
     make a popularity profile and no trace."""
-    from moeaccel.host.traces import importers
+    from moeaccel.host.traces import RoutingTrace, importers
     from moeaccel.zoo import models
 
     known = models().get(model)
@@ -106,6 +107,8 @@ def import_(
             what = importers.import_megatron(path, n_experts=size("--experts"), model=model)
         case Kind.IMATRIX:
             what = importers.import_imatrix(path, model=model)
+    if known and isinstance(what, RoutingTrace) and not (experts or layers or top_k):
+        what.expect(n_layers=known.moe_layers, n_experts=known.n_experts, top_k=known.top_k)
     _write(what, out, as_json)
 
 

@@ -47,8 +47,12 @@ def import_routed_experts(path: str | os.PathLike[str], *, n_experts: int,
             found = np.load(file, allow_pickle=False)
             arrays = ({"routed_experts": found} if isinstance(found, np.ndarray)
                       else {name: found[name] for name in found.files})
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise TornTrace(f"{path} must be a whole .npy or .npz without objects: {error}") from error
+    except OSError as error:
+        raise TornTrace(f"{path} must be a file that can be read: {error}") from error
+    except (ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        # Of what is no array NumPy says how it would be unpickled.
+        raise TornTrace(f"{path} must be a whole .npy or .npz without objects, but it is cut off, "
+                        "damaged or of another kind") from error
     for name, array in arrays.items():
         if array.ndim not in (3, 4) or array.dtype.kind not in "iu":
             raise ForeignTrace(f"{path}: array {name!r} must be integers (tokens, layers, top_k), "

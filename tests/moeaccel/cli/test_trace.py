@@ -89,6 +89,10 @@ def test_import(tmp_path):
     assert (found["tokens"], found["experts"], found["kind"]) == (5, 64, "trace")
     assert RoutingTrace.load(out).model == "olmoe-1b-7b"
     json_of("import", array, "--format", "trtllm", "--experts", 70, "-o", out)
+    other = ["import", array, "--format", "vllm", "--model", "qwen3-30b-a3b"]
+    fails("must be of a model with 48 layers of 128 experts, top-8, but qwen3-30b-a3b has 16",
+          *other, "-o", out)
+    assert json_of(*other, "--experts", 128, "-o", out)["layers"] == 16  # as told
     fails("vllm files need --experts, or --model with a name", "import", array, "--format",
           "vllm", "-o", out)
     fails("sglang files need --layers", "import", array, "--format", "sglang", "--experts", 4,

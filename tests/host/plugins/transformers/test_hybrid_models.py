@@ -115,6 +115,7 @@ def test_every_lossless_policy(made):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # minutes each where nothing else runs
 @pytest.mark.parametrize(("kind", "sizes"), [
     (OlmoeConfig, {"hidden_size": 2048, "intermediate_size": 1024, "num_attention_heads": 16,
                    "num_key_value_heads": 16, "num_experts": 64, "num_experts_per_tok": 8}),
