@@ -62,7 +62,7 @@ _MAP_LUTS = (
 modules with DSP48E2 are kept."""
 
 _STYLES = {"buffer.beats.mem": "ultra", "capacity.pairs.mem": "block", "lane*.mem": "ultra"}
-"""What memories are made of. The first two Yosys 0.70 would make of LUT RAM: deep ones, of which one
+"""What memories are made of. Of the first two Yosys 0.70 would make LUT RAM: they are deep, and one
 port reads and writes. It takes RAM512X1S to have 16 bits of address (lutrams_xcu.txt), and fails.
 Lane buffers of h would be block RAM, of which there is less than of UltraRAM."""
 
