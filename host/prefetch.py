@@ -11,6 +11,7 @@ from moeaccel.config import AcceleratorConfig
 from moeaccel.host.errors import InvalidOption, LimitExceeded
 from moeaccel.host.layers import Experts
 from moeaccel.host.memory import COMMAND_ALIGNMENT
+from moeaccel.host.options import whole
 from moeaccel.host.rings import Command
 from moeaccel.interface.commands import Opcode
 
@@ -74,13 +75,14 @@ class Prefetches:
         if not isinstance(layer, Experts) or layer.device is not device:
             raise InvalidOption("layer must be one of this device's load_experts(), not "
                                 f"{type(layer).__name__} of another")
-        named = list(dict.fromkeys(ids))
-        for expert in named:
-            if not isinstance(expert, int | np.integer) or not 0 <= expert < layer.num_experts:
-                raise InvalidOption(f"ids must be from 0 to {layer.num_experts - 1}, those of the "
-                                    f"layer's experts, not {expert!r}")
+        if not isinstance(ids, Iterable):
+            raise InvalidOption("ids must be some numbers of experts, such as [0, 3], not "
+                                f"{type(ids).__name__}")
+        named = list(dict.fromkeys(
+            whole("ids", expert, least=0, most=layer.num_experts - 1,
+                  unit=", those of the layer's experts") for expert in ids))
         blocks = layer.row_blocks
-        entries = [blocks * int(expert) + block for expert in named for block in range(blocks)]
+        entries = [blocks * expert + block for expert in named for block in range(blocks)]
         most = min(config.buffer_slots, config.max_tokens)
         if not 1 <= len(entries) <= most:
             parts = f" of {blocks} row blocks each" if blocks > 1 else ""

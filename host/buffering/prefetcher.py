@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from moeaccel.host.buffering.predictions import Prediction, prediction as find
+from moeaccel.config import TOP_K_MAX
+from moeaccel.host.buffering.predictions import Oracle, Prediction, prediction as find
 from moeaccel.host.errors import InvalidOption
 from moeaccel.host.layers import Experts
+from moeaccel.host.options import whole
 from moeaccel.host.prefetch import check_buffer
 from moeaccel.host.rings import Command
 from moeaccel.host.tensors import indices, shape_of
@@ -36,7 +38,7 @@ class Prefetcher:
     Raises
     ------
     InvalidOption
-        If layers are not of one device, or differ in experts.
+        If layers are not of one device, or differ in experts; for an oracle and a wrong top_k.
     LimitExceeded
         If the device has no expert buffer.
     UnknownPolicy
@@ -45,11 +47,18 @@ class Prefetcher:
 
     def __init__(self, layers: Sequence[Experts], prediction: str | type[Prediction] = "circular",
                  *, top_k: int) -> None:
+        if not isinstance(layers, Sequence) or not all(
+                isinstance(layer, Experts) for layer in layers):
+            raise InvalidOption("layers must be a sequence of what load_experts() returned")
         alike = {(id(layer.device), layer.num_experts) for layer in layers}
         if len(alike) != 1:
             raise InvalidOption("layers must be one or more, of one device and with as many "
                                 f"experts, not {len(layers)} of {len(alike)} kinds")
         kind = find(prediction) if isinstance(prediction, str) else prediction
+        if not (isinstance(kind, type) and issubclass(kind, Prediction)) or kind is Oracle:
+            raise InvalidOption("prediction must be one that looks at routes alone, by name or "
+                                f"as a subclass of Prediction, not {prediction!r}")
+        top_k = whole("top_k", top_k, least=1, most=TOP_K_MAX)
         self._layers = tuple(layers)
         self._device, self._experts = layers[0].device, layers[0].num_experts
         check_buffer(self._device.config)
@@ -84,8 +93,7 @@ class Prefetcher:
         CommandFailed
             If an earlier PREFETCH has failed.
         """
-        if not 0 <= layer < len(self._layers):
-            raise InvalidOption(f"layer must be from 0 to {len(self._layers) - 1}, not {layer!r}")
+        layer = whole("layer", layer, least=0, most=len(self._layers) - 1)
         self.check()
         shape_of("ids", ids, "T", "K")
         named = indices("ids", ids, self._experts).reshape(-1)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from moeaccel.config import PRESETS
 from moeaccel.host import errors, open_device
@@ -128,11 +129,37 @@ def test_an_image_that_is_there_is_not_sent_again_and_stays_held(device):
     assert device.counters()["buffer_hits"] == 2
 
 
-@pytest.mark.parametrize("ids", [[-1], [EXPERTS], [0, 1.5], ["a"]])
+@pytest.mark.parametrize("ids", [[-1], [EXPERTS], [0, 1.5], ["a"], [True], [[0]], 3, None,
+                                 np.array([[0, 1]]), torch.tensor([[0, 1]])])
 def test_ids_that_there_are_not(device, ids):
     layer = device.load_experts(*weights_of(np.random.default_rng(0)))
-    with pytest.raises(InvalidOption, match=f"ids must be from 0 to {EXPERTS - 1}, those of"):
+    what = rf"(.*from 0 to {EXPERTS - 1}, those of|some numbers of experts, such as \[0, 3\])"
+    with pytest.raises(InvalidOption, match=f"ids must be {what}"):
         device.prefetch(layer, ids)
+
+
+@pytest.mark.parametrize("ids", [np.array([0, 2]), torch.tensor([0, 2]), range(0, 4, 2), (0, 2, 2),
+                                 iter([0, 2])], ids=lambda ids: type(ids).__name__)
+def test_ids_of_any_kind(device, ids):
+    layer = device.load_experts(*weights_of(np.random.default_rng(0)))
+    device.wait(device.prefetch(layer, ids))
+    layer(np.ones((1, 64), np.float32), np.array([[0, 2, 1]]), np.ones((1, 3), np.float32))
+    assert device.counters()["buffer_hits"] == 2
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"layers": 3}, "layers must be a sequence of what load_experts"),
+    ({"layers": [1, 2]}, "layers must be a sequence of what load_experts"),
+    ({"prediction": None}, "prediction must be one that looks at routes alone"),
+    ({"prediction": "oracle"}, "prediction must be one that looks at routes alone"),
+    ({"top_k": 0}, "top_k must be from 1 to 16, not 0"),
+    ({"top_k": "two"}, "top_k must be a whole number")])
+def test_what_a_prefetcher_cannot_be_made_of(device, change, message):
+    layers = [device.load_experts(*weights_of(np.random.default_rng(0)))]
+    with pytest.raises(InvalidOption, match=message):
+        Prefetcher(**{"layers": layers, "top_k": 2} | change)
+    with pytest.raises(InvalidOption, match="layer must be a whole number"):
+        Prefetcher(layers, top_k=2).observe("a", np.array([[0]]))
 
 
 @pytest.mark.parametrize("ids", [[], range(SLOTS + 1)])
