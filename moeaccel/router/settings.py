@@ -132,7 +132,8 @@ class RouterSettings:
         def real(name: str, low: float, high: float) -> None:
             value = getattr(self, name)
             require(name, isinstance(value, int | float | np.integer | np.floating)
-                    and not isinstance(value, bool) and math.isfinite(value) and low <= value <= high, f"from {low:g} to {high:g}")
+                    and not isinstance(value, bool) and math.isfinite(value)
+                    and low <= value <= high, f"from {low:g} to {high:g}")
             object.__setattr__(self, name, float(value))
 
         require("bias_logits", isinstance(self.bias_logits, bool), "True or False")
