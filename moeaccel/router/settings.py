@@ -126,14 +126,14 @@ class RouterSettings:
         def whole(name: str, low: int, high: int, what: str = "") -> None:
             value = getattr(self, name)
             require(name, isinstance(value, int | np.integer) and not isinstance(value, bool)
-                    and low <= value <= high, f"from {low} to {high}{what}")
+                    and bool(low <= value <= high), f"from {low} to {high}{what}")
             object.__setattr__(self, name, int(value))
 
         def real(name: str, low: float, high: float) -> None:
             value = getattr(self, name)
             require(name, isinstance(value, int | float | np.integer | np.floating)
                     and not isinstance(value, bool) and math.isfinite(value)
-                    and low <= value <= high, f"from {low:g} to {high:g}")
+                    and bool(low <= value <= high), f"from {low:g} to {high:g}")
             object.__setattr__(self, name, float(value))
 
         require("bias_logits", isinstance(self.bias_logits, bool), "True or False")
