@@ -18,7 +18,7 @@ from moeaccel.interface.commands import Opcode
 if TYPE_CHECKING:
     from moeaccel.host.device import Device
 
-__all__ = ["Prefetches", "check_buffer"]
+__all__ = ["Prefetches", "check_buffer", "most_bytes"]
 
 _IDS = COMMAND_ALIGNMENT // 4
 """Ids that fill a block of memory."""
@@ -35,6 +35,14 @@ def check_buffer(config: AcceleratorConfig) -> None:
     if not config.buffer_slots:
         raise LimitExceeded(f"config must have an expert buffer, and {config.name!r} has none; "
                             "take one with buffer_slots and buffer_beats")
+
+
+def most_bytes(layer: Experts, expert: int) -> int:
+    """Return how many bytes of an expert come, on all channels, when nothing of it is there."""
+    config, blocks = layer.device.config, layer.row_blocks
+    return config.channels * sum(
+        min(config.buffer_beats * config.port_bytes, shape.image_bytes - shape.header_bytes)
+        for shape in layer.shapes[expert * blocks : (expert + 1) * blocks])
 
 
 class Prefetches:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from moeaccel.host.buffering.predictions import Oracle, Prediction, prediction a
 from moeaccel.host.errors import InvalidOption
 from moeaccel.host.layers import Experts
 from moeaccel.host.options import whole
-from moeaccel.host.prefetch import check_buffer
+from moeaccel.host.prefetch import check_buffer, most_bytes
 from moeaccel.host.rings import Command
 from moeaccel.host.tensors import indices, shape_of
 
@@ -34,6 +35,9 @@ class Prefetcher:
         One of :data:`PREDICTIONS`, but no oracle: nobody tells it what will be.
     top_k : :class:`int`
         Experts of a token.
+    budget : :class:`int`, optional
+        Bytes that one PREFETCH brings at most, so many of the likeliest experts as fit: those of
+        the cycles for which memory is idle between two calls, say. The next call waits for it.
 
     Raises
     ------
@@ -46,7 +50,7 @@ class Prefetcher:
     """
 
     def __init__(self, layers: Sequence[Experts], prediction: str | type[Prediction] = "circular",
-                 *, top_k: int) -> None:
+                 *, top_k: int, budget: int | None = None) -> None:
         if not isinstance(layers, Sequence) or not all(
                 isinstance(layer, Experts) for layer in layers):
             raise InvalidOption("layers must be a sequence of what load_experts() returned")
@@ -59,6 +63,8 @@ class Prefetcher:
             raise InvalidOption("prediction must be one that looks at routes alone, by name or "
                                 f"as a subclass of Prediction, not {prediction!r}")
         top_k = whole("top_k", top_k, least=1, most=TOP_K_MAX)
+        self._budget = budget if budget is None else whole("budget", budget, least=0,
+                                                           unit=" bytes")
         self._layers = tuple(layers)
         self._device, self._experts = layers[0].device, layers[0].num_experts
         check_buffer(self._device.config)
@@ -84,7 +90,7 @@ class Prefetcher:
         Returns
         -------
         :class:`Command` or None
-            The PREFETCH; None where nothing is predicted.
+            The PREFETCH; None where nothing is predicted, or the budget takes not one expert.
 
         Raises
         ------
@@ -99,9 +105,13 @@ class Prefetcher:
         named = indices("ids", ids, self._experts).reshape(-1)
         uses = np.bincount(named[named >= 0], minlength=self._experts)
         best = self._prediction.following(layer, uses, None)[: self._most].tolist()
+        following = self._layers[(layer + 1) % len(self._layers)]
+        if self._budget is not None:
+            needed = itertools.accumulate(most_bytes(following, expert) for expert in best)
+            best = best[: sum(so_far <= self._budget for so_far in needed)]
         if not best:
             return None
-        command = self._device.prefetch(self._layers[(layer + 1) % len(self._layers)], best)
+        command = self._device.prefetch(following, best)
         self._sent.append(command)
         return command
 

@@ -9,6 +9,7 @@ from moeaccel.host import errors, open_device
 from moeaccel.host.buffering import PREDICTIONS, Prefetcher, replay
 from moeaccel.host.buffering.device import replay_on, with_buffer
 from moeaccel.host.errors import InvalidOption, LimitExceeded
+from moeaccel.host.prefetch import most_bytes
 from moeaccel.host.traces import RoutingTrace
 from moeaccel.interface.commands import Status
 
@@ -147,7 +148,28 @@ def test_ids_of_any_kind(device, ids):
     assert device.counters()["buffer_hits"] == 2
 
 
+@pytest.mark.parametrize("row_blocks", [1, 2])
+def test_a_budget_takes_the_likeliest(row_blocks):
+    """No byte more is brought, and what fits is."""
+    config = CONFIG.replace(name="two channels", channels=2, buffer_slots=8)
+    with open_device("golden", config=config, memory_bytes=1 << 22) as device:
+        layer = device.load_experts(*weights_of(np.random.default_rng(0)), row_blocks=row_blocks)
+        size = most_bytes(layer, 0)
+        for budget, brought in ((0, 0), (size - 1, 0), (size, 1), (3 * size - 1, 2), (None, 3)):
+            device.forget_experts()
+            device.reset()
+            prefetcher = Prefetcher([layer], "previous-token", top_k=3, budget=budget)
+            command = prefetcher.observe(0, np.array([[5, 1, 3], [5, 1, -1], [5, -1, -1]]))
+            assert (command is None) == (not brought)
+            device.fence()
+            assert device.counters()["bytes_prefetched"] == brought * size
+            if brought:
+                layer(np.ones((1, 64), np.float32), np.array([[5]]), np.ones((1, 1), np.float32))
+                assert device.counters()["buffer_hits"] == row_blocks
+
+
 @pytest.mark.parametrize(("change", "message"), [
+    ({"budget": -1}, "budget must be at least 0 bytes, not -1"),
     ({"layers": 3}, "layers must be a sequence of what load_experts"),
     ({"layers": [1, 2]}, "layers must be a sequence of what load_experts"),
     ({"prediction": None}, "prediction must be one that looks at routes alone"),
