@@ -58,9 +58,12 @@ class Engine(wiring.Component):
     Members
     -------
     i_job : :py:`In(stream.Signature(layouts.job(config)))`
-        Accepted when the command before is done.
+        Accepted when the one before is done; a ``route`` that ``continues`` a product, beside it.
+        A ``route`` holds until ``o_done``.
     o_done : :py:`Out(1)`
-        Pulse: everything is written and acknowledged; ``o_result`` holds.
+        Pulse: everything is written and acknowledged, and ``o_result`` holds. Never for a product
+        that ``precedes``, whose end is in that of its ``route``; for a ``route`` that ``precedes``
+        when its pairs are on their way to memory.
     o_result : :py:`Out(layouts.job_result(config))`
     dispatcher, loader, combiner, streamer : :py:`Out(layouts.ReadClientSignature(config))`
     streamer1, ... : :py:`Out(layouts.ReadClientSignature(config))`
@@ -121,20 +124,23 @@ class Engine(wiring.Component):
         in_machine = Signal(range(config.slot_banks + 1))  # passes handed out and not retired
         m.d.sync += in_machine.eq(
             in_machine + (sequencer.i_pass.valid & sequencer.i_pass.ready) - sequencer.o_retired)
-        begin = self.i_job.valid & self.i_job.ready
+        begin = dispatcher.i_job.valid & dispatcher.i_job.ready
         m.d.comb += [
             finished.eq(running & dispatcher.o_done & (in_machine == 0) & combiner.o_idle),
         ]
+        done = finished
         requests = dispatcher.o_weights
         if config.buffer_slots:
             requests = self._buffer(m, dispatcher, cores, running, finished)
-        route = self._route(m, begin, running, dispatcher, finished) if config.router else None
+        route = None
+        if config.router:
+            route, done = self._route(m, running, dispatcher, combiner, finished)
         # All of it holds before ``finished``: dispatcher and loader are done, and a pass retires
         # behind its last output.
         result = Signal(layouts.job_result(config), reset_less=True)
         m.d.comb += self.o_result.eq(result)
         m.d.sync += [
-            self.o_done.eq(finished), loader.i_clear.eq(begin),
+            self.o_done.eq(done), loader.i_clear.eq(begin),
             result.bad_expert.eq(dispatcher.o_bad),
             result.expert.eq(dispatcher.o_bad_expert),
             result.word.eq(dispatcher.o_bad_word),
@@ -143,28 +149,32 @@ class Engine(wiring.Component):
             result.token.eq(Mux(
                 loader.o_nonfinite, loader.o_nonfinite_token, dispatcher.o_nonfinite_token)),
         ]
-        continues = C(0)
+        continues, first = C(0), Signal()  # the first job of a command
         if route is not None:
             continues = self.i_job.p.continues
             before = Signal.like(result)
             with m.If(self.o_done):
                 m.d.sync += before.eq(result)
-            with m.If(begin & ~continues):
+            with m.If(first):
                 m.d.sync += before.nonfinite.eq(0)
-            with m.If(self.i_job.p.route):  # what the others say is of the job before
-                m.d.sync += [
-                    result.bad_expert.eq(0), result.nonfinite.eq(route.o_nonfinite),
-                    result.what.eq(NonFinite.LOGIT), result.token.eq(route.o_token)]
-            with m.If(before.nonfinite):
+            with m.If(self.i_job.p.route):
+                logit = [result.nonfinite.eq(route.o_nonfinite), result.what.eq(NonFinite.LOGIT),
+                         result.token.eq(route.o_token)]
+                with m.If(~continues):  # what the others say is of the job before
+                    m.d.sync += [result.bad_expert.eq(0), *logit]
+                with m.Elif(~loader.o_nonfinite):
+                    m.d.sync += logit
+            with m.Elif(before.nonfinite):
                 m.d.sync += [result.nonfinite.eq(1), result.what.eq(before.what),
                              result.token.eq(before.token)]
         with m.If(begin):
             m.d.sync += running.eq(1)
-            with m.If(~continues):
-                m.d.sync += [result.overflows.eq(0), result.underflows.eq(0)]
+        with m.Elif(finished):
+            m.d.sync += running.eq(0)
+        m.d.comb += first.eq(self.i_job.valid & self.i_job.ready & ~continues)
+        with m.If(first):
+            m.d.sync += [result.overflows.eq(0), result.underflows.eq(0)]
         with m.Else():
-            with m.If(finished):
-                m.d.sync += running.eq(0)
             m.d.sync += [
                 result.overflows.eq(
                     result.overflows + sum(core.o_overflow for core in cores)
@@ -179,6 +189,12 @@ class Engine(wiring.Component):
             outside = getattr(self, layouts.channel_name(STREAMER, channel))
             wiring.connect(m, outside=wiring.flipped(outside), block=core.reader)
         wiring.connect(m, outside=wiring.flipped(self.combiner_writer), block=combiner.writer)
+        if route is not None:
+            # A single token's logits do not go by the router. At a bad expert there are none, and
+            # what is written are sums.
+            with m.If(job.precedes & (job.tokens == 1) & ~dispatcher.o_bad & ~route.o_takes):
+                m.d.comb += [self.combiner_writer.data.valid.eq(0),
+                             combiner.writer.data.ready.eq(0)]
 
         # Slot tables: one copy for each reader, of what it looks at
         for name, address, answer, fields in (
@@ -351,18 +367,33 @@ class Engine(wiring.Component):
                 & Cat(core.o_weights_idle for core in cores).all())
         return buffer.o_request
 
-    def _route(self, m, begin, running, dispatcher, finished):
-        """Give a job that routes to the router, and to nobody else."""
+    def _route(self, m, running, dispatcher, combiner, finished):
+        """Give a job that routes to the router, and to nobody else; it may run beside the product
+        whose logits it waits for.
+
+        Return the router, and whether a job is done.
+        """
         m.submodules.route = route = RouteUnit(self._config, self._family)
-        routes = self.i_job.p.route
+        job, routing, routed, done = self.i_job.p, Signal(), Signal(), Signal()
         m.d.comb += [
-            dispatcher.i_job.valid.eq(self.i_job.valid & ~running & ~routes),
-            self.i_job.ready.eq((dispatcher.i_job.ready | routes) & ~running),
-            route.i_job.eq(self.i_job.payload), route.i_start.eq(begin & routes),
+            dispatcher.i_job.valid.eq(self.i_job.valid & ~running & ~routing & ~job.route),
+            self.i_job.ready.eq(
+                Mux(job.route, ~routing, dispatcher.i_job.ready & ~running & ~routing)),
+            route.i_job.eq(job),
+            route.i_start.eq(self.i_job.valid & self.i_job.ready & job.route),
+            route.i_there.eq(~running),
+            route.i_none.eq(job.continues & dispatcher.o_bad),
+            route.i_logits.valid.eq(
+                combiner.writer.data.valid & combiner.writer.data.ready & ~dispatcher.o_bad),
+            route.i_logits.data.eq(combiner.writer.data.payload),
+            routed.eq(routing & ~running & Mux(job.precedes, route.o_sent, route.o_idle)),
+            done.eq((finished & ~dispatcher.o_job.precedes) | routed),
         ]
-        with m.If(routes):
-            m.d.comb += finished.eq(running & route.o_idle)
+        m.d.sync += routing.eq((routing | route.i_start) & ~routed)
+        # A command is done when the router's writes are, too; its product is what it waits for.
+        with m.If(~routing & ~route.o_idle):
+            m.d.comb += finished.eq(0)
         m.d.comb += dispatcher.i_pairs.eq(route.o_pairs)
         wiring.connect(m, outside=wiring.flipped(self.router), block=route.reader)
         wiring.connect(m, outside=wiring.flipped(self.router_writer), block=route.writer)
-        return route
+        return route, done

@@ -261,11 +261,13 @@ def job(config: AcceleratorConfig) -> data.StructLayout:
     ``x_narrow``, ``y_narrow``: bfloat16 in memory, else float32. With a router, ``route``: x are
     logits, ids and weights are written, by ``form``; ``continues``: what is counted, and what is
     not finite, is that of the job before as well, and where it is ``routed``, ids and weights are
-    those that have been made just now. With an expert buffer, ``prefetch``: experts with tokens
-    are brought there, and nothing is computed.
+    those that have been made just now; ``precedes``: a job of the same command comes behind it, so
+    that nobody waits for the end of a product, nor for the writes of a ``route``. With an expert
+    buffer, ``prefetch``: experts with tokens are brought there, and nothing is computed.
     """
     address = config.address_bits
-    router = ({"route": 1, "continues": 1, "form": router_form(config)} if config.router else {})
+    router = ({"route": 1, "continues": 1, "precedes": 1, "form": router_form(config)}
+              if config.router else {})
     return data.StructLayout({
         "routed": 1,
         "two_planes": 1,
@@ -384,14 +386,12 @@ def limit(bits: int) -> data.StructLayout:
 def expert(config: AcceleratorConfig) -> data.StructLayout:
     """Return an expert that has tokens, with what its entry of the expert table says.
 
-    ``pairs``: of tokens with it. ``words``: of its whole image; ``first_words``: of its first
-    section, where sections are asked for one by one. ``bad``: the entry cannot be
-    computed with, for what its 32-bit word ``word`` says; then all else but ``expert`` is
-    undefined.
+    ``words``: of its whole image; ``first_words``: of its first section, where sections are asked
+    for one by one. ``bad``: the entry cannot be computed with, for what its 32-bit word ``word``
+    says; then all else but ``expert`` is undefined.
     """
     return data.StructLayout({
         "expert": expert_bits(config),
-        "pairs": config.max_assignments.bit_length(),
         "image_address": config.address_bits,
         "words": 32,
         "work": expert_work(config),
@@ -409,6 +409,11 @@ def pair_beat_bits(config: AcceleratorConfig) -> int:
 def pair_beat(config: AcceleratorConfig) -> data.StructLayout:
     """Return a beat of ids, or of weights, of pairs that a router has made, in their order."""
     return data.StructLayout({"valid": 1, "of_weights": 1, "data": 8 * config.port_bytes})
+
+
+def logit_beat(config: AcceleratorConfig) -> data.StructLayout:
+    """Return a beat of what a product writes."""
+    return data.StructLayout({"valid": 1, "data": 8 * config.port_bytes})
 
 
 def pair(config: AcceleratorConfig) -> data.StructLayout:

@@ -246,7 +246,7 @@ class Device(Routes, Prefetches, Bound, Inherited):
             Blocks into which the hidden rows of each expert are cut, a divisor of I. A call may
             then take the leading ones only (``leading_blocks=``), and pays for no others; rows
             should be in the order of their importance. Each block is an expert of the device, with
-            a rounding of its own.
+            a rounding of its own; biases of down are the first one's.
         gate_up_bias : float tensor, (E, 2 I), optional
             Added to gate and up rows before anything else is done with them; (E, I) if not
             ``gated``. Or a sequence of E vectors. They become bfloat16.

@@ -25,7 +25,7 @@ __all__ = [
     "NonFiniteInput", "GridOverflow", "LogitOverflow", "CommandAborted",
     "CompletionLost", "WatchdogExpired", "LOST", "command_error",
     "UnsupportedExperts", "ExpertsIgnored", "TrainingUnsupported", "GraphCaptureUnsupported",
-           "WeightsGivenUp", "ShardLost"]
+           "WeightsGivenUp", "ShardLost", "ShardUnplaced"]
 
 
 _WORDS = ENTRY_BYTES // 4
@@ -121,6 +121,10 @@ class ShardLost(HostError, ConnectionError):
     def __init__(self, message: str, shard: int) -> None:
         super().__init__(message)
         self.shard = shard
+
+
+class ShardUnplaced(HostError, TimeoutError):
+    """No machine of a cluster has what an actor with a device asks for."""
 
 
 class AccessFailed(HostError):

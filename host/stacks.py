@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +10,7 @@ from numpy.typing import NDArray
 from moeaccel.host.errors import InvalidTensor
 from moeaccel.host.tensors import Tensor, float32, shape_of
 
-__all__ = ["Biases", "RowBlocks", "Stack", "stack_shape"]
+__all__ = ["Biases", "Stack", "stack_shape"]
 
 Stack = Tensor | Sequence[Tensor]
 """One matrix for each expert."""
@@ -47,22 +46,3 @@ class Biases:
             raise InvalidTensor(f"{self._name}[{expert}] must have the shape {(self._rows,)}, not "
                                 f"{values.shape}")
         return values
-
-
-class RowBlocks(Sequence[Tensor]):
-    """The matrices of experts, each cut along its hidden rows into ``blocks``, one at a time."""
-
-    def __init__(self, name: str, stack: Stack, blocks: int, parts: int) -> None:
-        self._name, self._stack, self._blocks = name, stack, blocks
-        self._parts = parts
-
-    def __len__(self) -> int:
-        return len(self._stack) * self._blocks
-
-    def __getitem__(self, index: Any) -> Any:
-        expert, block = divmod(index, self._blocks)
-        matrix = float32(self._name, self._stack[expert])
-        if self._name == "down":
-            return np.split(matrix, self._blocks, axis=1)[block]
-        each = matrix.reshape(self._parts, self._blocks, -1, matrix.shape[1])
-        return each[:, block].reshape(-1, matrix.shape[1])

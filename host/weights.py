@@ -45,7 +45,8 @@ from moeaccel.host.limits import check_layer
 from moeaccel.host.memory import PAGE, Allocation
 from moeaccel.host.options import flag, whole
 from moeaccel.host.report import WeightErrors, WeightReport
-from moeaccel.host.stacks import Biases, RowBlocks, Stack, stack_shape
+from moeaccel.host.row_blocks import RowBlocks, bias_block
+from moeaccel.host.stacks import Biases, Stack, stack_shape
 from moeaccel.host.stored import Measured, Ready, StoredExperts, built, measured
 from moeaccel.host.tensors import Tensor, float32, shape_of
 from moeaccel.host.transports.base import Bytes
@@ -129,20 +130,19 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
     if progress is not None and not callable(progress):
         raise InvalidOption("progress must be callable with (experts uploaded, experts in all), "
                             f"not {type(progress).__name__}")
+    every = (Biases("gate_up_bias", gate_up_bias, experts, rows),
+             Biases("down_bias", down_bias, experts, d_model))
     row_blocks = whole("row_blocks", row_blocks, least=1)
     if row_blocks != 1:
-        if (d_expert % row_blocks or calibration is not None or gate_up_bias is not None
-                or down_bias is not None):
+        if d_expert % row_blocks or calibration is not None:
             raise InvalidOption(f"row_blocks must divide I = {d_expert}, and be 1 with a "
-                                f"calibration or biases, not {row_blocks!r}")
+                                f"calibration, not {row_blocks!r}")
         gate_up, down = (RowBlocks(name, stack, row_blocks, parts) for name, stack in
                          (("gate_up", gate_up), ("down", down)))
         formats = [fmt for fmt in formats for _ in range(row_blocks)]
         experts, rows, d_expert = len(formats), rows // row_blocks, d_expert // row_blocks
         shape = experts, d_model, d_expert
     array = device.config.row_multipliers, device.config.channels
-    biases = (Biases("gate_up_bias", gate_up_bias, experts, rows),
-              Biases("down_bias", down_bias, experts, d_model))
     kind: dict[str, Any] = {
         "activation": activation, "limit": limit, "gate_limit": gate_limit}
     sizes = {**kind, "gated": gated, "second_up": second_up}
@@ -165,7 +165,7 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
         moments = (None, None) if seen is None else seen.moments(
             e, matrices[0], shape.d_expert, **kind, second=quantiser == "gptq",
             bias=biases[0])
-        with about("a shared expert" if e is None else f"expert {e}", FormatError):
+        with about("a shared expert" if e is None else f"expert {e // row_blocks}", FormatError):
             expert = Expert.quantise(
                 *matrices, shape.format, **kind, quantiser=quantiser,
                 moments=moments, gate_up_bias=biases[0], down_bias=biases[1], prune=prune,
@@ -182,7 +182,10 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
                     f"expert {e} must have the shapes of expert 0, {(rows, d_model)} and "
                     f"{shape[1:]}, not {matrices[0].shape} and {matrices[1].shape}; experts of "
                     "different widths go by load_quantised()")
-            yield made(e, matrices, shapes[fmt], [bias.of(e) for bias in biases])
+            expert, block = divmod(e, row_blocks)
+            first, second = (bias.of(expert) for bias in every)
+            yield made(e, matrices, shapes[fmt],
+                       bias_block(first, second, block, row_blocks, parts))
         for matrices, wide in zip(more, extra, strict=True):
             yield made(None, matrices, wide, (None, None))
 

@@ -585,8 +585,11 @@ PRESETS["ulx3s-router"] = PRESETS["ulx3s"].replace(
     name="ulx3s-router", router=("softmax", "sigmoid"), router_top_k=8)
 PRESETS["wide512-sparse"] = PRESETS["wide512"].replace(
     name="wide512-sparse", formats=tuple(ALL_FORMATS))
+# All that there is. A slot holds a channel's share of an expert of OLMoE (3,466 beats in int4_g32)
+# or Qwen3-30B-A3B (2,602); four of them are 16 UltraRAMs of each channel's.
 PRESETS["hbm32-full"] = PRESETS["hbm32"].replace(
-    name="hbm32-full", formats=tuple(ALL_FORMATS), router_modes=MODES, second_up=True)
+    name="hbm32-full", formats=tuple(ALL_FORMATS), router_modes=MODES, second_up=True,
+    buffer_slots=4, buffer_beats=4096)
 
 
 def preset(name: str | AcceleratorConfig) -> AcceleratorConfig:

@@ -4,8 +4,9 @@ what goes through memory.
 The dispatcher plans so in hardware; golden device (counters, faults) and cycle model take it from
 here, and the RTL is tested against it.
 
-Pairs are sorted by expert, in the order of their tokens. An expert takes its pairs in passes of as
-many as there are slots. Consecutive passes over the very same tokens keep x and y on the chip; else
+Experts come in the order in which ids name them first, each with its pairs in the order of their
+tokens, in passes of as many as there are slots. So what a few tokens add to the experts of those
+before is passes over the very same tokens, which keep x and y on the chip when they follow; else
 the tokens' sums leave after the pass: as rows of y when no later pass touches the token, as partial
 sums to the workspace, from where the next pass with that token adds them, when one does.
 """
@@ -71,7 +72,7 @@ class Plan:
     ----------
     tokens : :class:`int`
     experts : tuple of int
-        Those with tokens, ascending: their entries of the expert table are read.
+        Those with tokens, as ids name them first: their entries of the expert table are read.
     passes : tuple of :class:`Pass`
     zeros : tuple of int
         Tokens without an expert: their rows of y are zeros, written before anything else.
@@ -107,10 +108,10 @@ class Plan:
                 yield from map(Row, now.tokens, now.first, now.last)
 
     def before(self, expert: int) -> Plan:
-        """Return what is done when nothing starts from that expert on."""
-        return replace(
-            self, experts=tuple(e for e in self.experts if e < expert),
-            passes=tuple(now for now in self.passes if now.expert < expert))
+        """Return what is done when nothing starts from that expert on, which has tokens."""
+        experts = self.experts[:self.experts.index(expert)]
+        return replace(self, experts=experts,
+                       passes=tuple(now for now in self.passes if now.expert in experts))
 
 
 def plan(ids: NDArray[np.integer], num_experts: int, slots: int) -> Plan:
@@ -128,7 +129,8 @@ def plan(ids: NDArray[np.integer], num_experts: int, slots: int) -> Plan:
     tokens, top_k = ids.shape
     flat = ids.reshape(-1)
     pairs = np.flatnonzero((flat >= 0) & (flat < num_experts))
-    pairs = pairs[np.argsort(flat[pairs], kind="stable")]
+    _, named, number = np.unique(flat[pairs], return_index=True, return_inverse=True)
+    pairs = pairs[np.argsort(named[number], kind="stable")]
     token_of = pairs // top_k
     left = np.bincount(token_of, minlength=tokens).tolist()
     zeros = tuple(token for token, count in enumerate(left) if not count)

@@ -64,8 +64,9 @@ class CommandProcessor(wiring.Component):
     used or not. Fields of NOP and FENCE other than the opcode are ignored.
 
     MOE: the three descriptors are read at once and checked one after the other, each with the sizes
-    of its own job; then their jobs run, one after the other, of which the second and the third
-    ``continues`` what the first one has counted. Logits are where the partial sums of their
+    of its own job; then their jobs run, of which the second and the third ``continues`` what the
+    first one has counted. The second is handed over while the first one runs, and ``i_done`` is
+    that of both; the third when they are done. Logits are where the partial sums of their
     product are: when a row of these is written, that of the token at half its index has been read.
 
     Statuses, the first that holds: ABORTED or WATCHDOG; WINDOW, BUS_ERROR (``fault_*``, cleared
@@ -403,10 +404,17 @@ class CommandProcessor(wiring.Component):
                          job.y_address.eq(w.job.workspace_address)]
         with m.If(w.moe & w.routes):
             m.d.comb += job.x_address.eq(w.job.workspace_address)
+        if self._config.router:
+            m.d.comb += [
+                w.precedes.eq(w.product | (w.moe & w.routes & (w.opcode == Opcode.MOE))),
+                job.precedes.eq(w.precedes),
+            ]
         with w.only(m, State.START) as go:
             m.d.comb += self.o_job.valid.eq(1)
             with m.If(self.o_job.ready):
                 m.d.comb += go(State.RUN)
+                with m.If(w.product):  # the router makes ready beside it
+                    m.d.comb += go(State.TURN)
 
         with w.only(m, State.RUN) as go:
             m.d.sync += w.result.eq(self.i_result)
@@ -416,7 +424,7 @@ class CommandProcessor(wiring.Component):
 
         with w.only(m, State.FINISH) as go:
             m.d.comb += go(State.WRITE)
-            with m.If(w.product | w.routes):
+            with m.If(w.routes):
                 m.d.sync += w.of_logits.eq(w.result.overflows != 0)
             with m.If(self.fault_window | self.fault_bus):
                 # It has gone on without what it did not get: its numbers mean nothing.
@@ -424,7 +432,7 @@ class CommandProcessor(wiring.Component):
                              w.ran.eq(0)]
             with m.Elif(w.result.bad_expert):
                 m.d.sync += w.status.eq(Status.BAD_EXPERT)
-            with m.Elif(w.product | (w.moe & w.routes & (w.opcode == Opcode.MOE))):
+            with m.Elif(w.precedes):
                 m.d.comb += go(State.TURN)
             with m.Elif(w.result.nonfinite):
                 m.d.sync += w.status.eq(Status.NONFINITE)
@@ -465,7 +473,8 @@ class CommandProcessor(wiring.Component):
                     m.d.sync += [detail.eq(w.bad_word), about.eq(where << ALIGNMENT_BITS)]
                 with m.Case(Status.BAD_EXPERT):
                     m.d.sync += [
-                        detail.eq(result.expert), about.eq(Cat(result.word, w.product))]
+                        detail.eq(result.expert),
+                        about.eq(Cat(result.word, w.moe & w.routes))]
                 with m.Case(Status.NONFINITE):
                     m.d.sync += [detail.eq(result.token), about.eq(result.what)]
                 with m.Case(Status.OVERFLOW):

@@ -86,6 +86,7 @@ class Wires:
         self.part = Signal(2)
         self.checked = Signal()
         self.product = Signal()
+        self.precedes = Signal()  # a job comes behind that which is handed over
         self.steps_in, self.steps_out = (
             Signal(layouts.steps_bits(config), name=f"product_{name}") for name in ("in", "out"))
         self.mismatch = Signal()

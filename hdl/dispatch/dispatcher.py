@@ -38,6 +38,7 @@ class _Wires:
 
         # Passes.
         self.expert = Signal(layouts.expert(config), reset_less=True)
+        self.rank = Signal(layouts.expert_bits(config))  # of the next expert
         self.left = Signal.like(self.pairs)  # pairs of this expert not yet in a pass
         self.remaining = Signal.like(self.pairs)  # pairs of the command not yet in a pass
         self.slots = Signal(range(config.max_slots + 1))
@@ -56,16 +57,18 @@ class Dispatcher(wiring.Component):
 
     ::
 
-        i_job --> fetch --- ids -----> [PairSort] --- counts ---> [ExpertTable]
-                    |                      |                            |
-                    |                    pairs                       experts
-                    |                      v                            v
+        i_job --> fetch --- ids -----> [PairSort] --- experts ---> [ExpertTable]
+                    |                      |                             |
+                    |                 pairs, counts                   entries
+                    |                      v                             v
                     +----- weights --> [SlotFiller] <--- passes: weights, sections, slots, x, pass
 
     The token-expert pairs, at most ``max_assignments``, are sorted by
-    :class:`~moeaccel.hdl.dispatch.pair_sort.PairSort`. Ids that are negative or not below
-    ``num_experts`` are skipped; a token without any pair is announced on ``o_zero`` before the
-    first pass. What is to be computed for an expert comes from the
+    :class:`~moeaccel.hdl.dispatch.pair_sort.PairSort`, by experts in the order in which ids name
+    them first: a token's experts are known while its ids are walked over, so that their entries are
+    on their way meanwhile, and passes of the last few tokens alone follow each other. Ids that are
+    negative or not below ``num_experts`` are skipped; a token without any pair is announced on
+    ``o_zero`` before the first pass. What is to be computed for an expert comes from the
     :class:`~moeaccel.hdl.dispatch.expert_table.ExpertTable`; at a bad entry the command ends when
     the passes handed out before have retired. A pass takes at most as many pairs as there are slots
     (``max_slots``, half of it in ``a16``); a
@@ -79,15 +82,17 @@ class Dispatcher(wiring.Component):
     Sequencer runs it, behind the first one of the pass after, ahead of a pass with a single one, or
     when no pass comes any more.
 
-    Counting begins when all ids have come, the first slot table when all weights have, and a
+    Sorting begins when all ids have come, the first slot table when all weights have, and a
     command is done when both have. All else that goes out is a stream.
 
     A job that is a ``prefetch`` has no weights and no passes: after ids and entries only
     ``o_weights`` comes of it, for each expert in its turn, and is done when that is taken. A token
     without an expert is announced as ever.
 
-    Cycles: those of PairSort, then about 6 for each slot of a pass. A job that is not ``routed``
-    needs no ids: every token goes to experts 0 to ``top_k`` - 1 with weight 1.
+    Cycles: those of PairSort, then about 6 for each slot of a pass. From the last beat of ids to
+    the request for the first one's entry 13 if the port takes requests at once, 3 more for each
+    expert behind it. A job that is not ``routed`` needs no ids: every token goes to experts 0 to
+    ``top_k`` - 1 with weight 1.
 
     Parameters
     ----------
@@ -251,10 +256,12 @@ class Dispatcher(wiring.Component):
         """The sort tells the others what it has counted and sorted, and who has no expert."""
         sort, table, filler = w.sort, w.table, w.filler
         wiring.connect(m, sort=sort.o_zero, outside=wiring.flipped(self.o_zero))
+        m.d.sync += w.drop_entries.eq(sort.i_start)  # when those of the last job do not count more
         m.d.comb += [
-            table.i_start.eq(sort.o_counted),
-            sort.count_address.eq(table.count_address),
-            table.count_data.eq(sort.count_data),
+            table.i_experts.eq(sort.o_experts),
+            sort.expert_address.eq(table.expert_address),
+            table.expert_data.eq(sort.expert_data),
+            sort.count_address.eq(w.rank),
             filler.total_w_en.eq(sort.total_w_en),
             filler.total_w_address.eq(sort.total_w_address),
             filler.total_w_data.eq(sort.total_w_data),
@@ -337,38 +344,31 @@ class Dispatcher(wiring.Component):
                 with m.If(self.i_job.valid):
                     m.next = "PREPARE"
             with m.State("PREPARE"):
-                m.d.sync += [w.pairs.eq(job.tokens * job.top_k), w.fetching_weights.eq(0)]
-                m.d.comb += w.drop_entries.eq(1)
+                m.d.sync += [w.pairs.eq(job.tokens * job.top_k), w.fetching_weights.eq(0),
+                             w.rank.eq(0)]
                 m.next = "PREPARE_REQUEST"
-                with m.If(~job.routed):
+                with m.If(~job.routed | w.held):
                     m.d.comb += sort.i_start.eq(1)
                     m.next = "SORT"
-                with m.Elif(w.held):
-                    m.d.comb += sort.i_start.eq(1)
-                    m.next = "WAIT_IDS"
             with m.State("PREPARE_REQUEST"):
                 m.next = "REQUEST_IDS"
             with m.State("REQUEST_IDS"):
                 m.d.comb += w.fetching.eq(1)
                 with m.If(self.reader.request.ready):
-                    m.d.comb += sort.i_start.eq(1)
                     m.next = "WAIT_IDS"
             with m.State("WAIT_IDS"):
-                with m.If(sort.o_cleared & w.held):
-                    m.d.comb += sort.i_count.eq(1)
-                    m.next = "SORT"
-                with m.Elif(sort.o_cleared & w.ids_arrived):
+                with m.If(w.ids_arrived):
                     m.d.sync += w.fetching_weights.eq(1)
                     m.next = "REQUEST_WEIGHTS"
                     if buffered:
                         with m.If(job.prefetch):
                             m.d.sync += w.fetching_weights.eq(0)
-                            m.d.comb += sort.i_count.eq(1)
+                            m.d.comb += sort.i_start.eq(1)
                             m.next = "SORT"
             with m.State("REQUEST_WEIGHTS"):
                 m.d.comb += w.fetching.eq(1)
                 with m.If(self.reader.request.ready):
-                    m.d.comb += sort.i_count.eq(1)
+                    m.d.comb += sort.i_start.eq(1)
                     m.next = "SORT"
             with m.State("SORT"):
                 m.d.sync += w.remaining.eq(sort.o_pairs)
@@ -383,7 +383,8 @@ class Dispatcher(wiring.Component):
                 with m.Elif(expert.valid):
                     # A bad one is not taken, so that the table asks for no more than it has.
                     m.d.comb += expert.ready.eq(~expert.p.bad)
-                    m.d.sync += [w.expert.eq(expert.payload), w.left.eq(expert.p.pairs)]
+                    m.d.sync += [w.expert.eq(expert.payload), w.left.eq(sort.count_data),
+                                 w.rank.eq(w.rank + 1)]
                     m.next = "PASS"
                     with m.If(expert.p.bad):
                         m.next = "BAD"

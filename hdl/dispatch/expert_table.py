@@ -23,27 +23,27 @@ _FRACTION_BITS = 23
 
 
 class ExpertTable(wiring.Component):
-    """Hand out the experts with tokens, in the order of their numbers, with their entries.
+    """Hand out the experts with tokens, in the order in which they become known, with entries.
 
     ::
 
-        counts --> walk --> reader.request
-                     |
-                     +--> [number, pairs] --------------------+
+        experts --> walk --> reader.request
+                      |
+                      +--> [number] --------------------------+
         reader --> [entry] --> field checks --> [ENTRIES] ----+--> words of sections --> o_expert
 
-    An entry is asked for as soon as the walk comes to its expert, ENTRIES ahead at most of the one
-    that is handed out, what is under way included. Its fields are checked as it comes; that the
+    An entry is asked for as soon as its expert is known, ENTRIES ahead at most of the one that is
+    handed out, what is under way included. Its fields are checked as it comes; that the
     words of its sections are those which follow from their shapes, and that its image ends within
     the address space, when it is the next one. So whoever computes with an expert relies on it.
     Of a bad entry the lowest word with a field out of range is reported; else that of
     ``image_address``, if the image runs beyond the address space, or of the first wrong words.
 
-    Cycles: 2 for each expert to walk over, and 1 for each that is asked for. From the last beat of
-    an entry to ``o_expert``: 14 + B with one section, 19 + B + B' with two, where B and B' are the
-    bits of the steps of each (x: d_in / 32, h: d_expert / 32); 3 less from the cycle in which one
-    is taken to the next one whose entry is there. The stream is empty when no expert is left; it
-    does not say so. Reset drops all, and must wait until ``o_quiet``.
+    Cycles: 3 from where ``i_experts`` counts an expert to the request, and 3 for each expert. From
+    the last beat of an entry to ``o_expert``: 14 + B with one section, 19 + B + B' with two, where
+    B and B' are the bits of the steps of each (x: d_in / 32, h: d_expert / 32); 3 less from the
+    cycle in which one is taken to the next one whose entry is there. The stream is empty when no
+    expert is left; it does not say so. Reset drops all, and must wait until ``o_quiet``.
 
     Parameters
     ----------
@@ -51,16 +51,16 @@ class ExpertTable(wiring.Component):
 
     Members
     -------
-    i_start : :py:`In(1)`
-        Begin at expert 0. Once after each reset.
     i_job : :py:`In(layouts.job(config))`
-        Constant from ``i_start`` on.
-    count_address, count_data : :py:`Out(layouts.expert_bits(config))`, :py:`In`
-        Pairs of an expert, one cycle later; complete at ``i_start``.
+        Constant from the first expert on.
+    i_experts : :py:`In(range(config.max_experts + 1))`
+        Experts that are known, 0 in the cycle after a reset; it may grow until the next one.
+    expert_address, expert_data : :py:`Out(layouts.expert_bits(config))`, :py:`In`
+        The number of one of them, one cycle later.
     reader : :py:`Out(layouts.ReadClientSignature(config))`
     o_expert : :py:`Out(stream.Signature(layouts.expert(config)))`
     o_quiet : :py:`Out(1)`
-        No entry is under way, and none will be while no expert is taken.
+        No entry is under way, and none will be while no expert is taken or becomes known.
     """
 
     ENTRIES = 16
@@ -70,10 +70,10 @@ class ExpertTable(wiring.Component):
             raise TypeError(f"config must be an AcceleratorConfig, not {config!r}")
         self._config = config
         super().__init__({
-            "i_start": In(1),
             "i_job": In(layouts.job(config)),
-            "count_address": Out(layouts.expert_bits(config)),
-            "count_data": In(config.max_assignments.bit_length()),
+            "i_experts": In(range(config.max_experts + 1)),
+            "expert_address": Out(layouts.expert_bits(config)),
+            "expert_data": In(layouts.expert_bits(config)),
             "reader": Out(layouts.ReadClientSignature(config)),
             "o_expert": Out(stream.Signature(layouts.expert(config))),
             "o_quiet": Out(1),
@@ -107,57 +107,49 @@ class ExpertTable(wiring.Component):
                          read.addr.eq(read_at)]
             return read.data
 
-        # -- walk: which experts have tokens; ask for their entries --------------------------------
-        walk = Signal(config.max_experts.bit_length())
-        ends = Signal()
+        # -- walk: over the experts that are known; ask for their entries --------------------------
+        walk = Signal.like(self.i_experts)
+        more = Signal()  # the one that it is at is known, and was a cycle ago
+        number = Signal.like(self.expert_data)
         asked, arrived, taken = Signal(), Signal(), Signal()
         asked_at, arrived_at, taken_at = (Signal(pointer, name=f"{name}_at")
                                           for name in ("asked", "arrived", "taken"))
         room = Signal(range(self.ENTRIES + 1), init=self.ENTRIES)
         outstanding, ready = (Signal(range(self.ENTRIES + 1), name=name)
                               for name in ("outstanding", "ready"))
-        pairs = Signal.like(self.count_data)
         beats = ENTRY_BYTES // config.port_bytes
         request = self.reader.request
-        where = Signal(config.address_bits)  # of the entry; two cycles old when it is asked for
-        m.d.sync += where.eq(job.table_address + (walk << _UNIT))
+        where = Signal(config.address_bits)  # of the entry
         m.d.comb += [
-            self.count_address.eq(walk),
+            self.expert_address.eq(walk),
             request.p.address.eq(where),
             request.p.beats.eq(beats),
             asked.eq(request.valid & request.ready),
         ]
-        m.d.sync += ends.eq(walk == job.num_experts)
+        m.d.sync += [
+            more.eq(walk != self.i_experts),
+            where.eq(job.table_address + (number << _UNIT)),
+        ]
         with m.FSM(name="walk") as walking:
-            with m.State("IDLE"):
-                with m.If(self.i_start):
-                    m.next = "READ"
-            with m.State("READ"):
-                m.next = "LOOK"
-            with m.State("LOOK"):
-                m.d.sync += pairs.eq(self.count_data)
-                m.next = "ASK"
-                with m.If(ends):
-                    m.next = "IDLE"
-                with m.Elif(self.count_data == 0):
+            with m.State("NUMBER"):
+                m.d.sync += number.eq(self.expert_data)
+                with m.If(more):
                     m.d.sync += walk.eq(walk + 1)
-                    m.next = "READ"
+                    m.next = "ADDRESS"
+            with m.State("ADDRESS"):
+                m.next = "ASK"
             with m.State("ASK"):
                 m.d.comb += request.valid.eq(room != 0)
                 with m.If(asked):
-                    m.d.sync += walk.eq(walk + 1)
-                    m.next = "READ"
-        number = data.StructLayout({
-            "expert": layouts.expert_bits(config), "pairs": len(self.count_data)})
-        new = Signal(number)
-        m.d.comb += [new.expert.eq(walk), new.pairs.eq(pairs)]
+                    m.next = "NUMBER"
         m.d.sync += [
             asked_at.eq(asked_at + asked), arrived_at.eq(arrived_at + arrived),
             taken_at.eq(taken_at + taken),
             room.eq(room - asked + taken),
             outstanding.eq(outstanding + asked - arrived),
             ready.eq(ready + arrived - taken),
-            self.o_quiet.eq((outstanding == 0) & (walking.ongoing("IDLE") | (room == 0))),
+            self.o_quiet.eq((outstanding == 0)
+                            & ((walking.ongoing("NUMBER") & ~more) | (room == 0))),
         ]
 
         # -- entries: collect the beats, check the fields ------------------------------------------
@@ -201,7 +193,7 @@ class ExpertTable(wiring.Component):
         m.d.comb += [checked.eq(s.kept), checked.bad.eq(bad.any()), checked.word.eq(lowest(bad))]
         s = p.stage(checked=checked)
         m.d.comb += arrived.eq(p.valid)
-        numbers = queue("numbers", number, asked, asked_at, new, taken_at)
+        numbers = queue("numbers", len(number), asked, asked_at, number, taken_at)
         entries = queue("entries", self._stored(), arrived, arrived_at, s.checked, taken_at)
 
         # -- the next expert: words of its sections, end of its image ------------------------------
@@ -236,7 +228,7 @@ class ExpertTable(wiring.Component):
                     m.d.comb += taken.eq(1)
                     m.d.sync += [
                         held.eq(entries), second.eq(0), wrong.eq(0), total.eq(0), started.eq(1),
-                        expert.p.expert.eq(numbers.expert), expert.p.pairs.eq(numbers.pairs),
+                        expert.p.expert.eq(numbers),
                         expert.p.image_address.eq(entries.image_unit << _UNIT),
                         work.single.eq(entries.single), work.form.eq(entries.form),
                         expert.p.bad.eq(entries.bad), expert.p.word.eq(entries.word),

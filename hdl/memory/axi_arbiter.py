@@ -19,21 +19,23 @@ class AxiArbiter(wiring.Component):
 
     ::
 
-        master0 ar, aw --> [queue] --+                           +--> slave ar, aw
-        master1 ar, aw --> [queue] --+--> [take turns] ----------+
+        master0 ar, aw --> [queue] --+
+        master1 ar, aw --> [queue] --+--> [take turns] -------> [register] --> slave ar, aw
                 w ---------------> [in the order of aw] --> [register] --> slave w
                 r, b <-------------------- [by the id's top bits] --- slave r, b
 
     Masters that have an address waiting take turns, reads and writes separately; one alone gets
     every cycle. The slave's ids have the master's number above the master's id, so answers of a
     master keep their order, and the slave may be as clever between masters as it likes. Data of
-    writes follows the order in which their addresses went out: a master that gives an address long
-    before its data holds up the writes of the others, and one that does not take its answers holds
-    up the answers behind them.
+    writes follows the order of their addresses: a master that gives an address long before its data
+    holds up the writes of the others, and one that does not take its answers holds up the answers
+    behind them. The data of an address that is offered to the slave may be there before the slave
+    takes it.
 
-    Latency: 1 cycle for addresses, 1 for data of writes, whose first beat is taken 2 cycles after
+    Latency: 2 cycles for addresses, 1 for data of writes, whose first beat is taken 2 cycles after
     its address, none for R and B. Throughput: one address of each kind and one beat of W and R in a
-    cycle. AxREADY, WREADY and the slave's W come from registers. Reset empties the queues.
+    cycle. AxREADY, WREADY and what the slave is offered come from registers. Reset empties the
+    queues.
 
     Parameters
     ----------
@@ -66,13 +68,14 @@ class AxiArbiter(wiring.Component):
         numbers = range(self._masters)
 
         def addresses(channel, go):
-            """Let masters' addresses take turns while ``go``; return whose went, and when."""
+            """Let masters' addresses take turns while ``go``; return whose goes, and when."""
             names = [f"{channel}{field}" for field in ("addr", "len", "size", "burst", "id")]
             waiting = Signal(self._masters, name=f"{channel}_waiting")
             chosen = Signal(range(self._masters), name=f"{channel}_chosen")
             latest = Signal(range(self._masters), name=f"{channel}_latest")
             sent = Signal(name=f"{channel}_sent")
-            fields = Cat(getattr(slave, name)[:len(getattr(masters[0], name))] for name in names)
+            fields = Signal(sum(len(getattr(masters[0], name)) for name in names),
+                            name=f"{channel}_fields")
             for i, master in enumerate(masters):
                 payload = Cat(getattr(master, name) for name in names)
                 queue = fifo.SyncFIFO(width=len(payload), depth=_QUEUE)
@@ -86,9 +89,7 @@ class AxiArbiter(wiring.Component):
                 ]
                 with m.If(chosen == i):
                     m.d.comb += fields.eq(queue.r_data)
-            # The one after the latest comes first. An offer that is not taken at once stays.
-            offered = Signal(name=f"{channel}_offered")
-            held = Signal.like(chosen, name=f"{channel}_held")
+            # The one after the latest comes first.
             with m.Switch(latest):
                 for last in numbers:
                     with m.Case(last):
@@ -96,15 +97,13 @@ class AxiArbiter(wiring.Component):
                             candidate = (last + step) % self._masters
                             with m.If(waiting[candidate]):
                                 m.d.comb += chosen.eq(candidate)
-            with m.If(offered):
-                m.d.comb += chosen.eq(held)
             valid, ready = getattr(slave, f"{channel}valid"), getattr(slave, f"{channel}ready")
-            m.d.comb += [
-                valid.eq(waiting.any() & (go | offered)),
-                sent.eq(valid & ready),
-                getattr(slave, f"{channel}id")[-self._number_bits:].eq(chosen),
-            ]
-            m.d.sync += offered.eq(valid & ~ready), held.eq(chosen)
+            m.d.comb += sent.eq(waiting.any() & go & (~valid | ready))
+            with m.If(~valid | ready):
+                m.d.sync += [
+                    valid.eq(waiting.any() & go),
+                    Cat(getattr(slave, name) for name in names).eq(Cat(fields, chosen)),
+                ]
             with m.If(sent):
                 m.d.sync += latest.eq(chosen)
             return chosen, sent

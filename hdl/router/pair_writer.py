@@ -38,8 +38,8 @@ class PairWriter(wiring.Component):
     i_shared, i_experts : :py:`In`
         Shared experts, and the first of them; hold until ``o_idle``.
     i_pair : :py:`In(stream.Signature(layouts.routed_pair(config)))`
-    o_idle : :py:`Out(1)`
-        Everything is written and acknowledged.
+    o_sent, o_idle : :py:`Out(1)`
+        Everything is on its way to memory; it is written and acknowledged.
     o_of_weights : :py:`Out(1)`
         What is being written is weights, else ids.
     writer : :py:`Out(layouts.WriteClientSignature(config))`
@@ -57,6 +57,7 @@ class PairWriter(wiring.Component):
             "i_shared": In(range(TOP_K_MAX)),
             "i_experts": In(config.max_experts.bit_length()),
             "i_pair": In(stream.Signature(layouts.routed_pair(config))),
+            "o_sent": Out(1),
             "o_idle": Out(1),
             "o_of_weights": Out(1),
             "writer": Out(layouts.WriteClientSignature(config)),
@@ -67,7 +68,7 @@ class PairWriter(wiring.Component):
         config = self._config
         low = exact_log2(ENTRY_BYTES)
         beats, bits = ENTRY_BYTES // config.port_bytes, 8 * config.port_bytes
-        left = Signal.like(self.i_tokens)
+        left = Signal(signed(len(self.i_tokens) + 1))  # tokens behind this one
         # A beat's pairs are collected, then its ids and its weights wait for the port. Whether that
         # is ready decides of two pointers, not of all that is collected.
         collected = [Signal(bits, name=name) for name in ("ids", "weights")]
@@ -102,7 +103,7 @@ class PairWriter(wiring.Component):
         with m.If(push):
             m.d.sync += count.eq(count + 1)
         m.d.comb += [
-            there.eq(left.any()), own.eq(there & (shared == 0)),
+            there.eq(left >= 0), own.eq(there & (shared == 0)),
             number.eq(C(-1, 32)),
             last.eq(Mux(own, pair.last & (self.i_shared == 0), shared == 1)),
         ]
@@ -115,11 +116,11 @@ class PairWriter(wiring.Component):
                 m.d.comb += number.eq(pair.id)
         with m.FSM():
             with m.State("IDLE"):
-                m.d.comb += self.o_idle.eq(1)
+                m.d.comb += [self.o_idle.eq(1), self.o_sent.eq(1)]
                 m.d.sync += [units[0].eq(self.i_ids_address[low:]),
                              units[1].eq(self.i_weights_address[low:])]
                 with m.If(self.i_start):
-                    m.d.sync += left.eq(self.i_tokens)
+                    m.d.sync += left.eq(self.i_tokens - 1)
                     m.next = "COLLECT"
             with m.State("COLLECT"):
                 # Behind the last pair, what fills up.
@@ -151,6 +152,7 @@ class PairWriter(wiring.Component):
                         with m.If(of_weights):
                             m.next = "WAIT"
             with m.State("WAIT"):  # for both
+                m.d.comb += self.o_sent.eq(~there)
                 with m.If(self.writer.done):
                     m.d.sync += [unit.eq(unit + 1) for unit in units]
                     m.next = "COLLECT"

@@ -27,13 +27,15 @@ class RouteUnit(wiring.Component):
     ::
 
         reader --> WordReader --+--> tables of TokenRouter
-                                +--> ToFixed --> TokenRouter --+--> PairWriter --> writer
-                                                      ^        |
+                      ^         +--> ToFixed --> TokenRouter --+--> PairWriter --> writer
+        i_logits -----+                               ^        |
                                                       +----- Capacity
 
     The router's table first, then the logits of all tokens; with a capacity these once more: pairs
-    of the first sweep are counted, and only those of the second written. Cycles:
-    ``moeaccel.cycles.route_unit``. Reset: idle; the memory port is flushed with it.
+    of the first sweep are counted, and only those of the second written. Logits that are still
+    being made are waited for; those of a single token are taken on their way to memory, which wait
+    for the table. Cycles: ``moeaccel.cycles.route_unit``. Reset: idle; the memory port is flushed
+    with it.
 
     Parameters
     ----------
@@ -47,8 +49,14 @@ class RouteUnit(wiring.Component):
     i_start : :py:`In(1)`
         Pulse. Not before ``o_idle``.
     i_job : :py:`In(layouts.job(config))`
-        Of a ROUTE; holds from ``i_start`` to ``o_idle``.
-    o_idle : :py:`Out(1)`
+        Of a ROUTE; holds from ``i_start`` to ``o_sent``.
+    i_there, i_none : :py:`In(1)`
+        The logits are in memory; with it, there are none: then there will be no pairs.
+    o_takes, i_logits : :py:`Out(1)`, :py:`In(layouts.logit_beat(config))`
+        Of a job that ``continues`` a product of a single token: its logits, in their order, as they
+        go to memory; not before ``o_takes``.
+    o_sent, o_idle : :py:`Out(1)`
+        All pairs are on their way to memory, or none will be; all are there.
     o_saturated : :py:`Out(1)`
         Pulse for each logit beyond its range.
     o_nonfinite, o_token : :py:`Out(1)`, :py:`Out(layouts.token_bits(config))`
@@ -69,6 +77,11 @@ class RouteUnit(wiring.Component):
         super().__init__({
             "i_start": In(1),
             "i_job": In(layouts.job(config)),
+            "i_there": In(1),
+            "i_none": In(1),
+            "o_takes": Out(1),
+            "i_logits": In(layouts.logit_beat(config)),
+            "o_sent": Out(1),
             "o_idle": Out(1),
             "o_saturated": Out(1),
             "o_nonfinite": Out(1),
@@ -111,7 +124,7 @@ class RouteUnit(wiring.Component):
         mine, early = Signal(), Signal()
         m.d.comb += [
             router.i_form.eq(job.form),
-            pairs.i_start.eq(self.i_start), pairs.i_tokens.eq(job.tokens),
+            pairs.i_tokens.eq(job.tokens),
             pairs.i_shared.eq(shared), pairs.i_experts.eq(job.num_experts),
             pairs.i_ids_address.eq(job.ids_address),
             pairs.i_weights_address.eq(job.weights_address),
@@ -142,10 +155,11 @@ class RouteUnit(wiring.Component):
         depth = 16
         m.submodules.logits = logits = fifo.SyncFIFOBuffered(
             width=len(to_fixed.o_logit.as_value()), depth=depth)
-        room = Signal()  # of the cycle before, in which one more may have come
-        m.d.sync += room.eq(logits.level <= depth - 3 - ToFixed.LATENCY_CYCLES)
+        # Of the cycle before, in which one more may have come. Before logits, there is room.
+        room = Signal()
+        m.d.sync += room.eq(early | (logits.level <= depth - 3 - ToFixed.LATENCY_CYCLES))
         m.d.comb += [
-            words.o_word.ready.eq(Mux(early, 1, room)),
+            words.o_word.ready.eq(room),
             to_fixed.i_float.eq(words.o_word.payload),
             to_fixed.i_valid.eq(words.o_word.valid & room & ~early & mine),
             logits.w_en.eq(to_fixed.o_valid), logits.w_data.eq(to_fixed.o_logit),
@@ -168,10 +182,16 @@ class RouteUnit(wiring.Component):
                 Mux(table_ends | (~early & (index == row_last)), 0, index + 1))
             with m.If(table_ends):
                 m.d.sync += [in_table.eq(0), in_residents.eq(residents != 0)]
+        awaiting, given = Signal(), Signal()  # a single token's logits, that come by themselves
+        m.d.comb += [
+            self.o_takes.eq(awaiting | given),
+            words.i_beat.valid.eq(self.i_logits.valid & self.o_takes),
+            words.i_beat.data.eq(self.i_logits.data),
+        ]
         with m.FSM():
             with m.State("IDLE"):
-                m.d.comb += self.o_idle.eq(~self.i_start)
-                m.d.sync += index.eq(0)
+                m.d.comb += [self.o_idle.eq(~self.i_start), self.o_sent.eq(~self.i_start)]
+                m.d.sync += [index.eq(0), given.eq(0)]
                 with m.If(self.i_start):
                     m.d.sync += [self.o_nonfinite.eq(0), in_table.eq(job.form.tables),
                                  in_residents.eq(~job.form.tables & (residents != 0))]
@@ -184,14 +204,24 @@ class RouteUnit(wiring.Component):
                     m.d.sync += [in_residents.eq(0), index.eq(0)]
                     m.next = "LOGITS"
             with m.State("LOGITS"):
-                m.d.comb += words.i_start.eq(1)
+                m.d.comb += awaiting.eq(job.continues & (job.tokens == 1) & ~given)
                 m.d.sync += token.eq(0)
-                m.next = "ROUTE"
+                with m.If(awaiting & self.i_logits.valid):
+                    m.d.comb += pairs.i_start.eq(1)
+                    m.d.sync += given.eq(1)
+                    m.next = "ROUTE"
+                with m.Elif(self.i_there & self.i_none):
+                    m.next = "IDLE"
+                with m.Elif(self.i_there & ~awaiting):
+                    m.d.comb += [words.i_start.eq(1), pairs.i_start.eq(1)]
+                    m.next = "ROUTE"
             with m.State("ROUTE"):
+                # Behind the last logit there may be more words of its row.
+                m.d.comb += self.o_sent.eq(pairs.o_sent & words.o_idle & ~reading)
                 with m.If(counted & words.o_idle & ~reading):
                     m.d.sync += counting.eq(0)
                     m.next = "LOGITS"
-                with m.If(pairs.o_idle):
+                with m.If(pairs.o_idle & words.o_idle & ~reading):
                     m.next = "IDLE"
         # A read has begun by the cycle behind its start.
         m.d.sync += reading.eq(words.i_start)

@@ -56,9 +56,10 @@ class ToFixed(wiring.Component):
                        least=s.least, nonfinite=s.nonfinite)
         fine, lost = shift_right(m, s.value, s.shift)
         keep, half, sticky = fine[2:], fine[1], fine[0] | lost | s.lost
-        s = pipe.stage(value=(keep + (half & (sticky | keep[0])))[:WORD_BITS - 1], far=s.far,
+        s = pipe.stage(value=keep[:WORD_BITS - 1], up=half & (sticky | keep[0]), far=s.far,
                        sign=s.sign, least=s.least, nonfinite=s.nonfinite)
-        near = Mux(s.sign, -s.value, s.value)
+        # Rounded and with its sign by one addition: -(v + up) is ~v + ~up.
+        near = (s.value ^ s.sign.replicate(WORD_BITS)) + (s.up ^ s.sign)
         beyond = Mux(s.sign | s.nonfinite, _LEAST, _MOST)
         out = pipe.stage(value=Mux(s.far, beyond, near)[:WORD_BITS].as_signed(),
                          beyond=s.far & ~s.least & ~s.nonfinite, nonfinite=s.nonfinite)

@@ -195,11 +195,19 @@ class TokenRouter(wiring.Component):
         mixing = w.kind == Pass.MIX
         some = Signal()
         place = w.at[:ceil_log2(w.places)] if w.places > 1 else C(0, 1)
+
+
+        def ends(count):
+            """Return whether this is the last of so many, known a cycle before."""
+            last = Signal()
+            m.d.sync += last.eq(
+                Mux(w.feeding & ~w.at_last, w.at + 2 == count, count == 1))
+            return last
+
         m.d.comb += [
             # The largest logit that a sparsemixer looks for is that of its present choice.
-            w.at_last.eq(Mux(of_chosen & w.mixes, w.at == w.second,
-                             w.at + 1 == Mux(of_chosen, form.top_k,
-                                             Mux(w.gates, form.shared, form.experts)))),
+            w.at_last.eq(Mux(of_chosen, Mux(w.mixes, w.at == w.second, ends(form.top_k)),
+                             Mux(w.gates, ends(form.shared), ends(form.experts)))),
             w.read_address.eq(Mux(of_chosen, selector.o_ids[place],
                                   w.at + Mux(w.gates, form.experts, 0))),
             some.eq(Mux(of_chosen, selector.o_some.bit_select(place, 1),
@@ -243,10 +251,17 @@ class TokenRouter(wiring.Component):
         with m.If(w.gates):
             m.d.sync += unit.i_mode.eq(ScoreMode.SIGMOID)
 
-        with m.If(pipe.valid & s.some & (w.kind == Pass.LARGEST)
-                  & (w.mixes | (s.logit > w.largest))):
-            m.d.sync += w.largest.eq(s.logit)
-        with m.If(~of_chosen & ~mixing):
+        # Compared while the one before it is taken, with what will be the largest then.
+        due = Pipeline(m, pipe.valid & s.some & (w.kind == Pass.LARGEST), name="largest")
+        one = due.stage(logit=s.logit)
+        larger, unused = Signal(), Signal()
+        m.d.sync += [
+            larger.eq(w.mixes | Mux(due.valid & larger, s.logit > one.logit, s.logit > w.largest)),
+            unused.eq(~of_chosen & ~mixing),
+        ]
+        with m.If(due.valid & larger):
+            m.d.sync += w.largest.eq(one.logit)
+        with m.If(unused):
             m.d.sync += w.largest.eq(_LEAST)
         m.d.comb += w.near.eq(1)
         if "mixer" in self._config.router_modes:
@@ -375,6 +390,7 @@ class TokenRouter(wiring.Component):
         longest = max(keys + TopSelector.LATENCY_CYCLES, DIVIDE_CYCLES)
         wait = Signal(range(longest + 1))
         place = Signal(range(max(TOP_K_MAX, GROUPS_MAX) + 1))
+        all_kept = Signal()  # with this place, known a cycle before
 
         def start(kind):
             m.d.sync += [w.kind.eq(kind), w.feeding.eq(1)]
@@ -395,7 +411,7 @@ class TokenRouter(wiring.Component):
                 with m.If(w.gated):
                     m.next = "GATES"
 
-        m.d.sync += wait.eq(Mux(wait == 0, 0, wait - 1))
+        m.d.sync += [wait.eq(Mux(wait == 0, 0, wait - 1)), all_kept.eq(form.keep_groups == 1)]
         with m.FSM():
             with m.State("IDLE"):
                 m.d.sync += [w.total.eq(0), w.kept.eq(0), place.eq(0), w.second.eq(0),
@@ -452,8 +468,8 @@ class TokenRouter(wiring.Component):
                 index = place[:ceil_log2(w.places)] if w.places > 1 else C(0, 1)
                 m.d.sync += [
                     w.kept.bit_select(selector.o_ids[index][:ceil_log2(GROUPS_MAX)], 1).eq(1),
-                    place.eq(place + 1)]
-                with m.If(place + 1 == form.keep_groups):
+                    place.eq(place + 1), all_kept.eq(place + 2 == form.keep_groups)]
+                with m.If(all_kept):
                     m.d.comb += selector.i_clear.eq(1)
                     m.d.sync += place.eq(0)
                     start(Pass.SELECT)

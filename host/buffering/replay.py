@@ -148,7 +148,7 @@ def replay(trace: RoutingTrace, call: Call, *, slots: int, slot_bytes: int | Non
     slots, slot_bytes : :class:`int`
         Of the buffer; a slot takes an image when its size is left out.
     gap : :class:`int`, optional
-        Cycles; None: as many as it takes, and as a PREFETCH does it, in the order of the experts.
+        Cycles; None: as many as it takes, as a PREFETCH of as many as there are slots does it.
     prediction : type of :class:`Prediction`, optional
         Without one nothing is fetched ahead, and what was used stays until its slot is needed.
 
@@ -167,14 +167,14 @@ def replay(trace: RoutingTrace, call: Call, *, slots: int, slot_bytes: int | Non
     guessed = right = calls = 0
     cycles = saved = 0.0
     guess: np.ndarray = np.zeros(0, np.int64)
-    for uses, following, new_request, layer in _calls(trace):
+    for uses, order, following, new_request, layer in _calls(trace):
         if predictor is not None and layer == 0:
             predictor.begin_pass(new_request=new_request)
         guessed += len(guess)
         right += int((uses[guess] > 0).sum())
         cycles += call.cycles(uses)
         calls += 1
-        for expert in uses.nonzero()[0].tolist():
+        for expert in order:
             held = buffer.use((layer, expert), size, keep=predictor is None)
             saved += call.saved(held, int(uses[expert]))
         guess = guess[:0]
@@ -184,7 +184,7 @@ def replay(trace: RoutingTrace, call: Call, *, slots: int, slot_bytes: int | Non
             target = (layer + 1) % trace.n_layers
             ahead, budget = guess.tolist(), slots * size
             if gap is None:
-                ahead = sorted(ahead[:slots])
+                ahead = ahead[:slots]
             else:
                 budget = gap * call.port_bytes
             buffer.fetch(((target, expert) for expert in ahead), size, budget)
@@ -195,9 +195,11 @@ def replay(trace: RoutingTrace, call: Call, *, slots: int, slot_bytes: int | Non
                    guessed=guessed, right=right, cycles=cycles, saved=saved, calls=calls)
 
 
-def _calls(trace: RoutingTrace) -> Iterator[tuple[np.ndarray, np.ndarray | None, bool, int]]:
-    """Yield for each call its uses, those of the next one, whether a request begins, its layer."""
-    waiting: tuple[np.ndarray, bool, int] | None = None
+def _calls(trace: RoutingTrace
+           ) -> Iterator[tuple[np.ndarray, list[int], np.ndarray | None, bool, int]]:
+    """Yield for each call its uses, its experts as they come, the uses of the next one, whether a
+    request begins, its layer."""
+    waiting: tuple[np.ndarray, list[int], bool, int] | None = None
     requests: set[int] = set()
     for step in trace.steps("decode"):
         now = set(step.request.tolist())
@@ -206,7 +208,8 @@ def _calls(trace: RoutingTrace) -> Iterator[tuple[np.ndarray, np.ndarray | None,
             if not uses.any():
                 continue
             if waiting is not None:
-                yield waiting[0], uses, waiting[1], waiting[2]
-            waiting = uses, new, layer
+                yield *waiting[:2], uses, *waiting[2:]
+            ids = step.ids[:, layer]
+            waiting = uses, list(dict.fromkeys(ids[ids >= 0].tolist())), new, layer
     if waiting is not None:
-        yield waiting[0], None, waiting[1], waiting[2]
+        yield *waiting[:2], None, *waiting[2:]

@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 
 from moeaccel.grid import gated_output, grid_exponent as choose_grid, squares_of
 from moeaccel.host.cluster.layer import ClusterExperts, Piece
-from moeaccel.host.cluster.shard import Floats, LocalShard, Pairs, Shard
+from moeaccel.host.cluster.shard import LOST, Floats, LocalShard, Pairs, Shard
 from moeaccel.host.device import Device
 from moeaccel.host.errors import InvalidOption, InvalidTensor, ShardLost
 from moeaccel.host.options import whole
 from moeaccel.host.policies.sharding import Sharding, sharding as find_sharding
 from moeaccel.host.policies.sharding.row_split import RowSplit
+from moeaccel.host.row_blocks import bias_block, down_block, gate_up_block
 from moeaccel.host.stacks import Biases, Stack
 from moeaccel.host.tensors import float32, indices, shape_of
 from moeaccel.host.weights import (
@@ -130,7 +131,7 @@ class Cluster:
         Parameters
         ----------
         gate_up, down, weight_format, gate_up_bias, down_bias
-            See :meth:`Device.load_experts`; biases go with whole experts only.
+            See :meth:`Device.load_experts`.
         share : :class:`str`, :class:`Sharding`, or float (devices, experts)
             One of :data:`moeaccel.host.policies.sharding.SHARDINGS`, or a layer of
             :attr:`moeaccel.host.policies.sharding.Shards.share`. An expert with several devices has
@@ -173,27 +174,28 @@ class Cluster:
         gated = options.get("gated", True)
         shares, blocks = self._shares(share, routes, count)
         d_model, d_expert = float32("down", down[0]).shape
-        biases = {"gate_up_bias": Biases("gate_up_bias", gate_up_bias, count,
-                                         d_expert * (2 if gated else 1)),
-                  "down_bias": Biases("down_bias", down_bias, count, d_model)}
-        if blocks > 1 and not (gate_up_bias is None and down_bias is None):
-            raise InvalidOption("biases must be left out with share='row-split', where each device "
-                                "has a part of every expert's rows; deal whole experts")
+        if d_expert % blocks:
+            raise InvalidOption(f"the {blocks} devices of a row split must divide I = {d_expert}")
+        parts = 2 if gated else 1
+        whole_biases = (Biases("gate_up_bias", gate_up_bias, count, d_expert * parts),
+                        Biases("down_bias", down_bias, count, d_model))
         formats = formats_of(weight_format, count)
-        always = shared_matrices(shared, d_model, 2 if gated else 1)
+        always = shared_matrices(shared, d_model, parts)
         of_shared = shared_format_of(shared_format, weight_format) if always else None
 
         def part(expert: int, block: int) -> _Matrices:
-            return _cut(float32("gate_up", gate_up[expert]), float32("down", down[expert]),
-                        block, blocks, gated)
+            return (gate_up_block(float32("gate_up", gate_up[expert]), block, blocks, parts),
+                    down_block(float32("down", down[expert]), block, blocks))
 
-        def bias(name: str, expert: int) -> Floats | None:
-            return biases[name].of(expert)
+        def biases(expert: int, block: int) -> dict[str, Floats]:
+            first, second = (bias.of(expert) for bias in whole_biases)
+            found = bias_block(first, second, block, blocks, parts)
+            return {name: bias for name, bias in zip(("gate_up_bias", "down_bias"), found,
+                                                     strict=True) if bias is not None}
 
         if grid_exponent is None:
-            outputs = [_output(part(e, b), gated, x_rms, options, *map(
-                functools.partial(bias, expert=e), biases)) for e in range(count)
-                for b in range(blocks)]
+            outputs = [_output(part(e, b), gated, x_rms, options, **biases(e, b))
+                       for e in range(count) for b in range(blocks)]
             outputs += [_output(matrices, gated, x_rms, options) for matrices in always]
             grid_exponent = choose_grid(outputs) + coarser
         given = options | {"grid_exponent": grid_exponent}
@@ -204,9 +206,8 @@ class Cluster:
                 assert of_shared is not None
                 return [always[piece.experts[0]]], given | {"weight_format": of_shared.name}
             more: dict[str, Any] = {"weight_format": [formats[e].name for e in piece.experts]}
-            more |= {name: [bias(name, e) for e in piece.experts]
-                     for name, stack in (("gate_up_bias", gate_up_bias), ("down_bias", down_bias))
-                     if stack is not None}
+            theirs = [biases(e, piece.block) for e in piece.experts]
+            more |= {name: [found[name] for found in theirs] for name in theirs[0]}
             return [part(e, piece.block) for e in piece.experts], given | more
 
         def loaded(pieces: Sequence[Piece]) -> list[Piece]:
@@ -287,7 +288,7 @@ class Cluster:
         shard = self._shards[piece.shard]
         try:
             shard.drop(piece.key)
-        except shard.gone:
+        except LOST:
             self._lost.add(piece.shard)
 
     def _guarded(self, number: int, ask: Callable[[], _Result]) -> _Result:
@@ -298,7 +299,7 @@ class Cluster:
                             number)
         try:
             return ask()
-        except shard.gone as error:
+        except LOST as error:
             self._lost.add(number)
             raise ShardLost(f"shard {shard.name} must answer, but is lost: {error}; {_WAY_OUT}",
                             number) from error
@@ -328,18 +329,6 @@ class Cluster:
 
 _OPTIONS = {"activation", "gated", "limit", "activation_bits", "quantiser", "prune"}
 _WAY_OUT = "cluster.reload(shard) loads its experts elsewhere, and so does on_loss='reload'"
-
-
-def _cut(gate_up: Floats, down: Floats, block: int, blocks: int, gated: bool) -> _Matrices:
-    """Return a block of an expert's hidden rows."""
-    if blocks == 1:
-        return gate_up, down
-    if down.shape[1] % blocks:
-        raise InvalidOption(f"the {blocks} devices of a row split must divide I = "
-                            f"{down.shape[1]}")
-    each = gate_up.reshape(2 if gated else 1, blocks, -1, gate_up.shape[1])[:, block]
-    return (np.ascontiguousarray(each.reshape(-1, gate_up.shape[1])),
-            np.ascontiguousarray(np.split(down, blocks, axis=1)[block]))
 
 
 def _output(matrices: _Matrices, gated: bool, x_rms: float, options: dict[str, Any],

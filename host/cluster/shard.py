@@ -75,19 +75,16 @@ class Worker:
 class Shard(ABC):
     """A device of a cluster.
 
-    Every method but :meth:`lost` raises what the device raises, and :attr:`gone` where it, or the
-    process that has it, does not answer any more.
+    Every method raises what the device raises, one of :data:`LOST` where it, or the process that
+    has it, does not answer any more.
 
     Attributes
     ----------
     name : :class:`str`
         What errors call it.
-    gone : tuple of types
-        Errors after which it is lost.
     """
 
     name: str
-    gone: tuple[type[BaseException], ...]
 
     @abstractmethod
     def load(self, key: int, gate_up: Sequence[Floats], down: Sequence[Floats],
@@ -115,8 +112,6 @@ class LocalShard(Shard):
     device : :class:`Device`
     number : :class:`int`
     """
-
-    gone = LOST
 
     def __init__(self, device: Device, number: int) -> None:
         self.name = f"{number}, device of config {device.config.name!r} in this process"

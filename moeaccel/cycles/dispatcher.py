@@ -17,6 +17,8 @@ from moeaccel.cycles.tile_buffer import TileBuffer
 from moeaccel.cycles.weight_streamer import WeightStreamer
 from moeaccel.image import Section
 
+KNOWN_CYCLES = 5
+"""PairSort: from a pair's first cycle to where its expert counts."""
 POLL_CYCLES = 2
 """How often it is looked whether a request can be made."""
 
@@ -55,21 +57,19 @@ class Dispatcher:
         job = self._job
         weights: Read | None = None
         if job.gemm or job.held:
-            # Prepare, clear the counts, rewind, fetch the first id.
-            cycle = start + 7 + job.num_experts + job.held
+            cycle = start + 1
         else:
             beats = job.beats(job.ids.size, 4)
             yield start + 3
             ids = self._port.read(start + 3, beats)
             yield ids
-            # The counts are cleared meanwhile; then weights are asked for, and the walk begins.
-            request = max(start + 5 + job.num_experts, ids.last + 1) + 1
+            # Weights are asked for, and sorting begins.
+            cycle = ids.last + 2
             if job.loads is not None:  # there are none
-                yield from self._prefetch(self._sort(request + 4), job.loads)
+                yield from self._prefetch(self._sort(cycle), job.loads)
                 return
-            yield request
-            weights = self._port.read(request, beats)
-            cycle = request + 5
+            yield cycle
+            weights = self._port.read(cycle, beats)
         cycle = self._sort(cycle)
 
         banks = job.config.slot_banks
@@ -223,20 +223,27 @@ class Dispatcher:
             cycle = self._tiles.sections[-1].accepted
 
     def _sort(self, cycle: int) -> int:
-        """Return when a counting sort is over: 3 cycles for each pair, 2 an expert, 4, 3 a pair.
+        """Return when a sort that starts in ``cycle`` is over: 3 cycles for each pair; behind 2 for
+        each expert once more, if one has several pairs.
 
         A token without an expert waits until the row of zeros before it is written.
         """
-        job = self._job
+        job, plan = self._job, self._job.plan
         tokens, top_k = job.ids.shape
-        counted = 0
-        for token in job.plan.zeros:
-            cycle += 3 * top_k * (token + 1 - counted)
-            cycle = self._combiner.zero_row(cycle) if job.loads is None else cycle + 1
-            counted = token + 1
-        cycle += 3 * top_k * (tokens - counted)
-        self._table.start(cycle)  # while positions are made of the counts, and pairs get theirs
-        return cycle + 2 * job.num_experts + 4 + 3 * top_k * tokens
+        cycle += 3
+        begins: list[int] = []  # of tokens
+        for token in range(tokens):
+            begins.append(cycle)
+            cycle += 3 * top_k
+            if token in plan.zeros:
+                cycle = self._combiner.zero_row(cycle) if job.loads is None else cycle + 1
+        first = {now.expert: now.pairs[0] for now in reversed(plan.passes)}
+        self._table.start([
+            begins[first[expert] // top_k] + 3 * (first[expert] % top_k) + KNOWN_CYCLES
+            for expert in plan.experts])
+        if plan.pairs > len(plan.experts):
+            cycle += 3 + 2 * len(plan.experts) + 3 * job.ids.size
+        return cycle + 3
 
 
 def _compare_cycles(tokens: tuple[int, ...], resident: tuple[int, ...]) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from moeaccel.cycles.job import Job
 from moeaccel.cycles.memory_port import MemoryPort
 from moeaccel.cycles.schedule import Event, Process, Read, Schedule
@@ -9,6 +11,8 @@ from moeaccel.interface.commands import ENTRY_BYTES
 
 ENTRIES = 16
 """ExpertTable: entries that are under way or stored at most."""
+ASK_CYCLES = 3
+"""ExpertTable: from where an expert counts to the request, and from one request to the next."""
 ENTRY_CYCLES = 4
 """ExpertTable: from the last beat of an entry to the check of its sections."""
 CHECK_CYCLES = 5
@@ -18,7 +22,7 @@ OFFER_CYCLES = 5
 
 
 class ExpertTable:
-    """Walks over the counts, asks for the entry of each expert with tokens, and checks them.
+    """Asks for the entry of each expert with tokens, as they become known, and checks them.
 
     Parameters
     ----------
@@ -41,18 +45,18 @@ class ExpertTable:
         self.taken = {expert: Event() for expert in experts}
         self._checked = {expert: Event() for expert in experts}  # its check begins
 
-    def start(self, cycle: int) -> None:
-        """Read the count of expert 0 in ``cycle``."""
-        self._schedule.start(cycle, self._walk(cycle))
+    def start(self, known: Sequence[int]) -> None:
+        """Ask for entries of experts that become known in those cycles."""
+        if known:
+            self._schedule.start(known[0], self._walk(known))
 
-    def _walk(self, cycle: int) -> Process:
-        """Two cycles for each expert, and one to ask for its entry, as soon as there is room."""
+    def _walk(self, known: Sequence[int]) -> Process:
+        """Ask for each entry, as soon as there is room."""
         experts = self._experts
         beats = self._job.beats(ENTRY_BYTES, 1)
-        before = 0
-        for i, expert in enumerate(experts):
-            cycle += 2 * (expert - before) + 2
-            before = expert + 1
+        cycle = 0
+        for i, at in enumerate(known):
+            cycle = max(cycle, at) + ASK_CYCLES
             if i >= ENTRIES:
                 room = self._checked[experts[i - ENTRIES]]
                 yield room
@@ -60,7 +64,6 @@ class ExpertTable:
             yield cycle
             read = self._port.read(cycle, beats)
             self._schedule.start(cycle, self._check(i, read))
-            cycle += 1
 
     def _check(self, i: int, read: Read) -> Process:
         """Check an entry when it has come and the one before has been taken."""

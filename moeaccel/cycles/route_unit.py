@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from moeaccel.config import BLOCK, MEMORY_LATENCY_CYCLES, AcceleratorConfig
 from moeaccel.cycles.command_processor import before_job
@@ -14,7 +15,7 @@ from moeaccel.interface.commands import ENTRY_BYTES
 from moeaccel.router.choices import CapacityOrder
 from moeaccel.router.settings import RouterSettings
 
-__all__ = ["predict_route", "route_cycles"]
+__all__ = ["RouteTimes", "predict_route", "route_cycles", "route_times"]
 
 _UNIT = ENTRY_BYTES // 4
 """Words that are read, and pairs that are written, at once."""
@@ -23,14 +24,47 @@ _QUEUED = 16
 
 _START, _TABLE, _FIRST, _LOADED, _FREED, _WEIGHTS, _PAIR, _WRITE, _BEHIND, _END = (
     9, 3, 7, 5, 1, 17, 2, 9, 1, 2)
+_SENT = 4
+"""With a latency, from the last pair on its way to where a completion would begin."""
 _PLACE, _WALK, _AGAIN = 3, 7, 7
 """Of a capacity: to put a token into its order, to count a pair, and to begin again."""
+
+
+@dataclass(frozen=True)
+class RouteTimes:
+    """Cycles of a ROUTE's job.
+
+    Parameters
+    ----------
+    ready : int
+        From its start to where logits are asked for, or awaited.
+    read : int
+        From there to the first logit from memory.
+    sent, done : int
+        From the first logit to the last pair on its way to memory, and to where a completion
+        would begin.
+    """
+
+    ready: int
+    read: int
+    sent: int
+    done: int
 
 
 def route_cycles(config: AcceleratorConfig, settings: RouterSettings, tokens: int, *, biased: bool,
                  tables: bool, residents: bool = False, shared: int = 0,
                  latency: int = MEMORY_LATENCY_CYCLES) -> int:
-    """Return the cycles of a ROUTE.
+    """Return the cycles of a ROUTE; parameters are those of :func:`route_times`."""
+    times = route_times(config, settings, tokens, biased=biased, tables=tables,
+                        residents=residents, shared=shared, latency=latency)
+    largest = max(-(-settings.outputs // BLOCK), settings.top_k + settings.shared + shared)
+    return before_job(config, largest, latency) + times.ready + times.read + times.done
+
+
+def route_times(config: AcceleratorConfig, settings: RouterSettings, tokens: int, *, biased: bool,
+                tables: bool, residents: bool = False, shared: int = 0,
+                latency: int = MEMORY_LATENCY_CYCLES) -> RouteTimes:
+    """Return the times of a ROUTE's job.
 
     Parameters
     ----------
@@ -50,16 +84,15 @@ def route_cycles(config: AcceleratorConfig, settings: RouterSettings, tokens: in
     read = READ_CYCLES + latency
     experts, top_k = settings.experts, settings.top_k + settings.shared
     row = -(-settings.outputs // BLOCK) * BLOCK
-    # Submission, router, checks; table; first logit.
-    largest = max(row // BLOCK, top_k + shared)
-    now = before_job(config, largest, latency) + _START
+    # Table; first logit.
+    ready = _START
     early = -(-2 * experts // _UNIT) if tables else 0
     early += -(-experts // (8 * ENTRY_BYTES)) if residents else 0
     if early:
-        now += _TABLE + read + early * _UNIT
+        ready += _TABLE + read + early * _UNIT
     else:  # how many units the logits are
-        now += (row // BLOCK).bit_length() - 1
-    first = now + _FIRST + read
+        ready += (row // BLOCK).bit_length() - 1
+    first = 0
     one = token_cycles(config, settings, biased=biased)
     written = 2 * (beats + _BEHIND) + latency + WRITE_CYCLES + _WRITE
     pairs = tokens * top_k
@@ -81,7 +114,8 @@ def route_cycles(config: AcceleratorConfig, settings: RouterSettings, tokens: in
     free = _sweep(settings, tokens, first, one, write)
     if tokens * slots % _UNIT:
         free += _UNIT - tokens * slots % _UNIT + written
-    return free + _END
+    done = free + _END
+    return RouteTimes(ready=ready, read=_FIRST + read, sent=done - latency - _SENT, done=done)
 
 
 def _sweep(settings: RouterSettings, tokens: int, first: int, one: int,

@@ -55,7 +55,7 @@ class Opcode(enum.IntEnum):
     """As MOE, without its experts: ids and weights are written, y is not."""
     PREFETCH = 7
     """Bring the leading beats of experts into the expert buffer, where they are not there already:
-    of those that ids name, in ascending order; each takes the slot that was filled or used longest
+    of those that ids name, in their order; each takes the slot that was filled or used longest
     ago."""
     FORGET = 8
     """Empty the expert buffer: what follows reads weights as they are in memory now."""

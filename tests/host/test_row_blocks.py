@@ -27,12 +27,16 @@ def draw(gated=True):
 
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("leading", [1, 3, 4])
-def test_leading_blocks_are_narrower_experts(device, gated, leading):
+@pytest.mark.parametrize("biased", [False, True])
+def test_leading_blocks_are_narrower_experts(device, gated, leading, biased):
     gate_up, down, x, ids, scores = draw(gated)
+    first, biases = gate_up.mean(axis=2), {}  # of no zero mean over the rows
     width = leading * I // BLOCKS
     rows = gate_up.reshape(E, -1, I, H)[:, :, :width].reshape(E, -1, H)
+    if biased:
+        biases = {"gate_up_bias": first, "down_bias": down.mean(axis=2) * 8}
     with device.load_experts(gate_up, down, gated=gated, weight_format="mxint8",
-                             row_blocks=BLOCKS, grid_exponent=-28) as layer:
+                             row_blocks=BLOCKS, grid_exponent=-28, **biases) as layer:
         assert (layer.num_experts, layer.row_blocks, len(layer.shapes)) == (E, BLOCKS, E * BLOCKS)
         y = layer(x, ids, scores, leading_blocks=leading)
         if leading == BLOCKS:
@@ -40,8 +44,10 @@ def test_leading_blocks_are_narrower_experts(device, gated, leading):
         cycles = layer.last.cycles
         layer(x, ids, scores, leading_blocks=1)
         assert layer.last.cycles <= cycles
+    if biased:
+        biases["gate_up_bias"] = first.reshape(E, -1, I)[:, :, :width].reshape(E, -1)
     with device.load_experts(rows, down[:, :, :width], gated=gated, weight_format="mxint8",
-                             grid_exponent=-28) as narrow:
+                             grid_exponent=-28, **biases) as narrow:
         expected = narrow(x, ids, scores)
     # Each block's output is rounded by itself; the exponent of h is a token's within a block.
     assert np.linalg.norm(y - expected) < 1e-3 * np.linalg.norm(expected)

@@ -37,7 +37,8 @@ GEMM = {"opcode": Opcode.GEMM, "top_k": 1}
 class Bench:
     """A command processor; clients' ends of a memory port, and an engine, as models.
 
-    ``engine`` is called with each job and returns what comes with ``i_done``, or None for never.
+    ``engine`` is called with each job but products of a MOE, and returns what comes with
+    ``i_done``, or None for never.
     """
 
     def __init__(self, config=TINY, *, ring_log2=2, seed=0, stall=0.0, latency=3, engine_cycles=5,
@@ -191,6 +192,8 @@ class Bench:
                 self.resets += 1
             elif valid and accept:
                 self.jobs.append({name: job[name] for name in job.shape().members})
+                if self.jobs[-1].get("precedes") and not self.jobs[-1]["route"]:
+                    continue  # a product: what becomes of it is known with its route
                 result = self.engine(self.jobs[-1])
                 wait = -1 if result is None else self.engine_cycles
 

@@ -339,22 +339,30 @@ def test_what_is_wrong_with_numbers(pair):
     assert outcome(0.1, x, 20).underflows == 9 * 64 * 2
 
 
-@pytest.mark.parametrize(("part", "word"), [(0, 16), (2, 0)])
-def test_a_bad_expert_of_either_table(pair, part, word):
+@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize(("part", "expert", "word"), [(0, 0, 16), (0, 1, 16), (2, 1, 0)])
+def test_a_bad_expert_of_either_table(pair, part, expert, word, tokens):
+    """Without a product the router, which is ready for its logits, does nothing."""
     def script(device):
-        with load(device, top_k=8) as moe:
-            call = Call(device, moe, draw(np.random.default_rng(0), 9, 64))
+        with load(device, experts=8, top_k=8) as moe:
+            call = Call(device, moe, draw(np.random.default_rng(0), tokens, 64))
             at = moe._tasks[0].block.address + ENTRY_BYTES * part
             table = decode(LAYER, device.transport.memory_read(at, 64).tobytes())["table_address"]
-            entry = device.transport.memory_read(table + 64, 64)
+            entry = device.transport.memory_read(table + 64 * expert, 64)
             entry[2] = 1  # flags
-            device.transport.memory_write(table + 64, entry)
+            device.transport.memory_write(table + 64 * expert, entry)
             command = execute(device, call.fields())
             call.close()
             return command
 
     done = pair.same_completion(script)
-    assert (done.status, done.detail, done.address) == (Status.BAD_EXPERT, 1, word)
+    assert (done.status, done.detail, done.address) == (Status.BAD_EXPERT, expert, word)
+
+    def again(device):
+        with load(device) as moe:
+            return moe(draw(np.random.default_rng(3), tokens, 64))
+
+    assert pair.same(again).any()
 
 
 def test_abort_and_reset_at_any_time(slow):

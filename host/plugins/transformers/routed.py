@@ -45,6 +45,7 @@ from moeaccel.host.plugins.transformers.session import (
     session_for,
     whenever_set,
 )
+from moeaccel.host.plugins.transformers.split import run_block
 from moeaccel.host.plugins.transformers.uploads import Wanted, layer_of, plain, stored
 from moeaccel.host.routing import Router, check_router
 from moeaccel.router.settings import RouterSettings
@@ -252,6 +253,9 @@ def _refusal(session: Session, block: Block, dims: tuple[LayerDims, ...]) -> str
     """Return what of a block a device has not."""
     settings = _settings(block)
     (device,) = session.devices  # route=True is for one
+    if session.hybrid is not None and block.shared is not None:
+        return ("shared experts must be none with a policy, which leaves them to the torch device, "
+                f"but a block has {block.shared.down!r}")
     taken, experts = settings.top_k + len(dims) - 1, sum(one.experts for one in dims)
     if taken > TOP_K_MAX:
         return (f"top_k and shared experts must be at most {TOP_K_MAX} together, not {taken}")
@@ -323,10 +327,10 @@ def _compute(x: torch.Tensor, tensors: list[torch.Tensor], number: int, top_k: i
         raise UnsupportedExperts(
             "blocks of compiled code must be what they were when it was compiled, but another "
             f"device was set since, or {found}; compile again")
-    moe = layer_of(_wanted(module, found))
+    wanted = _wanted(module, found)
+    moe = layer_of(wanted)
     assert isinstance(moe, Moe)
-    y, ids, weights = moe.compute(x)
-    return y, ids, weights
+    return run_block(moe, wanted.weights, x)
 
 
 @_compute.register_fake

@@ -124,8 +124,8 @@ def use_device(device: Device | Cluster | None, *, weight_format: str | None = N
     ----------
     device : :class:`Device` or :class:`moeaccel.host.cluster.Cluster`, optional
         It stays yours to close. None: what the environment says, opened when it is needed. The
-        experts of a cluster's layers are dealt to its devices evenly; policies,
-        ``keep_host_weights=False`` and ``route=True`` are for one device.
+        experts of a cluster's layers are dealt to its devices evenly; policies, whose costs are of
+        one device, ``keep_host_weights=False`` and ``route=True`` are for one.
     weight_format, activation_bits, grid_exponent
         See :meth:`Device.load_experts`; what is left out is taken from the environment.
     verify : ``"sampled"`` or ``"full"``
@@ -155,7 +155,11 @@ def use_device(device: Device | Cluster | None, *, weight_format: str | None = N
     route : :class:`bool`
         Whole MoE blocks, whose router the device has, are computed there: x goes in, y comes out.
         The others' experts are, as ever, by the host's routes. Which is which, and why, says
-        :func:`moeaccel.host.plugins.transformers.routing`. Not with a policy or routes.
+        :func:`moeaccel.host.plugins.transformers.routing`. With a policy, which has to know the
+        routes, it is two calls: the device routes, and computes what the policy leaves to it; and
+        blocks with shared experts, which are the torch device's then, are routed by the host. Not
+        with routes, and not on a cluster, where the answer of a device that routes would have to
+        come back before any of them could compute.
     **hybrid
         Further options of :class:`moeaccel.host.hybrid.Hybrid`.
 
@@ -189,15 +193,19 @@ def use_device(device: Device | Cluster | None, *, weight_format: str | None = N
             raise InvalidOption("unsupported must be 'refuse' with routes, not 'eager': layers on "
                                 "the host would keep their routers' own")
         options["routes"] = Routes(routes)
-    if isinstance(device, Cluster) and (single := [name for name, given in (
-            ("policy", policy is not None), ("keep_host_weights=False", not keep_host_weights),
-            ("route=True", route is True)) if given]):
-        raise InvalidOption(f"device must be one Device with {' and '.join(single)}, not a Cluster")
+    if isinstance(device, Cluster):
+        for name, chosen, why in (
+                ("policy", policy is not None, "the costs that it knows are those of one"),
+                ("keep_host_weights=False", not keep_host_weights,
+                 "what a lost one had is loaded from the host"),
+                ("route=True", route is True,
+                 "one that routes had to answer before any could compute")):
+            if chosen:
+                raise InvalidOption(f"device must be one Device with {name}, not a Cluster: {why}")
     if flag("route", route):
-        if hostly := [name for name, given in (("policy", policy), ("routes", routes))
-                      if given is not None]:
-            raise InvalidOption(f"route must be False with {' and '.join(hostly)}, which the host "
-                                "needs the routes for, not True")
+        if routes is not None:
+            raise InvalidOption("route must be False with routes, which take the place of a "
+                                "router's own, not True")
         options["route"] = True
     _Options(**options)
     with lock.held:

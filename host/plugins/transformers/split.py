@@ -7,11 +7,12 @@ import torch
 
 from moeaccel.host.cluster import ClusterExperts
 from moeaccel.host.hybrid.places import bring_home
+from moeaccel.host.moe import Moe
 from moeaccel.host.plugins.transformers.modules import Weights
 from moeaccel.host.plugins.transformers.session import open_session
 from moeaccel.host.plugins.transformers.uploads import experts_of
 
-__all__ = ["run"]
+__all__ = ["run", "run_block"]
 
 
 def run(weights: Weights, x: torch.Tensor, ids: torch.Tensor, routing: torch.Tensor
@@ -28,3 +29,15 @@ def run(weights: Weights, x: torch.Tensor, ids: torch.Tensor, routing: torch.Ten
         return experts(x, ids, routing)
     return session.hybrid(experts, x, ids, routing, layers=weights.layers,
                           shared=weights.shared)
+
+
+def run_block(moe: Moe, weights: Weights, x: torch.Tensor
+              ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return y of a block that the device routes, (T, H), and the ids and weights that it chose:
+    in one command, or where a policy is to see the routes first, in two."""
+    session = open_session()
+    if session is None or session.hybrid is None:
+        bring_home(moe.experts)
+        return moe.compute(x)
+    ids, routing = moe.route(x)
+    return session.hybrid(moe.experts, x, ids, routing, layers=weights.layers), ids, routing

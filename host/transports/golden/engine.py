@@ -91,7 +91,7 @@ class Engine:
         if bad is not None:
             behind = self._table.faults_behind(layer, planned, bad.detail)
             planned = planned.before(bad.detail)
-            ids = np.where(ids < bad.detail, ids, -1)
+            ids = np.where(np.isin(ids, planned.experts), ids, -1)
         pairs = 0 if gemm or held else 4 * tokens * top_k
         self._check_streams(submission, layer, planned, entries, unread, pairs=pairs)
         buffered = self._count(submission, layer, planned, entries, pairs=pairs)

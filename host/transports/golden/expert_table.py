@@ -148,6 +148,6 @@ class ExpertTable:
 
     def faults_behind(self, layer: Mapping[str, int], plan: Plan, bad: int) -> list[Fault]:
         """Return the faults of entries that may have been read ahead when that of ``bad`` came."""
-        behind = [expert for expert in plan.experts if expert > bad][:AHEAD]
+        behind = plan.experts[plan.experts.index(bad) + 1:][:AHEAD]
         return self._port.first_faults(
             (layer["table_address"] + ENTRY_BYTES * expert, ENTRY_BYTES) for expert in behind)

@@ -104,7 +104,8 @@ class Moe:
             if fault.status is Status.BAD_EXPERT:
                 fault.address += _EXPERT_WORDS
             raise
-        routed, second = self._routes.run({**submission, "x_address": logits}, router)
+        routed, second = self._routes.run(
+            {**submission, "x_address": logits}, router, given=submission["tokens"] == 1)
         result, third = None, None
         if submission["opcode"] == Opcode.MOE:
             result, third = self._engine.run(submission, experts, held=True)

@@ -106,9 +106,14 @@ class RouteUnit:
             if bad:
                 raise Fault(Status.BAD_ROUTER, detail=field_of(ROUTER, name).word)
 
-    def run(self, submission: Mapping[str, int], router: Mapping[str, int]
+    def run(self, submission: Mapping[str, int], router: Mapping[str, int], *, given: bool = False
             ) -> tuple[RoutedTokens, Prediction | None]:
         """Run a command; return its result, and with a cycle model what that predicts.
+
+        Parameters
+        ----------
+        given : :class:`bool`
+            Logits are taken on their way to memory.
 
         Raises
         ------
@@ -122,7 +127,7 @@ class RouteUnit:
         table = sizes.table if router["tables"] else 0
         read = table + sizes.residents
         # With a capacity the logits are read again, when it is known who is left.
-        sweeps = 2 if router["capacity"] else 1
+        sweeps = (2 if router["capacity"] else 1) - given
         logit_units = self._units(submission["x_address"], sizes.logits)
         self._port.raise_first(
             faults(self._units(router["table_address"], read)), faults(logit_units * sweeps),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,23 +63,31 @@ class Timing:
                       ) -> Prediction:
         """Return what a ROUTE is predicted to take."""
         from moeaccel.cycles.route_unit import predict_route
-        from moeaccel.router.descriptor import settings_of
 
-        settings = settings_of(router, submission["top_k"])
-        return predict_route(
-            self._config, settings, submission["tokens"],
-            biased=router["selection"] == Selection.BIASED_SCORE, tables=bool(router["tables"]),
-            residents=bool(router["prior"]), shared=router["shared"] - settings.shared,
-            latency=self._latency)
+        return self._routed(predict_route, submission, router)
 
     def predict_moe(self, submission: Mapping[str, int], descriptors: Sequence[Mapping[str, int]],
                     parts: Sequence[Prediction]) -> Prediction:
         """Return what a MOE is predicted to take, of what its parts would alone."""
         from moeaccel.cycles.moe import join
+        from moeaccel.cycles.route_unit import route_times
 
-        planes, _, experts = descriptors
-        return join(self._config, parts, d_in=planes["d_in"], logits=planes["d_out"],
+        planes, router, experts = descriptors
+        return join(self._config, parts, self._routed(route_times, submission, router),
+                    tokens=submission["tokens"], d_in=planes["d_in"], logits=planes["d_out"],
                     d_out=experts["d_out"], top_k=submission["top_k"], latency=self._latency)
+
+    def _routed(self, predict: Callable[..., Any], submission: Mapping[str, int],
+                router: Mapping[str, int]) -> Any:
+        """Return what a part of the cycle model says of a ROUTE."""
+        from moeaccel.router.descriptor import settings_of
+
+        settings = settings_of(router, submission["top_k"])
+        return predict(
+            self._config, settings, submission["tokens"],
+            biased=router["selection"] == Selection.BIASED_SCORE, tables=bool(router["tables"]),
+            residents=bool(router["prior"]), shared=router["shared"] - settings.shared,
+            latency=self._latency)
 
     def count(self, found: Prediction) -> int:
         """Return a command's cycles; the counters of time get theirs."""

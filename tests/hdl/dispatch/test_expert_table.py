@@ -35,18 +35,26 @@ def shape_of(rng):
         down_biased=rng.random() < 0.5, **SHAPE)
 
 
-def run(config, counts, entries, *, seed=0, stall=0.0, latency=5, take=1.0, expected=None):
-    """Return (what the table hands out, by experts: its entry's fields; requests)."""
+def run(config, experts, entries, *, seed=0, stall=0.0, latency=5, take=1.0, expected=None,
+        known=1.0):
+    """Return (what the table hands out, by experts: its entry's fields; requests).
+
+    ``known``: chance of each cycle that another one of the experts becomes known.
+    """
     rng = random.Random(seed)
     dut = ExpertTable(config)
     memory = bytearray(TABLE) + b"".join(encode(EXPERT, entry) for entry in entries)
     found, requests = [], []
-    wanted = sum(count > 0 for count in counts) if expected is None else expected
+    wanted = len(experts) if expected is None else expected
 
-    async def count_memory(ctx):
+    async def number_memory(ctx):
+        """Has a number from the cycle on in which it counts."""
+        count = 0
         while True:
-            _, _, address = await ctx.tick().sample(dut.count_address)
-            ctx.set(dut.count_data, counts[address] if address < len(counts) else 77)
+            _, _, address = await ctx.tick().sample(dut.expert_address)
+            ctx.set(dut.expert_data, experts[address] if address < count else 77)
+            count += count < len(experts) and rng.random() < known
+            ctx.set(dut.i_experts, count)
 
     async def watch(ctx):
         while True:
@@ -57,11 +65,7 @@ def run(config, counts, entries, *, seed=0, stall=0.0, latency=5, take=1.0, expe
 
     async def scenario(ctx):
         ctx.set(dut.i_job, {
-            "steps_in": D_IN // 32, "steps_out": D_OUT // 32, "num_experts": len(counts),
-            "table_address": TABLE})
-        ctx.set(dut.i_start, 1)
-        await ctx.tick()
-        ctx.set(dut.i_start, 0)
+            "steps_in": D_IN // 32, "steps_out": D_OUT // 32, "table_address": TABLE})
         while len(found) < wanted:
             ctx.set(dut.o_expert.ready, rng.random() < take)
             _, _, valid, p = await ctx.tick().sample(
@@ -69,14 +73,14 @@ def run(config, counts, entries, *, seed=0, stall=0.0, latency=5, take=1.0, expe
             if valid:
                 found.append(p)
         ctx.set(dut.o_expert.ready, 0)
-        for _ in range(2 * len(counts) + 200):
+        for _ in range(3 * len(experts) + 200):
             await ctx.tick()
         assert ctx.get(dut.o_quiet)
         assert expected is not None or not ctx.get(dut.o_expert.valid)
 
     sim = Simulator(dut)
     sim.add_clock(1e-6)
-    sim.add_testbench(count_memory, background=True)
+    sim.add_testbench(number_memory, background=True)
     sim.add_testbench(watch, background=True)
     sim.add_testbench(
         serve_reads(dut.reader, memory, config, rng, latency=latency, stall=stall), background=True)
@@ -91,18 +95,18 @@ def test_experts_with_tokens_come_in_order_with_their_shapes(seed, port_bytes):
     rng = random.Random(seed)
     config = TINY.replace(port_bytes=port_bytes, max_experts=64, second_up=True)
     experts = rng.choice((1, 5, 64))
-    counts = [rng.choice((0, 0, 1, rng.randint(1, 256))) for _ in range(experts)]
-    shapes = [shape_of(rng) for _ in counts]
+    busy = rng.sample(range(experts), rng.randint(1, experts))
+    shapes = [shape_of(rng) for _ in range(experts)]
     images = [4096 * (e + 1) + 64 for e in range(experts)]
     entries = [table_entry(shape, image) for shape, image in zip(shapes, images, strict=True)]
-    found, requests = run(config, counts, entries, seed=seed, stall=(0, 0.5)[seed % 2],
-                          latency=(0, 60)[seed // 2], take=(1.0, 0.05)[seed % 2])
-    busy = [e for e, count in enumerate(counts) if count]
+    found, requests = run(config, busy, entries, seed=seed, stall=(0, 0.5)[seed % 2],
+                          latency=(0, 60)[seed // 2], take=(1.0, 0.05)[seed % 2],
+                          known=(1.0, 0.3, 0.1, 1.0)[seed])
     assert requests == busy
     for e, p in zip(busy, found, strict=True):
         shape = shapes[e]
         sections = shape.sections
-        assert (p.expert, p.pairs, p.image_address, p.bad) == (e, counts[e], images[e], 0)
+        assert (p.expert, p.image_address, p.bad) == (e, images[e], 0)
         assert p.words == sum(section.words for section in sections)
         assert p.work.single == (len(sections) == 1)
         for i, section in enumerate(sections):
@@ -125,7 +129,7 @@ def test_experts_with_tokens_come_in_order_with_their_shapes(seed, port_bytes):
 def test_sixteen_entries_at_most_are_asked_for_ahead():
     entries = [table_entry(LinearShape(FORMATS["mxint8"], D_OUT, D_IN, **SHAPE), 4096)] * 64
     config = TINY.replace(max_experts=64)
-    _, requests = run(config, [1] * 64, entries, take=0, expected=0)
+    _, requests = run(config, range(64), entries, take=0, expected=0)
     # One is at the output.
     assert requests == list(range(ExpertTable.ENTRIES + 1))
 
@@ -173,7 +177,7 @@ def image_bytes(shape):
 def test_a_bad_entry_names_its_word(shape, changes, field):
     good = table_entry(GATED, 4096)
     entry = table_entry(shape, 4096) | changes
-    found, _ = run(TINY, [1, 1, 1], [good, entry, good])
+    found, _ = run(TINY, [0, 1, 2], [good, entry, good])
     assert [p.expert for p in found] == [0, 1, 2]
     assert (found[0].bad, found[2].bad) == (0, 0)
     assert found[1].bad == (field is not None)
@@ -182,7 +186,7 @@ def test_a_bad_entry_names_its_word(shape, changes, field):
 
 def test_hardware_without_biases_takes_none():
     good, biased = table_entry(GATED, 4096), table_entry(BIASED, 4096)
-    found, _ = run(TINY.replace(bias=False), [1, 1], [good, biased])
+    found, _ = run(TINY.replace(bias=False), [0, 1], [good, biased])
     assert [p.bad for p in found] == [0, 1]
     assert found[1].word == field_of(EXPERT, "bias0").word
 
@@ -194,15 +198,21 @@ def test_hardware_without_biases_takes_none():
 def test_latency_is_as_stated(shape, cycles):
     dut = ExpertTable(TINY)
     memory = bytearray(TABLE) + encode(EXPERT, table_entry(shape, 4096)) * 2
-    cycle, last_beats, offered, took = [0], [], [], []
+    cycle, asked, last_beats, offered, took = [0], [], [], [], []
 
-    async def count_memory(ctx):
-        ctx.set(dut.count_data, 1)
+    async def number_memory(ctx):
+        ctx.set(dut.i_experts, 2)
+        while True:
+            _, _, address = await ctx.tick().sample(dut.expert_address)
+            ctx.set(dut.expert_data, address)
 
     async def watch(ctx):
         while True:
-            _, _, last, valid, ready = await ctx.tick().sample(
+            _, _, request, last, valid, ready = await ctx.tick().sample(
+                dut.reader.request.valid & dut.reader.request.ready,
                 dut.reader.valid & dut.reader.last, dut.o_expert.valid, dut.o_expert.ready)
+            if request:
+                asked.append(cycle[0])
             if last:
                 last_beats.append(cycle[0])
             if valid and len(offered) == len(took):
@@ -212,20 +222,18 @@ def test_latency_is_as_stated(shape, cycles):
             cycle[0] += 1
 
     async def scenario(ctx):
-        ctx.set(dut.i_job, {"steps_in": D_IN // 32, "steps_out": D_OUT // 32, "num_experts": 2,
-                            "table_address": TABLE})
-        ctx.set(dut.i_start, 1)
-        await ctx.tick()
-        ctx.set(dut.i_start, 0)
+        ctx.set(dut.i_job, {
+            "steps_in": D_IN // 32, "steps_out": D_OUT // 32, "table_address": TABLE})
         await ctx.tick().repeat(150)
         ctx.set(dut.o_expert.ready, 1)
         await ctx.tick().repeat(150)
 
     sim = Simulator(dut)
     sim.add_clock(1e-6)
-    for process in (count_memory, watch, serve_reads(dut.reader, memory, TINY, random.Random(1))):
+    for process in (number_memory, watch, serve_reads(dut.reader, memory, TINY, random.Random(1))):
         sim.add_testbench(process, background=True)
     sim.add_testbench(scenario)
     sim.run()
+    assert asked[0] == 3
     assert offered[0] - last_beats[0] == cycles
     assert offered[1] - took[0] == cycles - 3

@@ -13,14 +13,15 @@ PER_BEAT = CONFIG.port_bytes // 4
 
 
 def model(ids, num_experts):
-    """Return (sorted (token, index), pairs of each expert, pairs of each token)."""
+    """Return (sorted (token, index), (expert, its pairs) by rank, pairs of each token)."""
     top_k = len(ids[0])
     flat = [e for row in ids for e in row]
     pairs = [i for i, e in enumerate(flat) if 0 <= e < num_experts]
-    pairs.sort(key=lambda i: flat[i])
+    experts = list(dict.fromkeys(flat[i] for i in pairs))
+    pairs.sort(key=lambda i: experts.index(flat[i]))
     return (
         [(i // top_k, i) for i in pairs],
-        [flat.count(e) for e in range(num_experts)],
+        [(e, flat.count(e)) for e in experts],
         [sum(0 <= e < num_experts for e in row) for row in ids])
 
 
@@ -33,7 +34,7 @@ class Bench:
         self._rng = random.Random(seed)
         self._stall = stall
         self._dut = PairSort(CONFIG)
-        self._zeros, self._totals, self._counted = [], {}, []
+        self._zeros, self._totals, self._named = [], {}, []
         sim = Simulator(self._dut)
         sim.add_clock(1e-6)
         sim.add_testbench(self._take_zeros, background=True)
@@ -50,15 +51,22 @@ class Bench:
                 self._zeros.append(token)
 
     async def _watch(self, ctx):
+        """Note each token's pairs, and each cycle in which there is another expert."""
         dut = self._dut
+        cycle = 0
         while True:
-            _, _, en, token, total, counted = await ctx.tick().sample(
-                dut.total_w_en, dut.total_w_address, dut.total_w_data, dut.o_counted)
+            _, _, start, en, token, total, experts = await ctx.tick().sample(
+                dut.i_start, dut.total_w_en, dut.total_w_address, dut.total_w_data, dut.o_experts)
+            cycle += 1
             if en:
                 assert token not in self._totals
                 self._totals[token] = total
-            if counted:
-                self._counted.append(dict(self._totals))
+            if start:
+                cycle = 0
+                self._named.clear()
+            elif experts != len(self._named):
+                self._named.append(cycle)
+                assert experts == len(self._named)
 
     async def _write(self, ctx, ids):
         dut = self._dut
@@ -84,50 +92,52 @@ class Bench:
         dut = self._dut
         for ids, num_experts, routed in self._jobs:
             top_k = len(ids[0])
-            for notes in (self._zeros, self._totals, self._counted):
-                notes.clear()
+            self._zeros.clear()
+            self._totals.clear()
             ctx.set(dut.i_job, {"routed": routed, "num_experts": num_experts, "top_k": top_k,
                                 "tokens": len(ids)})
             ctx.set(dut.i_pairs, len(ids) * top_k)
-            ctx.set(dut.i_start, 1)
-            await ctx.tick()
-            ctx.set(dut.i_start, 0)
+            ctx.set(dut.count_address, 0)
             if routed:
                 await self._write(ctx, ids)
-                while not ctx.get(dut.o_cleared):
-                    await ctx.tick()
-                ctx.set(dut.i_count, 1)
+            ctx.set(dut.i_start, 1)
             cycles = 0
             while not ctx.get(dut.o_done):
                 await ctx.tick()
-                ctx.set(dut.i_count, 0)
+                ctx.set(dut.i_start, 0)
                 cycles += 1
             pairs = ctx.get(dut.o_pairs)
+            totals = dict(self._totals)
             await ctx.tick()
+            first = ctx.get(dut.count_data)  # asked for in the cycle of o_done
             assert not ctx.get(dut.o_done)
-            assert len(self._counted) == 1
-            counts = await self._read(ctx, dut.count_address, dut.count_data, num_experts)
+            count = ctx.get(dut.o_experts)
+            experts = await self._read(ctx, dut.expert_address, dut.expert_data, count)
+            counts = await self._read(ctx, dut.count_address, dut.count_data, count)
+            assert not counts or counts[0] == first
             found = await self._read(ctx, dut.pair_address, dut.pair_data, pairs)
             self.found.append((
-                [(p.token, p.index) for p in found], counts, list(self._zeros),
-                self._counted[0], cycles))
+                [(p.token, p.index) for p in found], list(zip(experts, counts, strict=True)),
+                list(self._zeros), totals, cycles, list(self._named)))
 
 
 def drawn(rng):
-    """Return a job's ids and number of experts."""
+    """Return a job's ids and number of experts; of some jobs, each expert comes once."""
     num_experts = rng.randint(1, CONFIG.max_experts)
     tokens, top_k = rng.choice(((1, 1), (1, 16), (7, 3), (16, 2), (12, 1)))
+    if rng.random() < 0.3:
+        return [rng.sample(range(-2, num_experts + 2), min(top_k, num_experts))], num_experts, 1
     ids = [[rng.choice((rng.randrange(num_experts), rng.randint(-2, num_experts + 1), 1 << 30))
             for _ in range(top_k)] for _ in range(tokens)]
     return ids, num_experts, 1
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(4))
 def test_pairs_come_by_expert_and_in_the_order_of_their_tokens(seed):
     rng = random.Random(seed)
-    jobs = [drawn(rng) for _ in range(6)]
-    for (ids, num_experts, _), (pairs, counts, zeros, totals, _) in zip(
-            jobs, Bench(jobs, stall=(0, 0.5, 0.9)[seed], seed=seed).found, strict=True):
+    jobs = [drawn(rng) for _ in range(8)]
+    for (ids, num_experts, _), (pairs, counts, zeros, totals, *_) in zip(
+            jobs, Bench(jobs, stall=(0, 0.5, 0.9, 0)[seed], seed=seed).found, strict=True):
         expected, of_expert, of_token = model(ids, num_experts)
         assert pairs == expected
         assert counts == of_expert
@@ -137,33 +147,48 @@ def test_pairs_come_by_expert_and_in_the_order_of_their_tokens(seed):
 
 def test_no_pair_is_valid():
     jobs = [([[-1, 5], [4, -1]], 4, 1), ([[3, 0]], 4, 1)]
-    (pairs, counts, zeros, totals, _), after = Bench(jobs).found
-    assert not pairs and not any(counts)
+    (pairs, counts, zeros, totals, *_), after = Bench(jobs).found
+    assert not pairs and not counts
     assert zeros == [0, 1] and totals == {0: 0, 1: 0}
-    assert after[:2] == ([(0, 1), (0, 0)], [1, 0, 0, 1])
+    assert after[:2] == ([(0, 0), (0, 1)], [(3, 1), (0, 1)])
 
 
 def test_what_is_not_routed_is_all_of_expert_0():
     """Whatever ids the job before had."""
     jobs = [([[3, 1], [2, 7], [-1, -1]], 4, 1), ([[0]] * 5, 4, 0)]
-    pairs, counts, zeros, totals, _ = Bench(jobs).found[1]
+    pairs, counts, zeros, totals, *_ = Bench(jobs).found[1]
     assert pairs == [(i, i) for i in range(5)]
-    assert counts == [5, 0, 0, 0] and not zeros and set(totals.values()) == {1}
+    assert counts == [(0, 5)] and not zeros and set(totals.values()) == {1}
 
 
 def test_what_is_not_routed_goes_to_the_first_experts():
     """To as many as a token has pairs, and those that there are."""
     rest, few = Bench([([[0, 0]] * 3, 4, 0), ([[0, 0, 0]] * 2, 2, 0)]).found
     assert rest[0] == [(0, 0), (1, 2), (2, 4), (0, 1), (1, 3), (2, 5)]
-    assert rest[1] == [3, 3, 0, 0]
+    assert rest[1] == [(0, 3), (1, 3)]
     assert few[0] == [(0, 0), (1, 3), (0, 1), (1, 4)]
     assert few[3] == {0: 2, 1: 2}
 
 
-def test_cycles_are_those_of_the_docstring():
-    """Three for each pair, twice; two for each expert; one for a token without pairs."""
-    for experts, ids in ((1, [[0]]), (5, [[0, 3], [-1, 9], [4, 4]])):
-        zeros = sum(not count for count in model(ids, experts)[2])
-        pairs = len(ids) * len(ids[0])
-        (_, _, _, _, cycles), = Bench([(ids, experts, 1)]).found
-        assert cycles == 4 + 3 * pairs + zeros + 2 * experts + 4 + 3 * pairs
+def test_an_expert_may_come_several_times_for_a_token():
+    """In a row and not: each pair is the expert's, whoever else has that rank from before."""
+    ids = [[2, 2, 0, 2, 9, 0, 1]]
+    jobs = [([[0, 1, 2, 3]], 4, 1), (ids, 4, 1), ([[1, 1], [1, 1]], 4, 1)]
+    for (ids, num_experts, _), found in zip(jobs, Bench(jobs).found, strict=True):
+        assert found[:2] == model(ids, num_experts)[:2]
+
+
+@pytest.mark.parametrize(("experts", "ids"), [
+    (1, [[0]]), (16, [[9, 3, 12, 0]]), (5, [[0, 3], [-1, 9], [4, 4]]), (4, [[9, 9], [2, 0]])])
+def test_cycles_are_those_of_the_docstring(experts, ids):
+    """Three for each pair, and again if an expert has several, behind two for each expert."""
+    (_, counts, zeros, _, cycles, named), = Bench([(ids, experts, 1)]).found
+    pairs = len(ids) * len(ids[0])
+    expected = 5 + 3 * pairs + len(zeros)
+    if any(count > 1 for _, count in counts):
+        expected += 3 + 2 * len(counts) + 3 * pairs
+    assert cycles == expected
+    flat = [e for row in ids for e in row]
+    assert named == [
+        8 + 3 * flat.index(e) + sum(token < flat.index(e) // len(ids[0]) for token in zeros)
+        for e, _ in counts]

@@ -99,6 +99,54 @@ def test_words_come_in_order_and_fit(port_bytes):
     assert got == words.tolist()
 
 
+@pytest.mark.parametrize("name", ["small", "wide512"])
+def test_a_row_that_is_given_has_room(name):
+    """All its beats may come before the first word is taken; a read behind it is as ever."""
+    rng = np.random.default_rng(4)
+    config = preset(name)
+    port_bytes, experts = config.port_bytes, config.max_experts
+    dut = WordReader(config, count_bits=8)
+    words = rng.integers(0, 1 << 32, experts + 16)
+    beats = [int.from_bytes(beat.tobytes(), "little") for beat in
+             words.astype("<u4").view(np.uint8).reshape(-1, port_bytes)]
+    given, got = 4 * experts // port_bytes, []
+
+    async def take(ctx, count):
+        ctx.set(dut.o_word.ready, 1)
+        while len(got) < count:
+            assert not ctx.get(dut.o_idle)
+            *_, valid, word = await ctx.tick().sample(dut.o_word.valid, dut.o_word.payload)
+            if valid:
+                got.append(word)
+        ctx.set(dut.o_word.ready, 0)
+        assert ctx.get(dut.o_idle)
+
+    async def testbench(ctx):
+        for beat in beats[:given]:
+            ctx.set(dut.i_beat, {"valid": 1, "data": beat})
+            await ctx.tick()
+        ctx.set(dut.i_beat.valid, 0)
+        await ctx.tick().repeat(3)
+        await take(ctx, experts)
+        ctx.set(dut.i_count, 1)
+        ctx.set(dut.i_start, 1)
+        ctx.set(dut.reader.request.ready, 1)
+        await ctx.tick()
+        ctx.set(dut.i_start, 0)
+        assert ctx.get(dut.reader.request.valid)
+        await ctx.tick()
+        assert not ctx.get(dut.reader.request.valid)
+        for beat in beats[given:]:
+            ctx.set(dut.reader.valid, 1)
+            ctx.set(dut.reader.data, beat)
+            await ctx.tick()
+        ctx.set(dut.reader.valid, 0)
+        await take(ctx, experts + 16)
+
+    simulate(dut, testbench)
+    assert got == words.tolist()
+
+
 @pytest.mark.parametrize(("tokens", "top_k", "shared"), [
     (1, 1, 0), (4, 4, 0), (5, 7, 0), (2, 8, 0), (2, 6, 2), (5, 3, 1), (1, 1, 15)])
 def test_pairs_are_written_and_filled_up(tokens, top_k, shared):

@@ -244,8 +244,6 @@ def test_what_is_refused(devices):
         ({"share": np.ones((3, EXPERTS))}, r"share must be \(3 devices, 8 experts\) and add up"),
         ({"coarser": -1}, "coarser must be at least 0, not -1"),
         ({"row_blocks": 2}, "options of a layer on a cluster must be among .* shared, .*, not ro"),
-        ({"share": "row-split", "down_bias": np.zeros((EXPERTS, D_MODEL))},
-         "biases must be left out with share='row-split'"),
         ({"weight_format": ["int4_g32"]}, "one for each of 8 experts, not 1"),
     ]:
         with pytest.raises(errors.InvalidOption, match=why):
@@ -307,6 +305,30 @@ def test_all_kinds_of_layers_have_the_bits_of_one_device(devices, name):
             assert np.array_equal(y, expected)
             routed = (call()[1] >= 0) & (call()[1] < EXPERTS)
             assert sum(layer.last.pairs) == routed.sum() + 20 * len(options.get("shared", ()))
+
+
+@pytest.mark.parametrize("names", [("gate_up_bias",), ("down_bias",), tuple(BIASES)],
+                         ids="+".join)
+def test_a_row_split_has_each_bias_once(devices, alone, names):
+    options = {name: 4 * BIASES[name] for name in names}
+    with open_device("golden", config="small", memory_bytes=1 << 24) as device:
+        chosen = device.load_experts(*weights(), **options, row_blocks=SHARDS)
+        layer = device.load_experts(*weights(), **options, row_blocks=SHARDS, grid_exponent=GRID)
+        expected = layer(*call())
+        first = layer(*call(), leading_blocks=1)
+        whole = device.load_experts(*weights(), **options, grid_exponent=GRID)(*call())
+    unbiased = alone[SHARDS, GRID][0]
+    assert np.linalg.norm(expected - unbiased) > 0.1 * np.linalg.norm(unbiased)
+    # As far from whole experts as blocks' own rounding is, and what one block gives is not all.
+    assert np.linalg.norm(expected - whole) < 2e-3 * np.linalg.norm(whole)
+    assert np.linalg.norm(first - whole) > 0.1 * np.linalg.norm(whole)
+    with Cluster(devices, on_loss="reload") as cluster:
+        assert (cluster.load_experts(*weights(), share="row-split", **options).grid_exponent
+                == chosen.grid_exponent)
+        split = cluster.load_experts(*weights(), share="row-split", grid_exponent=GRID, **options)
+        assert np.array_equal(split(*call()), expected) and split.last.rounded == 0
+        devices[0].transport.lost = True  # that of the down biases
+        assert np.array_equal(split(*call()), expected)
 
 
 def test_shared_experts_stay_whole_in_a_row_split(devices):

@@ -15,13 +15,14 @@ CONFIG = PRESETS["small"]
 BEGIN = 100
 
 
-def run(counts, *, sections=2, latency=10, take=lambda expert, cycle: cycle):
-    """Let the table run alone; return the cycles of requests, offers, and takings by expert."""
-    ids = np.repeat(np.arange(len(counts)), counts)[:, None]
+def run(known, *, sections=2, latency=10, take=lambda expert, cycle: cycle):
+    """Let the table run alone, with experts that become known in those cycles; return the cycles of
+    requests, offers, and takings by expert."""
+    ids = np.arange(len(known) or 1)[:, None] - (not known)
     fmt = weight_format("mxint8")
     shapes = (Section(fmt, 512, 256, 2), Section(fmt, 256, 256, 2))[:sections]
-    job = Job(CONFIG, dict.fromkeys(range(len(counts)), shapes), ids, len(counts), 256, 256, 1,
-              latency, False)
+    job = Job(CONFIG, dict.fromkeys(range(len(known)), shapes), ids, 64, 256, 256, 1, latency,
+              False)
     schedule, port, asked = Schedule(), MemoryPort(latency), []
     read = port.read
     port.read = lambda cycle, beats: (asked.append(cycle), read(cycle, beats))[1]
@@ -35,34 +36,35 @@ def run(counts, *, sections=2, latency=10, take=lambda expert, cycle: cycle):
             schedule.set(table.taken[expert], cycle)
 
     schedule.start(0, taker())
-    table.start(BEGIN)
+    table.start(known)
     while schedule.next < 1 << 60:
         schedule.resume()
     return (asked, [event.cycle for event in table.offered.values()],
             [event.cycle for event in table.taken.values()])
 
 
-def test_it_walks_two_cycles_an_expert_and_one_more_where_it_asks():
-    asked, _, _ = run([1, 0, 0, 2, 1, 0, 1])
-    # READ, LOOK, ASK
-    assert asked == [BEGIN + 2, BEGIN + 2 + 1 + 2 * 3, BEGIN + 2 + 2 + 2 * 4, BEGIN + 2 + 3 + 2 * 6]
+def test_it_asks_three_cycles_behind_who_becomes_known():
+    asked, _, _ = run([BEGIN, BEGIN + 1, BEGIN + 4, BEGIN + 90])
+    # NUMBER, ADDRESS, ASK
+    assert asked == [BEGIN + 3, BEGIN + 6, BEGIN + 9, BEGIN + 93]
 
 
 @pytest.mark.parametrize(("sections", "cycles"), [(1, 14 + 4), (2, 19 + 4 + 4)])
 def test_an_entry_is_checked_section_by_section(sections, cycles):
     """256 elements are 8 steps, of 4 bits."""
-    asked, offered, _ = run([1], sections=sections, latency=50)
+    asked, offered, _ = run([BEGIN], sections=sections, latency=50)
     last = asked[0] + READ_CYCLES + 50  # 64 bytes are one beat
     assert offered == [last + cycles]
 
 
 def test_the_next_entry_is_checked_when_one_is_taken():
-    _, offered, taken = run([1, 1, 1], take=lambda expert, cycle: cycle + 100)
+    _, offered, taken = run([BEGIN] * 3, take=lambda expert, cycle: cycle + 100)
     assert [there - cycle for there, cycle in zip(offered[1:], taken, strict=False)] == [24, 24]
 
 
 def test_sixteen_entries_at_most_are_ahead():
-    asked, offered, taken = run([1] * 20, take=lambda expert, cycle: cycle + 1000 * (not expert))
+    asked, offered, taken = run(
+        [BEGIN] * 20, take=lambda expert, cycle: cycle + 1000 * (not expert))
     # The first is being offered, sixteen wait.
     assert [cycle < taken[0] for cycle in asked] == [True] * (ENTRIES + 1) + [False] * 3
     assert asked[ENTRIES + 1] == taken[0] + 2
@@ -70,4 +72,4 @@ def test_sixteen_entries_at_most_are_ahead():
 
 
 def test_no_expert_has_tokens():
-    assert run([0, 0, 0]) == ([], [], [])
+    assert run([]) == ([], [], [])

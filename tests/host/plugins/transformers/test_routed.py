@@ -15,6 +15,7 @@ from moeaccel.host.plugins.transformers import blocks
 from moeaccel.host.plugins.transformers.blocks import experts_in
 from moeaccel.host.plugins.transformers.choice import buffer_bytes
 from moeaccel.host.plugins.transformers.routed import needs
+from moeaccel.host.policies.costs import machine
 from moeaccel.host.traces.recorder import record
 from tests.support.experts import relative
 from tests.support.flavours import modelling, quantised, small_block, small_config
@@ -148,6 +149,49 @@ def test_blocks_give_what_their_class_does(device, name):
     assert device.counters()["commands"] - before == 1
 
 
+# -- with a policy
+@pytest.mark.parametrize("more", [{}, {"single_copy": True}], ids=["two copies", "one"])
+@pytest.mark.parametrize("name", ["Olmoe", "GptOss"])
+@torch.no_grad()
+def test_a_policy_decides_on_what_the_device_routes(device, ids, name, more, no_router_on_the_host):
+    model = model_of(name)
+    coarse = {"grid_exponent": -16}  # sums of parts are exact
+    use(device, route=False, **coarse)
+    by_host = model.generate(ids, max_new_tokens=3, do_sample=False)
+    plugin.release()
+    use(device, **coarse)
+    expected, logits = model.generate(ids, max_new_tokens=3, do_sample=False), model(ids).logits
+    free, layers = device.memory.free_bytes, ALL[name][0]
+    use(device, policy="all-on-torch" if more else "moeaccel", gpu_bytes=1 << 18,
+        resident_math="exact", on=machine("h100"), **coarse, **more)
+    assert all(block.on_device for block in plugin.routing(model))
+    no_router_on_the_host(model)
+    for _ in range(2):  # with residents of before
+        found = model.generate(ids, max_new_tokens=3, do_sample=False)
+        assert torch.equal(found, expected) and torch.equal(found, by_host)
+        assert torch.equal(model(ids).logits, logits)
+    counters = plugin.current_session().hybrid.counters
+    assert len(counters) == layers and all(layer.on_torch for layer in counters)
+    assert (device.memory.free_bytes > free) == bool(more)  # the images are those of before
+    use(device, **coarse)  # all of them are on the device again
+    assert torch.equal(model(ids).logits, logits)
+    assert device.memory.free_bytes == free
+
+
+@torch.no_grad()
+def test_a_policy_leaves_shared_experts_to_torch(device, ids):
+    model = model_of("Qwen2Moe")
+    options = {"policy": "moeaccel", "gpu_bytes": 1 << 18, "resident_math": "exact"}
+    use(device, route=False, **options)
+    expected = model(ids).logits
+    use(device, **options)
+    for block in plugin.routing(model):
+        assert block.reason == (
+            "shared experts must be none with a policy, which leaves them to the torch device, but "
+            "a block has 'shared_expert.down_proj.weight'")
+    assert torch.equal(model(ids).logits, expected)
+
+
 # -- which are taken
 @torch.no_grad()
 def test_a_model_need_not_be_announced(device, ids, no_router_on_the_host):
@@ -235,7 +279,6 @@ def test_the_plug_in_chooses_a_device_with_the_modes_that_there_must_be(environm
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"policy": "all-on-device"}, "route must be False with policy, which the host needs the rout"),
     ({"routes": (torch.zeros(1, 1, 2, dtype=torch.long), None)}, "must be False with routes, whi"),
     ({"route": "yes"}, "route must be True or False, not 'yes'"),
 ])

@@ -148,8 +148,8 @@ def test_of_several_faults_the_first_stream_is_named(at):
         changes["y_address"] = outside["zeros"]
     elif at <= STREAMS.index("y"):
         changes["y_address"] = top - 128  # the row of zeros is inside
-    # Token 0 has no expert; token 1 has two, between which token 2 is computed and leaves.
-    ids = np.array([[-1, -1], [0, 2], [1, -1], [3, -1]])
+    # Token 0 has no expert; token 1 has two, with the first of which token 2 leaves.
+    ids = np.array([[-1, -1], [0, 1], [0, -1], [3, -1]])
     call = draw(rng, 4, 32), ids, np.ones(ids.shape, np.float32)
     completion, counted, _ = bench.run(layer, *call, **changes)
     expected = outside | {"table": top, "x": outside["x"] + 128,

@@ -143,6 +143,17 @@ def test_a_bad_entry_ends_the_command_behind_the_experts_before_it(bench):
         "bytes_written": 256 + 2 * 512 + 64}
 
 
+def test_experts_run_as_ids_name_them(bench):
+    """Of two bad entries the one that is named first ends the command."""
+    rng = np.random.default_rng(10)
+    layer = bench.layer([gated(rng) for _ in range(4)])
+    layer.change(0, flags=4)
+    layer.change(1, flags=4)
+    completion, counted, _ = bench.run(layer, *call(rng, np.array([[3, 1], [2, 0]])))
+    assert (completion["status"], completion["detail"]) == (Status.BAD_EXPERT, 1)
+    assert (counted["expert_passes"], counted["assignments"]) == (1, 1)
+
+
 def test_a_bad_entry_without_tokens_is_not_read(bench):
     rng = np.random.default_rng(2)
     layer = bench.layer([gated(rng), gated(rng), gated(rng)])
@@ -156,7 +167,7 @@ def test_the_first_expert_may_be_bad(bench):
     rng = np.random.default_rng(3)
     layer = bench.layer([gated(rng), gated(rng)])
     layer.change(0, words1=1)
-    x, ids, weights = call(rng, np.array([[1, 0]]))
+    x, ids, weights = call(rng, np.array([[0, 1]]))
     completion, counted, _ = bench.run(layer, x, ids, weights)
     assert (completion["status"], completion["detail"], completion["address"]) == (
         Status.BAD_EXPERT, 0, field_of(EXPERT, "words1").word)
