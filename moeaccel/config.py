@@ -583,6 +583,10 @@ PRESETS: dict[str, AcceleratorConfig] = {
 # The board with a router fits, but was routed at 90 MHz only.
 PRESETS["ulx3s-router"] = PRESETS["ulx3s"].replace(
     name="ulx3s-router", router=("softmax", "sigmoid"), router_top_k=8)
+# One 4-bit and one 8-bit format with 2:4 share its selection network. Left out: a router, and 1:4,
+# of which the multipliers of scales alone are more than the device has left.
+PRESETS["ulx3s-sparse"] = PRESETS["ulx3s"].replace(
+    name="ulx3s-sparse", formats=(*FORMATS, "mxint8+2:4", "int4_g32+2:4"))
 PRESETS["wide512-sparse"] = PRESETS["wide512"].replace(
     name="wide512-sparse", formats=tuple(ALL_FORMATS))
 # All that there is. A slot holds a channel's share of an expert of OLMoE (3,466 beats in int4_g32)

@@ -4,9 +4,10 @@ what goes through memory.
 The dispatcher plans so in hardware; golden device (counters, faults) and cycle model take it from
 here, and the RTL is tested against it.
 
-Experts come in the order in which ids name them first, each with its pairs in the order of their
-tokens, in passes of as many as there are slots. So what a few tokens add to the experts of those
-before is passes over the very same tokens, which keep x and y on the chip when they follow; else
+Experts come in the order in which ids name them first; of several tokens, those with several pairs
+ahead of those with one. Each has its pairs in the order of their tokens, in passes of as many as
+there are slots. So passes of one token alone follow each other, and often those of the same few
+tokens. Consecutive passes over the very same tokens keep x and y on the chip; else
 the tokens' sums leave after the pass: as rows of y when no later pass touches the token, as partial
 sums to the workspace, from where the next pass with that token adds them, when one does.
 """
@@ -72,7 +73,7 @@ class Plan:
     ----------
     tokens : :class:`int`
     experts : tuple of int
-        Those with tokens, as ids name them first: their entries of the expert table are read.
+        Those with tokens, in their order: their entries of the expert table are read.
     passes : tuple of :class:`Pass`
     zeros : tuple of int
         Tokens without an expert: their rows of y are zeros, written before anything else.
@@ -129,8 +130,10 @@ def plan(ids: NDArray[np.integer], num_experts: int, slots: int) -> Plan:
     tokens, top_k = ids.shape
     flat = ids.reshape(-1)
     pairs = np.flatnonzero((flat >= 0) & (flat < num_experts))
-    _, named, number = np.unique(flat[pairs], return_index=True, return_inverse=True)
-    pairs = pairs[np.argsort(named[number], kind="stable")]
+    _, named, number, count = np.unique(
+        flat[pairs], return_index=True, return_inverse=True, return_counts=True)
+    order = named + (tokens > 1) * (count == 1) * flat.size
+    pairs = pairs[np.argsort(order[number], kind="stable")]
     token_of = pairs // top_k
     left = np.bincount(token_of, minlength=tokens).tolist()
     zeros = tuple(token for token, count in enumerate(left) if not count)

@@ -38,7 +38,7 @@ class _Wires:
 
         # Passes.
         self.expert = Signal(layouts.expert(config), reset_less=True)
-        self.rank = Signal(layouts.expert_bits(config))  # of the next expert
+        self.place = Signal(layouts.expert_bits(config))  # of the next expert among all
         self.left = Signal.like(self.pairs)  # pairs of this expert not yet in a pass
         self.remaining = Signal.like(self.pairs)  # pairs of the command not yet in a pass
         self.slots = Signal(range(config.max_slots + 1))
@@ -64,14 +64,13 @@ class Dispatcher(wiring.Component):
                     +----- weights --> [SlotFiller] <--- passes: weights, sections, slots, x, pass
 
     The token-expert pairs, at most ``max_assignments``, are sorted by
-    :class:`~moeaccel.hdl.dispatch.pair_sort.PairSort`, by experts in the order in which ids name
-    them first: a token's experts are known while its ids are walked over, so that their entries are
-    on their way meanwhile, and passes of the last few tokens alone follow each other. Ids that are
-    negative or not below ``num_experts`` are skipped; a token without any pair is announced on
-    ``o_zero`` before the first pass. What is to be computed for an expert comes from the
-    :class:`~moeaccel.hdl.dispatch.expert_table.ExpertTable`; at a bad entry the command ends when
-    the passes handed out before have retired. A pass takes at most as many pairs as there are slots
-    (``max_slots``, half of it in ``a16``); a
+    :class:`~moeaccel.hdl.dispatch.pair_sort.PairSort` by expert, in its order: those of one token
+    are known while its ids are walked over, so that their entries are on their way meanwhile. Ids
+    that are negative or not below ``num_experts`` are skipped; a token without any pair is
+    announced on ``o_zero`` before the first pass. What is to be computed for an expert comes from
+    the :class:`~moeaccel.hdl.dispatch.expert_table.ExpertTable`; at a bad entry the command ends
+    when the passes handed out before have retired. A pass takes at most as many pairs as there are
+    slots (``max_slots``, half of it in ``a16``); a
     :class:`~moeaccel.hdl.dispatch.slot_filler.SlotFiller` writes its slot table. Consecutive passes
     over the very same tokens keep x and y on the chip (``same``). A pass is begun when fewer than
     ``slot_banks`` are handed out and not retired, so that nobody reads the bank of the slot table
@@ -89,10 +88,10 @@ class Dispatcher(wiring.Component):
     ``o_weights`` comes of it, for each expert in its turn, and is done when that is taken. A token
     without an expert is announced as ever.
 
-    Cycles: those of PairSort, then about 6 for each slot of a pass. From the last beat of ids to
-    the request for the first one's entry 13 if the port takes requests at once, 3 more for each
-    expert behind it. A job that is not ``routed`` needs no ids: every token goes to experts 0 to
-    ``top_k`` - 1 with weight 1.
+    Cycles: those of PairSort, then about 6 for each slot of a pass. From the last beat of a token's
+    ids to the request for the first one's entry 13 if the port takes requests at once, 3 more for
+    each expert behind it. A job that is not ``routed`` needs no ids: every token goes to experts 0
+    to ``top_k`` - 1 with weight 1.
 
     Parameters
     ----------
@@ -261,7 +260,7 @@ class Dispatcher(wiring.Component):
             table.i_experts.eq(sort.o_experts),
             sort.expert_address.eq(table.expert_address),
             table.expert_data.eq(sort.expert_data),
-            sort.count_address.eq(w.rank),
+            sort.count_address.eq(w.place),
             filler.total_w_en.eq(sort.total_w_en),
             filler.total_w_address.eq(sort.total_w_address),
             filler.total_w_data.eq(sort.total_w_data),
@@ -345,7 +344,7 @@ class Dispatcher(wiring.Component):
                     m.next = "PREPARE"
             with m.State("PREPARE"):
                 m.d.sync += [w.pairs.eq(job.tokens * job.top_k), w.fetching_weights.eq(0),
-                             w.rank.eq(0)]
+                             w.place.eq(0)]
                 m.next = "PREPARE_REQUEST"
                 with m.If(~job.routed | w.held):
                     m.d.comb += sort.i_start.eq(1)
@@ -384,7 +383,7 @@ class Dispatcher(wiring.Component):
                     # A bad one is not taken, so that the table asks for no more than it has.
                     m.d.comb += expert.ready.eq(~expert.p.bad)
                     m.d.sync += [w.expert.eq(expert.payload), w.left.eq(sort.count_data),
-                                 w.rank.eq(w.rank + 1)]
+                                 w.place.eq(w.place + 1)]
                     m.next = "PASS"
                     with m.If(expert.p.bad):
                         m.next = "BAD"

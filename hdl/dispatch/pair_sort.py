@@ -18,8 +18,9 @@ class _Wires:
     def __init__(self, config):
         pairs_bits = config.max_assignments.bit_length()
         rank_bits = layouts.expert_bits(config)
+        # An expert, and how many pairs it has beyond the first one.
         self.ranked = data.StructLayout({
-            "expert": layouts.expert_bits(config), "pairs": pairs_bits})
+            "expert": layouts.expert_bits(config), "more": ceil_log2(config.max_assignments)})
 
         # The walk over the pairs, in the order of their tokens, and the pair that it is at.
         self.rewind = Signal()  # it is held at the first pair
@@ -37,7 +38,7 @@ class _Wires:
         # The valid pair whose third cycle is over: what is known of it one and two cycles later.
         self.read, self.known = Signal(), Signal()
         self.pair = Signal(layouts.pair(config), reset_less=True)
-        self.entry = Signal(self.ranked, reset_less=True)  # its expert; pairs before, when known
+        self.entry = Signal(self.ranked, reset_less=True)  # its expert; with it, when known
         self.found = Signal(max(pairs_bits, rank_bits))  # what [places] says of ``expert``
         self.place = Signal.like(self.found, reset_less=True)  # when that was read
         self.again = Signal()  # the valid pair before has the same expert
@@ -45,11 +46,14 @@ class _Wires:
         self.new = Signal()  # no pair before has its expert, when known
 
         # The experts that have pairs.
-        self.shared = Signal()  # one has several
+        self.experts = Signal(range(config.max_experts + 1))  # so many so far
+        self.single = Signal()  # they are those of one token
+        self.shared = Signal()  # one has several pairs
         self.walk = Signal(rank_bits, reset_less=True)
         self.walk_ends = Signal()  # it is at the last one, since a cycle ago
         self.prefixing = Signal()
-        self.placing = Signal()  # ``at`` has a place
+        self.singles = Signal()  # the second of two walks: over those with one pair
+        self.placing = Signal()  # the place of ``entry`` is ``prefix``
         self.prefix = Signal(pairs_bits, reset_less=True)
         self.at = Signal(self.ranked)  # the expert that was asked for a cycle ago
 
@@ -60,26 +64,31 @@ class PairSort(wiring.Component):
     ::
 
         ids_w --> [ids] --> count --> [places], [ranks] --> prefix --> [places] --> scatter
-                             | |           |                                           |
-                             | |           +--> expert_data, count_data                v
-                    o_zero <-+ +--> total_w                           pair_data <-- [sorted]
+                             | |           |                      |                    |
+                             | |           +----> [listed] <------+                    v
+                    o_zero <-+ +--> total_w          |                pair_data <-- [sorted]
+                                                     +--> expert_data, count_data
 
-    Experts come in the order in which ids name them first: that is an expert's *rank*. ``places``
-    has the rank of each expert, ``ranks`` the expert of each rank, with its pairs. So an expert has
-    pairs if it is the one of its rank, and the rank one of those that have been given: nothing need
-    be cleared, and no cycle depends on how many experts there could be. When all pairs are counted,
-    those of the first ranks are where they belong, unless an expert has several (which it has not
-    for one token): then each rank's place follows from the counts, and the pairs are walked over
-    once more, to put them there.
+    The order in which ids name experts first gives each its *rank*. ``places`` has the rank of each
+    expert, ``ranks`` the expert of each rank, with its pairs. So an expert has pairs if it is the
+    one of its rank, and the rank one of those that have been given: nothing need be cleared, and no
+    cycle depends on how many experts there could be.
+
+    One token's experts come in that order, and when all pairs are counted, those of the first ranks
+    are where they belong, unless an expert has several. Of more tokens, experts with several pairs
+    come first, then those with one, so that passes of a token alone follow each other: each
+    expert's place follows from the counts, and the pairs are walked over once more, to put them
+    there. docs/architecture.md has what other orders would change.
 
     An id that is negative or not below ``num_experts`` makes no pair; a token without any pair is
     announced on ``o_zero``, and counting waits until that is taken. A job that is not ``routed``
     has no ids: a token's pairs are of experts 0, 1, ...
 
     Cycles: from ``i_start`` to ``o_done``, 5 and 3 for each pair, 1 or more for each token without
-    pairs; if an expert has several pairs, 3 more, 2 for each expert with pairs, and 3 for each pair
-    again. An expert counts in ``o_experts`` 8 cycles after ``i_start``, if its is the first pair,
-    and 3 more for each pair before it. Reset: idle.
+    pairs; with several tokens, 3 more, 4 for each expert with pairs, and 3 for each pair again; so
+    with one token and an expert that has several pairs, but 2 for each expert. One token's first
+    expert counts in ``o_experts`` 8 cycles after ``i_start``, if its is the first pair, and 3 more
+    for each pair before it. Reset: idle.
 
     Parameters
     ----------
@@ -105,11 +114,12 @@ class PairSort(wiring.Component):
         The pairs of a token have been counted: its index, and how many they are, 0 included. Once
         for each token, before ``o_done``.
     o_experts : :py:`Out(range(config.max_experts + 1))`
-        Experts with pairs so far: it grows from the cycle after ``i_start`` to ``o_done``.
+        Experts whose place among all is known: it grows from the cycle after ``i_start`` to
+        ``o_done``.
     expert_address, expert_data : :py:`In`, :py:`Out(layouts.expert_bits(config))`
-        The expert of a rank below ``o_experts``, one cycle later.
+        The expert at a place below ``o_experts``, one cycle later.
     count_address, count_data : :py:`In`, :py:`Out`
-        The pairs of a rank's expert, one cycle later.
+        Pairs of the expert at a place, one cycle later.
     o_pairs : :py:`Out`
         Pairs of all experts.
     pair_address, pair_data : :py:`In`, :py:`Out(layouts.pair(config))`
@@ -148,6 +158,7 @@ class PairSort(wiring.Component):
         wires = _Wires(self._config)
         self._pairs(m, wires)
         self._ranks(m, wires)
+        self._list(m, wires)
         self._places(m, wires)
         self._sequence(m, wires)
         return m
@@ -213,39 +224,53 @@ class PairSort(wiring.Component):
         up: if that is the same, what was read does not count (``again``).
         """
         ranks_w, ranks_r = unchecked_memory(m, "ranks", w.ranked, self._config.max_experts)
-        listed_w, listed_r = unchecked_memory(
-            m, "listed", len(self.expert_data), self._config.max_experts)
         there = Signal()
-        pairs = Signal.like(w.entry.pairs)
         m.d.comb += [
-            ranks_r.addr.eq(Mux(
-                w.counting, w.found, Mux(w.prefixing, w.walk, self.count_address))),
+            ranks_r.addr.eq(Mux(w.counting, w.found, w.walk)),
             w.at.eq(ranks_r.data),
-            there.eq((w.at.expert == w.entry.expert) & (w.place < self.o_experts)),
-            pairs.eq(w.entry.pairs + 1),
+            there.eq((w.at.expert == w.entry.expert) & (w.place < w.experts)),
             ranks_w.en.eq(w.known & w.counting),
             ranks_w.addr.eq(w.rank),
-            ranks_w.data.expert.eq(w.entry.expert),
-            ranks_w.data.pairs.eq(pairs),
-            listed_w.en.eq(w.known & w.counting),
-            listed_w.addr.eq(w.rank),
-            listed_w.data.eq(w.entry.expert),
-            listed_r.addr.eq(self.expert_address),
-            self.expert_data.eq(listed_r.data),
-            self.count_data.eq(w.at.pairs),
+            ranks_w.data.eq(w.entry),
         ]
-        m.d.sync += [w.read.eq(w.third & w.valid), w.known.eq(w.read)]
+        m.d.sync += [
+            w.read.eq(w.third & w.valid), w.known.eq(w.read), w.single.eq(self.i_job.tokens == 1)]
         with m.If(w.read):
             m.d.sync += w.new.eq(~there & ~w.again)
             with m.If(~w.again):
                 m.d.sync += [
-                    w.rank.eq(Mux(there, w.place, self.o_experts)),
-                    w.entry.pairs.eq(Mux(there, w.at.pairs, 0))]
+                    w.rank.eq(Mux(there, w.place, w.experts)),
+                    w.entry.more.eq(Mux(there, w.at.more + 1, 0))]
             with m.Else():
-                m.d.sync += w.entry.pairs.eq(pairs)
+                m.d.sync += w.entry.more.eq(w.entry.more + 1)
         with m.If(w.known & w.counting):
-            m.d.sync += [
-                self.o_experts.eq(self.o_experts + w.new), w.shared.eq(w.shared | ~w.new)]
+            m.d.sync += [w.experts.eq(w.experts + w.new), w.shared.eq(w.shared | ~w.new)]
+        with m.If(w.prefixing):
+            m.d.sync += w.entry.eq(w.at)
+
+    def _list(self, m, w):
+        """List experts in their order: one token's when they are counted, else with their places.
+
+        Numbers and pairs are read by different blocks.
+        """
+        listing = Signal()
+        m.d.comb += listing.eq(Mux(w.single, w.known & w.counting, w.placing))
+        more = Signal.like(w.entry.more)
+        for name, address, value, answer in (
+            ("listed", self.expert_address, w.entry.expert, self.expert_data),
+            ("listed_more", self.count_address, w.entry.more, more),
+        ):
+            write, read = unchecked_memory(m, name, len(value), self._config.max_experts)
+            m.d.comb += [
+                write.en.eq(listing),
+                write.addr.eq(Mux(w.single, w.rank, self.o_experts)),
+                write.data.eq(value),
+                read.addr.eq(address),
+                answer.eq(read.data),
+            ]
+        m.d.comb += self.count_data.eq(more + 1)
+        with m.If(listing):
+            m.d.sync += self.o_experts.eq(self.o_experts + (w.new | ~w.single))
 
     def _places(self, m, w):
         """Keep each expert's rank; then its cursor, at first the sum of the counts before it."""
@@ -256,32 +281,37 @@ class PairSort(wiring.Component):
         m.d.comb += [
             places_r.addr.eq(w.expert),
             w.found.eq(places_r.data),
-            places_w.addr.eq(Mux(w.prefixing, w.at.expert, w.entry.expert)),
+            places_w.addr.eq(w.entry.expert),
             places_w.data.eq(
-                Mux(w.prefixing, w.prefix, Mux(w.counting, w.rank, w.place + 1))),
+                Mux(w.placing, w.prefix, Mux(w.counting, w.rank, w.place + 1))),
             places_w.en.eq(w.placing | Mux(w.counting, w.known, w.read)),
             sorted_w.addr.eq(Mux(w.counting, w.rank, w.place)),
             sorted_w.data.eq(w.pair),
             sorted_w.en.eq(Mux(w.counting, w.known & w.new, w.read)),
             sorted_r.addr.eq(self.pair_address),
             self.pair_data.eq(sorted_r.data),
-            self.o_pairs.eq(Mux(w.shared, w.prefix, self.o_experts)),
+            self.o_pairs.eq(Mux(w.single & ~w.shared, self.o_experts, w.prefix)),
         ]
         with m.If(w.third & w.valid):
             m.d.sync += [
                 w.pair.token.eq(w.token), w.pair.index.eq(w.index), w.entry.expert.eq(w.expert),
                 w.place.eq(w.found),
-                w.again.eq((w.expert == w.entry.expert) & (self.o_experts != 0)),
+                w.again.eq((w.expert == w.entry.expert) & (w.experts != 0)),
             ]
 
     def _sequence(self, m, w):
-        """Count; if an expert has several pairs, add up, and put into place."""
-        m.d.sync += w.walk_ends.eq(w.walk + 1 == self.o_experts)
+        """Count; unless all is in its place, add up, and put into place."""
+        in_place = Signal()
+        m.d.comb += in_place.eq((w.single & ~w.shared) | (w.experts == 0))
+        m.d.sync += [w.walk_ends.eq(w.walk + 1 == w.experts), w.placing.eq(0)]
+        with m.If(w.placing):
+            m.d.sync += w.prefix.eq(w.prefix + w.entry.more + 1)
         with m.FSM() as sequence:
             m.d.comb += w.rewind.eq(sequence.ongoing("IDLE") | w.prefixing)
             with m.State("IDLE"):
                 with m.If(self.i_start):
-                    m.d.sync += [w.counting.eq(1), self.o_experts.eq(0), w.shared.eq(0)]
+                    m.d.sync += [w.counting.eq(1), w.experts.eq(0), self.o_experts.eq(0),
+                                 w.shared.eq(0), w.singles.eq(0), w.walk.eq(0), w.prefix.eq(0)]
                     m.next = "FIRST"
             with m.State("FIRST"):  # id
                 m.d.sync += w.take_first.eq(1)
@@ -316,18 +346,19 @@ class PairSort(wiring.Component):
                 m.d.sync += w.counting.eq(0)
                 m.next = "COUNTED"
             with m.State("COUNTED"):
-                m.d.comb += self.o_done.eq(~w.shared)
-                m.d.sync += [w.prefixing.eq(w.shared), w.prefix.eq(0), w.walk.eq(0)]
+                m.d.comb += self.o_done.eq(in_place)
+                m.d.sync += w.prefixing.eq(~in_place)
                 m.next = "IDLE"
-                with m.If(w.shared):
-                    m.next = "PREFIX_READ"
-            with m.State("PREFIX_READ"):
-                m.d.sync += w.placing.eq(1)
-                m.next = "PREFIX_WRITE"
-            with m.State("PREFIX_WRITE"):
-                m.d.sync += [w.placing.eq(0), w.prefix.eq(w.prefix + w.at.pairs),
+                with m.If(~in_place):
+                    m.next = "RANK"
+            with m.State("RANK"):
+                m.next = "RANKED"
+            with m.State("RANKED"):  # its place is written in the next cycle
+                m.d.sync += [w.placing.eq(w.single | ((w.at.more == 0) == w.singles)),
                              w.walk.eq(w.walk + 1)]
-                m.next = "PREFIX_READ"
+                m.next = "RANK"
                 with m.If(w.walk_ends):
-                    m.d.sync += w.prefixing.eq(0)
-                    m.next = "FIRST"
+                    m.d.sync += [w.walk.eq(0), w.singles.eq(1)]
+                    with m.If(w.single | w.singles):
+                        m.d.sync += w.prefixing.eq(0)
+                        m.next = "FIRST"

@@ -15,6 +15,7 @@ from moeaccel.host.buffering.predictions import Prediction
 from moeaccel.host.errors import InvalidOption
 from moeaccel.host.traces import RoutingTrace
 from moeaccel.image import ExpertShape
+from moeaccel.plan import plan
 
 __all__ = ["Call", "Outcome", "replay"]
 
@@ -196,10 +197,10 @@ def replay(trace: RoutingTrace, call: Call, *, slots: int, slot_bytes: int | Non
 
 
 def _calls(trace: RoutingTrace
-           ) -> Iterator[tuple[np.ndarray, list[int], np.ndarray | None, bool, int]]:
+           ) -> Iterator[tuple[np.ndarray, tuple[int, ...], np.ndarray | None, bool, int]]:
     """Yield for each call its uses, its experts as they come, the uses of the next one, whether a
     request begins, its layer."""
-    waiting: tuple[np.ndarray, list[int], bool, int] | None = None
+    waiting: tuple[np.ndarray, tuple[int, ...], bool, int] | None = None
     requests: set[int] = set()
     for step in trace.steps("decode"):
         now = set(step.request.tolist())
@@ -209,7 +210,6 @@ def _calls(trace: RoutingTrace
                 continue
             if waiting is not None:
                 yield *waiting[:2], uses, *waiting[2:]
-            ids = step.ids[:, layer]
-            waiting = uses, list(dict.fromkeys(ids[ids >= 0].tolist())), new, layer
+            waiting = uses, plan(step.ids[:, layer], trace.n_experts, 1).experts, new, layer
     if waiting is not None:
         yield *waiting[:2], None, *waiting[2:]

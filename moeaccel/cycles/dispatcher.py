@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,6 +20,8 @@ from moeaccel.image import Section
 
 KNOWN_CYCLES = 5
 """PairSort: from a pair's first cycle to where its expert counts."""
+RANKED_CYCLES = 6
+"""PairSort: from the last pair's third cycle to where the first expert of several tokens counts."""
 POLL_CYCLES = 2
 """How often it is looked whether a request can be made."""
 
@@ -223,26 +226,35 @@ class Dispatcher:
             cycle = self._tiles.sections[-1].accepted
 
     def _sort(self, cycle: int) -> int:
-        """Return when a sort that starts in ``cycle`` is over: 3 cycles for each pair; behind 2 for
-        each expert once more, if one has several pairs.
+        """Return when a sort that starts in ``cycle`` is over.
 
-        A token without an expert waits until the row of zeros before it is written.
+        It takes 3 cycles for each pair, and once more unless all is in its place by then, behind 2
+        for each expert or, of several tokens, 4. A token without an expert waits until the row of
+        zeros before it is written.
         """
         job, plan = self._job, self._job.plan
         tokens, top_k = job.ids.shape
         cycle += 3
-        begins: list[int] = []  # of tokens
+        begin = cycle
         for token in range(tokens):
-            begins.append(cycle)
             cycle += 3 * top_k
             if token in plan.zeros:
                 cycle = self._combiner.zero_row(cycle) if job.loads is None else cycle + 1
+        count = len(plan.experts)
         first = {now.expert: now.pairs[0] for now in reversed(plan.passes)}
-        self._table.start([
-            begins[first[expert] // top_k] + 3 * (first[expert] % top_k) + KNOWN_CYCLES
-            for expert in plan.experts])
-        if plan.pairs > len(plan.experts):
-            cycle += 3 + 2 * len(plan.experts) + 3 * job.ids.size
+        rank = {expert: n for n, expert in enumerate(sorted(first, key=first.__getitem__))}
+        if tokens == 1:
+            known = [begin + 3 * first[expert] + KNOWN_CYCLES for expert in rank]
+        else:  # a walk over experts with several pairs, and one over those with one
+            pairs: Counter[int] = Counter()
+            for now in plan.passes:
+                pairs[now.expert] += len(now.pairs)
+            known = [
+                cycle + RANKED_CYCLES + 2 * (rank[expert] + count * (pairs[expert] == 1))
+                for expert in plan.experts]
+        self._table.start(known)
+        if plan.pairs > count or (tokens > 1 and count):
+            cycle += 3 + (4 if tokens > 1 else 2) * count + 3 * job.ids.size
         return cycle + 3
 
 

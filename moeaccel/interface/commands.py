@@ -55,8 +55,8 @@ class Opcode(enum.IntEnum):
     """As MOE, without its experts: ids and weights are written, y is not."""
     PREFETCH = 7
     """Bring the leading beats of experts into the expert buffer, where they are not there already:
-    of those that ids name, in their order; each takes the slot that was filled or used longest
-    ago."""
+    of those that ids name, in the order of EXPERTS; each takes the slot that was filled or used
+    longest ago."""
     FORGET = 8
     """Empty the expert buffer: what follows reads weights as they are in memory now."""
 

@@ -73,8 +73,8 @@ def test_a_field_that_there_is_not_is_named():
 def test_unknown_preset_lists_the_known_ones():
     with pytest.raises(
         ConfigurationError,
-        match="tiny, small, ulx3s, wide512, hbm32, peer256, ulx3s-router, wide512-sparse, "
-              "hbm32-full, not 'huge'",
+        match="tiny, small, ulx3s, wide512, hbm32, peer256, ulx3s-router, ulx3s-sparse, "
+              "wide512-sparse, hbm32-full, not 'huge'",
     ):
         preset("huge")
 

@@ -70,6 +70,16 @@ def test_order_of_a_tokens_experts(experts, call, whole, seed):
                              np.take_along_axis(scores, order, 1)), whole)
 
 
+def test_a_token_may_name_an_expert_twice(experts, call):
+    """Alone, where experts are handed out before that is known, and with others."""
+    x, ids, scores = (array[:8] for array in call)
+    twice = ids[:, [0, 1, 0, 2, 2, 1]], np.hstack([scores, scores[:, ::-1] * 3])
+    y = experts(x, *twice)
+    for token in range(len(x)):
+        rows = slice(token, token + 1)
+        assert_same_bits(experts(x[rows], *(array[rows] for array in twice)), y[rows])
+
+
 def test_order_of_the_layers_experts(experts, call, whole, weights):
     """The device walks over experts by number; with other numbers it walks in another order."""
     x, ids, scores = call
