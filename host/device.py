@@ -14,6 +14,7 @@ from typing import Self
 
 from moeaccel.config import AcceleratorConfig
 from moeaccel.host import weights
+from moeaccel.host.calls import Pending
 from moeaccel.host.errors import (
     DeviceClosed,
     DeviceStopped,
@@ -32,9 +33,10 @@ from moeaccel.host.process import Bound, Inherited
 from moeaccel.host.registers import RegisterAccess, fields_of, mask
 from moeaccel.host.residents import Residents
 from moeaccel.host.rings import Command, CommandRings, Completion
+from moeaccel.host.stacks import Stack
 from moeaccel.host.tensors import Tensor
 from moeaccel.host.transports.base import Transport
-from moeaccel.host.weights import Format, Formats, Progress, Shared, Stack
+from moeaccel.host.weights import Format, Formats, Progress, Shared
 from moeaccel.image import Expert
 from moeaccel.interface.commands import Opcode
 
@@ -105,7 +107,7 @@ class Device(Routes, Prefetches, Bound, Inherited):
         self._polling, self._waits_beside = polling, transport.waits_beside
         self._registers = RegisterAccess(transport)
         self._lock = threading.RLock()
-        self._handles: weakref.WeakSet[Handle] = weakref.WeakSet()
+        self._handles: weakref.WeakSet[Handle | Pending] = weakref.WeakSet()
         self._resetting = False
         self._last_cycles = 0
         check_version(self._registers)
@@ -116,9 +118,10 @@ class Device(Routes, Prefetches, Bound, Inherited):
         size = (transport.memory_bytes - PAGE) // COMMAND_ALIGNMENT * COMMAND_ALIGNMENT
         self._residents = Residents(
             transport, [config.device_address(channel, 0) for channel in range(config.channels)])
-        self._memory = Allocator(PAGE, size, before_use=self._forget, make_room=self._make_room)
+        self._memory = Allocator(PAGE, size, before_use=self._forget)
         self._rings = CommandRings(transport, self._memory, entries_log2=ring_log2,
                                    polling=polling)
+        self._memory.make_room = self._make_room  # there is none to make before there are rings
         self.reset()
         Inherited.__init__(self)
 

@@ -177,7 +177,8 @@ class Allocator:
     before_use : callable, optional
         Called with address and size of every allocation that will not keep what it holds.
     make_room : callable, optional
-        Called when an allocation does not fit; returns whether it is worth trying again.
+        Called when an allocation does not fit; returns whether it is worth trying again. It may be
+        set later.
     """
 
     def __init__(self, base: int, size: int, *,
@@ -189,7 +190,7 @@ class Allocator:
                     f"{name} must be a multiple of {COMMAND_ALIGNMENT}, not {value}")
         self._size = size
         self._before_use = before_use
-        self._make_room = make_room
+        self.make_room = make_room
         self._books = _Books((base,), (base + size,), {}) if size else _Books((), (), {})
         self._garbage: deque[_Claim] = deque()
         self._lock = Lock()
@@ -246,7 +247,7 @@ class Allocator:
                 f"alignment must be a power of two from {COMMAND_ALIGNMENT} on, not {alignment}")
         size = -(-size // COMMAND_ALIGNMENT) * COMMAND_ALIGNMENT
         while (allocation := self._find(size, alignment, top)) is None:
-            if self._make_room is None or not self._make_room():
+            if self.make_room is None or not self.make_room():
                 raise self._no_room(size)
         if self._before_use is not None and not keeps:
             try:

@@ -6,8 +6,8 @@ asked for, MOE_ROUTE.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeAlias, cast
@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, Self, TypeAlias, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from moeaccel.config import TOP_K_MAX
+from moeaccel.config import TOP_K_MAX, AcceleratorConfig
+from moeaccel.errors import FormatError, about
 from moeaccel.formats import whole_blocks
 from moeaccel.host import routing, weights as loading
-from moeaccel.host.calls import Pending, Sent, send_parts
+from moeaccel.host.calls import Pending, Sent
 from moeaccel.host.errors import (
     DeviceClosed,
     HandleConsumed,
@@ -28,8 +29,10 @@ from moeaccel.host.errors import (
 )
 from moeaccel.host.layers import Experts, Linear
 from moeaccel.host.memory import Allocation
-from moeaccel.host.options import check_names, seconds
+from moeaccel.host.options import check_names, whole
+from moeaccel.host.process import Bound
 from moeaccel.host.routing import Router
+from moeaccel.host.stacks import Stack, stack_shape
 from moeaccel.host.staging import offsets
 from moeaccel.host.tensors import (
     Like,
@@ -40,7 +43,7 @@ from moeaccel.host.tensors import (
     is_torch,
     shape_of,
 )
-from moeaccel.host.weights import Shared, Stack
+from moeaccel.host.weights import Shared
 from moeaccel.interface.commands import (
     ENTRY_BYTES,
     MOE_ALIGNMENT,
@@ -60,10 +63,24 @@ GatedShared: TypeAlias = (
     Shared | tuple[Tensor, Tensor, Tensor] | Sequence[tuple[Tensor, Tensor, Tensor]])
 """Shared experts, each with its gate behind its matrices, or none with one."""
 
-__all__ = ["Moe", "Routes", "load_moe"]
+__all__ = ["Moe", "Routes", "load_moe", "router_bytes"]
 
 LOGIT_GRID = -30
 """Grid of the logits: what ROUTE takes reaches to 2**11, and has 20 bits behind the point."""
+
+
+def router_bytes(config: AcceleratorConfig, outputs: int, d_model: int) -> int:
+    """Return how many bytes of each channel's memory a router takes at most: both planes with their
+    descriptor and table, what a command names it by, and biases.
+
+    Raises
+    ------
+    LimitExceeded
+        If the configuration has no 8-bit format.
+    """
+    planes = 2 * loading.plane_shape(config, outputs, d_model).memory_bytes + 3 * ENTRY_BYTES
+    biases = table_bytes(np.zeros((outputs, 2), np.int32), None).size
+    return planes + ENTRY_BYTES * len(MOE_BLOCK) + biases
 
 
 def load_moe(device: Device, router: Router | Sequence[Router], gate_up: Stack, down: Stack, *,
@@ -71,17 +88,24 @@ def load_moe(device: Device, router: Router | Sequence[Router], gate_up: Stack, 
     """Put a layer into a device's memory; :meth:`moeaccel.host.Device.load_moe`."""
     check_names("load_moe", options, device.load_experts)
     given: list[Any] = list(router) if isinstance(router, tuple | list) else [router]
-    several = len(given) > 1
+    experts = stack_shape("down", down, "H", "I")[0]
     if not given:
         raise InvalidOption("router must be at least one, not an empty sequence")
+
+    def of_task(task: int) -> AbstractContextManager[None]:
+        """Let errors say which router it is about, where there are several."""
+        return nullcontext() if len(given) == 1 else about(
+            f"router of task {task}", FormatError, InvalidOption, InvalidTensor, LimitExceeded,
+            RouterError)
+
     ready: list[tuple[Router, Tensor]] = []
     pairs: Shared | None = None
     for task, one in enumerate(given):
-        with _of_task(task, several):
+        with of_task(task):
             own, weight, pairs = _checked(device, one, shared)
-            if own.settings.experts != len(down):
+            if own.settings.experts != experts:
                 raise InvalidTensor(f"down must have E = {own.settings.experts} experts, the "
-                                    f"router's, not {len(down)}")
+                                    f"router's, not {experts}")
             ready.append((own, weight))
     loaded = device.load_experts(gate_up, down, shared=pairs, **options)
     planes: list[Linear] = []
@@ -90,7 +114,7 @@ def load_moe(device: Device, router: Router | Sequence[Router], gate_up: Stack, 
             raise InvalidOption("row_blocks and identity experts must be left out where the device "
                                 "routes: its ids are entries of the table; route on the host")
         for task, (one, weight) in enumerate(ready):
-            with _of_task(task, several):
+            with of_task(task):
                 _check_behind(one.settings, len(loaded.shared_shapes))
                 planes.append(
                     loading.load_router_weight(device, weight, grid_exponent=LOGIT_GRID))
@@ -104,17 +128,6 @@ def load_moe(device: Device, router: Router | Sequence[Router], gate_up: Stack, 
         for layer in (*planes, loaded):
             layer.close()
         raise
-
-
-@contextmanager
-def _of_task(task: int, several: bool) -> Iterator[None]:
-    """Let errors say which router it is about, where there are several."""
-    try:
-        yield
-    except (InvalidOption, InvalidTensor, LimitExceeded, RouterError) as error:
-        if not several:
-            raise
-        raise type(error)(f"router of task {task}: {error}") from error
 
 
 def _checked(device: Device, router: Router, shared: GatedShared | None
@@ -155,9 +168,9 @@ def _with_gates(router: Router, weight: Tensor, shared: GatedShared | None
                 ) -> tuple[Router, Tensor, Shared | None]:
     """Return the router and its weight with the gates of shared experts as rows of its own, and the
     experts without."""
-    if shared is None:
-        return router, weight, None
-    single = isinstance(shared, Sequence) and all(len(getattr(one, "shape", ())) for one in shared)
+    if not isinstance(shared, Sequence):  # None, or what load_experts() refuses
+        return router, weight, shared
+    single = all(len(getattr(one, "shape", ())) for one in shared)
     several: list[Any] = [shared] if single else list(shared)
     gates = [one[2] for one in several if isinstance(one, Sequence) and len(one) == 3]
     if not gates:
@@ -185,7 +198,7 @@ class _Task:
     block: Allocation
 
 
-class Moe:
+class Moe(Bound):
     """A layer that routes by itself; from :meth:`Device.load_moe`.
 
     Attributes
@@ -286,7 +299,7 @@ class Moe:
         if chosen.router.settings.weight_on_kind is WeightOn.INPUT:
             ids, weights, y = self._weighted(x, chosen)
         else:
-            ids, weights, y = self._submit(x, chosen, compute=True).result()
+            ids, weights, y = self._submit(x, chosen, compute=True).only_result()
         return (y, *_like(x, ids, weights))
 
     def submit(self, x: Tensor, *, task: int = 0) -> Pending:
@@ -318,32 +331,26 @@ class Moe:
         DeviceTimeout
             If it takes too long; the handle can be used again.
         HandleConsumed
-            The second time, and for a handle of another layer. Otherwise as a call.
-        InvalidOption
-            If it is no handle, or ``timeout_s`` no such number.
+            If the handle is not one that this layer waits for. Otherwise as a call.
         """
         if not isinstance(handle, Pending):
             raise InvalidOption(
                 f"handle must be what submit() returned, not {type(handle).__name__}")
         if handle.owner is not self:
             raise HandleConsumed("handle must be one that this layer's submit() returned")
-        if timeout_s is not None:
-            seconds("timeout_s", timeout_s)
-        return handle.result(timeout_s=timeout_s, again=True)[2]
+        return handle.result(timeout_s=timeout_s)[2]
 
     def route(self, x: Tensor, *, task: int = 0) -> tuple[Any, Any]:
         """Return ids, (T, k) int64, and weights, (T, k) float32, that x is routed by.
 
         Shared experts are not among them. Errors are those of a call.
         """
-        ids, weights, _ = self._submit(x, self._task(task), compute=False).result()
+        ids, weights, _ = self._submit(x, self._task(task), compute=False).only_result()
         return _like(x, ids, weights)
 
     def _task(self, task: int) -> _Task:
-        if not isinstance(task, int) or not 0 <= task < len(self._tasks):
-            raise InvalidOption(f"task must be from 0 to {len(self._tasks) - 1}, of the routers of "
-                                f"this layer, not {task!r}")
-        return self._tasks[task]
+        return self._tasks[whole("task", task, least=0, most=len(self._tasks) - 1,
+                                 unit=", of the routers of this layer")]
 
     def _weighted(self, x: Tensor, task: _Task
                   ) -> tuple[NDArray[np.int32], NDArray[np.float32], Any]:
@@ -352,7 +359,7 @@ class Moe:
 
         Shared experts take x as it is, and are added in float32.
         """
-        ids, weights, _ = self._submit(x, task, compute=False).result()
+        ids, weights, _ = self._submit(x, task, compute=False).only_result()
         rows = float32("x", x)
         tokens = len(rows)
         if not self._shared:
@@ -405,16 +412,16 @@ class Moe:
         most = min(config.max_tokens, config.max_assignments // (top_k + self._shared))
         routing.check_tokens(settings, tokens, most)
         like = Like.of(x)
-        parts = send_parts(
+        return Pending(self._device, self, lambda: (ids, weights, like(y))).send(
             tokens, most, lambda part: self._send(
                 task, rows[part], ids[part], weights[part], y[part] if compute else None,
                 part.start), together=settings.capacity is not None)
-        return Pending(self._device, parts, lambda: (ids, weights, like(y)), self)
 
     def _send(self, task: _Task, x: NDArray[Any], ids: NDArray[np.int32],
               weights: NDArray[np.float32], y: NDArray[Any] | None, first: int) -> Sent:
         """Send the command of some tokens."""
         device, settings = self._device, task.router.settings
+        kept = task.block, *task.plane._kept(), *self.experts._kept()
         tokens, width = x.shape
         slots = settings.top_k + self._shared
         widest = max(width, whole_blocks(settings.outputs))
@@ -426,16 +433,14 @@ class Moe:
                               "workspace_address"),
                              (buffers.address + offset for offset in at), strict=True))
         kind = int(element_type(x))
-        with device._lock:  # nobody closes it meanwhile
-            return Sent(
-                device, opcode.name, {
-                    "opcode": int(opcode), "tokens": tokens, "top_k": slots, "x_type": kind,
-                    "y_type": kind, "layer_address": task.block.address, **addresses},
-                buffers=buffers,
-                inputs={buffers.address: np.ascontiguousarray(x).view(np.uint8).reshape(-1)},
-                take=lambda: self._take_results(buffers.address, at, ids, weights, y),
-                keep=(task.block, *task.plane._kept(), *self.experts._kept()),
-                first_token=first)
+        return Sent(
+            device, opcode.name, {
+                "opcode": int(opcode), "tokens": tokens, "top_k": slots, "x_type": kind,
+                "y_type": kind, "layer_address": task.block.address, **addresses},
+            buffers=buffers,
+            inputs={buffers.address: np.ascontiguousarray(x).view(np.uint8).reshape(-1)},
+            take=lambda: self._take_results(buffers.address, at, ids, weights, y),
+            keep=kept, first_token=first)
 
     def _take_results(self, base: int, at: Sequence[int], ids: NDArray[np.int32],
                       weights: NDArray[np.float32], y: NDArray[Any] | None) -> None:

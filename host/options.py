@@ -24,9 +24,12 @@ def whole(name: str, value: Any, *, least: int, most: int | None = None, unit: s
         If it is none.
     """
     span = f"from {least:,} to {most:,}" if most is not None else f"at least {least:,}"
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    try:
+        number = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
         raise InvalidOption(f"{name} must be a whole number, {span}{unit}, not {value!r}")
-    number = operator.index(value)
     if number < least or (most is not None and number > most):
         raise InvalidOption(f"{name} must be {span}{unit}, not {number}")
     return number

@@ -11,13 +11,14 @@ from moeaccel.config import AcceleratorConfig
 from moeaccel.host.errors import InvalidOption, LimitExceeded
 from moeaccel.host.layers import Experts
 from moeaccel.host.memory import COMMAND_ALIGNMENT
+from moeaccel.host.options import whole
 from moeaccel.host.rings import Command
 from moeaccel.interface.commands import Opcode
 
 if TYPE_CHECKING:
     from moeaccel.host.device import Device
 
-__all__ = ["Prefetches", "check_buffer"]
+__all__ = ["Prefetches", "check_buffer", "most_bytes"]
 
 _IDS = COMMAND_ALIGNMENT // 4
 """Ids that fill a block of memory."""
@@ -35,6 +36,14 @@ def check_buffer(config: AcceleratorConfig) -> int:
         raise LimitExceeded(f"config must have an expert buffer, and {config.name!r} has none; "
                             "take one with buffer_slots and buffer_beats")
     return min(config.buffer_slots, config.max_tokens)
+
+
+def most_bytes(layer: Experts, expert: int) -> int:
+    """Return how many bytes of an expert come, on all channels, when nothing of it is there."""
+    config, blocks = layer.device.config, layer.row_blocks
+    return config.channels * sum(
+        min(config.buffer_beats * config.port_bytes, shape.image_bytes - shape.header_bytes)
+        for shape in layer.shapes[expert * blocks : (expert + 1) * blocks])
 
 
 class Prefetches:
@@ -74,13 +83,14 @@ class Prefetches:
         if not isinstance(layer, Experts) or layer.device is not device:
             raise InvalidOption("layer must be one of this device's load_experts(), not "
                                 f"{type(layer).__name__} of another")
-        named = list(dict.fromkeys(ids))
-        for expert in named:
-            if not isinstance(expert, int | np.integer) or not 0 <= expert < layer.num_experts:
-                raise InvalidOption(f"ids must be from 0 to {layer.num_experts - 1}, those of the "
-                                    f"layer's experts, not {expert!r}")
+        if not isinstance(ids, Iterable):
+            raise InvalidOption("ids must be some numbers of experts, such as [0, 3], not "
+                                f"{type(ids).__name__}")
+        named = list(dict.fromkeys(
+            whole("ids", expert, least=0, most=layer.num_experts - 1,
+                  unit=", those of the layer's experts") for expert in ids))
         blocks = layer.row_blocks
-        entries = [blocks * int(expert) + block for expert in named for block in range(blocks)]
+        entries = [blocks * expert + block for expert in named for block in range(blocks)]
         if not 1 <= len(entries) <= most:
             parts = f" of {blocks} row blocks each" if blocks > 1 else ""
             raise LimitExceeded(f"ids must name from 1 to {most // blocks} different experts{parts}"

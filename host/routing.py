@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from moeaccel.config import PRESETS, AcceleratorConfig
 from moeaccel.formats import whole_blocks
-from moeaccel.host.calls import Pending, Sent, send_parts
+from moeaccel.host.calls import Pending, Sent
 from moeaccel.host.errors import InvalidOption, InvalidTensor, LimitExceeded
 from moeaccel.host.staging import offsets
 from moeaccel.host.tensors import Like, Tensor, float32, is_torch, shape_of
@@ -61,9 +61,9 @@ class Router:
                  bias: Tensor | None = None, selection_bias: Tensor | None = None,
                  **settings: Any) -> None:
         if weight is not None:
-            gates = settings.get("shared", 0)
-            rows = shape_of("weight", weight, "E", "H")[0] - (
-                gates if isinstance(gates, int) else 0)
+            rows, gates = shape_of("weight", weight, "E", "H")[0], settings.get("shared", 0)
+            if isinstance(gates, int | np.integer) and 0 <= gates < rows:  # else settings refuse it
+                rows -= int(gates)
             if experts not in (None, rows):
                 raise RouterError(f"experts must be {rows}, the rows of weight, not {experts!r}")
             experts = rows
@@ -167,7 +167,7 @@ def settings_of(router: Router) -> RouterSettings:
 def route(device: Device, router: Router, logits: Tensor, *, resident: Tensor | None = None
           ) -> tuple[Any, Any]:
     """Route by logits; :meth:`moeaccel.host.Device.route`."""
-    return submit(device, router, logits, resident=resident).result()
+    return submit(device, router, logits, resident=resident).only_result()
 
 
 def submit(device: Device, router: Router, logits: Tensor, *, resident: Tensor | None = None
@@ -186,8 +186,10 @@ def submit(device: Device, router: Router, logits: Tensor, *, resident: Tensor |
         if shape_of("resident", resident, "E") != (experts,):
             raise InvalidTensor(
                 f"resident must have the shape ({experts},), not {tuple(resident.shape)}")
-        mask = (resident.detach().cpu().numpy() if is_torch(resident)
-                else np.asarray(resident)).astype(bool)
+        mask = resident.detach().cpu().numpy() if is_torch(resident) else np.asarray(resident)
+        if mask.dtype != bool:
+            raise InvalidTensor("resident must be bool, True where an expert is resident, not "
+                                f"{resident.dtype}; convert it")
     rows = np.zeros((tokens, whole_blocks(outputs)), np.float32)
     rows[:, :outputs] = float32("logits", logits)
     preferred = mask if settings.prior else None
@@ -201,10 +203,6 @@ def submit(device: Device, router: Router, logits: Tensor, *, resident: Tensor |
     weights = np.zeros((tokens, slots), np.float32)
     most = min(device.config.max_tokens, device.config.max_assignments // slots)
     check_tokens(settings, tokens, most)
-    parts = send_parts(
-        tokens, most, lambda part: _send(
-            device, fields, table, rows[part], ids[part], weights[part], part.start),
-        together=settings.capacity is not None)
 
     def collect() -> tuple[Any, Any]:
         like = Like.of(logits)
@@ -215,7 +213,10 @@ def submit(device: Device, router: Router, logits: Tensor, *, resident: Tensor |
             places = torch.from_numpy(places).to(logits.device)
         return places, like(weights)
 
-    return Pending(device, parts, collect)
+    return Pending(device, router, collect).send(
+        tokens, most, lambda part: _send(
+            device, fields, table, rows[part], ids[part], weights[part], part.start),
+        together=settings.capacity is not None)
 
 
 def _send(device: Device, fields: dict[str, int], table: NDArray[np.uint8],

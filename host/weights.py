@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeaccel.activations import limit_behind as limit_of_gate
-from moeaccel.config import AcceleratorConfig
+from moeaccel.config import TOP_K_MAX, AcceleratorConfig
+from moeaccel.errors import FormatError, about
 from moeaccel.formats import (
     BLOCK,
     PRUNINGS,
@@ -42,9 +43,10 @@ from moeaccel.host.errors import InvalidOption, InvalidTensor, LimitExceeded, Up
 from moeaccel.host.layers import Experts, Linear, Linears
 from moeaccel.host.limits import check_layer
 from moeaccel.host.memory import PAGE, Allocation
-from moeaccel.host.options import flag
+from moeaccel.host.options import flag, whole
 from moeaccel.host.report import WeightErrors, WeightReport
 from moeaccel.host.row_blocks import RowBlocks, bias_block
+from moeaccel.host.stacks import Biases, Stack, stack_shape
 from moeaccel.host.stored import Measured, Ready, StoredExperts, built, measured
 from moeaccel.host.tensors import Tensor, float32, shape_of
 from moeaccel.host.transports.base import Bytes
@@ -64,17 +66,15 @@ from moeaccel.interface.commands import ENTRY_BYTES, GRID_EXPONENTS, LAYER, enco
 if TYPE_CHECKING:
     from moeaccel.host.device import Device
 
-__all__ = ["Biases", "Format", "Formats", "Progress", "Shared", "Stack", "formats_of",
+__all__ = ["Format", "Formats", "Progress", "Shared", "formats_of",
            "load_experts", "load_linear", "load_linears", "load_quantised", "load_router_weight",
+           "plane_shape",
            "shared_format_of", "shared_matrices", "upload"]
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 """Called with (experts uploaded, experts in all)."""
-
-Stack = Tensor | Sequence[Tensor]
-"""One matrix for each expert."""
 
 Format = str | WeightFormat
 """A weight format."""
@@ -87,13 +87,6 @@ Shared = tuple[Tensor, Tensor] | Sequence[tuple[Tensor, Tensor]]
 
 _Matrices = tuple[NDArray[np.float32], NDArray[np.float32]]
 """gate_up and down of an expert."""
-
-
-def _stack_shape(name: str, stack: Stack, *dims: str) -> tuple[int, ...]:
-    """Return (E, rows, K) of a tensor, or of a sequence of matrices by its first."""
-    if isinstance(stack, Sequence):
-        return len(stack), *(shape_of(f"{name}[0]", stack[0], *dims) if len(stack) else (0, 0))
-    return shape_of(name, stack, "E", *dims)
 
 
 @contextlib.contextmanager
@@ -116,8 +109,8 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
                  shared: Shared | None = None, shared_format: Format | None = None,
                  identity: int = 0) -> Experts:
     """Quantise the experts of one layer and put them into a device's memory."""
-    experts, rows, d_model = _stack_shape("gate_up", gate_up, "2 I", "H")
-    shape = _stack_shape("down", down, "H", "I")
+    experts, rows, d_model = stack_shape("gate_up", gate_up, "2 I", "H")
+    shape = stack_shape("down", down, "H", "I")
     gated, second_up = flag("gated", gated), flag("second_up", second_up)
     limit_behind = flag("limit_behind", limit_behind)
     if (second_up and not gated) or (limit_behind and limit is None):
@@ -134,11 +127,14 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
             f"{_KINDS[parts]}")
     formats = formats_of(weight_format, experts)
     _check_prune(prune)
-    whole = (Biases("gate_up_bias", gate_up_bias, experts, rows),
+    if progress is not None and not callable(progress):
+        raise InvalidOption("progress must be callable with (experts uploaded, experts in all), "
+                            f"not {type(progress).__name__}")
+    every = (Biases("gate_up_bias", gate_up_bias, experts, rows),
              Biases("down_bias", down_bias, experts, d_model))
+    row_blocks = whole("row_blocks", row_blocks, least=1)
     if row_blocks != 1:
-        if (not isinstance(row_blocks, int) or row_blocks < 1 or d_expert % row_blocks
-                or calibration is not None):
+        if d_expert % row_blocks or calibration is not None:
             raise InvalidOption(f"row_blocks must divide I = {d_expert}, and be 1 with a "
                                 f"calibration, not {row_blocks!r}")
         gate_up, down = (RowBlocks(name, stack, row_blocks, parts) for name, stack in
@@ -156,6 +152,9 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
               for fmt in dict.fromkeys(formats)}
     seen = calibrated(quantiser, calibration, d_model=d_model, num_experts=experts)
     more = shared_matrices(shared, d_model, parts)
+    if len(more) >= TOP_K_MAX:
+        raise LimitExceeded(f"shared must be at most {TOP_K_MAX - 1} experts, as a token has "
+                            f"{TOP_K_MAX} places with those that it is routed to, not {len(more)}")
     extra = [ExpertShape(shared_format_of(shared_format, weight_format), d_model, down.shape[1],
                          *array, **sizes)
              for _, down in more]
@@ -166,10 +165,11 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
         moments = (None, None) if seen is None else seen.moments(
             e, matrices[0], shape.d_expert, **kind, second=quantiser == "gptq",
             bias=biases[0])
-        expert = Expert.quantise(
-            *matrices, shape.format, **kind, quantiser=quantiser,
-            moments=moments, gate_up_bias=biases[0], down_bias=biases[1], prune=prune,
-            channels=device.config.channels)
+        with about("a shared expert" if e is None else f"expert {e // row_blocks}", FormatError):
+            expert = Expert.quantise(
+                *matrices, shape.format, **kind, quantiser=quantiser,
+                moments=moments, gate_up_bias=biases[0], down_bias=biases[1], prune=prune,
+                channels=device.config.channels)
         return expert, {"gate_up": squares(
             expert.gate_up, interleave_gate_up(matrices[0], parts)),
                         "down": squares(expert.down, matrices[1])}
@@ -183,7 +183,7 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
                     f"{shape[1:]}, not {matrices[0].shape} and {matrices[1].shape}; experts of "
                     "different widths go by load_quantised()")
             expert, block = divmod(e, row_blocks)
-            first, second = (bias.of(expert) for bias in whole)
+            first, second = (bias.of(expert) for bias in every)
             yield made(e, matrices, shapes[fmt],
                        bias_block(first, second, block, row_blocks, parts))
         for matrices, wide in zip(more, extra, strict=True):
@@ -237,31 +237,6 @@ def shared_matrices(shared: Shared | None, d_model: int, parts: int) -> list[_Ma
                 f"{_KINDS[parts]}")
         found.append((gate_up, down))
     return found
-
-
-class Biases:
-    """The biases of one matrix of all experts, (E, rows) or a sequence of (rows,); or none."""
-
-    def __init__(self, name: str, stack: Stack | None, experts: int, rows: int) -> None:
-        self._name, self._stack, self._rows = name, stack, rows
-        if stack is None:
-            return
-        found = (len(stack), rows) if isinstance(stack, Sequence) else shape_of(
-            name, stack, "E", "rows")
-        if found != (experts, rows):
-            raise InvalidTensor(
-                f"{name} must have the shape {(experts, rows)}, one number for each row of each "
-                f"expert, not {found}")
-
-    def of(self, expert: int) -> NDArray[np.float32] | None:
-        """Return those of an expert, (rows,)."""
-        if self._stack is None:
-            return None
-        values = float32(self._name, self._stack[expert])
-        if values.shape != (self._rows,):
-            raise InvalidTensor(f"{self._name}[{expert}] must have the shape {(self._rows,)}, not "
-                                f"{values.shape}")
-        return values
 
 
 def load_quantised(device: Device, experts: Sequence[Expert], *, activation: str | None,
@@ -321,6 +296,9 @@ def load_linear(device: Device, weight: Tensor, *, weight_format: str, activatio
     shape = LinearShape(find_format(weight_format), d_out, d_in, config.row_multipliers,
                         config.channels, bias is not None)
     check_layer(config, [shape])
+    if quantiser == "gptq":
+        raise InvalidOption("quantiser must be 'search' or 'amax' for a linear layer, which has no "
+                            "calibration, not 'gptq'")
     values = float32("weight", weight)
     if bias is not None:
         bias = Biases("bias", [bias], 1, d_out).of(0)
@@ -346,11 +324,24 @@ def _plane_format(config: AcceleratorConfig) -> WeightFormat:
     return fmt
 
 
+def plane_shape(config: AcceleratorConfig, experts: int, d_model: int) -> LinearShape:
+    """Return the shape of each plane of a router's matrix, (E, H).
+
+    Raises
+    ------
+    LimitExceeded
+        If the configuration has no 8-bit format.
+    """
+    return LinearShape(_plane_format(config), experts, d_model, config.row_multipliers,
+                       config.channels)
+
+
 def router_planes(config: AcceleratorConfig, weight: Tensor
                   ) -> tuple[QuantisedMatrix, QuantisedMatrix]:
     """Return a router's matrix as two, of which the second holds what the first leaves."""
     fmt, values = _plane_format(config), float32("weight", weight)
-    high = quantise(values, fmt)
+    with about("weight of the router", FormatError):
+        high = quantise(values, fmt)
     return high, quantise(values - high.dequantise().astype(np.float32), fmt)
 
 
@@ -366,9 +357,8 @@ def load_router_weight(device: Device, weight: Tensor, *, grid_exponent: int) ->
         If the device has no 8-bit format, or not room for so many experts or elements of x.
     """
     config = device.config
-    experts, d_model = shape_of("weight", weight, "E", "H")
-    fmt = _plane_format(config)
-    shape = LinearShape(fmt, experts, d_model, config.row_multipliers, config.channels)
+    shape = plane_shape(config, *shape_of("weight", weight, "E", "H"))
+    fmt = shape.format
     check_layer(config, [shape, shape])
     high, low = router_planes(config, weight)
     rest = float32("weight", weight) - high.dequantise().astype(np.float32)
@@ -438,8 +428,7 @@ def _load_experts(device: Device, experts: Iterable[Ready], shapes: Sequence[Exp
                   identity: int = 0) -> Experts:
     planes = _check_options(activation_bits, grid_exponent, x_rms)
     config = device.config
-    if not isinstance(identity, int) or identity < 0:
-        raise InvalidOption(f"identity must be a number of experts, 0 or more, not {identity!r}")
+    identity = whole("identity", identity, least=0, unit=" experts")
     one = _identity(config, shapes[0].d_model) if identity and shapes else None
     entries: list[ExpertShape | LinearShape] = list(shapes)
     if one is not None:
@@ -513,7 +502,7 @@ def _check_prune(prune: str | None) -> None:
 
 def _check_options(activation_bits: int, grid_exponent: int | None, x_rms: float) -> int:
     """Return the number of planes."""
-    if activation_bits not in (8, 16):
+    if not isinstance(activation_bits, int) or activation_bits not in (8, 16):
         raise InvalidOption(f"activation_bits must be 8 or 16, not {activation_bits!r}")
     if grid_exponent is not None and grid_exponent not in GRID_EXPONENTS:
         raise InvalidOption(

@@ -57,3 +57,12 @@ def instead_of_os_error(error_for: Callable[[OSError], MoeAccelError]) -> Iterat
         if isinstance(error, MoeAccelError):
             raise
         raise error_for(error) from error
+
+
+@contextlib.contextmanager
+def about(what: str, *kinds: type[MoeAccelError]) -> Iterator[None]:
+    """Let errors of some kinds begin with what they are about."""
+    try:
+        yield
+    except kinds as error:
+        raise type(error)(f"{what}: {error}") from error

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from moeaccel.host.buffering.predictions import Prediction, prediction as find
+from moeaccel.config import TOP_K_MAX
+from moeaccel.host.buffering.predictions import Oracle, Prediction, prediction as find
 from moeaccel.host.errors import InvalidOption
 from moeaccel.host.layers import Experts
-from moeaccel.host.prefetch import check_buffer
+from moeaccel.host.options import whole
+from moeaccel.host.prefetch import check_buffer, most_bytes
 from moeaccel.host.rings import Command
 from moeaccel.host.tensors import indices, shape_of
 
@@ -32,11 +35,14 @@ class Prefetcher:
         One of :data:`PREDICTIONS`, but no oracle: nobody tells it what will be.
     top_k : :class:`int`
         Experts of a token.
+    budget : :class:`int`, optional
+        Bytes that one PREFETCH brings at most, so many of the likeliest experts as fit: those of
+        the cycles for which memory is idle between two calls, say. The next call waits for it.
 
     Raises
     ------
     InvalidOption
-        If layers are not of one device, or differ in experts.
+        If layers are not of one device, or differ in experts; for an oracle and a wrong top_k.
     LimitExceeded
         If the device has no expert buffer.
     UnknownPolicy
@@ -44,12 +50,21 @@ class Prefetcher:
     """
 
     def __init__(self, layers: Sequence[Experts], prediction: str | type[Prediction] = "circular",
-                 *, top_k: int) -> None:
+                 *, top_k: int, budget: int | None = None) -> None:
+        if not isinstance(layers, Sequence) or not all(
+                isinstance(layer, Experts) for layer in layers):
+            raise InvalidOption("layers must be a sequence of what load_experts() returned")
         alike = {(id(layer.device), layer.num_experts) for layer in layers}
         if len(alike) != 1:
             raise InvalidOption("layers must be one or more, of one device and with as many "
                                 f"experts, not {len(layers)} of {len(alike)} kinds")
         kind = find(prediction) if isinstance(prediction, str) else prediction
+        if not (isinstance(kind, type) and issubclass(kind, Prediction)) or kind is Oracle:
+            raise InvalidOption("prediction must be one that looks at routes alone, by name or "
+                                f"as a subclass of Prediction, not {prediction!r}")
+        top_k = whole("top_k", top_k, least=1, most=TOP_K_MAX)
+        self._budget = budget if budget is None else whole("budget", budget, least=0,
+                                                           unit=" bytes")
         self._layers = tuple(layers)
         self._device, self._experts = layers[0].device, layers[0].num_experts
         most = check_buffer(self._device.config)
@@ -74,7 +89,7 @@ class Prefetcher:
         Returns
         -------
         :class:`Command` or None
-            The PREFETCH; None where nothing is predicted.
+            The PREFETCH; None where nothing is predicted, or the budget takes not one expert.
 
         Raises
         ------
@@ -83,16 +98,19 @@ class Prefetcher:
         CommandFailed
             If an earlier PREFETCH has failed.
         """
-        if not 0 <= layer < len(self._layers):
-            raise InvalidOption(f"layer must be from 0 to {len(self._layers) - 1}, not {layer!r}")
+        layer = whole("layer", layer, least=0, most=len(self._layers) - 1)
         self.check()
         shape_of("ids", ids, "T", "K")
         named = indices("ids", ids, self._experts).reshape(-1)
         uses = np.bincount(named[named >= 0], minlength=self._experts)
         best = self._prediction.following(layer, uses, None)[: self._most].tolist()
+        following = self._layers[(layer + 1) % len(self._layers)]
+        if self._budget is not None:
+            needed = itertools.accumulate(most_bytes(following, expert) for expert in best)
+            best = best[: sum(so_far <= self._budget for so_far in needed)]
         if not best:
             return None
-        command = self._device.prefetch(self._layers[(layer + 1) % len(self._layers)], best)
+        command = self._device.prefetch(following, best)
         self._sent.append(command)
         return command
 

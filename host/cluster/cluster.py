@@ -22,13 +22,12 @@ from moeaccel.host.options import whole
 from moeaccel.host.policies.sharding import Sharding, sharding as find_sharding
 from moeaccel.host.policies.sharding.row_split import RowSplit
 from moeaccel.host.row_blocks import bias_block, down_block, gate_up_block
+from moeaccel.host.stacks import Biases, Stack
 from moeaccel.host.tensors import float32, indices, shape_of
 from moeaccel.host.weights import (
-    Biases,
     Format,
     Formats,
     Shared,
-    Stack,
     formats_of,
     shared_format_of,
     shared_matrices,

@@ -98,10 +98,11 @@ class Combiner:
                 if token == token_before:
                     cycle = max(cycle, before.acknowledged + 1)
                 yield cycle
-                read = self._port.read(cycle, job.beats(job.d_out, 8))
+                beats = job.beats(job.d_out, 8)
+                read = self._port.read(cycle, beats)
                 yield read
                 cycle = read.last + 2 + SUMS_READ_CYCLES
-                before.wait(read)
+                before.wait(read, beats)
             cycle = max(cycle, before.end)
             if job.config.y_banks > 1 and before.last is not None:
                 turn = before.asked + 1 + PACE * job.beats(job.d_out, 4 if before.last else 8)
@@ -177,9 +178,10 @@ class _Row:
     end: int = 0
     acknowledged: int = 0
 
-    def wait(self, read: Read) -> None:
-        """Stand still while beats of the next row's partial sums come."""
-        overlap = min(read.last, self.end) - max(read.first, self.begin) + 1
-        if overlap > 0:
-            self.end += overlap
-            self.acknowledged += overlap
+    def wait(self, read: Read, beats: int) -> None:
+        """Stand still for each beat of the next row's partial sums that comes before the last word
+        has left; what writes delay of these, leaves meanwhile."""
+        if read.first <= self.end:
+            later = max(0, beats - max(0, self.begin - read.first))
+            self.end += later
+            self.acknowledged += later

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeaccel.activations import activation
-from moeaccel.errors import FormatError
+from moeaccel.errors import FormatError, about
 from moeaccel.formats import (
     QuantisedMatrix,
     WeightFormat,
@@ -286,10 +286,13 @@ class Expert:
             rows = pruned(rows, fmt, prune, together=len(rows) // down.shape[1],
                           channels=channels)
             down = pruned(down, other, prune, channels=channels)
-        return cls(
-            quantise(rows, fmt, quantiser=quantiser, moments=moments[0]).with_bias(gate_up_bias),
-            quantise(down, other, quantiser=quantiser, moments=moments[1]).with_bias(down_bias),
-            activation, limit, gate_limit)
+        with about("gate_up", FormatError):
+            first = quantise(rows, fmt, quantiser=quantiser, moments=moments[0]).with_bias(
+                gate_up_bias)
+        with about("down", FormatError):
+            second = quantise(down, other, quantiser=quantiser, moments=moments[1]).with_bias(
+                down_bias)
+        return cls(first, second, activation, limit, gate_limit)
 
     def parts(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return what rows give, (n, rows), in the order of floats: gate, up, second up."""

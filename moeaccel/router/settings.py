@@ -12,6 +12,8 @@ import math
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
+
 from moeaccel.config import EXPERTS_MAX, TOP_K_MAX
 from moeaccel.errors import MoeAccelError
 from moeaccel.router.choices import (
@@ -124,13 +126,16 @@ class RouterSettings:
 
         def whole(name: str, low: int, high: int, what: str = "") -> None:
             value = getattr(self, name)
-            require(name, isinstance(value, int) and not isinstance(value, bool)
-                    and low <= value <= high, f"from {low} to {high}{what}")
+            require(name, isinstance(value, int | np.integer) and not isinstance(value, bool)
+                    and bool(low <= value <= high), f"from {low} to {high}{what}")
+            object.__setattr__(self, name, int(value))
 
         def real(name: str, low: float, high: float) -> None:
             value = getattr(self, name)
-            require(name, isinstance(value, int | float) and not isinstance(value, bool)
-                    and math.isfinite(value) and low <= value <= high, f"from {low:g} to {high:g}")
+            require(name, isinstance(value, int | float | np.integer | np.floating)
+                    and not isinstance(value, bool) and math.isfinite(value)
+                    and bool(low <= value <= high), f"from {low:g} to {high:g}")
+            object.__setattr__(self, name, float(value))
 
         require("bias_logits", isinstance(self.bias_logits, bool), "True or False")
         for name, choices in (("score", Score), ("renormalize", Renormalize),

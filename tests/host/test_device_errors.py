@@ -65,7 +65,14 @@ def zeros(*shape):
      "^d_expert must .* 256 in config 'tiny', not 2048; presets that can: ulx3s, ulx3s-router, "),
     (zeros(1, 64, 65536), zeros(1, 65536, 32), {}, errors.LimitExceeded, "no preset can, make"),
     (zeros(2, 64, 64).astype(int), zeros(2, 64, 32), {}, errors.InvalidTensor, "floating point"),
-    (zeros(2, 64, 64) * np.nan, zeros(2, 64, 32), {}, FormatError, "finite"),
+    (zeros(2, 64, 64) * np.nan, zeros(2, 64, 32), {}, FormatError,
+     "^expert 0: gate_up: weights must be finite"),
+    (zeros(2, 64, 64), [zeros(64, 32), zeros(64, 32) + np.inf], {}, FormatError,
+     "^expert 1: down: weights must be finite"),
+    (zeros(2, 64, 64), zeros(2, 64, 32), {"shared": (zeros(64, 64) + np.nan, zeros(64, 32))},
+     FormatError, "^a shared expert: gate_up: weights must be finite"),
+    (zeros(2, 64, 64), zeros(2, 64, 32), {"shared": [(zeros(64, 64), zeros(64, 32))] * 16},
+     errors.LimitExceeded, "^shared must be at most 15 experts, .*, not 16"),
     (zeros(2, 64, 64), zeros(2, 64, 32), {"weight_format": "int3"}, FormatError, "not 'int3'"),
     (zeros(2, 64, 64), zeros(2, 64, 32), {"weight_format": None}, FormatError, "not None"),
     (zeros(2, 64, 64), zeros(2, 64, 32), {"weight_format": ["mxint8"]}, errors.InvalidOption,
@@ -90,6 +97,12 @@ def zeros(*shape):
     (zeros(2, 64, 64), zeros(2, 64, 32), {"gated": False}, errors.InvalidTensor,
      r"\(E, H, I\) = \(2, 64, 64\) for gate_up \(2, 64, 64\) = \(E, I, H\)"),
     (zeros(2, 64, 64), zeros(2, 64, 32), {"activation_bits": 4}, errors.InvalidOption, "8 or 16"),
+    (zeros(2, 64, 64), zeros(2, 64, 32), {"activation_bits": 16.0}, errors.InvalidOption, "16.0"),
+    (zeros(2, 64, 64), zeros(2, 64, 32), {"row_blocks": 1.0}, errors.InvalidOption,
+     "row_blocks must be a whole number, at least 1, not 1.0"),
+    (zeros(2, 64, 64), zeros(2, 64, 32), {"identity": True}, errors.InvalidOption, "not True"),
+    (zeros(2, 64, 64), zeros(2, 64, 32), {"progress": 3}, errors.InvalidOption,
+     "progress must be callable"),
     (zeros(2, 64, 64), zeros(2, 64, 32), {"grid_exponent": 61}, errors.InvalidOption, "-100 to 60"),
 ])
 def test_weights_are_checked(device, gate_up, down, options, error, message):
@@ -120,6 +133,12 @@ def test_linear_weights_are_checked(device):
         device.load_linear(zeros(64))
     with pytest.raises(errors.InvalidTensor, match="of this layer"):
         device.load_linear(zeros(64, 32))(zeros(1, 64))
+
+
+@pytest.mark.parametrize("ring_log2", [4, 8])
+def test_memory_without_room_for_the_rings(ring_log2):
+    with pytest.raises(errors.OutOfDeviceMemory, match="open the device with more memory_bytes"):
+        open_device("golden", config="tiny", memory_bytes=4096 + 64, ring_log2=ring_log2)
 
 
 def test_lack_of_device_memory_leaves_the_device_usable():

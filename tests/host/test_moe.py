@@ -1,5 +1,7 @@
 """A layer that routes on the device: the golden device against float models."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -17,6 +19,7 @@ from moeaccel.host.errors import (
     InvalidTensor,
     LimitExceeded,
     NonFiniteInput,
+    NotCopyable,
     OutOfDeviceMemory,
 )
 from moeaccel.host.transports.golden import GoldenTransport
@@ -257,8 +260,9 @@ def test_several_routers_for_the_same_experts(device, layer):
             assert all((one == other).all()
                        for one, other in zip(found, alone[task], strict=True))
         assert not (alone[0][0] == alone[1][0]).all()
-        for task in (2, -1, 1.0):
-            with pytest.raises(InvalidOption, match="task must be from 0 to 1, of the routers"):
+        assert (moe(x, task=np.int64(1)) == alone[1][0]).all()
+        for task in (2, -1, 1.0, True):
+            with pytest.raises(InvalidOption, match=r"task must be .*from 0 to 1, of the routers"):
                 moe(x, task=task)
     with pytest.raises(InvalidTensor, match=r"router of task 1: down must have E = 15 experts, th"):
         device.load_moe([routers[0], Router(layer["weight"][1:], top_k=2)], *experts)
@@ -321,6 +325,70 @@ def test_a_handle_outlives_a_timeout(layer):
         del wrong
         moe(x)
         assert device.memory.free_bytes == free
+
+
+def test_handles_are_those_of_a_layer(device, layer):
+    both = [device.load_moe(Router(layer["weight"], top_k=2), layer["gate_up"], layer["down"])
+            for _ in range(2)]
+    with both[0] as moe, both[1] as two:
+        handle = moe.submit(layer["x"])
+        for wrong in (None, layer["x"], "handle"):
+            with pytest.raises(InvalidOption, match=r"handle must be what submit\(\) returned"):
+                moe.sync(wrong)
+        with pytest.raises(HandleConsumed, match="handle must be one that this layer's submit"):
+            two.sync(handle)
+        with pytest.raises(InvalidOption, match="timeout_s must be 0 seconds or more, not -1"):
+            moe.sync(handle, timeout_s=-1)
+        for bound in (moe, handle):
+            with pytest.raises(NotCopyable):
+                copy.copy(bound)
+        assert (moe.sync(handle, timeout_s=0) == moe(layer["x"])).all()
+
+
+def test_a_handle_whose_sync_was_interrupted_can_be_used_again(device, layer, monkeypatch):
+    with device.load_moe(Router(layer["weight"], top_k=2), layer["gate_up"], layer["down"]) as moe:
+        handle = moe.submit(layer["x"])
+        for error in (KeyboardInterrupt, DeviceTimeout):
+            with monkeypatch.context() as patch:
+                patch.setattr(device, "wait", raising(error))
+                with pytest.raises(error):
+                    moe.sync(handle)
+        assert (moe.sync(handle) == moe(layer["x"])).all()
+
+
+def raising(error):
+    def call(*_, **__):
+        raise error
+    return call
+
+
+def test_a_layer_whose_experts_were_closed(device, layer):
+    with device.load_moe(Router(layer["weight"], top_k=2), layer["gate_up"], layer["down"]) as moe:
+        moe.experts.close()
+        for call in (moe, moe.route):
+            with pytest.raises(DeviceClosed, match="layer must not be used after it was closed"):
+                call(layer["x"])
+
+
+def test_handles_that_wait_give_their_memory_to_others(layer):
+    x = layer["x"][:10]
+    with open_device("golden", config=CONFIG, memory_bytes=1 << 18) as device, device.load_moe(
+            Router(layer["weight"], top_k=2), layer["gate_up"], layer["down"]) as moe:
+        fill = device.memory.allocate(device.memory.largest_free_block - 30_000)
+        handles = [moe.submit(x) for _ in range(12)]
+        y = moe(x)
+        assert all((moe.sync(handle) == y).all() for handle in handles)
+        fill.free()
+
+
+def test_stacks_and_shared_experts_that_are_none(device, layer):
+    router, free = Router(layer["weight"], top_k=2), device.memory.free_bytes
+    for down in (None, 3, iter(layer["down"])):
+        with pytest.raises(InvalidTensor, match=r"down must be a torch.Tensor or a numpy"):
+            device.load_moe(router, layer["gate_up"], down)
+    with pytest.raises(InvalidTensor, match=r"shared must be a pair .*, not int"):
+        device.load_moe(router, layer["gate_up"], layer["down"], shared=3)
+    assert device.memory.free_bytes == free
 
 
 def test_memory_for_a_few_tokens(layer):

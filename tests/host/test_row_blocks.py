@@ -57,7 +57,7 @@ def test_leading_blocks_are_narrower_experts(device, gated, leading, biased):
 def test_errors(device):
     gate_up, down, x, ids, scores = draw()
     for wrong in (5, 0, 2.0):
-        with pytest.raises(InvalidOption, match=r"row_blocks must divide I = 128, and be 1 with"):
+        with pytest.raises(InvalidOption, match=r"row_blocks must (divide I = 128, and|be .*at l)"):
             device.load_experts(gate_up, down, row_blocks=wrong)
     with device.load_experts(gate_up[:2], down[:2], row_blocks=8) as layer:
         with pytest.raises(LimitExceeded, match=r"at most 2 experts .* not 3: each has 8 blocks"):

@@ -25,7 +25,7 @@ from tests.support.pair import (
     write_register,
 )
 from tests.system.test_bits import cases, property_of, random_memory, seeds, stalls
-from tests.system.test_cycles import compare
+from tests.system.test_cycles import Case, compare, hold
 
 TWO = PRESETS["tiny"].replace(name="tiny, two channels", channels=2, quantiser_lanes=1,
                               buffer_slots=3, buffer_beats=256)
@@ -236,3 +236,13 @@ def test_other_numbers_of_channels(pair_of, variant):
 
     holds()
     compare(pair_of, config, 40, count=10, seed=1, most_cycles=20_000)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("latency", [1, 100])
+def test_a_row_that_leaves_waits_for_sums_of_the_next(pair_of, latency):
+    """With one lane a row leaves for longer than memory takes to bring the next one's sums."""
+    some = (0, 1), (0, 1), (-1, 0), (1, 0), (0, 1)
+    hold(pair_of, TWO, latency, [
+        Case(256, 64, name, 1, len(ids), 2, ids)
+        for name in TWO.formats[:2] for ids in (some, (*some[1:4], (0, -1)), (*some, *some))])

@@ -61,14 +61,14 @@ class Layers:
                 *weights, weight_format=names_of, activation_bits=8 << i % 2, prune="magnitude")
                 for device in devices})
 
-    def call(self, rng, skipped=0.2):
+    def call(self, rng):
         """Return a call of one of them, drawn: what runs it on a device."""
         at = int(rng.integers(len(SHAPES)))
         experts, d_model, _ = SHAPES[at]
         tokens, top_k = int(rng.integers(1, 11)), int(rng.integers(1, experts + 1))
         x = rng.standard_normal((tokens, d_model)).astype(np.float32)
         ids = np.stack([rng.permutation(experts)[:top_k] for _ in range(tokens)])
-        ids[rng.random(ids.shape) < skipped] = -1
+        ids[rng.random(ids.shape) < 0.2] = -1
         weights = rng.random(ids.shape).astype(np.float32)
         return lambda device: self.layers[at][device](x, ids, weights)
 
@@ -166,7 +166,7 @@ def hold_cycles(pair_of, config, latency):
         devices = pair.rtl, golden
         layers = Layers(devices, rng, list(config.formats))
         for i in range(24):
-            script = layers.prefetch(rng) if i % 2 else layers.call(rng, skipped=0)
+            script = layers.prefetch(rng) if i % 2 else layers.call(rng)
             before = [device.total_cycles for device in devices]
             for device in devices:
                 script(device)
@@ -297,6 +297,27 @@ def test_ending_a_prefetch_at_any_moment(pair_of, what):
             assert_same_bits(layer(*call), y)
             device.forget_experts()
         simulation.check()
+
+
+def test_the_watchdog_ends_a_prefetch(pair_of):
+    """Memory that is slower than it: nothing is held then; with a longer one all is brought."""
+    weights, call = draw_experts(np.random.default_rng(9), 2, 64, 32), ones(64, [[0, 1]])
+    slow = MemoryModel(size=SIZE, read_latency=1000, write_latency=20)
+    with pair_of(TWO, memory=slow, watchdog_cycles=300) as pair:
+        layers = {device: device.load_experts(*weights) for device in pair.devices}
+        device, layer = pair.rtl, layers[pair.rtl]
+        for _ in range(3):
+            command = device.prefetch(layer, [0, 1])
+            assert device.wait(command).status == Status.WATCHDOG
+            with pytest.raises(errors.WatchdogExpired, match="larger watchdog_cycles"):
+                raise command.error()
+        write_register(device, "WATCHDOG", 3000)
+        pair.same(lambda device: layers[device](*call))
+        assert device.counters()["buffer_hits"] == 0
+        assert device.wait(device.prefetch(layer, [0, 1])).status == Status.OK
+        pair.same(lambda device: layers[device](*call))
+        assert device.counters()["buffer_hits"] == 2
+        pair.simulation.check()
 
 
 def test_bad_entries_and_fields(pair_of):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Self
 from moeaccel.config import DIM_MAX, EXPERTS_MAX, PRESETS, AcceleratorConfig
 from moeaccel.formats import BLOCK, weight_format, whole_blocks
 from moeaccel.host.errors import InvalidOption, LimitExceeded
+from moeaccel.host.moe import router_bytes
 from moeaccel.image import ExpertShape
 from moeaccel.interface.commands import ENTRY_BYTES
 from moeaccel.router.choices import MODES
@@ -28,7 +29,7 @@ _COMMANDS_IN_FLIGHT = 16
 
 class LayerDims(NamedTuple):
     """Number of experts in a layer, the dimensions as the device has them, in whole blocks, what
-    its experts are, and what modes its router needs."""
+    its experts are, and what modes its router needs; how many outputs this has, 0 on the host."""
 
     experts: int
     d_model: int
@@ -37,6 +38,7 @@ class LayerDims(NamedTuple):
     activation: str = "silu"
     biased: bool = False
     router_modes: tuple[str, ...] = ()
+    router_outputs: int = 0
 
     @classmethod
     def padded(cls, experts: int, d_model: int, d_expert: int, *, gated: bool = True,
@@ -66,8 +68,12 @@ class LayerDims(NamedTuple):
                            down_biased=self.biased)
 
     def image_bytes(self, config: AcceleratorConfig, format_name: str) -> int:
-        """Return how many bytes of each channel's memory the layer's images and table take."""
-        return self.experts * (self.shape(config, format_name).memory_bytes + ENTRY_BYTES)
+        """Return how many bytes of each channel's memory the layer's images, descriptor and table
+        take, with those of its router, where there is one."""
+        experts = self.experts * (self.shape(config, format_name).memory_bytes + ENTRY_BYTES)
+        router = (router_bytes(config, self.router_outputs, self.d_model)
+                  if self.router_outputs else 0)
+        return ENTRY_BYTES + experts + router
 
 
 class Choice(NamedTuple):

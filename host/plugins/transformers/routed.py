@@ -138,9 +138,11 @@ def _take(model: torch.nn.Module) -> None:
         for module in model.modules():
             if module in _seen:
                 continue
-            _seen.add(module)
             name = experts_in(module)
-            if name is None or not (_is_ours(module) or _is_its_own(module)):
+            if name is not None and not (_is_ours(module) or _is_its_own(module)):
+                continue  # for now: it may be one that is being looked at
+            _seen.add(module)
+            if name is None:
                 continue
             number = number_of(module)
             _blocks[number], _owners[getattr(module, name)] = module, number
@@ -274,8 +276,9 @@ def _tensor(module: torch.nn.Module, name: str) -> torch.Tensor:
 
 
 def _dims(module: torch.nn.Module, block: Block, weights: Weights) -> tuple[LayerDims, ...]:
-    """Return what a block takes, experts and shared ones; its router's weights are not counted."""
-    own = weights.dims._replace(router_modes=_settings(block).modes)
+    """Return what a block takes, experts and shared ones, the first with the router."""
+    settings = _settings(block)
+    own = weights.dims._replace(router_modes=settings.modes, router_outputs=settings.outputs)
     if block.shared is None:
         return (own,)
     d_model, d_expert = _tensor(module, block.shared.down).shape

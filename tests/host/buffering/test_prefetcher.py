@@ -2,12 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
 
 from moeaccel.config import PRESETS
 from moeaccel.host import errors, open_device
 from moeaccel.host.buffering import PREDICTIONS, Prefetcher, replay
 from moeaccel.host.buffering.device import replay_on, with_buffer
 from moeaccel.host.errors import InvalidOption, LimitExceeded
+from moeaccel.host.prefetch import most_bytes
 from moeaccel.host.traces import RoutingTrace
 from moeaccel.interface.commands import Status
 
@@ -139,11 +141,58 @@ def test_an_image_that_is_there_is_not_sent_again_and_stays_held(device):
     assert device.counters()["buffer_hits"] == 2
 
 
-@pytest.mark.parametrize("ids", [[-1], [EXPERTS], [0, 1.5], ["a"]])
+@pytest.mark.parametrize("ids", [[-1], [EXPERTS], [0, 1.5], ["a"], [True], [[0]], 3, None,
+                                 np.array([[0, 1]]), torch.tensor([[0, 1]])])
 def test_ids_that_there_are_not(device, ids):
     layer = device.load_experts(*weights_of(np.random.default_rng(0)))
-    with pytest.raises(InvalidOption, match=f"ids must be from 0 to {EXPERTS - 1}, those of"):
+    what = rf"(.*from 0 to {EXPERTS - 1}, those of|some numbers of experts, such as \[0, 3\])"
+    with pytest.raises(InvalidOption, match=f"ids must be {what}"):
         device.prefetch(layer, ids)
+
+
+@pytest.mark.parametrize("ids", [np.array([0, 2]), torch.tensor([0, 2]), range(0, 4, 2), (0, 2, 2),
+                                 iter([0, 2])], ids=lambda ids: type(ids).__name__)
+def test_ids_of_any_kind(device, ids):
+    layer = device.load_experts(*weights_of(np.random.default_rng(0)))
+    device.wait(device.prefetch(layer, ids))
+    layer(np.ones((1, 64), np.float32), np.array([[0, 2, 1]]), np.ones((1, 3), np.float32))
+    assert device.counters()["buffer_hits"] == 2
+
+
+@pytest.mark.parametrize("row_blocks", [1, 2])
+def test_a_budget_takes_the_likeliest(row_blocks):
+    """No byte more is brought, and what fits is."""
+    config = CONFIG.replace(name="two channels", channels=2, buffer_slots=8)
+    with open_device("golden", config=config, memory_bytes=1 << 22) as device:
+        layer = device.load_experts(*weights_of(np.random.default_rng(0)), row_blocks=row_blocks)
+        size = most_bytes(layer, 0)
+        for budget, brought in ((0, 0), (size - 1, 0), (size, 1), (3 * size - 1, 2), (None, 3)):
+            device.forget_experts()
+            device.reset()
+            prefetcher = Prefetcher([layer], "previous-token", top_k=3, budget=budget)
+            command = prefetcher.observe(0, np.array([[5, 1, 3], [5, 1, -1], [5, -1, -1]]))
+            assert (command is None) == (not brought)
+            device.fence()
+            assert device.counters()["bytes_prefetched"] == brought * size
+            if brought:
+                layer(np.ones((1, 64), np.float32), np.array([[5]]), np.ones((1, 1), np.float32))
+                assert device.counters()["buffer_hits"] == row_blocks
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"budget": -1}, "budget must be at least 0 bytes, not -1"),
+    ({"layers": 3}, "layers must be a sequence of what load_experts"),
+    ({"layers": [1, 2]}, "layers must be a sequence of what load_experts"),
+    ({"prediction": None}, "prediction must be one that looks at routes alone"),
+    ({"prediction": "oracle"}, "prediction must be one that looks at routes alone"),
+    ({"top_k": 0}, "top_k must be from 1 to 16, not 0"),
+    ({"top_k": "two"}, "top_k must be a whole number")])
+def test_what_a_prefetcher_cannot_be_made_of(device, change, message):
+    layers = [device.load_experts(*weights_of(np.random.default_rng(0)))]
+    with pytest.raises(InvalidOption, match=message):
+        Prefetcher(**{"layers": layers, "top_k": 2} | change)
+    with pytest.raises(InvalidOption, match="layer must be a whole number"):
+        Prefetcher(layers, top_k=2).observe("a", np.array([[0]]))
 
 
 @pytest.mark.parametrize("ids", [[], range(SLOTS + 1)])

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 
 from moeaccel.router.flavours import FLAVOURS
@@ -45,6 +46,14 @@ def test_bad_settings_are_named(settings, text):
 def test_flavours_are_routers(key):
     router = FLAVOURS[key].router(128, 2)
     assert (router.experts, router.top_k) == (128, 2)
+
+
+def test_numbers_of_numpy_are_numbers():
+    settings = RouterSettings(experts=np.int64(8), top_k=np.uint8(2), scale=np.float32(2.5),
+                              threshold=np.float64(0.5))
+    assert settings == RouterSettings(experts=8, top_k=2, scale=2.5, threshold=0.5)
+    assert [type(getattr(settings, name)) for name in ("experts", "top_k", "scale", "threshold")
+            ] == [int, int, float, float]
 
 
 def test_flavours_change():

@@ -11,7 +11,10 @@ import moeaccel.host.transformers_plugin as plugin
 from moeaccel.config import PRESETS, preset
 from moeaccel.formats import quantise
 from moeaccel.host import errors, open_device
+from moeaccel.host.plugins.transformers import blocks
 from moeaccel.host.plugins.transformers.blocks import experts_in
+from moeaccel.host.plugins.transformers.choice import buffer_bytes
+from moeaccel.host.plugins.transformers.routed import needs
 from moeaccel.host.policies.costs import machine
 from moeaccel.host.traces.recorder import record
 from tests.support.experts import relative
@@ -469,3 +472,26 @@ def test_a_model_can_be_pickled(device, ids):
     model = model_of("Olmoe")
     expected = model(ids).logits
     assert torch.equal(pickle.loads(pickle.dumps(model))(ids).logits, expected)
+
+
+@torch.no_grad()
+def test_the_memory_of_routers_is_asked_for(device, ids):
+    """What a layer is said to take is what it takes, but for what alignment leaves."""
+    model = model_of("DeepseekV3")  # with shared experts and a selection bias
+    blocks._known.clear()
+    layers = needs(model)  # looks at blocks before the hook has seen the model
+    free = device.memory.free_bytes
+    model(ids)
+    assert [block.on_device for block in plugin.routing(model)] == [True]
+    used = free - device.memory.free_bytes
+    need = sum(layer.image_bytes(device.config, "mxint8") for layer in layers)
+    assert 0 <= need - used < 4096
+    plugin.release()
+    need += buffer_bytes(device.config, layers)
+    fill = device.memory.allocate(device.memory.largest_free_block - need + 4096)
+    with pytest.raises(errors.OutOfDeviceMemory, match="layers of experts and one command's buff"):
+        plugin.check_model(model, {"input_ids": ids})
+    fill.free()
+    fill = device.memory.allocate(device.memory.largest_free_block - need)
+    assert plugin.check_model(model, {"input_ids": ids}) == 1
+    fill.free()
