@@ -107,7 +107,8 @@ def import_(
             what = importers.import_megatron(path, n_experts=size("--experts"), model=model)
         case Kind.IMATRIX:
             what = importers.import_imatrix(path, model=model)
-    if known and isinstance(what, RoutingTrace) and not (experts or layers or top_k):
+    if (known and isinstance(what, RoutingTrace) and not (experts or layers or top_k)
+            and known.moe_layers and known.n_experts and known.top_k):
         what.expect(n_layers=known.moe_layers, n_experts=known.n_experts, top_k=known.top_k)
     _write(what, out, as_json)
 
