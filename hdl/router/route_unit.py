@@ -183,6 +183,8 @@ class RouteUnit(wiring.Component):
             with m.If(table_ends):
                 m.d.sync += [in_table.eq(0), in_residents.eq(residents != 0)]
         awaiting, given = Signal(), Signal()  # a single token's logits, that come by themselves
+        single = Signal()  # the job is of such a token: known long before they are
+        m.d.sync += single.eq(job.continues & (job.tokens == 1))
         m.d.comb += [
             self.o_takes.eq(awaiting | given),
             words.i_beat.valid.eq(self.i_logits.valid & self.o_takes),
@@ -204,7 +206,7 @@ class RouteUnit(wiring.Component):
                     m.d.sync += [in_residents.eq(0), index.eq(0)]
                     m.next = "LOGITS"
             with m.State("LOGITS"):
-                m.d.comb += awaiting.eq(job.continues & (job.tokens == 1) & ~given)
+                m.d.comb += awaiting.eq(single & ~given)
                 m.d.sync += token.eq(0)
                 with m.If(awaiting & self.i_logits.valid):
                     m.d.comb += pairs.i_start.eq(1)
