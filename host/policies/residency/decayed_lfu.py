@@ -11,7 +11,9 @@ from moeaccel.host.policies.residency.base import Residency
 
 __all__ = ["DecayedLFU"]
 
-_LARGE = 1e30  # of a step's worth, from where on the scores of a layer are divided by it
+_LARGE = 2.0**20
+"""Of a step's worth, from where on the scores of a layer are divided by it: they stay below what
+sets the experts of a step above all others."""
 
 
 class DecayedLFU(Residency):

@@ -181,6 +181,20 @@ def test_every_policy_has_a_name_of_its_own():
     assert residency("mrs") is MRS
 
 
+@pytest.mark.parametrize("make", [LRU, LFU, MRS, DecayedLFU])
+def test_what_a_step_used_stays_until_the_next_one(make):
+    """With as many slots as a step uses, all policies are one, however long it goes on."""
+    rng = np.random.default_rng(3)
+    steps, now = np.zeros((3000, 1, 16), np.int64), rng.permutation(16)[:4]
+    for step in steps:
+        others = rng.permutation(np.setdiff1d(np.arange(16), now))[:4]
+        now = np.where(rng.random(4) < 0.5, now, others)
+        step[0, now] = 1
+    policy = make(n_layers=1, n_experts=16, slots=4)
+    kept = steps[1:].astype(bool) & steps[:-1].astype(bool)
+    assert replay(policy, steps).hits.sum() == kept.sum()
+
+
 def test_decayed_scores_stay_finite_and_ordered():
     policy = DecayedLFU(n_layers=1, n_experts=4, slots=2, decay=0.5)
     plain = np.zeros(4)
