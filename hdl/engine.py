@@ -192,7 +192,9 @@ class Engine(wiring.Component):
         if route is not None:
             # A single token's logits do not go by the router. At a bad expert there are none, and
             # what is written are sums.
-            with m.If(job.precedes & (job.tokens == 1) & ~dispatcher.o_bad & ~route.o_takes):
+            holds = Signal()  # such a job, long before its logits
+            m.d.sync += holds.eq(job.precedes & (job.tokens == 1))
+            with m.If(holds & ~dispatcher.o_bad & ~route.o_takes):
                 m.d.comb += [self.combiner_writer.data.valid.eq(0),
                              combiner.writer.data.ready.eq(0)]
 

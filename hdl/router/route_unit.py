@@ -184,10 +184,10 @@ class RouteUnit(wiring.Component):
                 m.d.sync += [in_table.eq(0), in_residents.eq(residents != 0)]
         awaiting, given = Signal(), Signal()  # a single token's logits, that come by themselves
         single = Signal()  # the job is of such a token: known long before they are
-        m.d.sync += single.eq(job.continues & (job.tokens == 1))
+        m.d.sync += [single.eq(job.continues & (job.tokens == 1)),
+                     self.o_takes.eq(awaiting | given)]
         m.d.comb += [
-            self.o_takes.eq(awaiting | given),
-            words.i_beat.valid.eq(self.i_logits.valid & self.o_takes),
+            words.i_beat.valid.eq(self.i_logits.valid & (awaiting | given)),
             words.i_beat.data.eq(self.i_logits.data),
         ]
         with m.FSM():
