@@ -30,6 +30,7 @@ class LogitBanks(wiring.Component):
     Members
     -------
     i_form : :py:`In(layouts.router_form(config))`
+        Of all tokens, from a cycle before the first logit on.
     bias_w_en, bias_w_address, bias_w_data : :py:`In`
         Write port of what is added. Between tokens.
     i_logit : :py:`In(stream.Signature(layouts.fixed_logit()))`
