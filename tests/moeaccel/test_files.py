@@ -11,9 +11,14 @@ from moeaccel.files import whole_file
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
     path = tmp_path / "file"
     path.write_text("before")
-    with pytest.raises(RuntimeError), whole_file(path) as part:
-        part.write_text("torn")
-        raise RuntimeError
+
+    def write(numerator):
+        with whole_file(path) as part:
+            part.write_text("torn")
+            part.write_text(str(numerator // 0))
+
+    with pytest.raises(ZeroDivisionError):
+        write(1)
     assert path.read_text() == "before"
     with whole_file(path) as part:
         part.write_text("after")
