@@ -398,8 +398,10 @@ def import_checkpoint(
     ------
     CheckpointError, FormatError
         See :meth:`Checkpoint.experts`.
+    InvalidOption
+        If ``layers`` is empty.
     OutputError
-        If the file cannot be written.
+        If the file cannot be written, or is one of the checkpoint's own.
     """
     fmt, made_for = find_format(weight_format), preset(config)
     array = Array(made_for.name, made_for.row_multipliers, made_for.channels)
@@ -407,8 +409,11 @@ def import_checkpoint(
         threads = min(os.cpu_count() or 1, 8)
     elif not isinstance(threads, int) or threads < 1:
         raise InvalidOption(f"threads must be at least 1, not {threads!r}")
+    named = None if layers is None else tuple(layers)
+    if named == ():
+        raise InvalidOption("layers must name one at least, not (); leave it out to take all")
     chosen = [_known(checkpoint, index)
-              for index in dict.fromkeys(layers or checkpoint.layers)]
+              for index in dict.fromkeys(checkpoint.layers if named is None else named)]
     if not chosen:
         raise ForeignCheckpoint(f"{checkpoint.path} must have experts, but has none under a name "
                                 "that is known; is it a dense model?")
