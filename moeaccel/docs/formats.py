@@ -61,11 +61,11 @@ def section_words() -> list[str]:
         section = Section(fmt, _ROWS, _K, _ROW_MULTIPLIERS)
         return (f"`{fmt.name}`", *map(str, (
             section.tile_rows, section.tiles, section.row_words, section.scale_words,
-            section.pattern_words, section.tiles * section.weight_words, section.words)))
+            section.tiles * section.weight_words, section.pattern_words, section.words)))
 
     example = (f"A section of {_ROWS} rows and {_K} columns, {_ROW_MULTIPLIERS} row multipliers, "
                f"one channel; words of {BLOCK * _ROW_MULTIPLIERS} bytes:")
     return [example, "", *table(
-        ("format", "R", "tiles", "row words", "scale words", "pattern words", "weight words",
+        ("format", "R", "tiles", "row words", "scale words", "weight words", "pattern words",
          "words"),
         [row(fmt) for fmt in ALL_FORMATS.values()])]
