@@ -190,9 +190,10 @@ class Engine(wiring.Component):
         if route is not None:
             # A single token's logits do not go by the router. At a bad expert there are none, and
             # what is written are sums.
-            holds = Signal()  # such a job, long before its logits
-            m.d.sync += holds.eq(job.precedes & (job.tokens == 1))
-            with m.If(holds & ~dispatcher.o_bad & ~route.o_takes):
+            holds, closed = Signal(), Signal()  # such a job, long before its logits
+            m.d.sync += [holds.eq(job.precedes & (job.tokens == 1)),
+                         closed.eq(holds & ~dispatcher.o_bad & ~route.o_takes)]
+            with m.If(closed):
                 m.d.comb += [self.combiner_writer.data.valid.eq(0),
                              combiner.writer.data.ready.eq(0)]
 
