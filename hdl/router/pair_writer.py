@@ -132,7 +132,8 @@ class PairWriter(wiring.Component):
                     self.i_pair.ready.eq(own),
                     push.eq(Mux(own, self.i_pair.valid, there | (count != 0)))]
                 with m.If(push & there):
-                    m.d.sync += left.eq(left - last)
+                    with m.If(last):
+                        m.d.sync += left.eq(left - 1)
                     with m.If(~own):
                         m.d.sync += [shared.eq(shared - 1), more.eq(shared != 1)]
                     with m.Elif(pair.last):
