@@ -32,11 +32,12 @@ class PairWriter(wiring.Component):
     Members
     -------
     i_start : :py:`In(1)`
-        Pulse. Not before ``o_idle``.
+        Pulse. Not before ``o_idle``, but once more for a second sweep, if the first gave no pair:
+        it changes nothing.
     i_tokens, i_ids_address, i_weights_address : :py:`In`
         Taken with ``i_start``.
     i_shared, i_experts : :py:`In`
-        Shared experts, and the first of them; hold until ``o_idle``.
+        Shared experts, and the first of them; hold until ``o_sent``.
     i_pair : :py:`In(stream.Signature(layouts.routed_pair(config)))`
     o_sent, o_idle : :py:`Out(1)`
         Everything is on its way to memory; it is written and acknowledged.
