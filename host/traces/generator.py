@@ -27,6 +27,7 @@ u and p are the *model* and come from `model_seed`; R, P, F, N, M and n are the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -99,7 +100,9 @@ class Locality:
 
 def generate_requests(locality: Locality, *, n_layers: int, n_experts: int, top_k: int,
                       lengths: list[int], seed: int, model_seed: int = 0,
-                      renormalize: bool = True) -> list[tuple[np.ndarray, np.ndarray]]:
+                      renormalize: bool = True,
+                      progress: Callable[[int], None] | None = None
+                      ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return the routes of each request.
 
     The same request comes out whatever other requests are asked for beside it.
@@ -114,6 +117,8 @@ def generate_requests(locality: Locality, *, n_layers: int, n_experts: int, top_
         Of the text and of the model.
     renormalize : :class:`bool`
         Whether the weights of a token sum to 1; else they are what the softmax gave.
+    progress : callable, optional
+        Gets the number of each request, before it is made.
 
     Returns
     -------
@@ -136,9 +141,13 @@ def generate_requests(locality: Locality, *, n_layers: int, n_experts: int, top_
     directions /= np.linalg.norm(directions, axis=2, keepdims=True)
     preferences = model.standard_exponential((n_layers, n_experts), np.float32) - 1
     preferences *= locality.popularity
-    return [_request(locality, directions, preferences, top_k, length, renormalize,
-                     np.random.default_rng([seed, index]))
-            for index, length in enumerate(lengths)]
+    found = []
+    for index, length in enumerate(lengths):
+        if progress is not None:
+            progress(index)
+        found.append(_request(locality, directions, preferences, top_k, length, renormalize,
+                              np.random.default_rng([seed, index])))
+    return found
 
 
 def _request(p: Locality, directions: np.ndarray, preferences: np.ndarray, top_k: int, tokens: int,

@@ -104,7 +104,7 @@ def _reuse(axes: Axes, sample: Sample) -> None:
 def _caches(axes: Axes, sample: Sample) -> None:
     stream = sample.stream(_STREAM, layers=_LAYERS)
     sizes = np.unique(np.linspace(sample.top_k, sample.n_experts, _SIZES).astype(int))
-    rates = [layer_caches(stream, int(size)) for size in sizes]
+    rates = layer_caches(stream, sizes.tolist())
     for name in rates[0]:
         axes.plot(sizes, [rate[name] for rate in rates], label=name)
     axes.set(title="Caches for each layer", xlabel="slots of a layer", ylabel="hit rate",

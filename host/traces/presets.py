@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -76,7 +76,8 @@ def preset(key: str) -> Preset:
 
 
 def generate(model: str | Preset, *, requests: int, tokens: int | Sequence[int], prompt: int = 0,
-             batch: int = 1, seed: int = 0, model_seed: int = 0) -> RoutingTrace:
+             batch: int = 1, seed: int = 0, model_seed: int = 0,
+             progress: Callable[[int], None] | None = None) -> RoutingTrace:
     """Return a trace with the locality of a model.
 
     Parameters
@@ -92,6 +93,8 @@ def generate(model: str | Preset, *, requests: int, tokens: int | Sequence[int],
     seed, model_seed : :class:`int`
         Of the text; of the stand-in for the model's weights. The same model with another text is
         the same `model_seed` with another `seed`.
+    progress : callable, optional
+        Gets the number of each request, before it is made.
 
     Raises
     ------
@@ -110,7 +113,7 @@ def generate(model: str | Preset, *, requests: int, tokens: int | Sequence[int],
     routes = generate_requests(
         chosen.locality, n_layers=len(chosen.layers), n_experts=chosen.n_experts,
         top_k=chosen.top_k, lengths=lengths, seed=seed, model_seed=model_seed,
-        renormalize=chosen.renormalize)
+        renormalize=chosen.renormalize, progress=progress)
     trace = RoutingTrace.of_requests(
         routes, prompts=[prompt] * requests, n_experts=chosen.n_experts, layers=chosen.layers,
         model=chosen.name, source=f"generated, preset {chosen.key}, seed {seed}, "

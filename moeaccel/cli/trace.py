@@ -178,11 +178,13 @@ def stats(
 
     if model:
         preset(model)  # a name that is misspelt is found out before anything is computed
-    with Status(as_json) as status:
+    with Status(as_json, lines=True) as status:
         if trace is None:
             model = model or "deepseek-v2-lite"
-            status(f"generating {requests} requests of {model}")
-            what = make(model, requests=requests, tokens=tokens, seed=seed)
+            what = make(model, requests=requests, tokens=tokens, seed=seed,
+                        progress=lambda done: status(
+                            f"generating {requests} requests of {model}: {done} done")
+                        if done % 8 == 0 else None)
         else:
             what = RoutingTrace.load(trace)
             if model:

@@ -65,17 +65,19 @@ def measure(trace: RoutingTrace, *, slots: tuple[int, ...] = (), seed: int = 0,
     seed : :class:`int`
         Of batches drawn at random.
     progress : callable, optional
-        Gets a line a group.
+        Gets a line a group, and within the long one now and then.
     """
+    say = progress if progress is not None else lambda _: None
     sample = Sample(trace, seed=seed)
     found: dict[str, float] = {}
     for name, group in {
         "popularity": popularity.measure, "reuse": reuse.measure, "weights": weights.measure,
-        "prediction": prediction.measure,
-        "caches": lambda sample: caches.measure(sample, slots=slots),
+        "prediction": lambda sample: prediction.measure(
+            sample, progress=lambda text: say(f"prediction: {text}")),
+        "caches": lambda sample: caches.measure(
+            sample, slots=slots, progress=lambda text: say(f"caches: {text}")),
     }.items():
-        if progress is not None:
-            progress(name)
+        say(name)
         found |= group(sample)
     return found
 

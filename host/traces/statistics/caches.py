@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from moeaccel.host.policies.residency import (
-    LFU,
-    LRU,
-    Belady,
-    DecayedLFU,
-    Pinned,
-    Residency,
-    replay,
-)
-from moeaccel.host.traces.segments import segment_hit_rates
+from moeaccel.host.policies.residency import Pinned
+from moeaccel.host.traces.segments import POLICIES as POLICIES_OF_SEGMENTS, segment_hit_rates
 from moeaccel.host.traces.statistics.prediction import Tables
 from moeaccel.host.traces.statistics.sample import Sample
+from moeaccel.host.traces.statistics.side_by_side import POLICIES, best_hits, hits, residents
 
 __all__ = ["layer_caches", "measure"]
 
@@ -26,10 +19,12 @@ SEGMENT = 512
 _STREAM, _STREAM_LAYERS = 8192, 9
 _GLOBAL_TOKENS = 2048
 _GLOBAL_SHARES = (0.05, 0.094, 0.10, 0.15, 0.20, 0.25, 0.50)
+_EVERY = 512  # tokens between two words of progress
 _HALVES = 64  # tokens: a shorter prompt has no halves worth comparing
 
 
-def measure(sample: Sample, *, slots: Iterable[int] = ()) -> dict[str, float]:
+def measure(sample: Sample, *, slots: Iterable[int] = (),
+            progress: Callable[[str], None] = lambda _: None) -> dict[str, float]:
     """Return hit rates.
 
     * ``segment/LRU@r`` ...: :func:`~moeaccel.host.traces.segments.segment_hit_rates`
@@ -46,41 +41,57 @@ def measure(sample: Sample, *, slots: Iterable[int] = ()) -> dict[str, float]:
     sample : :class:`Sample`
     slots : iterable of :class:`int`
         Sizes of caches beside those that are always measured.
+    progress : callable
+        Gets a line a second or so.
     """
     found = {}
     pieces = [ids[start : start + SEGMENT] for ids in sample.requests
               for start in range(0, len(ids) - SEGMENT + 1, SEGMENT) if ids.min() >= 0]
     if pieces:
-        for policy, rates in segment_hit_rates(np.stack(pieces),
-                                               n_experts=sample.n_experts).items():
+        for policy in POLICIES_OF_SEGMENTS:
+            progress(f"{policy} on {len(pieces)} segments")
+            rates = segment_hit_rates(np.stack(pieces), n_experts=sample.n_experts,
+                                      policies=(policy,))[policy]
             found |= {f"segment/{policy}@{ratio}": float(rate)
                       for ratio, rate in enumerate(rates, 1)}
     k, experts = sample.top_k, sample.n_experts
     sizes = sorted({min(size, experts) for size in (
         k, 2 * k, experts // 4, experts * 3 // 8, experts // 2, experts * 3 // 4, *slots)})
     stream = sample.stream(_STREAM, layers=_STREAM_LAYERS)
-    for size in sizes:
-        found |= {f"cache/{name}, {size} slots": rate
-                  for name, rate in layer_caches(stream, size).items()}
-    return found | _one_cache(sample) | _placement(sample) | _prefetch(sample)
+    rates = layer_caches(stream, sizes, progress=lambda done: progress(
+        f"token {done:,} of {len(stream):,} through caches of {len(sizes)} sizes"))
+    for size, of_size in zip(sizes, rates, strict=True):
+        found |= {f"cache/{name}, {size} slots": rate for name, rate in of_size.items()}
+    for what, part in (("one cache for all layers", _one_cache), ("placements", _placement)):
+        progress(what)
+        found |= part(sample)
+    return found | _prefetch(sample, progress)
 
 
-def layer_caches(stream: np.ndarray, slots: int) -> dict[str, float]:
+def layer_caches(stream: np.ndarray, slots: Sequence[int], *,
+                 progress: Callable[[int], None] = lambda _: None) -> list[dict[str, float]]:
     """Return the hit rate of each policy, caches per layer, on one stream of tokens.
 
     Parameters
     ----------
     stream : bool (tokens, layers, experts)
-    slots : :class:`int`
-        Of each layer.
+    slots : sequence of :class:`int`
+        Of each layer: one result for each size.
+    progress : callable
+        Gets how many tokens are done, now and then.
     """
-    size = {"n_layers": stream.shape[1], "n_experts": stream.shape[2], "slots": slots}
-    policies: dict[str, Callable[[], Residency]] = {
-        "LRU": lambda: LRU(**size), "LFU": lambda: LFU(**size),
-        "decayed LFU": lambda: DecayedLFU(**size),
-        "Belady": lambda: Belady(future=stream, slots=slots),
-        "static": lambda: Pinned(popularity=stream.sum(0), slots=slots)}
-    return {name: replay(make(), stream).hit_rate for name, make in policies.items()}
+    def say(step: int) -> None:
+        if step % _EVERY == 0:
+            progress(step)
+
+    uses = int(stream.sum())
+    kept, best, popularity = hits(stream, slots, say), best_hits(stream, slots), stream.sum(0)
+    static = [int((stream & Pinned(popularity=popularity, slots=size).resident).sum())
+              for size in slots]
+    names = (*POLICIES, "Belady", "static")
+    return [{name: float(count / uses) if uses else 0.0
+             for name, count in zip(names, counts, strict=True)}
+            for counts in zip(*kept, best, static, strict=True)]
 
 
 def _one_cache(sample: Sample) -> dict[str, float]:
@@ -129,7 +140,7 @@ def _placement(sample: Sample) -> dict[str, float]:
     return found
 
 
-def _prefetch(sample: Sample) -> dict[str, float]:
+def _prefetch(sample: Sample, progress: Callable[[str], None]) -> dict[str, float]:
     """A table per layer pair, learned on the first four fifths, measured on the rest."""
     split = int(len(sample.masks) * 0.8)
     if split in (0, len(sample.masks)) or sample.trace.n_layers < 2:
@@ -141,14 +152,13 @@ def _prefetch(sample: Sample) -> dict[str, float]:
                        + table.evidence(test[:, layer - 1]) for layer in layers], axis=1)
     wanted = test[:, layers]
     found = {}
-    for slots in (2 * k, experts * 3 // 8):
-        if slots > experts:
-            continue
-        policy = DecayedLFU(n_layers=len(layers), n_experts=experts, slots=slots)
-        resident = np.empty_like(wanted)
-        for t, used in enumerate(wanted):
-            resident[t] = policy.resident
-            policy.step(used)
+    sizes = [slots for slots in (2 * k, experts * 3 // 8) if slots <= experts]
+    kept = np.empty((len(sizes), *wanted.shape), bool)
+    for t, now in enumerate(residents(wanted, sizes, ["decayed LFU"])):
+        if t % _EVERY == 0:
+            progress(f"token {t:,} of {len(wanted):,} with prefetches")
+        kept[:, t] = now[0]
+    for slots, resident in zip(sizes, kept, strict=True):
         for guesses in (0, k, 2 * k):
             guessed = np.zeros_like(wanted)
             if guesses:

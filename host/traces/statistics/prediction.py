@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from moeaccel.host.traces.statistics.sample import Sample
@@ -46,7 +48,8 @@ def recall(score: np.ndarray, wanted: np.ndarray, guesses: int) -> float:
     return float(np.take_along_axis(wanted, best, 1).sum() / max(1, wanted.sum()))
 
 
-def measure(sample: Sample) -> dict[str, float]:
+def measure(sample: Sample, *, progress: Callable[[str], None] = lambda _: None
+            ) -> dict[str, float]:
     """Return the recall of predictors: share of a token's experts in a layer among m guesses.
 
     Learned on four fifths of the requests, measured on the rest, mean over some layers; m is top-k,
@@ -56,6 +59,12 @@ def measure(sample: Sample) -> dict[str, float]:
       of the request; ``EMA``: the same with decay 0.9; ``Markov``: :class:`Tables` from the token
       before; ``cross-layer d``: :class:`Tables` from the layer d before; ``all``: cross-layer 1,
       Markov and the logarithm of the EMA, added up
+
+    Parameters
+    ----------
+    sample : :class:`Sample`
+    progress : callable
+        Gets a line a layer.
     """
     split = int(len(sample.masks) * _TRAIN)
     if split == len(sample.masks) or split == 0:
@@ -74,6 +83,7 @@ def measure(sample: Sample) -> dict[str, float]:
                 recall(score, wanted, guesses))
 
     for layer in sample.layers(_LAYERS):
+        progress(f"layer {layer}")
         wanted = wanted_all[:, layer]
         markov = Tables(before[:, layer], learn[:, layer])
         prior = np.broadcast_to(markov.prior, wanted.shape)

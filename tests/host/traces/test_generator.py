@@ -11,6 +11,7 @@ from moeaccel.host.traces.statistics.caches import layer_caches
 from moeaccel.host.traces.statistics.sample import Sample
 
 FIGURE = "figure mchr of arXiv 2505.16056, digitised, +-0.005"
+SIZES = (6, 12, 16, 24, 32, 48)
 FOUR = ["deepseek-v2-lite", "olmoe-1b-7b", "qwen3-30b-a3b", "mixtral-8x7b"]
 LOCALITY = Locality(request=0.1, passage=0.1, phrase=0.4)
 SHAPE = {"n_layers": 4, "n_experts": 32, "top_k": 4}
@@ -120,8 +121,8 @@ def test_caches_for_each_layer_of_deepseek_v2_lite():
     published = next(values for source, values in real()["deepseek-v2-lite"].items()
                      if "moe-beyond" in source)
     off = {f"{name}, {slots}": rate - published[f"cache/{name}, {slots} slots"]
-           for slots in (6, 12, 16, 24, 32, 48)
-           for name, rate in layer_caches(stream, slots).items() if name != "static"}
+           for slots, rates in zip(SIZES, layer_caches(stream, SIZES), strict=True)
+           for name, rate in rates.items() if name != "static"}
     assert {n: round(v, 3) for n, v in off.items() if abs(v) > 0.025} == {}
 
 
