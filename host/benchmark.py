@@ -380,7 +380,8 @@ def bench_gemm(bench: Bench, *, m: int, k: int, n: int) -> BenchmarkResult:
     w = rng.standard_normal((n, k), dtype=np.float32) / np.float32(np.sqrt(k))
     bench.progress("quantising and loading")
     matrix = quantise(prune(w, fmt, "magnitude", channels=config.channels), fmt)
-    loaded = bench.device.load_linear(w, weight_format=fmt.name, prune="magnitude",
+    loaded = bench.device.load_linear(w, weight_format=fmt.name,
+                                      prune="magnitude" if fmt.parts > 1 else None,
                                       activation_bits=bench.activation_bits)
     run = _run(bench, loaded, x)
     section = loaded.shape.section

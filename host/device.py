@@ -241,7 +241,7 @@ class Device(Routes, Prefetches, Bound, Inherited):
             For N:M formats (``int4_g32+2:4``): ``"magnitude"`` makes their pattern, and the error
             of ``experts.report`` is with what that costs. When left out weights must have it: in
             4-bit formats a gate row and its up row have one together, and so have rows r and r +
-            channels of down, where ``r // channels`` is even.
+            channels of down, where ``r // channels`` is even. Refused where no format has one.
         row_blocks : :class:`int`
             Blocks into which the hidden rows of each expert are cut, a divisor of I. A call may
             then take the leading ones only (``leading_blocks=``), and pays for no others; rows

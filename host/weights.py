@@ -23,6 +23,7 @@ from moeaccel.activations import limit_behind as limit_of_gate
 from moeaccel.config import TOP_K_MAX, AcceleratorConfig
 from moeaccel.errors import FormatError, about
 from moeaccel.formats import (
+    ALL_FORMATS,
     BLOCK,
     PRUNINGS,
     QuantisedMatrix,
@@ -126,7 +127,8 @@ def load_experts(device: Device, gate_up: Stack, down: Stack, *, activation: str
             f"{(experts, rows, d_model)} = (E, {_rows(parts)}, H), not {shape}; experts are "
             f"{_KINDS[parts]}")
     formats = formats_of(weight_format, experts)
-    _check_prune(prune)
+    _check_prune(prune, [*formats, *([] if shared is None else
+                                     [shared_format_of(shared_format, weight_format)])])
     if progress is not None and not callable(progress):
         raise InvalidOption("progress must be callable with (experts uploaded, experts in all), "
                             f"not {type(progress).__name__}")
@@ -292,7 +294,7 @@ def load_linear(device: Device, weight: Tensor, *, weight_format: str, activatio
     d_out, d_in = shape_of("weight", weight, "N", "K")
     planes = _check_options(activation_bits, grid_exponent, x_rms)
     config = device.config
-    _check_prune(prune)
+    _check_prune(prune, [find_format(weight_format)])
     shape = LinearShape(find_format(weight_format), d_out, d_in, config.row_multipliers,
                         config.channels, bias is not None)
     check_layer(config, [shape])
@@ -493,11 +495,18 @@ def formats_of(weight_format: Formats, experts: int) -> list[WeightFormat]:
     return [find_format(name) for name in weight_format]
 
 
-def _check_prune(prune: str | None) -> None:
-    """Refuse a way of pruning that there is not."""
-    if prune is not None and prune not in PRUNINGS:
+def _check_prune(prune: str | None, formats: Sequence[WeightFormat]) -> None:
+    """Refuse a way of pruning that there is not, or where no format has a pattern to make."""
+    if prune is None:
+        return
+    if prune not in PRUNINGS:
         raise InvalidOption(f"prune must be {' or '.join(map(repr, PRUNINGS))}, or left out, not "
                             f"{prune!r}")
+    if all(fmt.parts == 1 for fmt in formats):
+        sparse = [fmt.name for fmt in ALL_FORMATS.values() if fmt.parts > 1]
+        raise InvalidOption(
+            f"prune must be left out with {' and '.join(sorted({fmt.name for fmt in formats}))}, "
+            f"which has no N:M pattern, not {prune!r}; formats with one: {', '.join(sparse)}")
 
 
 def _check_options(activation_bits: int, grid_exponent: int | None, x_rms: float) -> int:

@@ -41,6 +41,7 @@ from moeaccel.host.policies.residency.everything import Everything
 from moeaccel.host.policies.residency.least_stale import LeastStale
 from moeaccel.host.policies.residency.pinned import Pinned
 from moeaccel.host.policies.systems import System, system
+from moeaccel.host.sizes import size_of
 from moeaccel.host.tensors import indices
 from moeaccel.image import ExpertShape
 from moeaccel.zoo import model
@@ -74,8 +75,9 @@ class Hybrid:
     policy : :class:`str` or :class:`System`
         One of :data:`moeaccel.host.policies.systems.SYSTEMS`; of it placement and residency, while
         what it prefetches is not moved early. It leaves routes as they are.
-    gpu_bytes : :class:`int`
-        Memory of the torch device for experts, evenly over the layers; 0: none. Where a policy has
+    gpu_bytes : :class:`int` or :class:`str`
+        Memory of the torch device for experts, evenly over the layers, as :func:`size_of` reads it,
+        a share being one of what all experts take there; 0: none. Where a policy has
         one pool for all layers, a layer has room for the most that it ever held.
     resident_math : ``"bf16"`` or ``"exact"``
         In bfloat16 y is close to the accelerator's; exact, it has its bits
@@ -102,7 +104,7 @@ class Hybrid:
         For another value that is none of these.
     """
 
-    def __init__(self, policy: str | System = "moeaccel", *, gpu_bytes: int = 0,
+    def __init__(self, policy: str | System = "moeaccel", *, gpu_bytes: int | str = 0,
                  resident_math: ResidentMath = "bf16", on: Machine | None = None,
                  profile: NDArray[Any] | None = None, single_copy: bool = False,
                  lane: Callable[[torch.device], Lane] = lane_for) -> None:
@@ -114,15 +116,14 @@ class Hybrid:
                 f"policy must leave routes as they are, and not know what comes, but "
                 f"{self.system.name} {'knows' if knows else 'changes them'}; "
                 "moeaccel bench policies replays it")
-        if isinstance(gpu_bytes, bool) or not isinstance(gpu_bytes, int) or gpu_bytes < 0:
-            raise InvalidOption(f"gpu_bytes must be a number of bytes from 0 on, not {gpu_bytes!r}")
+        self.gpu_bytes = size_of("gpu_bytes", gpu_bytes)
         if resident_math not in get_args(ResidentMath):
             raise InvalidOption(f"resident_math must be one of {', '.join(_MATH)}, not "
                                 f"{resident_math!r}")
         if not isinstance(single_copy, bool):
             raise InvalidOption(f"single_copy must be True or False, not {single_copy!r}")
         self.single_copy = single_copy
-        self.gpu_bytes, self.resident_math = gpu_bytes, resident_math
+        self.resident_math = resident_math
         self._on, self._profile, self._lane_for = on, profile, lane
         self._lock = threading.RLock()
         self._layers: list[_Layer] = []
@@ -438,7 +439,8 @@ class Hybrid:
         name = shape.format.name
         costs = dataclasses.replace(believed.holding(this, name).layer(
             this, weight_format_name=name, activation_bits=8 * experts._planes), n_shared=shared)
-        slots = slots_of(self.gpu_bytes, costs, layers)
+        everything = layers * experts.num_experts * costs.resident_bytes
+        slots = slots_of(self.gpu_bytes.of(everything), costs, layers, given=self.gpu_bytes.given)
         part = self.system.residency
         keep: Residency | None = None
         if part is not None:

@@ -45,6 +45,9 @@ _PARTS = {
     "gate_proj": "gate", "w1": "gate", "gate": "gate", "up_proj": "up", "w3": "up", "up": "up",
     "down_proj": "down", "w2": "down", "down": "down", "gate_up_proj": "gate_up",
     "gate_up": "gate_up"}
+IMPORTED = "moeaccel-experts"
+"""What :mod:`moeaccel.host.importers.quantised_file` names in the metadata of its files."""
+
 _BIASES = (".bias", "_bias")
 _Bias = NDArray[np.float32] | None
 _STEMS = tuple(re.compile(pattern) for pattern in (
@@ -320,8 +323,13 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         else:
             folder = path if path.is_dir() else path.parent
             for part in _shards(path):
-                file, found, _ = read_safetensors(part)
+                file, found, metadata = read_safetensors(part)
                 stack.enter_context(file)
+                if metadata.get("format") == IMPORTED:
+                    raise ForeignCheckpoint(
+                        f"{part} must be a checkpoint, but is imported already, into "
+                        f"{metadata.get('weight_format')}: load it with open_quantised() and "
+                        "device.load_quantised(), or import the checkpoint that it was made of")
                 if twice := tensors.keys() & found.keys():
                     raise DamagedCheckpoint(f"tensor {min(twice)!r} must be in one file of {path}, "
                                             f"not also in {part.name}")

@@ -37,13 +37,19 @@ from numpy.typing import NDArray
 
 from moeaccel.activations import activation as find_activation
 from moeaccel.arithmetic import from_bfloat16
-from moeaccel.config import AcceleratorConfig, preset
+from moeaccel.config import PRESETS, AcceleratorConfig, preset
 from moeaccel.errors import FormatError, ImageError, OutputError
 from moeaccel.files import whole_file
 from moeaccel.formats import WeightFormat, weight_format as find_format, whole_blocks
 from moeaccel.grid import Squares
 from moeaccel.host.errors import InvalidOption
-from moeaccel.host.importers.checkpoint import Checkpoint, ExpertLayer, ImportedExpert, in_order
+from moeaccel.host.importers.checkpoint import (
+    IMPORTED,
+    Checkpoint,
+    ExpertLayer,
+    ImportedExpert,
+    in_order,
+)
 from moeaccel.host.importers.coded import Fit
 from moeaccel.host.importers.errors import DamagedCheckpoint, ForeignCheckpoint
 from moeaccel.host.importers.files import StoredTensor, read_safetensors
@@ -63,7 +69,7 @@ from moeaccel.image import (
 __all__ = ["Array", "LayerSummary", "QuantisedExperts", "QuantisedFile", "import_checkpoint",
            "is_quantised", "open_quantised"]
 
-FORMAT = "moeaccel-experts"
+FORMAT = IMPORTED
 VERSION = "3"
 
 Progress = Callable[[int, int, int], None]
@@ -397,13 +403,14 @@ def import_checkpoint(
     Raises
     ------
     CheckpointError, FormatError
-        See :meth:`Checkpoint.experts`.
+        See :meth:`Checkpoint.experts`; and for a format that `config` has not.
     InvalidOption
         If ``layers`` is empty.
     OutputError
         If the file cannot be written, or is one of the checkpoint's own.
     """
     fmt, made_for = find_format(weight_format), preset(config)
+    _check_format(fmt, made_for)
     array = Array(made_for.name, made_for.row_multipliers, made_for.channels)
     if threads is None:
         threads = min(os.cpu_count() or 1, 8)
@@ -449,6 +456,18 @@ def import_checkpoint(
         _write_at(file, 0, np.frombuffer(
             (start - 8).to_bytes(8, "little") + header.ljust(start - 8), np.uint8))
     return fits
+
+
+def _check_format(fmt: WeightFormat, config: AcceleratorConfig) -> None:
+    """Refuse a format that no device of the configuration loads, before the work and not after."""
+    if fmt in config.weight_formats:
+        return
+    able = [one.name for one in PRESETS.values() if fmt in one.weight_formats]
+    raise FormatError(
+        f"weight_format must be one of {', '.join(config.formats)} in config {config.name!r}, not "
+        f"{fmt.name!r}; " + (f"presets that can: {', '.join(able)}: choose one with config= or "
+                             "--config" if able else "no preset can, give a configuration that "
+                             "names it in formats"))
 
 
 def _write_at(file: BinaryIO, offset: int, values: NDArray[Any]) -> None:

@@ -114,7 +114,8 @@ class Outcome:
         return float(self.layer_seconds.sum() / self.tokens)
 
 
-def slots_of(gpu_bytes: int, costs: LayerCosts, n_layers: int, *, buffers: int = 0) -> list[int]:
+def slots_of(gpu_bytes: int, costs: LayerCosts, n_layers: int, *, buffers: int = 0,
+             given: int | str = "") -> list[int]:
     """Return how many experts of each layer a budget holds, evenly.
 
     Parameters
@@ -125,6 +126,8 @@ def slots_of(gpu_bytes: int, costs: LayerCosts, n_layers: int, *, buffers: int =
     n_layers : :class:`int`
     buffers : :class:`int`
         Experts that are taken off.
+    given : :class:`str`, optional
+        `gpu_bytes` as they were written, for the message.
 
     Raises
     ------
@@ -133,6 +136,8 @@ def slots_of(gpu_bytes: int, costs: LayerCosts, n_layers: int, *, buffers: int =
     """
     if gpu_bytes < 0 or 0 < gpu_bytes < costs.resident_bytes:
         raise BudgetTooSmall(f"gpu_bytes must be 0 or at least {costs.resident_bytes:,}, one "
+                             f"expert, not {given!r}" if isinstance(given, str) and given else
+                             f"gpu_bytes must be 0 or at least {costs.resident_bytes:,}, one "
                              f"expert, not {gpu_bytes:,}")
     experts = max(0, min(gpu_bytes // costs.resident_bytes, n_layers * costs.n_experts) - buffers)
     each, more = divmod(experts, n_layers)

@@ -1,21 +1,16 @@
 """``moeaccel policies`` and ``moeaccel bench policies``: which expert is where, compared."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moeaccel.cli.output import Status, print_json
-from moeaccel.errors import MoeAccelError
 
 if TYPE_CHECKING:
     from moeaccel.host.policies.compare import Comparison
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-
-
-class InvalidSize(MoeAccelError, ValueError):
-    """A size that is no number of bytes, nor a share."""
 
 
 def command(as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False
@@ -92,6 +87,7 @@ def compare(
     from moeaccel.host.policies.compare import against_monde, compare as run, device_alone
     from moeaccel.host.policies.costs import TORCH, machine
     from moeaccel.host.policies.systems import SYSTEMS, system
+    from moeaccel.host.sizes import size_of
     from moeaccel.host.traces import ForeignTrace, PopularityProfile, RoutingTrace
     from moeaccel.host.traces.presets import generate, presets
     from moeaccel.zoo import model as find_model
@@ -103,7 +99,7 @@ def compare(
                        fused=fused)
     assert found.n_experts is not None and found.top_k is not None
     everything = found.n_moe_layers * found.n_experts * costs.resident_bytes
-    size = _bytes(gpu_bytes, everything)
+    size = size_of("gpu_bytes", gpu_bytes).of(everything)
     with Status(as_json) as status:
         if trace is not None:
             routes = RoutingTrace.load(trace)
@@ -179,20 +175,3 @@ def _print(rows: "list[Comparison]", title: str) -> None:
                   "of the routers' weight that is computed, all where the policy is lossless; to "
                   "optimum: over the best split of the same residents", highlight=False)
 
-
-def _bytes(text: str, everything: int) -> int:
-    """Return a size in bytes: a number, with a unit, or a share of all experts."""
-    units: dict[str, Any] = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 1 << 10,
-                             "MIB": 1 << 20, "GIB": 1 << 30, "%": everything / 100}
-    number = text.strip().rstrip("%BKMGIibkmg")
-    unit = text.strip()[len(number):].upper()
-    try:
-        value = float(number) * units[unit]
-    except (KeyError, ValueError):
-        raise InvalidSize("gpu_bytes must be a number of bytes, with a unit as 8GiB or 500MB, or a "
-                          f"share as 25%, not {text!r}") from None
-    most = everything if unit == "%" else (1 << 62) - 1
-    if not 0 <= value <= most:
-        raise InvalidSize("gpu_bytes must be at least 0"
-                          f"{', and at most 100%' if unit == '%' else ''}, not {text!r}")
-    return int(value)

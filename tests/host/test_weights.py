@@ -459,3 +459,19 @@ def test_the_widest_expert_counts(device):
             r"^expert 2: d_expert must be a multiple of 32 from 32 to 256 in config 'tiny', not "
             r"260 \(288 in whole blocks\); presets that can: small")):
         device.load_quantised(layer)
+
+
+def test_nothing_to_prune_is_said():
+    """A format without a pattern would stay dense without a word."""
+    from moeaccel.host import errors, open_device
+
+    ones = np.ones((2, 64, 32), np.float32), np.ones((2, 32, 32), np.float32)
+    with open_device("golden", config="wide512-sparse", memory_bytes=1 << 24) as device:
+        for load in (lambda name: device.load_experts(*ones, weight_format=name,
+                                                      prune="magnitude"),
+                     lambda name: device.load_linear(ones[1][0], weight_format=name,
+                                                     prune="magnitude")):
+            with pytest.raises(errors.InvalidOption, match=r"left out with int4_g32, .*2:4"):
+                load("int4_g32")
+            load("int4_g32+2:4").close()
+        device.load_experts(*ones, weight_format=["int4_g32", "int4_g32+2:4"], prune="magnitude")

@@ -100,7 +100,7 @@ def test_formats_that_presets_have_not(pair_of, name):
         for bits in (8, 16):
             def experts(device, bits=bits):
                 with device.load_experts(*WEIGHTS, weight_format=name, activation_bits=bits,
-                                         prune="magnitude") as loaded:
+                                         prune="magnitude" if "+" in name else None) as loaded:
                     return loaded(*CALL)
 
             pair.same(experts)

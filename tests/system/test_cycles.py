@@ -153,7 +153,8 @@ class Case:
         else:
             with device.load_linear(
                     np.ones((self.d_other, self.d_in), np.float32), activation_bits=bits,
-                    weight_format=self.weight_format, prune="magnitude",
+                    weight_format=self.weight_format,
+                    prune="magnitude" if "+" in self.weight_format else None,
                     bias=np.ones(self.d_other) if self.biases(0) & 1 else None) as layer:
                 handle = layer.submit(x)
                 layer.sync(handle)

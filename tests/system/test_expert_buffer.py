@@ -58,7 +58,8 @@ class Layers:
             weights = draw_experts(rng, *shape)
             names_of = [names[(i + e) % len(names)] for e in range(shape[0])]
             self.layers.append({device: device.load_experts(
-                *weights, weight_format=names_of, activation_bits=8 << i % 2, prune="magnitude")
+                *weights, weight_format=names_of, activation_bits=8 << i % 2,
+                prune="magnitude" if any("+" in name for name in names_of) else None)
                 for device in devices})
 
     def call(self, rng):

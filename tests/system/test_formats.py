@@ -129,7 +129,8 @@ def test_damaged_images_are_read_as_golden_reads_them(every, name):
     every.reset()
 
     def script(device):
-        with device.load_experts(*weights, weight_format=name, prune="magnitude",
+        with device.load_experts(*weights, weight_format=name,
+                                 prune="magnitude" if "+" in name else None,
                                  grid_exponent=-10) as loaded:
             shape = loaded.shape
             for e in range(2):

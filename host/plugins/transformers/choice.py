@@ -24,6 +24,7 @@ SMALLEST_MEMORY = 1 << 32
 """Bytes of memory that the plug-in chooses at least."""
 
 _MOST_ADDRESS_BITS = 47
+_PAGE = 4096
 _COMMANDS_IN_FLIGHT = 16
 
 
@@ -169,7 +170,8 @@ def memory_size(name: str, text: Any) -> int:
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?) *(?:([KMGT])(?:i?B)?|B)?", str(text).strip(), re.I)
     size = int(float(found[1]) * (1 << _UNITS[(found[2] or "").upper()])) if found else 0
-    if not 0 < size <= 1 << _MOST_ADDRESS_BITS:
-        raise InvalidOption(f"{name} must be a size such as 64GiB or 512MiB, up to 128TiB, "
-                            f"not {text!r}")
-    return -(-size // 4096) * 4096
+    # A device keeps the first page to itself.
+    if not _PAGE < size <= 1 << _MOST_ADDRESS_BITS:
+        raise InvalidOption(f"{name} must be a size such as 64GiB or 512MiB, above 4KiB and up to "
+                            f"128TiB, not {text!r}")
+    return -(-size // _PAGE) * _PAGE

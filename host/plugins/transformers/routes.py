@@ -74,7 +74,8 @@ class Routes:
                                    f"{self._ids.shape}, not {self._weights.shape}")
         else:
             raise InvalidOption("routes must be a RoutingTrace, the path of one, or a pair (ids, "
-                                f"weights), not {type(given).__name__}")
+                                "weights), (ids, None) for the routers' own weights, not "
+                                f"{type(given).__name__}")
         self._seen: list[object] = []  # which layer is which
         self._next = self._pass = self._first = self._tokens = 0
 

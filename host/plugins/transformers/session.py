@@ -15,7 +15,12 @@ from moeaccel.errors import FormatError
 from moeaccel.formats import ALL_FORMATS
 from moeaccel.host.cluster import Cluster
 from moeaccel.host.device import Device
-from moeaccel.host.errors import InvalidOption, OutOfDeviceMemory, UnsupportedExperts
+from moeaccel.host.errors import (
+    DeviceClosed,
+    InvalidOption,
+    OutOfDeviceMemory,
+    UnsupportedExperts,
+)
 from moeaccel.host.hybrid import Hybrid, ResidentMath
 from moeaccel.host.importers.coded import IMPORT_QUANTISERS
 from moeaccel.host.limits import check_layer
@@ -147,7 +152,7 @@ def use_device(device: Device | Cluster | None, *, weight_format: str | None = N
         :class:`moeaccel.host.hybrid.Hybrid`. When left out, all on the device. What is uploaded
         stays where it is when only the policy changes.
     gpu_bytes : :class:`int` or :class:`str`
-        Memory there for experts, as 2GiB.
+        Memory there for experts: bytes, as ``"2GiB"``, or ``"25%"`` of what all take there.
     resident_math : ``"bf16"`` or ``"exact"``
     routes : :class:`moeaccel.host.traces.RoutingTrace`, path of one, or pair (ids, weights)
         Take the place of the routers' own, pass by pass, in every layer; see
@@ -167,6 +172,8 @@ def use_device(device: Device | Cluster | None, *, weight_format: str | None = N
     ------
     InvalidOption
         If an argument is not among the possible values.
+    DeviceClosed
+        If the device is closed.
     PolicyError
         If there is no such policy, or none that a model can run with.
     TraceError
@@ -176,6 +183,10 @@ def use_device(device: Device | Cluster | None, *, weight_format: str | None = N
     if not isinstance(device, Device | Cluster | None):
         raise InvalidOption("device must be a Device, from open_device(), a Cluster of some, or "
                             f"None, not {type(device).__name__}")
+    if device is not None and device.closed:
+        if isinstance(device, Device):
+            _ = device.transport  # raises, and knows why
+        raise DeviceClosed("cluster must be open, but was closed; make another one")
     given = {"weight_format": weight_format, "activation_bits": activation_bits,
              "quantiser": quantiser}
     options = {name: value for name, value in given.items() if value is not None}
@@ -183,8 +194,8 @@ def use_device(device: Device | Cluster | None, *, weight_format: str | None = N
                 "keep_host_weights": keep_host_weights}
     check_names("use_device", hybrid, use_device, Hybrid)
     if policy is not None:
-        size = memory_size("gpu_bytes", gpu_bytes) if isinstance(gpu_bytes, str) else gpu_bytes
-        options["hybrid"] = Hybrid(policy, gpu_bytes=size, resident_math=resident_math, **hybrid)
+        options["hybrid"] = Hybrid(
+            policy, gpu_bytes=gpu_bytes, resident_math=resident_math, **hybrid)
     elif needless := [*(["gpu_bytes"] if gpu_bytes else []),
                       *(["resident_math"] if resident_math != "bf16" else []), *hybrid]:
         raise InvalidOption(f"policy must be given with {', '.join(needless)}, not None")

@@ -45,3 +45,15 @@ def test_the_checkpoint_itself_is_not_replaced(tmp_path, output):
     assert result.exit_code == 2 and "the checkpoint's own" in result.output
     assert (folder / "model.safetensors").read_bytes() == before
     assert not list(folder.glob("*.part"))
+
+
+def test_what_is_refused_says_what_to_do(tmp_path):
+    path = tmp_path / "experts"
+    command = ["import", CHECKPOINT, "--output", str(path), "--layer", "2"]
+    result = runner.invoke(app, [*command, "--weight-format", "int4_g32_zp"])
+    assert result.exit_code == 2 and not path.exists()
+    assert "presets that can: wide512-sparse" in " ".join(result.output.split())
+    assert runner.invoke(app, command).exit_code == 0
+    again = runner.invoke(app, ["import", str(path), "--output", str(tmp_path / "again")])
+    assert again.exit_code == 2
+    assert "is imported already, into int4_g32" in " ".join(again.output.split())

@@ -64,9 +64,9 @@ def test_what_is_wrong_is_named(tmp_path):
     fails("gpu_bytes must be 0 or at least 352,321,536, one expert, not 1", *BENCH, *SMALL,
           "--gpu-bytes", 1)
     fails("gpu_bytes must be a number of bytes", *BENCH, *SMALL, "--gpu-bytes", "much")
-    fails("gpu_bytes must be at least 0, and at most 100%, not '200%'", *BENCH,
+    fails("or a share from 0% to 100%, not '200%'", *BENCH,
           "--gpu-bytes", "200%")
-    fails("gpu_bytes must be at least 0", *BENCH, *SMALL, "--gpu-bytes", "-5%")
+    fails("gpu_bytes must be a number of bytes from 0 on", *BENCH, *SMALL, "--gpu-bytes", "-5%")
     fails("torch device must be one of", *BENCH, "--torch", "tpu")
     fails("model must be one of `moeaccel models`", "bench", "policies", "--model", "nothing")
     fails("a trace must be given with --trace for glm-4.5", "bench", "policies", "--model",
@@ -84,6 +84,6 @@ def test_what_is_wrong_is_named(tmp_path):
     ("0", 0), ("100", 100), ("8GiB", 8 << 30), ("1.5 GB", 1_500_000_000), ("25%", 250),
     ("2mb", 2_000_000), ("3B", 3)])
 def test_sizes(text, size):
-    from moeaccel.cli.policies import _bytes
+    from moeaccel.host.sizes import size_of
 
-    assert _bytes(text, 1000) == size
+    assert size_of("gpu_bytes", text).of(1000) == size

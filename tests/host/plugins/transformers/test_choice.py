@@ -74,7 +74,8 @@ def test_sizes(text, size):
     assert memory_size("MOEACCEL_MEMORY", text) == size
 
 
-@pytest.mark.parametrize("text", ["", "0", "-1GiB", "lots", "64PiB", "1GiBs", "1000TiB", "nan"])
+@pytest.mark.parametrize("text", [
+    "", "0", "1KiB", "4096", "-1GiB", "lots", "64PiB", "1GiBs", "1000TiB", "nan"])
 def test_sizes_that_are_none(text):
-    with pytest.raises(errors.InvalidOption, match="MOEACCEL_MEMORY must be a size such as 64GiB"):
+    with pytest.raises(errors.InvalidOption, match=f"MOEACCEL_MEMORY must be .*, not {text!r}"):
         memory_size("MOEACCEL_MEMORY", text)

@@ -92,8 +92,32 @@ def test_what_use_device_refuses(device):
         plugin.use_device(device, resident_math="exact")
     with pytest.raises(errors.InvalidOption, match=r"option of use_device must be .*, not 'formt'"):
         plugin.use_device(device, formt="mxint8")
-    with pytest.raises(errors.InvalidOption, match="gpu_bytes must be a size such as 64GiB"):
+    with pytest.raises(errors.InvalidOption, match="gpu_bytes must be a number of bytes"):
         plugin.use_device(device, policy="moeaccel", gpu_bytes="much")
+    with pytest.raises(errors.InvalidOption, match=r"\(ids, None\) for the routers' own weights"):
+        plugin.use_device(device, routes=torch.zeros(1, 2, 2, dtype=torch.int64))
+    with open_device("golden", config="small") as closed:
+        pass
+    with pytest.raises(errors.DeviceClosed, match="device must be open"):
+        plugin.use_device(closed)
+
+
+@pytest.mark.parametrize(("given", "residents"), [("0", 0), ("25%", 4), ("100%", 16)])
+def test_shares_of_the_experts(device, given, residents):
+    model = olmoe()
+    plugin.use_device(device, policy="static-hot-set", gpu_bytes=given)
+    generate(model, 1)
+    counters = plugin.current_session().hybrid.counters
+    assert sum(layer.residents for layer in counters) == residents
+    plugin.release()
+
+
+def test_a_budget_too_small_is_named_as_it_was_given(device):
+    model = olmoe()
+    for given in ("10", "1KiB"):
+        plugin.use_device(device, policy="moeaccel", gpu_bytes=given)
+        with pytest.raises(PolicyError, match=f"gpu_bytes must be 0 or at least .*not '{given}'"):
+            generate(model, 1)
 
 
 def test_images_stay_where_they_are_when_only_the_policy_changes(device):
