@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from moeaccel.config import TOP_K_MAX
 from moeaccel.errors import MoeAccelError
+from moeaccel.host.cluster import Cluster, ClusterMoe
 from moeaccel.host.errors import UnsupportedExperts
 from moeaccel.host.moe import Moe
 from moeaccel.host.plugins.transformers.blocks import Block, block_of, experts_in
@@ -251,18 +252,22 @@ def _decide(module: torch.nn.Module) -> tuple[Session, Block | str]:
 
 def _refusal(session: Session, block: Block, dims: tuple[LayerDims, ...]) -> str | None:
     """Return what of a block a device has not."""
-    settings = _settings(block)
-    (device,) = session.devices  # route=True is for one
-    if session.hybrid is not None and block.shared is not None:
-        return ("shared experts must be none with a policy, which leaves them to the torch device, "
+    settings, device = _settings(block), session.device
+    apart = ("with a policy" if session.hybrid is not None else
+             "on a cluster" if isinstance(device, Cluster) else None)
+    if apart is not None and block.shared is not None:
+        return (f"shared experts must be none {apart}, which leaves them to the torch device, "
                 f"but a block has {block.shared.down!r}")
     taken, experts = settings.top_k + len(dims) - 1, sum(one.experts for one in dims)
     if taken > TOP_K_MAX:
         return (f"top_k and shared experts must be at most {TOP_K_MAX} together, not {taken}")
-    if experts > (most := device.config.max_experts):
-        return f"experts and shared experts must be at most {most} together, not {experts}"
     try:
-        check_router(device.config, settings)
+        if isinstance(device, Cluster):
+            device.check_router(settings)
+        elif experts > (most := device.config.max_experts):
+            return f"experts and shared experts must be at most {most} together, not {experts}"
+        else:
+            check_router(device.config, settings)
         for one in dims:
             check_limits(session, one)
     except MoeAccelError as error:
@@ -291,7 +296,7 @@ def _wanted(module: torch.nn.Module, block: Block) -> Wanted:
     assert weights is not None
     tensors = {name: _tensor(module, name) for name in block.names}
 
-    def load(session: Session) -> Moe:
+    def load(session: Session) -> Moe | ClusterMoe:
         def matrix(name: str) -> torch.Tensor:
             return tensors[name].detach().float().cpu()
 
@@ -307,9 +312,9 @@ def _wanted(module: torch.nn.Module, block: Block) -> Wanted:
         settings = asdict(found.settings)
         router = Router(matrix(block.weight), bias=table(found.bias),
                         selection_bias=table(found.selection_bias), **settings)
-        (device,) = session.devices
-        return device.load_moe(
-            router, *weights.stacks, shared=shared, **stored(session, weights))
+        more = {} if shared is None else {"shared": shared}
+        return session.device.load_moe(
+            router, *weights.stacks, **more, **stored(session, weights))
 
     return Wanted(weights, load, tuple(tensors.values()), block, _dims(module, block, weights))
 
@@ -329,7 +334,7 @@ def _compute(x: torch.Tensor, tensors: list[torch.Tensor], number: int, top_k: i
             f"device was set since, or {found}; compile again")
     wanted = _wanted(module, found)
     moe = layer_of(wanted)
-    assert isinstance(moe, Moe)
+    assert isinstance(moe, Moe | ClusterMoe)
     return run_block(moe, wanted.weights, x)
 
 
