@@ -26,7 +26,7 @@ from moeaccel.errors import MoeAccelError
 from moeaccel.host.cluster import Cluster, ClusterMoe
 from moeaccel.host.errors import UnsupportedExperts
 from moeaccel.host.moe import Moe
-from moeaccel.host.plugins.transformers.blocks import Block, block_of, experts_in
+from moeaccel.host.plugins.transformers.blocks import Beside, Block, block_of, experts_in
 from moeaccel.host.plugins.transformers.choice import LayerDims
 from moeaccel.host.plugins.transformers.modules import Weights, look, number_of
 from moeaccel.host.plugins.transformers.operator import (
@@ -188,7 +188,7 @@ def needs(model: torch.nn.Module) -> list[LayerDims]:
         dims = (weights.dims,)
         if module in owners:
             with contextlib.suppress(UnsupportedExperts):
-                dims = _dims(owners[module], block_of(owners[module]), weights)
+                dims = _dims(owners[module], _as_run(block_of(owners[module])), weights)
         found += dims
     return found
 
@@ -237,7 +237,7 @@ def _decide(module: torch.nn.Module) -> tuple[Session, Block | str]:
             f"{type(module).__name__} must have parameters that stay where they are, but has hooks "
             "of accelerate")
     try:
-        block = block_of(module)
+        block = _as_run(block_of(module))
     except UnsupportedExperts as error:
         return session_for([]), str(error)
     weights, _ = look(getattr(module, block.experts))
@@ -250,14 +250,18 @@ def _decide(module: torch.nn.Module) -> tuple[Session, Block | str]:
     return session, _refusal(session, block, dims) or block
 
 
+def _as_run(block: Block) -> Block:
+    """Return a block as it is run: where routing is a call of its own, whose answer a policy or
+    the devices of a cluster need, shared experts are the torch device's."""
+    session = open_session()
+    apart = option("hybrid") is not None or (
+        session is not None and isinstance(session.device, Cluster))
+    return block.apart() if apart else block
+
+
 def _refusal(session: Session, block: Block, dims: tuple[LayerDims, ...]) -> str | None:
     """Return what of a block a device has not."""
     settings, device = _settings(block), session.device
-    apart = ("with a policy" if session.hybrid is not None else
-             "on a cluster" if isinstance(device, Cluster) else None)
-    if apart is not None and block.shared is not None:
-        return (f"shared experts must be none {apart}, which leaves them to the torch device, "
-                f"but a block has {block.shared.down!r}")
     taken, experts = settings.top_k + len(dims) - 1, sum(one.experts for one in dims)
     if taken > TOP_K_MAX:
         return (f"top_k and shared experts must be at most {TOP_K_MAX} together, not {taken}")
@@ -335,7 +339,7 @@ def _compute(x: torch.Tensor, tensors: list[torch.Tensor], number: int, top_k: i
     wanted = _wanted(module, found)
     moe = layer_of(wanted)
     assert isinstance(moe, Moe | ClusterMoe)
-    return run_block(moe, wanted.weights, x)
+    return run_block(moe, wanted.weights, x, beside=found.beside is not None)
 
 
 @_compute.register_fake
@@ -358,6 +362,7 @@ class _Plan(NamedTuple):
     names: tuple[str, ...]
     returned: tuple[str, ...] | None
     asked: tuple[str, ...]
+    beside: Beside | None
 
 
 @torch.compiler.assume_constant_result
@@ -367,7 +372,7 @@ def _plan(module: torch.nn.Module) -> _Plan | None:
     if isinstance(found, str):
         return None
     return _Plan(number_of(module), found.recognised.settings.top_k, found.experts, found.router,
-                 found.names, found.returned, found.asked)
+                 found.names, found.returned, found.asked, found.beside)
 
 
 def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -399,6 +404,8 @@ def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             y = experts(rows, ids, scores)
         finally:
             answered.reset(token)
+    if plan.beside is not None:
+        y = y + plan.beside.of(self, rows)
     y = y.reshape(x.shape)
     if plan.returned is None:
         return y

@@ -156,10 +156,9 @@ def use_device(device: Device | Cluster | None, *, weight_format: str | None = N
         Whole MoE blocks, whose router the device has, are computed there: x goes in, y comes out.
         The others' experts are, as ever, by the host's routes. Which is which, and why, says
         :func:`moeaccel.host.plugins.transformers.routing`. With a policy, which has to know the
-        routes, it is two calls: the device routes, and computes what the policy leaves to it; and
-        blocks with shared experts, which are the torch device's then, are routed by the host. So it
-        is on a cluster: one device routes a layer, and those that have its experts compute what was
-        chosen. Not with routes.
+        routes, it is two calls: the device routes, and computes what is left to it; shared experts
+        are the torch device's. So it is on a cluster: one device routes a layer, and those that
+        have its experts compute what was chosen. Not with routes.
     **hybrid
         Further options of :class:`moeaccel.host.hybrid.Hybrid`.
 

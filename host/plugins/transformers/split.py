@@ -31,11 +31,17 @@ def run(weights: Weights, x: torch.Tensor, ids: torch.Tensor, routing: torch.Ten
                           shared=weights.shared)
 
 
-def run_block(moe: Moe | ClusterMoe, weights: Weights, x: torch.Tensor
+def run_block(moe: Moe | ClusterMoe, weights: Weights, x: torch.Tensor, *, beside: bool = False
               ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return y of a block that the device routes, (T, H), and the ids and weights that it chose:
     in one command, or where a policy or the devices of a cluster are to see the routes first, in
-    two."""
+    two.
+
+    Parameters
+    ----------
+    beside : :class:`bool`
+        Whether the torch device computes shared experts, which are not in y.
+    """
     if isinstance(moe, ClusterMoe):
         return moe.compute(x)
     session = open_session()
@@ -43,4 +49,6 @@ def run_block(moe: Moe | ClusterMoe, weights: Weights, x: torch.Tensor
         bring_home(moe.experts)
         return moe.compute(x)
     ids, routing = moe.route(x)
-    return session.hybrid(moe.experts, x, ids, routing, layers=weights.layers), ids, routing
+    y = session.hybrid(moe.experts, x, ids, routing, layers=weights.layers,
+                       shared=weights.shared if beside else 0)
+    return y, ids, routing

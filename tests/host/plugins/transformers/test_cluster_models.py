@@ -107,6 +107,24 @@ def test_a_cluster_routes_as_one_device_does(device, devices, ids, name, monkeyp
         assert [one.memory.free_bytes for one in devices] == free
 
 
+@pytest.mark.parametrize("name", ["Qwen2Moe", "DeepseekV3"])
+@torch.no_grad()
+def test_a_cluster_routes_and_torch_computes_shared_experts(device, devices, ids, name):
+    model = make(config_of(name, **(MODELS | BLOCKS)[name][1]), "moeaccel")
+    plugin.use_device(device, route=True, policy="all-on-device", **OPTIONS)
+    routed(model)
+    expected = model(ids).logits
+    plugin.release()
+    with Cluster(devices) as cluster:
+        plugin.use_device(cluster, **OPTIONS)
+        tokens = model.generate(ids, max_new_tokens=3, do_sample=False)
+        plugin.use_device(cluster, route=True, **OPTIONS)
+        routed(model)
+        assert torch.equal(model(ids).logits, expected)
+        assert torch.equal(model.generate(ids, max_new_tokens=3, do_sample=False), tokens)
+        plugin.release(model)
+
+
 @torch.no_grad()
 def test_the_device_that_routes_may_be_lost(devices, ids):
     model = make(config_of("Olmoe", **MODELS["Olmoe"][1]), "moeaccel")
