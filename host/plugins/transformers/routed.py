@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import logging
 import types
 import weakref
@@ -24,7 +25,7 @@ from torch.utils.hooks import RemovableHandle
 from moeaccel.config import TOP_K_MAX
 from moeaccel.errors import MoeAccelError
 from moeaccel.host.cluster import Cluster, ClusterMoe
-from moeaccel.host.errors import UnsupportedExperts
+from moeaccel.host.errors import InvalidOption, UnsupportedExperts
 from moeaccel.host.moe import Moe
 from moeaccel.host.plugins.transformers.blocks import Beside, Block, block_of, experts_in
 from moeaccel.host.plugins.transformers.choice import LayerDims
@@ -363,6 +364,22 @@ class _Plan(NamedTuple):
     returned: tuple[str, ...] | None
     asked: tuple[str, ...]
     beside: Beside | None
+    first: str
+    """What its class calls hidden states."""
+
+    def hidden_states(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        """Return those of the arguments of a call.
+
+        Raises
+        ------
+        InvalidOption
+            If they are not among them, or are twice.
+        """
+        if bool(args) == (self.first in kwargs):
+            given = ", ".join(kwargs) or "no argument"
+            raise InvalidOption(f"{self.first} must be given to a MoE block, once, by place or by "
+                                f"name, but there is {'one by place and ' * bool(args)}{given}")
+        return args[0] if args else kwargs[self.first]
 
 
 @torch.compiler.assume_constant_result
@@ -372,7 +389,8 @@ def _plan(module: torch.nn.Module) -> _Plan | None:
     if isinstance(found, str):
         return None
     return _Plan(number_of(module), found.recognised.settings.top_k, found.experts, found.router,
-                 found.names, found.returned, found.asked, found.beside)
+                 found.names, found.returned, found.asked, found.beside,
+                 list(inspect.signature(type(module).forward).parameters)[1])
 
 
 def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -382,7 +400,7 @@ def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     plan = None if self.training or probing else _plan(self)
     if plan is None:
         return type(self).forward(self, *args, **kwargs)
-    x = args[0] if args else next(iter(kwargs.values()))
+    x = plan.hidden_states(args, kwargs)
     refuse_tangents(x)
     rows = x.reshape(-1, x.shape[-1])
     experts, router = getattr(self, plan.experts), getattr(self, plan.router)

@@ -394,6 +394,20 @@ def test_tuples_are_returned_as_the_class_does(device):
 
 
 @torch.no_grad()
+def test_hidden_states_are_found_by_their_name(device):
+    module = blocks_in(model_of("Ernie4_5_Moe"))[0]
+    plugin.routing(module)
+    x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(module(input_ids=None, hidden_states=x), module(x))
+    for args, kwargs, message in (
+            ((), {"x": x}, "but there is x$"), ((), {}, "but there is no argument$"),
+            ((x,), {"hidden_states": x}, "one by place and hidden_states$")):
+        with pytest.raises(errors.InvalidOption, match=(
+                f"hidden_states must be given to a MoE block, once, .*{message}")):
+            module(*args, **kwargs)
+
+
+@torch.no_grad()
 def test_bfloat16_models(device, ids):
     model = model_of("Qwen2Moe").bfloat16()
     use(device, route=False)
