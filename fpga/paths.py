@@ -28,6 +28,9 @@ __all__ = ["Netlist", "TimingPath", "slowest_paths"]
 START_NS = {"TRELLIS_FF": 0.52, "DP16KD": 5.7, "MULT18X18D": 0.74}
 """From the clock to the output, of cells with registers."""
 
+OUTPUT_REGISTER_NS = 0.9
+"""The same for a block RAM with registers at its outputs."""
+
 OTHER_START_NS = 0.3
 SETUP_NS = 0.2
 
@@ -128,8 +131,13 @@ class Netlist:
     def _start(self, bit: int) -> float:
         if bit not in self._driver:
             return 0.0
-        kind = self.cells[self._driver[bit][0]]["type"]
-        return 0.0 if kind in ARCS else START_NS.get(kind, OTHER_START_NS)
+        cell, port = self._driver[bit]
+        kind = self.cells[cell]["type"]
+        if kind in ARCS:
+            return 0.0
+        if self.cells[cell].get("parameters", {}).get(f"REGMODE_{port[2:3]}") == "OUTREG":
+            return OUTPUT_REGISTER_NS
+        return START_NS.get(kind, OTHER_START_NS)
 
     def arrival(self, bit: int) -> float:
         """Return when a net is stable, ns after the clock."""

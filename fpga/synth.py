@@ -24,6 +24,7 @@ from rich.table import Table
 from moeaccel.config import AcceleratorConfig, preset
 from moeaccel.errors import ToolFailedError
 from moeaccel.fpga.boards import BitstreamBoard, board
+from moeaccel.fpga.boards.ulx3s import IO_CYCLES
 from moeaccel.fpga.flow import Build
 from moeaccel.fpga.fold import Fold
 from moeaccel.hdl.boards.serial_link import SerialLink
@@ -74,7 +75,7 @@ def _axi_arbiter(config: AcceleratorConfig) -> wiring.Component:
 def _sdram_controller(config: AcceleratorConfig) -> wiring.Component:
     """Return the ULX3S's, whatever the configuration, as it is behind an arbiter."""
     return SdramController(timing=SdramTiming.ulx3s(clock_hz=TARGET_MHZ * 1_000_000),
-                           id_width=ID_BITS + 1, io_cycles=2)
+                           id_width=ID_BITS + 1, io_cycles=IO_CYCLES)
 
 
 def _route_unit(config: AcceleratorConfig) -> wiring.Component:

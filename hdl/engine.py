@@ -22,7 +22,7 @@ from moeaccel.hdl.weights.expert_buffer import ExpertBuffer, amount_bits
 from moeaccel.interface.commands import NonFinite
 from moeaccel.interface.registers import BUFFER_COUNTERS
 
-__all__ = ["CORE", "READERS", "STREAMER", "WRITERS", "Engine"]
+__all__ = ["CORE", "READERS", "STREAMER", "Engine"]
 
 CORE = "core"
 """Name of the cores among the submodules, with the number of a channel behind it."""
@@ -32,8 +32,6 @@ STREAMER = "streamer"
 
 READERS = ("dispatcher", "loader", "combiner", STREAMER)
 """Readers of channel 0; the weight stream comes last, for it asks for all that is left."""
-
-WRITERS = ("combiner",)
 
 EVENTS = ("busy", "starved_weights", "starved_activations", "stalled_output", "idle",
           "expert_passes", "assignments")
@@ -88,7 +86,7 @@ class Engine(wiring.Component):
             "o_result": Out(layouts.job_result(config)),
             "o_progress": Out(1),
             **{name: Out(layouts.ReadClientSignature(config)) for name in (*READERS, *streamers)},
-            **{f"{name}_writer": Out(layouts.WriteClientSignature(config)) for name in WRITERS},
+            "combiner_writer": Out(layouts.WriteClientSignature(config)),
             **({"router": Out(layouts.ReadClientSignature(config)),
                 "router_writer": Out(layouts.WriteClientSignature(config))}
                if config.router else {}),
@@ -192,9 +190,10 @@ class Engine(wiring.Component):
         if route is not None:
             # A single token's logits do not go by the router. At a bad expert there are none, and
             # what is written are sums.
-            holds = Signal()  # such a job, long before its logits
-            m.d.sync += holds.eq(job.precedes & (job.tokens == 1))
-            with m.If(holds & ~dispatcher.o_bad & ~route.o_takes):
+            holds, closed = Signal(), Signal()  # such a job, long before its logits
+            m.d.sync += [holds.eq(job.precedes & (job.tokens == 1)),
+                         closed.eq(holds & ~dispatcher.o_bad & ~route.o_takes)]
+            with m.If(closed):
                 m.d.comb += [self.combiner_writer.data.valid.eq(0),
                              combiner.writer.data.ready.eq(0)]
 

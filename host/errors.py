@@ -297,7 +297,9 @@ def command_error(status: int, detail: int, address: int, *, first_token: int = 
                 "weights again with a larger grid_exponent than the layer has (8 more for values "
                 "256 times as large), or with the x_rms of this x")
         case Status.ABORTED:
-            kind, text = CommandAborted, "command was ended by abort() or reset(); submit it again"
+            kind = CommandAborted
+            text = ("command was ended by abort(), reset() or close(); submit it again, to a "
+                    "device that is open")
         case _ if status == LOST:
             kind, text = CompletionLost, (
                 "completion must be in memory when the device says so, but was not written; its "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import warnings
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import numpy as np
@@ -212,6 +213,13 @@ def put_indices(name: str, value: Tensor, limit: int, target: Target) -> None:
                   casting="unsafe")
 
 
+@functools.lru_cache(maxsize=64)
+def _largest(dtype: Any) -> float | None:
+    """Return the largest value of a floating-point type; None of those with float32's range."""
+    info = np.finfo(dtype) if isinstance(dtype, np.dtype) else sys.modules["torch"].finfo(dtype)
+    return most if (most := float(info.max)) < 1e38 else None
+
+
 class Like(NamedTuple):
     """Where a result goes: the kind, type and place of the tensor it answers."""
 
@@ -226,7 +234,19 @@ class Like(NamedTuple):
         return cls(None, value.dtype)
 
     def __call__(self, result: NDArray[np.float32] | NDArray[np.uint16]) -> Any:
-        """Convert a result: float32, or bfloat16 as :func:`elements` has it."""
+        """Convert a result: float32, or bfloat16 as :func:`elements` has it.
+
+        Warns
+        -----
+        RuntimeWarning
+            If values lie beyond the largest of a narrower type, such as float16's 65,504.
+        """
+        if result.itemsize == 4 and (most := _largest(self.dtype)) is not None:
+            lost = np.count_nonzero(np.abs(result) > most)
+            if lost:
+                warnings.warn(f"{lost} of {result.size} results lie beyond {most:,.0f}, the "
+                              f"largest {self.dtype}, which the type of x cannot hold; give x as "
+                              "float32 or bfloat16", RuntimeWarning, stacklevel=3)
         if self.torch_device is None:
             with np.errstate(over="ignore"):  # float16 has infinities
                 return result.astype(self.dtype, copy=False)

@@ -71,8 +71,8 @@ class AcceleratorConfig:
     tile_words : :class:`int`
         Depth of a row-tile buffer in array words; a power of two, at least ``max_dim / 32``.
     quantiser_lanes : :class:`int`
-        Elements quantised, and outputs drained, in one cycle; a power of two, at most ``port_bytes
-        / 2``.
+        Elements quantised, and outputs drained, in one cycle; a power of two from ``port_bytes /
+        8``, so that sums that leave keep up with the port, to ``port_bytes / 2``.
     address_bits : :class:`int`
         Width of an address in a channel's memory; with the channel's number above it, 16 to 64.
     formats : tuple of str
@@ -168,7 +168,7 @@ class AcceleratorConfig:
         power("max_experts", 2, EXPERTS_MAX)
         power("max_tokens", 1, 1 << 16)
         power("max_assignments", TOP_K_MAX, 1 << 17)
-        power("quantiser_lanes", 1, self.port_bytes // 2)
+        power("quantiser_lanes", self.port_bytes // 8, self.port_bytes // 2)
         power("y_banks", 1, 2)
         power("results_per_cycle", 1, 2)
         power("hidden_banks", 1, 2)
@@ -462,7 +462,8 @@ class AcceleratorConfig:
     def digest(self) -> int:
         """32-bit digest of all that the hardware depends on: the CONFIG_HASH register.
 
-        Every field but the name, and what the formats and activations mean.
+        Every field but the name, and what the formats and activations mean, in whatever order they
+        and the router's scores and modes are named.
         """
         fields = dataclasses.asdict(self)
         del fields["name"]
@@ -473,6 +474,8 @@ class AcceleratorConfig:
         fields["activations"] = [
             {"name": a.name, "code": a.code, "factor": a.factor.value, "up_offset": a.up_offset}
             for a in self.expert_activations]
+        fields["router"] = [score.key for score in self.router_scores]
+        fields["router_modes"] = [mode for mode in MODES if mode in self.router_modes]
         if not self.router:  # what is not there changes nothing
             del fields["router"], fields["router_top_k"]
         if not self.router_modes:

@@ -19,8 +19,8 @@ from moeaccel.activations import ACTIVATIONS
 from moeaccel.config import DIM_MAX, EXPERTS_MAX, PRESETS, AcceleratorConfig
 from moeaccel.cycles import Prediction, predict_experts, predict_linear
 from moeaccel.formats import ALL_FORMATS, FORMATS, weight_format
-from moeaccel.grid import GRID_EXPONENTS
 from moeaccel.image import ExpertShape, Section
+from moeaccel.interface.commands import GRID_EXPONENTS
 from moeaccel.sim.cosim.memory import CHANNELS, MemoryModel, StallModel
 from moeaccel.sim.errors import SimulationError
 from moeaccel.sim.routed import Routed, draw_routed

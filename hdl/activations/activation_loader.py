@@ -354,7 +354,6 @@ class ActivationLoader(wiring.Component):
             m.d.sync += first_beat.eq(line_r.data)
             line_data = Cat(Mux(self.i_narrow, line_r.data, first_beat), line_r.data)
         s = q.stage(**vars(s), line=line_data, top=tops_r.data)
-        s = q.stage(**vars(s))  # the memory may be far away
 
         def widened(part):
             """Return ``count`` elements of bfloat16 as float32."""
@@ -371,6 +370,9 @@ class ActivationLoader(wiring.Component):
                 for i in range(2 << sub_bits):
                     with m.Case(i | 2 << sub_bits):
                         m.d.comb += words.eq(widened(s.line[16 * count * i: 16 * count * (i + 1)]))
+        # One more, with nothing but a choice of words before it: the memory may be far away.
+        s = q.stage(words=words, step=s.step, slot=s.slot, block_end=s.block_end,
+                    slot_end=s.slot_end, row_top=s.row_top, top=s.top)
         out = quantiser.i_group
         top = Signal(key)
         token_top = Signal(key)
@@ -391,7 +393,7 @@ class ActivationLoader(wiring.Component):
             out.bank.eq(request.bank),
         ]
         for i in range(count):
-            word = words[32 * i: 32 * (i + 1)]
+            word = s.words[32 * i: 32 * (i + 1)]
             field = word[23:31]
             element = out.elements[i]
             with m.If((field != 0) & (field != NOT_FINITE)):

@@ -43,12 +43,12 @@ class HiddenBuffer(wiring.Component):
 
     Throughput: ``channels`` elements per cycle in; ``quantiser_lanes`` elements per cycle
     out, so that slot s is counted by ``o_slots_ready`` about ``(s + 1) * 32 * i_steps /
-    quantiser_lanes + latency_cycles`` cycles after the beginning. Nothing can be refused: elements
-    of the next pass may come only when all slots are ready. They do, for each group of a pass's
-    first down tile waits until its slots are counted, and the next pass begins behind the last one.
-    The h lane buffer has one bank, too: it is written again when the last element of the next gate
-    and up rows has come, which has followed this pass's steps through the array. Reset forgets the
-    pass.
+    quantiser_lanes + latency_cycles`` cycles after the beginning. Nothing can be refused: with
+    one bank elements of the next pass may come only when all slots are ready. They do, for each
+    group of a pass's first down tile waits until its slots are counted, and the next pass begins
+    behind the last one.
+    The h lane buffer is written again when the last element of the next gate and up rows has come,
+    which has followed this pass's steps through the array. Reset forgets the pass.
 
     Parameters
     ----------

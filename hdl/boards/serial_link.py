@@ -11,6 +11,7 @@ from amaranth.utils import exact_log2
 from moeaccel.hdl.boards.link_frames import BUFFER_BYTES, FrameReceiver, FrameTransmitter
 from moeaccel.hdl.boards.uart import UartReceiver, UartTransmitter
 from moeaccel.hdl.memory.axi import AXI4LiteSignature, AXI4Signature
+from moeaccel.hdl.memory.sdram import CHIP_BYTES
 from moeaccel.interface.link import (
     ADDRESS_BITS as LINK_ADDRESS_BITS,
     HEADER_BYTES,
@@ -64,7 +65,7 @@ class SerialLink(wiring.Component):
     id_width : :class:`int`
         Bits of AXI ids; the link uses id 0.
     memory_bytes : :class:`int`
-        What the device says about its memory, a power of two.
+        What the device says about its memory, a power of two; that of the SDRAM when left out.
     bus_timeout_cycles : :class:`int`
         A power of two.
 
@@ -79,7 +80,7 @@ class SerialLink(wiring.Component):
     """
 
     def __init__(self, *, baud_divisor, id_width, addr_width=LINK_ADDRESS_BITS,
-                 memory_bytes=1 << 25, bus_timeout_cycles=1 << 16):
+                 memory_bytes=CHIP_BYTES, bus_timeout_cycles=1 << 16):
         if not isinstance(addr_width, int) or not 4 <= addr_width <= LINK_ADDRESS_BITS:
             raise ValueError(
                 f"addr_width must be from 4 to {LINK_ADDRESS_BITS}, not {addr_width!r}")
@@ -87,7 +88,6 @@ class SerialLink(wiring.Component):
                             ("bus_timeout_cycles", bus_timeout_cycles)):
             if not isinstance(value, int) or value < 16 or value & (value - 1):
                 raise ValueError(f"{name} must be a power of two from 16 on, not {value!r}")
-        self._baud_divisor = baud_divisor
         self._addr_width = addr_width
         self._memory_bytes = memory_bytes
         self._bus_timeout_cycles = bus_timeout_cycles

@@ -167,7 +167,7 @@ class Combiner(wiring.Component):
         whole_row = Signal()  # it is of integers
         asking, emitting = Signal(), Signal()
         row_ends = Signal()
-        row_free = Signal()  # the next one may come
+        row_free = Signal()  # the next one may come, when all partial sums are there
         unacknowledged = Signal()
         emitted = Signal(row_bits + 1)
         arriving = Signal(row_bits + 3)  # beats of partial sums
@@ -182,7 +182,6 @@ class Combiner(wiring.Component):
                 m.d.sync += pace.eq(pace - 1)
             m.d.sync += waits.eq(self.i_can_wait & (pace != 0))
         m.d.comb += [
-            row_free.eq(~asking & (~emitting | row_ends) & ~waits),
             self.writer.request.valid.eq(asking),
             self.writer.request.p.address.eq(row),
             beats.eq(row_size(6 - port_log2, whole_row)),
@@ -272,7 +271,7 @@ class Combiner(wiring.Component):
             m.d.sync += arriving.eq(arriving + 1)
 
         # The y buffer's ports: partial sums come in, or sums go out
-        emit = Signal()
+        can_emit, emit = Signal(), Signal()
         part = b.index[:parts_log2] if parts_log2 else C(0)
         m.d.comb += [
             self.r_address.word.eq(
@@ -305,8 +304,11 @@ class Combiner(wiring.Component):
         float_beats = max(1, parts // 2)
         m.d.comb += [
             same_kind.eq((whole == whole_row) | ~on_way.any()),
-            emit.eq(emitting & (pauses == 0) & room & same_kind & ~self.reader.valid),
+            can_emit.eq(emitting & (pauses == 0) & room & same_kind),
+            emit.eq(can_emit & ~self.reader.valid),
             row_ends.eq(emit & (emitted == words_last)),
+            # Nothing comes from the reader by then: its port, far away, need not be looked at.
+            row_free.eq(~asking & (~emitting | (can_emit & (emitted == words_last))) & ~waits),
         ]
         m.d.sync += [
             pauses.eq(Mux(

@@ -102,7 +102,9 @@ class JobSizes(wiring.Component):
             "table_address": last_expert}
         beyond = {name: Signal(name=f"beyond_{name}") for name in last_units}
         for name, last in last_units.items():
-            m.d.sync += beyond[name].eq(last > ~job[name][_UNIT:])
+            # What the job says has been chosen from several by then: a register behind that.
+            space = Signal.like(job[name][_UNIT:], name=f"units_behind_{name}")
+            m.d.sync += [space.eq(~job[name][_UNIT:]), beyond[name].eq(last > space)]
         m.d.comb += self.o_bad_layer.eq(beyond.pop("table_address"))
         m.d.comb += self.o_bad_field.eq(Cat(*beyond.values()).any())
         m.d.sync += self.o_word.eq(field_of(LAYER, "table_address").word)

@@ -136,7 +136,7 @@ class SlotFiller(wiring.Component):
 
         p = Pipeline(m, w.filled, "fill")
         s = p.stage(
-            word=weights_r.data, part=w.pair.index[:max(1, lane_bits)], slot=w.slot,
+            word=weights_r.data, part=w.pair.index[:lane_bits], slot=w.slot,
             address=Cat(w.slot[: layouts.slot_bits(config)], self.i_bank), token=w.pair.token,
             done=done_r.data, total=total_r.data, resident_first=resident_r.data.first)
         first = Signal()
@@ -165,7 +165,7 @@ class SlotFiller(wiring.Component):
             total_w.data.eq(self.total_w_data),
         ]
         s = p.stage(
-            raw=s.word.word_select(s.part[:lane_bits], 32) if lane_bits else s.word,
+            raw=s.word.word_select(s.part, 32),
             address=s.address, token=s.token, first=first, last=s.done + 1 == s.total)
         s, weight = self._weight(m, p, s)
         assert p.depth == FILL_CYCLES

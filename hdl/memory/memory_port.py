@@ -403,7 +403,6 @@ class MemoryPort(wiring.Component):
         m.submodules.write_splitter = splitter = BurstSplitter(config)
         # The splitter is empty while there is no owner; the owner's next request waits for it.
         accepted = Signal()
-        taken = Signal()
         request = Signal(read_request(config))
         m.d.comb += [
             splitter.drop.eq(flushing),
@@ -418,7 +417,6 @@ class MemoryPort(wiring.Component):
             m.d.comb += [
                 ready.eq(free | (feeds[i] & ~accepted & ~flushing)), writer.request.ready.eq(ready)]
             with m.If(ready & writer.request.valid):
-                m.d.comb += taken.eq(1)
                 m.d.sync += [owner_valid.eq(1), owner.eq(i), feeds[i].eq(1), accepted.eq(1),
                              request.eq(writer.request.payload)]
             free = free & ~writer.request.valid
@@ -504,8 +502,9 @@ class MemoryPort(wiring.Component):
         for i, writer in enumerate(writers):
             m.d.comb += writer.data.ready.eq(feeds[i] & w_offered)
             with m.If(owner == i):
-                m.d.comb += data_valid.eq(writer.data.valid), data_payload.eq(writer.data.payload)
+                m.d.comb += data_payload.eq(writer.data.payload)
         m.d.comb += [
+            data_valid.eq((Cat(writer.data.valid for writer in writers) & feeds).any()),
             w_offered.eq(w_active & (~w_spare_valid | ~w_inside)),
             w_beat.eq(Cat(w_last, ~flushing, data_payload)),
             w_take.eq(w_offered & (data_valid | flushing)),
@@ -553,8 +552,10 @@ class MemoryPort(wiring.Component):
                 accepted, splitter.burst.valid, granted, checked_valid, aw_valid, write_issued,
                 bursts_any, next_valid, w_active, w_spare_valid, w_valid, unanswered).any()),
         ]
+        # An owner that asks now is taken at its word: nothing else is accepted while there is one.
+        wants_more = (Cat(writer.request.valid for writer in writers) & feeds).any() & ~flushing
         finished = Signal()
-        m.d.comb += finished.eq(owner_valid & writes_done & ~taken)
+        m.d.comb += finished.eq(owner_valid & writes_done & ~wants_more)
         with m.If(finished):
             m.d.sync += owner_valid.eq(0)
         with m.If(finished | flushing_next):

@@ -34,6 +34,7 @@ class GroupKeys(wiring.Component):
     Members
     -------
     i_form : :py:`In(layouts.router_form(config))`
+        Of all tokens, from a cycle before the first key on.
     i_clear : :py:`In(1)`
         After the last expert of a token.
     i_valid, i_key : :py:`In(1)`, :py:`In(signed(32))`
@@ -61,8 +62,9 @@ class GroupKeys(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         form, key = self.i_form, self.i_key
-        in_group = Signal.like(form.group_size)
-        group_ends = in_group + 1 == form.group_size
+        in_group, final = Signal.like(form.group_size), Signal.like(form.group_size)
+        m.d.sync += final.eq(form.group_size - 1)  # known long before keys
+        group_ends = in_group == final
         with m.If(self.i_valid):
             m.d.sync += [in_group.eq(Mux(group_ends, 0, in_group + 1)),
                          self.o_at.eq(self.o_at + group_ends)]

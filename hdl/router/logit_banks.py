@@ -30,6 +30,7 @@ class LogitBanks(wiring.Component):
     Members
     -------
     i_form : :py:`In(layouts.router_form(config))`
+        Of all tokens, from a cycle before the first logit on.
     bias_w_en, bias_w_address, bias_w_data : :py:`In`
         Write port of what is added. Between tokens.
     i_logit : :py:`In(stream.Signature(layouts.fixed_logit()))`
@@ -77,15 +78,17 @@ class LogitBanks(wiring.Component):
         most_id = Array(Signal(id_bits, name=f"most_id{i}") for i in range(2))
         bank, index = Signal(), Signal(range(config.max_experts + 1))
         take, last, own = Signal(), Signal(), Signal()  # own: of an expert that may be chosen
+        final = Signal.like(index)  # of a token; known long before its logits
         m.d.comb += [
             bias_write.en.eq(self.bias_w_en), bias_write.addr.eq(self.bias_w_address),
             bias_write.data.eq(self.bias_w_data),
             bias_read.addr.eq(index),
             self.i_logit.ready.eq(~claimed.bit_select(bank, 1)),
             take.eq(self.i_logit.valid & self.i_logit.ready),
-            last.eq(index + 1 == layouts.router_outputs(config, form)),
+            last.eq(index == final),
             own.eq((index < form.experts) if "gates" in config.router_modes else 1),
         ]
+        m.d.sync += final.eq(layouts.router_outputs(config, form) - 1)
         with m.If(take):
             m.d.sync += index.eq(Mux(last, 0, index + 1))
             with m.If(last):

@@ -1,7 +1,7 @@
 """Ids and weights on their way to memory."""
 
 from amaranth import *
-from amaranth.lib import fifo, stream, wiring
+from amaranth.lib import memory, stream, wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import exact_log2
 
@@ -32,11 +32,12 @@ class PairWriter(wiring.Component):
     Members
     -------
     i_start : :py:`In(1)`
-        Pulse. Not before ``o_idle``.
+        Pulse. Not before ``o_idle``, but once more for a second sweep, if the first gave no pair:
+        it changes nothing.
     i_tokens, i_ids_address, i_weights_address : :py:`In`
         Taken with ``i_start``.
     i_shared, i_experts : :py:`In`
-        Shared experts, and the first of them; hold until ``o_idle``.
+        Shared experts, and the first of them; hold until ``o_sent``.
     i_pair : :py:`In(stream.Signature(layouts.routed_pair(config)))`
     o_sent, o_idle : :py:`Out(1)`
         Everything is on its way to memory; it is written and acknowledged.
@@ -68,16 +69,22 @@ class PairWriter(wiring.Component):
         config = self._config
         low = exact_log2(ENTRY_BYTES)
         beats, bits = ENTRY_BYTES // config.port_bytes, 8 * config.port_bytes
+        words = bits // 32
         left = Signal(signed(len(self.i_tokens) + 1))  # tokens behind this one
-        # A beat's pairs are collected, then its ids and its weights wait for the port. Whether that
-        # is ready decides of two pointers, not of all that is collected.
+        # A beat's pairs are collected, then its ids and its weights wait for the port, each in its
+        # place: nothing comes while they leave.
         collected = [Signal(bits, name=name) for name in ("ids", "weights")]
-        queues = []
-        for name in ("ids", "weights"):
-            queues.append(fifo.SyncFIFO(width=bits, depth=beats))
-            m.submodules[f"{name}_queue"] = queues[-1]
+        places = max(beats, 2)
+        full, place, sent = Signal(), Signal(range(places)), Signal(range(places))
+        waiting = []
+        for name, beat in zip(("ids", "weights"), collected, strict=True):
+            kept = memory.Memory(shape=unsigned(bits), depth=places, init=[])
+            m.submodules[f"{name}_beats"] = kept
+            write, read = kept.write_port(), kept.read_port(domain="comb")
+            m.d.comb += [write.en.eq(full), write.addr.eq(place), write.data.eq(beat),
+                         read.addr.eq(sent)]
+            waiting.append(read.data)
         count = Signal(range(PAIRS))
-        sent = Signal(range(max(beats, 2)))
         of_weights = Signal()
         units = [Signal(config.address_bits - low, name=f"{name}_unit")
                  for name in ("ids", "weights")]
@@ -91,18 +98,14 @@ class PairWriter(wiring.Component):
             self.writer.request.p.address.eq(
                 Cat(C(0, low), Mux(of_weights, units[1], units[0]))),
             self.writer.request.p.beats.eq(beats),
-            self.writer.data.payload.eq(Mux(of_weights, queues[1].r_data, queues[0].r_data)),
+            self.writer.data.payload.eq(Mux(of_weights, waiting[1], waiting[0])),
             self.o_of_weights.eq(of_weights),
         ]
-        for beat, word, queue in zip(collected, (number, weight), queues, strict=True):
-            m.d.comb += [
-                queue.w_data.eq(Cat(beat[32:], word)),
-                queue.w_en.eq(push & count[:exact_log2(bits // 32)].all()),
-            ]
-            with m.If(push):
-                m.d.sync += beat.eq(queue.w_data)
         with m.If(push):
-            m.d.sync += count.eq(count + 1)
+            m.d.sync += [count.eq(count + 1), place.eq(count >> exact_log2(words)), *(
+                beat.eq(Cat(beat[32:], word))
+                for beat, word in zip(collected, (number, weight), strict=True))]
+        m.d.sync += full.eq(push & count[:exact_log2(words)].all())
         m.d.comb += [
             there.eq(left >= 0), own.eq(there & ~more),
             number.eq(C(-1, 32)),
@@ -129,7 +132,8 @@ class PairWriter(wiring.Component):
                     self.i_pair.ready.eq(own),
                     push.eq(Mux(own, self.i_pair.valid, there | (count != 0)))]
                 with m.If(push & there):
-                    m.d.sync += left.eq(left - last)
+                    with m.If(last):
+                        m.d.sync += left.eq(left - 1)
                     with m.If(~own):
                         m.d.sync += [shared.eq(shared - 1), more.eq(shared != 1)]
                     with m.Elif(pair.last):
@@ -146,7 +150,6 @@ class PairWriter(wiring.Component):
                 m.d.comb += self.writer.data.valid.eq(1)
                 with m.If(self.writer.data.ready):
                     m.d.sync += sent.eq(Mux(sent == beats - 1, 0, sent + 1))
-                    m.d.comb += [queue.r_en.eq(of_weights == i) for i, queue in enumerate(queues)]
                     with m.If(sent == beats - 1):
                         m.d.sync += of_weights.eq(~of_weights)
                         m.next = "REQUEST"

@@ -64,7 +64,8 @@ class RouteUnit(wiring.Component):
     o_moves : :py:`Out(1)`
         It was at work in the cycle before, also where memory is not asked for anything.
     o_pairs : :py:`Out(layouts.pair_beat(config))`
-        What goes to memory, for who needs it at once.
+        What went to memory in the cycle before, for who needs it at once; the last of it comes
+        with ``o_sent`` at the latest.
     reader : :py:`Out(layouts.ReadClientSignature(config))`
     writer : :py:`Out(layouts.WriteClientSignature(config))`
     """
@@ -104,7 +105,8 @@ class RouteUnit(wiring.Component):
         m.submodules.to_fixed = to_fixed = ToFixed()
         wiring.connect(m, outside=wiring.flipped(self.reader), words=words.reader)
         wiring.connect(m, outside=wiring.flipped(self.writer), pairs=pairs.writer)
-        m.d.comb += [
+        # Registers between the memory's writer and the dispatcher's memories: both are far away.
+        m.d.sync += [
             self.o_pairs.valid.eq(self.writer.data.valid & self.writer.data.ready),
             self.o_pairs.of_weights.eq(pairs.o_of_weights),
             self.o_pairs.data.eq(self.writer.data.payload),
@@ -184,12 +186,13 @@ class RouteUnit(wiring.Component):
                 m.d.sync += [in_table.eq(0), in_residents.eq(residents != 0)]
         awaiting, given = Signal(), Signal()  # a single token's logits, that come by themselves
         single = Signal()  # the job is of such a token: known long before they are
-        m.d.sync += [single.eq(job.continues & (job.tokens == 1)),
-                     self.o_takes.eq(awaiting | given)]
-        m.d.comb += [
-            words.i_beat.valid.eq(self.i_logits.valid & (awaiting | given)),
+        m.d.sync += [
+            single.eq(job.continues & (job.tokens == 1)),
+            # The writer that they pass on their way is far away.
+            words.i_beat.valid.eq(self.i_logits.valid & self.o_takes),
             words.i_beat.data.eq(self.i_logits.data),
         ]
+        m.d.comb += self.o_takes.eq(awaiting | given)
         with m.FSM():
             with m.State("IDLE"):
                 m.d.comb += [self.o_idle.eq(~self.i_start), self.o_sent.eq(~self.i_start)]

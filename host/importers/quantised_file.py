@@ -39,6 +39,7 @@ from moeaccel.activations import activation as find_activation
 from moeaccel.arithmetic import from_bfloat16
 from moeaccel.config import AcceleratorConfig, preset
 from moeaccel.errors import FormatError, ImageError, OutputError
+from moeaccel.files import whole_file
 from moeaccel.formats import WeightFormat, weight_format as find_format, whole_blocks
 from moeaccel.grid import Squares
 from moeaccel.host.errors import InvalidOption
@@ -397,8 +398,10 @@ def import_checkpoint(
     ------
     CheckpointError, FormatError
         See :meth:`Checkpoint.experts`.
+    InvalidOption
+        If ``layers`` is empty.
     OutputError
-        If the file cannot be written.
+        If the file cannot be written, or is one of the checkpoint's own.
     """
     fmt, made_for = find_format(weight_format), preset(config)
     array = Array(made_for.name, made_for.row_multipliers, made_for.channels)
@@ -406,47 +409,45 @@ def import_checkpoint(
         threads = min(os.cpu_count() or 1, 8)
     elif not isinstance(threads, int) or threads < 1:
         raise InvalidOption(f"threads must be at least 1, not {threads!r}")
+    named = None if layers is None else tuple(layers)
+    if named == ():
+        raise InvalidOption("layers must name one at least, not (); leave it out to take all")
     chosen = [_known(checkpoint, index)
-              for index in dict.fromkeys(layers or checkpoint.layers)]
+              for index in dict.fromkeys(checkpoint.layers if named is None else named)]
     if not chosen:
         raise ForeignCheckpoint(f"{checkpoint.path} must have experts, but has none under a name "
                                 "that is known; is it a dense model?")
     summaries = [_summary(checkpoint.layers[index], drop_biases) for index in chosen]
     offsets, total = _layout(fmt, array, summaries)
     path = Path(path)
-    part = path.with_name(path.name + ".part")
+    with _naming(path):
+        _check_no_source(checkpoint, path)
     fits = {layer.index: Fit() for layer in summaries}
     jobs = [(layer, e) for layer in summaries for e in range(layer.experts)]
-    try:
-        with _naming(path), part.open("wb", buffering=0) as file:
-            # The header says how all layers fitted, in as many bytes whatever that is.
-            room = len(_header(fmt, array, summaries, offsets, checkpoint.path, {}))
-            start = -(-(8 + room + 128 * len(summaries)) // ALIGNMENT) * ALIGNMENT
+    with _naming(path), whole_file(path) as part, part.open("wb", buffering=0) as file:
+        # The header says how all layers fitted, in as many bytes whatever that is.
+        room = len(_header(fmt, array, summaries, offsets, checkpoint.path, {}))
+        start = -(-(8 + room + 128 * len(summaries)) // ALIGNMENT) * ALIGNMENT
 
-            def write(job: tuple[LayerSummary, int]) -> tuple[int, Fit]:
-                layer, e = job
-                made = checkpoint.expert(layer.index, e, fmt, exact=exact, quantiser=quantiser,
-                                         drop_biases=drop_biases)
-                for name, values in _entries(f"layers.{layer.index}", made, array):
-                    begin, end, _, _ = offsets[name]
-                    size = (end - begin) // layer.experts
-                    assert values.nbytes == size, (job, name)
-                    _write_at(file, start + begin + e * size, values)
-                return layer.index, made.fit
+        def write(job: tuple[LayerSummary, int]) -> tuple[int, Fit]:
+            layer, e = job
+            made = checkpoint.expert(layer.index, e, fmt, exact=exact, quantiser=quantiser,
+                                     drop_biases=drop_biases)
+            for name, values in _entries(f"layers.{layer.index}", made, array):
+                begin, end, _, _ = offsets[name]
+                size = (end - begin) // layer.experts
+                assert values.nbytes == size, (job, name)
+                _write_at(file, start + begin + e * size, values)
+            return layer.index, made.fit
 
-            for done, (index, fit) in enumerate(in_order(write, jobs, threads), 1):
-                fits[index] += fit
-                if progress is not None:
-                    progress(index, done, len(jobs))
-            header = _header(fmt, array, summaries, offsets, checkpoint.path, fits)
-            os.truncate(file.fileno(), start + total)
-            _write_at(file, 0, np.frombuffer(
-                (start - 8).to_bytes(8, "little") + header.ljust(start - 8), np.uint8))
-        with _naming(path):
-            os.replace(part, path)
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
+        for done, (index, fit) in enumerate(in_order(write, jobs, threads), 1):
+            fits[index] += fit
+            if progress is not None:
+                progress(index, done, len(jobs))
+        header = _header(fmt, array, summaries, offsets, checkpoint.path, fits)
+        os.truncate(file.fileno(), start + total)
+        _write_at(file, 0, np.frombuffer(
+            (start - 8).to_bytes(8, "little") + header.ljust(start - 8), np.uint8))
     return fits
 
 
@@ -456,6 +457,17 @@ def _write_at(file: BinaryIO, offset: int, values: NDArray[Any]) -> None:
     done = 0
     while done < data.size:
         done += os.pwrite(file.fileno(), data[done:].data, offset + done)
+
+
+def _check_no_source(checkpoint: Checkpoint, path: Path) -> None:
+    """Make sure that the file written is none of those that are read."""
+    if not path.exists():
+        return
+    there = path.stat()
+    for source in {tensor.file for tensor in checkpoint.contents.tensors.values()}:
+        if os.path.samestat(os.fstat(source.fileno()), there):
+            raise OutputError(f"output must be another file than the checkpoint's own, not "
+                              f"{str(path)!r}, which it would replace; name a new file")
 
 
 def _summary(layer: ExpertLayer, drop_biases: bool) -> LayerSummary:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
+from moeaccel.errors import OutputError
+from moeaccel.files import whole_file
 from moeaccel.host.traces.errors import ForeignTrace, TornTrace
 
 __all__ = ["read_bytes", "read_tensors", "read_text", "take", "write_tensors"]
@@ -26,16 +27,13 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray
     from safetensors.numpy import save
 
     path = Path(path)
-    part = path.with_name(path.name + ".part")
     try:
-        part.write_bytes(save({name: np.ascontiguousarray(tensor)
-                               for name, tensor in tensors.items()}, dict(metadata)))
-        os.replace(part, path)
+        with whole_file(path) as part:
+            part.write_bytes(save({name: np.ascontiguousarray(tensor)
+                                   for name, tensor in tensors.items()}, dict(metadata)))
     except OSError as error:
-        raise TornTrace(f"{path} must be a place that can be written: {error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
+        why = str(error) if isinstance(error, OutputError) else error.strerror or str(error)
+        raise TornTrace(f"{path} must be a place that can be written: {why}") from error
 
 
 def read_tensors(path: str | os.PathLike[str], *, kind: str,

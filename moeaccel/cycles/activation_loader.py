@@ -8,7 +8,7 @@ from moeaccel.cycles.memory_port import MemoryPort
 from moeaccel.cycles.schedule import Process, Read, Schedule
 
 PACE = 4
-"""ActivationLoader: rows whose time one takes that can wait."""
+"""ActivationLoader, Combiner: rows whose time one takes that can wait."""
 POLL_CYCLES = 8
 """How often it is looked whether somebody waits."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from moeaccel.cycles.activation_loader import PACE, POLL_CYCLES
 from moeaccel.cycles.job import Job
 from moeaccel.cycles.memory_port import WRITE_CYCLES, MemoryPort
 from moeaccel.cycles.schedule import Process, Read, Schedule
@@ -148,12 +149,6 @@ class Combiner:
         for begin in range(0, beats, step):
             yield cycle + begin * spacing
             self._port.write(cycle + begin * spacing, min(step, beats - begin))
-
-
-PACE = 4
-"""Combiner: rows whose time one takes that can wait."""
-POLL_CYCLES = 8
-"""How often it is looked whether somebody waits."""
 
 
 @dataclass

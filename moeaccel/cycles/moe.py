@@ -20,7 +20,7 @@ from moeaccel.router.settings import RouterSettings
 __all__ = ["join", "predict_moe"]
 
 
-_TURN, _THERE, _TAKEN, _WRITTEN, _PAIRS = 3, 9, 19, 8, 12
+_TURN, _THERE, _TAKEN, _WRITTEN, _PAIRS = 3, 9, 20, 8, 12
 """From the product's start to the route's; from where the product's completion would begin to where
 logits are read; from a beat on its way to memory to its first logit; behind a row's last beat, with
 a latency, to where the product's completion would begin; and from there, with the beats of ids and

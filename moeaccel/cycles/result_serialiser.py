@@ -7,7 +7,6 @@ from moeaccel.config import AcceleratorConfig
 SERIALISER_CYCLES = 6
 """ResultSerialiser: from a result to its first element, but for the normaliser."""
 
-
 ADDER_CYCLES = 12
 """FloatAdder."""
 

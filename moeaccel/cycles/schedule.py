@@ -22,6 +22,7 @@ class Event:
 
     @property
     def known(self) -> bool:
+        """Whether its cycle is known."""
         return self.cycle < NEVER
 
 

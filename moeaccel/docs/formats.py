@@ -5,16 +5,16 @@ from __future__ import annotations
 from moeaccel.activations import ACTIVATIONS, Factor
 from moeaccel.config import PRESETS
 from moeaccel.docs.markdown import table
-from moeaccel.formats import ALL_FORMATS, WeightFormat
+from moeaccel.formats import ALL_FORMATS, BLOCK, WeightFormat
 from moeaccel.image import Section
 
 __all__ = ["activations", "configurations", "formats", "section_words"]
 
 _ROWS, _K, _ROW_MULTIPLIERS = 64, 256, 2  # of the example
 
-
 _FACTORS = {Factor.TABLE: "table of linear segments", Factor.STEP: "1 where g is positive, else 0",
             Factor.RAMP: "g where it is positive, else 0"}
+
 
 def _integers(fmt: WeightFormat) -> str:
     if fmt.table is None or fmt.zero_point or fmt.minimum:
@@ -41,9 +41,7 @@ def formats() -> list[str]:
 def activations() -> list[str]:
     """Return the activations."""
     return table(("code", "activation", "g * f(g)", "f"), [
-        (str(a.code), f"`{a.name}`", a.text,
-         _FACTORS[a.factor])
-        for a in ACTIVATIONS.values()])
+        (str(a.code), f"`{a.name}`", a.text, _FACTORS[a.factor]) for a in ACTIVATIONS.values()])
 
 
 def configurations() -> list[str]:
@@ -63,10 +61,11 @@ def section_words() -> list[str]:
         section = Section(fmt, _ROWS, _K, _ROW_MULTIPLIERS)
         return (f"`{fmt.name}`", *map(str, (
             section.tile_rows, section.tiles, section.row_words, section.scale_words,
-            section.tiles * section.weight_words, section.words)))
+            section.tiles * section.weight_words, section.pattern_words, section.words)))
 
     example = (f"A section of {_ROWS} rows and {_K} columns, {_ROW_MULTIPLIERS} row multipliers, "
-               f"one channel; words of {32 * _ROW_MULTIPLIERS} bytes:")
+               f"one channel; words of {BLOCK * _ROW_MULTIPLIERS} bytes:")
     return [example, "", *table(
-        ("format", "R", "tiles", "row words", "scale words", "weight words", "words"),
+        ("format", "R", "tiles", "row words", "scale words", "weight words", "pattern words",
+         "words"),
         [row(fmt) for fmt in ALL_FORMATS.values()])]

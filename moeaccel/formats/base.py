@@ -57,7 +57,7 @@ class WeightFormat(ABC):
     Parameters
     ----------
     name, code : :class:`str`, :class:`int`
-        Name for users; number in images, layer descriptors and hardware, 0 to 255.
+        Name for users; number in images, expert tables and hardware, 0 to 255.
     weight_bits : :class:`int`
         2, 4 (two rows share a multiplier) or 8. With 2 bits a word has the weights of two steps.
     group : :class:`int`

@@ -16,7 +16,7 @@ from moeaccel.golden.block_quantiser import quantise_hidden, quantise_x, rows_of
 from moeaccel.golden.combiner import Combiner
 from moeaccel.golden.dot_array import matvec
 from moeaccel.image import Expert
-from moeaccel.interface.commands import COUNT_MAX, ElementType, NonFinite, Status
+from moeaccel.interface.commands import COUNT_MAX, ElementType, NonFinite, Overflow, Status
 
 DEFAULT_GRID_EXPONENT = -28
 
@@ -55,7 +55,7 @@ class DeviceResult:
         if self.nonfinite_weights:
             return Status.NONFINITE, self.nonfinite_weights[0], NonFinite.ROUTING_WEIGHT
         if self.overflows:
-            return Status.OVERFLOW, min(self.overflows, COUNT_MAX), 0
+            return Status.OVERFLOW, min(self.overflows, COUNT_MAX), Overflow.OUTPUT
         return Status.OK, 0, 0
 
 

@@ -1,10 +1,6 @@
 """Images: built from an expert or a matrix, checked, and taken apart again.
 
-A header is, little-endian: magic u32, version u16, number of sections u8, row multipliers u8,
-channel u8, last channel u8, format code of each section u8, sink of each section u8 (0 where there
-is none), whether its rows have biases, u8 for each section, d_model and d_expert u32 (of a linear
-layer d_out and d_in) in whole blocks, words of each section u32, CRC-32 of the header before it and
-of everything behind the header u32; zeros up to the first word.
+The fields of a header are in docs/images.md; dimensions are in whole blocks, and zeros fill it up.
 """
 
 from __future__ import annotations

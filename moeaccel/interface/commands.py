@@ -103,7 +103,7 @@ class Status(enum.IntEnum):
     """Outputs beyond the grid; detail is their number, at most COUNT_MAX, address says of what
     (Overflow)."""
     ABORTED = 8
-    """Ended by ABORT or soft reset."""
+    """Ended by ABORT. A soft reset writes no completions: drivers say this of what it ended."""
     WATCHDOG = 9
     """No progress for WATCHDOG cycles."""
     BAD_EXPERT = 10

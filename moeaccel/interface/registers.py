@@ -227,8 +227,7 @@ REGISTERS: dict[str, Register] = {register.name: register for register in _PLAIN
 
 def built_values(config: AcceleratorConfig) -> dict[str, int]:
     """Return what the registers read that say how a device was built."""
-    slots, beats_log2 = (field.offset for field in REGISTERS["EXPERT_BUFFER"].fields)
-    beats = max(1, config.buffer_beats)
+    slots, beats_log2 = REGISTERS["EXPERT_BUFFER"].fields
+    log2 = max(1, config.buffer_beats).bit_length() - 1
     return {"CONFIG_HASH": config.digest,
-            "EXPERT_BUFFER": config.buffer_slots << slots
-                             | (beats.bit_length() - 1) << beats_log2}
+            "EXPERT_BUFFER": config.buffer_slots << slots.offset | log2 << beats_log2.offset}

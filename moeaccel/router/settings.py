@@ -39,6 +39,7 @@ SCALES = (2.0**-20, 2.0**20)
 OFF = {"prior": 0, "prior_keep": 0, "gates": "none"}
 """Settings of modes where they are not used, as far as that is not None."""
 
+
 class RouterError(MoeAccelError, ValueError):
     """A setting or a table of a router that does not fit."""
 

@@ -264,6 +264,8 @@ def build_library(verilog: str | Design, *, harness: Path,
     folder = (cache or cache_folder()) / "models"
     files = contents(_build_files(harness, speedup=speedup))
     with using_cache(folder.parent):
+        if not folder.is_dir():  # else this is heard when the Verilog is made, half a minute later
+            folder.mkdir(parents=True, exist_ok=True)
         key = (design.name(folder.parent / "verilog"), *translate, *flags, f"speedup={speedup}",
                harness.name, *files)
         # Says what was built from these sources for this processor, by whatever compiler.

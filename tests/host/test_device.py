@@ -2,6 +2,7 @@
 
 import gc
 import threading
+import warnings
 
 import numpy as np
 import pytest
@@ -80,6 +81,22 @@ def test_splitting_changes_no_bit(device, experts):
     assert experts.last.commands == 3
     pieces = [experts(*(array[t : t + 1] for array in call)) for t in range(150)]
     assert np.array_equal(whole, np.concatenate(pieces))
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_results_beyond_float16_are_said(kind):
+    with open_device("golden", config="tiny", memory_bytes=1 << 20) as device:
+        linear = device.load_linear(np.full((32, 32), 8.0), weight_format="mxint8")
+        x = np.zeros((3, 32), np.float16)
+        x[0], x[1] = 256, 255  # sums of 65,536 and 65,280
+        told = x if kind == "numpy" else torch.from_numpy(x)
+        with pytest.warns(RuntimeWarning, match="32 of 96 results lie beyond 65,504, the largest"):
+            y = linear(told)
+        assert np.isinf(np.asarray(y)).sum() == 32
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            linear(told[1:])
+            linear(told.astype(np.float32) if kind == "numpy" else told.bfloat16())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])

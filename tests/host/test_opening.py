@@ -19,10 +19,12 @@ def test_a_closed_device_says_so(device, experts):
     device.close()
     device.close()
     assert device.closed
+    with pytest.raises(errors.CommandAborted, match=r"or close\(\); submit it again"):
+        experts.sync(handle)
     for action in (lambda: experts(*call), lambda: experts.sync(handle), device.counters,
                    device.reset, device.abort, device.fence,
                    lambda: device.load_experts(*draw_weights(np.random.default_rng(0)))):
-        with pytest.raises((errors.DeviceClosed, errors.CommandAborted)):
+        with pytest.raises((errors.DeviceClosed, errors.HandleConsumed)):
             action()
     experts.close()
 

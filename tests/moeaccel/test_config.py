@@ -57,6 +57,11 @@ def test_bad_field_is_named(field, value, expected):
         PRESETS["tiny"].replace(**{field: value})
 
 
+def test_sums_that_leave_keep_up_with_the_port():
+    with pytest.raises(ConfigurationError, match=r"quantiser_lanes must be .* from 8 to 32, not 4"):
+        PRESETS["small"].replace(quantiser_lanes=4)
+
+
 @pytest.mark.parametrize("beats", [0, 4, 100, 1 << 17])
 def test_beats_of_a_buffer(beats):
     """At least an array word, of 8 beats here."""
@@ -148,6 +153,7 @@ def test_a_router_is_part_of_the_device_if_it_is_there():
     config = tiny.replace(router=["sigmoid", "softmax"])  # as JSON has it
     assert [score.key for score in config.router_scores] == ["softmax", "sigmoid"]
     assert config.router_codes == (0, 1)
+    assert config.digest == config.replace(router=("softmax", "sigmoid")).digest
 
 
 def test_modes_are_part_of_the_device_if_they_are_there():
@@ -160,5 +166,6 @@ def test_modes_are_part_of_the_device_if_they_are_there():
     assert config.router_modes == ("threshold", "mixer")
     assert (config.threshold_max, config.top_p_max, config.selection_codes) == (
         65536, 0, (0, 1, 2, 3))
+    assert config.digest == config.replace(router_modes=("mixer", "threshold")).digest
     with pytest.raises(ConfigurationError, match="router_top_k must be at least 2 with the mode"):
         config.replace(router_top_k=1)

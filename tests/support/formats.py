@@ -8,8 +8,6 @@ from moeaccel.formats import ALL_FORMATS, MINIMUM_SHIFT_MAX
 EVERY = PRESETS["tiny"].replace(name="every", formats=tuple(ALL_FORMATS), second_up=True)
 """``tiny`` with all formats, and with second up rows."""
 
-PRESET_AND_EVERY = {"tiny": PRESETS["tiny"], "every": EVERY}
-
 
 def place(config, fmt, row):
     """Return (multiplier row, part of ``config.splits``, field) of a tile's row in the array."""

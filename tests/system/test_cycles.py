@@ -12,14 +12,19 @@ import torch
 from moeaccel import cycles
 from moeaccel.config import PRESETS, AcceleratorConfig, preset
 from moeaccel.cycles import Prediction, predict_experts, predict_linear
+from moeaccel.cycles.activation_loader import PACE
+from moeaccel.cycles.expert_table import ENTRIES
 from moeaccel.formats import weight_format
+from moeaccel.hdl.activations import activation_loader
 from moeaccel.hdl.activations.activation_unit import ActivationUnit
 from moeaccel.hdl.activations.block_quantiser import BlockQuantiser
 from moeaccel.hdl.array.dot_array import DotArray
 from moeaccel.hdl.array.float_adder import FloatAdder
 from moeaccel.hdl.array.result_serialiser import ResultSerialiser
+from moeaccel.hdl.combine import combiner
 from moeaccel.hdl.combine.row_sums import RowSums
 from moeaccel.hdl.combine.to_float32 import ToFloat32
+from moeaccel.hdl.dispatch.expert_table import ExpertTable
 from moeaccel.hdl.weights.tile_buffer import TileBuffer
 from moeaccel.hdl.weights.weight_streamer import WeightStreamer
 from moeaccel.host.device import Device
@@ -288,3 +293,5 @@ def test_constants_are_the_blocks_own(config):
     assert cycles.FLOAT_CYCLES == ToFloat32.LATENCY_CYCLES
     assert cycles.ROW_EXPONENTS == TileBuffer(config).row_exponent_depth - TileBuffer.ROWS_MARGIN
     assert cycles.GRANT_CYCLES == WeightStreamer.BURST_CYCLES
+    assert ENTRIES == ExpertTable.ENTRIES
+    assert activation_loader.PACE == combiner.PACE == PACE

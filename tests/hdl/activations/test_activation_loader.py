@@ -11,7 +11,7 @@ from tests.support.elements import float32_rows, lane_writes, monitor_lanes
 from tests.support.ports import serve_reads
 
 WIDE = AcceleratorConfig(
-    name="wide", port_bytes=64, token_lanes=4, token_groups=2, max_dim=160, quantiser_lanes=4,
+    name="wide", port_bytes=64, token_lanes=4, token_groups=2, max_dim=160, quantiser_lanes=8,
     max_tokens=32, read_ahead_beats=128)
 EQUAL = WIDE.replace(name="equal", quantiser_lanes=16, token_groups=1, token_lanes=8)
 TWICE = WIDE.replace(name="twice", quantiser_lanes=32, y_banks=2)

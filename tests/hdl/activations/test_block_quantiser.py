@@ -8,7 +8,7 @@ from moeaccel.hdl.activations.block_quantiser import BlockQuantiser
 from tests.support.elements import float32_rows, lane_value, lane_writes, monitor_lanes
 
 NARROW = AcceleratorConfig(
-    name="narrow", port_bytes=64, token_lanes=4, token_groups=1, max_dim=96, quantiser_lanes=1)
+    name="narrow", port_bytes=8, token_lanes=4, token_groups=1, max_dim=96, quantiser_lanes=1)
 WIDE = AcceleratorConfig(
     name="wide", port_bytes=64, token_lanes=8, token_groups=2, max_dim=160, quantiser_lanes=16)
 

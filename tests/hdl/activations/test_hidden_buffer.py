@@ -13,7 +13,8 @@ WIDE = AcceleratorConfig(
 SEVERAL = [preset("tiny").replace(channels=2), preset("tiny").replace(channels=32),
            WIDE.replace(channels=4)]
 TWO_RESULTS = [WIDE.replace(channels=channels, results_per_cycle=2) for channels in (1, 4)]
-NARROW = WIDE.replace(name="narrow", quantiser_lanes=1, token_groups=1, max_dim=96)
+NARROW = WIDE.replace(
+    name="narrow", port_bytes=8, quantiser_lanes=1, token_groups=1, max_dim=96)
 
 
 def hidden(significand, exponent):

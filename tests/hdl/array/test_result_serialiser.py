@@ -16,7 +16,7 @@ from tests.support.formats import sum_entry
 
 WIDE = AcceleratorConfig(
     name="wide", port_bytes=64, token_lanes=8, token_groups=2, row_multipliers=4, max_dim=256,
-    read_ahead_beats=128)
+    read_ahead_beats=128, quantiser_lanes=8)
 SINGLE = AcceleratorConfig(name="single", port_bytes=8, token_lanes=4, token_groups=1)
 
 

@@ -370,8 +370,3 @@ def test_a_row_leaves_while_the_one_before_is_not_acknowledged():
     bench.run(scenario)
     for token, sums in ((0, term[0]), (1, term[1] + term[2])):
         assert (bench.row(token, rows) == grid_to_float32(sums, GRID)).all()
-
-
-def test_a_buffer_word_must_keep_up_with_the_port():
-    with pytest.raises(ValueError, match="Quantiser lanes must be at least 8 behind a port of 64"):
-        Combiner(PRESETS["small"].replace(quantiser_lanes=2))

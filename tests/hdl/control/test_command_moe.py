@@ -59,7 +59,8 @@ def run(script, *parts, **options):
 @pytest.mark.parametrize(("stall", "port_bytes"), [(0.0, 8), (0.5, 8), (0.3, 64)])
 def test_three_jobs(stall, port_bytes):
     assert AT % MOE_ALIGNMENT == 0
-    bench = Bench(CONFIG.replace(port_bytes=port_bytes), stall=stall)
+    bench = Bench(CONFIG.replace(port_bytes=port_bytes, quantiser_lanes=port_bytes // 4),
+                  stall=stall)
     put(bench, *GOOD)
 
     async def testbench(ctx):

@@ -93,7 +93,8 @@ def run(config, experts, entries, *, seed=0, stall=0.0, latency=5, take=1.0, exp
 @pytest.mark.parametrize("port_bytes", [8, 64])
 def test_experts_with_tokens_come_in_order_with_their_shapes(seed, port_bytes):
     rng = random.Random(seed)
-    config = TINY.replace(port_bytes=port_bytes, max_experts=64, second_up=True)
+    config = TINY.replace(port_bytes=port_bytes, quantiser_lanes=port_bytes // 4, max_experts=64,
+                          second_up=True)
     experts = rng.choice((1, 5, 64))
     busy = rng.sample(range(experts), rng.randint(1, experts))
     shapes = [shape_of(rng) for _ in range(experts)]

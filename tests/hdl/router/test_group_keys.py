@@ -44,6 +44,7 @@ def test_keys_of_groups(group_score, groups, size, stall):
     async def testbench(ctx):
         ctx.set(dut.i_form, form_of(settings) | {
             "group_size": size, "top2": group_score == "top2_sum"})
+        await ctx.tick()
         for row in rows.tolist():
             for key in row:
                 while rng.random() < stall:

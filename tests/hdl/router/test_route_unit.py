@@ -60,7 +60,7 @@ def test_floats_become_fixed():
 def test_words_come_in_order_and_fit(port_bytes):
     """Memory answers whenever it likes; the reader never asks for more than it has room for."""
     rng = np.random.default_rng(2)
-    config = CONFIG.replace(port_bytes=port_bytes)
+    config = CONFIG.replace(port_bytes=port_bytes, quantiser_lanes=port_bytes // 4)
     dut = WordReader(config, count_bits=8)
     words = rng.integers(0, 1 << 32, 16 * 40)
     beats = words.astype("<u4").view(np.uint8).reshape(-1, port_bytes)

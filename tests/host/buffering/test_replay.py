@@ -107,8 +107,8 @@ def test_cycles_are_those_of_the_cycle_model():
     ids = np.array([[0, 1]])
     alone = predict_experts(CONFIG, [SHAPE] * 2, ids, 2, planes=2).cycles
     assert CALL.cycles(np.array([1, 0, 1])) == alone
-    wide = predict_experts(CONFIG.replace(port_bytes=CONFIG.word_bytes), [SHAPE] * 2, ids, 2,
-                           planes=2).cycles
+    memory = CONFIG.replace(port_bytes=CONFIG.word_bytes, quantiser_lanes=CONFIG.word_bytes // 8)
+    wide = predict_experts(memory, [SHAPE] * 2, ids, 2, planes=2).cycles
     saved = 2 * CALL.saved(CALL.image_bytes, 1)
     assert abs(alone - saved - wide) < 0.03 * alone
     # Eight tokens in two lanes, two planes: the array takes as long as memory does.

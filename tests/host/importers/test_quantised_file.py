@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 from moeaccel.config import PRESETS
 from moeaccel.errors import OutputError
 from moeaccel.formats import FORMATS
+from moeaccel.host.errors import InvalidOption
 from moeaccel.host.importers import (
     DamagedCheckpoint,
     ForeignCheckpoint,
@@ -123,6 +124,8 @@ def test_a_file_appears_when_it_is_whole(tmp_path):
             import_checkpoint(checkpoint, tmp_path / "nowhere" / "experts")
         with pytest.raises(ForeignCheckpoint, match=r"layer must be one with experts of .*, 0, n"):
             import_checkpoint(checkpoint, tmp_path / "experts", layers=[3])
+        with pytest.raises(InvalidOption, match="layers must name one at least"):
+            import_checkpoint(checkpoint, tmp_path / "experts", layers=[])
 
 
 @pytest.fixture

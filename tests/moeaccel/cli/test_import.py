@@ -1,8 +1,10 @@
 """``moeaccel import``: what it writes and says."""
 
 import json
+import shutil
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
 from moeaccel.cli import app
@@ -31,3 +33,15 @@ def test_table(tmp_path):
                                  "--quantiser", "amax"])
     assert result.exit_code == 0, result.output
     assert "8 of 128 x 64" in result.output and "589,824 weights in int4_g32" in result.output
+
+
+@pytest.mark.parametrize("output", ["model.safetensors", "link"])
+def test_the_checkpoint_itself_is_not_replaced(tmp_path, output):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(CHECKPOINT, folder)
+    (folder / "link").symlink_to("model.safetensors")
+    before = (folder / "model.safetensors").read_bytes()
+    result = runner.invoke(app, ["import", str(folder), "--output", str(folder / output)])
+    assert result.exit_code == 2 and "the checkpoint's own" in result.output
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert not list(folder.glob("*.part"))

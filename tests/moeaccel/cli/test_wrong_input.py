@@ -66,6 +66,8 @@ REFUSED = [
     (["import", str(ROOT / "tests"), "--output", NO_PLACE], "must hold *.safetensors, but has no"),
     (["import", str(ROOT / "README.md"), "--output", NO_PLACE], "README.md must be at most"),
     ([*CHECKPOINT, "--output", NO_PLACE], f"not '{NO_PLACE}'"),
+    ([*CHECKPOINT, "--output", ""], "output must be a file, or a place for one"),
+    ([*CHECKPOINT, "--output", str(ROOT)], "which is a folder; name a file"),
     ([*CHECKPOINT, "--output", "t", "--weight-format", "int3"], "weight_format must be one of"),
     ([*CHECKPOINT, "--output", "t", "--quantiser", "gptq"], "must be search or amax, not 'gptq'"),
     ([*CHECKPOINT, "--output", "t", "--layer", "7"], "0, 1, 2, not 7"),

@@ -12,7 +12,7 @@ from moeaccel.docs import PARTS, generated, updated
 from moeaccel.docs.__main__ import app
 from moeaccel.docs.blocks import Block, components
 from moeaccel.errors import MoeAccelError
-from moeaccel.formats import FORMATS, quantise
+from moeaccel.formats import ALL_FORMATS, quantise
 from moeaccel.image import Section, build_linear_image
 from moeaccel.interface.commands import Sink
 from moeaccel.interface.registers import REGISTERS
@@ -51,11 +51,12 @@ def test_limits_stand_beside_the_meaning():
     assert "| `tag` | Returned in the completion. |" in text
 
 
-def test_words_of_the_example():
-    section = Section(FORMATS["int4_g32"], 64, 256, 2)
-    kinds = np.bincount(section.kinds(), minlength=3)
-    row = " | ".join(map(str, (4, section.tiles, *kinds, section.words)))
-    assert f"| `int4_g32` | {row} |" in generated("section-words")
+@pytest.mark.parametrize(("fmt", "tile_rows"), [("int4_g32", 4), ("int4_g32+2:4", 8)])
+def test_words_of_the_example(fmt, tile_rows):
+    section = Section(ALL_FORMATS[fmt], 64, 256, 2)
+    kinds = np.bincount(section.kinds(), minlength=4)
+    row = " | ".join(map(str, (tile_rows, section.tiles, *kinds, section.words)))
+    assert f"| `{fmt}` | {row} |" in generated("section-words")
 
 
 def test_the_header_is_where_the_page_says():

@@ -201,6 +201,16 @@ def test_a_file_in_the_place_of_the_cache(tmp_path, below):
         build.build_model(smallest(), cache=place / below)
 
 
+def test_a_cache_that_cannot_be_is_said_before_any_work(tmp_path, monkeypatch):
+    def work(self, folder):
+        raise AssertionError("the Verilog must not be made")
+
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(build.Design, "name", work)
+    with pytest.raises(CacheError, match="set MOEACCEL_CACHE"):
+        build.build_model(smallest(), cache=tmp_path / "file")
+
+
 @pytest.mark.parametrize(("method", "code", "match"), [
     ("mkdir", errno.EACCES, "this user may not write there"),
     ("mkdir", errno.EROFS, "this user may not write there"),
