@@ -8,52 +8,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeAlias, cast
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moeaccel.config import TOP_K_MAX, AcceleratorConfig
 from moeaccel.errors import FormatError, about
-from moeaccel.formats import whole_blocks
 from moeaccel.host import routing, weights as loading
-from moeaccel.host.calls import Pending, Sent
-from moeaccel.host.errors import (
-    DeviceClosed,
-    HandleConsumed,
-    InvalidOption,
-    InvalidTensor,
-    LimitExceeded,
-)
+from moeaccel.host.calls import Pending
+from moeaccel.host.errors import HandleConsumed, InvalidOption, InvalidTensor, LimitExceeded
 from moeaccel.host.layers import Experts, Linear
-from moeaccel.host.memory import Allocation
-from moeaccel.host.options import check_names, whole
-from moeaccel.host.process import Bound
+from moeaccel.host.options import check_names
+from moeaccel.host.router_layer import (
+    LOGIT_GRID,
+    RouterLayer,
+    Task,
+    check_settings,
+    like_x,
+    load_router,
+    weight_of,
+)
 from moeaccel.host.routing import Router
 from moeaccel.host.stacks import Stack, stack_shape
-from moeaccel.host.staging import offsets
-from moeaccel.host.tensors import (
-    Like,
-    Tensor,
-    element_type,
-    elements,
-    float32,
-    is_torch,
-    shape_of,
-)
+from moeaccel.host.tensors import Like, Tensor, float32, shape_of
 from moeaccel.host.weights import Shared
-from moeaccel.interface.commands import (
-    ENTRY_BYTES,
-    MOE_ALIGNMENT,
-    MOE_BLOCK,
-    ROUTER,
-    Opcode,
-    encode,
-)
+from moeaccel.interface.commands import ENTRY_BYTES, MOE_BLOCK
 from moeaccel.router.choices import WeightOn
-from moeaccel.router.descriptor import descriptor, table_bytes, table_words
+from moeaccel.router.descriptor import table_bytes
 from moeaccel.router.settings import RouterError, RouterSettings
 
 if TYPE_CHECKING:
@@ -64,9 +47,6 @@ GatedShared: TypeAlias = (
 """Shared experts, each with its gate behind its matrices, or none with one."""
 
 __all__ = ["Moe", "Routes", "load_moe", "router_bytes"]
-
-LOGIT_GRID = -30
-"""Grid of the logits: what ROUTE takes reaches to 2**11, and has 20 bits behind the point."""
 
 
 def router_bytes(config: AcceleratorConfig, outputs: int, d_model: int) -> int:
@@ -134,23 +114,15 @@ def _checked(device: Device, router: Router, shared: GatedShared | None
              ) -> tuple[Router, Tensor, Shared | None]:
     """Return a router that a device has, with the gates of shared experts in it, its weight, and
     the experts without."""
-    routing.settings_of(router)  # it is a router
-    if router.weight is None:
-        raise InvalidOption("router must have a weight, (E, H), to route x; give it one, or route "
-                            "by logits with device.route")
-    router, weight, pairs = _with_gates(router, router.weight, shared)
+    router, weight, pairs = _with_gates(router, weight_of(router), shared)
     settings = router.settings
-    routing.check_router(device.config, settings)
     if settings.weight_on_kind is WeightOn.INPUT and settings.shared:
         raise LimitExceeded("gates must be none with weights on the input, which the host "
                             f"multiplies x by, not {settings.gates!r}")
     if settings.weight_on_kind is WeightOn.INPUT and settings.top_k > 1:
         raise LimitExceeded("top_k must be 1 with weights on the input, which the host multiplies "
                             f"x by, not {settings.top_k}")
-    if settings.prior:
-        raise LimitExceeded(
-            f"prior must be 0, not {settings.prior:g}: a layer has no residents; name them with "
-            "device.route, and compute with load_experts")
+    check_settings(device.config, settings)
     return router, weight, pairs
 
 
@@ -189,16 +161,7 @@ def _with_gates(router: Router, weight: Tensor, shared: GatedShared | None
     return gated, weight, [(one[0], one[1]) for one in several]
 
 
-@dataclass(frozen=True)
-class _Task:
-    """A router of a layer: what it is, its matrix, and what a command names it by."""
-
-    router: Router
-    plane: Linear
-    block: Allocation
-
-
-class Moe(Bound):
+class Moe(RouterLayer):
     """A layer that routes by itself; from :meth:`Device.load_moe`.
 
     Attributes
@@ -212,59 +175,7 @@ class Moe(Bound):
     def __init__(self, device: Device, routers: Sequence[Router], planes: Sequence[Linear],
                  experts: Experts) -> None:
         self.experts = experts
-        self._device = device
-        self._shared = len(experts.shared_shapes)
-        self._tasks: list[_Task] = []
-        try:
-            for router, plane in zip(routers, planes, strict=True):
-                block = self._describe(router, plane)
-                self._tasks.append(_Task(router, plane, block))
-        except BaseException:
-            self._free()
-            raise
-        self._closed = False
-
-    def _describe(self, router: Router, plane: Linear) -> Allocation:
-        """Write what a command names a router by, and its table behind it."""
-        device = self._device
-        words = table_words(router.settings, router.bias, router.selection_bias)
-        tables = bool(words.any())
-        table = table_bytes(words if tables else None, None).tobytes()
-        size = ENTRY_BYTES * len(MOE_BLOCK)
-        block = device.memory.allocate(size + len(table), alignment=MOE_ALIGNMENT)
-        try:
-            fields = descriptor(
-                router.settings, biased=router.selection_bias is not None, tables=tables,
-                table_address=block.address + size, shared=self._shared)
-            with device._lock:
-                layers = [
-                    device.transport.memory_read(layer._descriptor.address, ENTRY_BYTES).tobytes()
-                    for layer in (plane, self.experts)]
-                device.transport.memory_write(
-                    block.address, layers[0] + encode(ROUTER, fields) + layers[1] + table)
-        except BaseException:
-            block.free()
-            raise
-        return block
-
-    def _free(self) -> None:
-        for task in self._tasks:
-            task.block.free()
-
-    @property
-    def device(self) -> Device:
-        """Where it lives."""
-        return self._device
-
-    @property
-    def routers(self) -> tuple[Router, ...]:
-        """By task."""
-        return tuple(task.router for task in self._tasks)
-
-    @property
-    def router(self) -> Router:
-        """That of task 0."""
-        return self._tasks[0].router
+        super().__init__(device, routers, planes, experts, len(experts.shared_shapes))
 
     def __call__(self, x: Tensor, *, task: int = 0) -> Any:
         """Return y, (T, H), as x is: its experts and the shared ones, weighted and summed exactly.
@@ -300,7 +211,7 @@ class Moe(Bound):
             ids, weights, y = self._weighted(x, chosen)
         else:
             ids, weights, y = self._submit(x, chosen, compute=True).only_result()
-        return (y, *_like(x, ids, weights))
+        return (y, *like_x(x, ids, weights))
 
     def submit(self, x: Tensor, *, task: int = 0) -> Pending:
         """Send a call to the device and return a handle for :meth:`sync`; otherwise as a call.
@@ -340,19 +251,7 @@ class Moe(Bound):
             raise HandleConsumed("handle must be one that this layer's submit() returned")
         return handle.result(timeout_s=timeout_s)[2]
 
-    def route(self, x: Tensor, *, task: int = 0) -> tuple[Any, Any]:
-        """Return ids, (T, k) int64, and weights, (T, k) float32, that x is routed by.
-
-        Shared experts are not among them. Errors are those of a call.
-        """
-        ids, weights, _ = self._submit(x, self._task(task), compute=False).only_result()
-        return _like(x, ids, weights)
-
-    def _task(self, task: int) -> _Task:
-        return self._tasks[whole("task", task, least=0, most=len(self._tasks) - 1,
-                                 unit=", of the routers of this layer")]
-
-    def _weighted(self, x: Tensor, task: _Task
+    def _weighted(self, x: Tensor, task: Task
                   ) -> tuple[NDArray[np.int32], NDArray[np.float32], Any]:
         """Return ids, weights and y where weights multiply x (Llama 4): the host does it, between
         two calls.
@@ -373,99 +272,6 @@ class Moe(Bound):
             np.concatenate([rows * weights, rows]), pairs, np.ones(pairs.shape, np.float32),
             2 * tokens, self._shared))
         return ids, weights, Like.of(x)(y[:tokens] + y[tokens:])
-
-    def close(self) -> None:
-        """Free the device memory; a second call does nothing."""
-        with self._device._lock:
-            self.experts.close()
-            for task in self._tasks:
-                task.plane.close()
-            if not self._closed and not self._device.closed:
-                self._free()
-            self._closed = True
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
-                 traceback: TracebackType | None) -> None:
-        self.close()
-
-    # -- commands ----------------------------------------------------------------------------------
-    def _submit(self, x: Tensor, task: _Task, *, compute: bool) -> Pending:
-        """Send a call whose result is ids and weights without shared experts, and y."""
-        if self._closed:
-            raise DeviceClosed("layer must not be used after it was closed; load it again")
-        d_model = task.plane.shape.d_in
-        tokens, found = shape_of("x", x, "T", str(d_model))
-        if found != d_model:
-            raise InvalidTensor(
-                f"x must have the shape (T, {d_model}) of this layer, not {tuple(x.shape)}")
-        values = elements("x", x)
-        rows = np.zeros((tokens, whole_blocks(d_model)), values.dtype)
-        rows[:, :d_model] = values
-        settings = task.router.settings
-        top_k = settings.top_k
-        ids, weights = np.zeros((tokens, top_k), np.int32), np.zeros((tokens, top_k), np.float32)
-        y: Any = np.zeros((tokens, d_model), values.dtype)
-        config = self._device.config
-        most = min(config.max_tokens, config.max_assignments // (top_k + self._shared))
-        routing.check_tokens(settings, tokens, most)
-        like = Like.of(x)
-        return Pending(self._device, self, lambda: (ids, weights, like(y))).send(
-            tokens, most, lambda part: self._send(
-                task, rows[part], ids[part], weights[part], y[part] if compute else None,
-                part.start), together=settings.capacity is not None)
-
-    def _send(self, task: _Task, x: NDArray[Any], ids: NDArray[np.int32],
-              weights: NDArray[np.float32], y: NDArray[Any] | None, first: int) -> Sent:
-        """Send the command of some tokens."""
-        device, settings = self._device, task.router.settings
-        kept = task.block, *task.plane._kept(), *self.experts._kept()
-        tokens, width = x.shape
-        slots = settings.top_k + self._shared
-        widest = max(width, whole_blocks(settings.outputs))
-        sizes = [x.nbytes, 4 * tokens * slots, 4 * tokens * slots, x.nbytes, 8 * tokens * widest]
-        *at, end = offsets(sizes)
-        buffers = device.memory.allocate(end, top=True)
-        opcode = Opcode.MOE_ROUTE if y is None else Opcode.MOE
-        addresses = dict(zip(("x_address", "ids_address", "weights_address", "y_address",
-                              "workspace_address"),
-                             (buffers.address + offset for offset in at), strict=True))
-        kind = int(element_type(x))
-        return Sent(
-            device, opcode.name, {
-                "opcode": int(opcode), "tokens": tokens, "top_k": slots, "x_type": kind,
-                "y_type": kind, "layer_address": task.block.address, **addresses},
-            buffers=buffers,
-            inputs={buffers.address: np.ascontiguousarray(x).view(np.uint8).reshape(-1)},
-            take=lambda: self._take_results(buffers.address, at, ids, weights, y),
-            keep=kept, first_token=first)
-
-    def _take_results(self, base: int, at: Sequence[int], ids: NDArray[np.int32],
-                      weights: NDArray[np.float32], y: NDArray[Any] | None) -> None:
-        """Read what the command wrote, at once."""
-        begin, stop = at[1], at[3] if y is None else at[4]
-        raw = self._device.transport.memory_read(base + begin, stop - begin)
-        tokens, top_k = ids.shape
-        slots = top_k + self._shared
-        for index, values in ((1, ids), (2, weights)):
-            part = raw[at[index] - begin :][: 4 * tokens * slots].view(values.dtype)
-            values[:] = part.reshape(tokens, slots)[:, :top_k]
-        if y is not None:
-            part = raw[at[3] - begin : at[4] - begin].view(y.dtype)
-            width = whole_blocks(y.shape[1])
-            y[:] = part[: tokens * width].reshape(tokens, width)[:, : y.shape[1]]
-
-
-def _like(x: Tensor, ids: NDArray[np.int32], weights: NDArray[np.float32]) -> tuple[Any, Any]:
-    """Return ids, int64, and weights, as tensors of the kind of x and where it is."""
-    places: Any = ids.astype(np.int64)
-    if is_torch(x):
-        import torch
-
-        return torch.from_numpy(places).to(x.device), torch.from_numpy(weights).to(x.device)
-    return places, weights
 
 
 class Routes:
@@ -520,3 +326,21 @@ class Routes:
         """
         return load_moe(
             cast("Device", self), router, gate_up, down, shared=shared, **options)
+
+    def load_router(self, router: Router) -> RouterLayer:
+        """Put a router alone into memory, without experts: ``route(x)`` says where x goes, bit for
+        bit as that of :meth:`load_moe`.
+
+        Parameters
+        ----------
+        router : :class:`moeaccel.host.Router`
+            With a weight, (E, H).
+
+        Raises
+        ------
+        LimitExceeded
+            If the device has no such router.
+        InvalidOption
+            If there is no weight, or there are gates of shared experts.
+        """
+        return load_router(cast("Device", self), router)

@@ -14,7 +14,7 @@ from moeaccel.hdl.dispatch.dispatcher import load_request
 from moeaccel.hdl.pipeline import Pipeline
 from moeaccel.hdl.sequential_multiplier import SequentialMultiplier
 
-__all__ = ["ActivationLoader"]
+__all__ = ["PACE", "ActivationLoader"]
 
 BIAS = 127
 """Exponent bias of float32."""
@@ -23,7 +23,7 @@ NOT_FINITE = 255
 """Exponent field of infinities and NaN."""
 
 PACE = 4
-"""Rows whose time one takes that can wait."""
+"""Rows whose time one takes that can wait, of x and of y."""
 
 NARROW_BLOCK_BYTES = 2 * BLOCK
 """Bytes of a block of bfloat16 elements; of float32 twice that."""

@@ -8,16 +8,13 @@ from amaranth.utils import ceil_log2, exact_log2
 
 from moeaccel.config import AcceleratorConfig
 from moeaccel.hdl import layouts
+from moeaccel.hdl.activations.activation_loader import PACE
 from moeaccel.hdl.combine.row_sums import SUM_BITS, RowSums, stripe, stripe_address
 from moeaccel.hdl.combine.to_float32 import ToFloat32
 from moeaccel.hdl.pipeline import Pipeline
 from moeaccel.hdl.sequential_multiplier import SequentialMultiplier
 
 __all__ = ["Combiner", "drain_request"]
-
-
-PACE = 4
-"""Rows whose time one takes that can wait."""
 
 
 def drain_request(config: AcceleratorConfig) -> data.StructLayout:
@@ -59,8 +56,7 @@ class Combiner(wiring.Component):
     Parameters
     ----------
     config : :class:`AcceleratorConfig`
-        ``quantiser_lanes`` must be at least ``port_bytes / 8``: a word of the y buffer keeps up
-        with the port.
+        Its ``quantiser_lanes`` keep up with the port.
 
     Members
     -------
@@ -89,10 +85,6 @@ class Combiner(wiring.Component):
     """
 
     def __init__(self, config: AcceleratorConfig):
-        if config.quantiser_lanes * 8 < config.port_bytes:
-            raise ValueError(
-                f"Quantiser lanes must be at least {config.port_bytes // 8} behind a port of "
-                f"{config.port_bytes} bytes, not {config.quantiser_lanes!r}")
         self._config = config
         super().__init__({
             "i_grid_exponent": In(signed(8)),

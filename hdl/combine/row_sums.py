@@ -7,6 +7,7 @@ from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import ceil_log2, exact_log2
 
+from moeaccel.arithmetic import TERM_BITS
 from moeaccel.config import AcceleratorConfig
 from moeaccel.hdl import layouts
 from moeaccel.hdl.array.multiplier import Multiplier
@@ -16,8 +17,6 @@ from moeaccel.hdl.pipeline import Pipeline
 __all__ = ["SUM_BITS", "RowSums", "part_word", "stripe", "stripe_address", "sums_word"]
 
 SUM_BITS = 48
-TERM_LIMIT = 43
-"""Magnitude bits of a weighted output on the grid (arithmetic.TERM_BITS)."""
 LEFT = 10
 """Largest left shift of a product that still fits: its 33 bits become 43."""
 
@@ -182,7 +181,7 @@ class RowSums(wiring.Component):
         value = s.value
         up = value[1] & (value[0] | s.sticky | value[2])
         s = pipe.stage(**carried(s, overflow=s.overflow, counts=s.counts, term=Mux(
-            s.overflow, 0, (value[2:].as_signed() + up)[:TERM_LIMIT + 1].as_signed())))
+            s.overflow, 0, (value[2:].as_signed() + up)[:TERM_BITS + 1].as_signed())))
         element_read = Signal(address)
         m.d.comb += [element_read.word.eq(s.row >> lanes_log2), element_read.slot.eq(s.slot)]
         # Memories lie all over a device and are slow to answer: registers in front and behind.

@@ -8,11 +8,9 @@ from moeaccel.config import AcceleratorConfig
 from moeaccel.hdl import layouts
 from moeaccel.hdl.pipeline import Pipeline
 from moeaccel.router.choices import GROUPS_MAX
-from moeaccel.router.tables import WORD_BITS
+from moeaccel.router.tables import WORD_BITS, WORD_MIN
 
 __all__ = ["GroupKeys"]
-
-_LEAST = -(1 << (WORD_BITS - 1))
 
 
 class GroupKeys(wiring.Component):
@@ -79,7 +77,7 @@ class GroupKeys(wiring.Component):
         takes, larger = pipe.valid, more | due.fresh
         m.d.comb += [
             better.eq(Mux(larger, due.key, best)),
-            good.eq(Mux(larger, Mux(due.fresh, _LEAST, best), Mux(some, due.key, second))),
+            good.eq(Mux(larger, Mux(due.fresh, WORD_MIN, best), Mux(some, due.key, second))),
         ]
         with m.If(takes):
             m.d.sync += [best.eq(better), second.eq(good)]

@@ -66,9 +66,13 @@ class LineTable(wiring.Component):
             len(step) + 1, FRACTION_BITS + 1, family=self._family)
         m.d.comb += [product.i_a.eq(step), product.i_b.eq(s.part)]
         s = pipe.delay(Multiplier.LATENCY_CYCLES, node=node)
-        part = (product.o_product + (1 << (FRACTION_BITS - 1))) >> FRACTION_BITS
-        value = s.node + part if self._tables[0].rises else s.node - part
-        s = pipe.stage(value=value[:VALUE_BITS])
+        # node + round(product), or node - round(product), with one carry chain.
+        half = 1 << (FRACTION_BITS - 1)
+        if self._tables[0].rises:
+            value = Cat(C(half, FRACTION_BITS), s.node) + product.o_product
+        else:
+            value = Cat(C(half - 1, FRACTION_BITS), s.node) - product.o_product
+        s = pipe.stage(value=value[FRACTION_BITS:FRACTION_BITS + VALUE_BITS])
         assert pipe.depth == self.LATENCY_CYCLES
         m.d.comb += self.o_value.eq(s.value)
         return m

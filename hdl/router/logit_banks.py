@@ -8,12 +8,9 @@ from moeaccel.config import AcceleratorConfig
 from moeaccel.hdl import layouts
 from moeaccel.hdl.pipeline import Pipeline
 from moeaccel.hdl.unchecked_memory import unchecked_memory
-from moeaccel.router.tables import WORD_BITS
+from moeaccel.router.tables import WORD_BITS, WORD_MAX, WORD_MIN
 
 __all__ = ["LogitBanks"]
-
-_LEAST = -(1 << (WORD_BITS - 1))
-_MOST = (1 << (WORD_BITS - 1)) - 1
 
 
 class LogitBanks(wiring.Component):
@@ -101,10 +98,10 @@ class LogitBanks(wiring.Component):
         total = s.logit + Mux(form.tables & s.own, s.bias, 0)
         s = pipe.stage(total=total, beyond=s.beyond, index=s.index, bank=s.bank, first=s.first,
                        last=s.last, own=s.own)
-        high, low = s.total > _MOST, s.total < _LEAST
-        s = pipe.stage(value=Mux(high, _MOST, Mux(low, _LEAST, s.total))[:WORD_BITS].as_signed(),
-                       beyond=s.beyond | high | low, index=s.index, bank=s.bank, first=s.first,
-                       last=s.last, own=s.own)
+        high, low = s.total > WORD_MAX, s.total < WORD_MIN
+        held = Mux(high, WORD_MAX, Mux(low, WORD_MIN, s.total))[:WORD_BITS].as_signed()
+        s = pipe.stage(value=held, beyond=s.beyond | high | low, index=s.index, bank=s.bank,
+                       first=s.first, last=s.last, own=s.own)
         value = s.value
         m.d.comb += [
             write.en.eq(pipe.valid), write.addr.eq(Cat(s.index, s.bank)), write.data.eq(value),

@@ -1,6 +1,7 @@
 """ROUTE: logits in memory become ids and weights in memory."""
 
 from amaranth import *
+from amaranth.hdl import Assert
 from amaranth.lib import fifo, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -193,6 +194,8 @@ class RouteUnit(wiring.Component):
             words.i_beat.data.eq(self.i_logits.data),
         ]
         m.d.comb += self.o_takes.eq(awaiting | given)
+        m.d.sync += Assert(~(self.o_sent & words.i_beat.valid),
+                           "logits must have gone by when their pairs have")
         with m.FSM():
             with m.State("IDLE"):
                 m.d.comb += [self.o_idle.eq(~self.i_start), self.o_sent.eq(~self.i_start)]
@@ -221,7 +224,8 @@ class RouteUnit(wiring.Component):
                     m.d.comb += [words.i_start.eq(1), pairs.i_start.eq(1)]
                     m.next = "ROUTE"
             with m.State("ROUTE"):
-                # Behind the last logit there may be more words of its row.
+                # Behind the last logit there may be more words of its row; of a single token's, all
+                # have gone by: the port takes pairs when the row is acknowledged.
                 m.d.comb += self.o_sent.eq(pairs.o_sent & words.o_idle & ~reading)
                 with m.If(counted & words.o_idle & ~reading):
                     m.d.sync += counting.eq(0)

@@ -39,7 +39,7 @@ class Wires:
     def __init__(self, config):
         id_bits = layouts.expert_bits(config)
         self.id_bits = id_bits
-        self.places = max(config.router_top_k, 1)
+        self.places = config.router_top_k
         self.slots = TOP_K_MAX if "gates" in config.router_modes else self.places
         # A token's logits.
         self.full = Signal()

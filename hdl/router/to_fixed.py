@@ -7,12 +7,10 @@ from amaranth.lib.wiring import In, Out
 from moeaccel.hdl import layouts
 from moeaccel.hdl.array.normaliser import shift_right
 from moeaccel.hdl.pipeline import Pipeline
-from moeaccel.router.tables import LOGIT_BITS, WORD_BITS
+from moeaccel.router.tables import LOGIT_BITS, WORD_BITS, WORD_MAX, WORD_MIN
 
 __all__ = ["ToFixed"]
 
-_MOST = (1 << (WORD_BITS - 1)) - 1
-_LEAST = -(1 << (WORD_BITS - 1))
 
 _TOP = 127 + WORD_BITS - 1 - LOGIT_BITS
 """Exponent field from which on a logit has no place."""
@@ -60,7 +58,7 @@ class ToFixed(wiring.Component):
                        sign=s.sign, least=s.least, nonfinite=s.nonfinite)
         # Rounded and with its sign by one addition: -(v + up) is ~v + ~up.
         near = (s.value ^ s.sign.replicate(WORD_BITS)) + (s.up ^ s.sign)
-        beyond = Mux(s.sign | s.nonfinite, _LEAST, _MOST)
+        beyond = Mux(s.sign | s.nonfinite, WORD_MIN, WORD_MAX)
         out = pipe.stage(value=Mux(s.far, beyond, near)[:WORD_BITS].as_signed(),
                          beyond=s.far & ~s.least & ~s.nonfinite, nonfinite=s.nonfinite)
         assert pipe.depth == self.LATENCY_CYCLES

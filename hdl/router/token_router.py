@@ -24,10 +24,13 @@ from moeaccel.hdl.unchecked_memory import unchecked_memory
 from moeaccel.router.choices import GROUPS_MAX, Gates, Renormalize, Score
 from moeaccel.router.tables import (
     KEY_BITS,
+    NEVER,
     RECIPROCAL,
     SCORE_BITS,
     VALUE_BITS,
     WORD_BITS,
+    WORD_MAX,
+    WORD_MIN,
     exponential,
 )
 
@@ -37,8 +40,6 @@ _ONE = int(exponential(np.array(0)).score)
 """The exponential of a sparsemixer's choice, which is the largest itself."""
 _FIRST = (1 << WORD_BITS) - 1
 """Above every key."""
-_LEAST = -(1 << (WORD_BITS - 1))
-_MOST = (1 << (WORD_BITS - 1)) - 1
 
 DIVIDE_CYCLES = Leading.LATENCY_CYCLES + LineTable.LATENCY_CYCLES + 1
 """From a sum to its reciprocal."""
@@ -262,7 +263,7 @@ class TokenRouter(wiring.Component):
         with m.If(due.valid & larger):
             m.d.sync += w.largest.eq(one.logit)
         with m.If(unused):
-            m.d.sync += w.largest.eq(_LEAST)
+            m.d.sync += w.largest.eq(WORD_MIN)
         m.d.comb += w.near.eq(1)
         if "mixer" in self._config.router_modes:
             m.submodules.nearness = nearness = NearLogits(
@@ -295,9 +296,9 @@ class TokenRouter(wiring.Component):
             key=Mux(w.direct, w.fed.logit, Cat(behind.value, C(0, 1)).as_signed()),
             extra=read.data, id=Mux(w.direct, w.fed.id, behind_tag.id))
         s = pipe.stage(key=s.key + Mux(w.added, s.extra, 0),
-                       never=w.added & (s.extra == _LEAST), id=s.id)
+                       never=w.added & (s.extra == NEVER), id=s.id)
         s = pipe.stage(
-            key=Mux(s.never | (s.key < _LEAST), _LEAST, Mux(s.key > _MOST, _MOST, s.key))[
+            key=Mux(s.never | (s.key < WORD_MIN), WORD_MIN, Mux(s.key > WORD_MAX, WORD_MAX, s.key))[
                 :WORD_BITS].as_signed(), never=s.never, id=s.id)
         first = C(0)
         if "prior" in self._config.router_modes:
@@ -330,7 +331,7 @@ class TokenRouter(wiring.Component):
         s = pipe.stage(**vars(s), prefer=read.data.bit_select(s.id[:5], 1) & ~none)
         s = pipe.stage(key=s.key + Mux(s.prefer, form.prior, 0), never=s.never, id=s.id,
                        first=form.prior_keep & (s.id == w.most_id))
-        s = pipe.stage(key=Mux(s.key > _MOST, _MOST, s.key)[:WORD_BITS].as_signed(),
+        s = pipe.stage(key=Mux(s.key > WORD_MAX, WORD_MAX, s.key)[:WORD_BITS].as_signed(),
                        never=s.never, id=s.id, first=s.first)
         return s, s.first
 

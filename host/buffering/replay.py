@@ -168,11 +168,13 @@ def replay(trace: RoutingTrace, call: Call, *, slots: int, slot_bytes: int | Non
     guessed = right = calls = 0
     cycles = saved = 0.0
     guess: np.ndarray = np.zeros(0, np.int64)
-    for uses, order, following, new_request, layer in _calls(trace):
-        if predictor is not None and layer == 0:
-            predictor.begin_pass(new_request=new_request)
+    target = 0
+    for uses, order, following, begins, layer in _calls(trace):
+        if predictor is not None and begins is not None:
+            predictor.begin_pass(new_request=begins)
         guessed += len(guess)
-        right += int((uses[guess] > 0).sum())
+        if target == layer:  # else that one had no tokens, and no guess for it was right
+            right += int((uses[guess] > 0).sum())
         cycles += call.cycles(uses)
         calls += 1
         for expert in order:
@@ -197,19 +199,23 @@ def replay(trace: RoutingTrace, call: Call, *, slots: int, slot_bytes: int | Non
 
 
 def _calls(trace: RoutingTrace
-           ) -> Iterator[tuple[np.ndarray, tuple[int, ...], np.ndarray | None, bool, int]]:
-    """Yield for each call its uses, its experts as they come, the uses of the next one, whether a
-    request begins, its layer."""
-    waiting: tuple[np.ndarray, tuple[int, ...], bool, int] | None = None
+           ) -> Iterator[tuple[np.ndarray, tuple[int, ...], np.ndarray | None, bool | None, int]]:
+    """Yield for each call its uses, its experts as they come, the uses of the layer behind it,
+    which may have none and is no call then, whether a request begins with it, None where not even
+    a pass does, and its layer."""
+    waiting: tuple[np.ndarray, tuple[int, ...], bool | None, int] | None = None
     requests: set[int] = set()
     for step in trace.steps("decode"):
         now = set(step.request.tolist())
-        new, requests = now != requests, now
+        begins: bool | None = now != requests
+        requests = now
         for layer, uses in enumerate(trace.counts(step.ids)):
-            if not uses.any():
-                continue
             if waiting is not None:
                 yield *waiting[:2], uses, *waiting[2:]
-            waiting = uses, plan(step.ids[:, layer], trace.n_experts, 1).experts, new, layer
+                waiting = None
+            if not uses.any():
+                continue
+            waiting = uses, plan(step.ids[:, layer], trace.n_experts, 1).experts, begins, layer
+            begins = None
     if waiting is not None:
         yield *waiting[:2], None, *waiting[2:]

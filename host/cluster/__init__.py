@@ -2,7 +2,7 @@
 
 ``shard`` is what a device does for a cluster; ``actors`` puts that into Ray's actors; ``cluster``
 deals experts to shards and chooses the grid; ``layer`` is the call and the sum, and what happens
-when a shard is lost.
+when a shard is lost; ``router`` lets one shard say where x goes, for layers that route.
 
 Every shard sums on the same grid, which is chosen once from the weights of all experts. A shard's
 y is its part of the sum as float32: exactly, where that part is below 2^24 units of the grid. The
@@ -20,5 +20,6 @@ layer was loaded with as many ``row_blocks``, since each block is rounded by its
 from moeaccel.host.cluster.actors import ray_cluster
 from moeaccel.host.cluster.cluster import Cluster
 from moeaccel.host.cluster.layer import ClusterExperts, ClusterStatistics
+from moeaccel.host.cluster.router import ClusterMoe
 
-__all__ = ["Cluster", "ClusterExperts", "ClusterStatistics", "ray_cluster"]
+__all__ = ["Cluster", "ClusterExperts", "ClusterMoe", "ClusterStatistics", "ray_cluster"]

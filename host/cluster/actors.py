@@ -8,9 +8,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
+from moeaccel.config import AcceleratorConfig
 from moeaccel.errors import MoeAccelError, ToolMissingError
 from moeaccel.host.cluster.cluster import Cluster
-from moeaccel.host.cluster.shard import Floats, Pairs, Shard, Worker
+from moeaccel.host.cluster.shard import Floats, Pairs, Routed, Shard, Worker
 from moeaccel.host.errors import (
     DeviceClosed,
     InvalidOption,
@@ -19,6 +20,7 @@ from moeaccel.host.errors import (
     ShardUnplaced,
 )
 from moeaccel.host.opening import open_device
+from moeaccel.host.routing import Router
 
 __all__ = ["RayShard", "ray_cluster"]
 
@@ -54,13 +56,13 @@ class _Actor:
         """Return its process and machine."""
         return os.getpid(), os.uname().nodename
 
-    def open(self) -> _Raised | None:
-        """Open the device."""
+    def open(self) -> AcceleratorConfig | _Raised:
+        """Open the device, and return its configuration."""
         try:
             self._worker = Worker(open_device(self._spec, **self._options))
         except MoeAccelError as error:
             return _Raised.of(error)
-        return None
+        return self._worker.device.config
 
     def ask(self, what: str, *arguments: Any) -> Any:
         """Do it, and return what came of it, or the error."""
@@ -116,7 +118,7 @@ class RayShard(Shard):
         try:
             self.process, machine = self._taken(self._placed)
             self.name += f" in process {self.process} on {machine}"
-            self._taken(self._opened)
+            self.config = self._taken(self._opened)
         except LinkLost as error:
             raise ShardLost(f"shard {self.name} must start, but is lost: {error}",
                             self._number) from error
@@ -157,8 +159,14 @@ class RayShard(Shard):
     def submit(self, key: int, pairs: Pairs) -> Callable[[], Floats]:
         return self._ask("submit", key, pairs)
 
+    def load_router(self, key: int, router: Router) -> Callable[[], None]:
+        return self._ask("load_router", key, router)
+
+    def route(self, key: int, x: Floats) -> Callable[[], Routed]:
+        return self._ask("route", key, x)
+
     def drop(self, key: int) -> None:
-        """Let it free experts; nobody waits for that."""
+        """Let it free experts, or a router; nobody waits for that."""
         self._ask("drop", key)
 
     def close(self) -> None:

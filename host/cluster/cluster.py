@@ -6,6 +6,7 @@ import functools
 import inspect
 import itertools
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -13,14 +14,18 @@ from typing import Any, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from moeaccel.config import AcceleratorConfig
 from moeaccel.grid import gated_output, grid_exponent as choose_grid, squares_of
 from moeaccel.host.cluster.layer import ClusterExperts, Piece
-from moeaccel.host.cluster.shard import LOST, Floats, LocalShard, Pairs, Shard
+from moeaccel.host.cluster.router import ClusterMoe, ClusterRouter, able_shards, checked
+from moeaccel.host.cluster.shard import LOST, Floats, LocalShard, Pairs, Routed, Shard
 from moeaccel.host.device import Device
 from moeaccel.host.errors import InvalidOption, InvalidTensor, ShardLost
 from moeaccel.host.options import whole
 from moeaccel.host.policies.sharding import Sharding, sharding as find_sharding
 from moeaccel.host.policies.sharding.row_split import RowSplit
+from moeaccel.host.router_layer import weight_of
+from moeaccel.host.routing import Router
 from moeaccel.host.row_blocks import bias_block, down_block, gate_up_block
 from moeaccel.host.stacks import Biases, Stack
 from moeaccel.host.tensors import float32, indices, shape_of
@@ -33,6 +38,7 @@ from moeaccel.host.weights import (
     shared_matrices,
 )
 from moeaccel.image import interleave_gate_up
+from moeaccel.router.settings import RouterSettings
 
 __all__ = ["Cluster"]
 
@@ -51,7 +57,7 @@ class Cluster:
         a cluster of devices elsewhere.
     on_loss : ``"error"`` or ``"reload"``
         What happens when a device is lost: an error that names it, until :meth:`reload` is called;
-        or its experts are loaded on the others at once, and the call goes on.
+        or its experts and routers are loaded on the others at once, and the call goes on.
 
     Raises
     ------
@@ -77,7 +83,7 @@ class Cluster:
             for number, device in enumerate(devices)]
         self._lost: set[int] = set()
         self._keys = itertools.count()
-        self._layers: weakref.WeakSet[ClusterExperts] = weakref.WeakSet()
+        self._layers: weakref.WeakSet[ClusterExperts | ClusterRouter] = weakref.WeakSet()
         self._closed = False
 
     def __len__(self) -> int:
@@ -98,6 +104,12 @@ class Cluster:
     def devices(self) -> tuple[Device, ...]:
         """Those of this process."""
         return tuple(shard.device for shard in self._shards if isinstance(shard, LocalShard))
+
+    @property
+    def configs(self) -> dict[int, AcceleratorConfig]:
+        """Configurations of the devices that are not lost, by number."""
+        return {number: shard.config for number, shard in enumerate(self._shards)
+                if number not in self._lost}
 
     def name(self, shard: int) -> str:
         """Return what errors call a device."""
@@ -249,6 +261,44 @@ class Cluster:
         self._layers.add(layer)
         return layer
 
+    def load_moe(self, router: Router, gate_up: Stack, down: Stack, **options: Any) -> ClusterMoe:
+        """Deal the experts of a layer to the devices, and load its router on one of them: a call is
+        two, since that device says first where x goes.
+
+        Parameters
+        ----------
+        router : :class:`moeaccel.host.Router`
+            With a weight, (E, H), and without gates: of shared experts each token has all of.
+        gate_up, down, **options
+            As in :meth:`load_experts`.
+
+        Raises
+        ------
+        LimitExceeded
+            If no device has such a router, or weights are for x.
+        InvalidOption, InvalidTensor, ShardLost
+            As :meth:`load_experts` and :meth:`Device.load_router`.
+        """
+        ready = checked(router)
+        able_shards(self, ready.settings)
+        count, width = shape_of("weight", weight_of(ready), "E", "H")
+        experts = self.load_experts(gate_up, down, **options)
+        try:
+            if (experts.num_experts, experts.d_model) != (count, width):
+                raise InvalidTensor(
+                    f"down must have E = {count} experts and H = {width}, the router's, not "
+                    f"{experts.num_experts} and {experts.d_model}")
+            made = ClusterRouter(self, ready)
+        except BaseException:
+            experts.close()
+            raise
+        self._layers.add(made)
+        return ClusterMoe(made, experts)
+
+    def check_router(self, settings: RouterSettings) -> None:
+        """Refuse a router that no device has; see :func:`moeaccel.host.routing.check_router`."""
+        able_shards(self, settings)
+
     def _shares(self, share: str | Sharding | _Shares, routes: NDArray[np.integer] | None,
                 experts: int) -> tuple[_Shares, int]:
         """Return which share of which expert each device has, and blocks of rows."""
@@ -283,25 +333,51 @@ class Cluster:
 
     def drop(self, piece: Piece) -> None:
         """Free experts, where their shard is still there."""
-        if piece.shard in self._lost:
-            return
-        shard = self._shards[piece.shard]
-        try:
-            shard.drop(piece.key)
-        except LOST:
-            self._lost.add(piece.shard)
+        self.drop_key(piece.shard, piece.key)
 
-    def _guarded(self, number: int, ask: Callable[[], _Result]) -> _Result:
+    def drop_key(self, number: int, key: int) -> None:
+        """Free what a shard has under a number, where it is still there."""
+        if number in self._lost:
+            return
+        try:
+            self._shards[number].drop(key)
+        except LOST:
+            self._lost.add(number)
+
+    def routers(self) -> Counter[int]:
+        """Return how many routers each shard has."""
+        return Counter(layer.shard for layer in list(self._layers)
+                       if isinstance(layer, ClusterRouter) and layer.shard is not None)
+
+    def load_router(self, number: int, router: Router) -> int:
+        """Load a router on a shard, and return its number there."""
+        key = next(self._keys)
+        try:
+            wait = self._guarded(number, lambda: self._shards[number].load_router(key, router))
+            self._guarded(number, wait)
+        except BaseException:
+            self.drop_key(number, key)
+            raise
+        return key
+
+    def route(self, number: int, key: int, x: Floats) -> Routed:
+        """Let a shard say where x goes."""
+        def ask() -> Routed:
+            return self._shards[number].route(key, x)()
+
+        return self._guarded(number, ask, "route a layer")
+
+    def _guarded(self, number: int, ask: Callable[[], _Result], what: str = "answer") -> _Result:
         """Ask a shard, and say so when it is gone."""
         shard = self._shards[number]
         if number in self._lost:
-            raise ShardLost(f"shard {shard.name} must answer, but was lost before; {_WAY_OUT}",
+            raise ShardLost(f"shard {shard.name} must {what}, but was lost before; {_WAY_OUT}",
                             number)
         try:
             return ask()
         except LOST as error:
             self._lost.add(number)
-            raise ShardLost(f"shard {shard.name} must answer, but is lost: {error}; {_WAY_OUT}",
+            raise ShardLost(f"shard {shard.name} must {what}, but is lost: {error}; {_WAY_OUT}",
                             number) from error
 
     def reload(self, shard: int) -> None:
@@ -328,7 +404,8 @@ class Cluster:
 
 
 _OPTIONS = {"activation", "gated", "limit", "activation_bits", "quantiser", "prune"}
-_WAY_OUT = "cluster.reload(shard) loads its experts elsewhere, and so does on_loss='reload'"
+_WAY_OUT = ("cluster.reload(shard) loads its experts and routers elsewhere, and so does "
+            "on_loss='reload'")
 
 
 def _output(matrices: _Matrices, gated: bool, x_rms: float, options: dict[str, Any],

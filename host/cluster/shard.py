@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from moeaccel.config import AcceleratorConfig
 from moeaccel.host.device import Device
 from moeaccel.host.errors import (
     DeviceClosed,
@@ -17,13 +18,18 @@ from moeaccel.host.errors import (
     LinkLost,
 )
 from moeaccel.host.layers import Experts
+from moeaccel.host.router_layer import RouterLayer
+from moeaccel.host.routing import Router
 
-__all__ = ["LOST", "LocalShard", "Pairs", "Shard", "Worker"]
+__all__ = ["LOST", "LocalShard", "Pairs", "Routed", "Shard", "Worker"]
 
 LOST = (LinkLost, DeviceStopped, DeviceTimeout, DeviceClosed)
 """What a device raises that does not answer any more."""
 
 Floats = NDArray[np.float32]
+
+Routed = tuple[NDArray[np.int64], Floats]
+"""Ids and weights, (T, k) each."""
 
 
 class Pairs(NamedTuple):
@@ -53,6 +59,7 @@ class Worker:
     def __init__(self, device: Device) -> None:
         self.device = device
         self._layers: dict[int, Experts] = {}
+        self._routers: dict[int, RouterLayer] = {}
 
     def load(self, key: int, gate_up: Sequence[Floats], down: Sequence[Floats],
              options: dict[str, Any]) -> None:
@@ -65,9 +72,17 @@ class Worker:
         handle = layer.submit(*pairs)
         return lambda: layer.sync(handle)
 
+    def load_router(self, key: int, router: Router) -> None:
+        """Load a router; see :meth:`Device.load_router`."""
+        self._routers[key] = self.device.load_router(router)
+
+    def route(self, key: int, x: Floats) -> Routed:
+        """Return what a router chooses."""
+        return self._routers[key].route(x)
+
     def drop(self, key: int) -> None:
-        """Free experts."""
-        layer = self._layers.pop(key, None)
+        """Free experts, or a router."""
+        layer = self._layers.pop(key, None) or self._routers.pop(key, None)
         if layer is not None:
             layer.close()
 
@@ -82,9 +97,12 @@ class Shard(ABC):
     ----------
     name : :class:`str`
         What errors call it.
+    config : :class:`AcceleratorConfig`
+        Of its device.
     """
 
     name: str
+    config: AcceleratorConfig
 
     @abstractmethod
     def load(self, key: int, gate_up: Sequence[Floats], down: Sequence[Floats],
@@ -96,8 +114,16 @@ class Shard(ABC):
         """Begin a call, and return what waits for y, float32 (T, H)."""
 
     @abstractmethod
+    def load_router(self, key: int, router: Router) -> Callable[[], None]:
+        """Begin to load a router under a number, and return what waits for it."""
+
+    @abstractmethod
+    def route(self, key: int, x: Floats) -> Callable[[], Routed]:
+        """Begin to route x, (T, H), and return what waits for ids and weights."""
+
+    @abstractmethod
     def drop(self, key: int) -> None:
-        """Free experts."""
+        """Free experts, or a router."""
 
     @abstractmethod
     def close(self) -> None:
@@ -115,7 +141,7 @@ class LocalShard(Shard):
 
     def __init__(self, device: Device, number: int) -> None:
         self.name = f"{number}, device of config {device.config.name!r} in this process"
-        self.device = device
+        self.device, self.config = device, device.config
         self._worker = Worker(device)
 
     def load(self, key: int, gate_up: Sequence[Floats], down: Sequence[Floats],
@@ -125,6 +151,14 @@ class LocalShard(Shard):
 
     def submit(self, key: int, pairs: Pairs) -> Callable[[], Floats]:
         return self._worker.submit(key, pairs)
+
+    def load_router(self, key: int, router: Router) -> Callable[[], None]:
+        self._worker.load_router(key, router)
+        return lambda: None
+
+    def route(self, key: int, x: Floats) -> Callable[[], Routed]:
+        found = self._worker.route(key, x)
+        return lambda: found
 
     def drop(self, key: int) -> None:
         self._worker.drop(key)

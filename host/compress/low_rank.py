@@ -19,7 +19,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,9 @@ from moeaccel.image import Expert, ExpertShape, LinearShape
 
 if TYPE_CHECKING:
     from moeaccel.host.device import Device
+    from moeaccel.host.layers import Experts, Linears
+
+_Part = TypeVar("_Part", "Experts", "Linears")
 
 __all__ = ["LowRankLayer", "Triple", "decode_cycles", "factored", "factors_of", "triples"]
 
@@ -137,7 +141,8 @@ def decode_cycles(triple: Triple, ids: NDArray[np.integer], config: AcceleratorC
 
 
 class LowRankLayer:
-    """A layer some of whose experts are products, in a device's memory; the host routes.
+    """A layer some of whose experts are products, in a device's memory, until it is closed; the
+    host routes.
 
     Parameters
     ----------
@@ -150,20 +155,32 @@ class LowRankLayer:
         from moeaccel.host.weights import load_linears
 
         self._layer = layer
-        self._triples = []
+        self._triples: list[tuple[Triple, tuple[Linears, Experts, Linears]]] = []
+        self._experts: Experts | None = None
+        self._parts: list[Experts | Linears] = []
         products = set(factors_of(layer))
         self._whole = [e for e in range(len(layer.experts)) if e not in products]
         stored = layer.quantised(self._whole)
-        self._experts = device.load_quantised(
-            stored, activation_bits=activation_bits) if stored else None
-        for triple in triples(layer):
-            # With x of RMS 1, what t and z have: grids are chosen for that.
-            floats = [layer.experts[e].factors for e in triple.experts]
-            t_rms = _typical([f.into for f in floats if f is not None])
-            self._triples.append((triple, (
-                load_linears(device, triple.into, activation_bits=activation_bits),
-                device.load_quantised(triple.inner, activation_bits=activation_bits, x_rms=t_rms),
-                load_linears(device, triple.out, activation_bits=activation_bits, x_rms=t_rms))))
+        bits: Any = {"activation_bits": activation_bits}
+
+        def kept(part: _Part) -> _Part:
+            self._parts.append(part)
+            return part
+
+        try:
+            if stored:
+                self._experts = kept(device.load_quantised(stored, **bits))
+            for triple in triples(layer):
+                # With x of RMS 1, what t and z have: grids are chosen for that.
+                floats = [layer.experts[e].factors for e in triple.experts]
+                t_rms = _typical([f.into for f in floats if f is not None])
+                self._triples.append((triple, (
+                    kept(load_linears(device, triple.into, **bits)),
+                    kept(device.load_quantised(triple.inner, x_rms=t_rms, **bits)),
+                    kept(load_linears(device, triple.out, x_rms=t_rms, **bits)))))
+        except BaseException:
+            self.close()
+            raise
 
     def __call__(self, x: Floats) -> Floats:
         """Return y, (T, H), of x, (T, H)."""
@@ -185,6 +202,18 @@ class LowRankLayer:
             weights = routing.weights[tokens, slots].astype(np.float32)
             np.add.at(y, tokens, out(z, ids, weights))
         return y
+
+    def close(self) -> None:
+        """Free the device memory; a second call does nothing."""
+        for part in self._parts:
+            part.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
+                 traceback: TracebackType | None) -> None:
+        self.close()
 
 
 def _typical(matrices: Sequence[Floats]) -> float:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -50,7 +51,7 @@ class RoutedExperts:
 
 
 class DeviceLayer:
-    """A compressed layer in a device's memory; the host routes.
+    """A compressed layer in a device's memory, until it is closed; the host routes.
 
     Parameters
     ----------
@@ -73,6 +74,17 @@ class DeviceLayer:
             return self._products(x)
         routing = self._layer.route(x)
         return self.experts(x, routing.ids, routing.weights.astype(np.float32))
+
+    def close(self) -> None:
+        """Free the device memory; a second call does nothing."""
+        (self.experts if self._products is None else self._products).close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
+                 traceback: TracebackType | None) -> None:
+        self.close()
 
 
 def observed(model: Any, texts: Sequence[torch.Tensor]) -> list[Observed]:

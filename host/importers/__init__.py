@@ -9,12 +9,13 @@ from moeaccel.host.importers.checkpoint import Checkpoint, ExpertLayer, open_che
 from moeaccel.host.importers.coded import Coded, Fit, convert, expert_rows
 from moeaccel.host.importers.errors import (
     CheckpointError,
+    ClosedCheckpoint,
     DamagedCheckpoint,
     ForeignCheckpoint,
     InexactWeights,
 )
 from moeaccel.host.importers.quantised_file import import_checkpoint, open_quantised
 
-__all__ = ["Checkpoint", "CheckpointError", "Coded", "DamagedCheckpoint", "ExpertLayer", "Fit",
-           "ForeignCheckpoint", "InexactWeights", "convert", "expert_rows", "import_checkpoint",
-           "open_checkpoint", "open_quantised"]
+__all__ = ["Checkpoint", "CheckpointError", "ClosedCheckpoint", "Coded", "DamagedCheckpoint",
+           "ExpertLayer", "Fit", "ForeignCheckpoint", "InexactWeights", "convert", "expert_rows",
+           "import_checkpoint", "open_checkpoint", "open_quantised"]

@@ -32,11 +32,13 @@ from moeaccel.host.importers.coded import (
 )
 from moeaccel.host.importers.errors import (
     CheckpointError,
+    ClosedCheckpoint,
     DamagedCheckpoint,
     ForeignCheckpoint,
 )
 from moeaccel.host.importers.families import families
 from moeaccel.host.importers.files import StoredTensor, read_gguf, read_safetensors
+from moeaccel.host.options import whole
 from moeaccel.image import Expert
 
 __all__ = ["Checkpoint", "ExpertLayer", "ImportedExpert", "in_order", "open_checkpoint"]
@@ -265,10 +267,14 @@ class Checkpoint:
         Raises
         ------
         CheckpointError
-            Naming the tensor.
+            Naming the tensor, or the file where it was closed.
         FormatError
             If a bias is not finite.
+        InvalidOption
+            If there are not at least one thread.
         """
+        threads = whole("threads", threads, least=1)
+
         def one(index: int) -> tuple[Expert, Fit]:
             found = self.expert(layer, index, weight_format, exact=exact, quantiser=quantiser,
                                 drop_biases=drop_biases)
@@ -378,7 +384,7 @@ def _shards(path: Path) -> list[Path]:
 def _read(contents: Contents, place: _Place, expert: int | None) -> Matrix:
     try:
         matrix = place.family.read(contents, place.stem, expert)
-    except DamagedCheckpoint:
+    except (DamagedCheckpoint, ClosedCheckpoint):
         raise
     except (CheckpointError, UnsupportedExperts) as error:
         tensor = contents.need(place.stem + place.family.mark)

@@ -2,11 +2,16 @@
 
 from moeaccel.host.errors import HostError
 
-__all__ = ["CheckpointError", "DamagedCheckpoint", "ForeignCheckpoint", "InexactWeights"]
+__all__ = ["CheckpointError", "ClosedCheckpoint", "DamagedCheckpoint", "ForeignCheckpoint",
+           "InexactWeights"]
 
 
 class CheckpointError(HostError, ValueError):
     """Base of the errors of :mod:`moeaccel.host.importers`."""
+
+
+class ClosedCheckpoint(CheckpointError):
+    """A checkpoint, or a file of quantised experts, that was closed before it was read."""
 
 
 class DamagedCheckpoint(CheckpointError):

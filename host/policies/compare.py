@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,10 +37,13 @@ class Comparison:
     outcome : :class:`Outcome`
     to_belady : :class:`float`
         Belady's hit rate with as much memory, less the system's.
+    replay_seconds : :class:`float`
+        Of processor time that the replay itself took, here.
     """
 
     outcome: Outcome
     to_belady: float
+    replay_seconds: float
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain numbers."""
@@ -54,6 +58,7 @@ class Comparison:
             "moe_seconds_per_token": found.moe_seconds_per_token, "to_optimum": found.to_optimum,
             "waits_seconds_per_token": float(found.waits.sum() / found.tokens),
             "routing_weight": found.mass, "resident_experts": found.slots,
+            "replay_seconds": self.replay_seconds,
             "layers": {"hits": found.hits.tolist(), "uses": found.uses.tolist(),
                        "moved": found.moved.tolist(),
                        "seconds": found.layer_seconds.tolist(), "waits": found.waits.tolist()}}
@@ -83,16 +88,24 @@ def compare(trace: RoutingTrace, costs: LayerCosts, *, gpu_bytes: int,
         See :func:`~moeaccel.host.policies.replay.replay`.
     """
     options: dict[str, Any] = {"gpu_bytes": gpu_bytes, "profile": profile, "seed": seed}
-    bound = replay(SYSTEMS["belady"], trace, costs, **options)
+    bound, bound_took = _timed(SYSTEMS["belady"], trace, costs, options)
     found = []
     for system in systems if systems is not None else SYSTEMS.values():
         if progress is not None:
             progress(system.name)
-        outcome = bound if system.name == "belady" else replay(
-            tuned(system, trace, costs), trace, costs, **options)
-        found.append(Comparison(
-            outcome=outcome, to_belady=bound.hit_rate - outcome.hit_rate))
+        outcome, took = (bound, bound_took) if system.name == "belady" else _timed(
+            tuned(system, trace, costs), trace, costs, options)
+        found.append(Comparison(outcome=outcome, to_belady=bound.hit_rate - outcome.hit_rate,
+                                replay_seconds=took))
     return sorted(found, key=lambda row: row.outcome.seconds)
+
+
+def _timed(system: System, trace: RoutingTrace, costs: LayerCosts, options: dict[str, Any]
+           ) -> tuple[Outcome, float]:
+    """Return what a replay found, and its processor time."""
+    begin = time.process_time()
+    found = replay(system, trace, costs, **options)
+    return found, time.process_time() - begin
 
 
 def tuned(system: System, trace: RoutingTrace, costs: LayerCosts) -> System:

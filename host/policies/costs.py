@@ -235,13 +235,6 @@ class LayerCosts:
         """Return the seconds between two layers of experts, in which the link has nothing to do."""
         return self.between_call + max(self.between_read, tokens * self.between_product)
 
-    @cached_property
-    def break_even(self) -> float:
-        """How often an expert must be used on the torch device to earn what moving it took, with
-        one token each: move over what a use gains; infinite where it gains nothing."""
-        gain = self.device_read - self.torch_read
-        return self.move / gain if gain > 0 else math.inf
-
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:

@@ -83,14 +83,14 @@ class Background:
     def take(self, layer: int, needed: Callable[[int], bool]) -> list[Move]:
         """Take the guesses for a layer out of the queue, when its route is known: what is on its
         way and not needed is cancelled, and what is needed is returned."""
-        own = [move for move in self.guesses if move.layer == layer]
-        if not own:
-            return own
-        self.guesses = [move for move in self.guesses if move.layer != layer]
-        found = []
-        for move in own:
-            if needed(move.expert):
+        found: list[Move] = []
+        others: list[Move] = []
+        for move in self.guesses:
+            if move.layer != layer:
+                others.append(move)
+            elif needed(move.expert):
                 found.append(move)
             else:
                 self.wasted += 1 - move.left
+        self.guesses = others
         return found

@@ -24,6 +24,7 @@ from moeaccel.host.policies.costs import LayerCosts
 from moeaccel.host.policies.errors import BudgetTooSmall, PolicyFailed
 from moeaccel.host.policies.link import CHUNKS, Background, Move
 from moeaccel.host.policies.placement import Plan, Work, chains, placement
+from moeaccel.host.policies.placement.base import ALL
 from moeaccel.host.policies.placement.measured import MeasuredScan
 from moeaccel.host.policies.placement.scan import best_split
 from moeaccel.host.policies.prefetch import Ahead, Prefetch, prefetch
@@ -42,6 +43,7 @@ from moeaccel.host.traces import RoutingTrace, Step
 
 __all__ = ["Outcome", "replay", "slots_of"]
 
+_FEW = 16  # experts
 _SAMPLED = 7  # one call in so many is compared with the optimum
 
 
@@ -312,7 +314,7 @@ class _Run:
                 resident = resident & ~self.pending[layer]
         weights = later = None
         if self.routing is not None:
-            uses, later, weights = self.routing.route(layer, resident)
+            uses, later, weights = self.routing.route(layer, resident, uses)
         available = resident if resident is not None else self.staged[layer]
         partial: list[Move] = []
         if self.guesser is not None:
@@ -344,8 +346,8 @@ class _Run:
         if self.guesser is not None:
             self._guess(layer, routed)
         if self.keep is not None:
-            self._admit(layer, step, routed if self.routing is not None
-                        and self.routing.policy.within_residents else uses, work, plan)
+            before = self.routing is not None and self.routing.policy.within_residents
+            self._admit(layer, step, routed if before else uses, work, plan, of_work=not before)
         if self.n_staged:
             gone = np.count_nonzero(self.staged[layer])
             if gone:
@@ -394,17 +396,23 @@ class _Run:
         if room <= 0:
             return
         for at, experts in coming:
-            here = self.early[at, experts]
-            if self.keep is not None:
-                here |= self.keep.resident[at, experts]
-            new = experts[~here][:room]
-            self.early[at, new] = True
-            guesses += [Move(at, expert, guess=True) for expert in new.tolist()]
+            early = self.early[at]
+            here = early if self.keep is None else early | self.keep.resident[at]
+            if len(experts) <= _FEW:  # quicker than arrays
+                flags = here.data
+                new = [expert for expert in experts.tolist() if not flags[expert]][:room]
+            else:
+                new = experts[~here[experts]][:room].tolist()
+            if not new:
+                continue
+            early[new] = True
+            guesses += [Move(at, expert, True) for expert in new]
             room -= len(new)
             if room <= 0:
                 return
 
-    def _admit(self, layer: int, step: Step, uses: np.ndarray, work: Work, plan: Any) -> None:
+    def _admit(self, layer: int, step: Step, uses: np.ndarray, work: Work, plan: Plan, *,
+               of_work: bool) -> None:
         keep = self.keep
         assert keep is not None
         mass = None
@@ -415,9 +423,11 @@ class _Run:
         if self.free_moves:
             keep.use(layer, uses, mass=mass)
             return
-        arrived = work.other_experts[plan.moved]
-        if self.n_staged:
-            arrived = np.concatenate((arrived, self.staged[layer].nonzero()[0]))
+        arrived = None
+        if not (of_work and plan.moved is ALL):  # else all that was not there has arrived
+            arrived = work.other_experts[plan.moved]
+            if self.n_staged:
+                arrived = np.concatenate((arrived, self.staged[layer].nonzero()[0]))
         room = None if keep.at_once else int(self.credit[layer])
         new = keep.use(layer, uses, mass=mass, arrived=arrived, room=room)
         for expert in new.tolist():

@@ -76,8 +76,16 @@ class Rerouting:
         if self.policy.wants_logits:
             self._per_block = max(1, _AT_ONCE // (ids.shape[1] * self._experts))
 
-    def route(self, layer: int, resident: np.ndarray | None) -> Rerouted:
-        """Return what the policy makes of a layer's call; layers in their order."""
+    def route(self, layer: int, resident: np.ndarray | None, uses: np.ndarray) -> Rerouted:
+        """Return what the policy makes of a layer's call; layers in their order.
+
+        Parameters
+        ----------
+        layer : :class:`int`
+        resident : bool, (n_experts,), optional
+        uses : integer, (n_experts,)
+            Tokens of each expert, as the route was.
+        """
         if layer % self._per_block == 0:
             self._end_block(layer)
         ids = self._ids[layer]
@@ -88,13 +96,13 @@ class Rerouting:
                  self._before[layer]))
         found = self._found[layer] = routed.ids
         later = share = None
-        if routed.later is not None and routed.later.any():
+        if routed.later is not None and np.count_nonzero(routed.later):
             later = np.bincount(found[routed.later], minlength=self._experts)
             found = np.where(routed.later, -1, found)
-        used = found >= 0
-        uses = np.bincount(found[used], minlength=self._experts)
-        if routed.low is not None and routed.low.any():
-            high = np.bincount(found[used & ~routed.low], minlength=self._experts)
+        if found is not ids:
+            uses = np.bincount(found[found >= 0], minlength=self._experts)
+        if routed.low is not None and np.count_nonzero(routed.low):
+            high = np.bincount(found[(found >= 0) & ~routed.low], minlength=self._experts)
             share = np.where(high > 0, 1.0, LOW_PRECISION)
         return Rerouted(uses, later, share)
 
@@ -114,7 +122,9 @@ class Rerouting:
                 chosen, before = (
                     np.where(some >= 0, np.exp(np.take_along_axis(self._logits, some, 2)), 0).sum(2)
                     for some in (found, ids))
-                self.kept += float((weights.sum(2) * np.minimum(1, chosen / before)).sum())
+                share = np.divide(chosen, before, out=np.zeros_like(chosen), where=before > 0)
+                given = np.where(ids >= 0, weights, 0).sum(2)  # 0 without a route
+                self.kept += float((given * np.minimum(1, share)).sum())
         self._first = end
         if self.policy.wants_logits and end < len(self._ids):
             ids = self._ids[end : end + self._per_block]

@@ -80,6 +80,9 @@ def compare(
         Path | None, typer.Option(help="Picture to draw: .png, .svg or .pdf.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of routes and of stand-ins.")] = 0,
+    time: Annotated[
+        bool, typer.Option("--time", help="Print the processor time of each replay, too.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Replay a trace under every policy: hits, bytes over the link, predicted time, distance to the
@@ -144,6 +147,11 @@ def compare(
                     "policies": [row.as_dict() for row in rows]})
         return
     _print(rows, title)
+    if time:
+        calls = routes.n_layers * int(routes.step[-1] + 1)
+        took = ", ".join(f"{row.outcome.system.name} {row.replay_seconds:.2f}"
+                         for row in sorted(rows, key=lambda row: row.replay_seconds))
+        typer.echo(f"processor seconds of a replay of {calls:,} calls: {took}")
     for name, found_alone in alone.items():
         shares = ", ".join(
             f"{share:.0%} of calls of {tokens}" for tokens, share in found_alone.items())

@@ -9,16 +9,16 @@ from moeaccel.router.tables import part
 
 __all__ = ["drop_cycles", "token_cycles"]
 
-# Latencies of the blocks (tests/hdl/router).
-_READ = 2
-_EXPONENTIAL = 13
-_SCORE = {Score.SOFTMAX: 27, Score.SIGMOID: 27, Score.SQRT_SOFTPLUS: 43, Score.IDENTITY: 0}
-_DIVIDE = 13
-_WEIGHT = 15
-_SETTLE = 8
-_SELECT = 3
-_PRIOR = 4
-_DROP = 5
+# Latencies of the blocks.
+READ_CYCLES = 2
+EXPONENTIAL_CYCLES = 13
+SCORE_CYCLES = {Score.SOFTMAX: 27, Score.SIGMOID: 27, Score.SQRT_SOFTPLUS: 43, Score.IDENTITY: 0}
+DIVIDE_CYCLES = 13
+WEIGHT_CYCLES = 15
+SETTLE_CYCLES = 8
+SELECT_CYCLES = 3
+PRIOR_CYCLES = 4
+DROP_CYCLES = 5
 
 
 def token_cycles(config: AcceleratorConfig, settings: RouterSettings, *, biased: bool) -> int:
@@ -43,43 +43,44 @@ def token_cycles(config: AcceleratorConfig, settings: RouterSettings, *, biased:
 
     cycles = 1
     if early_sum:
-        cycles += experts + _READ + _EXPONENTIAL + settle
+        cycles += experts + READ_CYCLES + EXPONENTIAL_CYCLES + settle
     if settings.grouped:
         scored = not by_logits or top2
-        cycles += experts + _READ + (_SCORE[score] if scored else 0) + settle + settings.keep_groups
+        cycles += (experts + READ_CYCLES + (SCORE_CYCLES[score] if scored else 0) + settle
+                   + settings.keep_groups)
     if by_logits:
-        select = _EXPONENTIAL if softmax and not early_sum and not of_chosen else 0
+        select = EXPONENTIAL_CYCLES if softmax and not early_sum and not of_chosen else 0
     else:
-        select = _SCORE[score]
-    cycles += experts + _READ + select + settle
+        select = SCORE_CYCLES[score]
+    cycles += experts + READ_CYCLES + select + settle
     if of_chosen:
-        cycles += top_k + _READ + 1
-    cycles += top_k + _READ + 1 + (_EXPONENTIAL if of_chosen else _SCORE[score])
+        cycles += top_k + READ_CYCLES + 1
+    cycles += top_k + READ_CYCLES + 1 + (EXPONENTIAL_CYCLES if of_chosen else SCORE_CYCLES[score])
     drops = drop_cycles(settings)
     if settings.shared:
-        drops = max(settle, drops + 2) + settings.shared + _READ + _SCORE[Score.SIGMOID]
+        drops = max(settle, drops + 2) + settings.shared + READ_CYCLES + SCORE_CYCLES[Score.SIGMOID]
     cycles += drops
     cycles += 1  # the divisor
     if settings.renormalize_kind is not Renormalize.NONE:
-        cycles += _DIVIDE + 1 + _WEIGHT
-    cycles += 1 + top_k + 1 + _WEIGHT
+        cycles += DIVIDE_CYCLES + 1 + WEIGHT_CYCLES
+    cycles += 1 + top_k + 1 + WEIGHT_CYCLES
     if settings.shared:
-        cycles += settings.shared + 1 + _WEIGHT
+        cycles += settings.shared + 1 + WEIGHT_CYCLES
     return cycles
 
 
 def _settle(config: AcceleratorConfig) -> int:
     """Return the cycles from the last key of a pass to the next one."""
-    keys = _SETTLE + (_PRIOR if "prior" in config.router_modes else 0)
-    return 1 + max(keys + _SELECT, _DIVIDE)
+    keys = SETTLE_CYCLES + (PRIOR_CYCLES if "prior" in config.router_modes else 0)
+    return 1 + max(keys + SELECT_CYCLES, DIVIDE_CYCLES)
 
 
 def _mixed_cycles(config: AcceleratorConfig, settings: RouterSettings) -> int:
     """Return the cycles of a sparsemixer."""
-    cycles = 1 + settings.experts + _READ + _settle(config)
+    cycles = 1 + settings.experts + READ_CYCLES + _settle(config)
     for choice in range(settings.top_k):
-        cycles += choice + 2 + _READ + settings.experts + 1 + _READ + _EXPONENTIAL
-        cycles += 1 + _DIVIDE + 1 + _WEIGHT + 3 + _WEIGHT
+        cycles += choice + 2 + READ_CYCLES + settings.experts + 1 + READ_CYCLES + EXPONENTIAL_CYCLES
+        cycles += 1 + DIVIDE_CYCLES + 1 + WEIGHT_CYCLES + 3 + WEIGHT_CYCLES
     return cycles
 
 
@@ -94,4 +95,4 @@ def drop_cycles(settings: RouterSettings, *, capped: bool = False) -> int:
     factors = [part(value or 0) for value in (settings.threshold, settings.top_p)]
     if not any(factors) and not capped:
         return 0
-    return _DROP + max(factors).bit_length() + settings.top_k
+    return DROP_CYCLES + max(factors).bit_length() + settings.top_k

@@ -31,7 +31,8 @@ from moeaccel.router.tables import (
     RECIPROCAL,
     SCORE_BITS,
     VALUE_BITS,
-    WORD_BITS,
+    WORD_MAX,
+    WORD_MIN,
     exponential,
     fixed,
     leading,
@@ -52,8 +53,6 @@ _OUT = -(1 << 40)
 """Below every key: an expert that cannot be chosen."""
 _FIRST = 1 << 40
 """Above every key."""
-_LEAST = -(1 << (WORD_BITS - 1))
-_MOST = (1 << (WORD_BITS - 1)) - 1
 
 
 @dataclass(frozen=True)
@@ -184,7 +183,7 @@ def route_words(
 
 
 def _clipped(values: Ints) -> Ints:
-    return np.clip(values, _LEAST, _MOST)
+    return np.clip(values, WORD_MIN, WORD_MAX)
 
 
 def _table(name: str, values: NDArray[np.floating] | None, experts: int) -> NDArray[np.float64]:
@@ -228,8 +227,8 @@ def _select(s: Ints, scores: Ints, settings: RouterSettings, extra: Ints, biased
             preferred: NDArray[np.bool_] | None) -> Ints:
     """Return the chosen of each token, (T, k)."""
     never = extra == NEVER
-    as_scores = np.where(never, _LEAST, _clipped((scores >> (SCORE_BITS - KEY_BITS)) + extra))
-    keys = as_scores if biased else np.where(never, _LEAST, _clipped(s + extra))
+    as_scores = np.where(never, WORD_MIN, _clipped((scores >> (SCORE_BITS - KEY_BITS)) + extra))
+    keys = as_scores if biased else np.where(never, WORD_MIN, _clipped(s + extra))
     if preferred is not None:
         bits = KEY_BITS if biased else LOGIT_BITS
         prior = int(fixed(np.array(settings.prior), bits)[0])
@@ -279,7 +278,7 @@ def _weights(s: Ints, scores: Ints, chosen: Ints, settings: RouterSettings, gate
     there = chosen != NONE
     at = np.maximum(chosen, 0)
     if settings.renormalize_kind is Renormalize.SOFTMAX_TOP_K:
-        logits = np.where(there, np.take_along_axis(s, at, 1), _LEAST)
+        logits = np.where(there, np.take_along_axis(s, at, 1), WORD_MIN)
         scores = exponential(logits.max(axis=1, keepdims=True) - logits).score
     else:
         scores = np.take_along_axis(scores, at, 1)

@@ -30,6 +30,8 @@ __all__ = [
     "SQRT",
     "VALUE_BITS",
     "WORD_BITS",
+    "WORD_MAX",
+    "WORD_MIN",
     "Exponential",
     "Lines",
     "exponential",
@@ -47,7 +49,9 @@ LOGIT_BITS = 20
 """Fraction bits of a logit."""
 WORD_BITS = 32
 """Bits of a logit and of a key, sign included."""
-NEVER = -(1 << (WORD_BITS - 1))
+WORD_MIN, WORD_MAX = -(1 << (WORD_BITS - 1)), (1 << (WORD_BITS - 1)) - 1
+"""Least and largest of those: what is beyond becomes one of them."""
+NEVER = WORD_MIN
 """What is added to the key of an expert that is never chosen."""
 KEY_BITS = 22
 """Fraction bits of a key that is a score plus a selection bias."""
@@ -157,10 +161,9 @@ def fixed(values: NDArray[np.floating], fraction_bits: int) -> tuple[Ints, NDArr
     What is not finite becomes the least, and is not beyond.
     """
     finite = np.isfinite(values)
-    most = (1 << (WORD_BITS - 1)) - 1
     scaled = np.rint(np.ldexp(np.where(finite, values, 0).astype(np.float64), fraction_bits))
-    held = np.clip(scaled, -most - 1, most).astype(np.int64)
-    return np.where(finite, held, -most - 1), np.asarray(finite & (scaled != held))
+    held = np.clip(scaled, WORD_MIN, WORD_MAX).astype(np.int64)
+    return np.where(finite, held, WORD_MIN), np.asarray(finite & (scaled != held))
 
 
 @dataclass(frozen=True)

@@ -244,6 +244,45 @@ def test_a_device_without_a_router_says_so(layer):
         device.load_moe(Router(layer["weight"], top_k=2), layer["gate_up"], layer["down"])
 
 
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_a_router_alone_says_what_a_layer_does(device, layer, settings):
+    tables = {"bias": np.linspace(-1, 1, E_)} if "groups" not in settings else {
+        "selection_bias": np.linspace(-0.1, 0.1, E_)}
+    router, x, free = Router(layer["weight"], **settings, **tables), layer["x"], (
+        device.memory.free_bytes)
+    with device.load_moe(router, layer["gate_up"], layer["down"]) as moe:
+        expected = moe.route(x)
+    with device.load_router(router) as alone:
+        before = device.counters()["commands"]
+        for given in (x, torch.from_numpy(x)):
+            ids, weights = alone.route(given)
+            assert np.array_equal(ids, expected[0]) and np.array_equal(weights, expected[1])
+        assert isinstance(ids, torch.Tensor)
+        assert device.counters()["commands"] - before == 2 * -(-len(x) // 64)
+        bad = x.copy()
+        bad[70, 3] = np.nan
+        with pytest.raises(NonFiniteInput, match="token 70"):
+            alone.route(bad)
+        with pytest.raises(InvalidTensor, match=r"x must have the shape \(T, 64\)"):
+            alone.route(x[:, :32])
+    assert device.memory.free_bytes == free and alone.closed
+    with pytest.raises(DeviceClosed, match="layer must not be used after it was closed"):
+        alone.route(x)
+
+
+def test_what_a_router_alone_must_be(device, layer):
+    free = device.memory.free_bytes
+    rows = np.concatenate([layer["weight"], layer["weight"][:2]])
+    for router, message in (
+            (Router(experts=E_, top_k=2), "router must have a weight"),
+            (Router(rows, top_k=2, gates="sigmoid", shared=2), "gates must be none, not those of")):
+        with pytest.raises(InvalidOption, match=message):
+            device.load_router(router)
+    with pytest.raises(LimitExceeded, match="top_k must be at most 8, not 9"):
+        device.load_router(Router(layer["weight"], top_k=9))
+    assert device.memory.free_bytes == free
+
+
 def test_several_routers_for_the_same_experts(device, layer):
     """M3ViT: a call names the one of its task; each is as it would be alone."""
     experts, x, free = (layer["gate_up"], layer["down"]), layer["x"], device.memory.free_bytes

@@ -11,7 +11,7 @@ import torch
 
 from moeaccel import cycles
 from moeaccel.config import PRESETS, AcceleratorConfig, preset
-from moeaccel.cycles import Prediction, predict_experts, predict_linear
+from moeaccel.cycles import Prediction, predict_experts, predict_linear, token_router
 from moeaccel.cycles.activation_loader import PACE
 from moeaccel.cycles.expert_table import ENTRIES
 from moeaccel.formats import weight_format
@@ -21,15 +21,20 @@ from moeaccel.hdl.activations.block_quantiser import BlockQuantiser
 from moeaccel.hdl.array.dot_array import DotArray
 from moeaccel.hdl.array.float_adder import FloatAdder
 from moeaccel.hdl.array.result_serialiser import ResultSerialiser
-from moeaccel.hdl.combine import combiner
 from moeaccel.hdl.combine.row_sums import RowSums
 from moeaccel.hdl.combine.to_float32 import ToFloat32
 from moeaccel.hdl.dispatch.expert_table import ExpertTable
+from moeaccel.hdl.router.dropper import Dropper
+from moeaccel.hdl.router.score_unit import ScoreMode, ScoreUnit
+from moeaccel.hdl.router.token_router import DIVIDE_CYCLES, SETTLE_CYCLES
+from moeaccel.hdl.router.top_selector import TopSelector
+from moeaccel.hdl.router.weight_unit import WeightUnit
 from moeaccel.hdl.weights.tile_buffer import TileBuffer
 from moeaccel.hdl.weights.weight_streamer import WeightStreamer
 from moeaccel.host.device import Device
 from moeaccel.image import Expert, ExpertShape, Section
 from moeaccel.interface.commands import ElementType
+from moeaccel.router.choices import Score
 from moeaccel.sim import MemoryModel
 
 EXACT = ("busy", "bytes_read_weights", "bytes_read_other", "bytes_written")
@@ -295,4 +300,18 @@ def test_constants_are_the_blocks_own(config):
     assert cycles.ROW_EXPONENTS == TileBuffer(config).row_exponent_depth - TileBuffer.ROWS_MARGIN
     assert cycles.GRANT_CYCLES == WeightStreamer.BURST_CYCLES
     assert ENTRIES == ExpertTable.ENTRIES
-    assert activation_loader.PACE == combiner.PACE == PACE
+    assert activation_loader.PACE == PACE
+
+
+def test_constants_of_the_router_are_the_blocks_own():
+    unit = ScoreUnit(preset("small").router_scores, tag_bits=1)
+    assert unit.latency_cycles(ScoreMode.EXPONENTIAL) == token_router.EXPONENTIAL_CYCLES
+    assert {score: unit.latency_cycles(mode) for score, mode in (
+        (Score.SOFTMAX, ScoreMode.QUOTIENT), (Score.SIGMOID, ScoreMode.SIGMOID),
+        (Score.SQRT_SOFTPLUS, ScoreMode.SQRT_SOFTPLUS),
+    )} | {Score.IDENTITY: 0} == token_router.SCORE_CYCLES
+    assert WeightUnit.LATENCY_CYCLES == token_router.WEIGHT_CYCLES
+    assert TopSelector.LATENCY_CYCLES == token_router.SELECT_CYCLES
+    assert Dropper.LATENCY_CYCLES == token_router.DROP_CYCLES
+    assert SETTLE_CYCLES == token_router.SETTLE_CYCLES
+    assert DIVIDE_CYCLES == token_router.DIVIDE_CYCLES

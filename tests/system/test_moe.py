@@ -269,6 +269,24 @@ def test_bad_fields_are_named(pair, opcode, part, changes, status, word):
     assert where == [done.address] * 2
 
 
+@pytest.mark.parametrize("more", [{}, SIGMOID, {"top_k": 8}], ids=str)
+def test_a_router_without_experts(pair, more):
+    """The command is MOE_ROUTE of a layer, whose last descriptor is that of the router's matrix."""
+    rng = np.random.default_rng(2)
+    router = Router(draw(rng, 40, 64) * 8, **{"top_k": 2} | more)
+    x = draw(rng, 9, 64)
+
+    def script(device):
+        with device.load_router(router) as alone:
+            ids, weights = alone.route(x)
+        with device.load_moe(router, draw(rng, 40, 64, 64), draw(rng, 40, 64, 32)) as moe:
+            expected = moe.route(x)
+        assert np.array_equal(ids, expected[0]) and np.array_equal(weights, expected[1])
+        return np.concatenate([ids.view(np.uint8).reshape(-1), weights.view(np.uint8).reshape(-1)])
+
+    assert_same_bits(*(script(device) for device in pair.devices))
+
+
 def test_a_block_at_the_end_of_the_address_space(pair):
     """It is whole there; nothing but the window forbids it."""
     def script(device):

@@ -11,7 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeaccel.arithmetic import from_bfloat16
-from moeaccel.host.importers.errors import DamagedCheckpoint, ForeignCheckpoint
+from moeaccel.host.importers.errors import (
+    ClosedCheckpoint,
+    DamagedCheckpoint,
+    ForeignCheckpoint,
+)
 
 __all__ = ["FLOATS", "StoredTensor", "open_file", "read_at"]
 
@@ -47,7 +51,10 @@ def read_at(file: BinaryIO, offset: int, size: int, what: str) -> NDArray[np.uin
     ------
     DamagedCheckpoint
         If it has not.
+    ClosedCheckpoint
+        If it was closed.
     """
+    _check_open(file)
     try:
         end = os.fstat(file.fileno()).st_size
         if offset + size <= end:
@@ -62,6 +69,12 @@ def read_at(file: BinaryIO, offset: int, size: int, what: str) -> NDArray[np.uin
                                 f"{error.strerror}") from error
     raise DamagedCheckpoint(f"{what} must be {size} bytes at byte {offset} of {file.name}, which "
                             f"ends at {end}; it is truncated")
+
+
+def _check_open(file: BinaryIO) -> None:
+    if file.closed:
+        raise ClosedCheckpoint(f"{file.name} must be open to be read, but was closed; open it "
+                               "again, and read what is wanted before it is closed")
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +116,8 @@ class StoredTensor:
         ------
         DamagedCheckpoint
             If the file is no longer what it was.
+        ClosedCheckpoint
+            If it was closed.
         """
         if index is None:
             return read_at(self.file, self.offset, self.nbytes, f"tensor {self.name!r}")
@@ -129,7 +144,10 @@ class StoredTensor:
         ------
         DamagedCheckpoint
             If the file is shorter than it was.
+        ClosedCheckpoint
+            If it was closed.
         """
+        _check_open(self.file)
         if os.fstat(self.file.fileno()).st_size < self.offset + self.nbytes:
             self.bytes()  # says so
         return np.asarray(np.memmap(self.file, _NUMPY[self.dtype], "r", self.offset, self.shape))

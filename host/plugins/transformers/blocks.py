@@ -18,7 +18,7 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,13 +29,38 @@ from moeaccel.host.errors import UnsupportedExperts
 from moeaccel.host.plugins.transformers.modules import Weights, look
 from moeaccel.host.plugins.transformers.routers import Observed, Recognised, recognise
 
-__all__ = ["Block", "SharedExpert", "block_of", "experts_in"]
+__all__ = ["Beside", "Block", "SharedExpert", "block_of", "experts_in"]
 
 _PLAIN, _FAR, _ROWS = 256, 128, 2
 """Tokens with logits of a usual size, and with such that are further apart; rows of the batch."""
 _FURTHER = 8.0
 _RELATIVE = 1e-4
 _SHARED_TOKENS = 8
+
+
+class Beside(NamedTuple):
+    """A shared expert as a block's own modules compute it, beside what the device does.
+
+    Parameters
+    ----------
+    child : :class:`str`
+        Of the block: called with x, or with its rows.
+    gate : :class:`str`, optional
+        Another one, whose sigmoid it is multiplied by.
+    factor : :class:`float`
+        And that.
+    """
+
+    child: str
+    gate: str | None
+    factor: float
+
+    def of(self, block: torch.nn.Module, rows: torch.Tensor) -> torch.Tensor:
+        """Return what it adds to y of rows, (T, H)."""
+        y = getattr(block, self.child)(rows)
+        if self.gate is not None:
+            y = torch.sigmoid(getattr(block, self.gate)(rows)) * y
+        return y if self.factor == 1.0 else y * self.factor
 
 
 @dataclass(frozen=True)
@@ -51,12 +76,15 @@ class SharedExpert:
         Whose sigmoid it is multiplied by.
     factor : :class:`float`
         And that.
+    beside : :class:`Beside`, optional
+        The same by the block's modules, where they are children of it.
     """
 
     gate_up: tuple[str, ...]
     down: str
     gate: str | None = None
     factor: float = 1.0
+    beside: Beside | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +105,8 @@ class Block:
     asked : tuple of str
         What the router is called with: ``x`` as the block has it, ``rows`` (T, H), or the name of a
         tensor.
+    beside : :class:`Beside`, optional
+        What the block's own modules compute; then there is no ``shared``.
     """
 
     experts: str
@@ -86,6 +116,23 @@ class Block:
     shared: SharedExpert | None
     returned: tuple[str, ...] | None
     asked: tuple[str, ...]
+    beside: Beside | None = None
+
+    def apart(self) -> Block:
+        """Return the block with its shared experts left to its own modules.
+
+        Raises
+        ------
+        UnsupportedExperts
+            If these are no children of the block.
+        """
+        if self.shared is None:
+            return self
+        if self.shared.beside is None:
+            raise UnsupportedExperts(
+                "shared experts must be a child of their block, called once, to be left to the "
+                f"torch device, but {self.shared.down!r} is none's")
+        return replace(self, shared=None, beside=self.shared.beside)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -290,7 +337,10 @@ def _look(block: torch.nn.Module, experts: str) -> Block:
     recognised = replace(
         recognised, settings=replace(recognised.settings, scale=total))
     others = [name for name in run.calls if name != router]
-    found = Block(experts, router, recognised, weight, _shared(probe, others, rest), places,
+    shared = _shared(probe, others, rest)
+    if shared is not None:
+        shared = replace(shared, beside=_beside(shared, run, rest))
+    found = Block(experts, router, recognised, weight, shared, places,
                   _asked(probe, run.calls[router][0]))
     if left := sorted(probe.values.keys() - set(found.names)):
         raise UnsupportedExperts("no tensors but those of a router and of shared experts, but there"
@@ -414,6 +464,32 @@ def _fitted(probe: _Probe, expert: SharedExpert, rows: torch.Tensor, target: tor
     if not factor or not _near(target, factor * y):
         return None
     return replace(expert, factor=float(f"{factor:.6g}"))
+
+
+def _beside(expert: SharedExpert, run: _Run, rest: torch.Tensor) -> Beside | None:
+    """Return a shared expert as children of the block compute it, if they do."""
+    child = expert.down.split(".")[0]
+    gate = None if expert.gate is None else expert.gate.split(".")[0]
+    y = _rows_of(run, child, rest)
+    if y is None:
+        return None
+    if gate is not None and gate != child:
+        scores = _rows_of(run, gate, rest[:, :1])
+        if scores is None:
+            return None
+        y = torch.sigmoid(scores) * y
+    factor = float((rest * y).sum() / y.square().sum())
+    if not factor or not _near(rest, factor * y):
+        return None
+    return Beside(child, gate if gate != child else None, float(f"{factor:.6g}"))
+
+
+def _rows_of(run: _Run, child: str, like: torch.Tensor) -> torch.Tensor | None:
+    """Return what a child answered, as rows, if it was asked for x alone and gave as much."""
+    args, found = run.calls.get(child, ((), None))
+    if len(args) != 1 or not isinstance(found, torch.Tensor) or found.numel() != like.numel():
+        return None
+    return found.reshape(like.shape)
 
 
 def _asked(probe: _Probe, args: tuple[Any, ...]) -> tuple[str, ...]:

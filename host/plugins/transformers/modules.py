@@ -29,8 +29,8 @@ def _shared_of(module: Any, d_expert: int) -> int:
     config = getattr(module, "config", None)
     width = getattr(config, "shared_expert_intermediate_size", None)
     if not isinstance(width, int):
-        counts = (getattr(config, name, None) for name in ("n_shared_experts",
-                                                           "num_shared_experts"))
+        counts = (getattr(config, name, None) for name in (
+            "n_shared_experts", "num_shared_experts", "moe_num_shared_experts"))
         count = next((count for count in counts if isinstance(count, int)), 0)
         each = getattr(config, "moe_intermediate_size", None)
         width = count * (each if isinstance(each, int) else d_expert)

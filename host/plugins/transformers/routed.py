@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import logging
 import types
 import weakref
@@ -23,9 +24,10 @@ from torch.utils.hooks import RemovableHandle
 
 from moeaccel.config import TOP_K_MAX
 from moeaccel.errors import MoeAccelError
-from moeaccel.host.errors import UnsupportedExperts
+from moeaccel.host.cluster import Cluster, ClusterMoe
+from moeaccel.host.errors import InvalidOption, UnsupportedExperts
 from moeaccel.host.moe import Moe
-from moeaccel.host.plugins.transformers.blocks import Block, block_of, experts_in
+from moeaccel.host.plugins.transformers.blocks import Beside, Block, block_of, experts_in
 from moeaccel.host.plugins.transformers.choice import LayerDims
 from moeaccel.host.plugins.transformers.modules import Weights, look, number_of
 from moeaccel.host.plugins.transformers.operator import (
@@ -187,7 +189,7 @@ def needs(model: torch.nn.Module) -> list[LayerDims]:
         dims = (weights.dims,)
         if module in owners:
             with contextlib.suppress(UnsupportedExperts):
-                dims = _dims(owners[module], block_of(owners[module]), weights)
+                dims = _dims(owners[module], _as_run(block_of(owners[module])), weights)
         found += dims
     return found
 
@@ -236,7 +238,7 @@ def _decide(module: torch.nn.Module) -> tuple[Session, Block | str]:
             f"{type(module).__name__} must have parameters that stay where they are, but has hooks "
             "of accelerate")
     try:
-        block = block_of(module)
+        block = _as_run(block_of(module))
     except UnsupportedExperts as error:
         return session_for([]), str(error)
     weights, _ = look(getattr(module, block.experts))
@@ -249,20 +251,28 @@ def _decide(module: torch.nn.Module) -> tuple[Session, Block | str]:
     return session, _refusal(session, block, dims) or block
 
 
+def _as_run(block: Block) -> Block:
+    """Return a block as it is run: where routing is a call of its own, whose answer a policy or
+    the devices of a cluster need, shared experts are the torch device's."""
+    session = open_session()
+    apart = option("hybrid") is not None or (
+        session is not None and isinstance(session.device, Cluster))
+    return block.apart() if apart else block
+
+
 def _refusal(session: Session, block: Block, dims: tuple[LayerDims, ...]) -> str | None:
     """Return what of a block a device has not."""
-    settings = _settings(block)
-    (device,) = session.devices  # route=True is for one
-    if session.hybrid is not None and block.shared is not None:
-        return ("shared experts must be none with a policy, which leaves them to the torch device, "
-                f"but a block has {block.shared.down!r}")
+    settings, device = _settings(block), session.device
     taken, experts = settings.top_k + len(dims) - 1, sum(one.experts for one in dims)
     if taken > TOP_K_MAX:
         return (f"top_k and shared experts must be at most {TOP_K_MAX} together, not {taken}")
-    if experts > (most := device.config.max_experts):
-        return f"experts and shared experts must be at most {most} together, not {experts}"
     try:
-        check_router(device.config, settings)
+        if isinstance(device, Cluster):
+            device.check_router(settings)
+        elif experts > (most := device.config.max_experts):
+            return f"experts and shared experts must be at most {most} together, not {experts}"
+        else:
+            check_router(device.config, settings)
         for one in dims:
             check_limits(session, one)
     except MoeAccelError as error:
@@ -291,7 +301,7 @@ def _wanted(module: torch.nn.Module, block: Block) -> Wanted:
     assert weights is not None
     tensors = {name: _tensor(module, name) for name in block.names}
 
-    def load(session: Session) -> Moe:
+    def load(session: Session) -> Moe | ClusterMoe:
         def matrix(name: str) -> torch.Tensor:
             return tensors[name].detach().float().cpu()
 
@@ -307,9 +317,9 @@ def _wanted(module: torch.nn.Module, block: Block) -> Wanted:
         settings = asdict(found.settings)
         router = Router(matrix(block.weight), bias=table(found.bias),
                         selection_bias=table(found.selection_bias), **settings)
-        (device,) = session.devices
-        return device.load_moe(
-            router, *weights.stacks, shared=shared, **stored(session, weights))
+        more = {} if shared is None else {"shared": shared}
+        return session.device.load_moe(
+            router, *weights.stacks, **more, **stored(session, weights))
 
     return Wanted(weights, load, tuple(tensors.values()), block, _dims(module, block, weights))
 
@@ -329,8 +339,8 @@ def _compute(x: torch.Tensor, tensors: list[torch.Tensor], number: int, top_k: i
             f"device was set since, or {found}; compile again")
     wanted = _wanted(module, found)
     moe = layer_of(wanted)
-    assert isinstance(moe, Moe)
-    return run_block(moe, wanted.weights, x)
+    assert isinstance(moe, Moe | ClusterMoe)
+    return run_block(moe, wanted.weights, x, beside=found.beside is not None)
 
 
 @_compute.register_fake
@@ -353,6 +363,23 @@ class _Plan(NamedTuple):
     names: tuple[str, ...]
     returned: tuple[str, ...] | None
     asked: tuple[str, ...]
+    beside: Beside | None
+    first: str
+    """What its class calls hidden states."""
+
+    def hidden_states(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        """Return those of the arguments of a call.
+
+        Raises
+        ------
+        InvalidOption
+            If they are not among them, or are twice.
+        """
+        if bool(args) == (self.first in kwargs):
+            given = ", ".join(kwargs) or "no argument"
+            raise InvalidOption(f"{self.first} must be given to a MoE block, once, by place or by "
+                                f"name, but there is {'one by place and ' * bool(args)}{given}")
+        return args[0] if args else kwargs[self.first]
 
 
 @torch.compiler.assume_constant_result
@@ -362,7 +389,8 @@ def _plan(module: torch.nn.Module) -> _Plan | None:
     if isinstance(found, str):
         return None
     return _Plan(number_of(module), found.recognised.settings.top_k, found.experts, found.router,
-                 found.names, found.returned, found.asked)
+                 found.names, found.returned, found.asked, found.beside,
+                 list(inspect.signature(type(module).forward).parameters)[1])
 
 
 def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -372,7 +400,7 @@ def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     plan = None if self.training or probing else _plan(self)
     if plan is None:
         return type(self).forward(self, *args, **kwargs)
-    x = args[0] if args else next(iter(kwargs.values()))
+    x = plan.hidden_states(args, kwargs)
     refuse_tangents(x)
     rows = x.reshape(-1, x.shape[-1])
     experts, router = getattr(self, plan.experts), getattr(self, plan.router)
@@ -394,6 +422,8 @@ def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             y = experts(rows, ids, scores)
         finally:
             answered.reset(token)
+    if plan.beside is not None:
+        y = y + plan.beside.of(self, rows)
     y = y.reshape(x.shape)
     if plan.returned is None:
         return y

@@ -130,7 +130,7 @@ def use_device(device: Device | Cluster | None, *, weight_format: str | None = N
     device : :class:`Device` or :class:`moeaccel.host.cluster.Cluster`, optional
         It stays yours to close. None: what the environment says, opened when it is needed. The
         experts of a cluster's layers are dealt to its devices evenly; policies, whose costs are of
-        one device, ``keep_host_weights=False`` and ``route=True`` are for one.
+        one device, and ``keep_host_weights=False`` are for one.
     weight_format, activation_bits, grid_exponent
         See :meth:`Device.load_experts`; what is left out is taken from the environment.
     verify : ``"sampled"`` or ``"full"``
@@ -161,10 +161,9 @@ def use_device(device: Device | Cluster | None, *, weight_format: str | None = N
         Whole MoE blocks, whose router the device has, are computed there: x goes in, y comes out.
         The others' experts are, as ever, by the host's routes. Which is which, and why, says
         :func:`moeaccel.host.plugins.transformers.routing`. With a policy, which has to know the
-        routes, it is two calls: the device routes, and computes what the policy leaves to it; and
-        blocks with shared experts, which are the torch device's then, are routed by the host. Not
-        with routes, and not on a cluster, where the answer of a device that routes would have to
-        come back before any of them could compute.
+        routes, it is two calls: the device routes, and computes what is left to it; shared experts
+        are the torch device's. So it is on a cluster: one device routes a layer, and those that
+        have its experts compute what was chosen. Not with routes.
     **hybrid
         Further options of :class:`moeaccel.host.hybrid.Hybrid`.
 
@@ -208,9 +207,7 @@ def use_device(device: Device | Cluster | None, *, weight_format: str | None = N
         for name, chosen, why in (
                 ("policy", policy is not None, "the costs that it knows are those of one"),
                 ("keep_host_weights=False", not keep_host_weights,
-                 "what a lost one had is loaded from the host"),
-                ("route=True", route is True,
-                 "one that routes had to answer before any could compute")):
+                 "what a lost one had is loaded from the host")):
             if chosen:
                 raise InvalidOption(f"device must be one Device with {name}, not a Cluster: {why}")
     if flag("route", route):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from moeaccel.host.cluster import ClusterExperts
+from moeaccel.host.cluster import ClusterExperts, ClusterMoe
 from moeaccel.host.hybrid.places import bring_home
 from moeaccel.host.moe import Moe
 from moeaccel.host.plugins.transformers.modules import Weights
@@ -31,13 +31,24 @@ def run(weights: Weights, x: torch.Tensor, ids: torch.Tensor, routing: torch.Ten
                           shared=weights.shared)
 
 
-def run_block(moe: Moe, weights: Weights, x: torch.Tensor
+def run_block(moe: Moe | ClusterMoe, weights: Weights, x: torch.Tensor, *, beside: bool = False
               ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return y of a block that the device routes, (T, H), and the ids and weights that it chose:
-    in one command, or where a policy is to see the routes first, in two."""
+    in one command, or where a policy or the devices of a cluster are to see the routes first, in
+    two.
+
+    Parameters
+    ----------
+    beside : :class:`bool`
+        Whether the torch device computes shared experts, which are not in y.
+    """
+    if isinstance(moe, ClusterMoe):
+        return moe.compute(x)
     session = open_session()
     if session is None or session.hybrid is None:
         bring_home(moe.experts)
         return moe.compute(x)
     ids, routing = moe.route(x)
-    return session.hybrid(moe.experts, x, ids, routing, layers=weights.layers), ids, routing
+    y = session.hybrid(moe.experts, x, ids, routing, layers=weights.layers,
+                       shared=weights.shared if beside else 0)
+    return y, ids, routing

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from moeaccel.host.cluster import Cluster, ClusterExperts
+from moeaccel.host.cluster import Cluster, ClusterExperts, ClusterMoe
 from moeaccel.host.errors import WeightsGivenUp
 from moeaccel.host.layers import Experts
 from moeaccel.host.moe import Moe
@@ -32,7 +32,7 @@ __all__ = ["Wanted", "drop", "drop_all", "experts_of", "layer_of", "plain", "sto
 logger = logging.getLogger(__name__)
 
 
-Uploaded: TypeAlias = Experts | ClusterExperts | Moe
+Uploaded: TypeAlias = Experts | ClusterExperts | Moe | ClusterMoe
 """A layer in the memory of a device, or of several."""
 
 
@@ -69,10 +69,7 @@ class Wanted:
 def plain(weights: Weights) -> Wanted:
     """Return experts for which the host routes."""
     def load(session: Session) -> Experts | ClusterExperts:
-        more: dict[str, Any] = {}
-        if isinstance(session.device, Cluster):  # which loads again what a lost device had
-            more["keep_host_weights"] = not weights.loaded_by
-        return session.device.load_experts(*weights.stacks, **stored(session, weights), **more)
+        return session.device.load_experts(*weights.stacks, **stored(session, weights))
 
     return Wanted(weights, load, dims=(weights.dims,))
 
@@ -80,7 +77,11 @@ def plain(weights: Weights) -> Wanted:
 def stored(session: Session, weights: Weights) -> dict[str, Any]:
     """Return the options by which a session stores experts, and those that say what they are."""
     biases = weights.biases
-    return {"activation": weights.activation, "gated": weights.gated, "limit": weights.limit,
+    more: dict[str, Any] = {}
+    if isinstance(session.device, Cluster):  # which loads again what a lost device had
+        more["keep_host_weights"] = not weights.loaded_by
+    return more | {
+            "activation": weights.activation, "gated": weights.gated, "limit": weights.limit,
             "gate_up_bias": biases[0], "down_bias": biases[1],
             "weight_format": session.weight_format, "activation_bits": session.activation_bits,
             "grid_exponent": session.grid_exponent, "quantiser": session.quantiser}
@@ -100,7 +101,7 @@ class _Upload:
     @property
     def experts(self) -> Experts | ClusterExperts:
         """Its experts, those routed to first."""
-        return self.layer.experts if isinstance(self.layer, Moe) else self.layer
+        return self.layer.experts if isinstance(self.layer, Moe | ClusterMoe) else self.layer
 
     @property
     def usable(self) -> bool:
@@ -179,7 +180,7 @@ def drop_all() -> None:
 def experts_of(weights: Weights, *, everything: bool = False) -> Experts | ClusterExperts:
     """Return weights in device memory, as experts for which the host routes."""
     found = layer_of(plain(weights), everything=everything)
-    assert not isinstance(found, Moe)
+    assert not isinstance(found, Moe | ClusterMoe)
     return found
 
 

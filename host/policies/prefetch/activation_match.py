@@ -58,7 +58,9 @@ class ActivationMatch(Prefetch):
         row += uses
         if not self._count:
             return []
-        self._cosines += self._kept[layer] @ (row / np.sqrt(row @ row))
+        square = row @ row
+        if square:  # else the request has not used the layer yet
+            self._cosines += self._kept[layer] @ (row / np.sqrt(square))
         nearest = int(self._cosines[: self._count].argmax())
         if layer + 1 < self.n_layers:
             self._matched[nearest] += 1

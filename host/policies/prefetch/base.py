@@ -12,6 +12,9 @@ import numpy as np
 __all__ = ["Ahead", "Guess", "Prefetch", "best", "blurred", "busiest"]
 
 
+_NOTHING = np.zeros(0, np.int64)
+
+
 class Ahead(NamedTuple):
     """What may be known before the router of a layer has run.
 
@@ -85,6 +88,8 @@ class Prefetch(ABC):
 def best(score: np.ndarray, count: int | None = None) -> np.ndarray:
     """Return the experts with the highest scores, highest first: so many, or all that are not 0."""
     count = min(int(np.count_nonzero(score)) if count is None else count, len(score))
+    if not count:
+        return _NOTHING
     places = score.argpartition(len(score) - count)[len(score) - count :]
     return places[(-score[places]).argsort(kind="stable")]
 

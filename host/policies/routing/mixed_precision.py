@@ -37,10 +37,10 @@ class MixedPrecision(Routing):
         """Return the route, and which slots of it are in low precision."""
         before = call.share_before()
         light = (before > self.high) & (call.ids >= 0) & ~call.resident[call.ids]
-        if not light.any():
+        if not np.count_nonzero(light):
             return Routed(call.ids, call.weights)
         skipped = light & (before > self.low)
-        if not skipped.any():
+        if not np.count_nonzero(skipped):
             return Routed(call.ids, call.weights, low=light)
         ids = np.where(skipped, -1, call.ids)
         return Routed(ids, call.weights, before=call.weights, low=light & ~skipped)

@@ -44,6 +44,45 @@ def test_an_oracle_is_always_right_and_wastes_nothing(gap):
         assert found.counts.misses == uses and found.speedup == 1
 
 
+@pytest.mark.parametrize("empty", range(LAYERS))
+def test_a_layer_without_tokens_is_no_call_and_shifts_nothing(empty):
+    """What is told to an oracle is of the layer behind, none; passes begin with their first call.
+    """
+    ids = cyclic(20)
+    ids[5:15, empty] = -1
+    told = []
+
+    class Watching(PREDICTIONS["oracle"]):
+        def begin_pass(self, *, new_request):
+            told.append(new_request)
+
+        def following(self, layer, uses, truth):
+            guess = super().following(layer, uses, truth)
+            if truth is not None:
+                at = len(told) - (layer + 1 < LAYERS)
+                expected = ids[1 + at, (layer + 1) % LAYERS]
+                assert set(guess.tolist()) == set(expected[expected >= 0].tolist())
+            return guess
+
+    found = replay(trace_of(ids), CALL, slots=2, gap=200_000, prediction=Watching)
+    assert told == [True] + [False] * 18
+    assert found.calls == 19 * LAYERS - 10 and found.counts.wasted_bytes == 0
+    assert found.accuracy == 1
+    assert found.counts.misses == TOP_K * (1 + 10)  # the first call, and those behind none
+
+
+def test_guesses_for_a_layer_without_tokens_are_wrong():
+    """Also where they are those of the layer behind it."""
+    ids = np.tile([0, 1], (10, LAYERS, 1))
+    ids[5:, 1] = -1
+    found = replay(trace_of(ids), CALL, slots=2, gap=200_000,
+                   prediction=PREDICTIONS["previous-token"])
+    assert found.calls == 9 * LAYERS - 5
+    # Nothing is known of what follows the first three calls, and nothing follows the last.
+    assert found.guessed == (found.calls - 4) * TOP_K
+    assert found.right == found.guessed - 5 * TOP_K
+
+
 def test_paths_that_repeat_are_learnt_around_the_ring():
     """The table that ends at the last layer misses the first ones."""
     ids = cyclic(100)

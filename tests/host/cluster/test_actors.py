@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from moeaccel.errors import ToolMissingError
-from moeaccel.host import errors
+from moeaccel.host import errors, open_device
 from moeaccel.host.cluster import actors, ray_cluster
 from tests.host.cluster.test_cluster import GRID, SHARDS, alone, call, weights  # noqa: F401
+from tests.host.cluster.test_router import CONFIG, assert_same, router, tokens
 
 OPTIONS = {"config": "tiny", "memory_bytes": 1 << 22}
 
@@ -65,6 +66,23 @@ def test_actors_give_the_bits_of_one_device(ray, alone):  # noqa: F811
         cluster.reload(1)
         assert np.array_equal(experts(*call()), alone[SHARDS, GRID][0])
         assert cluster.lost == {1} and not experts.last.pairs[1]
+
+
+@with_ray
+def test_an_actor_routes(ray):
+    with open_device("golden", config=CONFIG, memory_bytes=1 << 24) as device:
+        expected = device.load_moe(router(), *weights(), grid_exponent=GRID).compute(tokens())
+    with ray_cluster(["golden"] * SHARDS, config=CONFIG, memory_bytes=1 << 22) as cluster:
+        moe = cluster.load_moe(router(), *weights(), grid_exponent=GRID)
+        assert_same(moe.compute(tokens()), expected)
+        shard = cluster._shards[moe.router_shard]
+        os.kill(shard.process, signal.SIGKILL)
+        with pytest.raises(errors.ShardLost, match=(
+                f"shard 0, 'golden' in process {shard.process} .* must route a layer")):
+            moe(tokens())
+        cluster.reload(0)
+        assert moe.router_shard == 1
+        assert_same(moe.compute(tokens()), expected)
 
 
 @with_ray

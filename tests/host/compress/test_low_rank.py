@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from moeaccel.config import PRESETS
-from moeaccel.host import open_device
+from moeaccel.host import errors, open_device
 from moeaccel.host.compress.layer import FloatExpert, MoELayer
-from moeaccel.host.compress.low_rank import factored, triples
+from moeaccel.host.compress.low_rank import LowRankLayer, factored, triples
 from moeaccel.host.compress.method import method, report, stored
 from moeaccel.host.compress.models import DeviceLayer, RoutedExperts
 from moeaccel.host.errors import InvalidTensor
@@ -76,6 +76,30 @@ def test_three_commands_give_what_the_products_do(layer, smaller, x):
     import torch
 
     assert np.allclose(routed(torch.from_numpy(x), None, None).numpy(), products, atol=1e-4)
+
+
+def test_layers_of_a_device_are_closed(layer, smaller, x):
+    with open_device("golden", config="small") as device:
+        free = device.memory.free_bytes
+        for given in (layer, smaller):  # whole experts, and products
+            with DeviceLayer(device, given) as loaded:
+                assert loaded(x).shape == x.shape and device.memory.free_bytes < free
+            assert device.memory.free_bytes == free
+            loaded.close()
+            with pytest.raises(errors.DeviceClosed, match="layer must not be used after it was"):
+                loaded(x)
+        with LowRankLayer(device, smaller) as loaded:
+            assert np.array_equal(loaded(x), DeviceLayer(device, smaller)(x))
+
+
+def test_products_without_room_leave_nothing_behind(smaller):
+    with open_device("golden", config="small", memory_bytes=1 << 17) as device:
+        free = device.memory.free_bytes
+        fill = device.memory.allocate(free - (48 << 10))
+        with pytest.raises(errors.OutOfDeviceMemory):
+            DeviceLayer(device, smaller)
+        fill.free()
+        assert device.memory.free_bytes == free
 
 
 def test_moe_i2_gives_products_and_whole_experts(layer, x):

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from moeaccel.host.errors import InvalidOption
 from moeaccel.host.importers import (
     CheckpointError,
+    ClosedCheckpoint,
     DamagedCheckpoint,
     ForeignCheckpoint,
     open_checkpoint,
@@ -40,6 +42,29 @@ def test_floats_of_any_size(tmp_path, dtype):
         gate, *_ = checkpoint.matrices(0, 2)
         assert gate.dtype == np.float32
         assert np.array_equal(gate, torch.from_numpy(STACKS["gate"][2]).to(dtype).float().numpy())
+
+
+def test_a_closed_checkpoint_says_so(tmp_path):
+    write_safetensors(tmp_path, per_expert())
+    with open_checkpoint(tmp_path) as checkpoint:
+        waiting = checkpoint.experts(0, threads=1)
+        next(waiting)
+    message = "safetensors must be open to be read, but was closed; open it again"
+    for read in (lambda: checkpoint.matrices(0, 0), lambda: checkpoint.expert(0, 0),
+                 lambda: next(checkpoint.experts(0)), lambda: list(waiting)):
+        with pytest.raises(ClosedCheckpoint, match=message):
+            read()
+
+
+@pytest.mark.parametrize(("threads", "message"), [
+    (0, "threads must be at least 1, not 0"), (-2, "at least 1, not -2"),
+    ("2", "threads must be a whole number, at least 1, not '2'")])
+def test_threads_are_one_or_more(tmp_path, threads, message):
+    write_safetensors(tmp_path, per_expert())
+    with open_checkpoint(tmp_path) as checkpoint:
+        with pytest.raises(InvalidOption, match=message):
+            checkpoint.experts(0, threads=threads)
+        assert len(list(checkpoint.experts(0, threads=1))) == E
 
 
 def test_names_of_mixtral_beside_what_is_no_expert(tmp_path):

@@ -43,6 +43,19 @@ def alone(name, **parts):
         "placement": Part(name), **{kind: Part(*part) for kind, part in parts.items()}})
 
 
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_layer_without_tokens_stops_no_system(trace, name):
+    ids = trace.ids.copy()
+    ids[8:, 1] = -1
+    weights = np.where(ids >= 0, trace.weights, 0)
+    found = replay(SYSTEMS[name], dataclasses.replace(trace, ids=ids, weights=weights), COSTS,
+                   gpu_bytes=quarter(trace))
+    assert 0 < found.mass <= 1 + 1e-6 and np.isfinite(found.seconds)
+    if SYSTEMS[name].lossless:
+        assert found.mass == 1
+    assert found.uses[1] < found.uses[0]
+
+
 def test_slots_are_spread_evenly():
     assert slots_of(10 * EXPERT, COSTS, 4) == [3, 3, 2, 2]
     assert slots_of(10 * EXPERT, COSTS, 4, buffers=6) == [1, 1, 1, 1]

@@ -1,5 +1,7 @@
 """What blocks of transformers are, found out by values."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -60,6 +62,13 @@ def test_routers_and_shared_experts_are_recognised(name):
         assert found.shared.gate == SHARED[name]
         assert [part.split(".")[-2] for part in found.shared.gate_up] == ["gate_proj", "up_proj"]
         assert found.shared.factor == 1.0
+        gate = SHARED[name] and SHARED[name].split(".")[0]
+        apart = found.apart()
+        assert apart.shared is None
+        assert apart.beside == (found.shared.down.split(".")[0], gate, 1.0)
+        assert not any("shared" in tensor for tensor in apart.names)
+    else:
+        assert found.apart() is found
     assert found.returned == (("y", "weights") if name == "GptOss" else None)
 
 
@@ -190,11 +199,20 @@ def test_factors_are_those_of_the_whole_block():
     config.num_shared_experts, config.shared_expert_combination_strategy = 2, "average"
     found = block_of(cohere.Cohere2MoeSparseMoeBlock(config))
     assert (found.recognised.settings.scale, found.shared.factor) == (0.5, 0.5)
+    assert found.apart().beside == ("shared_experts", None, 0.5)
     laguna = modelling("laguna")
     config = small_config(laguna.LagunaConfig, num_experts_per_tok=2)
     config.moe_routed_scaling_factor = 3.0
     found = block_of(laguna.LagunaSparseMoeBlock(config))
     assert (found.recognised.settings.scale, found.shared.factor) == (3.0, 1.0)
+
+
+def test_shared_experts_that_are_no_child_cannot_be_left_to_torch():
+    found = block_of(blocks_of("DeepseekV3")[0])
+    whole = replace(found, shared=replace(found.shared, beside=None))
+    with pytest.raises(UnsupportedExperts, match=(
+            r"must be a child of their block, .* but 'shared_experts.down_proj.weight' is none's")):
+        whole.apart()
 
 
 @pytest.mark.slow
@@ -209,7 +227,7 @@ def test_every_block_of_transformers():
         if experts_in(module) is None:
             continue
         try:
-            block_of(module)
+            block_of(module).apart()
             taken.add(cls.__name__)
         except UnsupportedExperts as error:
             refused[cls.__name__] = str(error)

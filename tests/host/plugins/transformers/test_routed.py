@@ -131,9 +131,8 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("name", KINDS)
-@torch.no_grad()
-def test_blocks_give_what_their_class_does(device, name):
+def drawn_block(name):
+    """Return a block with drawn values, x, and what its class makes of it."""
     module = KINDS[name](modelling(name)).eval()
     generator = torch.Generator().manual_seed(2)
     for key, tensor in [*module.named_parameters(), *module.named_buffers()]:
@@ -142,6 +141,13 @@ def test_blocks_give_what_their_class_does(device, name):
             0.1 if "bias" in key else 1.0))
     x = torch.randn(2, 9, 64, generator=generator)
     expected = type(module).forward(module, x)
+    return module, x, expected
+
+
+@pytest.mark.parametrize("name", KINDS)
+@torch.no_grad()
+def test_blocks_give_what_their_class_does(device, name):
+    module, x, expected = drawn_block(name)
     (block,) = plugin.routing(module)
     assert block.on_device, block.reason
     before = device.counters()["commands"]
@@ -178,18 +184,74 @@ def test_a_policy_decides_on_what_the_device_routes(device, ids, name, more, no_
     assert device.memory.free_bytes == free
 
 
+SHARED = ["Qwen2Moe", "DeepseekV3", "DeepseekV2", "Ernie4_5_Moe"]
+
+
+@pytest.mark.parametrize("name", SHARED)
 @torch.no_grad()
-def test_a_policy_leaves_shared_experts_to_torch(device, ids):
+def test_with_a_policy_shared_experts_are_torchs_and_the_device_routes(
+        device, ids, name, no_router_on_the_host):
+    model, layers = model_of(name), ALL[name][0]
+    options = {"gpu_bytes": 1 << 18, "resident_math": "exact", "on": machine("h100"),
+               "grid_exponent": -16}
+    use(device, route=False, policy="moeaccel", **options)
+    by_host = model.generate(ids, max_new_tokens=3, do_sample=False)
+    expected, counted = model(ids).logits, plugin.current_session().hybrid._costs.n_shared
+    plugin.release()
+    use(device, policy="all-on-device", **options)
+    assert plugin.check_model(model) == layers
+    no_router_on_the_host(model)
+    bits = []
+    for policy in ("all-on-device", "moeaccel"):
+        use(device, policy=policy, **options)
+        found = plugin.routing(model)
+        assert [block.on_device for block in found] == [True] * layers, found[0].reason
+        assert not any(block.router.shared for block in found)
+        asked = watched(model)
+        before = device.counters()["commands"]
+        bits.append(model(ids).logits)
+        # Routed in one command, and computed in at most one more; nothing of shared experts.
+        assert layers <= device.counters()["commands"] - before <= 2 * layers
+        assert len(asked) == layers and all(y.abs().max() > 0.01 for y in asked)
+        assert relative(bits[-1], expected) < 1e-3
+        assert torch.equal(model.generate(ids, max_new_tokens=3, do_sample=False), by_host)
+    hybrid = plugin.current_session().hybrid
+    assert len(hybrid.counters) == layers and all(one.on_torch for one in hybrid.counters)
+    assert hybrid._costs.n_shared == counted > 0
+    assert torch.equal(*bits)
+
+
+def watched(model):
+    """Return a list of what the shared experts of a model will answer."""
+    found = []
+    for module in blocks_in(model):
+        child = getattr(module, "shared_expert", None) or module.shared_experts
+        child.register_forward_hook(lambda *args: found.append(args[2]))
+    return found
+
+
+@torch.no_grad()
+def test_changed_shared_experts_need_not_be_uploaded_with_a_policy(device, ids):
     model = model_of("Qwen2Moe")
-    options = {"policy": "moeaccel", "gpu_bytes": 1 << 18, "resident_math": "exact"}
-    use(device, route=False, **options)
-    expected = model(ids).logits
-    use(device, **options)
-    for block in plugin.routing(model):
-        assert block.reason == (
-            "shared experts must be none with a policy, which leaves them to the torch device, but "
-            "a block has 'shared_expert.down_proj.weight'")
-    assert torch.equal(model(ids).logits, expected)
+    use(device, policy="all-on-device")
+    before = model(ids).logits
+    model.model.layers[0].mlp.shared_expert.down_proj.weight.mul_(2)
+    assert plugin.refresh(model) == 0
+    assert not torch.equal(model(ids).logits, before)
+    model.model.layers[0].mlp.gate.weight.mul_(-1)
+    assert plugin.refresh(model) == 1
+
+
+@pytest.mark.parametrize("name", KINDS)
+@torch.no_grad()
+def test_blocks_give_what_their_class_does_with_a_policy(device, name):
+    """Factors, gates, limits of shared experts are those of the class, whose modules compute
+    them."""
+    module, x, expected = drawn_block(name)
+    use(device, policy="all-on-device")
+    (block,) = plugin.routing(module)
+    assert block.on_device, block.reason
+    assert relative(module(x), expected) < 0.03
 
 
 # -- which are taken
@@ -332,6 +394,20 @@ def test_tuples_are_returned_as_the_class_does(device):
 
 
 @torch.no_grad()
+def test_hidden_states_are_found_by_their_name(device):
+    module = blocks_in(model_of("Ernie4_5_Moe"))[0]
+    plugin.routing(module)
+    x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(module(input_ids=None, hidden_states=x), module(x))
+    for args, kwargs, message in (
+            ((), {"x": x}, "but there is x$"), ((), {}, "but there is no argument$"),
+            ((x,), {"hidden_states": x}, "one by place and hidden_states$")):
+        with pytest.raises(errors.InvalidOption, match=(
+                f"hidden_states must be given to a MoE block, once, .*{message}")):
+            module(*args, **kwargs)
+
+
+@torch.no_grad()
 def test_bfloat16_models(device, ids):
     model = model_of("Qwen2Moe").bfloat16()
     use(device, route=False)
@@ -464,6 +540,19 @@ def test_compiled_code(device):
     assert device.counters()["commands"] - before == 1
     use(device, route=False)
     assert all(map(torch.equal, compiled(x), module(x)))
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:Using `torch.compile.module.`:UserWarning")
+@TORCH_WARNS_ITSELF
+@torch.no_grad()
+def test_compiled_code_with_shared_experts_of_torchs(device):
+    use(device, policy="all-on-device")
+    module = blocks_in(model_of("Qwen2Moe"))[0]
+    x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(1))
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), module(x))
+    assert plugin.routing(module)[0].on_device
     torch._dynamo.reset()
 
 
