@@ -463,8 +463,6 @@ def test_the_widest_expert_counts(device):
 
 def test_nothing_to_prune_is_said():
     """A format without a pattern would stay dense without a word."""
-    from moeaccel.host import errors, open_device
-
     ones = np.ones((2, 64, 32), np.float32), np.ones((2, 32, 32), np.float32)
     with open_device("golden", config="wide512-sparse", memory_bytes=1 << 24) as device:
         for load in (lambda name: device.load_experts(*ones, weight_format=name,
