@@ -49,16 +49,15 @@ def residents(stream: np.ndarray, slots: Sequence[int], policies: Sequence[str] 
     for step, used in enumerate(stream, 1):
         yield resident
         worth /= _DECAY
-        if shrink := worth > _LARGE:
-            before, worth = worth, 1.0
+        divisor, worth = (worth, 1.0) if worth > _LARGE else (1.0, worth)
         for row, policy in zip(score, policies, strict=True):
             if policy == "LRU":
                 row[used] = step
             elif policy == "LFU":
                 row += used
             else:
-                if shrink:
-                    row /= before
+                if divisor != 1:
+                    row /= divisor
                 row += used * worth
         _replace(rows, (used & ~resident).reshape(rows.shape), of, room,
                  (score + used * _ABOVE_ALL).reshape(-1, experts))
