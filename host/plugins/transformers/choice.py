@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
@@ -10,6 +9,7 @@ from moeaccel.config import DIM_MAX, EXPERTS_MAX, PRESETS, AcceleratorConfig
 from moeaccel.formats import BLOCK, weight_format, whole_blocks
 from moeaccel.host.errors import InvalidOption, LimitExceeded
 from moeaccel.host.moe import router_bytes
+from moeaccel.host.sizes import size_of
 from moeaccel.image import ExpertShape
 from moeaccel.interface.commands import ENTRY_BYTES
 from moeaccel.router.choices import MODES
@@ -18,7 +18,6 @@ __all__ = ["SMALLEST_MEMORY", "Choice", "LayerDims", "buffer_bytes", "choose", "
 
 # One channel and no board among them: what a user who did not ask wants to wait for and to read.
 _CANDIDATES = ("small", "wide512")
-_UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 
 SMALLEST_MEMORY = 1 << 32
 """Bytes of memory that the plug-in chooses at least."""
@@ -161,15 +160,19 @@ def _enlarged(base: AcceleratorConfig, limits: Sequence[LayerDims], memory: int)
 
 
 def memory_size(name: str, text: Any) -> int:
-    """Return the bytes that a text such as ``"64GiB"`` stands for.
+    """Return the bytes that a text such as ``"64GiB"`` stands for, in whole pages; units are those
+    of :func:`moeaccel.host.sizes.size_of`.
 
     Raises
     ------
     InvalidOption
         If it is something else.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) *(?:([KMGT])(?:i?B)?|B)?", str(text).strip(), re.I)
-    size = int(float(found[1]) * (1 << _UNITS[(found[2] or "").upper()])) if found else 0
+    try:
+        found = size_of(name, text)
+        size = 0 if found.share else int(found.number)
+    except InvalidOption:
+        size = 0
     # A device keeps the first page to itself.
     if not _PAGE < size <= 1 << _MOST_ADDRESS_BITS:
         raise InvalidOption(f"{name} must be a size such as 64GiB or 512MiB, above 4KiB and up to "
