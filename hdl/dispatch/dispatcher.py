@@ -338,13 +338,14 @@ class Dispatcher(wiring.Component):
         sort, expert, filler = w.sort, w.table.o_expert, w.filler
         capacity = Mux(job.two_planes, config.max_slots // 2, config.max_slots)
         buffered = config.buffer_slots > 0
+        # Additions: synthesis makes a multiplier's block of a product, without its registers.
+        pairs = sum(Mux(bit, job.tokens << i, 0) for i, bit in enumerate(job.top_k))
         with m.FSM():
             with m.State("IDLE"):
                 with m.If(self.i_job.valid):
                     m.next = "PREPARE"
             with m.State("PREPARE"):
-                m.d.sync += [w.pairs.eq(job.tokens * job.top_k), w.fetching_weights.eq(0),
-                             w.place.eq(0)]
+                m.d.sync += [w.pairs.eq(pairs), w.fetching_weights.eq(0), w.place.eq(0)]
                 m.next = "PREPARE_REQUEST"
                 with m.If(~job.routed | w.held):
                     m.d.comb += sort.i_start.eq(1)
