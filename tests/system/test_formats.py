@@ -37,7 +37,8 @@ def test_every_format(every, name, bits):
     ids = rng.integers(-1, 3, (11, 2))
     scores = rng.standard_normal(ids.shape).astype(np.float32)
     every.reset()
-    options = {"weight_format": name, "activation_bits": bits, "prune": "magnitude"}
+    options = {"weight_format": name, "activation_bits": bits,
+               "prune": "magnitude" if "+" in name else None}
     biases = {"gate_up_bias": rng.standard_normal((3, 2 * D_EXPERT), np.float32),
               "down_bias": rng.standard_normal((3, D_MODEL), np.float32)} if bits == 8 else {}
 
