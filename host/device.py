@@ -9,9 +9,8 @@ import threading
 import time
 import weakref
 from collections.abc import Mapping, Sequence
-from types import TracebackType
-from typing import Self
 
+from moeaccel.closing import Closing
 from moeaccel.config import AcceleratorConfig
 from moeaccel.host import weights
 from moeaccel.host.calls import Pending
@@ -51,7 +50,7 @@ _LOOKS_A_CHECK, _EAGER_LOOKS, _PAUSE_S = 64, 1000, 2e-5
 a millisecond on a card."""
 
 
-class Device(Routes, Prefetches, Bound, Inherited):
+class Device(Routes, Prefetches, Bound, Closing, Inherited):
     """An accelerator behind a transport; see :func:`moeaccel.host.open_device`.
 
     Every method may be called from several threads: a lock lets one at a time through. A thread
@@ -560,10 +559,3 @@ class Device(Routes, Prefetches, Bound, Inherited):
                     transport.close()
                 finally:
                     self._transport = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
-                 traceback: TracebackType | None) -> None:
-        self.close()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import logging
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moeaccel.arithmetic import from_bfloat16
+from moeaccel.closing import Closing
 from moeaccel.formats import whole_blocks
 from moeaccel.host.errors import (
     CommandFailed,
@@ -197,7 +197,7 @@ class Handle(Bound):
             part.command.give_back()
 
 
-class Layer(Bound):
+class Layer(Bound, Closing):
     """What experts and linear layers have in common: images, a descriptor, calls in parts.
 
     ``d_in`` and ``d_out`` are the caller's; in memory x and y are filled up to whole blocks.
@@ -339,13 +339,6 @@ class Layer(Bound):
         for command in self._device.in_flight:
             if self._descriptor in command.keep:
                 self._device.wait(command)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
-                 traceback: TracebackType | None) -> None:
-        self.close()
 
     def _is_looked_at(self) -> bool:
         """Return whether this call's x is looked at: that of calls 1, 2, 4, 8, ..., so that it

@@ -168,8 +168,6 @@ class Moe(RouterLayer):
     ----------
     experts : :class:`moeaccel.host.Experts`
         The experts routed to, and behind them the shared ones.
-    routers : tuple of :class:`moeaccel.host.Router`
-        By task: a command names the one that it is routed by.
     """
 
     def __init__(self, device: Device, routers: Sequence[Router], planes: Sequence[Linear],

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moeaccel.closing import Closing
 from moeaccel.config import AcceleratorConfig
 from moeaccel.formats import whole_blocks
 from moeaccel.host import routing, weights as loading
@@ -113,7 +113,7 @@ class Task:
     block: Allocation
 
 
-class RouterLayer(Bound):
+class RouterLayer(Bound, Closing):
     """A router that says where x goes; from :meth:`Device.load_router`.
 
     Attributes
@@ -222,13 +222,6 @@ class RouterLayer(Bound):
             if not self._closed and not self._device.closed:
                 self._free()
             self._closed = True
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
-                 traceback: TracebackType | None) -> None:
-        self.close()
 
     # -- commands ----------------------------------------------------------------------------------
     def _submit(self, x: Tensor, task: Task, *, compute: bool) -> Pending:

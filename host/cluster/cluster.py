@@ -8,12 +8,12 @@ import itertools
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moeaccel.closing import Closing
 from moeaccel.config import AcceleratorConfig
 from moeaccel.grid import gated_output, grid_exponent as choose_grid, squares_of
 from moeaccel.host.cluster.layer import ClusterExperts, Piece
@@ -47,7 +47,7 @@ _Matrices = tuple[Floats, Floats]
 _Shares = NDArray[np.floating]
 
 
-class Cluster:
+class Cluster(Closing):
     """Devices that have the experts of layers together.
 
     Parameters
@@ -122,13 +122,6 @@ class Cluster:
             layer.close()
         for shard in self._shards:
             shard.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
-                 traceback: TracebackType | None) -> None:
-        self.close()
 
     # -- weights -----------------------------------------------------------------------------------
     def load_experts(self, gate_up: Stack, down: Stack, *,

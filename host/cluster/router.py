@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import copy
 import weakref
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moeaccel.arithmetic import from_bfloat16
+from moeaccel.closing import Closing
 from moeaccel.host.cluster.layer import ClusterExperts
 from moeaccel.host.cluster.shard import Floats
 from moeaccel.host.errors import DeviceClosed, InvalidTensor, LimitExceeded, ShardLost
@@ -126,7 +126,7 @@ class ClusterRouter:
                 self._cluster.reload(lost.shard)
 
 
-class ClusterMoe:
+class ClusterMoe(Closing):
     """A layer of a cluster that routes by itself; from :meth:`Cluster.load_moe`.
 
     Attributes
@@ -156,13 +156,6 @@ class ClusterMoe:
         """Free the memory of every shard that is still there."""
         self._router.close()
         self.experts.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
-                 traceback: TracebackType | None) -> None:
-        self.close()
 
     def __call__(self, x: Tensor) -> Any:
         """Return y, (T, H), like x; see :meth:`compute`."""

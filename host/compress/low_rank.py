@@ -19,12 +19,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moeaccel.closing import Closing
 from moeaccel.config import AcceleratorConfig
 from moeaccel.cycles import expert_cycles
 from moeaccel.formats import BLOCK, QuantisedMatrix, quantise
@@ -140,7 +140,7 @@ def decode_cycles(triple: Triple, ids: NDArray[np.integer], config: AcceleratorC
                for shapes in triple.shapes(config))
 
 
-class LowRankLayer:
+class LowRankLayer(Closing):
     """A layer some of whose experts are products, in a device's memory, until it is closed; the
     host routes.
 
@@ -207,13 +207,6 @@ class LowRankLayer:
         """Free the device memory; a second call does nothing."""
         for part in self._parts:
             part.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
-                 traceback: TracebackType | None) -> None:
-        self.close()
 
 
 def _typical(matrices: Sequence[Floats]) -> float:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from moeaccel.closing import Closing
 from moeaccel.host.compress.layer import MoELayer
 from moeaccel.host.compress.low_rank import LowRankLayer, factors_of
 from moeaccel.host.compress.method import Tokens, stored
@@ -50,7 +50,7 @@ class RoutedExperts:
         return self._experts(x, torch.from_numpy(routing.ids), torch.from_numpy(routing.weights))
 
 
-class DeviceLayer:
+class DeviceLayer(Closing):
     """A compressed layer in a device's memory, until it is closed; the host routes.
 
     Parameters
@@ -78,13 +78,6 @@ class DeviceLayer:
     def close(self) -> None:
         """Free the device memory; a second call does nothing."""
         (self.experts if self._products is None else self._products).close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
-                 traceback: TracebackType | None) -> None:
-        self.close()
 
 
 def observed(model: Any, texts: Sequence[torch.Tensor]) -> list[Observed]:

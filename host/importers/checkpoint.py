@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moeaccel.closing import Closing
 from moeaccel.formats import WeightFormat, widened
 from moeaccel.grid import Squares
 from moeaccel.host.errors import UnsupportedExperts
@@ -127,7 +127,7 @@ class ImportedExpert:
     squares: dict[str, Squares]
 
 
-class Checkpoint:
+class Checkpoint(Closing):
     """A checkpoint, open; from :func:`open_checkpoint`. Use it in a ``with`` statement.
 
     Only headers are read at first; weights are read when they are asked for, one expert at a time.
@@ -139,13 +139,6 @@ class Checkpoint:
         self.contents = contents
         self.layers = layers
         self._files = files
-
-    def __enter__(self) -> Checkpoint:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 traceback: TracebackType | None) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close its files."""

@@ -37,6 +37,7 @@ from numpy.typing import NDArray
 
 from moeaccel.activations import activation as find_activation
 from moeaccel.arithmetic import from_bfloat16
+from moeaccel.closing import Closing
 from moeaccel.config import PRESETS, AcceleratorConfig, preset
 from moeaccel.errors import FormatError, ImageError, OutputError
 from moeaccel.files import whole_file
@@ -254,7 +255,7 @@ class QuantisedExperts(StoredExperts):
         return found, int(read("coarsened"))
 
 
-class QuantisedFile:
+class QuantisedFile(Closing):
     """A file of quantised experts, open; from :func:`open_quantised`. Use it in a ``with``
     statement, and load its layers within it.
 
@@ -277,12 +278,6 @@ class QuantisedFile:
         self.layers = layers
         self.source = source
         self._file = file
-
-    def __enter__(self) -> QuantisedFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the file."""

@@ -137,10 +137,9 @@ def slots_of(gpu_bytes: int, costs: LayerCosts, n_layers: int, *, buffers: int =
         If it is neither 0 nor enough for one expert.
     """
     if gpu_bytes < 0 or 0 < gpu_bytes < costs.resident_bytes:
+        written = repr(given) if isinstance(given, str) and given else f"{gpu_bytes:,}"
         raise BudgetTooSmall(f"gpu_bytes must be 0 or at least {costs.resident_bytes:,}, one "
-                             f"expert, not {given!r}" if isinstance(given, str) and given else
-                             f"gpu_bytes must be 0 or at least {costs.resident_bytes:,}, one "
-                             f"expert, not {gpu_bytes:,}")
+                             f"expert, not {written}")
     experts = max(0, min(gpu_bytes // costs.resident_bytes, n_layers * costs.n_experts) - buffers)
     each, more = divmod(experts, n_layers)
     return [each + (layer < more) for layer in range(n_layers)]

@@ -5,12 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moeaccel.closing import Closing
 from moeaccel.config import AcceleratorConfig
 from moeaccel.host.process import Bound
 
@@ -19,7 +19,7 @@ __all__ = ["Bytes", "DeviceSpec", "Scheme", "Transport"]
 Bytes = NDArray[np.uint8]
 
 
-class Transport(Bound, ABC):
+class Transport(Bound, Closing, ABC):
     """A way to a device: registers, memory, interrupt.
 
     Where the device has several memory channels, addresses are ``config.device_address(channel,
@@ -87,13 +87,6 @@ class Transport(Bound, ABC):
     @abstractmethod
     def close(self) -> None:
         """Let the device go; a second call does nothing."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
-                 traceback: TracebackType | None) -> None:
-        self.close()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from moeaccel.closing import Closing
 from moeaccel.config import AcceleratorConfig, preset
 from moeaccel.sim.cosim.accelerator import busy, parameters
 from moeaccel.sim.cosim.sources import Design, design_from
@@ -287,7 +288,7 @@ def _declare(library: ctypes.CDLL) -> Any:
     return library
 
 
-class BoardProcess:
+class BoardProcess(Closing):
     """A simulated board as a process of its own, which ends with this one.
 
     Parameters
@@ -340,13 +341,6 @@ class BoardProcess:
         finally:
             if self._process.stdout is not None:
                 self._process.stdout.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
-                 traceback: TracebackType | None) -> None:
-        self.close()
 
 
 def _main(options: dict[str, Any]) -> None:

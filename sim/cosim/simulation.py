@@ -23,12 +23,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from moeaccel.closing import Closing
 from moeaccel.sim.cosim.memory import CHANNELS, MemoryModel, MemoryStats, StallModel
 from moeaccel.sim.cosim.verilator import Model
 from moeaccel.sim.errors import (
@@ -167,7 +167,7 @@ def _memory_config(model: MemoryModel, data: npt.NDArray[np.uint8],
         response_timeout=model.response_timeout, check_races=model.check_races)
 
 
-class CoSimulation:
+class CoSimulation(Closing):
     """A Verilated accelerator with its memories; power-on reset is done when it is made.
 
     Parameters
@@ -226,13 +226,6 @@ class CoSimulation:
         except SimulationError:
             self.close()
             raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
-                 traceback: TracebackType | None) -> None:
-        self.close()
 
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError):  # the constructor may have failed early

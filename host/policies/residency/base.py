@@ -12,9 +12,10 @@ import numpy as np
 from moeaccel.host.errors import InvalidOption
 from moeaccel.host.policies.costs import LayerCosts
 
-__all__ = ["Replay", "Residency", "SecondMiss", "replay"]
+__all__ = ["ABOVE_ALL", "Replay", "Residency", "SecondMiss", "replay"]
 
-_ABOVE_ALL = 2.0**40  # above every score, and far enough below 2^53 to leave their order
+ABOVE_ALL = 2.0**40
+"""Above every score, and far enough below 2^53 to leave their order."""
 _NOTHING = np.zeros(0, np.int64)
 
 
@@ -137,7 +138,7 @@ class Residency(ABC):
         else:
             places = np.concatenate((before, new))
             values = score[places]
-            values[used[places]] += _ABOVE_ALL
+            values[used[places]] += ABOVE_ALL
             resident[new] = True
             resident[places[values.argpartition(leave - 1)[:leave]]] = False
         return moving[resident[moving]] if len(moving) else moving

@@ -9,9 +9,12 @@ import numpy as np
 from moeaccel.host.errors import InvalidOption
 from moeaccel.host.policies.residency.base import Residency
 
-__all__ = ["DecayedLFU"]
+__all__ = ["DECAY", "WORTH_MAX", "DecayedLFU"]
 
-_LARGE = 2.0**20
+DECAY = 0.95
+"""What a step leaves of a score, by default."""
+
+WORTH_MAX = 2.0**20
 """Of a step's worth, from where on the scores of a layer are divided by it: they stay below what
 sets the experts of a step above all others."""
 
@@ -33,7 +36,7 @@ class DecayedLFU(Residency):
 
     name = "decayed-lfu"
 
-    def __init__(self, *, decay: float = 0.95, **options: Any) -> None:
+    def __init__(self, *, decay: float = DECAY, **options: Any) -> None:
         if not 0 <= decay <= 1:
             raise InvalidOption(f"decay must be 0 to 1, not {decay!r}")
         super().__init__(**options)
@@ -46,7 +49,7 @@ class DecayedLFU(Residency):
             score[:] = uses
             return
         worth = self._worth[layer] / self.decay
-        if worth > _LARGE:
+        if worth > WORTH_MAX:
             score /= worth
             worth = 1.0
         self._worth[layer] = worth

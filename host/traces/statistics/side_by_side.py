@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-__all__ = ["POLICIES", "best_hits", "hits", "residents"]
+from moeaccel.host.policies.residency.base import ABOVE_ALL
+from moeaccel.host.policies.residency.decayed_lfu import DECAY, WORTH_MAX
 
-_ABOVE_ALL = 2.0**40  # as in :mod:`moeaccel.host.policies.residency.base`
-_DECAY, _LARGE = 0.95, 2.0**20  # as in :class:`moeaccel.host.policies.residency.DecayedLFU`
+__all__ = ["POLICIES", "best_hits", "hits", "residents"]
 
 POLICIES = ("LRU", "LFU", "decayed LFU")
 """What :func:`residents` keeps caches by; the last is :class:`DecayedLFU` as it is by default."""
@@ -48,8 +48,8 @@ def residents(stream: np.ndarray, slots: Sequence[int], policies: Sequence[str] 
     worth = 1.0
     for step, used in enumerate(stream, 1):
         yield resident
-        worth /= _DECAY
-        divisor, worth = (worth, 1.0) if worth > _LARGE else (1.0, worth)
+        worth /= DECAY
+        divisor, worth = (worth, 1.0) if worth > WORTH_MAX else (1.0, worth)
         for row, policy in zip(score, policies, strict=True):
             if policy == "LRU":
                 row[used] = step
@@ -60,7 +60,7 @@ def residents(stream: np.ndarray, slots: Sequence[int], policies: Sequence[str] 
                     row /= divisor
                 row += used * worth
         _replace(rows, (used & ~resident).reshape(rows.shape), of, room,
-                 (score + used * _ABOVE_ALL).reshape(-1, experts))
+                 (score + used * ABOVE_ALL).reshape(-1, experts))
 
 
 def _replace(rows: np.ndarray, new: np.ndarray, of: np.ndarray, room: np.ndarray,
