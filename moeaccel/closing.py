@@ -11,7 +11,7 @@ __all__ = ["Closing"]
 class Closing:
     """Has a ``close()``, which the end of a ``with`` block calls."""
 
-    def close(self) -> None:
+    def close(self) -> object:
         """Let go what it holds; a second call does nothing."""
         raise NotImplementedError
 
